@@ -1,0 +1,51 @@
+// What every op's glue needs from PyTorch's stable ABI; kernels themselves see no torch header.
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace mmfuse {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+
+inline DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "mmfuse: expected a float16, bfloat16, float32 or float64 tensor");
+  }
+}
+
+// Results are float64 as soon as one input is, float32 otherwise.
+inline ScalarType result_type(const TensorList& tensors) {
+  for (const Tensor& tensor : tensors) {
+    if (tensor.scalar_type() == ScalarType::Double) return ScalarType::Double;
+  }
+  return ScalarType::Float;
+}
+
+inline void check_contiguous(const TensorList& tensors, const char* what) {
+  for (const Tensor& tensor : tensors) {
+    STD_TORCH_CHECK(tensor.is_contiguous(), "mmfuse: ", what, " must be contiguous");
+  }
+}
+
+}  // namespace mmfuse

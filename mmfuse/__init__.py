@@ -1,0 +1,20 @@
+"""mmfuse: fused kernels for balanced multimodal training."""
+
+from . import ops
+from ._version import __version__
+from .heads import unimodal_logits
+from .noise import NoiseStream
+from .ogm import OGM, OGMResult, ogm_backward, ogm_coefficients
+from .ops import use_backend
+
+__all__ = [
+    "OGM",
+    "NoiseStream",
+    "OGMResult",
+    "__version__",
+    "ogm_backward",
+    "ogm_coefficients",
+    "ops",
+    "unimodal_logits",
+    "use_backend",
+]

@@ -1,0 +1,56 @@
+"""`python -m mmfuse`: what is installed, how it was built, and which cells of the grid run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import __version__, _native
+from .ops._registry import BACKENDS, grid
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """The text that `python -m mmfuse` prints."""
+    lines = [
+        f"mmfuse   {__version__}",
+        f"python   {platform.python_version()} on {platform.platform()}",
+        f"torch    {torch.__version__}",
+        f"triton   {_version('triton')}",
+        f"threads  {torch.get_num_threads()}",
+    ]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            lines.append(f"cuda:{i}   {torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+    else:
+        lines.append("cuda     no device")
+    lines += ["", "compiled library"]
+    info = _native.build_info()
+    if info is None:
+        lines.append(f"  none: {_native.why_missing('cpu')}")
+    else:
+        lines += [f"  {key:<20} {value}" for key, value in info.items()]
+    rows = list(grid())
+    width = max(len(name) for name, _ in rows) + 2
+    lines += ["", "op".ljust(width) + "".join(b.ljust(11) for b in BACKENDS)]
+    reasons: dict[str, None] = {}
+    for name, cells in rows:
+        marks = "".join(("yes" if reason is None else "—").ljust(11) for reason in cells.values())
+        lines.append((name.ljust(width) + marks).rstrip())
+        reasons.update({f"{b}: {r}": None for b, r in cells.items() if r is not None})
+    if reasons:
+        lines += ["", "why a cell is off", *(f"  {reason}" for reason in reasons)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,181 @@
+"""From a user's encoders to lists of parameters, and every check of what a user passes in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ops._tensors import by_device, why_unsupported
+from .ops.modality_scores import check_scores_input
+
+Encoder = nn.Module | Iterable[Tensor]
+Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
+
+_SELECTIONS: dict[str, Callable[[Tensor], bool]] = {
+    "all": lambda p: True,
+    "matrix": lambda p: p.dim() >= 2,
+    "conv": lambda p: p.dim() == 4,
+}
+
+
+class Active(NamedTuple):
+    """The parameters that have something to modulate in this step."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    #: Each one's index in its method: its stream id.
+    ids: list[int]
+    #: Each one's modality.
+    modality: tuple[int, ...]
+
+
+class Modalities:
+    """The encoders of M modalities as one flat list of parameters.
+
+    Args:
+        encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
+        select: Which parameters take part: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a
+            callable on a parameter.
+
+    Attributes:
+        names: The modalities, in the order of `encoders`.
+        parameters: The selected parameters of all modalities, modality by modality.
+        parameter_names: A readable name for each of them.
+
+    Raises:
+        TypeError: an encoder is neither a module nor an iterable of tensors, or a parameter is
+            integer, complex or sparse.
+        ValueError: fewer than two modalities, a modality without parameters, or a parameter that
+            belongs to two.
+    """
+
+    def __init__(self, encoders: Mapping[str, Encoder], select: Select = "all") -> None:
+        if not isinstance(encoders, Mapping):
+            raise TypeError(f"encoders must map names to modules, got {type(encoders).__name__}")
+        if len(encoders) < 2:
+            raise ValueError(f"balancing needs at least two modalities, got {list(encoders)}")
+        keep = _selection(select)
+        self.names = tuple(encoders)
+        self.parameters: list[Tensor] = []
+        self.parameter_names: list[str] = []
+        self._modality: list[int] = []
+        owner: dict[int, str] = {}
+        for m, (name, encoder) in enumerate(encoders.items()):
+            found = _named_parameters(name, encoder)
+            before = len(self.parameters)
+            for label, parameter in found:
+                if id(parameter) in owner:
+                    if owner[id(parameter)].startswith(f"encoders[{name!r}]"):
+                        continue  # tied weights within one encoder are one parameter
+                    raise ValueError(
+                        f"{label} is the same parameter as {owner[id(parameter)]}; "
+                        "a parameter can belong to one modality only"
+                    )
+                owner[id(parameter)] = label
+                reason = why_unsupported(parameter)
+                if reason is not None:
+                    raise TypeError(f"{label} {reason}")
+                if keep(parameter):
+                    self.parameters.append(parameter)
+                    self.parameter_names.append(label)
+                    self._modality.append(m)
+            if len(self.parameters) == before:
+                raise ValueError(
+                    f"encoders[{name!r}] has no parameter to modulate: {len(found)} found, "
+                    f"none selected by select={select!r}"
+                )
+
+    def active(self) -> Active:
+        """The parameters that require and have a non-empty gradient now.
+
+        Raises:
+            TypeError: a gradient is sparse or of an unsupported dtype; the message names it.
+        """
+        params, grads, ids, modality = [], [], [], []
+        for i, parameter in enumerate(self.parameters):
+            grad = parameter.grad
+            if grad is None or not parameter.requires_grad or grad.numel() == 0:
+                continue
+            reason = why_unsupported(grad)
+            if reason is not None:
+                raise TypeError(f"the gradient of {self.parameter_names[i]} {reason}")
+            params.append(parameter)
+            grads.append(grad)
+            ids.append(i)
+            modality.append(self._modality[i])
+        return Active(params, grads, ids, tuple(modality))
+
+    def ordered(self, what: str, values: Mapping[str, Tensor]) -> list[Tensor]:
+        """The values in the order of the modalities.
+
+        Raises:
+            TypeError: `values` is not a mapping.
+            ValueError: its names are not those of the encoders.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{what} must map the modalities' names to tensors")
+        missing = [name for name in self.names if name not in values]
+        unknown = [name for name in values if name not in self.names]
+        if missing or unknown:
+            raise ValueError(
+                f"{what} and encoders name different modalities: "
+                + "; ".join(
+                    f"{kind} {names}"
+                    for kind, names in (("missing", missing), ("unknown", unknown))
+                    if names
+                )
+            )
+        return [values[name] for name in self.names]
+
+    def checked_logits(self, logits: Mapping[str, Tensor], labels: Tensor) -> list[Tensor]:
+        """The detached logits in the order of the modalities, checked against the labels."""
+        ordered = self.ordered("logits", logits)
+        named = [(f"logits[{n!r}]", z) for n, z in zip(self.names, ordered, strict=True)]
+        check_scores_input(named, labels)
+        return [z.detach() for z in ordered]
+
+
+def per_tensor(coefficients: Tensor, active: Active) -> Tensor:
+    """Spreads [M] over the active tensors: [T], on the coefficients' device."""
+    return coefficients.index_select(0, _index(active.modality, coefficients.device))
+
+
+@lru_cache(maxsize=128)
+def _index(modality: tuple[int, ...], device: torch.device) -> Tensor:
+    # Kept, so that a steady training loop copies nothing from the host and can be captured.
+    return torch.tensor(modality, dtype=torch.int64, device=device)
+
+
+def home_device(grads: Sequence[Tensor], fallback: torch.device) -> torch.device:
+    """The device where [M] and [T] tensors live: that of the first gradient."""
+    return next(iter(by_device(grads)), fallback)
+
+
+def _selection(select: Select) -> Callable[[Tensor], bool]:
+    if callable(select):
+        return select
+    if select not in _SELECTIONS:
+        raise ValueError(
+            f"select must be one of {', '.join(map(repr, _SELECTIONS))} or a callable, "
+            f"got {select!r}"
+        )
+    return _SELECTIONS[select]
+
+
+def _named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
+    prefix = f"encoders[{name!r}]"
+    if isinstance(encoder, nn.Module):
+        return [(f"{prefix}.{key}", p) for key, p in encoder.named_parameters()]
+    if isinstance(encoder, Tensor) or not isinstance(encoder, Iterable):
+        raise TypeError(
+            f"{prefix} must be a module or an iterable of parameters, got {type(encoder).__name__}"
+        )
+    found = [(f"{prefix}[{i}]", p) for i, p in enumerate(encoder)]
+    for label, parameter in found:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"{label} is not a parameter but {type(parameter).__name__}")
+    return found

@@ -1,0 +1,158 @@
+"""NoiseStream: the counter-based random stream of every method that adds noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .reference.noise import standard_normal
+
+
+class NoiseStream:
+    """Random numbers that depend on the seed, the step, the parameter and the element only.
+
+    Philox4x32-10 (Salmon et al., SC 2011) with the seed as its key and (element block, stream id,
+    step) as its counter, followed by Box-Muller. The same numbers come out of every backend, on
+    every device, for any number of threads, any sharding and any number of replicas. Nothing is
+    drawn from PyTorch's generators.
+
+    Args:
+        seed: The 64-bit seed. None takes `torch.initial_seed()`, which `torch.manual_seed` sets.
+        device: Where the state lives: the device of the gradients.
+
+    Attributes:
+        state: int64 [2] on `device`: (seed, step). Kernels read it there, so that advancing it
+            needs no host, and a captured CUDA graph draws fresh noise at every replay.
+        ids: The stream id of each tensor of a list; None numbers them from 0.
+        offsets: Where each tensor starts within its flattened whole tensor; None means at 0.
+    """
+
+    state: Tensor
+    ids: tuple[int, ...] | None
+    offsets: tuple[int, ...] | None
+
+    def __init__(
+        self, seed: int | None = None, device: torch.device | str | int | None = None
+    ) -> None:
+        value = torch.initial_seed() if seed is None else seed
+        self.state = torch.tensor([_as_int64(value), 0], dtype=torch.int64, device=device)
+        self.ids = None
+        self.offsets = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the state."""
+        return self.state.device
+
+    def advance(self, steps: int = 1) -> None:
+        """Moves to the next step, on the device. Until then the same numbers come out again."""
+        self.state[1].add_(steps)
+
+    def place(self, ids: Sequence[int], offsets: Sequence[int] | None = None) -> NoiseStream:
+        """Returns the same stream for other tensors: it shares the state with this one.
+
+        With it, a shard of a parameter gets the noise that the whole parameter would get there,
+        and parts of a list of tensors can be updated in separate calls.
+
+        Args:
+            ids: The stream id of each tensor, 0 ≤ id < 2³².
+            offsets: Index of each tensor's first element in its flattened whole tensor.
+
+        Raises:
+            ValueError: the lengths differ, or an id or an offset is out of range.
+        """
+        if offsets is not None and len(offsets) != len(ids):
+            raise ValueError(f"{len(ids)} ids but {len(offsets)} offsets")
+        if not all(0 <= i < 2**32 for i in ids):
+            raise ValueError("every stream id must be in [0, 2**32)")
+        if offsets is not None and any(o < 0 for o in offsets):
+            raise ValueError("offsets must not be negative")
+        placed = NoiseStream.__new__(NoiseStream)
+        placed.state = self.state
+        placed.ids = tuple(ids)
+        placed.offsets = None if offsets is None else tuple(offsets)
+        return placed
+
+    def counters(self, count: int) -> tuple[list[int], list[int]]:
+        """Stream ids and offsets for a list of `count` tensors.
+
+        Raises:
+            ValueError: the stream was placed for another number of tensors.
+        """
+        if self.ids is None:
+            return list(range(count)), [0] * count
+        if len(self.ids) != count:
+            raise ValueError(f"the noise stream is placed for {len(self.ids)} tensors, not {count}")
+        return list(self.ids), list(self.offsets or [0] * count)
+
+    def normal(
+        self,
+        numel: int,
+        stream_id: int = 0,
+        offset: int = 0,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """The noise of the current step, as a tensor, to look at or to test against.
+
+        Args:
+            numel: How many elements.
+            stream_id: The parameter's index in its method.
+            offset: Index of the first element in the flattened whole parameter.
+            dtype: Of the result.
+
+        Returns:
+            [numel] standard normal deviates on the stream's device.
+        """
+        return standard_normal(self.state, numel, stream_id, offset).to(dtype)
+
+    def to(self, device: torch.device | str | int) -> NoiseStream:
+        """Returns this stream on `device`; the state is shared only if it is there already."""
+        moved = NoiseStream.__new__(NoiseStream)
+        moved.state = self.state.to(device)
+        moved.ids, moved.offsets = self.ids, self.offsets
+        return moved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Seed and step, enough to go on with the same numbers."""
+        return {"state": self.state.clone()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken; in place, so that placed streams follow.
+
+        Raises:
+            ValueError: `state_dict` does not hold the state of a NoiseStream.
+        """
+        state = state_dict.get("state")
+        if not isinstance(state, Tensor) or state.shape != (2,) or state.dtype != torch.int64:
+            raise ValueError("expected {'state': int64 tensor [2]}")
+        self.state.copy_(state)
+
+    def __repr__(self) -> str:
+        return f"NoiseStream(device={str(self.device)!r})"
+
+
+def _as_int64(seed: int) -> int:
+    """The same 64 bits as a signed number, which is what a tensor can hold."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+_default_streams: dict[torch.device, tuple[int, NoiseStream]] = {}
+
+
+def default_stream(device: torch.device) -> NoiseStream:
+    """The stream that is used where none is given; one per device.
+
+    Its seed is that of `torch.manual_seed`. A new seed starts it again at step 0; the same seed
+    set again cannot be told from none, so a run that must repeat within one process takes a
+    `NoiseStream` (or an `mmfuse.OGM`, which makes its own).
+    """
+    seed = torch.initial_seed()
+    known = _default_streams.get(device)
+    if known is None or known[0] != seed:
+        known = (seed, NoiseStream(seed, device))
+        _default_streams[device] = known
+    return known[1]

@@ -1,0 +1,187 @@
+"""One table for every op: its schema, its fake, and which backend implements it.
+
+Each op `name` is one torch.library operator with one overload per backend
+(``torch.ops.mmfuse.grad_stats.cpu``). The schema is written once and does not need the compiled
+library; `mmfuse._native` and the Triton folder only add implementations.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from .. import _native
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# The order in which backend=None tries the backends, per device type.
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+_library = torch.library.Library("mmfuse", "DEF")
+_forced: str | None = None
+_warned: set[str] = set()
+
+
+class Op:
+    """An op of the grid: a row with one cell per backend.
+
+    Args:
+        name: The op's name, and the name of its file in every backend's folder.
+        schema: Arguments and returns in PyTorch's schema language, without the name.
+        fake: The shape function, shared by all backends.
+        module: File name in the backends' folders, when it is not `name`.
+    """
+
+    def __init__(
+        self, name: str, schema: str, fake: Callable[..., Any], *, module: str | None = None
+    ) -> None:
+        self.name = name
+        self.schema = schema
+        self.module = module or name
+        self._reasons: dict[str, str] = {}
+        self.overloads: dict[str, Any] = {}
+        for backend in BACKENDS:
+            _library.define(f"{name}.{backend}{schema}")
+            qualified = f"mmfuse::{name}.{backend}"
+            torch.library.register_fake(qualified, fake, lib=_library)
+            self.overloads[backend] = getattr(getattr(torch.ops.mmfuse, name), backend)
+        for backend in ("reference", "triton"):
+            self._register_python(backend)
+        OPS[name] = self
+
+    def _register_python(self, backend: str) -> None:
+        """Registers `mmfuse.<backend>.<module>.<name>`; keeps the reason if it cannot."""
+        try:
+            module = importlib.import_module(f"mmfuse.{backend}.{self.module}")
+        except ImportError as error:
+            self._reasons[backend] = str(error)
+            return
+        _library.impl(
+            f"{self.name}.{backend}", getattr(module, self.name), "CompositeExplicitAutograd"
+        )
+
+    def register_autograd(
+        self, backward: Callable[..., Any], setup_context: Callable[..., Any]
+    ) -> None:
+        """Gives every overload the same gradient formula; `backward` gets the overload's name."""
+        for backend in BACKENDS:
+
+            def bound(ctx: Any, *grads: Any, _backend: str = backend) -> Any:
+                return backward(_backend, ctx, *grads)
+
+            torch.library.register_autograd(
+                f"mmfuse::{self.name}.{backend}", bound, setup_context=setup_context, lib=_library
+            )
+
+    def why_missing(self, backend: str, device_type: str | None = None) -> str | None:
+        """The reason why this cell cannot run, or None when it can."""
+        if backend in self._reasons:
+            return self._reasons[backend]
+        if backend in ("cpu", "cuda"):
+            reason = _native.why_missing(backend)
+            if reason is not None:
+                return reason
+            qualified = f"mmfuse::{self.name}.{backend}"
+            if not any(
+                torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+                for key in ("CPU", "CUDA")
+            ):
+                return f"the compiled library has no {backend} kernel for {self.name}"
+        if backend == "triton" and device_type == "cpu" and not _triton_interprets():
+            return "Triton runs on GPUs; on the CPU only with TRITON_INTERPRET=1 set before import"
+        return None
+
+    def resolve(self, backend: str | None, device: torch.device) -> str:
+        """Chooses the backend for tensors on `device`.
+
+        Raises:
+            ValueError: `backend` is not the name of a backend.
+            RuntimeError: the named backend is not available; the message says why.
+        """
+        named = backend if backend is not None else _forced
+        if named is not None:
+            if named not in BACKENDS:
+                raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {named!r}")
+            reason = self.why_missing(named, device.type)
+            if reason is not None:
+                raise RuntimeError(f"backend {named!r} is not available for {self.name}: {reason}")
+            return named
+        order = PREFERENCE.get(device.type, ("reference",))
+        for candidate in order:
+            if self.why_missing(candidate, device.type) is None:
+                if candidate != order[0]:
+                    _warn_slow(candidate, order[0], self.why_missing(order[0], device.type))
+                return candidate
+        raise RuntimeError(f"no backend implements {self.name} on {device.type}")
+
+    def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:
+        return self.overloads[self.resolve(backend, device)](*args)
+
+
+OPS: dict[str, Op] = {}
+
+
+def _triton_interprets() -> bool:
+    triton_package = importlib.import_module("mmfuse.triton")
+    return bool(triton_package.INTERPRETED)
+
+
+@torch.compiler.assume_constant_result
+def _warn_slow(chosen: str, wanted: str, reason: str | None) -> None:
+    if wanted not in _warned:
+        _warned.add(wanted)
+        warnings.warn(
+            f"mmfuse uses its {chosen!r} backend because {wanted!r} is not available ({reason}); "
+            "`python -m mmfuse` shows what is.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+class use_backend(AbstractContextManager["use_backend"]):  # noqa: N801 - reads as a function
+    """Chooses the backend of every mmfuse op that is not given one.
+
+    Takes effect when called and, used as a context manager, ends with the block::
+
+        mmfuse.use_backend("triton")            # from here on
+        with mmfuse.use_backend("reference"):   # for this block
+            ...
+
+    The setting is global to the process, not per thread, because the backward pass of PyTorch
+    runs in threads of its own.
+
+    Args:
+        backend: ``"reference"``, ``"cpu"``, ``"triton"``, ``"cuda"``, or None for the best one for
+            each tensor's device.
+
+    Raises:
+        ValueError: `backend` is none of these.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        global _forced
+        if backend is not None and backend not in BACKENDS:
+            raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
+        self._previous = _forced
+        _forced = backend
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+def grid() -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Yields every public op with, for each backend, None or the reason why the cell is off."""
+    for name, op in OPS.items():
+        yield name, {backend: op.why_missing(backend) for backend in BACKENDS}

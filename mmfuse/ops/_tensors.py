@@ -1,0 +1,146 @@
+"""Checks and layouts that the ops on lists of tensors share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+def why_unsupported(tensor: object) -> str | None:
+    """Why a gradient cannot be given to the kernels, or None when it can."""
+    if not isinstance(tensor, Tensor):
+        return f"is not a tensor but {type(tensor).__name__}"
+    if tensor.layout is not torch.strided:
+        return f"has layout {tensor.layout}; only dense tensors are supported"
+    if tensor.dtype not in FLOATING:
+        return f"has dtype {tensor.dtype}; expected float16, bfloat16, float32 or float64"
+    return None
+
+
+def check_list(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raises a TypeError that names the first tensor which the kernels cannot take."""
+    # One set over all tensors keeps the usual case to one attribute tuple per tensor.
+    kinds = {(type(t), getattr(t, "layout", None), getattr(t, "dtype", None)) for t in tensors}
+    if all(layout is torch.strided and dtype in FLOATING for _, layout, dtype in kinds):
+        return
+    for i, tensor in enumerate(tensors):
+        reason = why_unsupported(tensor)
+        if reason is not None:
+            raise TypeError(f"{name}[{i}] {reason}")
+
+
+def check_pairs(
+    grads: Sequence[Tensor], params: Sequence[Tensor] | None, anchors: Sequence[Tensor] | None
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Checks that params and anchors mirror grads; returns them, empty where not given."""
+    if (params is None) != (anchors is None):
+        raise ValueError("params and anchors go together: give both or neither")
+    if params is None or anchors is None:
+        return (), ()
+    for name, tensors in (("params", params), ("anchors", anchors)):
+        if len(tensors) != len(grads):
+            raise ValueError(f"{len(grads)} grads but {len(tensors)} {name}")
+        check_list(name, tensors)
+        for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
+            if tensor.shape != grad.shape:
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(tensor.shape)}, its gradient {tuple(grad.shape)}"
+                )
+            if tensor.device != grad.device:
+                raise ValueError(
+                    f"{name}[{i}] is on {tensor.device}, its gradient on {grad.device}"
+                )
+    return params, anchors
+
+
+def check_vector(name: str, value: Tensor, length: int) -> None:
+    """Checks that a coefficient is a floating [T] tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor of shape [{length}]")
+    if value.shape != (length,):
+        raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
+
+
+def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
+    """Positions of the tensors on each device, in the order of first appearance."""
+    groups: dict[torch.device, list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault(tensor.device, []).append(i)
+    return groups
+
+
+class Layout(NamedTuple):
+    """What the kernels get instead of strided tensors."""
+
+    grads: list[Tensor]
+    params: list[Tensor]
+    anchors: list[Tensor]
+    #: Positions where `grads` holds a copy that must be written back.
+    copied: list[int]
+
+
+def contiguous_layout(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    *,
+    any_order: bool,
+) -> Layout:
+    """Gives the kernels contiguous memory, without copying where possible.
+
+    Args:
+        grads: T tensors.
+        params: T tensors, or none.
+        anchors: T tensors, or none.
+        any_order: The result does not depend on which element comes first, so that a dense tensor
+            in another memory format (channels_last) can be read in storage order.
+    """
+    rows = [grads, params, anchors] if params else [grads]
+    if all(t.is_contiguous() for row in rows for t in row):
+        return Layout(list(grads), list(params), list(anchors), [])
+    out: list[list[Tensor]] = [[], [], []]
+    copied = []
+    for i in range(len(grads)):
+        mine = [row[i] for row in rows]
+        if all(t.is_contiguous() for t in mine):
+            flat = mine
+        elif any_order and _same_dense_format(mine):
+            flat = [t.as_strided((t.numel(),), (1,)) for t in mine]
+        else:
+            if not mine[0].is_contiguous():
+                copied.append(i)
+            flat = [t.contiguous() for t in mine]
+        for target, tensor in zip(out, flat, strict=False):
+            target.append(tensor)
+    return Layout(out[0], out[1], out[2], copied)
+
+
+def _same_dense_format(tensors: list[Tensor]) -> bool:
+    """Whether the tensors fill their memory without gaps, all in the same order."""
+    first = tensors[0]
+    if any(t.stride() != first.stride() for t in tensors):
+        return False
+    expected = 1
+    for stride, size in sorted(zip(first.stride(), first.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def check_writable(name: str, tensors: Sequence[Tensor]) -> None:
+    """Raises a ValueError for a tensor in which one memory cell stands for several elements."""
+    for i, tensor in enumerate(tensors):
+        if not tensor.is_contiguous() and any(
+            stride == 0 and size > 1
+            for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+        ):
+            raise ValueError(
+                f"{name}[{i}] is an expanded view with strides {tuple(tensor.stride())}; "
+                "it cannot be updated in place, use .contiguous() first"
+            )

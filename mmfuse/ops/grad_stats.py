@@ -1,0 +1,144 @@
+"""grad_stats: everything the methods need to know about a list of gradients, in one read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._registry import Op
+from ._tensors import by_device, check_list, check_pairs, contiguous_layout
+
+
+class GradStats(NamedTuple):
+    """Statistics of T tensors, each field [T].
+
+    Attributes:
+        numel: int64, number of elements n.
+        mean: Mean of g; 0 for an empty tensor.
+        m2: Σ(g − mean)².
+        dot: ⟨w − w₀, g⟩, or None when no anchors were given.
+        disp_sq: ‖w − w₀‖², or None when no anchors were given.
+    """
+
+    numel: Tensor
+    mean: Tensor
+    m2: Tensor
+    dot: Tensor | None = None
+    disp_sq: Tensor | None = None
+
+    @property
+    def std(self) -> Tensor:
+        """Unbiased standard deviation, √(m2 / (n − 1)); 0 where n < 2."""
+        return (self.m2 / (self.numel - 1).clamp_(min=1)).sqrt_()
+
+    @property
+    def sq_norm(self) -> Tensor:
+        """‖g‖² = m2 + n·mean²."""
+        return self.m2 + self.mean * self.mean * self.numel
+
+    def merge(self, other: GradStats) -> GradStats:
+        """Statistics of each tensor's elements here and in `other` together, e.g. of two shards.
+
+        Chan, Golub & LeVeque's pairwise update, so that nothing cancels.
+
+        Raises:
+            ValueError: one of the two has displacement statistics and the other has not.
+        """
+        numel = self.numel + other.numel
+        share = other.numel / numel.clamp(min=1).to(self.mean.dtype)
+        delta = other.mean - self.mean
+        mean = self.mean + delta * share
+        m2 = self.m2 + other.m2 + delta * delta * (self.numel * share)
+        if self.dot is None or self.disp_sq is None:
+            if other.dot is not None:
+                raise ValueError("cannot merge statistics with and without anchors")
+            return GradStats(numel, mean, m2)
+        if other.dot is None or other.disp_sq is None:
+            raise ValueError("cannot merge statistics with and without anchors")
+        return GradStats(numel, mean, m2, self.dot + other.dot, self.disp_sq + other.disp_sq)
+
+
+def _fake(
+    grads: Sequence[Tensor], params: Sequence[Tensor], anchors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    wide = any(g.dtype == torch.float64 for g in grads)
+    dtype = torch.float64 if wide else torch.float32
+    count = len(grads)
+    device = grads[0].device if grads else None
+    numel = torch.empty(count, dtype=torch.int64, device=device)
+    return numel, torch.empty(4 if params else 2, count, dtype=dtype, device=device)
+
+
+_op = Op(
+    "grad_stats", "(Tensor[] grads, Tensor[] params, Tensor[] anchors) -> (Tensor, Tensor)", _fake
+)
+
+
+def grad_stats(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] | None = None,
+    anchors: Sequence[Tensor] | None = None,
+    *,
+    backend: str | None = None,
+) -> GradStats:
+    """Mean, centred second moment and, with anchors, displacement products of T gradients.
+
+    One read of every tensor. The sums are formed blockwise and merged pairwise (Chan, Golub &
+    LeVeque 1979), so that a large mean does not cancel the variance; they do not depend on the
+    number of threads.
+
+    Equivalent to, for each tensor g with parameter w and anchor w₀::
+
+        g.numel(), g.mean(), (g - g.mean()).square().sum(), ((w - w0) * g).sum(),
+        (w - w0).square().sum()
+
+    Args:
+        grads: T tensors of any shapes; float16, bfloat16, float32 and float64 may be mixed.
+        params: T tensors w, shaped like `grads`.
+        anchors: T tensors w₀, shaped like `grads`; their dtype may differ, e.g. bfloat16 snapshots.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        `GradStats`. The moments are float64 if a gradient is, otherwise float32. Tensors with a NaN
+        or an Inf have non-finite moments, and only they. With gradients on several devices the
+        result is on the first one's.
+
+    Raises:
+        TypeError: a tensor is sparse, integer or complex.
+        ValueError: params or anchors do not mirror grads.
+    """
+    check_list("grads", grads)
+    params, anchors = check_pairs(grads, params, anchors)
+    groups = by_device(grads)
+    if len(groups) > 1:
+        return _on_several_devices(groups, grads, params, anchors, backend)
+    device = next(iter(groups), torch.device("cpu"))
+    layout = contiguous_layout(grads, params, anchors, any_order=True)
+    numel, moments = _op(backend, device, layout.grads, layout.params, layout.anchors)
+    return GradStats(numel, *moments.unbind(0))
+
+
+def _on_several_devices(
+    groups: dict[torch.device, list[int]],
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    backend: str | None,
+) -> GradStats:
+    home = next(iter(groups))
+    parts, order = [], []
+    for index in groups.values():
+        pick = [[row[i] for i in index] if row else None for row in (grads, params, anchors)]
+        parts.append(grad_stats(pick[0] or [], pick[1], pick[2], backend=backend))
+        order += index
+    back = torch.tensor(order).argsort().to(home)
+    columns = []
+    for fields in zip(*parts, strict=True):
+        present = [f for f in fields if f is not None]
+        columns.append(torch.cat([f.to(home) for f in present])[back] if present else None)
+    numel, mean, m2, dot, disp_sq = columns
+    assert numel is not None and mean is not None and m2 is not None
+    return GradStats(numel, mean, m2, dot, disp_sq)

@@ -1,0 +1,132 @@
+"""modality_scores: how sure each modality is of the true class, in one launch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reference.modality_scores import IGNORED_LABEL
+from ._registry import Op
+from ._tensors import check_list
+
+
+class ModalityScores(NamedTuple):
+    """Scores of M modalities, each field [M].
+
+    Attributes:
+        prob: Mean over the batch of the true class's softmax probability.
+        log_prob: Mean over the batch of its logarithm, in nats.
+    """
+
+    prob: Tensor
+    log_prob: Tensor
+
+
+def _fake(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    wide = any(z.dtype == torch.float64 for z in logits)
+    dtype = torch.float64 if wide else torch.float32
+    prob = torch.empty(len(logits), dtype=dtype, device=labels.device)
+    return prob, torch.empty_like(prob)
+
+
+def _fake_backward(
+    grad_prob: Tensor, grad_log_prob: Tensor, logits: Sequence[Tensor], labels: Tensor
+) -> list[Tensor]:
+    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
+
+
+_op = Op("modality_scores", "(Tensor[] logits, Tensor labels) -> (Tensor, Tensor)", _fake)
+_backward_op = Op(
+    "modality_scores_backward",
+    "(Tensor grad_prob, Tensor grad_log_prob, Tensor[] logits, Tensor labels) -> Tensor[]",
+    _fake_backward,
+    module="modality_scores",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    logits, labels = inputs
+    ctx.save_for_backward(labels, *logits)
+
+
+def _backward(backend: str, ctx: Any, grad_prob: Tensor, grad_log_prob: Tensor) -> Any:
+    labels, *logits = ctx.saved_tensors
+    overload = _backward_op.overloads[backend]
+    grads = overload(grad_prob.contiguous(), grad_log_prob.contiguous(), logits, labels)
+    return grads, None
+
+
+_op.register_autograd(_backward, _setup_context)
+
+
+def modality_scores(
+    logits: Sequence[Tensor], labels: Tensor, *, backend: str | None = None
+) -> ModalityScores:
+    """Batch means of the true class's softmax probability and of its logarithm, per modality.
+
+    Equivalent to, for each modality's logits z::
+
+        p = z.softmax(1)[torch.arange(len(labels)), labels]
+        p.mean(), p.log().mean()
+
+    prob is the score S_m of OGM-GE (Peng et al., CVPR 2022, Eq. 8) divided by the batch size, which
+    leaves every ratio as it is; log_prob is the performance of InfoReg (CVPR 2025, Eq. 8).
+    Differentiable in the logits.
+
+    Args:
+        logits: M tensors [B, C]; float16, bfloat16, float32 or float64. C may differ.
+        labels: [B] integer class indices; rows labelled −100 do not count.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        `ModalityScores`, float64 if some logits are, otherwise float32. NaN where no row counts.
+
+    Raises:
+        TypeError: logits or labels have an unsupported dtype or layout.
+        ValueError: shapes do not match, or, on the CPU, a label is out of range. On other devices
+            looking would cost a synchronisation; the scores of that modality are NaN there.
+    """
+    check_scores_input([(f"logits[{m}]", z) for m, z in enumerate(logits)], labels)
+    dense = [z.contiguous() for z in logits]
+    prob, log_prob = _op(backend, labels.device, dense, labels.to(torch.int64).contiguous())
+    return ModalityScores(prob, log_prob)
+
+
+def check_scores_input(logits: Sequence[tuple[str, Tensor]], labels: Tensor) -> None:
+    """Raises an error that names what is wrong with the logits or the labels."""
+    if not logits:
+        raise ValueError("logits must hold at least one modality")
+    check_list("logits", [z for _, z in logits])
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        raise TypeError("labels must be an integer tensor of class indices")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
+    for name, z in logits:
+        if z.dim() != 2 or z.shape[0] != labels.shape[0] or z.shape[1] == 0:
+            raise ValueError(
+                f"{name} must have shape [B, C] with B = {labels.shape[0]} and C > 0, "
+                f"got {list(z.shape)}"
+            )
+        if z.device != labels.device:
+            raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range(logits, labels)
+
+
+def _check_range(logits: Sequence[tuple[str, Tensor]], labels: Tensor) -> None:
+    if labels.numel() == 0:
+        return
+    low, high = (int(x) for x in torch.aminmax(labels))
+    for name, z in logits:
+        if low >= 0 and high < z.shape[1]:
+            continue
+        wrong = ((labels < 0) | (labels >= z.shape[1])) & (labels != IGNORED_LABEL)
+        if wrong.any():
+            i = int(wrong.nonzero()[0])
+            raise ValueError(
+                f"labels[{i}] = {int(labels[i])} is out of range for {name} "
+                f"with {z.shape[1]} classes ({IGNORED_LABEL} marks a row to ignore)"
+            )

@@ -1,0 +1,126 @@
+"""scale_grad: modulation at a feature, in the backward pass, instead of over the parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..noise import NoiseStream
+from ._registry import Op
+from ._tensors import why_unsupported
+
+
+def _fake(grad: Tensor, coefficient: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(grad, memory_format=torch.contiguous_format)
+
+
+_op = Op(
+    "scale_grad_backward",
+    "(Tensor grad, Tensor coefficient, Tensor? noise_std, Tensor? noise_state, int noise_id, "
+    "int noise_offset) -> Tensor",
+    _fake,
+    module="scale_grad",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _double_backward(backend: str, ctx: Any, grad: Tensor) -> Any:
+    (coefficient,) = ctx.saved_tensors
+    overload = _op.overloads[backend]
+    return overload(grad.contiguous(), coefficient, None, None, 0, 0), None, None, None, None, None
+
+
+# The noise does not depend on the gradient, so that the derivative is the coefficient alone.
+_op.register_autograd(_double_backward, _setup_context)
+
+
+class _ScaleGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        coefficient: Tensor,
+        noise_std: Tensor | None,
+        noise_state: Tensor | None,
+        noise_id: int,
+        noise_offset: int,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(coefficient, noise_std, noise_state)
+        ctx.place = (noise_id, noise_offset)
+        ctx.backend = backend
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        coefficient, noise_std, noise_state = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        overload = _op.overloads[ctx.backend]
+        scaled = overload(grad, coefficient, noise_std, noise_state, *ctx.place)
+        return scaled, None, None, None, None, None, None
+
+
+def scale_grad(
+    x: Tensor,
+    coefficient: Tensor,
+    *,
+    noise_std: Tensor | None = None,
+    stream: NoiseStream | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Returns x; its backward pass multiplies the gradient by `coefficient`, and can add noise.
+
+    Applied to an encoder's output feature it scales the gradient of all the encoder's parameters
+    at once, because back-propagation is linear in the gradient that enters: OGM (without GE) then
+    costs nothing but this.
+
+    Equivalent to ``x.register_hook(lambda g: coefficient * g + noise_std * torch.randn_like(g))``.
+
+    Args:
+        x: Any shape; float16, bfloat16, float32 or float64.
+        coefficient: 0-d floating tensor on x's device.
+        noise_std: 0-d floating tensor: standard deviation of the added noise, in units of the
+            gradient.
+        stream: The random stream; needed with `noise_std`. For several features in one step give
+            each its own id, ``stream.place([m])``.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        A view of x. It is not differentiable in the coefficient.
+
+    Raises:
+        TypeError: x is sparse, integer or complex, or a coefficient is not a floating tensor.
+        ValueError: a coefficient is not 0-d or on another device; noise_std without a stream.
+    """
+    reason = why_unsupported(x)
+    if reason is not None:
+        raise TypeError(f"x {reason}")
+    if (noise_std is None) != (stream is None):
+        raise ValueError("noise_std needs a stream (mmfuse.NoiseStream), and a stream needs it")
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    values: list[Tensor | None] = []
+    for name, value in (("coefficient", coefficient), ("noise_std", noise_std)):
+        if value is None:
+            values.append(None)
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            raise TypeError(f"{name} must be a 0-d floating-point tensor")
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be 0-d, got shape {list(value.shape)}")
+        if value.device != x.device:
+            raise ValueError(f"{name} is on {value.device}, x on {x.device}")
+        values.append(value.detach().to(dtype))
+    ids, offsets = stream.counters(1) if stream is not None else ([0], [0])
+    state = None
+    if stream is not None:
+        # A copy: the backward pass may run after the stream has moved on.
+        state = stream.state.to(x.device, copy=True)
+    result: Tensor = _ScaleGrad.apply(
+        x, values[0], values[1], state, ids[0], offsets[0], _op.resolve(backend, x.device)
+    )
+    return result

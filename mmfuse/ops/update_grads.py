@@ -1,0 +1,166 @@
+"""update_grads_: the one pass that changes gradients, for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..noise import NoiseStream
+from ._registry import Op
+from ._tensors import (
+    by_device,
+    check_list,
+    check_pairs,
+    check_vector,
+    check_writable,
+    contiguous_layout,
+)
+
+
+def _fake(*_: object) -> None:
+    return None
+
+
+_op = Op(
+    "update_grads_",
+    "(Tensor(a!)[] grads, Tensor scale, Tensor[] params, Tensor[] anchors, Tensor? pull, "
+    "Tensor? noise_std, Tensor? noise_state, int[] noise_ids, int[] noise_offsets, "
+    "Tensor(b!)? finite) -> ()",
+    _fake,
+    module="update_grads",
+)
+
+
+def update_grads_(
+    grads: Sequence[Tensor],
+    scale: Tensor,
+    *,
+    params: Sequence[Tensor] | None = None,
+    anchors: Sequence[Tensor] | None = None,
+    pull: Tensor | None = None,
+    noise_std: Tensor | None = None,
+    stream: NoiseStream | None = None,
+    finite: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """G ← scale[t]·g + pull[t]·(w − w₀) + noise_std[t]·N(0, 1), for T tensors, in place.
+
+    One read and one write of every gradient; a tensor for which nothing would change is not
+    written. OGM, OGM-GE, InfoReg and RedReg are choices of the three vectors (see `mmfuse.ogm`).
+
+    Equivalent to, for each tensor::
+
+        g.mul_(scale[t]).add_(pull[t] * (w - w0)).add_(noise_std[t] * torch.randn_like(g))
+
+    Args:
+        grads: T tensors of any shapes; float16, bfloat16, float32 and float64 may be mixed.
+        scale: [T] floating, on the gradients' device, as are `pull` and `noise_std`.
+        params: T tensors w shaped like `grads`; needed with `pull`.
+        anchors: T tensors w₀ shaped like `grads`; needed with `pull`; any floating dtype.
+        pull: [T]; an entry of 0 adds nothing, even to a displacement that is not finite.
+        noise_std: [T]; an entry of 0 adds nothing.
+        stream: The random stream; needed with `noise_std`. Tensor t draws from the stream's t-th
+            id. The step is not advanced: call `stream.advance()` once per training step.
+        finite: 0-d bool tensor, set to False where a gradient ends up with a NaN or an Inf.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: a tensor is sparse, integer or complex.
+        ValueError: shapes do not match, or arguments that go together are not both given, or a
+            gradient is an expanded view. Nothing has been changed then.
+    """
+    check_list("grads", grads)
+    check_writable("grads", grads)
+    check_vector("scale", scale, len(grads))
+    if (pull is None) != (params is None and anchors is None):
+        raise ValueError("pull needs params and anchors, and they need pull")
+    params, anchors = check_pairs(grads, params, anchors)
+    if pull is not None:
+        check_vector("pull", pull, len(grads))
+    if (noise_std is None) != (stream is None):
+        raise ValueError("noise_std needs a stream (mmfuse.NoiseStream), and a stream needs it")
+    if noise_std is not None:
+        check_vector("noise_std", noise_std, len(grads))
+    if finite is not None and (finite.dtype != torch.bool or finite.dim() != 0):
+        raise ValueError("finite must be a 0-d bool tensor")
+    ids, offsets = stream.counters(len(grads)) if stream is not None else ([], [])
+    groups = by_device(grads)
+    if len(groups) != 1:
+        for device, index in groups.items():
+            _update_part(
+                device,
+                index,
+                grads,
+                scale,
+                params,
+                anchors,
+                pull,
+                noise_std,
+                stream,
+                finite,
+                backend,
+            )
+        return
+    device = next(iter(groups))
+    wide = any(g.dtype == torch.float64 for g in grads)
+    dtype = torch.float64 if wide else torch.float32
+    layout = contiguous_layout(grads, params, anchors, any_order=noise_std is None)
+    flag = finite.to(device) if finite is not None else None
+    _op(
+        backend,
+        device,
+        layout.grads,
+        scale.to(device, dtype).contiguous(),
+        layout.params,
+        layout.anchors,
+        None if pull is None else pull.to(device, dtype).contiguous(),
+        None if noise_std is None else noise_std.to(device, dtype).contiguous(),
+        None if stream is None else stream.state.to(device),
+        ids,
+        offsets,
+        flag,
+    )
+    for i in layout.copied:
+        grads[i].copy_(layout.grads[i])
+    if finite is not None and flag is not None and flag is not finite:
+        finite.logical_and_(flag.to(finite.device))
+
+
+def _update_part(
+    device: torch.device,
+    index: list[int],
+    grads: Sequence[Tensor],
+    scale: Tensor,
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    pull: Tensor | None,
+    noise_std: Tensor | None,
+    stream: NoiseStream | None,
+    finite: Tensor | None,
+    backend: str | None,
+) -> None:
+    """Updates the gradients on one of several devices, each with its own id in the stream."""
+    rows = torch.tensor(index)
+
+    def part(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows.to(values.device)].to(device)
+
+    placed = None
+    if stream is not None:
+        ids, offsets = stream.counters(len(grads))
+        placed = stream.to(device).place([ids[i] for i in index], [offsets[i] for i in index])
+    own_scale = part(scale)
+    assert own_scale is not None
+    update_grads_(
+        [grads[i] for i in index],
+        own_scale,
+        params=[params[i] for i in index] if params else None,
+        anchors=[anchors[i] for i in index] if anchors else None,
+        pull=part(pull),
+        noise_std=part(noise_std),
+        stream=placed,
+        finite=finite,
+        backend=backend,
+    )

@@ -1,0 +1,31 @@
+"""Count, mean, centred second moment and displacement products of a list of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._dtype import accumulator
+
+
+def grad_stats(
+    grads: Sequence[Tensor], params: Sequence[Tensor], anchors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """See `mmfuse.ops.grad_stats`; moments are [2, T], or [4, T] with anchors."""
+    dtype = accumulator(*grads)
+    device = grads[0].device if grads else None
+    numel = torch.tensor([g.numel() for g in grads], dtype=torch.int64, device=device)
+    columns = []
+    for t, grad in enumerate(grads):
+        g = grad.to(accumulator(grad))
+        mean = g.mean() if g.numel() else g.sum()
+        column = [mean, (g - mean).square().sum()]
+        if params:
+            d = params[t].to(g.dtype) - anchors[t].to(g.dtype)
+            column += [(d * g).sum(), d.square().sum()]
+        columns.append(torch.stack(column).to(dtype))
+    if not columns:
+        return numel, torch.empty(4 if params else 2, 0, dtype=dtype, device=device)
+    return numel, torch.stack(columns, dim=1)

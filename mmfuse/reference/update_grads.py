@@ -1,0 +1,40 @@
+"""g <- scale g + pull (w - w0) + noise_std N(0, 1), for a list of gradients, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._dtype import accumulator
+from .noise import standard_normal
+
+
+def update_grads_(
+    grads: Sequence[Tensor],
+    scale: Tensor,
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    pull: Tensor | None,
+    noise_std: Tensor | None,
+    noise_state: Tensor | None,
+    noise_ids: Sequence[int],
+    noise_offsets: Sequence[int],
+    finite: Tensor | None,
+) -> None:
+    """See `mmfuse.ops.update_grads_`; ids and offsets place each tensor in the noise stream."""
+    for t, grad in enumerate(grads):
+        dtype = accumulator(grad)
+        out = scale[t].to(dtype) * grad.to(dtype)
+        if pull is not None:
+            d = params[t].to(dtype) - anchors[t].to(dtype)
+            # A factor of 0 adds nothing, even to a displacement that is not finite.
+            out = torch.where(pull[t] == 0, out, out + pull[t].to(dtype) * d)
+        if noise_std is not None and noise_state is not None:
+            z = standard_normal(noise_state, grad.numel(), noise_ids[t], noise_offsets[t])
+            noisy = out + noise_std[t].to(dtype) * z.to(dtype).view_as(out)
+            out = torch.where(noise_std[t] == 0, out, noisy)
+        grad.copy_(out)
+        if finite is not None:
+            finite.logical_and_(grad.isfinite().all())

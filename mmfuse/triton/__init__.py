@@ -1,0 +1,3 @@
+"""Triton."""
+
+INTERPRETED = False

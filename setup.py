@@ -197,7 +197,5 @@ def run_compiler(command: list[object]) -> None:
         print(done.stderr, file=sys.stderr)
 
 
-setup(
-    ext_modules=[Extension("mmfuse._C", [])],
-    cmdclass={"build_ext": BuildKernels},
-)
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("mmfuse._C", [])], cmdclass={"build_ext": BuildKernels})

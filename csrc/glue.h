@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -46,6 +47,11 @@ inline void check_contiguous(const TensorList& tensors, const char* what) {
   for (const Tensor& tensor : tensors) {
     STD_TORCH_CHECK(tensor.is_contiguous(), "mmfuse: ", what, " must be contiguous");
   }
+}
+
+inline Tensor empty_on_cpu(const std::vector<int64_t>& size, ScalarType dtype) {
+  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
+  return torch::stable::empty(size, dtype, std::nullopt, cpu);
 }
 
 }  // namespace mmfuse

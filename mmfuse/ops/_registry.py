@@ -46,6 +46,7 @@ class Op:
         self.module = module or name
         self._reasons: dict[str, str] = {}
         self.overloads: dict[str, Any] = {}
+        self._chosen: dict[tuple[str | None, str], str] = {}
         for backend in BACKENDS:
             _library.define(f"{name}.{backend}{schema}")
             qualified = f"mmfuse::{name}.{backend}"
@@ -87,12 +88,12 @@ class Op:
             reason = _native.why_missing(backend)
             if reason is not None:
                 return reason
+            keys = (device_type.upper(),) if device_type else ("CPU", "CUDA")
             qualified = f"mmfuse::{self.name}.{backend}"
-            if not any(
-                torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
-                for key in ("CPU", "CUDA")
-            ):
-                return f"the compiled library has no {backend} kernel for {self.name}"
+            if not any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, k) for k in keys):
+                return (
+                    f"the {backend} backend has no {self.name} for {device_type or 'any'} tensors"
+                )
         if backend == "triton" and device_type == "cpu" and not _triton_interprets():
             return "Triton runs on GPUs; on the CPU only with TRITON_INTERPRET=1 set before import"
         return None
@@ -104,21 +105,26 @@ class Op:
             ValueError: `backend` is not the name of a backend.
             RuntimeError: the named backend is not available; the message says why.
         """
-        named = backend if backend is not None else _forced
+        key = (backend if backend is not None else _forced, device.type)
+        chosen = self._chosen.get(key)
+        if chosen is None:
+            chosen = self._chosen[key] = self._choose(*key)
+        return chosen
+
+    def _choose(self, named: str | None, device_type: str) -> str:
         if named is not None:
             if named not in BACKENDS:
                 raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {named!r}")
-            reason = self.why_missing(named, device.type)
+            reason = self.why_missing(named, device_type)
             if reason is not None:
                 raise RuntimeError(f"backend {named!r} is not available for {self.name}: {reason}")
             return named
-        order = PREFERENCE.get(device.type, ("reference",))
-        for candidate in order:
-            if self.why_missing(candidate, device.type) is None:
-                if candidate != order[0]:
-                    _warn_slow(candidate, order[0], self.why_missing(order[0], device.type))
-                return candidate
-        raise RuntimeError(f"no backend implements {self.name} on {device.type}")
+        order = PREFERENCE.get(device_type, ("reference",))
+        reasons = {candidate: self.why_missing(candidate, device_type) for candidate in order}
+        best = next(candidate for candidate in order if reasons[candidate] is None)
+        if best != order[0]:
+            _warn_slow(best, order[0], reasons[order[0]])
+        return best
 
     def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:
         return self.overloads[self.resolve(backend, device)](*args)
@@ -132,7 +138,6 @@ def _triton_interprets() -> bool:
     return bool(triton_package.INTERPRETED)
 
 
-@torch.compiler.assume_constant_result
 def _warn_slow(chosen: str, wanted: str, reason: str | None) -> None:
     if wanted not in _warned:
         _warned.add(wanted)

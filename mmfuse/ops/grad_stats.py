@@ -115,7 +115,9 @@ def grad_stats(
     groups = by_device(grads)
     if len(groups) > 1:
         return _on_several_devices(groups, grads, params, anchors, backend)
-    device = next(iter(groups), torch.device("cpu"))
+    if not grads:  # without a tensor PyTorch's dispatcher has no device to choose
+        return GradStats(torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))
+    device = grads[0].device
     layout = contiguous_layout(grads, params, anchors, any_order=True)
     numel, moments = _op(backend, device, layout.grads, layout.params, layout.anchors)
     return GradStats(numel, *moments.unbind(0))

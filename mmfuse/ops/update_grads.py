@@ -88,20 +88,9 @@ def update_grads_(
     ids, offsets = stream.counters(len(grads)) if stream is not None else ([], [])
     groups = by_device(grads)
     if len(groups) != 1:
+        vectors = (scale, pull, noise_std)
         for device, index in groups.items():
-            _update_part(
-                device,
-                index,
-                grads,
-                scale,
-                params,
-                anchors,
-                pull,
-                noise_std,
-                stream,
-                finite,
-                backend,
-            )
+            _update_part(device, index, grads, params, anchors, vectors, stream, finite, backend)
         return
     device = next(iter(groups))
     wide = any(g.dtype == torch.float64 for g in grads)
@@ -132,34 +121,30 @@ def _update_part(
     device: torch.device,
     index: list[int],
     grads: Sequence[Tensor],
-    scale: Tensor,
     params: Sequence[Tensor],
     anchors: Sequence[Tensor],
-    pull: Tensor | None,
-    noise_std: Tensor | None,
+    vectors: tuple[Tensor, Tensor | None, Tensor | None],
     stream: NoiseStream | None,
     finite: Tensor | None,
     backend: str | None,
 ) -> None:
     """Updates the gradients on one of several devices, each with its own id in the stream."""
     rows = torch.tensor(index)
-
-    def part(values: Tensor | None) -> Tensor | None:
-        return None if values is None else values[rows.to(values.device)].to(device)
-
+    scale, pull, noise_std = (
+        None if v is None else v[rows.to(v.device)].to(device) for v in vectors
+    )
+    assert scale is not None
     placed = None
     if stream is not None:
         ids, offsets = stream.counters(len(grads))
         placed = stream.to(device).place([ids[i] for i in index], [offsets[i] for i in index])
-    own_scale = part(scale)
-    assert own_scale is not None
     update_grads_(
         [grads[i] for i in index],
-        own_scale,
+        scale,
         params=[params[i] for i in index] if params else None,
         anchors=[anchors[i] for i in index] if anchors else None,
-        pull=part(pull),
-        noise_std=part(noise_std),
+        pull=pull,
+        noise_std=noise_std,
         stream=placed,
         finite=finite,
         backend=backend,

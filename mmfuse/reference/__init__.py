@@ -1,1 +1,1 @@
-"""Plain PyTorch for every op. This is the specification that the other backends are tested against."""
+"""Plain PyTorch for every op: the specification that the other backends are tested against."""

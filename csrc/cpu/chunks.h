@@ -1,0 +1,60 @@
+// Cuts a list of tensors into chunks and shares them out between PyTorch's threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <vector>
+
+namespace mmfuse::cpu {
+
+// Part of the results: sums are formed per chunk and merged in order, whatever thread did which.
+constexpr int64_t kChunk = 32768;
+
+struct Chunk {
+  size_t tensor;
+  int64_t begin;
+  int64_t size;
+};
+
+// `slices` have a `size`, in elements.
+template <typename slice_t>
+std::vector<Chunk> make_chunks(const std::vector<slice_t>& slices) {
+  std::vector<Chunk> chunks;
+  chunks.reserve(slices.size());
+  for (size_t t = 0; t < slices.size(); ++t) {
+    for (int64_t begin = 0; begin < slices[t].size; begin += kChunk) {
+      chunks.push_back({t, begin, std::min(kChunk, slices[t].size - begin)});
+    }
+  }
+  return chunks;
+}
+
+// f(i) for every i in [0, count), which together stand for `elements` elements. The next index goes
+// to whichever thread is free: chunks differ in size, and other processes take cores away.
+template <typename F>
+void parallel_each(int64_t count, int64_t elements, const F& f) {
+  const int64_t threads = std::min({count, elements / kChunk + 1,
+                                    static_cast<int64_t>(torch::stable::get_num_threads())});
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
+  };
+  if (threads <= 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+}
+
+template <typename F>
+void parallel_each(const std::vector<Chunk>& chunks, const F& f) {
+  int64_t elements = 0;
+  for (const Chunk& chunk : chunks) elements += chunk.size;
+  parallel_each(static_cast<int64_t>(chunks.size()), elements,
+                [&](int64_t i) { f(chunks[i], static_cast<size_t>(i)); });
+}
+
+}  // namespace mmfuse::cpu

@@ -1,0 +1,88 @@
+#include "grad_stats.h"
+
+#include "chunks.h"
+#include "glue.h"
+
+#define MMFUSE_KERNEL "grad_stats_kernel.h"
+#include "foreach_simd.h"
+
+namespace mmfuse::cpu {
+namespace {
+
+template <typename out_t>
+void write_moments(const std::vector<Moments<double>>& moments, bool anchored, out_t* out) {
+  const size_t count = moments.size();
+  for (size_t t = 0; t < count; ++t) {
+    out[t] = static_cast<out_t>(moments[t].mean);
+    out[count + t] = static_cast<out_t>(moments[t].m2);
+    if (!anchored) continue;
+    out[2 * count + t] = static_cast<out_t>(moments[t].dot);
+    out[3 * count + t] = static_cast<out_t>(moments[t].disp_sq);
+  }
+}
+
+std::vector<Moments<double>> all_moments(const std::vector<StatsSlice>& tensors) {
+  const std::vector<Chunk> chunks = make_chunks(tensors);
+  const auto kernel = MMFUSE_SIMD_SELECT(slice_moments);
+  std::vector<Moments<double>> parts(chunks.size());
+  parallel_each(chunks, [&](const Chunk& chunk, size_t i) {
+    StatsSlice slice = tensors[chunk.tensor];
+    slice.begin = chunk.begin;
+    slice.size = chunk.size;
+    parts[i] = kernel(slice);
+  });
+  std::vector<Moments<double>> moments(tensors.size());
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    Moments<double>& total = moments[chunks[i].tensor];
+    total = merge_moments(total, parts[i]);
+  }
+  return moments;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList& params,
+                                      const TensorList& anchors) {
+  check_contiguous(grads, "gradients");
+  check_contiguous(params, "parameters");
+  check_contiguous(anchors, "anchors");
+  STD_TORCH_CHECK(params.size() == anchors.size(), "mmfuse: params need as many anchors");
+  const bool anchored = !params.empty();
+  STD_TORCH_CHECK(!anchored || params.size() == grads.size(),
+                  "mmfuse: params must be empty or match grads");
+
+  const int64_t count = static_cast<int64_t>(grads.size());
+  std::vector<StatsSlice> tensors(grads.size());
+  for (size_t t = 0; t < grads.size(); ++t) {
+    StatsSlice& slice = tensors[t];
+    slice = {};
+    slice.grad_dtype = dtype_of(grads[t]);
+    slice.grad = grads[t].const_data_ptr();
+    slice.size = grads[t].numel();
+    if (!anchored) continue;
+    slice.param_dtype = dtype_of(params[t]);
+    slice.anchor_dtype = dtype_of(anchors[t]);
+    slice.param = params[t].const_data_ptr();
+    slice.anchor = anchors[t].const_data_ptr();
+  }
+  const std::vector<Moments<double>> moments = all_moments(tensors);
+
+  const ScalarType dtype = result_type(grads);
+  Tensor numel = empty_on_cpu({count}, ScalarType::Long);
+  Tensor out = empty_on_cpu({anchored ? 4 : 2, count}, dtype);
+  for (size_t t = 0; t < grads.size(); ++t) {
+    static_cast<int64_t*>(numel.mutable_data_ptr())[t] = tensors[t].size;
+  }
+  if (dtype == ScalarType::Double) {
+    write_moments(moments, anchored, static_cast<double*>(out.mutable_data_ptr()));
+  } else {
+    write_moments(moments, anchored, static_cast<float*>(out.mutable_data_ptr()));
+  }
+  return {numel, out};
+}
+
+}  // namespace mmfuse::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mmfuse, CPU, m) {
+  m.impl("grad_stats.cpu", TORCH_BOX(&mmfuse::cpu::grad_stats));
+}

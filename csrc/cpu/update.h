@@ -1,0 +1,46 @@
+// out = scale * in + pull * (param - anchor) + noise_std * N(0, 1), the one update behind
+// update_grads_ and scale_grad.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/philox.h"
+
+namespace mmfuse::cpu {
+
+// A stretch of one tensor. The data pointers are those of the whole tensor, and a zero coefficient
+// switches its term off, whatever the data are.
+struct UpdateSlice {
+  DType dtype;
+  DType param_dtype;
+  DType anchor_dtype;
+  const void* in;
+  void* out;
+  const void* param;
+  const void* anchor;
+  double scale;
+  double pull;
+  double noise_std;
+  NoiseKey noise_key;
+  int64_t noise_offset;
+  int64_t begin;
+  int64_t size;
+};
+
+inline bool is_identity(const UpdateSlice& slice) {
+  return slice.in == slice.out && slice.scale == 1 && slice.pull == 0 && slice.noise_std == 0;
+}
+
+// Runs all slices, whole tensors each; false when a stored value is NaN or infinite. Without
+// `check_finite`, tensors that stay as they are are not read, and count as finite.
+bool launch_update(std::vector<UpdateSlice> tensors, bool check_finite);
+
+// state is NoiseStream's (seed, step).
+inline NoiseKey noise_key(const int64_t* state, int64_t stream_id) {
+  return {static_cast<uint64_t>(state[0]), static_cast<uint32_t>(stream_id),
+          static_cast<uint32_t>(state[1])};
+}
+
+}  // namespace mmfuse::cpu

@@ -1,0 +1,58 @@
+#include "coefficients.h"
+#include "update.h"
+
+namespace mmfuse::cpu {
+
+void update_grads_(const TensorList& grads, const Tensor& scale, const TensorList& params,
+                   const TensorList& anchors, const std::optional<Tensor>& pull,
+                   const std::optional<Tensor>& noise_std, const std::optional<Tensor>& noise_state,
+                   const std::vector<int64_t>& noise_ids, const std::vector<int64_t>& noise_offsets,
+                   const std::optional<Tensor>& finite) {
+  const size_t count = grads.size();
+  check_contiguous(grads, "gradients");
+  std::vector<UpdateSlice> tensors(count);
+  const Coefficients scales(scale, count, "scale");
+  for (size_t t = 0; t < count; ++t) {
+    UpdateSlice& slice = tensors[t];
+    slice = {};
+    slice.dtype = dtype_of(grads[t]);
+    slice.in = slice.out = grads[t].mutable_data_ptr();
+    slice.size = grads[t].numel();
+    slice.scale = scales[t];
+  }
+  if (pull) {
+    STD_TORCH_CHECK(params.size() == count && anchors.size() == count,
+                    "mmfuse: pull needs one parameter and one anchor for each gradient");
+    check_contiguous(params, "parameters");
+    check_contiguous(anchors, "anchors");
+    const Coefficients pulls(*pull, count, "pull");
+    for (size_t t = 0; t < count; ++t) {
+      UpdateSlice& slice = tensors[t];
+      slice.param_dtype = dtype_of(params[t]);
+      slice.anchor_dtype = dtype_of(anchors[t]);
+      slice.param = params[t].const_data_ptr();
+      slice.anchor = anchors[t].const_data_ptr();
+      slice.pull = pulls[t];
+    }
+  }
+  if (noise_std) {
+    STD_TORCH_CHECK(noise_state && noise_ids.size() == count && noise_offsets.size() == count,
+                    "mmfuse: noise_std needs noise_state, noise_ids and noise_offsets");
+    const Coefficients stds(*noise_std, count, "noise_std");
+    const int64_t* state = noise_state_of(*noise_state);
+    for (size_t t = 0; t < count; ++t) {
+      UpdateSlice& slice = tensors[t];
+      slice.noise_std = stds[t];
+      slice.noise_key = noise_key(state, noise_ids[t]);
+      slice.noise_offset = noise_offsets[t];
+    }
+  }
+  const bool all_finite = launch_update(std::move(tensors), finite.has_value());
+  if (finite && !all_finite) *static_cast<bool*>(finite->mutable_data_ptr()) = false;
+}
+
+}  // namespace mmfuse::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(mmfuse, CPU, m) {
+  m.impl("update_grads_.cpu", TORCH_BOX(&mmfuse::cpu::update_grads_));
+}

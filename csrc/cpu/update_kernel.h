@@ -1,0 +1,115 @@
+// The update of one stretch of a gradient; no include guard, see foreach_simd.h.
+#include "noise_kernel.h"
+#include "widen.h"
+
+// Few enough elements for the noise and both widened tensors to stay in L1.
+constexpr int64_t kUpdateTile = 1024;
+
+template <typename scalar_t>
+struct UpdateTile {
+  using acc_t = acc_type<scalar_t>;
+  const scalar_t* in;
+  scalar_t* out;
+  const acc_t* param;
+  const acc_t* anchor;
+  const float* normals;
+  acc_t scale;
+  acc_t pull;
+  acc_t noise_std;
+};
+
+// False when a stored value is NaN or infinite.
+template <bool kPull, bool kNoise, typename scalar_t>
+inline bool update_tile(const UpdateTile<scalar_t>& tile, int64_t n) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kWidth = lanes_of<scalar_t>;
+  const auto limit = splat(Element<scalar_t>::overflow());
+  auto finite = limit == limit;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    auto x = load(tile.in + i) * tile.scale;
+    if constexpr (kPull) {
+      x = multiply_add(splat(tile.pull), load(tile.param + i) - load(tile.anchor + i), x);
+    }
+    if constexpr (kNoise) {
+      x = multiply_add(splat(tile.noise_std), load_as(tile.normals + i, acc_t()), x);
+    }
+    store(tile.out + i, x);
+    finite &= absolute(x) < limit;
+  }
+  bool all_finite = !any_lane(~finite);
+  if (i < n) {
+    // The rest once more through the loop above, padded with zeros: where an element ends up in a
+    // vector must not change its rounding.
+    scalar_t in[kWidth]{}, out[kWidth];
+    acc_t param[kWidth]{}, anchor[kWidth]{};
+    float normals[kWidth]{};
+    std::copy(tile.in + i, tile.in + n, in);
+    if constexpr (kPull) {
+      std::copy(tile.param + i, tile.param + n, param);
+      std::copy(tile.anchor + i, tile.anchor + n, anchor);
+    }
+    if constexpr (kNoise) std::copy(tile.normals + i, tile.normals + n, normals);
+    const UpdateTile<scalar_t> rest{in,         out,       param,          anchor, normals,
+                                    tile.scale, tile.pull, tile.noise_std};
+    all_finite &= update_tile<kPull, kNoise>(rest, kWidth);
+    std::copy(out, out + (n - i), tile.out + i);
+  }
+  return all_finite;
+}
+
+template <bool kPull, bool kNoise, typename scalar_t>
+inline bool update_tiles(const UpdateSlice& slice) {
+  using acc_t = acc_type<scalar_t>;
+  acc_t param_buffer[kUpdateTile], anchor_buffer[kUpdateTile];
+  float normals[kUpdateTile + kNoiseBlock + kDrawElements];
+  bool all_finite = true;
+  for (int64_t done = 0; done < slice.size; done += kUpdateTile) {
+    const int64_t begin = slice.begin + done;
+    const int64_t n = std::min(kUpdateTile, slice.size - done);
+    UpdateTile<scalar_t> tile{};
+    tile.in = static_cast<const scalar_t*>(slice.in) + begin;
+    tile.out = static_cast<scalar_t*>(slice.out) + begin;
+    tile.scale = static_cast<acc_t>(slice.scale);
+    tile.pull = static_cast<acc_t>(slice.pull);
+    tile.noise_std = static_cast<acc_t>(slice.noise_std);
+    if constexpr (kPull) {
+      tile.param = tile_as(slice.param, slice.param_dtype, begin, n, param_buffer);
+      tile.anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
+    }
+    if constexpr (kNoise) {
+      const int64_t element = slice.noise_offset + begin;
+      const int64_t lead = element % kNoiseBlock;
+      fill_normals(normals, slice.noise_key, element / kNoiseBlock,
+                   (lead + n + kNoiseBlock - 1) / kNoiseBlock);
+      tile.normals = normals + lead;
+    }
+    all_finite &= update_tile<kPull, kNoise>(tile, n);
+  }
+  return all_finite;
+}
+
+template <typename scalar_t>
+inline bool all_finite(const scalar_t* x, int64_t n) {
+  constexpr int kWidth = lanes_of<scalar_t>;
+  const auto limit = splat(std::numeric_limits<acc_type<scalar_t>>::infinity());
+  auto finite = limit == limit;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) finite &= absolute(load(x + i)) < limit;
+  if (i < n) finite &= absolute(load_first(x + i, n - i, 0)) < limit;
+  return !any_lane(~finite);
+}
+
+inline bool update_slice(const UpdateSlice& slice) {
+  return visit_dtype(slice.dtype, [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    if (is_identity(slice)) {
+      return all_finite(static_cast<const scalar_t*>(slice.in) + slice.begin, slice.size);
+    }
+    const bool pull = slice.pull != 0, noise = slice.noise_std != 0;
+    if (pull && noise) return update_tiles<true, true, scalar_t>(slice);
+    if (pull) return update_tiles<true, false, scalar_t>(slice);
+    if (noise) return update_tiles<false, true, scalar_t>(slice);
+    return update_tiles<false, false, scalar_t>(slice);
+  });
+}

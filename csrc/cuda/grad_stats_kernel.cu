@@ -1,0 +1,278 @@
+#include <algorithm>
+
+#include "common/moments.h"
+#include "grad_stats.h"
+#include "launch.h"
+#include "pack_batch.h"
+#include "reduce.h"
+
+namespace mmfuse::cuda {
+namespace {
+
+template <typename scalar_t>
+constexpr int kBlocksPerSm = std::is_same_v<scalar_t, double> ? 2 : 4;
+
+constexpr int kFinaliseThreads = 128;
+
+template <bool kHasAnchors>
+using StatsTable = TensorTable<Entry<kHasAnchors, false>, double*>;
+
+// Moments of the values of one batch, by two passes over registers.
+template <typename acc_t, int kPacks, int kPack>
+__device__ __forceinline__ Moments<acc_t> batch_moments(const acc_t (&values)[kPacks][kPack],
+                                                        int valid) {
+  Moments<acc_t> batch;
+  batch.n = (valid < kPacks ? valid : kPacks) * kPack;
+  acc_t sum = 0;
+#pragma unroll
+  for (int u = 0; u < kPacks; ++u) {
+#pragma unroll
+    for (int j = 0; j < kPack; ++j) sum += values[u][j];
+  }
+  batch.mean = sum / static_cast<acc_t>(batch.n);
+#pragma unroll
+  for (int u = 0; u < kPacks; ++u) {
+    if (u < valid) {
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        const acc_t centred = values[u][j] - batch.mean;
+        batch.m2 += centred * centred;
+      }
+    }
+  }
+  return batch;
+}
+
+// Moments of g - shift over `packs` packs from element `first` on, as far as this thread has them.
+template <Anchors kAnchors, bool kVector, typename scalar_t>
+__device__ __forceinline__ Moments<acc_type<scalar_t>> pack_moments(const scalar_t* grad,
+                                                                    const AnchorPair& pair,
+                                                                    acc_type<scalar_t> shift,
+                                                                    int64_t first, int packs) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kPack = kPackSize<scalar_t, kAnchors>;
+  constexpr int kRegisters = kAnchors == Anchors::kNone ? 16 : 8;
+  constexpr int kPacks = kBatchPacks<scalar_t, kAnchors, kRegisters>;
+  Moments<acc_t> total;
+  for (int p = threadIdx.x; p < packs; p += kThreads * kPacks) {
+    const int valid = (packs - p + kThreads - 1) / kThreads;
+    const int64_t index = first + p * kPack;
+    acc_t values[kPacks][kPack];
+    load_batch<kVector>(grad + index, kThreads * kPack, valid, values);
+    acc_t dot = 0;
+    acc_t disp_sq = 0;
+    if constexpr (kAnchors != Anchors::kNone) {
+      acc_t displacement[kPacks][kPack];
+      load_displacements<kAnchors, scalar_t, kVector>(pair, index, kThreads * kPack, valid,
+                                                      displacement);
+#pragma unroll
+      for (int u = 0; u < kPacks; ++u) {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) {
+          dot += displacement[u][j] * values[u][j];
+          disp_sq += displacement[u][j] * displacement[u][j];
+        }
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) values[u][j] = u < valid ? values[u][j] - shift : acc_t(0);
+    }
+    Moments<acc_t> batch = batch_moments(values, valid);
+    batch.dot = dot;
+    batch.disp_sq = disp_sq;
+    total = merge_moments(total, batch);
+  }
+  return total;
+}
+
+// Merges the threads' moments, whose counts add up to n; the result is in every thread.
+template <bool kHasAnchors, typename acc_t>
+__device__ __forceinline__ Moments<acc_t> block_moments(const Moments<acc_t>& mine, int64_t n) {
+  const acc_t count = static_cast<acc_t>(mine.n);
+  acc_t sum[1] = {count * mine.mean};
+  block_sum<kThreads>(sum);
+  Moments<acc_t> total;
+  total.n = n;
+  total.mean = sum[0] / static_cast<acc_t>(n);
+  const acc_t delta = mine.mean - total.mean;
+  if constexpr (kHasAnchors) {
+    acc_t sums[3] = {mine.m2 + count * delta * delta, mine.dot, mine.disp_sq};
+    block_sum<kThreads>(sums);
+    total.m2 = sums[0];
+    total.dot = sums[1];
+    total.disp_sq = sums[2];
+  } else {
+    acc_t sums[1] = {mine.m2 + count * delta * delta};
+    block_sum<kThreads>(sums);
+    total.m2 = sums[0];
+  }
+  return total;
+}
+
+// One row of the workspace per chunk. All means are relative to the tensor's first element, a value
+// among the data: a mean much larger than the spread then costs no digits, in any precision.
+template <typename scalar_t, Anchors kAnchors>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
+    grad_stats_kernel(const StatsTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kPack = kPackSize<scalar_t, kAnchors>;
+  int t = 0;
+  for (int chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
+    t = find_entry(table, t, chunk);
+    const auto& entry = table.entries[t];
+    const scalar_t* grad = static_cast<const scalar_t*>(entry.grad);
+    const AnchorPair pair = anchor_pair<kAnchors>(entry);
+    const int64_t first = static_cast<int64_t>(chunk - entry.first_chunk) * kStatsChunk;
+    const int64_t left = entry.numel - first;
+    const int elements = left < kStatsChunk ? static_cast<int>(left) : kStatsChunk;
+    const acc_t shift = widen<acc_t>(grad[0]);
+    bool vector = is_aligned(grad);
+    if constexpr (kAnchors != Anchors::kNone) {
+      vector = vector && is_aligned<kAnchors, scalar_t>(pair, 0);
+    }
+    Moments<acc_t> mine =
+        vector ? pack_moments<kAnchors, true>(grad, pair, shift, first, elements / kPack)
+               : pack_moments<kAnchors, false>(grad, pair, shift, first, elements / kPack);
+    if (static_cast<int>(threadIdx.x) < elements % kPack) {
+      const int64_t index = first + elements - elements % kPack + threadIdx.x;
+      const acc_t value = widen<acc_t>(grad[index]);
+      Moments<acc_t> last;
+      last.n = 1;
+      last.mean = value - shift;
+      if constexpr (kAnchors != Anchors::kNone) {
+        const acc_t displacement = load_displacement<kAnchors, scalar_t>(pair, index);
+        last.dot = displacement * value;
+        last.disp_sq = displacement * displacement;
+      }
+      mine = merge_moments(mine, last);
+    }
+    const Moments<acc_t> total = block_moments<kAnchors != Anchors::kNone>(mine, elements);
+    if (threadIdx.x == 0) {
+      double* row =
+          table.common + static_cast<int64_t>(entry.slot + chunk - entry.first_chunk) * kStatsRow;
+      row[0] = shift;
+      row[1] = total.mean;
+      row[2] = total.m2;
+      row[3] = total.dot;
+      row[4] = total.disp_sq;
+    }
+  }
+}
+
+struct FinaliseEntry {
+  int64_t numel;
+  int64_t first_row;
+};
+
+struct FinaliseTable {
+  static constexpr int kCapacity = 2000;
+  const double* workspace;
+  int64_t* numel;
+  void* moments;
+  bool wide;
+  bool has_anchors;
+  int64_t first_slot;
+  int64_t tensors;
+  FinaliseEntry entries[kCapacity];
+};
+static_assert(sizeof(FinaliseTable) <= kMaxParamBytes);
+
+__device__ __forceinline__ void store_moment(const FinaliseTable& table, int64_t index,
+                                             double value) {
+  if (table.wide) {
+    static_cast<double*>(table.moments)[index] = value;
+  } else {
+    static_cast<float*>(table.moments)[index] = static_cast<float>(value);
+  }
+}
+
+// One block per tensor merges its rows, in float64 and in the same order every time.
+__global__ void __launch_bounds__(kFinaliseThreads)
+    grad_stats_finalise_kernel(const FinaliseTable __grid_constant__ table) {
+  const FinaliseEntry& entry = table.entries[blockIdx.x];
+  const int64_t slot = table.first_slot + blockIdx.x;
+  const int64_t rows = chunk_count(entry.numel, kStatsChunk);
+  const double* workspace = table.workspace + entry.first_row * kStatsRow;
+  const auto row_count = [&](int64_t row) {
+    const int64_t left = entry.numel - row * kStatsChunk;
+    return static_cast<double>(left < kStatsChunk ? left : kStatsChunk);
+  };
+  double sum[1] = {0};
+  for (int64_t row = threadIdx.x; row < rows; row += kFinaliseThreads) {
+    sum[0] += row_count(row) * workspace[row * kStatsRow + 1];
+  }
+  block_sum<kFinaliseThreads>(sum);
+  const double mean = rows > 0 ? sum[0] / static_cast<double>(entry.numel) : 0.0;
+  double sums[3] = {0, 0, 0};
+  for (int64_t row = threadIdx.x; row < rows; row += kFinaliseThreads) {
+    const double* values = workspace + row * kStatsRow;
+    const double delta = values[1] - mean;
+    sums[0] += values[2] + row_count(row) * delta * delta;
+    sums[1] += values[3];
+    sums[2] += values[4];
+  }
+  block_sum<kFinaliseThreads>(sums);
+  if (threadIdx.x != 0) return;
+  table.numel[slot] = entry.numel;
+  store_moment(table, slot, rows > 0 ? workspace[0] + mean : 0.0);
+  store_moment(table, table.tensors + slot, sums[0]);
+  if (table.has_anchors) {
+    store_moment(table, 2 * table.tensors + slot, sums[1]);
+    store_moment(table, 3 * table.tensors + slot, sums[2]);
+  }
+}
+
+template <typename scalar_t, Anchors kAnchors>
+void launch_chunks(const std::vector<GradTensor>& tensors, double* workspace, cudaStream_t stream) {
+  constexpr bool kHasAnchors = kAnchors != Anchors::kNone;
+  StatsTable<kHasAnchors> table;
+  table.common = workspace;
+  for_each_table<kHasAnchors, false>(tensors, kDType<scalar_t>, kAnchors, kStatsChunk, table, [&] {
+    launch("grad_stats_kernel", grad_stats_kernel<scalar_t, kAnchors>,
+           resident_blocks(table.chunks, kBlocksPerSm<scalar_t>), kThreads, stream, table);
+  });
+}
+
+void launch_finalise(const GradStatsParams& params, cudaStream_t stream) {
+  FinaliseTable table;
+  table.workspace = params.workspace;
+  table.numel = params.numel;
+  table.moments = params.moments;
+  table.wide = params.wide;
+  table.has_anchors = params.has_anchors;
+  table.tensors = static_cast<int64_t>(params.tensors.size());
+  int64_t row = 0;
+  for (table.first_slot = 0; table.first_slot < table.tensors;
+       table.first_slot += FinaliseTable::kCapacity) {
+    const int64_t count =
+        std::min<int64_t>(table.tensors - table.first_slot, FinaliseTable::kCapacity);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t numel = params.tensors[table.first_slot + i].numel;
+      table.entries[i] = {numel, row};
+      row += chunk_count(numel, kStatsChunk);
+    }
+    launch("grad_stats_finalise_kernel", grad_stats_finalise_kernel, count, kFinaliseThreads,
+           stream, table);
+  }
+}
+
+}  // namespace
+
+void launch_grad_stats(const GradStatsParams& params, cudaStream_t stream) {
+  // The chunk kernel needs no coefficients: its slot is the tensor's first row in the workspace.
+  std::vector<GradTensor> tensors = params.tensors;
+  int64_t row = 0;
+  for (GradTensor& tensor : tensors) {
+    tensor.slot = static_cast<int32_t>(row);
+    row += chunk_count(tensor.numel, kStatsChunk);
+  }
+  visit_groups(tensors, params.has_anchors, [&](auto* type, auto anchors) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    launch_chunks<scalar_t, anchors.value>(tensors, params.workspace, stream);
+  });
+  launch_finalise(params, stream);
+}
+
+}  // namespace mmfuse::cuda

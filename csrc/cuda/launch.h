@@ -1,0 +1,40 @@
+// The only place that starts a kernel; the rest of csrc/cuda never sees launch syntax.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+namespace mmfuse::cuda {
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("mmfuse: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+template <typename... KernelArgs, typename... Args>
+void launch(const char* name, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
+            cudaStream_t stream, const Args&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, args...), name);
+}
+
+// Blocks of a grid that strides over `work` pieces: as many as the device holds at once.
+inline unsigned resident_blocks(int64_t work, int blocks_per_sm) {
+  int device = 0;
+  int multiprocessors = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
+        "cudaDeviceGetAttribute");
+  const int64_t resident = static_cast<int64_t>(multiprocessors) * blocks_per_sm;
+  return static_cast<unsigned>(std::min(work, resident));
+}
+
+}  // namespace mmfuse::cuda

@@ -1,0 +1,173 @@
+// A list of tensors as one kernel parameter, and the way from a chunk of work to its tensor.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+#include <vector>
+
+#include "common/dtype.h"
+#include "element.h"
+
+namespace mmfuse::cuda {
+
+// One tensor of a list call, as the glue hands it over.
+struct GradTensor {
+  void* grad = nullptr;
+  const void* param = nullptr;
+  const void* anchor = nullptr;
+  int64_t numel = 0;
+  int64_t noise_offset = 0;
+  uint32_t noise_id = 0;
+  int32_t slot = 0;  // position in the call, where its coefficients and results are
+  DType grad_dtype = DType::kFloat32;
+  DType param_dtype = DType::kFloat32;
+  DType anchor_dtype = DType::kFloat32;
+};
+
+// float32 or float64 factors on the device; a null pointer stands for a term that is left out.
+struct Coefficients {
+  const void* values = nullptr;
+  bool wide = false;  // float64
+};
+
+template <typename acc_t>
+__device__ __forceinline__ acc_t load_coefficient(const Coefficients& coefficients, int64_t slot) {
+  return coefficients.wide
+             ? static_cast<acc_t>(static_cast<const double*>(coefficients.values)[slot])
+             : static_cast<acc_t>(static_cast<const float*>(coefficients.values)[slot]);
+}
+
+// kSame: parameters and anchors have the gradient's dtype, known when compiling.
+enum class Anchors { kNone, kSame, kMixed };
+
+template <Anchors kAnchors>
+using AnchorsTag = std::integral_constant<Anchors, kAnchors>;
+
+inline Anchors anchors_of(const GradTensor& tensor) {
+  const bool same =
+      tensor.param_dtype == tensor.grad_dtype && tensor.anchor_dtype == tensor.grad_dtype;
+  return same ? Anchors::kSame : Anchors::kMixed;
+}
+
+constexpr int kThreads = 256;
+
+// The limit on sm_70 and later since CUDA 12.1: no table is ever copied to the device.
+constexpr int kMaxParamBytes = 32764;
+
+template <bool kPresent>
+struct AnchorFields {};
+
+template <>
+struct AnchorFields<true> {
+  const void* param;
+  const void* anchor;
+  DType param_dtype;
+  DType anchor_dtype;
+};
+
+template <bool kPresent>
+struct NoiseFields {};
+
+template <>
+struct NoiseFields<true> {
+  int64_t noise_offset;
+  uint32_t noise_id;
+};
+
+// A call without anchors or noise has small entries, so that more tensors share a launch.
+template <bool kHasAnchors, bool kHasNoise>
+struct Entry : AnchorFields<kHasAnchors>, NoiseFields<kHasNoise> {
+  void* grad;
+  int64_t numel;
+  int32_t slot;
+  int32_t first_chunk;
+};
+
+template <typename entry_t, typename common_t>
+struct TensorTable {
+  static constexpr int kCapacity = (kMaxParamBytes - static_cast<int>(sizeof(common_t)) - 16) /
+                                   static_cast<int>(sizeof(entry_t));
+
+  common_t common;  // what all tensors of the call share
+  int32_t count;
+  int32_t chunks;
+  entry_t entries[kCapacity];
+};
+
+MMFUSE_HD int64_t chunk_count(int64_t numel, int64_t chunk_elements) {
+  return (numel + chunk_elements - 1) / chunk_elements;
+}
+
+// The entry that `chunk` belongs to, which is `low` or a later one.
+template <typename table_t>
+__device__ __forceinline__ int find_entry(const table_t& table, int low, int chunk) {
+  int high = table.count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (table.entries[middle].first_chunk <= chunk) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Fills the table with the tensors of one group and calls start() each time that it is full.
+template <bool kHasAnchors, bool kHasNoise, typename table_t, typename F>
+void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors anchors,
+                    int64_t chunk_elements, table_t& table, const F& start) {
+  constexpr int64_t kMaxChunks = 1 << 30;  // a stride beyond the last chunk is still an int
+  table.count = 0;
+  table.chunks = 0;
+  const auto flush = [&] {
+    if (table.count > 0) start();
+    table.count = 0;
+    table.chunks = 0;
+  };
+  for (const GradTensor& tensor : tensors) {
+    if (tensor.numel == 0 || tensor.grad_dtype != dtype) continue;
+    if (kHasAnchors && anchors_of(tensor) != anchors) continue;
+    const int64_t chunks = chunk_count(tensor.numel, chunk_elements);
+    if (table.count == table_t::kCapacity || table.chunks > kMaxChunks - chunks) flush();
+    auto& entry = table.entries[table.count++];
+    entry.grad = tensor.grad;
+    entry.numel = tensor.numel;
+    entry.slot = tensor.slot;
+    entry.first_chunk = table.chunks;
+    if constexpr (kHasAnchors) {
+      entry.param = tensor.param;
+      entry.anchor = tensor.anchor;
+      entry.param_dtype = tensor.param_dtype;
+      entry.anchor_dtype = tensor.anchor_dtype;
+    }
+    if constexpr (kHasNoise) {
+      entry.noise_offset = tensor.noise_offset;
+      entry.noise_id = tensor.noise_id;
+    }
+    table.chunks += static_cast<int32_t>(chunks);
+  }
+  flush();
+}
+
+// Calls f(element type, Anchors) once for each group of tensors that one kernel serves.
+template <typename F>
+void visit_groups(const std::vector<GradTensor>& tensors, bool has_anchors, const F& f) {
+  bool present[4][2] = {};
+  for (const GradTensor& tensor : tensors) {
+    const bool mixed = has_anchors && anchors_of(tensor) == Anchors::kMixed;
+    present[static_cast<int>(tensor.grad_dtype)][mixed] = true;
+  }
+  for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
+    const auto [same, mixed] = present[static_cast<int>(dtype)];
+    visit_dtype(dtype, [&, same = same, mixed = mixed](auto* type) {
+      if (same && !has_anchors) f(type, AnchorsTag<Anchors::kNone>{});
+      if (same && has_anchors) f(type, AnchorsTag<Anchors::kSame>{});
+      if (mixed) f(type, AnchorsTag<Anchors::kMixed>{});
+    });
+  }
+}
+
+}  // namespace mmfuse::cuda

@@ -1,0 +1,39 @@
+#include "update_grads.h"
+
+#include "cuda_glue.h"
+
+namespace mmfuse::cuda {
+
+void update_grads_(const TensorList& grads, const Tensor& scale, const TensorList& params,
+                   const TensorList& anchors, const std::optional<Tensor>& pull,
+                   const std::optional<Tensor>& noise_std, const std::optional<Tensor>& noise_state,
+                   const std::vector<int64_t>& noise_ids, const std::vector<int64_t>& noise_offsets,
+                   const std::optional<Tensor>& finite) {
+  const size_t count = grads.size();
+  UpdateGradsParams call;
+  call.tensors = grad_tensors(grads, params, anchors, true);
+  call.common.scale = coefficients_of(scale, count, "scale");
+  if (pull) {
+    STD_TORCH_CHECK(params.size() == count, "mmfuse: pull needs params and anchors");
+    call.common.pull = coefficients_of(*pull, count, "pull");
+  }
+  if (noise_std) {
+    STD_TORCH_CHECK(noise_ids.size() == count && noise_offsets.size() == count,
+                    "mmfuse: noise_std needs one noise id and one noise offset per gradient");
+    call.common.noise_std = coefficients_of(*noise_std, count, "noise_std");
+    call.common.noise_state = noise_state_of(noise_state);
+    for (size_t t = 0; t < count; ++t) {
+      call.tensors[t].noise_id = static_cast<uint32_t>(noise_ids[t]);
+      call.tensors[t].noise_offset = noise_offsets[t];
+    }
+  }
+  if (finite) call.common.finite = static_cast<bool*>(finite->mutable_data_ptr());
+  const DeviceScope device(scale);
+  launch_update_grads(call, device.stream());
+}
+
+}  // namespace mmfuse::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(mmfuse, MMFUSE_CUDA_KEY, m) {
+  m.impl("update_grads_.cuda", TORCH_BOX(&mmfuse::cuda::update_grads_));
+}

@@ -1,0 +1,153 @@
+"""The pass that update_grads_ and scale_grad share: read a tile, change it, write it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ._device import not_finite, round_to, widen
+from .noise import NOISE_BLOCK, normal_tile
+
+CHUNK_SIZE = 8192
+BLOCK_SIZE = 2048
+NUM_WARPS = 4
+
+
+@triton.jit
+def _update_tile(
+    out_ptr,
+    grad_ptr,
+    param_ptr,
+    anchor_ptr,
+    offsets,
+    mask,
+    write,
+    scale,
+    pull,
+    noise_std,
+    seed,
+    step,
+    noise_id,
+    noise_block,
+    ACC: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Updates one tile; returns the magnitude of what is stored."""
+    y = scale * widen(tl.load(grad_ptr + offsets, mask=mask), ACC)
+    if param_ptr is not None:
+        # By value, because 0 times a displacement that is not finite would not be 0.
+        if pull != 0:
+            w = widen(tl.load(param_ptr + offsets, mask=mask), ACC)
+            y += pull * (w - widen(tl.load(anchor_ptr + offsets, mask=mask), ACC))
+    if noise_std is not None:
+        if noise_std != 0:
+            z = normal_tile(seed, noise_id, step, noise_block, BLOCK_SIZE // NOISE_BLOCK)
+            y += noise_std * z.to(ACC)
+    stored = round_to(y, out_ptr.dtype.element_ty)
+    if write:
+        tl.store(out_ptr + offsets, stored, mask=mask)
+    size = tl.abs(widen(stored, ACC))
+    return size if mask is None else tl.where(mask, size, 0.0)
+
+
+@triton.jit
+def _larger(a, b):
+    """Elementwise maximum in which a NaN stays."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def update_chunk(
+    out_ptr,
+    grad_ptr,
+    param_ptr,
+    anchor_ptr,
+    chunk,
+    numel,
+    write,
+    scale,
+    pull,
+    noise_std,
+    noise_state_ptr,
+    noise_id,
+    noise_offset,
+    finite_ptr,
+    ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """out = scale g + pull (w - w0) + noise_std N(0, 1) for one chunk of a tensor.
+
+    Chunks are counted from the beginning of the noise block in which the tensor starts, so that
+    any noise_offset costs one Philox call per four elements.
+
+    Args:
+        out_ptr: Where to write; may be grad_ptr.
+        grad_ptr: The tensor g.
+        param_ptr: The tensor w, or None with `pull`.
+        anchor_ptr: The tensor w0, or None with `pull`.
+        chunk: int64 scalar.
+        numel: int64 scalar.
+        write: Whether to write; if not, only finiteness is looked at.
+        scale: ACC scalar.
+        pull: ACC scalar or None.
+        noise_std: ACC scalar or None, as are the other noise arguments.
+        noise_state_ptr: int64 (seed, step).
+        noise_id: int64 scalar, the tensor's random stream.
+        noise_offset: int64 scalar, place of the first element in that stream.
+        finite_ptr: uint8 to set to 0 where a NaN or an Inf is stored, or None.
+        ACC: In what to compute.
+        ALIGNED: Pointers are 16-byte aligned and noise_offset is a multiple of 4.
+        CHUNK_SIZE: Elements per chunk.
+        BLOCK_SIZE: Elements per tile, a power of two.
+    """
+    start = chunk * CHUNK_SIZE
+    seed = None
+    step = None
+    noise_block = None
+    if noise_std is not None:
+        seed = tl.load(noise_state_ptr)
+        step = tl.load(noise_state_ptr + 1)
+        noise_block = (noise_offset >> 2) + chunk * (CHUNK_SIZE // NOISE_BLOCK)
+        if not ALIGNED:
+            start -= noise_offset & 3
+    out_ptr += start
+    grad_ptr += start
+    if param_ptr is not None:
+        param_ptr += start
+        anchor_ptr += start
+    count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
+    if finite_ptr is None:
+        count = tl.where(write, count, 0)
+    # Elements of the first noise block that belong to what precedes the tensor.
+    before = tl.maximum(-start, 0).to(tl.int32)
+    lane = tl.arange(0, BLOCK_SIZE)
+    largest = tl.zeros([BLOCK_SIZE], ACC)
+    # A mask would cost the vector loads, so whole tiles go without one.
+    n_whole = count // BLOCK_SIZE if ALIGNED else 0
+    for tile in range(0, n_whole):
+        size = _update_tile(
+            out_ptr, grad_ptr, param_ptr, anchor_ptr, tile * BLOCK_SIZE + lane, None, write,
+            scale, pull, noise_std, seed, step, noise_id,
+            None if noise_std is None else noise_block + tile * (BLOCK_SIZE // NOISE_BLOCK),
+            ACC, BLOCK_SIZE,
+        )  # fmt: skip
+        if finite_ptr is not None:
+            largest = _larger(largest, size)
+    for tile in range(n_whole, tl.cdiv(count, BLOCK_SIZE)):
+        offsets = tile * BLOCK_SIZE + lane
+        mask = offsets < count
+        if not ALIGNED:
+            mask = mask & (offsets >= before)
+        size = _update_tile(
+            out_ptr, grad_ptr, param_ptr, anchor_ptr, offsets, mask, write,
+            scale, pull, noise_std, seed, step, noise_id,
+            None if noise_std is None else noise_block + tile * (BLOCK_SIZE // NOISE_BLOCK),
+            ACC, BLOCK_SIZE,
+        )  # fmt: skip
+        if finite_ptr is not None:
+            largest = _larger(largest, size)
+    if finite_ptr is not None:
+        found = tl.max(not_finite(largest).to(tl.int32), axis=0)
+        tl.store(finite_ptr, 0, mask=found != 0)

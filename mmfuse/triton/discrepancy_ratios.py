@@ -1,0 +1,48 @@
+"""Discrepancy ratio of each modality: one launch, one program per modality."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._aot import AotSpec
+from ._tensor_list import launch_on
+
+BLOCK_SIZE = 64
+NUM_WARPS = 1
+
+
+@triton.jit(do_not_specialize=["n_modalities", "scores_ptr", "ratios_ptr"])
+def _discrepancy_ratios_kernel(scores_ptr, ratios_ptr, n_modalities, BLOCK_SIZE: tl.constexpr):
+    """Writes the mean over j != m of S_m / S_j for one m."""
+    m = tl.program_id(0)
+    score = tl.load(scores_ptr + m)
+    total = tl.zeros([BLOCK_SIZE], scores_ptr.dtype.element_ty)
+    for start in range(0, n_modalities, BLOCK_SIZE):
+        j = start + tl.arange(0, BLOCK_SIZE)
+        other = (j < n_modalities) & (j != m)
+        total += tl.where(other, score / tl.load(scores_ptr + j, mask=other, other=1.0), 0.0)
+    tl.store(ratios_ptr + m, tl.sum(total, axis=0) / (n_modalities - 1))
+
+
+def discrepancy_ratios(scores: Tensor) -> Tensor:
+    """See `mmfuse.ops.discrepancy_ratios`."""
+    ratios = torch.empty_like(scores)
+    count = scores.numel()
+    if count:
+        with launch_on(scores.device):
+            _discrepancy_ratios_kernel[(count,)](
+                scores, ratios, count, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
+            )
+    return ratios
+
+
+def _spec(dtype: str) -> AotSpec:
+    types = {"scores_ptr": f"*{dtype}", "ratios_ptr": f"*{dtype}", "n_modalities": "i32"}
+    constants = {"BLOCK_SIZE": BLOCK_SIZE}
+    return AotSpec(_discrepancy_ratios_kernel, dtype, types, constants, NUM_WARPS)
+
+
+AOT_SPECS = [_spec("fp32"), _spec("fp64")]

@@ -1,0 +1,181 @@
+"""In-place update of a list of gradients: one launch per group of dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._aot import AotSpec
+from ._tensor_list import (
+    ANCHOR,
+    FIRST_CHUNK,
+    GRAD,
+    NOISE_ID,
+    NOISE_OFFSET,
+    NUMEL,
+    PARAM,
+    TRITON_DTYPES,
+    TableCache,
+    find_chunk,
+    launch_on,
+    load_pointer,
+)
+from ._update import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS, update_chunk
+
+_tables = TableCache(CHUNK_SIZE)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_chunk", "scale_ptr", "pull_ptr", "noise_std_ptr", "noise_state_ptr", "finite_ptr",
+    ]
+)  # fmt: skip
+def _update_grads_kernel(
+    rows_ptr,
+    chunk_rows_ptr,
+    first_chunk,
+    scale_ptr,
+    pull_ptr,
+    noise_std_ptr,
+    noise_state_ptr,
+    finite_ptr,
+    GRAD_DTYPE: tl.constexpr,
+    PARAM_DTYPE: tl.constexpr,
+    ANCHOR_DTYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Updates one chunk; pull_ptr, the noise's pointers and finite_ptr may be None."""
+    chunk, slot, row_ptr = find_chunk(rows_ptr, chunk_rows_ptr, first_chunk)
+    scale = tl.load(scale_ptr + slot).to(ACC)
+    write = scale != 1
+    param_ptr = None
+    anchor_ptr = None
+    pull = None
+    if pull_ptr is not None:
+        param_ptr = load_pointer(row_ptr, PARAM, PARAM_DTYPE, ALIGNED)
+        anchor_ptr = load_pointer(row_ptr, ANCHOR, ANCHOR_DTYPE, ALIGNED)
+        pull = tl.load(pull_ptr + slot).to(ACC)
+        write = write | (pull != 0)
+    noise_std = None
+    noise_id = None
+    noise_offset = None
+    if noise_std_ptr is not None:
+        noise_std = tl.load(noise_std_ptr + slot).to(ACC)
+        noise_id = tl.load(row_ptr + NOISE_ID)
+        noise_offset = tl.load(row_ptr + NOISE_OFFSET)
+        write = write | (noise_std != 0)
+    grad_ptr = load_pointer(row_ptr, GRAD, GRAD_DTYPE, ALIGNED)
+    update_chunk(
+        grad_ptr,
+        grad_ptr,
+        param_ptr,
+        anchor_ptr,
+        chunk - tl.load(row_ptr + FIRST_CHUNK),
+        tl.load(row_ptr + NUMEL),
+        write,
+        scale,
+        pull,
+        noise_std,
+        noise_state_ptr,
+        noise_id,
+        noise_offset,
+        finite_ptr,
+        ACC,
+        ALIGNED,
+        CHUNK_SIZE,
+        BLOCK_SIZE,
+    )
+
+
+def _constants(dtypes: list[tl.dtype], aligned: bool) -> dict[str, Any]:
+    return {
+        "GRAD_DTYPE": dtypes[0],
+        "PARAM_DTYPE": dtypes[1] if len(dtypes) > 1 else None,
+        "ANCHOR_DTYPE": dtypes[2] if len(dtypes) > 1 else None,
+        "ACC": tl.float64 if dtypes[0] == tl.float64 else tl.float32,
+        "ALIGNED": aligned,
+        "CHUNK_SIZE": CHUNK_SIZE,
+        "BLOCK_SIZE": BLOCK_SIZE,
+    }
+
+
+def update_grads_(
+    grads: Sequence[Tensor],
+    scale: Tensor,
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    pull: Tensor | None,
+    noise_std: Tensor | None,
+    noise_state: Tensor | None,
+    noise_ids: Sequence[int],
+    noise_offsets: Sequence[int],
+    finite: Tensor | None,
+) -> None:
+    """See `mmfuse.ops.update_grads_`; ids and offsets place each tensor in the noise stream."""
+    if not grads:
+        return
+    if pull is None:
+        params, anchors = (), ()
+    if noise_std is None:
+        noise_ids, noise_offsets = (), ()
+    with launch_on(grads[0].device):
+        table = _tables.get(grads, params, anchors, noise_ids, noise_offsets)
+        for group in table.groups:
+            names = [TRITON_DTYPES[d] for d in group.dtypes]
+            _update_grads_kernel[(group.n_chunks,)](
+                table.rows,
+                table.chunk_rows,
+                group.first_chunk,
+                scale,
+                pull,
+                noise_std,
+                noise_state,
+                None if finite is None else finite.view(torch.uint8),
+                **_constants(names, group.aligned),
+                num_warps=NUM_WARPS,
+            )
+
+
+def _spec(
+    *dtypes: str, noise: bool = False, finite: bool = False, aligned: bool = True
+) -> AotSpec:
+    names = [tl.dtype(name) for name in dtypes]
+    vector = "*fp64" if dtypes[0] == "fp64" else "*fp32"
+    types = {"rows_ptr": "*i64!", "chunk_rows_ptr": "*i32!", "first_chunk": "i32"}
+    optional = {
+        "scale_ptr": vector,
+        "pull_ptr": vector if len(dtypes) > 1 else None,
+        "noise_std_ptr": vector if noise else None,
+        "noise_state_ptr": "*i64" if noise else None,
+        "finite_ptr": "*u8" if finite else None,
+    }
+    types |= {name: kind for name, kind in optional.items() if kind is not None}
+    constants = dict.fromkeys(name for name, kind in optional.items() if kind is None)
+    flags = {"noise": noise, "finite": finite, "unaligned": not aligned}
+    label = " ".join([*dtypes, *(name for name, on in flags.items() if on)])
+    constants |= _constants(names, aligned)
+    return AotSpec(_update_grads_kernel, label, types, constants, NUM_WARPS)
+
+
+AOT_SPECS = [
+    _spec("fp32"),
+    _spec("bf16"),
+    _spec("fp32", finite=True, aligned=False),
+    _spec("fp32", noise=True),
+    _spec("fp32", noise=True, finite=True),
+    _spec("bf16", noise=True, finite=True),
+    _spec("fp16", noise=True, finite=True, aligned=False),
+    _spec("fp64", noise=True, finite=True),
+    _spec("fp32", "fp32", "fp32"),
+    _spec("bf16", "fp32", "bf16", finite=True),
+    _spec("fp32", "fp32", "fp32", noise=True, finite=True),
+    _spec("fp64", "fp64", "fp64", noise=True, finite=True, aligned=False),
+]

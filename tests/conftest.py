@@ -1,0 +1,114 @@
+"""Backends under test, the device each runs on, and poisoned outputs.
+
+Without a GPU all four backends run on the CPU: Triton in its interpreter, the CUDA kernels compiled
+against the host shim of tests/cuda_on_cpu. With one, the tests marked `gpu` run there too.
+MMFUSE_REQUIRE_BACKENDS (a comma-separated list, set by `make test`) turns a missing backend from a
+skip into a failure.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+
+from cuda_on_cpu.build import shim_library
+
+import mmfuse
+from mmfuse import _native
+from mmfuse.ops._registry import OPS
+
+REQUIRED = set(filter(None, os.environ.get("MMFUSE_REQUIRE_BACKENDS", "").split(",")))
+
+NO_GPU = "needs an NVIDIA GPU; torch.cuda.is_available() is False"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not torch.cuda.is_available() and _native.why_missing("cuda") is not None:
+        try:
+            _native.load_library(shim_library(), "cuda")
+        except RuntimeError as error:
+            if "cuda" in REQUIRED:
+                raise pytest.UsageError(f"the CUDA host shim does not build: {error}") from error
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+
+
+class Cell(NamedTuple):
+    """One column of the grid on one kind of device."""
+
+    backend: str
+    device: str
+
+    @property
+    def slow(self) -> bool:
+        """Interpreted: large inputs would take minutes."""
+        return self.device == "cpu" and self.backend in ("triton", "cuda")
+
+
+CELLS = [
+    *(Cell(b, "cpu") for b in ("reference", "cpu", "triton", "cuda")),
+    *(Cell(b, "cuda") for b in ("reference", "triton", "cuda")),
+]
+
+
+def _require(cell: Cell) -> None:
+    for op in OPS.values():
+        reason = op.why_missing(cell.backend, cell.device)
+        if reason is None:
+            continue
+        message = f"{cell.backend} on {cell.device}: {reason}"
+        if cell.device == "cpu" and cell.backend in REQUIRED:
+            pytest.fail(message)
+        if cell.device == "cpu" and cell.backend == "cuda" and torch.cuda.is_available():
+            message = "the CUDA kernels run on the GPU here, not in the host shim"
+        pytest.skip(message)
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            cell,
+            id=f"{cell.backend}-{cell.device}",
+            marks=[pytest.mark.gpu] if cell.device == "cuda" else [],
+        )
+        for cell in CELLS
+    ]
+)
+def cell(request: pytest.FixtureRequest) -> Cell:
+    """Every backend, on every device where it runs."""
+    _require(request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _fresh_random_inputs(request: pytest.FixtureRequest) -> None:
+    """Each test has its own inputs; the node's name is the seed, so that a failure repeats."""
+    torch.manual_seed(sum(map(ord, request.node.name)))
+
+
+@pytest.fixture
+def poisoned() -> object:
+    """Fills every torch.empty, also those of the C++ kernels, with NaN or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def _backend_restored() -> object:
+    yield
+    mmfuse.use_backend(None)

@@ -1,0 +1,132 @@
+"""What PyTorch asks of a custom op: opcheck, fakes, fullgraph compile, and the grid itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Cell
+from torch import Tensor
+
+import mmfuse
+from mmfuse import NoiseStream, ops
+from mmfuse.ops._registry import OPS
+
+
+def samples(device: str) -> dict[str, list[tuple]]:
+    """Arguments of every overload: usual, empty, and with every optional part present."""
+    g = [torch.randn(5, 3, device=device), torch.randn(0, device=device), torch.randn(9).to(device)]
+    w, w0 = [torch.randn_like(t) for t in g], [torch.randn_like(t) for t in g]
+    three = torch.rand(3, device=device)
+    flag = torch.ones((), dtype=torch.bool, device=device)
+    state = NoiseStream(3, device).state
+    logits = [torch.randn(4, c, device=device) for c in (3, 5)]
+    tracked = [z.clone().requires_grad_() for z in logits]
+    labels = torch.tensor([0, 1, -100, 2], device=device)
+    two = torch.rand(2, device=device)
+    k = torch.tensor(0.5, device=device)
+    return {
+        "modality_scores": [(logits, labels), (tracked, labels)],
+        "modality_scores_backward": [(two, two.flip(0), logits, labels)],
+        "discrepancy_ratios": [(two,)],
+        "grad_stats": [(g, [], []), (g, w, w0), ([t.double() for t in g], [], [])],
+        "update_grads_": [
+            (g, three, [], [], None, None, None, [], [], None),
+            (g, three, w, w0, three, three, state, [0, 1, 2], [0, 0, 5], flag),
+        ],
+        "scale_grad_backward": [
+            (g[0], k, None, None, 0, 0),
+            (g[0].clone().requires_grad_(), k, None, None, 0, 0),
+            (g[0], k, k, state, 3, 1),
+        ],
+    }
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_opcheck(cell: Cell, op: str) -> None:
+    overload = getattr(getattr(torch.ops.mmfuse, op), cell.backend)
+    for arguments in samples(cell.device)[op]:
+        torch.library.opcheck(overload, arguments)
+
+
+def test_every_op_has_samples() -> None:
+    assert set(samples("cpu")) == set(OPS)
+
+
+def test_fullgraph_compile(cell: Cell) -> None:
+    stream = NoiseStream(4, cell.device)
+    labels = torch.tensor([0, 1, 2, 1], device=cell.device)
+
+    def step(logits: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, Tensor]:
+        scores = ops.modality_scores(logits, labels, backend=cell.backend)
+        ratios = ops.discrepancy_ratios(scores.prob, backend=cell.backend)
+        k = mmfuse.ogm_coefficients(ratios, 0.8)
+        std = ops.grad_stats(grads, backend=cell.backend).std
+        ops.update_grads_(grads, k, noise_std=std, stream=stream, backend=cell.backend)
+        return scores.log_prob, k
+
+    logits = [torch.randn(4, 3, device=cell.device) for _ in range(2)]
+    grads = [torch.randn(20, device=cell.device), torch.randn(3, 3, device=cell.device)]
+    eager_grads = [g.clone() for g in grads]
+    eager = step(logits, eager_grads)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(logits, grads)
+    for a, b in zip([*compiled, *grads], [*eager, *eager_grads], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # the tiny ops may be fused
+
+
+def test_fullgraph_compile_through_autograd(cell: Cell) -> None:
+    labels = torch.tensor([0, 1, 2, 1], device=cell.device)
+    k = torch.tensor(0.25, device=cell.device)
+
+    def loss(x: Tensor) -> Tensor:
+        y = ops.scale_grad(x * 2.0, k, backend=cell.backend)
+        return ops.modality_scores([y, x], labels, backend=cell.backend).log_prob.sum()
+
+    x = torch.randn(4, 3, device=cell.device)
+    gradients = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        function(leaf).backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-6)
+
+
+def test_default_backend_is_the_compiled_one_on_the_cpu() -> None:
+    device = torch.device("cpu")
+    for op in OPS.values():
+        if op.why_missing("cpu", "cpu") is None:
+            assert op.resolve(None, device) == "cpu"
+
+
+def test_use_backend_as_setting_and_as_block() -> None:
+    op, device = OPS["grad_stats"], torch.device("cpu")
+    default = op.resolve(None, device)
+    with mmfuse.use_backend("reference"):
+        assert op.resolve(None, device) == "reference"
+        with mmfuse.use_backend(None):
+            assert op.resolve(None, device) == default
+        assert op.resolve(None, device) == "reference"
+    assert op.resolve(None, device) == default
+    mmfuse.use_backend("reference")
+    assert op.resolve(None, device) == "reference"
+    with pytest.raises(ValueError, match="backend must be one of"):
+        mmfuse.use_backend("fast")
+
+
+def test_a_missing_backend_raises_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    op = OPS["grad_stats"]
+    monkeypatch.setitem(op._reasons, "triton", "no module named triton, for this test")
+    monkeypatch.setattr(op, "_chosen", {})
+    with pytest.raises(RuntimeError, match=r"'triton' is not available .* for this test"):
+        ops.grad_stats([torch.ones(2)], backend="triton")
+
+
+def test_the_slow_default_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmfuse.ops import _registry
+
+    op = OPS["grad_stats"]
+    monkeypatch.setitem(op._reasons, "cpu", "not built, for this test")
+    monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(_registry, "_warned", set())
+    with pytest.warns(RuntimeWarning, match=r"'reference' .* 'cpu' is not available .*for this"):
+        ops.grad_stats([torch.ones(2)])
+    ops.grad_stats([torch.ones(2)])  # warnings are errors here: a second one would fail

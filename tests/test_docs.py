@@ -1,0 +1,58 @@
+"""The documentation's code runs, and its claims about names are true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import mmfuse
+from mmfuse.ops._registry import BACKENDS, OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def python_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_readme_code_runs_from_top_to_bottom() -> None:
+    blocks = python_blocks(README)
+    assert len(blocks) >= 3
+    namespace: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+
+
+def test_the_two_commands_come_first() -> None:
+    first = README.index("```")
+    assert README[first:].startswith("```bash\nmake demo")
+    assert "make test" in README[first : first + 400]
+
+
+@pytest.mark.parametrize("name", [n for n in mmfuse.ops.__all__ if n.islower() and n != "use_backend"])
+def test_every_op_is_in_the_table(name: str) -> None:
+    assert re.search(rf"^\| `{name}", README, flags=re.MULTILINE), name
+
+
+def test_no_op_is_undocumented() -> None:
+    public = {name.removesuffix("_backward") for name in OPS}
+    assert public <= set(mmfuse.ops.__all__)
+
+
+def test_files_that_the_documents_name_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for path in re.findall(r"`((?:mmfuse|csrc|tests|benchmarks|examples)/[\w./]+)`",
+                               (ROOT / document).read_text()):
+            assert (ROOT / path).exists(), f"{document} names {path}"
+
+
+def test_grid_by_file_name() -> None:
+    """The same file name in every backend's folder: `ls` shows the grid."""
+    for op in {op.module for op in OPS.values()}:
+        for path in (f"mmfuse/ops/{op}.py", f"mmfuse/reference/{op}.py", f"mmfuse/triton/{op}.py",
+                     f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cpp", f"csrc/cuda/{op}_kernel.cu"):
+            assert (ROOT / path).exists(), path
+    assert len(BACKENDS) == 4

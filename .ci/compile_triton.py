@@ -22,10 +22,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+# The checkout, whether or not mmfuse is installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import mmfuse.triton  # noqa: E402 - the checkout, whether or not it is installed
-from mmfuse.triton._aot import AotSpec  # noqa: E402
+import mmfuse.triton
+from mmfuse.triton._aot import COMPILE_OPTIONS, AotSpec
 
 CAPABILITIES = (80, 90, 100)
 
@@ -39,7 +40,7 @@ def modules() -> Iterator[ModuleType]:
 def kernels(module: ModuleType) -> Iterator[Any]:
     """Yields the kernels that a module defines; device functions have other names."""
     for name, value in vars(module).items():
-        if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction):
+        if name.endswith("_kernel") and isinstance(value, triton.runtime.KernelInterface):
             yield value
 
 
@@ -79,7 +80,8 @@ def resources(cubin: bytes) -> str:
 def compile_spec(spec: AotSpec, capability: int) -> str:
     """Compiles one variant for one target and describes the result."""
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source(spec), target=target, options={"num_warps": spec.num_warps})
+    options = {"num_warps": spec.num_warps, **COMPILE_OPTIONS}
+    compiled = triton.compile(source(spec), target=target, options=options)
     shared = f"{compiled.metadata.shared:5d} B shared"
     return f"{spec.num_warps} warps, {shared}, {resources(compiled.asm['cubin'])}"
 

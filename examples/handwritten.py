@@ -266,6 +266,7 @@ def table(
     """
     seeds = f"mean ± sd over {args.seeds} seeds" if args.seeds > 1 else "one seed"
     out = Table(title=f"Test accuracy, {seeds}", box=box.SIMPLE, title_style="bold")
+    out.caption = "joint: the whole model; probe: a linear classifier on one frozen encoder"
     out.add_column("method", no_wrap=True)
     for column in ("joint", *(f"probe {view}" for view in args.views), "steps/s"):
         out.add_column(column, justify="right", no_wrap=True)
@@ -294,7 +295,8 @@ def plot(results: dict[str, list[Result]], args: argparse.Namespace) -> Path:
     """Draws each view's score and coefficient over the steps of the first seed."""
     method = "OGM-GE" if "OGM-GE" in results else list(results)[-1]
     history = results[method][0].history
-    window = max(1, len(history.scores) // 40)
+    steps = len(history.scores)
+    window = min(steps, max(10, steps // 25))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     styles = {method: "-"}
     for m in range(len(args.views)):
@@ -308,7 +310,7 @@ def plot(results: dict[str, list[Result]], args: argparse.Namespace) -> Path:
     left.set(title="How sure each view alone is of the true digit", ylabel="score")
     right.set(title=f"What {method} multiplies each view's gradient by", ylabel="coefficient")
     for axis in (left, right):
-        axis.set(xlabel="step", xlim=(0, len(history.scores)), ylim=(-0.02, 1.05))
+        axis.set(xlabel="step", xlim=(0, steps), ylim=(-0.02, 1.05))
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     keys = [plt.Line2D([], [], color=f"C{m}", label=view) for m, view in enumerate(args.views)]
@@ -387,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(CITATION, soft_wrap=True)
     console.print(
         f"views {' + '.join(args.views)}; {args.train} training and {len(labels) - args.train} "
-        f"test digits; mmfuse {mmfuse.__version__}, backend {args.backends} on {args.device}",
+        f"test digits; mmfuse {mmfuse.__version__}, backend {args.backends}, device {args.device}",
         soft_wrap=True,
     )
     started = time.perf_counter()

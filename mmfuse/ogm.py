@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .modalities import Encoder, Modalities, Select, home_device, per_tensor
 from .noise import NoiseStream, default_stream
-from .ops import GradStats, discrepancy_ratios, grad_stats, modality_scores, update_grads_
+from .ops import GradStats, discrepancy_ratios, grad_stats, update_grads_
+from .ops.modality_scores import unchecked_scores
 
 Formula = Literal["tpami", "cvpr"]
 Noise = bool | Callable[[Tensor], Tensor]
@@ -273,7 +274,7 @@ def _decide(
     formula: Formula,
     backend: str | None,
 ) -> _Decision:
-    scores = modality_scores(modalities.checked_logits(logits, labels), labels, backend=backend)
+    scores = unchecked_scores(modalities.checked_logits(logits, labels), labels, backend)
     ratios = discrepancy_ratios(scores.prob, backend=backend)
     return _Decision(ogm_coefficients(ratios, alpha, formula), scores.prob, ratios)
 

@@ -11,7 +11,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 # Around Philox blocks (4), vectors (8, 16, 32), and the backends' chunks.
 SIZES = [0, 1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 127, 128, 129, 1023, 1024, 1025]
-CHUNK_EDGES = [4095, 4096, 4097, 16383, 16385, 65535, 65536, 65537]
+CHUNK_EDGES = [4095, 4096, 4097, 8191, 8193, 16383, 16385, 65535, 65536, 65537]
 
 
 def gradients(

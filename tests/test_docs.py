@@ -32,7 +32,9 @@ def test_the_two_commands_come_first() -> None:
     assert "make test" in README[first : first + 400]
 
 
-@pytest.mark.parametrize("name", [n for n in mmfuse.ops.__all__ if n.islower() and n != "use_backend"])
+@pytest.mark.parametrize(
+    "name", [n for n in mmfuse.ops.__all__ if n.islower() and n != "use_backend"]
+)
 def test_every_op_is_in_the_table(name: str) -> None:
     assert re.search(rf"^\| `{name}", README, flags=re.MULTILINE), name
 
@@ -44,15 +46,22 @@ def test_no_op_is_undocumented() -> None:
 
 def test_files_that_the_documents_name_exist() -> None:
     for document in ("README.md", "CONTRIBUTING.md"):
-        for path in re.findall(r"`((?:mmfuse|csrc|tests|benchmarks|examples)/[\w./]+)`",
-                               (ROOT / document).read_text()):
+        for path in re.findall(
+            r"`((?:mmfuse|csrc|tests|benchmarks|examples)/[\w./]+)`", (ROOT / document).read_text()
+        ):
             assert (ROOT / path).exists(), f"{document} names {path}"
 
 
 def test_grid_by_file_name() -> None:
     """The same file name in every backend's folder: `ls` shows the grid."""
     for op in {op.module for op in OPS.values()}:
-        for path in (f"mmfuse/ops/{op}.py", f"mmfuse/reference/{op}.py", f"mmfuse/triton/{op}.py",
-                     f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cpp", f"csrc/cuda/{op}_kernel.cu"):
+        for path in (
+            f"mmfuse/ops/{op}.py",
+            f"mmfuse/reference/{op}.py",
+            f"mmfuse/triton/{op}.py",
+            f"csrc/cpu/{op}.cpp",
+            f"csrc/cuda/{op}.cpp",
+            f"csrc/cuda/{op}_kernel.cu",
+        ):
             assert (ROOT / path).exists(), path
     assert len(BACKENDS) == 4

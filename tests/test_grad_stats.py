@@ -68,10 +68,9 @@ def test_parity(cell: Cell, dtype: torch.dtype, anchored: bool) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("size", [*CHUNK_EDGES, 200003])
-def test_chunk_boundaries(cell: Cell, size: int) -> None:
-    grads = gradients([size, 3, size], torch.float32, cell.device)
-    check(cell, grads)
+def test_chunk_boundaries(cell: Cell) -> None:
+    sizes = cell.affordable([*CHUNK_EDGES, 200_003])
+    check(cell, gradients([n for size in sizes for n in (size, 3)], torch.float32, cell.device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -139,7 +138,8 @@ def test_no_tensors(cell: Cell) -> None:
 
 
 def test_many_tensors(cell: Cell) -> None:
-    check(cell, gradients([i % 7 for i in range(1300)], torch.float32, cell.device))
+    count = 300 if cell == Cell("triton", "cpu") else 1300
+    check(cell, gradients([i % 7 for i in range(count)], torch.float32, cell.device))
 
 
 def test_same_numbers_for_any_number_of_threads() -> None:

@@ -96,10 +96,10 @@ def test_odd_addresses(cell: Cell, dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("size", [*CHUNK_EDGES, 200003])
-def test_chunk_boundaries(cell: Cell, size: int) -> None:
-    grads = gradients([size, 3, size], torch.float32, cell.device)
-    check(cell, grads, noise_std=torch.rand(3), stream=NoiseStream(1, cell.device))
+def test_chunk_boundaries(cell: Cell) -> None:
+    sizes = cell.affordable([*CHUNK_EDGES, 200_003])
+    grads = gradients([n for size in sizes for n in (size, 3)], torch.float32, cell.device)
+    check(cell, grads, noise_std=torch.rand(len(grads)), stream=NoiseStream(1, cell.device))
 
 
 def test_mixed_dtypes_in_one_call(cell: Cell) -> None:
@@ -150,7 +150,8 @@ def test_a_coefficient_of_zero_adds_nothing(cell: Cell) -> None:
 
 
 def test_many_tensors(cell: Cell) -> None:
-    sizes = [i % 7 for i in range(1300)]
+    count = 300 if cell == Cell("triton", "cpu") else 1300
+    sizes = [i % 7 for i in range(count)]
     grads = gradients(sizes, torch.float32, cell.device)
     check(cell, grads, noise_std=torch.rand(len(grads)), stream=NoiseStream(4, cell.device))
 

@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "glue.h"
-#include "tensor_table.h"
+#include "params.h"
 
 // tests/cuda_on_cpu defines MMFUSE_CUDA_ON_CPU and runs the same kernels on CPU tensors.
 #ifdef MMFUSE_CUDA_ON_CPU
@@ -19,7 +19,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_inde
 namespace mmfuse::cuda {
 
 // Makes the tensor's device current for as long as it lives, and knows that device's stream.
-class DeviceScope {
+class C10_HIDDEN DeviceScope {
  public:
 #ifdef MMFUSE_CUDA_ON_CPU
   explicit DeviceScope(const Tensor&) {}

@@ -10,6 +10,7 @@
 
 #include "common/dtype.h"
 #include "common/philox.h"
+#include "params.h"
 
 namespace mmfuse::cuda {
 
@@ -77,6 +78,13 @@ __device__ __forceinline__ void store_pack(scalar_t* target, const Pack<scalar_t
 
 __host__ __device__ inline bool is_aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
+}
+
+template <typename acc_t>
+__device__ __forceinline__ acc_t load_coefficient(const Coefficients& coefficients, int64_t slot) {
+  return coefficients.wide
+             ? static_cast<acc_t>(static_cast<const double*>(coefficients.values)[slot])
+             : static_cast<acc_t>(static_cast<const float*>(coefficients.values)[slot]);
 }
 
 // Calls f with a null pointer of the element type; for kernels and for host code alike.

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "tensor_table.h"
+#include "params.h"
 
 namespace mmfuse::cuda {
 

@@ -28,11 +28,11 @@ constexpr int kBatchPacks =
         : kRegisters * 4 /
               (kPackSize<scalar_t, kAnchors> * static_cast<int>(sizeof(acc_type<scalar_t>)));
 
-// Pack u of the batch starts at source[u * stride]; packs from `valid` on do not exist.
+// Pack u of the batch starts at source[u * stride]; from `valid` on they count as zeros.
 template <bool kVector, typename source_t, typename acc_t, int kPacks, int kPack>
 __device__ __forceinline__ void load_batch(const source_t* source, int stride, int valid,
                                            acc_t (&values)[kPacks][kPack]) {
-  Pack<source_t, kPack> packs[kPacks];
+  Pack<source_t, kPack> packs[kPacks] = {};
 #pragma unroll
   for (int u = 0; u < kPacks; ++u) {
     if (u < valid) packs[u] = load_pack<kVector, kPack>(source + u * stride);
@@ -40,8 +40,7 @@ __device__ __forceinline__ void load_batch(const source_t* source, int stride, i
 #pragma unroll
   for (int u = 0; u < kPacks; ++u) {
 #pragma unroll
-    for (int j = 0; j < kPack; ++j)
-      values[u][j] = u < valid ? widen<acc_t>(packs[u].v[j]) : acc_t(0);
+    for (int j = 0; j < kPack; ++j) values[u][j] = widen<acc_t>(packs[u].v[j]);
   }
 }
 

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "tensor_table.h"
+#include "params.h"
 
 namespace mmfuse::cuda {
 

@@ -7,37 +7,10 @@
 #include <type_traits>
 #include <vector>
 
-#include "common/dtype.h"
 #include "element.h"
+#include "params.h"
 
 namespace mmfuse::cuda {
-
-// One tensor of a list call, as the glue hands it over.
-struct GradTensor {
-  void* grad = nullptr;
-  const void* param = nullptr;
-  const void* anchor = nullptr;
-  int64_t numel = 0;
-  int64_t noise_offset = 0;
-  uint32_t noise_id = 0;
-  int32_t slot = 0;  // position in the call, where its coefficients and results are
-  DType grad_dtype = DType::kFloat32;
-  DType param_dtype = DType::kFloat32;
-  DType anchor_dtype = DType::kFloat32;
-};
-
-// float32 or float64 factors on the device; a null pointer stands for a term that is left out.
-struct Coefficients {
-  const void* values = nullptr;
-  bool wide = false;  // float64
-};
-
-template <typename acc_t>
-__device__ __forceinline__ acc_t load_coefficient(const Coefficients& coefficients, int64_t slot) {
-  return coefficients.wide
-             ? static_cast<acc_t>(static_cast<const double*>(coefficients.values)[slot])
-             : static_cast<acc_t>(static_cast<const float*>(coefficients.values)[slot]);
-}
 
 // kSame: parameters and anchors have the gradient's dtype, known when compiling.
 enum class Anchors { kNone, kSame, kMixed };
@@ -95,10 +68,6 @@ struct TensorTable {
   int32_t chunks;
   entry_t entries[kCapacity];
 };
-
-MMFUSE_HD int64_t chunk_count(int64_t numel, int64_t chunk_elements) {
-  return (numel + chunk_elements - 1) / chunk_elements;
-}
 
 // The entry that `chunk` belongs to, which is `low` or a later one.
 template <typename table_t>

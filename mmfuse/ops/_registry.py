@@ -127,7 +127,12 @@ class Op:
         return best
 
     def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:
-        return self.overloads[self.resolve(backend, device)](*args)
+        overload = self.overloads[self.resolve(backend, device)]
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return overload(*args)
+        # Past the autograd key, whose Python kernel costs more than a small op does.
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
 
 
 OPS: dict[str, Op] = {}

@@ -90,6 +90,13 @@ def modality_scores(
             looking would cost a synchronisation; the scores of that modality are NaN there.
     """
     check_scores_input([(f"logits[{m}]", z) for m, z in enumerate(logits)], labels)
+    return unchecked_scores(logits, labels, backend)
+
+
+def unchecked_scores(
+    logits: Sequence[Tensor], labels: Tensor, backend: str | None
+) -> ModalityScores:
+    """`modality_scores` for callers that have been through `check_scores_input` themselves."""
     dense = [z.contiguous() for z in logits]
     prob, log_prob = _op(backend, labels.device, dense, labels.to(torch.int64).contiguous())
     return ModalityScores(prob, log_prob)

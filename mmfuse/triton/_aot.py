@@ -1,8 +1,11 @@
-"""What is needed to compile a kernel ahead of time, without a GPU."""
+"""How kernels are compiled, at a launch or ahead of time without a GPU."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+# Said aloud, because Triton's default depends on its version.
+COMPILE_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 
 class AotSpec(NamedTuple):

@@ -120,7 +120,7 @@ class TableCache:
     def __init__(self, chunk_size: int) -> None:
         self._chunk_size = chunk_size
         self._tables: OrderedDict[Any, TensorTable] = OrderedDict()
-        # A captured graph reads its tables whenever it is replayed, so these are never dropped.
+        # A captured graph reads its tables whenever it is replayed: these are never dropped.
         self._captured: list[TensorTable] = []
         self._lock = threading.Lock()
 
@@ -134,33 +134,37 @@ class TableCache:
     ) -> TensorTable:
         """Returns the tables of T >= 1 tensors."""
         device = grads[0].device
-        columns = [[t.data_ptr() for t in tensors] for tensors in (grads, params, anchors)]
-        numels = [g.numel() for g in grads]
-        dtypes = tuple(t.dtype for tensors in (grads, params, anchors) for t in tensors)
-        columns += [numels, list(noise_offsets), list(noise_ids)]
+        columns = (
+            *(tuple(map(Tensor.data_ptr, tensors)) for tensors in (grads, params, anchors)),
+            tuple(map(Tensor.numel, grads)),
+            tuple(noise_offsets),
+            tuple(noise_ids),
+        )
+        dtypes = tuple([t.dtype for tensors in (grads, params, anchors) for t in tensors])
         stream, capturing = None, False
         if device.type == "cuda":
             # Another stream would have to wait for the copy, so each has tables of its own.
             stream = torch.cuda.current_stream(device).cuda_stream
             capturing = torch.cuda.is_current_stream_capturing()
-        key = (device, stream, dtypes, *map(tuple, columns))
+        key = (device, stream, dtypes, columns)
         with self._lock:
             table = self._tables.get(key)
-            if table is None:
-                table = _make_table(columns, dtypes, device, self._chunk_size, capturing)
-                if not capturing:
-                    self._tables[key] = table
-                    if len(self._tables) > _CACHED_TABLES:
-                        self._tables.popitem(last=False)
-            else:
+            if table is not None:
                 self._tables.move_to_end(key)
-            if capturing:
-                self._captured.append(table)
+                if capturing:
+                    self._captured.append(table)
+                return table
+            table = _make_table(columns, dtypes, device, self._chunk_size, capturing)
+            # A table made during a capture belongs to the graph, which refills it at each replay.
+            if not capturing:
+                self._tables[key] = table
+                if len(self._tables) > _CACHED_TABLES:
+                    self._tables.popitem(last=False)
         return table
 
 
 def _make_table(
-    columns: list[list[int]],
+    columns: tuple[tuple[int, ...], ...],
     dtypes: tuple[torch.dtype, ...],
     device: torch.device,
     chunk_size: int,
@@ -176,7 +180,8 @@ def _make_table(
         members.setdefault((dtypes[t::count], aligned), []).append(t)
 
     first_chunks = [0] * count
-    chunk_rows: list[Tensor] = []
+    order: list[int] = []
+    n_chunks: list[int] = []
     groups: list[Group] = []
     total = 0
     for (group_dtypes, aligned), index in members.items():
@@ -185,21 +190,20 @@ def _make_table(
             # A tensor that starts inside a noise block is laid out from that block's beginning.
             length = numels[t] + (offsets[t] % 4 if offsets else 0)
             first_chunks[t] = total
-            if numels[t]:
-                chunks = -(-length // chunk_size)
-                chunk_rows.append(torch.full((chunks,), t, dtype=torch.int32, device="cpu"))
-                total += chunks
+            order.append(t)
+            n_chunks.append(-(-length // chunk_size) if numels[t] else 0)
+            total += n_chunks[-1]
         if total > start:
             groups.append(Group(group_dtypes, aligned, start, total - start))
 
-    zeros = [0] * count
+    zeros = (0,) * count
     padded = [column or zeros for column in (*columns[:4], first_chunks, offsets, ids, zeros)]
     rows = torch.tensor(padded, dtype=torch.int64, device="cpu").t().reshape(-1)
     row_entries = rows.numel()
     host = _host_buffer(row_entries + -(-total // 2), device, capturing)
     host[:row_entries] = rows
-    if chunk_rows:
-        host[row_entries:].view(torch.int32)[:total] = torch.cat(chunk_rows)
+    slots, repeats = torch.tensor([order, n_chunks], dtype=torch.int64, device="cpu")
+    host[row_entries:].view(torch.int32)[:total] = slots.repeat_interleave(repeats)
     table = host.to(device, non_blocking=True)
     return TensorTable(
         table[:row_entries], table[row_entries:].view(torch.int32), tuple(groups), total, host

@@ -9,7 +9,7 @@ from ._device import not_finite, round_to, widen
 from .noise import NOISE_BLOCK, normal_tile
 
 CHUNK_SIZE = 8192
-BLOCK_SIZE = 2048
+BLOCK_SIZE = 1024
 NUM_WARPS = 4
 
 
@@ -34,15 +34,13 @@ def _update_tile(
 ):
     """Updates one tile; returns the magnitude of what is stored."""
     y = scale * widen(tl.load(grad_ptr + offsets, mask=mask), ACC)
-    if param_ptr is not None:
-        # By value, because 0 times a displacement that is not finite would not be 0.
-        if pull != 0:
-            w = widen(tl.load(param_ptr + offsets, mask=mask), ACC)
-            y += pull * (w - widen(tl.load(anchor_ptr + offsets, mask=mask), ACC))
-    if noise_std is not None:
-        if noise_std != 0:
-            z = normal_tile(seed, noise_id, step, noise_block, BLOCK_SIZE // NOISE_BLOCK)
-            y += noise_std * z.to(ACC)
+    # By value, because 0 times a displacement that is not finite would not be 0.
+    if param_ptr is not None and pull != 0:
+        w = widen(tl.load(param_ptr + offsets, mask=mask), ACC)
+        y += pull * (w - widen(tl.load(anchor_ptr + offsets, mask=mask), ACC))
+    if noise_std is not None and noise_std != 0:
+        z = normal_tile(seed, noise_id, step, noise_block, BLOCK_SIZE // NOISE_BLOCK)
+        y += noise_std * z.to(ACC)
     stored = round_to(y, out_ptr.dtype.element_ty)
     if write:
         tl.store(out_ptr + offsets, stored, mask=mask)
@@ -77,7 +75,7 @@ def update_chunk(
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """out = scale g + pull (w - w0) + noise_std N(0, 1) for one chunk of a tensor.
+    """Writes scale g + pull (w - w0) + noise_std N(0, 1) for one chunk of a tensor.
 
     Chunks are counted from the beginning of the noise block in which the tensor starts, so that
     any noise_offset costs one Philox call per four elements.
@@ -126,7 +124,7 @@ def update_chunk(
     largest = tl.zeros([BLOCK_SIZE], ACC)
     # A mask would cost the vector loads, so whole tiles go without one.
     n_whole = count // BLOCK_SIZE if ALIGNED else 0
-    for tile in range(0, n_whole):
+    for tile in range(n_whole):
         size = _update_tile(
             out_ptr, grad_ptr, param_ptr, anchor_ptr, tile * BLOCK_SIZE + lane, None, write,
             scale, pull, noise_std, seed, step, noise_id,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotSpec
+from ._aot import COMPILE_OPTIONS, AotSpec
 from ._tensor_list import launch_on
 
 BLOCK_SIZE = 64
@@ -34,7 +34,12 @@ def discrepancy_ratios(scores: Tensor) -> Tensor:
     if count:
         with launch_on(scores.device):
             _discrepancy_ratios_kernel[(count,)](
-                scores, ratios, count, BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
+                scores,
+                ratios,
+                count,
+                BLOCK_SIZE=BLOCK_SIZE,
+                num_warps=NUM_WARPS,
+                **COMPILE_OPTIONS,
             )
     return ratios
 

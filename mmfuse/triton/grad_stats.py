@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotSpec
+from ._aot import COMPILE_OPTIONS, AotSpec
 from ._device import widen
 from ._tensor_list import (
     ANCHOR,
@@ -103,12 +103,12 @@ def _grad_stats_chunk_kernel(
         _chunk_moments(
             row_ptr, start, count, partial_ptr, GRAD_DTYPE, PARAM_DTYPE, ANCHOR_DTYPE, ACC,
             ALIGNED, False, CHUNK_SIZE,
-        )
+        )  # fmt: skip
     else:
         _chunk_moments(
             row_ptr, start, count, partial_ptr, GRAD_DTYPE, PARAM_DTYPE, ANCHOR_DTYPE, ACC,
             ALIGNED, True, CHUNK_SIZE,
-        )
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
@@ -203,6 +203,7 @@ def grad_stats(
                 group.first_chunk,
                 **_chunk_constants(names, group.aligned),
                 num_warps=CHUNK_WARPS,
+                **COMPILE_OPTIONS,
             )
         _grad_stats_merge_kernel[(len(grads),)](
             table.rows,
@@ -212,6 +213,7 @@ def grad_stats(
             len(grads),
             **_merge_constants(bool(params)),
             num_warps=MERGE_WARPS,
+            **COMPILE_OPTIONS,
         )
     return numel, moments
 

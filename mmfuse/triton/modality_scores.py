@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.modality_scores import IGNORED_LABEL
-from ._aot import AotSpec
+from ._aot import COMPILE_OPTIONS, AotSpec
 from ._device import round_to, widen
 from ._tensor_list import launch_on
 
@@ -244,7 +244,8 @@ def modality_scores(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, T
     tiles = triton.cdiv(n_rows, block_rows)
     splits = 1 if tiles <= TILES_IN_ONE_LAUNCH else min(tiles, MAX_SPLITS)
     rows_per_program = triton.cdiv(tiles, splits) * block_rows
-    sums, outputs = None, (prob, log_prob, None)
+    sums = None
+    outputs: tuple[Tensor | None, ...] = (prob, log_prob, None)
     if splits > 1:
         sums = torch.empty((3, count, splits), dtype=torch.float64, device=labels.device)
         outputs = sums.unbind(0)
@@ -259,10 +260,17 @@ def modality_scores(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, T
             BLOCK_ROWS=block_rows,
             BLOCK_CLASSES=block_classes,
             num_warps=NUM_WARPS,
+            **COMPILE_OPTIONS,
         )
         if sums is not None:
             _modality_scores_merge_kernel[(count,)](
-                sums, prob, log_prob, splits, BLOCK_SIZE=MAX_SPLITS, num_warps=MERGE_WARPS
+                sums,
+                prob,
+                log_prob,
+                splits,
+                BLOCK_SIZE=MAX_SPLITS,
+                num_warps=MERGE_WARPS,
+                **COMPILE_OPTIONS,
             )
     return prob, log_prob
 
@@ -290,13 +298,14 @@ def modality_scores_backward(
                 BLOCK_CLASSES=block_classes,
                 LABEL_BLOCK=LABEL_BLOCK,
                 num_warps=NUM_WARPS,
+                **COMPILE_OPTIONS,
             )
     return grads
 
 
 def _spec(*dtypes: str, max_classes: int, split: bool) -> AotSpec:
     block_rows, block_classes = blocks_for(max_classes, "fp64" in dtypes)
-    out = "*fp64!" if split or "fp64" in dtypes else "*fp32!"
+    out = "*fp64" if split or "fp64" in dtypes else "*fp32"
     types = {
         "logits_ptrs": tuple(f"*{dtype}!" for dtype in dtypes),
         "class_counts": ("i32",) * len(dtypes),

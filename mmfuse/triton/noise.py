@@ -32,14 +32,13 @@ def _philox4x32_10(seed, block, stream_id, step):
     x2 = stream_id.to(tl.uint32)
     x3 = step.to(tl.uint32)
     for _ in tl.static_range(_ROUNDS):
-        high0 = tl.umulhi(x0, _M0)
-        low0 = tl.mul(x0, _M0, sanitize_overflow=False)
-        high1 = tl.umulhi(x2, _M1)
-        low1 = tl.mul(x2, _M1, sanitize_overflow=False)
-        x0 = high1 ^ x1 ^ k0
-        x1 = low1
-        x2 = high0 ^ x3 ^ k1
-        x3 = low0
+        # One wide multiplication, where tl.umulhi and a product would be two.
+        p0 = x0.to(tl.uint64) * _M0
+        p1 = x2.to(tl.uint64) * _M1
+        x0 = (p1 >> 32).to(tl.uint32) ^ x1 ^ k0
+        x1 = p1.to(tl.uint32)
+        x2 = (p0 >> 32).to(tl.uint32) ^ x3 ^ k1
+        x3 = p0.to(tl.uint32)
         k0 = tl.add(k0, _W0, sanitize_overflow=False)
         k1 = tl.add(k1, _W1, sanitize_overflow=False)
     return x0, x1, x2, x3

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotSpec
+from ._aot import COMPILE_OPTIONS, AotSpec
 from ._tensor_list import launch_on
 from ._update import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS, update_chunk
 
@@ -34,7 +34,7 @@ def _scale_grad_backward_kernel(
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """out = coefficient g + noise_std N(0, 1) for one chunk; noise_std_ptr may be None."""
+    """Writes coefficient g + noise_std N(0, 1) for one chunk; noise_std_ptr may be None."""
     noise_std = None
     if noise_std_ptr is not None:
         noise_std = tl.load(noise_std_ptr).to(ACC)
@@ -97,6 +97,7 @@ def scale_grad_backward(
             noise_offset,
             **_constants(grad.dtype == torch.float64, aligned),
             num_warps=NUM_WARPS,
+            **COMPILE_OPTIONS,
         )
     return out
 

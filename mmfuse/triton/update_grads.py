@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import AotSpec
+from ._aot import COMPILE_OPTIONS, AotSpec
 from ._tensor_list import (
     ANCHOR,
     FIRST_CHUNK,
@@ -141,12 +141,11 @@ def update_grads_(
                 None if finite is None else finite.view(torch.uint8),
                 **_constants(names, group.aligned),
                 num_warps=NUM_WARPS,
+                **COMPILE_OPTIONS,
             )
 
 
-def _spec(
-    *dtypes: str, noise: bool = False, finite: bool = False, aligned: bool = True
-) -> AotSpec:
+def _spec(*dtypes: str, noise: bool = False, finite: bool = False, aligned: bool = True) -> AotSpec:
     names = [tl.dtype(name) for name in dtypes]
     vector = "*fp64" if dtypes[0] == "fp64" else "*fp32"
     types = {"rows_ptr": "*i64!", "chunk_rows_ptr": "*i32!", "first_chunk": "i32"}

@@ -1,0 +1,161 @@
+"""Provider `compile`: torch.compile of the reference, called as plain Python functions.
+
+The functions on lists are compiled for one flat tensor of any length and called tensor by tensor:
+unrolled over a whole list, the noise took Inductor 140 s for 10 tensors on two busy cores, and
+these workloads have up to 1,000. One function per case, named like the case.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from _inputs import ALPHA, GradientInputs, LogitsInputs, ScoresInputs
+from torch import Tensor
+
+from mmfuse import ogm_coefficients
+from mmfuse.ops import GradStats
+from mmfuse.reference import discrepancy_ratios as reference_ratios
+from mmfuse.reference import grad_stats as reference_stats
+from mmfuse.reference import modality_scores as reference_scores
+from mmfuse.reference import update_grads as reference_update
+
+
+def why_missing(device: torch.device) -> str | None:
+    """The reason why torch.compile cannot run here, or None."""
+    if device.type == "cpu":
+        names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+        return None if any(map(shutil.which, names)) else "torch.compile needs a C++ compiler"
+    return None if importlib.util.find_spec("triton") else "torch.compile needs Triton"
+
+
+def _compiled(*, dynamic: bool) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    # The option makes the kernels on the CPU visible to the profiler, which counts them.
+    options = {"cpp.enable_kernel_profile": True}
+    return lambda function: torch.compile(
+        function, fullgraph=True, dynamic=dynamic, options=options
+    )
+
+
+@_compiled(dynamic=False)
+def _decide(logits: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    prob, _ = reference_scores.modality_scores(logits, labels)
+    rho = reference_ratios.discrepancy_ratios(prob)
+    return ogm_coefficients(rho, ALPHA, "cvpr"), rho
+
+
+@_compiled(dynamic=False)
+def _ratios(scores: Tensor) -> Tensor:
+    return reference_ratios.discrepancy_ratios(scores)
+
+
+@_compiled(dynamic=True)
+def _stats(*tensors: Tensor) -> GradStats:
+    grad, *displaced = ([t] for t in tensors)
+    numel, moments = reference_stats.grad_stats(grad, *(displaced or ([], [])))
+    return GradStats(numel, *moments.unbind())
+
+
+@_compiled(dynamic=True)
+def _update(
+    grad: Tensor,
+    scale: Tensor,
+    pull: tuple[Tensor, Tensor, Tensor] | None,
+    noise: tuple[Tensor, Tensor, int] | None,
+) -> None:
+    weight, params, anchors = (pull[0], [pull[1]], [pull[2]]) if pull else (None, (), ())
+    std, state, index = noise or (None, None, 0)
+    reference_update.update_grads_(
+        [grad], scale, params, anchors, weight, std, state, [index], [0], None
+    )
+
+
+@_compiled(dynamic=True)
+def _scale_with_noise(grad: Tensor, scale: Tensor, state: Tensor, index: int) -> None:
+    numel, moments = reference_stats.grad_stats([grad], [], [])
+    std = GradStats(numel, *moments.unbind()).std + 1e-8
+    reference_update.update_grads_([grad], scale, [], [], None, std, state, [index], [0], None)
+
+
+@_compiled(dynamic=True)
+def _pull_orthogonally(grad: Tensor, param: Tensor, anchor: Tensor, beta: Tensor) -> None:
+    numel, moments = reference_stats.grad_stats([grad], [param], [anchor])
+    stats = GradStats(numel, *moments.unbind())
+    scale = 1 - beta * stats.dot / (stats.sq_norm + 1e-12)
+    reference_update.update_grads_(
+        [grad], scale, [param], [anchor], beta.expand(1), None, None, [], [], None
+    )
+
+
+def modality_scores(i: LogitsInputs) -> tuple[Tensor, Tensor]:
+    return _decide(i.logits, i.labels)
+
+
+def discrepancy_ratios(i: ScoresInputs) -> Tensor:
+    return _ratios(i.scores)
+
+
+def grad_stats(i: GradientInputs) -> Tensor:
+    return torch.cat([_stats(g).std for g in i.flat_grads])
+
+
+def grad_stats_anchors(i: GradientInputs) -> tuple[Tensor, Tensor]:
+    rows = zip(i.flat_grads, i.flat_params, i.flat_anchors, strict=True)
+    stats = [_stats(*row) for row in rows]
+    return torch.cat([s.dot for s in stats]), torch.cat([s.sq_norm for s in stats])
+
+
+def _update_each(i: GradientInputs, *, pull: bool = False, noise: bool = False) -> None:
+    scale, weights, stds = (v.split(1) for v in (i.scale, i.pull, i.noise_std))
+    params, anchors = i.flat_params, i.flat_anchors
+    for t, grad in enumerate(i.flat_grads):
+        pulled = (weights[t], params[t], anchors[t]) if pull else None
+        _update(grad, scale[t], pulled, (stds[t], i.state, t) if noise else None)
+
+
+def update_scale(i: GradientInputs) -> None:
+    _update_each(i)
+
+
+def update_noise(i: GradientInputs) -> None:
+    _update_each(i, noise=True)
+
+
+def update_pull(i: GradientInputs) -> None:
+    weights = i.pull.split(1)
+    rows = zip(weights, i.flat_params, i.flat_anchors, strict=True)
+    for grad, one, row in zip(i.flat_grads, i.ones.split(1), rows, strict=True):
+        _update(grad, one, row, None)
+
+
+def update_all(i: GradientInputs) -> None:
+    _update_each(i, pull=True, noise=True)
+
+
+def ogm_ge(i: GradientInputs) -> None:
+    for t, (grad, scale) in enumerate(zip(i.flat_grads, i.scale.split(1), strict=True)):
+        _scale_with_noise(grad, scale, i.state, t)
+
+
+def redreg(i: GradientInputs) -> None:
+    rows = zip(i.flat_grads, i.flat_params, i.flat_anchors, strict=True)
+    for row in rows:
+        _pull_orthogonally(*row, i.beta)
+
+
+def ogm_step(i: GradientInputs) -> None:
+    coefficients, _ = modality_scores(i.head)
+    scale = coefficients[i.modality_index].split(1)
+    for grad, factor in zip(i.flat_grads, scale, strict=True):
+        _update(grad, factor, None, None)
+
+
+def ogm_ge_step(i: GradientInputs) -> None:
+    coefficients, _ = modality_scores(i.head)
+    scale = coefficients[i.modality_index].split(1)
+    for t, (grad, factor) in enumerate(zip(i.flat_grads, scale, strict=True)):
+        _scale_with_noise(grad, factor, i.state, t)

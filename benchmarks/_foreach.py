@@ -1,0 +1,116 @@
+"""Provider `foreach`: the best eager PyTorch we can write, without a host sync.
+
+A factor that a whole encoder shares is a 0-d tensor, for which the `_foreach_` ops have their
+fused path on the GPU; only sums, which have no `_foreach_` op, are taken tensor by tensor. Below
+the helpers there is one function per case, named like the case.
+"""
+
+from __future__ import annotations
+
+import torch
+from _inputs import ALPHA, FeatureInputs, GradientInputs, LogitsInputs, ScoresInputs
+from torch import Tensor
+
+
+def _ratios(scores: Tensor) -> Tensor:
+    return ((scores.unsqueeze(1) / scores).sum(dim=1) - 1) / (len(scores) - 1)
+
+
+def _std(i: GradientInputs) -> Tensor:
+    """[T] from ‖g‖ and Σg, which is good enough for gradients: their mean is near zero."""
+    squares = torch.stack(torch._foreach_norm(i.grads, 2, dtype=i.wide)).square()
+    sums = torch.stack([g.sum(dtype=i.wide) for g in i.grads])
+    return ((squares - sums.square() / i.numel) / (i.numel - 1)).clamp_(min=0).sqrt_()
+
+
+def _scale(i: GradientInputs, factors: Tensor) -> None:
+    """Multiplies the gradients of encoder m by factors[m]."""
+    for grads, factor in zip(i.encoder_grads, factors.unbind(), strict=True):
+        torch._foreach_mul_(grads, factor)
+
+
+def _add_noise(i: GradientInputs, noise_std: Tensor) -> None:
+    """Adds noise_std[t] · N(0, 1); all the noise comes from one call of the generator."""
+    sizes = [g.numel() for g in i.grads]
+    flat = torch.randn(sum(sizes), dtype=i.dtype, device=i.device)
+    noise = [z.view_as(g) for z, g in zip(flat.split(sizes), i.grads, strict=True)]
+    torch._foreach_addcmul_(i.grads, noise, list(noise_std.to(i.dtype).unbind()))
+
+
+def modality_scores(i: LogitsInputs) -> tuple[Tensor, Tensor]:
+    stacked = torch.stack(i.logits)
+    wide = torch.float64 if i.dtype == torch.float64 else torch.float32
+    index = i.labels.view(1, -1, 1).expand(len(stacked), -1, 1)
+    rho = _ratios(stacked.softmax(dim=2, dtype=wide).gather(2, index).mean(dim=(1, 2)))
+    return torch.where(rho > 1, 1 - torch.tanh(ALPHA * rho), 1.0), rho
+
+
+def discrepancy_ratios(i: ScoresInputs) -> Tensor:
+    return _ratios(i.scores)
+
+
+def grad_stats(i: GradientInputs) -> Tensor:
+    return _std(i)
+
+
+def grad_stats_anchors(i: GradientInputs) -> tuple[Tensor, Tensor]:
+    products = torch._foreach_sub(i.params, i.anchors)
+    torch._foreach_mul_(products, i.grads)
+    dots = torch.stack([p.sum(dtype=i.wide) for p in products])
+    return dots, torch.stack(torch._foreach_norm(i.grads, 2, dtype=i.wide)).square()
+
+
+def update_scale(i: GradientInputs) -> None:
+    _scale(i, i.coefficients)
+
+
+def update_noise(i: GradientInputs) -> None:
+    _scale(i, i.coefficients)
+    _add_noise(i, i.noise_std)
+
+
+def update_pull(i: GradientInputs) -> None:
+    displacement = torch._foreach_sub(i.params, i.anchors)
+    for part, factor in zip(i.by_encoder(displacement), i.pull_by_encoder.unbind(), strict=True):
+        torch._foreach_mul_(part, factor)
+    torch._foreach_add_(i.grads, displacement)
+
+
+def update_all(i: GradientInputs) -> None:
+    _scale(i, i.coefficients)
+    update_pull(i)
+    _add_noise(i, i.noise_std)
+
+
+def ogm_ge(i: GradientInputs) -> None:
+    std = _std(i) + 1e-8
+    _scale(i, i.coefficients)
+    _add_noise(i, std)
+
+
+def redreg(i: GradientInputs) -> None:
+    displacement = torch._foreach_sub(i.params, i.anchors)
+    products = torch._foreach_mul(displacement, i.grads)
+    dots = torch.stack([p.sum(dtype=i.wide) for p in products])
+    squares = torch.stack(torch._foreach_norm(i.grads, 2, dtype=i.wide)).square()
+    scale = 1 - i.beta * dots / (squares + 1e-12)
+    torch._foreach_mul_(i.grads, list(scale.to(i.dtype).unbind()))
+    torch._foreach_mul_(displacement, i.beta)
+    torch._foreach_add_(i.grads, displacement)
+
+
+def scale_grad(i: FeatureInputs) -> Tensor:
+    out = i.feature.view_as(i.feature)
+    out.register_hook(lambda grad: i.coefficient * grad)
+    return torch.autograd.grad(out, i.feature, i.grad_output)[0]
+
+
+def ogm_step(i: GradientInputs) -> None:
+    _scale(i, modality_scores(i.head)[0])
+
+
+def ogm_ge_step(i: GradientInputs) -> None:
+    coefficients, _ = modality_scores(i.head)
+    std = _std(i) + 1e-8
+    _scale(i, coefficients)
+    _add_noise(i, std)

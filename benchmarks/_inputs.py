@@ -1,0 +1,198 @@
+"""Random tensors for a workload, the same for every provider."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property, reduce
+from typing import Any
+
+import torch
+from _workloads import Workload
+from torch import Tensor
+
+from mmfuse import NoiseStream
+from mmfuse.ops import GradStats
+from mmfuse.reference import grad_stats as reference_stats
+
+ALPHA = 0.8
+# Different from one, so that no provider can skip a tensor and the stated bytes are moved.
+COEFFICIENTS = (0.75, 0.875)
+PULL = 0.0625
+BETA = 0.25
+SEED = 20220614
+_PIECE = 2**24
+
+
+class Inputs:
+    """What a case hands to its providers.
+
+    Attributes:
+        workload: Where the sizes come from.
+        dtype: Of the data.
+        device: Of the data.
+        nbytes: Bytes of one operand, e.g. of all gradients.
+    """
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+        self.workload = workload
+        self.dtype = dtype
+        self.device = device
+        self.nbytes = 0
+        self._cache: dict[object, Any] = {}
+        self._generator = torch.Generator(device).manual_seed(SEED)
+
+    def restore(self, *, replaced: bool = False) -> None:
+        """Undoes what a call has changed; not timed.
+
+        Args:
+            replaced: The provider replaces gradients instead of updating them in place.
+        """
+
+    def cached(self, key: object, make: Callable[[], Any]) -> Any:
+        """What a provider makes once for a training run, outside the timed region."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def _randn(self, shape: tuple[int, ...], std: float) -> Tensor:
+        kwargs = {"generator": self._generator, "device": self.device}
+        return torch.randn(shape, **kwargs).mul_(std).to(self.dtype)
+
+
+class LogitsInputs(Inputs):
+    """Logits in which the first modality is ahead, and labels."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(workload, dtype, device)
+        shape = (workload.batch, workload.classes)
+        self.labels = torch.randint(
+            workload.classes, shape[:1], generator=self._generator, device=device
+        )
+        self.logits = [self._randn(shape, 1.0) for _ in range(workload.modalities)]
+        self.logits[0] += 2 * torch.nn.functional.one_hot(self.labels, workload.classes).to(dtype)
+        self.nbytes = sum(z.nbytes for z in self.logits)
+
+
+class ScoresInputs(Inputs):
+    """Scores of M modalities; always float32, as modality_scores returns them."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(workload, torch.float32, device)
+        self.scores = torch.linspace(0.6, 0.3, workload.modalities, device=device)
+        self.nbytes = self.scores.nbytes
+
+
+class FeatureInputs(Inputs):
+    """A feature, the gradient that reaches it, and its encoder's coefficient."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(workload, dtype, device)
+        shape = (workload.batch, workload.width)
+        self.feature = self._randn(shape, 1.0).requires_grad_()
+        self.grad_output = self._randn(shape, 1.0)
+        self.coefficient = torch.tensor(COEFFICIENTS[0], device=device)
+        self.nbytes = self.feature.nbytes
+
+
+class GradientInputs(Inputs):
+    """Parameters of all encoders with their gradients, and the vectors that say what to do.
+
+    `grads` are the buffers that providers update in place; `official` replaces a parameter's `.grad`
+    by a new tensor. `results` finds both.
+    """
+
+    def __init__(
+        self,
+        workload: Workload,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        select: str = "all",
+        anchored: bool = False,
+    ) -> None:
+        super().__init__(workload, dtype, device)
+        encoders = [
+            [shape for shape in shapes if select == "all" or len(shape) == 4]
+            for shapes in workload.encoders
+        ]
+        self._counts = [len(shapes) for shapes in encoders]
+        self.modality = [m for m, count in enumerate(self._counts) for _ in range(count)]
+        shapes = [shape for encoder in encoders for shape in encoder]
+        # Every tensor has its own spread, so that a mixed-up index shows.
+        spreads = [1e-3 * (1 + t % 7) for t in range(len(shapes))]
+        self.pristine = [self._randn(s, std) for s, std in zip(shapes, spreads, strict=True)]
+        self.grads = [torch.empty_like(g) for g in self.pristine]
+        # Weights are written only where a case reads them; else their pages cost no memory.
+        self.params = [
+            self._randn(s, 0.02) if anchored else torch.empty(s, dtype=dtype, device=device)
+            for s in shapes
+        ]
+        self.anchors = [p + self._randn(p.shape, 1e-3) for p in self.params if anchored]
+        for p in self.params:
+            p.requires_grad_()
+        self.encoder_params = self.by_encoder(self.params)
+        self.encoder_grads = self.by_encoder(self.grads)
+        self.flat_grads, self.flat_params, self.flat_anchors = (
+            [t.detach().view(-1) for t in row] for row in (self.grads, self.params, self.anchors)
+        )
+        self.nbytes = sum(g.nbytes for g in self.pristine)
+        self.ahead_nbytes = sum(g.nbytes for g in self.encoder_grads[0])
+
+        # Coefficients are float32 for every dtype up to float32, as mmfuse and AMP have them.
+        self.wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.modality_index = torch.tensor(self.modality, device=device)
+        self.numel = torch.tensor([g.numel() for g in self.grads], dtype=self.wide, device=device)
+        self.coefficients = torch.tensor(
+            COEFFICIENTS[: len(encoders)], dtype=self.wide, device=device
+        )
+        self.scale = self.coefficients[self.modality_index]
+        self.ones = torch.ones_like(self.scale)
+        self.noise_std_host = spreads
+        self.noise_std = torch.tensor(spreads, dtype=self.wide, device=device)
+        self.pull_by_encoder = torch.full_like(self.coefficients, PULL)
+        self.pull = self.pull_by_encoder[self.modality_index]
+        self.beta = torch.tensor(BETA, dtype=self.wide, device=device)
+        # A loss is computed in float32 under mixed precision, so the logits are float32 too.
+        self.head = LogitsInputs(workload, self.wide, device)
+        self.stream = NoiseStream(SEED, device)
+        self.state = self.stream.state.clone()
+        self.restore()
+
+    @torch.no_grad()
+    def restore(self, *, replaced: bool = False) -> None:
+        """Puts the gradients and the noise stream back; noise would grow with every call.
+
+        A provider that replaces gradients gets some that nobody else holds, so that replacing one
+        frees its memory, as it does in training.
+        """
+        if not replaced:
+            torch._foreach_copy_(self.grads, self.pristine)
+        for p, grad, pristine in zip(self.params, self.grads, self.pristine, strict=True):
+            p.grad = pristine.clone() if replaced else grad
+        self.stream.state.copy_(self.state)
+
+    def by_encoder(self, tensors: list[Tensor]) -> list[list[Tensor]]:
+        """Splits a list over all parameters into one list per encoder."""
+        rest = iter(tensors)
+        return [[next(rest) for _ in range(count)] for count in self._counts]
+
+    def results(self) -> list[Tensor]:
+        """The gradients as a provider has left them."""
+        return [p.grad for p in self.params]
+
+    @cached_property
+    def exact_stats(self) -> GradStats:
+        """The reference's grad_stats in float64, in pieces that bound the memory."""
+        rows = [self.pristine]
+        if self.anchors:
+            rows += [[p.detach() for p in self.params], self.anchors]
+        totals = []
+        for tensors in zip(*rows, strict=True):
+            parts = []
+            for piece in zip(*(t.flatten().split(_PIECE) for t in tensors), strict=True):
+                grad, *displaced = ([x.double()] for x in piece)
+                numel, moments = reference_stats.grad_stats(grad, *(displaced or ([], [])))
+                parts.append(GradStats(numel, *moments.unbind()))
+            totals.append(reduce(GradStats.merge, parts))
+        fields = [column for column in zip(*totals, strict=True) if column[0] is not None]
+        return GradStats(*map(torch.cat, fields))

@@ -1,0 +1,228 @@
+"""How long a call takes, what it launches, how often it waits for the device, what it allocates."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmfuse.ops._registry import OPS
+
+Call = Callable[[], Any]
+
+MIN_SAMPLES = 3
+MAX_SAMPLES = 200
+# Far beyond the caches, and the same on every machine of a kind.
+COPY_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
+_FLUSH_BYTES = 2**28
+_SYNC_WARNING = "synchronizing CUDA operation"
+_INDUCTOR_KERNEL = "_cpp_fused_"
+# `.item()`, `if tensor`, indexing by a 0-d tensor; and operators that size their result.
+_WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
+_DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A provider's call on its inputs.
+
+    Attributes:
+        call: What is timed.
+        restore: Undoes what the call has changed; not timed.
+        compiled: Whether it runs code of torch.compile.
+    """
+
+    call: Call
+    restore: Call = lambda: None
+    compiled: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Seconds of one call: on the device, and until the call returned to the host."""
+
+    device: float
+    host: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call does besides taking time."""
+
+    launches: int
+    host_syncs: int
+    extra_bytes: int
+
+
+class Clock:
+    """Times one call as a training step makes it: once, on data that the last step left behind.
+
+    On a GPU by events, after the L2 cache was overwritten; that also keeps the device busy while
+    the host prepares the first launches, as the backward pass before would.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        if self._cuda:
+            # Larger than any L2 cache.
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+            self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, call: Call) -> Sample:
+        if not self._cuda:
+            start = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - start
+            return Sample(seconds, seconds)
+        torch.cuda.synchronize()
+        self._flush.zero_()
+        start = time.perf_counter()
+        self._start.record()
+        call()
+        self._end.record()
+        host = time.perf_counter() - start
+        self._end.synchronize()
+        return Sample(self._start.elapsed_time(self._end) / 1e3, host)
+
+
+def interleaved(
+    providers: Mapping[str, Prepared], clock: Clock, seconds: float
+) -> dict[str, list[Sample]]:
+    """Samples of all calls in turns, so that a slow spell of the machine hits all of them.
+
+    Args:
+        providers: Name → what to time.
+        clock: Times one call.
+        seconds: For all calls together, in equal shares; each gets `MIN_SAMPLES` at least.
+    """
+    samples: dict[str, list[Sample]] = {name: [] for name in providers}
+    spent = dict.fromkeys(providers, 0.0)
+    share = seconds / max(1, len(providers))
+    active = list(providers)
+    gc.collect()
+    gc.disable()
+    try:
+        while active:
+            for name in active:
+                began = time.perf_counter()
+                providers[name].restore()
+                samples[name].append(clock(providers[name].call))
+                spent[name] += time.perf_counter() - began
+            active = [
+                name for name in active if not _enough(len(samples[name]), spent[name], share)
+            ]
+            # Nobody always runs after the same neighbour.
+            active = active[1:] + active[:1]
+    finally:
+        gc.enable()
+    return samples
+
+
+def _enough(count: int, spent: float, share: float) -> bool:
+    return count >= MIN_SAMPLES and (spent >= share or count >= MAX_SAMPLES)
+
+
+def quantile(values: Sequence[float], q: float) -> float:
+    """The q-quantile, interpolated."""
+    return float(torch.tensor(values, dtype=torch.float64).quantile(q))
+
+
+def big_copy(device: torch.device) -> tuple[Prepared, int]:
+    """A copy, and the bytes that it reads and writes: the yardstick of the machine."""
+    source = torch.randn(COPY_ELEMENTS[device.type], device=device)
+    target = torch.empty_like(source)
+    return Prepared(lambda: target.copy_(source)), 2 * source.nbytes
+
+
+def cost_of(prepared: Prepared, device: torch.device) -> Cost:
+    """Counts one call's launches, host syncs and extra memory."""
+    # Kineto reports every start and stop on stderr below this level.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    prepared.restore()
+    if device.type == "cuda":
+        return _cost_on_cuda(prepared)
+    counter = _Counter()
+    # torch.compile refuses to run under a dispatch mode.
+    mode = contextlib.nullcontext() if prepared.compiled else counter
+    # The profiler sees every allocation of PyTorch's allocator, inside C++ operators too.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, mode:
+        prepared.call()
+    events = _trace(profiler)
+    kernels = sum(_INDUCTOR_KERNEL in event.get("name", "") for event in events)
+    now = peak = 0
+    for event in events:
+        if event.get("name") == "[memory]":
+            now += event["args"]["Bytes"]
+            peak = max(peak, now)
+    return Cost(counter.launches + kernels, counter.syncs, peak)
+
+
+def _cost_on_cuda(prepared: Prepared) -> Cost:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    prepared.call()
+    torch.cuda.synchronize()
+    extra = torch.cuda.max_memory_allocated() - before
+    prepared.restore()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            prepared.call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    syncs = sum(_SYNC_WARNING in str(warning.message) for warning in caught)
+    prepared.restore()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        prepared.call()
+        torch.cuda.synchronize()
+    launches = sum(event.get("cat") in _DEVICE_EVENTS for event in _trace(profiler))
+    return Cost(launches, syncs, extra)
+
+
+def _trace(profiler: profile) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        return json.loads(path.read_text())["traceEvents"]
+
+
+class _Counter(TorchDispatchMode):
+    """Counts what would be a launch and what would be a host sync, were this a GPU.
+
+    Views and allocations compute nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+        self.syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "mmfuse" and func._overloadname == "reference":
+            # The reference is many operators behind one name: look inside.
+            name = func._opname
+            module = importlib.import_module(f"mmfuse.reference.{OPS[name].module}")
+            with self:
+                return getattr(module, name)(*args, **kwargs)
+        if func._opname in _WAITING:
+            self.syncs += 1
+        elif not func.is_view and "empty" not in func._opname:
+            self.launches += 1
+        return func(*args, **kwargs)

@@ -1,0 +1,58 @@
+"""Who is measured: `official`, `foreach`, `compile`, and the backends of mmfuse that run here."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import _compile
+import _foreach
+import _mmfuse
+import _official
+import torch
+from _cases import Case
+from _inputs import Inputs
+from _measure import Prepared
+from _workloads import Workload
+
+from mmfuse.ops._registry import OPS, PREFERENCE
+from mmfuse.triton import INTERPRETED
+
+_OTHERS = {"official": _official, "foreach": _foreach, "compile": _compile}
+_LARGEST_REFERENCE_NOISE = 2**26
+
+
+def provider_names(device: torch.device) -> list[str]:
+    """All providers for a device; the fastest backend last.
+
+    The CUDA kernels' host shim and Triton's interpreter are for tests: on the CPU neither is here.
+    """
+    return [*_OTHERS, *reversed(PREFERENCE[device.type])]
+
+
+def why_not(name: str, case: Case, workload: Workload, device: torch.device) -> str | None:
+    """The reason why a provider is not measured, or None."""
+    if name in _OTHERS:
+        if not hasattr(_OTHERS[name], case.name):
+            return "has no such function"
+        return _compile.why_missing(device) if name == "compile" else None
+    if name == "triton" and INTERPRETED:
+        return "the interpreter is not timed"
+    for op in case.ops:
+        reason = OPS[op].why_missing(name, device.type)
+        if reason is not None:
+            return reason
+    if name == "reference" and case.noisy and workload.elements > _LARGEST_REFERENCE_NOISE:
+        return "its noise is integer arithmetic in PyTorch: minutes a call at this size"
+    return None
+
+
+def prepare(name: str, case: Case, inputs: Inputs) -> Prepared:
+    """The call to check and to time, with what must happen before each."""
+    module = _OTHERS.get(name, _mmfuse)
+    arguments = (inputs,) if name in _OTHERS else (inputs, name)
+    call = partial(getattr(module, case.name), *arguments)
+    return Prepared(
+        torch.set_grad_enabled(case.autograd)(call),
+        partial(inputs.restore, replaced=name == "official"),
+        compiled=name == "compile",
+    )

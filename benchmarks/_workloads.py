@@ -1,0 +1,99 @@
+"""What is measured on: lists of parameter shapes, and sizes of heads, with random data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes only; `_inputs` makes the tensors.
+
+    Attributes:
+        name: What `--workloads` calls it.
+        title: What the report calls it.
+        kind: Which cases run on it: "gradients", "logits", "scores" or "features".
+        encoders: One tuple of parameter shapes per modality.
+        classes: Number of classes of the head.
+        batch: Rows of the logits and features.
+        width: Width of a feature.
+        modalities: How many logits or scores there are.
+    """
+
+    name: str
+    title: str
+    kind: str = "gradients"
+    encoders: tuple[tuple[Shape, ...], ...] = ()
+    classes: int = 6
+    batch: int = 64
+    width: int = 512
+    modalities: int = 2
+
+    @property
+    def tensors(self) -> int:
+        """T, over all encoders."""
+        return sum(len(shapes) for shapes in self.encoders)
+
+    @property
+    def elements(self) -> int:
+        """Number of parameters."""
+        return sum(math.prod(shape) for shapes in self.encoders for shape in shapes)
+
+
+def _resnet18(channels: int) -> Iterator[Shape]:
+    """Convolutions and batch norms of ResNet-18, without the classifier."""
+    yield from ((64, channels, 7, 7), (64,), (64,))
+    width = 64
+    for out in (64, 128, 256, 512):
+        for before in (width, out):
+            yield from ((out, before, 3, 3), (out,), (out,))
+            yield from ((out, out, 3, 3), (out,), (out,))
+            if before != out:
+                yield from ((out, before, 1, 1), (out,), (out,))
+        width = out
+
+
+def _vit_b16() -> Iterator[Shape]:
+    """ViT-B/16 for 224×224 images, without the classifier."""
+    dim, mlp, patches = 768, 3072, (224 // 16) ** 2
+    norm = ((dim,), (dim,))
+    yield from ((1, 1, dim), (1, patches + 1, dim), (dim, 3, 16, 16), (dim,))
+    for _ in range(12):
+        yield from norm
+        yield from ((3 * dim, dim), (3 * dim,), (dim, dim), (dim,))
+        yield from norm
+        yield from ((mlp, dim), (mlp,), (dim, mlp), (dim,))
+    yield from norm
+
+
+_ALL = (
+    Workload(
+        "resnet18",
+        "two ResNet-18 (22.3 M parameters, 120 tensors)",
+        encoders=(tuple(_resnet18(1)), tuple(_resnet18(3))),
+        classes=6,
+    ),
+    Workload(
+        "vit_b16",
+        "two ViT-B/16 (172 M parameters, 300 tensors)",
+        encoders=(tuple(_vit_b16()), tuple(_vit_b16())),
+        classes=309,
+    ),
+    Workload("single_256m", "one tensor of 256 M elements", encoders=(((2**28,),),)),
+    Workload(
+        "thousand",
+        "1,000 tensors of 1,000 elements",
+        encoders=(((1000,),) * 500, ((1000,),) * 500),
+    ),
+    Workload("classes_6", "batch 64, 6 classes (CREMA-D)", "logits", classes=6),
+    Workload("classes_31", "batch 64, 31 classes (Kinetics-Sounds)", "logits", classes=31),
+    Workload("classes_309", "batch 64, 309 classes (VGGSound)", "logits", classes=309),
+    Workload("two_scores", "two modalities", "scores"),
+    Workload("feature", "features 64×512", "features"),
+)
+
+WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}

@@ -1,0 +1,165 @@
+// Runs the blocks of a launch: one fiber per thread, resumed in turn whenever what it waits for has
+// happened. Fibers and their stacks live as long as the process and serve one block after another.
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cuda_runtime.h"
+
+dim3 threadIdx;
+dim3 blockIdx;
+dim3 blockDim;
+dim3 gridDim;
+
+namespace cuda_on_cpu {
+namespace {
+
+constexpr size_t kStackBytes = 64 * 1024;
+
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  ucontext_t start;
+  jmp_buf state;
+  bool started = false;
+  bool done = false;
+  // It can go on when *event differs from the value that it saw before waiting.
+  const unsigned* event = nullptr;
+  unsigned seen = 0;
+  dim3 thread;
+};
+
+// Lanes of a warp meet in rounds. Two buffers are enough: to fill the next but one, every lane must
+// have read the first.
+struct Warp {
+  unsigned lanes = 0;
+  unsigned arrived = 0;
+  unsigned round = 0;
+  uint64_t values[2][kWarpSize];
+};
+
+std::mutex launch_mutex;
+std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Warp> warps;
+size_t running = 0;
+unsigned barrier_arrived = 0;
+unsigned barrier_round = 0;
+unsigned threads = 0;
+const std::function<void()>* kernel = nullptr;
+std::string error;
+jmp_buf scheduler;
+
+// ucontext only makes a fiber's first step; the jumps spare its two system calls per switch.
+void yield() {
+  if (_setjmp(fibers[running]->state) == 0) _longjmp(scheduler, 1);
+}
+
+void wait_for(const unsigned& event, unsigned seen) {
+  Fiber& fiber = *fibers[running];
+  fiber.event = &event;
+  fiber.seen = seen;
+  yield();
+}
+
+void fiber_main() {
+  for (;;) {
+    (*kernel)();
+    fibers[running]->done = true;
+    yield();
+  }
+}
+
+void resume(size_t index) {
+  running = index;
+  Fiber& fiber = *fibers[index];
+  fiber.event = nullptr;
+  threadIdx = fiber.thread;
+  if (_setjmp(scheduler) != 0) return;
+  if (fiber.started) _longjmp(fiber.state, 1);
+  fiber.started = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = kStackBytes;
+  makecontext(&fiber.start, fiber_main, 0);
+  setcontext(&fiber.start);
+}
+
+void prepare_block() {
+  while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+  warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp{});
+  for (unsigned i = 0; i < threads; ++i) {
+    fibers[i]->done = false;
+    fibers[i]->event = nullptr;
+    fibers[i]->thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y,
+                             i / blockDim.x / blockDim.y);
+    warps[i / kWarpSize].lanes |= 1u << i % kWarpSize;
+  }
+  barrier_arrived = 0;
+}
+
+void run_block() {
+  prepare_block();
+  for (unsigned left = threads; left > 0;) {
+    bool progress = false;
+    for (unsigned i = 0; i < threads; ++i) {
+      const Fiber& fiber = *fibers[i];
+      if (fiber.done || (fiber.event != nullptr && *fiber.event == fiber.seen)) continue;
+      resume(i);
+      progress = true;
+      if (fiber.done) --left;
+    }
+    if (!progress) error = "some threads wait at a barrier or warp operation that others skipped";
+    if (!error.empty()) return;
+  }
+}
+
+}  // namespace
+
+void barrier() {
+  const unsigned round = barrier_round;
+  if (++barrier_arrived < threads) return wait_for(barrier_round, round);
+  barrier_arrived = 0;
+  ++barrier_round;
+}
+
+const uint64_t* exchange(unsigned mask, uint64_t value) {
+  Warp& warp = warps[running / kWarpSize];
+  if (mask != warp.lanes) error = "a warp operation names other lanes than the warp has";
+  const unsigned round = warp.round;
+  uint64_t* values = warp.values[round % 2];
+  values[running % kWarpSize] = value;
+  warp.arrived |= 1u << running % kWarpSize;
+  if (warp.arrived != warp.lanes) {
+    wait_for(warp.round, round);
+  } else {
+    warp.arrived = 0;
+    ++warp.round;
+  }
+  return values;
+}
+
+void run(const char* what, dim3 grid, dim3 block, const std::function<void()>& body) {
+  const std::lock_guard<std::mutex> lock(launch_mutex);
+  gridDim = grid;
+  blockDim = block;
+  threads = block.x * block.y * block.z;
+  kernel = &body;
+  for (unsigned z = 0; z < grid.z; ++z) {
+    for (unsigned y = 0; y < grid.y; ++y) {
+      for (unsigned x = 0; x < grid.x; ++x) {
+        blockIdx = dim3(x, y, z);
+        run_block();
+        if (error.empty()) continue;
+        // Fibers that stopped half-way cannot serve another block.
+        fibers.clear();
+        throw std::runtime_error(std::exchange(error, "") + ", in " + what);
+      }
+    }
+  }
+}
+
+}  // namespace cuda_on_cpu

@@ -31,7 +31,6 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import mmfuse
-from mmfuse.ops._registry import OPS
 
 matplotlib.use("Agg")  # draws to a file; needs no display
 from matplotlib import pyplot as plt
@@ -334,8 +333,8 @@ def backend_names(args: argparse.Namespace) -> str:
         RuntimeError: the backend asked for is not available; the message says why.
     """
     ops = ("modality_scores", "discrepancy_ratios", "grad_stats", "update_grads_")
-    device = torch.device(args.device)
-    return " and ".join(sorted({OPS[op].resolve(args.backend, device) for op in ops}))
+    used = {mmfuse.ops.active_backend(op, args.device, args.backend) for op in ops}
+    return " and ".join(sorted(used))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -97,6 +97,16 @@ def test_default_backend_is_the_compiled_one_on_the_cpu() -> None:
             assert op.resolve(None, device) == "cpu"
 
 
+def test_active_backend() -> None:
+    assert ops.active_backend("grad_stats", "cpu", "reference") == "reference"
+    with mmfuse.use_backend("reference"):
+        assert ops.active_backend("grad_stats") == "reference"
+    with pytest.raises(ValueError, match=r"op must be one of .* got 'grad_stat'"):
+        ops.active_backend("grad_stat")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        ops.active_backend("grad_stats", backend="gpu")
+
+
 def test_use_backend_as_setting_and_as_block() -> None:
     op, device = OPS["grad_stats"], torch.device("cpu")
     default = op.resolve(None, device)

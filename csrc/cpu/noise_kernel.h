@@ -1,12 +1,25 @@
 // The normal deviates of common/philox.h, many at a time; no include guard, see foreach_simd.h.
-// Blocks sit in the 64-bit lanes, because the multiplication takes and gives those; what Philox
-// leaves above bit 31 is garbage that the next multiplication ignores.
+//
+// The work goes through four loops with buffers in L1 between them. In one loop the chain of
+// dependent instructions is longer than a processor looks ahead, and most of it stands idle.
 
-// Two independent groups of blocks hide the latency of the multiplications.
-constexpr int kNoiseGroups = 2;
+// Groups of Philox blocks that are computed side by side, to hide the multiplier's latency.
+constexpr int kGroups = 4;
+// Blocks sit in the 64-bit lanes, because the multiplication takes and gives those.
 constexpr int kGroupBlocks = kVectorBytes / 8;
-constexpr int kDrawBlocks = kNoiseGroups * kGroupBlocks;
-constexpr int kDrawElements = kNoiseBlock * kDrawBlocks;
+constexpr int64_t kDrawBlocks = kGroups * kGroupBlocks;
+
+// As many deviates as fill_normals draws at a time, more by an unaligned start and a last draw.
+constexpr int64_t kNoiseTile = 1024;
+constexpr int64_t kNoiseBuffer = kNoiseTile + kNoiseBlock * (1 + kDrawBlocks);
+
+struct NoiseTile {
+  // Two pairs (radius, angle) a block: bits first, then the radii and the deviates.
+  float radius[kNoiseBuffer / 2];
+  float angle[kNoiseBuffer / 2];
+  float exponent[kNoiseBuffer / 2];
+  float normals[kNoiseBuffer];
+};
 
 // Blocks in the order in which interleaving within 128 bits puts the elements in sequence.
 inline U64 block_order() {
@@ -15,48 +28,41 @@ inline U64 block_order() {
   return order;
 }
 
-inline U64 splat_u64(uint64_t x) { return U64{} + x; }
-
-// All that stays the same from block to block: the round keys, and the first three rounds as far
-// as they see only the upper counter words.
+// What stays the same from block to block: the round keys, and the first three rounds as far as
+// they see only the upper counter words.
 struct PhiloxConstants {
-  U64 m0 = splat_u64(kPhiloxM0);
-  U64 m1 = splat_u64(kPhiloxM1);
-  U64 x2_first;
-  U64 x0_second;
-  U64 x2_second;
-  U64 x2_third;
-  U64 k0[kPhiloxRounds];
-  U64 k1[kPhiloxRounds];
-  U64 last;
+  U64 m0 = splat(uint64_t{kPhiloxM0});
+  U64 m1 = splat(uint64_t{kPhiloxM1});
+  U64 x2_first, x0_second, x2_second, x2_third;
+  U64 k0[kPhiloxRounds], k1[kPhiloxRounds];
+  U64 k_last;
 
   PhiloxConstants(const NoiseKey& key, uint32_t block_high) {
-    uint32_t key0[kPhiloxRounds], key1[kPhiloxRounds];
+    uint64_t key0[kPhiloxRounds], key1[kPhiloxRounds];
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
       key0[round] = static_cast<uint32_t>(key.seed) + round * kPhiloxW0;
       key1[round] = static_cast<uint32_t>(key.seed >> 32) + round * kPhiloxW1;
-      k0[round] = splat_u64(key0[round]);
-      k1[round] = splat_u64(key1[round]);
+      k0[round] = splat(key0[round]);
+      k1[round] = splat(key1[round]);
     }
-    const uint64_t p1 = static_cast<uint64_t>(kPhiloxM1) * key.stream_id;
-    const uint32_t x0 = static_cast<uint32_t>(p1 >> 32) ^ block_high ^ key0[0];
-    const uint64_t p0 = static_cast<uint64_t>(kPhiloxM0) * x0;
-    x2_first = splat_u64(key.step ^ key1[0]);
-    x0_second = splat_u64(static_cast<uint32_t>(p1) ^ key0[1]);
-    x2_second = splat_u64(static_cast<uint32_t>(p0 >> 32) ^ key1[1]);
-    x2_third = splat_u64(static_cast<uint32_t>(p0) ^ key1[2]);
-    last = splat_u64(key0[kPhiloxRounds - 1] |
-                     static_cast<uint64_t>(key1[kPhiloxRounds - 1]) << 32);
+    const uint64_t p1 = uint64_t{kPhiloxM1} * key.stream_id;
+    const uint64_t p0 = kPhiloxM0 * ((p1 >> 32) ^ block_high ^ key0[0]);
+    x2_first = splat(key.step ^ key1[0]);
+    x0_second = splat(static_cast<uint32_t>(p1) ^ key0[1]);
+    x2_second = splat((p0 >> 32) ^ key1[1]);
+    x2_third = splat(static_cast<uint32_t>(p0) ^ key1[2]);
+    k_last = splat(key0[kPhiloxRounds - 1] | key1[kPhiloxRounds - 1] << 32);
   }
 };
 
-// Philox of the blocks in `block_low`. Even and odd lanes of `radius` are the words x0 and x2,
-// those of `angle` x1 and x3.
-inline void philox(const PhiloxConstants& c, const U64 (&block_low)[kNoiseGroups],
-                   U64 (&radius)[kNoiseGroups], U64 (&angle)[kNoiseGroups]) {
-  U64 x0[kNoiseGroups], x1[kNoiseGroups], x2[kNoiseGroups], x3[kNoiseGroups];
-  for (int g = 0; g < kNoiseGroups; ++g) {
-    U64 p0 = multiply_even(block_low[g], c.m0);
+// Philox of the blocks first, first + 1, ... (lower counter words). A lane of `radius` gets the
+// words x0 and x2 of its block, one of `angle` x1 and x3. The words themselves may carry garbage
+// above bit 31, which the next multiplication ignores.
+inline void philox(const PhiloxConstants& c, U64 first, U64 (&radius)[kGroups],
+                   U64 (&angle)[kGroups]) {
+  U64 x0[kGroups], x1[kGroups], x2[kGroups], x3[kGroups];
+  MMFUSE_UNROLL for (int g = 0; g < kGroups; ++g) {
+    U64 p0 = multiply_even(first + static_cast<uint64_t>(g * kGroupBlocks), c.m0);
     U64 p1 = multiply_even((p0 >> 32) ^ c.x2_first, c.m1);
     x0[g] = (p1 >> 32) ^ c.x0_second;
     x2[g] = p0 ^ c.x2_second;
@@ -68,8 +74,8 @@ inline void philox(const PhiloxConstants& c, const U64 (&block_low)[kNoiseGroups
     x1[g] = p1;
     x3[g] = p0;
   }
-  for (int round = 3; round < kPhiloxRounds - 1; ++round) {
-    for (int g = 0; g < kNoiseGroups; ++g) {
+  MMFUSE_UNROLL for (int round = 3; round < kPhiloxRounds - 1; ++round) {
+    MMFUSE_UNROLL for (int g = 0; g < kGroups; ++g) {
       const U64 p0 = multiply_even(x0[g], c.m0);
       const U64 p1 = multiply_even(x2[g], c.m1);
       x0[g] = (p1 >> 32) ^ x1[g] ^ c.k0[round];
@@ -78,10 +84,10 @@ inline void philox(const PhiloxConstants& c, const U64 (&block_low)[kNoiseGroups
       x3[g] = p0;
     }
   }
-  for (int g = 0; g < kNoiseGroups; ++g) {
+  MMFUSE_UNROLL for (int g = 0; g < kGroups; ++g) {
     const U64 p0 = multiply_even(x0[g], c.m0);
     const U64 p1 = multiply_even(x2[g], c.m1);
-    radius[g] = blend_odd(p1 >> 32, p0) ^ blend_odd(x1[g], x3[g] << 32) ^ c.last;
+    radius[g] = blend_odd(p1 >> 32, p0) ^ blend_odd(x1[g], x3[g] << 32) ^ c.k_last;
     angle[g] = blend_odd(p1, p0 << 32);
   }
 }
@@ -90,31 +96,35 @@ inline F32 uniform_from_bits(U32 x) {
   return multiply_add(to_float(x), splat(2.3283064365386963e-10f), splat(1.1641532182693481e-10f));
 }
 
-inline F32 log_normal_range(F32 u) {
+// u = 2^exponent * (1 + fraction) with 1 + fraction in [sqrt(1/2), sqrt(2)).
+inline void split_uniform(F32 u, F32* exponent, F32* fraction) {
   const U32 shifted = (U32)u - 0x3F3504F3u;
-  const F32 e = __builtin_convertvector((I32)shifted >> 23, F32);
-  const F32 f = (F32)((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
-  const F32 f2 = f * f;
-  F32 p = splat(7.0376836292e-2f);
-  p = multiply_add(p, f, splat(-1.1514610310e-1f));
-  p = multiply_add(p, f, splat(1.1676998740e-1f));
-  p = multiply_add(p, f, splat(-1.2420140846e-1f));
-  p = multiply_add(p, f, splat(1.4249322787e-1f));
-  p = multiply_add(p, f, splat(-1.6668057665e-1f));
-  p = multiply_add(p, f, splat(2.0000714765e-1f));
-  p = multiply_add(p, f, splat(-2.4999993993e-1f));
-  p = multiply_add(p, f, splat(3.3333331174e-1f));
-  F32 y = f * f2 * p;
-  y = multiply_add(e, splat(-2.12194440e-4f), y);
-  y = multiply_add(f2, splat(-0.5f), y);
-  return multiply_add(e, splat(0.693359375f), f + y);
+  *exponent = __builtin_convertvector((I32)shifted >> 23, F32);
+  *fraction = (F32)((shifted & 0x007FFFFFu) + 0x3F3504F3u) - 1.0f;
 }
 
-inline void cos_sin_turn(F32 u, F32* cos_out, F32* sin_out) {
-  // Adding 1.5 * 2^23 rounds to an integer and leaves its low bits at the bottom of the float.
-  const F32 rounded = multiply_add(u, splat(4.0f), splat(12582912.0f));
-  const F32 q = rounded - 12582912.0f;
-  const F32 x = multiply_add(q, splat(-0.25f), u) * 6.2831853071795865f;
+// -2 ln(u): log_normal_range with every term doubled and negated, which rounds the same.
+inline F32 minus_two_log(F32 exponent, F32 f) {
+  const F32 f2 = f * f;
+  F32 p = splat(-2 * 7.0376836292e-2f);
+  p = multiply_add(p, f, splat(-2 * -1.1514610310e-1f));
+  p = multiply_add(p, f, splat(-2 * 1.1676998740e-1f));
+  p = multiply_add(p, f, splat(-2 * -1.2420140846e-1f));
+  p = multiply_add(p, f, splat(-2 * 1.4249322787e-1f));
+  p = multiply_add(p, f, splat(-2 * -1.6668057665e-1f));
+  p = multiply_add(p, f, splat(-2 * 2.0000714765e-1f));
+  p = multiply_add(p, f, splat(-2 * -2.4999993993e-1f));
+  p = multiply_add(p, f, splat(-2 * 3.3333331174e-1f));
+  F32 y = f * f2 * p;
+  y = multiply_add(exponent, splat(-2 * -2.12194440e-4f), y);
+  y = f2 + y;
+  return multiply_add(exponent, splat(-2 * 0.693359375f), multiply_add(f, splat(-2.0f), y));
+}
+
+// (cos, sin) of 2 pi x / 2^32. Takes the quadrant from the integer, which spares the rounding of
+// uniform_from_bits; at a radius of 6 that moves a deviate by 1e-6.
+inline void cos_sin_turn(U32 bits, F32* cos_out, F32* sin_out) {
+  const F32 x = __builtin_convertvector((I32)(bits << 2), F32) * (6.2831853071795865f * 0x1p-34f);
   const F32 x2 = x * x;
   F32 s = splat(-1.9515295891e-4f);
   s = multiply_add(s, x2, splat(8.3321608736e-3f));
@@ -124,48 +134,52 @@ inline void cos_sin_turn(F32 u, F32* cos_out, F32* sin_out) {
   c = multiply_add(c, x2, splat(-1.388731625493765e-3f));
   c = multiply_add(c, x2, splat(4.166664568298827e-2f));
   c = multiply_add(c * x2, x2, multiply_add(x2, splat(-0.5f), splat(1.0f)));
-  const U32 quadrant = (U32)rounded;
-  const I32 odd = (I32)(quadrant << 31);
-  const U32 cos_sign = ((quadrant + 1) << 30) & 0x80000000u;
-  const U32 sin_sign = (quadrant << 30) & 0x80000000u;
-  *cos_out = (F32)((U32)(odd < 0 ? s : c) ^ cos_sign);
-  *sin_out = (F32)((U32)(odd < 0 ? c : s) ^ sin_sign);
+  // The nearest quadrant in bits 31 and 30, and the one after it.
+  const U32 quadrant = bits + 0x20000000u;
+  const U32 next = bits + 0x60000000u;
+  const I32 odd = (I32)(quadrant << 1);
+  *cos_out = (F32)((U32)(odd < 0 ? s : c) ^ (next & 0x80000000u));
+  *sin_out = (F32)((U32)(odd < 0 ? c : s) ^ (quadrant & 0x80000000u));
 }
 
-// Fills z with the deviates of `blocks` blocks from `first_block` on. Writes whole draws, so z
-// needs room for kDrawElements more.
-inline void fill_normals(float* z, const NoiseKey& key, uint64_t first_block, int64_t blocks) {
-  while (blocks > 0) {
-    // The upper counter word is a constant of the run; one word holds 2^34 elements.
-    const uint32_t low = static_cast<uint32_t>(first_block);
-    const int64_t run = std::min<int64_t>(blocks, (int64_t{1} << 32) - low);
-    const PhiloxConstants constants(key, static_cast<uint32_t>(first_block >> 32));
-    U64 block_low[kNoiseGroups];
-    for (int g = 0; g < kNoiseGroups; ++g) block_low[g] = block_order() + (low + g * kGroupBlocks);
-    const int64_t draws = (run + kDrawBlocks - 1) / kDrawBlocks;
-    // Two loops with a buffer between them: as one, the chain of dependent instructions is longer
-    // than the processor looks ahead.
-    for (int64_t i = 0; i < draws; ++i) {
-      U64 radius[kNoiseGroups], angle[kNoiseGroups];
-      philox(constants, block_low, radius, angle);
-      for (int g = 0; g < kNoiseGroups; ++g) {
-        float* at = z + i * kDrawElements + g * 2 * kLanes;
-        store(at, (F32)radius[g]);
-        store(at + kLanes, (F32)angle[g]);
-        block_low[g] += kDrawBlocks;
+// Fills tile.normals with the deviates of `blocks` blocks from `first_block` on.
+inline void fill_normals(NoiseTile& tile, const NoiseKey& key, uint64_t first_block,
+                         int64_t blocks) {
+  int64_t done = 0;
+  while (done < blocks) {
+    // The upper counter word is a constant until the lower one wraps, after 2^34 elements.
+    const uint64_t block = first_block + done;
+    const int64_t run =
+        std::min<int64_t>(blocks - done, (int64_t{1} << 32) - static_cast<uint32_t>(block));
+    const PhiloxConstants constants(key, static_cast<uint32_t>(block >> 32));
+    const U64 first = block_order() + static_cast<uint64_t>(static_cast<uint32_t>(block));
+    for (int64_t i = 0; i < run; i += kDrawBlocks) {
+      U64 radius[kGroups], angle[kGroups];
+      philox(constants, first + static_cast<uint64_t>(i), radius, angle);
+      MMFUSE_UNROLL for (int g = 0; g < kGroups; ++g) {
+        const int64_t at = 2 * (done + i) + g * kLanes;
+        store(tile.radius + at, (F32)radius[g]);
+        store(tile.angle + at, (F32)angle[g]);
       }
     }
-    for (int64_t i = 0; i < draws * kNoiseGroups; ++i) {
-      float* at = z + i * 2 * kLanes;
-      const F32 u = uniform_from_bits((U32)load(at));
-      const F32 r = square_root(log_normal_range(u) * -2.0f);
-      F32 c, s;
-      cos_sin_turn(uniform_from_bits((U32)load(at + kLanes)), &c, &s);
-      store(at, unpack_low(r * c, r * s));
-      store(at + kLanes, unpack_high(r * c, r * s));
-    }
-    z += run * kNoiseBlock;
-    first_block += run;
-    blocks -= run;
+    done += run;
+  }
+  const int64_t pairs = 2 * blocks;
+  for (int64_t i = 0; i < pairs; i += kLanes) {
+    F32 exponent, fraction;
+    split_uniform(uniform_from_bits((U32)load(tile.radius + i)), &exponent, &fraction);
+    store(tile.exponent + i, exponent);
+    store(tile.radius + i, fraction);
+  }
+  for (int64_t i = 0; i < pairs; i += kLanes) {
+    store(tile.radius + i,
+          square_root(minus_two_log(load(tile.exponent + i), load(tile.radius + i))));
+  }
+  for (int64_t i = 0; i < pairs; i += kLanes) {
+    F32 cos, sin;
+    cos_sin_turn((U32)load(tile.angle + i), &cos, &sin);
+    const F32 r = load(tile.radius + i);
+    store(tile.normals + 2 * i, unpack_low(r * cos, r * sin));
+    store(tile.normals + 2 * i + kLanes, unpack_high(r * cos, r * sin));
   }
 }

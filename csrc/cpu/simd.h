@@ -7,6 +7,13 @@
 #define MMFUSE_X86 0
 #endif
 
+// Before a loop over a few vectors that must stay in registers.
+#if defined(__clang__)
+#define MMFUSE_UNROLL _Pragma("unroll")
+#else
+#define MMFUSE_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace mmfuse::cpu {
 
 enum class SimdLevel { kGeneric, kAvx2, kAvx512 };

@@ -2,8 +2,8 @@
 #include "noise_kernel.h"
 #include "widen.h"
 
-// Few enough elements for the noise and both widened tensors to stay in L1.
-constexpr int64_t kUpdateTile = 1024;
+// With the noise and both widened tensors, a tile stays in L1.
+constexpr int64_t kUpdateTile = kNoiseTile;
 
 template <typename scalar_t>
 struct UpdateTile {
@@ -62,7 +62,7 @@ template <bool kPull, bool kNoise, typename scalar_t>
 inline bool update_tiles(const UpdateSlice& slice) {
   using acc_t = acc_type<scalar_t>;
   acc_t param_buffer[kUpdateTile], anchor_buffer[kUpdateTile];
-  float normals[kUpdateTile + kNoiseBlock + kDrawElements];
+  NoiseTile noise;
   bool all_finite = true;
   for (int64_t done = 0; done < slice.size; done += kUpdateTile) {
     const int64_t begin = slice.begin + done;
@@ -80,9 +80,9 @@ inline bool update_tiles(const UpdateSlice& slice) {
     if constexpr (kNoise) {
       const int64_t element = slice.noise_offset + begin;
       const int64_t lead = element % kNoiseBlock;
-      fill_normals(normals, slice.noise_key, element / kNoiseBlock,
+      fill_normals(noise, slice.noise_key, element / kNoiseBlock,
                    (lead + n + kNoiseBlock - 1) / kNoiseBlock);
-      tile.normals = normals + lead;
+      tile.normals = noise.normals + lead;
     }
     all_finite &= update_tile<kPull, kNoise>(tile, n);
   }

@@ -2,6 +2,7 @@
 
 inline F32 splat(float x) { return F32{} + x; }
 inline F64 splat(double x) { return F64{} + x; }
+inline U64 splat(uint64_t x) { return U64{} + x; }
 
 inline F32 absolute(F32 x) { return (F32)((U32)x & 0x7FFFFFFFu); }
 inline F64 absolute(F64 x) { return (F64)((U64)x & 0x7FFFFFFFFFFFFFFFu); }

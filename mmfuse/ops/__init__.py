@@ -1,6 +1,6 @@
 """The fused operators. Each exists in every backend; `python -m mmfuse` shows the grid."""
 
-from ._registry import BACKENDS, use_backend
+from ._registry import BACKENDS, active_backend, use_backend
 from .discrepancy_ratios import discrepancy_ratios
 from .grad_stats import GradStats, grad_stats
 from .modality_scores import ModalityScores, modality_scores
@@ -11,6 +11,7 @@ __all__ = [
     "BACKENDS",
     "GradStats",
     "ModalityScores",
+    "active_backend",
     "discrepancy_ratios",
     "grad_stats",
     "modality_scores",

@@ -191,6 +191,23 @@ class use_backend(AbstractContextManager["use_backend"]):  # noqa: N801 - reads 
         _forced = self._previous
 
 
+def active_backend(op: str, device: torch.device | str = "cpu", backend: str | None = None) -> str:
+    """The name of the backend that `op` runs on, for tensors on `device`.
+
+    Args:
+        op: Name of an op, such as "update_grads_".
+        device: Where the tensors are.
+        backend: What the call names; None asks for the default.
+
+    Raises:
+        ValueError: there is no op or no backend of this name.
+        RuntimeError: the named backend is not available; the message says why.
+    """
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
+    return OPS[op].resolve(backend, torch.device(device))
+
+
 def grid() -> Iterator[tuple[str, dict[str, str | None]]]:
     """Yields every public op with, for each backend, None or the reason why the cell is off."""
     for name, op in OPS.items():

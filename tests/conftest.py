@@ -18,7 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
-from cuda_on_cpu.build import shim_library
+from cuda_on_cpu.build import build_kernels
 
 import mmfuse
 from mmfuse import _native
@@ -32,7 +32,7 @@ NO_GPU = "needs an NVIDIA GPU; torch.cuda.is_available() is False"
 def pytest_configure(config: pytest.Config) -> None:
     if not torch.cuda.is_available() and _native.why_missing("cuda") is not None:
         try:
-            _native.load_library(shim_library(), "cuda")
+            _native.load_library(build_kernels(), "cuda")
         except RuntimeError as error:
             if "cuda" in REQUIRED:
                 raise pytest.UsageError(f"the CUDA host shim does not build: {error}") from error
@@ -54,13 +54,12 @@ class Cell(NamedTuple):
 
     @property
     def slow(self) -> bool:
-        """Interpreted, or run thread by thread: large inputs would take minutes."""
-        return self.device == "cpu" and self.backend in ("triton", "cuda")
+        """Triton's interpreter: large inputs would take minutes."""
+        return self == Cell("triton", "cpu")
 
     def affordable(self, sizes: Sequence[int]) -> list[int]:
-        """Without those that take Triton's interpreter long; its chunks are at most 8,192."""
-        interpreted = self.device == "cpu" and self.backend == "triton"
-        return [n for n in sizes if n < 17_000] if interpreted else list(sizes)
+        """Without those that take the interpreter long; Triton's chunks are at most 8,192."""
+        return [n for n in sizes if n < 17_000] if self.slow else list(sizes)
 
 
 CELLS = [

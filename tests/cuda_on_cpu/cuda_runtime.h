@@ -39,9 +39,11 @@ constexpr int kWarpSize = 32;
 // The multiprocessors that the fake device reports.
 constexpr int kMultiprocessors = 4;
 
-// Runs `body` once for every thread of the grid; throws if some threads of a block wait for others
-// that have returned.
-void run(const char* what, dim3 grid, dim3 block, const std::function<void()>& body);
+// Runs `body` once for every thread of the grid; false if the threads of a block did not meet.
+bool run(dim3 grid, dim3 block, const std::function<void()>& body);
+
+// What went wrong in the last launch that failed.
+const char* failure();
 
 // Waits for all threads of the block.
 void barrier();
@@ -94,7 +96,7 @@ T atomicAdd(T* address, T value) {
 
 // The part of the runtime interface that the launch helper uses.
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 struct cudaLaunchConfig_t {
@@ -104,7 +106,9 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : cuda_on_cpu::failure();
+}
 
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
@@ -119,7 +123,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 template <typename... KernelArgs, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(KernelArgs...),
                                Args&&... args) {
-  cuda_on_cpu::run(__PRETTY_FUNCTION__, config->gridDim, config->blockDim,
-                   [&] { kernel(args...); });
-  return cudaSuccess;
+  return cuda_on_cpu::run(config->gridDim, config->blockDim, [&] { kernel(args...); })
+             ? cudaSuccess
+             : cudaErrorLaunchFailure;
 }

@@ -5,7 +5,6 @@
 
 #include <memory>
 #include <mutex>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -94,8 +93,8 @@ void prepare_block() {
   for (unsigned i = 0; i < threads; ++i) {
     fibers[i]->done = false;
     fibers[i]->event = nullptr;
-    fibers[i]->thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y,
-                             i / blockDim.x / blockDim.y);
+    fibers[i]->thread =
+        dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
     warps[i / kWarpSize].lanes |= 1u << i % kWarpSize;
   }
   barrier_arrived = 0;
@@ -142,12 +141,13 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   return values;
 }
 
-void run(const char* what, dim3 grid, dim3 block, const std::function<void()>& body) {
+bool run(dim3 grid, dim3 block, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   gridDim = grid;
   blockDim = block;
   threads = block.x * block.y * block.z;
   kernel = &body;
+  error.clear();
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {
@@ -156,10 +156,13 @@ void run(const char* what, dim3 grid, dim3 block, const std::function<void()>& b
         if (error.empty()) continue;
         // Fibers that stopped half-way cannot serve another block.
         fibers.clear();
-        throw std::runtime_error(std::exchange(error, "") + ", in " + what);
+        return false;
       }
     }
   }
+  return true;
 }
+
+const char* failure() { return error.c_str(); }
 
 }  // namespace cuda_on_cpu

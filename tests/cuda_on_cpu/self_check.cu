@@ -1,0 +1,72 @@
+// Kernels that check the shim itself; test_shim.py calls run_<kernel>.
+#include <cuda_runtime.h>
+
+namespace {
+
+template <typename... KernelArgs, typename... Args>
+const char* run(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, const Args&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  return cudaGetErrorString(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+__global__ void reverse_warps_kernel(int* out) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  out[i] = __shfl_xor_sync(0xFFFFFFFFu, i, 31);
+}
+
+__global__ void broadcast_kernel(double* out) {
+  const double value = threadIdx.x + 0.5;
+  out[threadIdx.x] = __shfl_sync(0xFFFFFFFFu, value, 3);
+}
+
+__global__ void ballot_kernel(unsigned* out) {
+  out[threadIdx.x] = __ballot_sync(0xFFFFFFFFu, threadIdx.x % 3 == 0);
+}
+
+// Right only if every thread has written before the first one reads.
+__global__ void rotate_block_kernel(int* out) {
+  __shared__ int values[256];
+  for (unsigned round = 0; round < 5; ++round) {
+    values[threadIdx.x] = threadIdx.x + round;
+    __syncthreads();
+    out[threadIdx.x] = values[(threadIdx.x + 100) % blockDim.x];
+    __syncthreads();
+  }
+}
+
+__global__ void count_kernel(int* total) { atomicAdd(total, 1); }
+
+__global__ void positions_kernel(int* out) {
+  const unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  const unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  atomicAdd(&out[block * threads + thread], 1);
+}
+
+__global__ void skipped_barrier_kernel() {
+  if (threadIdx.x != 7) __syncthreads();
+}
+
+__global__ void skipped_shuffle_kernel() {
+  if (threadIdx.x != 7) __shfl_xor_sync(0xFFFFFFFFu, 1, 1);
+}
+
+__global__ void wrong_mask_kernel() { __shfl_xor_sync(0xFFFFu, 1, 1); }
+
+}  // namespace
+
+extern "C" {
+const char* run_reverse_warps(int* out) { return run(reverse_warps_kernel, 2, 64, out); }
+const char* run_broadcast(double* out) { return run(broadcast_kernel, 1, 32, out); }
+const char* run_ballot(unsigned* out) { return run(ballot_kernel, 1, 32, out); }
+const char* run_rotate_block(int* out) { return run(rotate_block_kernel, 3, 256, out); }
+const char* run_count(int* out) { return run(count_kernel, 5, 96, out); }
+const char* run_positions(int* out) {
+  return run(positions_kernel, dim3(2, 3, 4), dim3(4, 2, 3), out);
+}
+const char* run_skipped_barrier() { return run(skipped_barrier_kernel, 1, 64); }
+const char* run_skipped_shuffle() { return run(skipped_shuffle_kernel, 1, 64); }
+const char* run_wrong_mask() { return run(wrong_mask_kernel, 1, 32); }
+}

@@ -231,6 +231,9 @@ class OGM:
         return decision
 
     def _act(self, decision: _Decision) -> OGMResult:
+        device = self.modalities.parameters[0].device
+        if self.stream.device != device:  # the encoders were moved after this object was made
+            self.stream = self.stream.to(device)
         noise = self.noise if self.modulating else False
         return _act(self.modalities, decision, noise, self.stream, self.backend)
 
@@ -294,7 +297,7 @@ def _act(
     if not active.grads:
         return result
     scale = per_tensor(decision.coefficients.to(device), active)
-    if noise is False:
+    if not noise:
         update_grads_(active.grads, scale, finite=finite, backend=backend)
         return result
     noise_std = _noise_std(grad_stats(active.grads, backend=backend))

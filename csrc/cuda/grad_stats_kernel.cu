@@ -17,72 +17,71 @@ constexpr int kFinaliseThreads = 128;
 template <bool kHasAnchors>
 using StatsTable = TensorTable<Entry<kHasAnchors, false>, double*>;
 
-// Moments of the values of one batch, by two passes over registers.
-template <typename acc_t, int kPacks, int kPack>
-__device__ __forceinline__ Moments<acc_t> batch_moments(const acc_t (&values)[kPacks][kPack],
-                                                        int valid) {
+// Moments of one batch of which `valid` packs exist, by two passes over registers.
+template <Anchors kAnchors, bool kVector, int kPacks, typename scalar_t>
+__device__ __forceinline__ Moments<acc_type<scalar_t>> batch_moments(const scalar_t* grad,
+                                                                     const AnchorPair& pair,
+                                                                     acc_type<scalar_t> shift,
+                                                                     int64_t index, int valid) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kPack = kPackSize<scalar_t, kAnchors>;
   Moments<acc_t> batch;
-  batch.n = (valid < kPacks ? valid : kPacks) * kPack;
+  batch.n = valid * kPack;
+  acc_t values[kPacks][kPack];
+  load_batch<kVector>(grad + index, kThreads * kPack, valid, values);
+  if constexpr (kAnchors != Anchors::kNone) {
+    acc_t displacement[kPacks][kPack];
+    load_displacements<kAnchors, scalar_t, kVector>(pair, index, kThreads * kPack, valid,
+                                                    displacement);
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) {
+        batch.dot += displacement[u][j] * values[u][j];
+        batch.disp_sq += displacement[u][j] * displacement[u][j];
+      }
+    }
+  }
   acc_t sum = 0;
 #pragma unroll
   for (int u = 0; u < kPacks; ++u) {
 #pragma unroll
-    for (int j = 0; j < kPack; ++j) sum += values[u][j];
+    for (int j = 0; j < kPack; ++j) {
+      values[u][j] -= shift;
+      if (u < valid) sum += values[u][j];
+    }
   }
-  batch.mean = sum / static_cast<acc_t>(batch.n);
+  batch.mean = sum / static_cast<acc_t>(valid * kPack);
 #pragma unroll
   for (int u = 0; u < kPacks; ++u) {
-    if (u < valid) {
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) {
-        const acc_t centred = values[u][j] - batch.mean;
-        batch.m2 += centred * centred;
-      }
+    for (int j = 0; j < kPack; ++j) {
+      const acc_t centred = values[u][j] - batch.mean;
+      if (u < valid) batch.m2 += centred * centred;
     }
   }
   return batch;
 }
 
-// Moments of g - shift over `packs` packs from element `first` on, as far as this thread has them.
+// Moments of g - shift over this thread's part of `packs` packs from element `first` on.
 template <Anchors kAnchors, bool kVector, typename scalar_t>
 __device__ __forceinline__ Moments<acc_type<scalar_t>> pack_moments(const scalar_t* grad,
                                                                     const AnchorPair& pair,
                                                                     acc_type<scalar_t> shift,
                                                                     int64_t first, int packs) {
-  using acc_t = acc_type<scalar_t>;
   constexpr int kPack = kPackSize<scalar_t, kAnchors>;
   constexpr int kRegisters = kAnchors == Anchors::kNone ? 16 : 8;
   constexpr int kPacks = kBatchPacks<scalar_t, kAnchors, kRegisters>;
-  Moments<acc_t> total;
-  for (int p = threadIdx.x; p < packs; p += kThreads * kPacks) {
+  Moments<acc_type<scalar_t>> total;
+  int p = threadIdx.x;
+  for (; p + (kPacks - 1) * kThreads < packs; p += kPacks * kThreads) {
+    total = merge_moments(total, batch_moments<kAnchors, kVector, kPacks>(
+                                     grad, pair, shift, first + p * kPack, kPacks));
+  }
+  if (kPacks > 1 && p < packs) {
     const int valid = (packs - p + kThreads - 1) / kThreads;
-    const int64_t index = first + p * kPack;
-    acc_t values[kPacks][kPack];
-    load_batch<kVector>(grad + index, kThreads * kPack, valid, values);
-    acc_t dot = 0;
-    acc_t disp_sq = 0;
-    if constexpr (kAnchors != Anchors::kNone) {
-      acc_t displacement[kPacks][kPack];
-      load_displacements<kAnchors, scalar_t, kVector>(pair, index, kThreads * kPack, valid,
-                                                      displacement);
-#pragma unroll
-      for (int u = 0; u < kPacks; ++u) {
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) {
-          dot += displacement[u][j] * values[u][j];
-          disp_sq += displacement[u][j] * displacement[u][j];
-        }
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kPacks; ++u) {
-#pragma unroll
-      for (int j = 0; j < kPack; ++j) values[u][j] = u < valid ? values[u][j] - shift : acc_t(0);
-    }
-    Moments<acc_t> batch = batch_moments(values, valid);
-    batch.dot = dot;
-    batch.disp_sq = disp_sq;
-    total = merge_moments(total, batch);
+    total = merge_moments(total, batch_moments<kAnchors, kVector, kPacks>(
+                                     grad, pair, shift, first + p * kPack, valid));
   }
   return total;
 }
@@ -177,7 +176,6 @@ struct FinaliseTable {
   int64_t tensors;
   FinaliseEntry entries[kCapacity];
 };
-static_assert(sizeof(FinaliseTable) <= kMaxParamBytes);
 
 __device__ __forceinline__ void store_moment(const FinaliseTable& table, int64_t index,
                                              double value) {

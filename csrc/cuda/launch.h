@@ -10,6 +10,9 @@
 
 namespace mmfuse::cuda {
 
+// What a launch can carry on sm_70 and later since CUDA 12.1.
+constexpr int kMaxParamBytes = 32764;
+
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
     throw std::runtime_error(std::string("mmfuse: ") + what + ": " + cudaGetErrorString(error));
@@ -19,6 +22,7 @@ inline void check(cudaError_t error, const char* what) {
 template <typename... KernelArgs, typename... Args>
 void launch(const char* name, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
             cudaStream_t stream, const Args&... args) {
+  static_assert((sizeof(KernelArgs) + ...) <= kMaxParamBytes);
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;

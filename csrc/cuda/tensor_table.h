@@ -1,4 +1,5 @@
-// A list of tensors as one kernel parameter, and the way from a chunk of work to its tensor.
+// A list of tensors as one kernel parameter, so that no table is ever copied to the device, and the
+// way from a chunk of work to its tensor.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "element.h"
+#include "launch.h"
 #include "params.h"
 
 namespace mmfuse::cuda {
@@ -25,9 +27,6 @@ inline Anchors anchors_of(const GradTensor& tensor) {
 }
 
 constexpr int kThreads = 256;
-
-// The limit on sm_70 and later since CUDA 12.1: no table is ever copied to the device.
-constexpr int kMaxParamBytes = 32764;
 
 template <bool kPresent>
 struct AnchorFields {};

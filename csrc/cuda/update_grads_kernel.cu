@@ -5,9 +5,9 @@
 namespace mmfuse::cuda {
 namespace {
 
+// As many as the registers allow.
 template <Anchors kAnchors, bool kNoise>
-constexpr int kBlocksPerSm =
-    kAnchors == Anchors::kMixed || (kAnchors == Anchors::kSame && kNoise) ? 3 : 4;
+constexpr int kBlocksPerSm = kAnchors == Anchors::kNone ? (kNoise ? 4 : 5) : (kNoise ? 3 : 4);
 
 template <bool kHasAnchors, bool kNoise>
 using UpdateTable = TensorTable<Entry<kHasAnchors, kNoise>, UpdateCommon>;

@@ -84,36 +84,51 @@ __device__ __forceinline__ bool update_pack(const TensorUpdate<scalar_t>& tensor
   return finite;
 }
 
+// Updates this thread's packs of one batch, `valid` of which exist.
+template <Anchors kAnchors, bool kNoise, bool kVector, int kPacks, typename scalar_t>
+__device__ __forceinline__ bool update_batch(const TensorUpdate<scalar_t>& tensor, int64_t index,
+                                             int valid) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kPack = kPackSize<scalar_t, kAnchors>;
+  constexpr int kStride = kThreads * kPack;
+  acc_t grad[kPacks][kPack];
+  acc_t displacement[kPacks][kPack] = {};
+  load_batch<kVector>(tensor.in + index, kStride, valid, grad);
+  if constexpr (kAnchors != Anchors::kNone) {
+    if (tensor.pull != acc_t(0)) {
+      load_displacements<kAnchors, scalar_t, kVector>(tensor.pair, index, kStride, valid,
+                                                      displacement);
+    }
+  }
+  bool finite = true;
+#pragma unroll
+  for (int u = 0; u < kPacks; ++u) {
+    if (u < valid) {
+      finite = update_pack<kNoise, kVector>(tensor, index + u * kStride, grad[u], displacement[u],
+                                            tensor.out + index + u * kStride) &&
+               finite;
+    }
+  }
+  return finite;
+}
+
 // Updates `packs` packs from element `first` on.
 template <Anchors kAnchors, bool kNoise, bool kVector, typename scalar_t>
 __device__ __forceinline__ bool update_packs(const TensorUpdate<scalar_t>& tensor, int64_t first,
                                              int packs) {
-  using acc_t = acc_type<scalar_t>;
   constexpr int kPack = kPackSize<scalar_t, kAnchors>;
   constexpr int kRegisters = kAnchors == Anchors::kNone && !kNoise ? 16 : 8;
   constexpr int kPacks = kVector ? kBatchPacks<scalar_t, kAnchors, kRegisters> : 1;
   bool finite = true;
-  for (int p = threadIdx.x; p < packs; p += kThreads * kPacks) {
+  int p = threadIdx.x;
+  for (; p + (kPacks - 1) * kThreads < packs; p += kPacks * kThreads) {
+    finite = update_batch<kAnchors, kNoise, kVector, kPacks>(tensor, first + p * kPack, kPacks) &&
+             finite;
+  }
+  if (kPacks > 1 && p < packs) {
     const int valid = (packs - p + kThreads - 1) / kThreads;
-    const int64_t index = first + p * kPack;
-    acc_t grad[kPacks][kPack];
-    acc_t displacement[kPacks][kPack] = {};
-    load_batch<kVector>(tensor.in + index, kThreads * kPack, valid, grad);
-    if constexpr (kAnchors != Anchors::kNone) {
-      if (tensor.pull != acc_t(0)) {
-        load_displacements<kAnchors, scalar_t, kVector>(tensor.pair, index, kThreads * kPack, valid,
-                                                        displacement);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kPacks; ++u) {
-      const int64_t start = index + u * kThreads * kPack;
-      if (u < valid) {
-        finite = update_pack<kNoise, kVector>(tensor, start, grad[u], displacement[u],
-                                              tensor.out + start) &&
-                 finite;
-      }
-    }
+    finite =
+        update_batch<kAnchors, kNoise, kVector, kPacks>(tensor, first + p * kPack, valid) && finite;
   }
   return finite;
 }

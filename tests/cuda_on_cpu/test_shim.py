@@ -1,22 +1,18 @@
 """The shim itself: warp operations, barriers, atomics, and what it reports as an error."""
 
 import ctypes
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-import build
+from cuda_on_cpu.build import build_self_check
 
 Run = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
 def run() -> Run:
-    library = ctypes.CDLL(str(build.build_self_check()))
+    library = ctypes.CDLL(str(build_self_check()))
 
     def call(name: str, out: np.ndarray | None = None) -> str:
         function = getattr(library, f"run_{name}")

@@ -1,0 +1,451 @@
+"""The benchmark suite: what it compares with, that its gate holds, and what it writes."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import _compile
+import _foreach
+import _measure
+import _mmfuse
+import _official
+import _parity
+import _providers
+import _report
+import run
+from _cases import CASES, Case
+from _inputs import ALPHA, BETA, PULL, GradientInputs, LogitsInputs
+from _workloads import WORKLOADS, Workload
+
+from mmfuse import ogm_coefficients
+from mmfuse.ops import BACKENDS, GradStats
+from mmfuse.reference import discrepancy_ratios as reference_ratios
+from mmfuse.reference import grad_stats as reference_stats
+from mmfuse.reference import modality_scores as reference_scores
+from mmfuse.reference import noise as reference_noise
+from mmfuse.reference import update_grads as reference_update
+
+CPU = torch.device("cpu")
+SHAPES = ((7, 3, 3, 3), (5,), (64, 33))
+# The last tensor lifts the gradients over 1 MiB, from where on bandwidths are reported.
+TINY = Workload("tiny", "a tiny model", encoders=(SHAPES, (*SHAPES, (270_000,))))
+CONV = Workload("conv", "40 convolutions", encoders=(((4, 3, 3, 3),) * 20,) * 2)
+LOGITS = WORKLOADS["classes_6"]
+GRADIENT_CASES = [case for case in CASES.values() if case.kind == "gradients"]
+UPDATES = [case for case in GRADIENT_CASES if not case.name.startswith("grad_stats")]
+
+
+def inputs_of(case: Case, dtype: torch.dtype = torch.float32) -> Any:
+    workload = next((w for w in WORKLOADS.values() if case.fits(w)), TINY)
+    return case.make(TINY if case.kind == "gradients" else workload, dtype, CPU)
+
+
+def named(case: Case) -> str:
+    return case.name
+
+
+def read_csv(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The yardstick and the cache flush without their half gigabyte each."""
+    monkeypatch.setitem(_measure.COPY_ELEMENTS, "cpu", 2**16)
+    monkeypatch.setattr(_measure, "_FLUSH_BYTES", 2**16)
+    monkeypatch.setattr(_measure, "MIN_SAMPLES", 2)
+    monkeypatch.setitem(WORKLOADS, "tiny", TINY)
+
+
+# What is measured
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements"),
+    [
+        ("resnet18", 120, 22_346_752),
+        ("vit_b16", 300, 171_597_312),
+        ("single_256m", 1, 2**28),
+        ("thousand", 1000, 1_000_000),
+    ],
+)
+def test_sizes_of_the_workloads(name: str, tensors: int, elements: int) -> None:
+    assert WORKLOADS[name].tensors == tensors
+    assert WORKLOADS[name].elements == elements
+
+
+def test_resnet_has_forty_convolutions() -> None:
+    shapes = [s for encoder in WORKLOADS["resnet18"].encoders for s in encoder]
+    assert sum(len(s) == 4 for s in shapes) == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_per_element"),
+    [
+        ("grad_stats", 4),
+        ("grad_stats_anchors", 12),
+        ("update_scale", 8),
+        ("update_noise", 8),
+        ("update_pull", 16),
+        ("update_all", 16),
+        ("ogm_ge", 12),
+        ("ogm_ge_step", 12),
+        ("redreg", 28),
+    ],
+)
+def test_bytes_per_element(name: str, bytes_per_element: int) -> None:
+    case = CASES[name]
+    assert case.floor_bytes(inputs_of(case)) == bytes_per_element * TINY.elements
+    half = inputs_of(case, torch.bfloat16)
+    assert case.floor_bytes(half) == bytes_per_element * TINY.elements // 2
+
+
+def test_ogm_step_counts_only_the_modality_that_is_ahead() -> None:
+    i = inputs_of(CASES["ogm_step"])
+    coefficients, _ = _parity.exact_decision(i.head.logits, i.head.labels)
+    assert coefficients[0] < 1
+    assert coefficients[1] == 1
+    assert CASES["ogm_step"].floor_bytes(i) == 8 * sum(p.numel() for p in i.encoder_params[0])
+
+
+def test_select_keeps_the_convolutions() -> None:
+    i = GradientInputs(TINY, torch.float32, CPU, select="conv")
+    assert [p.dim() for p in i.params] == [4, 4]
+    assert not CASES["ogm_ge"].fits(WORKLOADS["thousand"], "conv")
+
+
+# The authors' code
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_official_decision_is_the_references(ahead: int) -> None:
+    i = LogitsInputs(LOGITS, torch.float64, CPU)
+    logits = i.logits if ahead == 0 else i.logits[::-1]
+    coefficients, ratios = _official.decide(*logits, i.labels, ALPHA)
+    prob, _ = reference_scores.modality_scores(logits, i.labels)
+    want = reference_ratios.discrepancy_ratios(prob)
+    torch.testing.assert_close(_parity.as_vector(ratios, CPU), want)
+    want_coefficients = ogm_coefficients(want, ALPHA, "cvpr")
+    torch.testing.assert_close(_parity.as_vector(coefficients, CPU), want_coefficients)
+    assert coefficients[ahead] < 1
+    assert coefficients[1 - ahead] == 1
+
+
+def updated(i: GradientInputs, scale: Tensor, **given: Any) -> list[Tensor]:
+    want = [g.clone() for g in i.pristine]
+    pull, noise_std = given.get("pull"), given.get("noise_std")
+    rows = (i.params, i.anchors) if pull is not None else ((), ())
+    state = i.state if noise_std is not None else None
+    ids, offsets = list(range(len(want))), [0] * len(want)
+    with torch.no_grad():
+        reference_update.update_grads_(
+            want, scale, *rows, pull, noise_std, state, ids, offsets, None
+        )
+    return want
+
+
+def test_official_update_with_the_same_noise_is_the_references() -> None:
+    i = GradientInputs(TINY, torch.float64, CPU)
+    ids = iter(range(len(i.params)))
+
+    def draw(grad: Tensor, std: float) -> Tensor:
+        return std * reference_noise.standard_normal(i.state, grad.numel(), next(ids)).view_as(grad)
+
+    i.restore(replaced=True)
+    for params, k in zip(i.encoder_params, i.coefficients, strict=True):
+        _official.scale_with_noise(params, k, draw)
+    numel, moments = reference_stats.grad_stats(i.pristine, [], [])
+    std = GradStats(numel, *moments.unbind()).std + 1e-8
+    torch.testing.assert_close(i.results(), updated(i, i.scale, noise_std=std))
+
+
+def test_official_pulls_are_the_references() -> None:
+    i = GradientInputs(TINY, torch.float64, CPU, anchored=True)
+    with torch.no_grad():
+        i.restore(replaced=True)
+        _official.pull(i.params, i.anchors, PULL)
+        torch.testing.assert_close(i.results(), updated(i, i.ones, pull=i.pull))
+        i.restore(replaced=True)
+        _official.pull_orthogonally(i.params, i.anchors, BETA)
+        scale = 1 - BETA * i.exact_stats.dot / i.exact_stats.sq_norm
+        torch.testing.assert_close(i.results(), updated(i, scale, pull=BETA * i.ones))
+
+
+@pytest.mark.parametrize(
+    ("name", "launches", "syncs"), [("update_scale", 40, 0), ("ogm_ge", 200, 40)]
+)
+def test_official_costs_what_the_specification_counted(
+    name: str, launches: int, syncs: int
+) -> None:
+    case = CASES[name]
+    prepared = _providers.prepare("official", case, case.make(CONV, torch.float32, CPU))
+    cost = _measure.cost_of(prepared, CPU)
+    assert (cost.launches, cost.host_syncs) == (launches, syncs)
+
+
+def test_official_decision_costs_what_the_specification_counted() -> None:
+    i = LogitsInputs(LOGITS, torch.float32, CPU)
+    cost = _measure.cost_of(_measure.Prepared(lambda: _official.modality_scores(i)), CPU)
+    # 256 for the sums; two ratios, the comparison and one coefficient come on top.
+    assert 256 <= cost.launches <= 266
+    assert cost.host_syncs == 128 + 1
+
+
+# The gate
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("provider", ["official", "foreach", "reference"])
+@pytest.mark.parametrize("case", CASES.values(), ids=named)
+def test_providers_pass_the_gate(case: Case, provider: str, dtype: torch.dtype) -> None:
+    i = inputs_of(case, dtype)
+    if _providers.why_not(provider, case, i.workload, CPU) is not None:
+        pytest.skip(f"{provider} does not do {case.name}")
+    with torch.set_grad_enabled(case.autograd):
+        prepared = _providers.prepare(provider, case, i)
+        prepared.restore()
+        case.check(provider, i, prepared.call())
+
+
+def test_the_cases_that_a_provider_lacks() -> None:
+    lacks = {
+        module.__name__: {name for name in CASES if not hasattr(module, name)}
+        for module in (_official, _foreach, _compile, _mmfuse)
+    }
+    assert lacks == {
+        "_official": {"scale_grad"},
+        "_foreach": set(),
+        "_compile": {"scale_grad"},
+        "_mmfuse": set(),
+    }
+
+
+def _scaled_twice(i: GradientInputs) -> None:
+    for grad in i.grads:
+        grad.mul_(1.05)
+
+
+def _one_tensor_forgotten(i: GradientInputs) -> None:
+    i.grads[2].copy_(i.pristine[2])
+
+
+def _last_element_lost(i: GradientInputs) -> None:
+    i.grads[-1][-1] = 1.0
+
+
+def _not_a_number(i: GradientInputs) -> None:
+    i.grads[1][0] = torch.nan
+
+
+_DAMAGES = (_scaled_twice, _one_tensor_forgotten, _last_element_lost, _not_a_number)
+
+
+@pytest.mark.parametrize("provider", ["foreach", "reference"])
+@pytest.mark.parametrize("case", UPDATES, ids=named)
+def test_gate_refuses_a_damaged_update(case: Case, provider: str) -> None:
+    i = inputs_of(case)
+    with torch.no_grad():
+        _providers.prepare(provider, case, i).call()
+    right = [g.clone() for g in i.grads]
+    for damage in _DAMAGES:
+        torch._foreach_copy_(i.grads, right)
+        damage(i)
+        with pytest.raises(_parity.ParityError):
+            case.check(provider, i, None)
+
+
+def _uniform(z: Tensor) -> Tensor:
+    return torch.rand_like(z).sub_(0.5).mul_(12**0.5)
+
+
+def _too_wide(z: Tensor) -> Tensor:
+    return torch.randn_like(z).mul_(1.05)
+
+
+def _shifted(z: Tensor) -> Tensor:
+    return torch.randn_like(z).add_(0.05)
+
+
+@pytest.mark.parametrize("draw", [_uniform, _too_wide, _shifted, torch.zeros_like])
+def test_gate_refuses_noise_that_is_not_standard_normal(draw: Callable[[Tensor], Tensor]) -> None:
+    case = CASES["update_noise"]
+    i = inputs_of(case)
+    for grad, scale, std in zip(i.grads, i.scale, i.noise_std, strict=True):
+        grad.mul_(scale).add_(draw(grad).mul_(std))
+    with pytest.raises(_parity.ParityError, match="noise"):
+        case.check("foreach", i, None)
+
+
+@pytest.mark.parametrize("name", ["modality_scores", "discrepancy_ratios", "grad_stats"])
+def test_gate_refuses_wrong_numbers(name: str) -> None:
+    case = CASES[name]
+    i = inputs_of(case)
+    right = _providers.prepare("foreach", case, i).call()
+    wrong = [1.02 * x for x in right] if isinstance(right, tuple) else 1.02 * right
+    with pytest.raises(_parity.ParityError):
+        case.check("foreach", i, wrong)
+
+
+def raising(i: GradientInputs) -> None:
+    raise RuntimeError("out of order")
+
+
+def doing_nothing(i: GradientInputs) -> None:
+    pass
+
+
+@pytest.mark.usefixtures("small_machine")
+@pytest.mark.parametrize(
+    ("impostor", "message"), [(doing_nothing, "is wrong"), (raising, "out of order")]
+)
+def test_a_wrong_provider_is_not_timed_and_the_run_fails(
+    impostor: Callable[[GradientInputs], None],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(_foreach, "update_scale", impostor)
+    arguments = ["--cases", "update_scale", "--workloads", "tiny", "--dtype", "float32"]
+    providers = ["--providers", "official", "foreach", "reference"]
+    code = run.main([*arguments, *providers, "--seconds", "0.01", "--output", str(tmp_path)])
+    assert code == 1
+    rows = read_csv(tmp_path)
+    assert [row["provider"] for row in rows] == ["official", "reference"]
+    assert all(row["vs_foreach"] == "" for row in rows)
+    assert message in (tmp_path / "results.md").read_text()
+    assert "refused" in capsys.readouterr().out
+
+
+# Measuring
+
+
+def test_nothing_that_only_simulates_a_gpu_is_timed() -> None:
+    names = _providers.provider_names(CPU)
+    assert set(names) & set(BACKENDS) == {"reference", "cpu"}
+
+
+def test_cost_counts_operators_waits_and_the_peak_of_memory() -> None:
+    x = torch.ones(250_000)
+
+    def call() -> None:
+        y = (x + 1) * 2  # the sum is still there while the product is made
+        y.view(500, 500)[0].sum().item()
+        y.nonzero()
+
+    cost = _measure.cost_of(_measure.Prepared(call), CPU)
+    assert (cost.launches, cost.host_syncs) == (3, 2)
+    # y and the indices, two bytes to one; no other tensor lives by then.
+    assert cost.extra_bytes == pytest.approx(3 * x.nbytes, rel=0.01)
+
+
+def test_memory_that_a_provider_frees_is_not_charged() -> None:
+    case = CASES["ogm_ge"]
+    official = _measure.cost_of(_providers.prepare("official", case, inputs_of(case)), CPU)
+    largest = 4 * 270_000
+    # Product and noise, and the sum of both, of one tensor at a time.
+    assert largest < official.extra_bytes < 3.2 * largest
+
+
+def test_interleaved_shares_the_time_and_restores_before_every_call() -> None:
+    log: list[str] = []
+    providers = {
+        name: _measure.Prepared(lambda n=name: log.append(n), lambda: log.append("restore"))
+        for name in ("a", "b")
+    }
+    clock = _measure.Clock(CPU)
+    samples = _measure.interleaved(providers, clock, 0.0, cold=False)
+    assert log[::2] == ["restore"] * (2 * _measure.MIN_SAMPLES)
+    assert {name: len(times) for name, times in samples.items()} == dict.fromkeys(
+        ("a", "b"), _measure.MIN_SAMPLES
+    )
+    rounds = [set(log[i : i + 4]) for i in range(0, len(log), 4)]
+    assert rounds == [{"restore", "a", "b"}] * _measure.MIN_SAMPLES
+
+
+def test_rows_say_ratios_shares_and_floors() -> None:
+    def lasting(*seconds: float) -> list[_measure.Sample]:
+        return [_measure.Sample(s, s) for s in seconds]
+
+    samples = {
+        "copy": lasting(1.0, 1.0, 1.0),
+        "official": lasting(4.0, 40.0, 4.0),
+        "cpu": lasting(2.0, 20.0, 4.0, 2.0),
+    }
+    nothing = _measure.Cost(1, 0, 2**20)
+    labels = dict.fromkeys(("case", "title", "workload", "dtype", "device"), "x")
+    costs = {"official": nothing, "cpu": nothing}
+    official, cpu = _report.make_rows(labels, samples, costs, 10**9, 2 * 10**9)
+    assert official.vs_official == 1
+    # A slow round is slow for both, and does not count for more.
+    assert cpu.vs_official == 2
+    assert cpu.vs_foreach is None
+    assert cpu.median_ms == 3000
+    assert cpu.samples == 4
+    assert cpu.gb_per_s == pytest.approx(1 / 3)
+    assert cpu.copy_gb_per_s == pytest.approx(2)
+    assert cpu.copy_share == pytest.approx(1 / 6)
+    assert cpu.times_floor == pytest.approx(6)
+    assert cpu.extra_mib == 1
+
+
+def test_numbers_are_shown_with_their_unit_also_below_one() -> None:
+    assert [_report.show_time(ms) for ms in (1234.0, 12.34, 0.1234)] == [
+        "1.23 s",
+        "12.3 ms",
+        "123 µs",
+    ]
+    assert [_report.show_ratio(r) for r in (123.4, 1.0, 0.5, 0.0123, None)] == [
+        "123×",
+        "1.00×",
+        "0.50×",
+        "0.012×",
+        "—",
+    ]
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_quick_run_writes_table_csv_and_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workloads = ["--workloads", "classes_6", "tiny"]
+    providers = ["--providers", "official", "foreach", "reference"]
+    arguments = ["--quick", *workloads, *providers, "--seconds", "0.05"]
+    assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path)]) == 0
+    rows = read_csv(tmp_path)
+    assert list(rows[0]) == [field.name for field in fields(_report.Row)]
+    assert {row["case"] for row in rows} == {"modality_scores", "update_scale", "ogm_ge"}
+    for row in rows:
+        small = row["case"] == "modality_scores"
+        for name, value in row.items():
+            dash = small and name in ("gb_per_s", "copy_gb_per_s", "copy_share", "times_floor")
+            assert (value == "") == dash, (row["case"], name)
+    text = (tmp_path / "results.md").read_text()
+    for needed in (
+        "×official",
+        "p20",
+        "p80",
+        "of copy",
+        "×floor",
+        "launches",
+        "PyTorch",
+        "threads",
+    ):
+        assert needed in text
+    assert "![Speed-up over official](speedup_float32.png)" in text
+    assert (tmp_path / "speedup_float32.png").read_bytes().startswith(b"\x89PNG")
+    assert "official" in capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops._tensors import by_device, why_unsupported
-from .ops.modality_scores import check_scores_input
+from .ops.modality_scores import ModalityScores, named_scores
 
 Encoder = nn.Module | Iterable[Tensor]
 Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
@@ -60,6 +60,7 @@ class Modalities:
             raise ValueError(f"balancing needs at least two modalities, got {list(encoders)}")
         keep = _selection(select)
         self.names = tuple(encoders)
+        self._logits_names = [f"logits[{name!r}]" for name in encoders]
         self.parameters: list[Tensor] = []
         self.parameter_names: list[str] = []
         self._modality: list[int] = []
@@ -131,12 +132,12 @@ class Modalities:
             )
         return [values[name] for name in self.names]
 
-    def checked_logits(self, logits: Mapping[str, Tensor], labels: Tensor) -> list[Tensor]:
-        """The detached logits in the order of the modalities, checked against the labels."""
-        ordered = self.ordered("logits", logits)
-        named = [(f"logits[{n!r}]", z) for n, z in zip(self.names, ordered, strict=True)]
-        check_scores_input(named, labels)
-        return [z.detach() for z in ordered]
+    def scores(
+        self, logits: Mapping[str, Tensor], labels: Tensor, backend: str | None
+    ) -> ModalityScores:
+        """Scores in the order of the modalities; errors call the logits by their names."""
+        ordered = [z.detach() for z in self.ordered("logits", logits)]
+        return named_scores(self._logits_names, ordered, labels, backend)
 
 
 def per_tensor(coefficients: Tensor, active: Active) -> Tensor:

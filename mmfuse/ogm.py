@@ -26,13 +26,15 @@ from torch import Tensor
 from .modalities import Encoder, Modalities, Select, home_device, per_tensor
 from .noise import NoiseStream, default_stream
 from .ops import GradStats, discrepancy_ratios, grad_stats, update_grads_
-from .ops.modality_scores import unchecked_scores
 
 Formula = Literal["tpami", "cvpr"]
 Noise = bool | Callable[[Tensor], Tensor]
 
 # The released code adds this to the standard deviation of the noise.
 _STD_EPS = 1e-8
+
+# A number to PyTorch's kernels, wherever the other operand is.
+_ONE = torch.tensor(1.0)
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,10 @@ def ogm_coefficients(ratios: Tensor, alpha: float, formula: Formula = "tpami") -
         [M], in [0, 1].
     """
     if formula == "tpami":
-        ahead = (1.0 - alpha * torch.tanh(ratios - 1.0)).clamp_(min=0.0)
-    else:
-        ahead = 1.0 - torch.tanh(alpha * ratios)
-    return torch.where(ratios > 1.0, ahead, 1.0)
+        # The maximum with 1 is the case rho <= 1, and fmax takes a NaN for the smaller number.
+        k = torch.rsub(torch.fmax(ratios, _ONE).sub_(1.0).tanh_(), 1.0, alpha=alpha)
+        return k.clamp_(min=0.0) if alpha > 1.0 else k
+    return torch.where(ratios > 1.0, 1.0 - torch.tanh(alpha * ratios), 1.0)
 
 
 def ogm_backward(
@@ -277,7 +279,7 @@ def _decide(
     formula: Formula,
     backend: str | None,
 ) -> _Decision:
-    scores = unchecked_scores(modalities.checked_logits(logits, labels), labels, backend)
+    scores = modalities.scores(logits, labels, backend)
     ratios = discrepancy_ratios(scores.prob, backend=backend)
     return _Decision(ogm_coefficients(ratios, alpha, formula), scores.prob, ratios)
 

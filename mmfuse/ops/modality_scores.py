@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -89,29 +90,32 @@ def modality_scores(
         ValueError: shapes do not match, or, on the CPU, a label is out of range. On other devices
             looking would cost a synchronisation; the scores of that modality are NaN there.
     """
-    check_scores_input([(f"logits[{m}]", z) for m, z in enumerate(logits)], labels)
-    return unchecked_scores(logits, labels, backend)
+    return named_scores([f"logits[{m}]" for m in range(len(logits))], logits, labels, backend)
 
 
-def unchecked_scores(
-    logits: Sequence[Tensor], labels: Tensor, backend: str | None
+def named_scores(
+    names: Sequence[str], logits: Sequence[Tensor], labels: Tensor, backend: str | None
 ) -> ModalityScores:
-    """`modality_scores` for callers that have been through `check_scores_input` themselves."""
+    """`modality_scores`, with errors that call the logits by these names."""
+    _check(names, logits, labels)
     dense = [z.contiguous() for z in logits]
     prob, log_prob = _op(backend, labels.device, dense, labels.to(torch.int64).contiguous())
+    on_cpu = labels.device.type == "cpu" and not torch.compiler.is_compiling()
+    # An impossible label has given NaN; to look at every label first would cost more.
+    if on_cpu and any(map(math.isnan, prob.tolist())):
+        _check_range(names, logits, labels)
     return ModalityScores(prob, log_prob)
 
 
-def check_scores_input(logits: Sequence[tuple[str, Tensor]], labels: Tensor) -> None:
-    """Raises an error that names what is wrong with the logits or the labels."""
+def _check(names: Sequence[str], logits: Sequence[Tensor], labels: Tensor) -> None:
     if not logits:
         raise ValueError("logits must hold at least one modality")
-    check_list("logits", [z for _, z in logits])
+    check_list("logits", logits)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         raise TypeError("labels must be an integer tensor of class indices")
     if labels.dim() != 1:
         raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
-    for name, z in logits:
+    for name, z in zip(names, logits, strict=True):
         if z.dim() != 2 or z.shape[0] != labels.shape[0] or z.shape[1] == 0:
             raise ValueError(
                 f"{name} must have shape [B, C] with B = {labels.shape[0]} and C > 0, "
@@ -119,17 +123,10 @@ def check_scores_input(logits: Sequence[tuple[str, Tensor]], labels: Tensor) -> 
             )
         if z.device != labels.device:
             raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_range(logits, labels)
 
 
-def _check_range(logits: Sequence[tuple[str, Tensor]], labels: Tensor) -> None:
-    if labels.numel() == 0:
-        return
-    low, high = (int(x) for x in torch.aminmax(labels))
-    for name, z in logits:
-        if low >= 0 and high < z.shape[1]:
-            continue
+def _check_range(names: Sequence[str], logits: Sequence[Tensor], labels: Tensor) -> None:
+    for name, z in zip(names, logits, strict=True):
         wrong = ((labels < 0) | (labels >= z.shape[1])) & (labels != IGNORED_LABEL)
         if wrong.any():
             i = int(wrong.nonzero()[0])

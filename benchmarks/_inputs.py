@@ -20,7 +20,9 @@ COEFFICIENTS = (0.75, 0.875)
 PULL = 0.0625
 BETA = 0.25
 SEED = 20220614
-_PIECE = 2**24
+_EXACT_PIECE = 2**24
+# Elements over which a float32 norm on the CPU is still right to four digits.
+_NORM_PIECE = 2**22
 
 
 class Inputs:
@@ -97,8 +99,8 @@ class FeatureInputs(Inputs):
 class GradientInputs(Inputs):
     """Parameters of all encoders with their gradients, and the vectors that say what to do.
 
-    `grads` are the buffers that providers update in place; `official` replaces a parameter's `.grad`
-    by a new tensor. `results` finds both.
+    `grads` are the buffers that providers update in place; `official` puts new tensors in the
+    parameters' `.grad`. `results` finds both. `pieces` are views that cut large gradients.
     """
 
     def __init__(
@@ -135,6 +137,9 @@ class GradientInputs(Inputs):
         self.flat_grads, self.flat_params, self.flat_anchors = (
             [t.detach().view(-1) for t in row] for row in (self.grads, self.params, self.anchors)
         )
+        cut = [(t, piece) for t, g in enumerate(self.flat_grads) for piece in g.split(_NORM_PIECE)]
+        self.pieces = [piece for _, piece in cut]
+        self.piece_owner = torch.tensor([t for t, _ in cut], device=device)
         self.nbytes = sum(g.nbytes for g in self.pristine)
         self.ahead_nbytes = sum(g.nbytes for g in self.encoder_grads[0])
 
@@ -189,7 +194,7 @@ class GradientInputs(Inputs):
         totals = []
         for tensors in zip(*rows, strict=True):
             parts = []
-            for piece in zip(*(t.flatten().split(_PIECE) for t in tensors), strict=True):
+            for piece in zip(*(t.flatten().split(_EXACT_PIECE) for t in tensors), strict=True):
                 grad, *displaced = ([x.double()] for x in piece)
                 numel, moments = reference_stats.grad_stats(grad, *(displaced or ([], [])))
                 parts.append(GradStats(numel, *moments.unbind()))

@@ -7,6 +7,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import tempfile
 import time
 import warnings
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfuse.ops._registry import OPS
@@ -25,10 +26,10 @@ Call = Callable[[], Any]
 
 MIN_SAMPLES = 3
 MAX_SAMPLES = 200
-# Far beyond the caches, and the same on every machine of a kind.
 COPY_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 _FLUSH_BYTES = 2**28
 _SYNC_WARNING = "synchronizing CUDA operation"
+_MEASURED = "measured call"
 _INDUCTOR_KERNEL = "_cpp_fused_"
 # `.item()`, `if tensor`, indexing by a 0-d tensor; and operators that size their result.
 _WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal")
@@ -68,38 +69,39 @@ class Cost:
 
 
 class Clock:
-    """Times one call as a training step makes it: once, on data that the last step left behind.
+    """Times one call, as a training step makes it: once.
 
-    On a GPU by events, after the L2 cache was overwritten; that also keeps the device busy while
-    the host prepares the first launches, as the backward pass before would.
+    On a GPU by events. What was written before, to empty the caches, keeps the device busy while
+    the host prepares the first launches, as a backward pass would.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
+        # Larger than any last-level cache.
+        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
         if self._cuda:
-            # Larger than any L2 cache.
-            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def __call__(self, call: Call) -> Sample:
-        if not self._cuda:
-            start = time.perf_counter()
-            call()
-            seconds = time.perf_counter() - start
-            return Sample(seconds, seconds)
-        torch.cuda.synchronize()
-        self._flush.zero_()
+    def __call__(self, call: Call, *, cold: bool) -> Sample:
+        """Times `call`, with nothing of its data in the caches if `cold`."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        if cold:
+            self._flush.zero_()
+        if self._cuda:
+            self._start.record()
         start = time.perf_counter()
-        self._start.record()
         call()
-        self._end.record()
         host = time.perf_counter() - start
+        if not self._cuda:
+            return Sample(host, host)
+        self._end.record()
         self._end.synchronize()
         return Sample(self._start.elapsed_time(self._end) / 1e3, host)
 
 
 def interleaved(
-    providers: Mapping[str, Prepared], clock: Clock, seconds: float
+    providers: Mapping[str, Prepared], clock: Clock, seconds: float, *, cold: bool
 ) -> dict[str, list[Sample]]:
     """Samples of all calls in turns, so that a slow spell of the machine hits all of them.
 
@@ -107,11 +109,13 @@ def interleaved(
         providers: Name → what to time.
         clock: Times one call.
         seconds: For all calls together, in equal shares; each gets `MIN_SAMPLES` at least.
+        cold: Whether to empty the caches before each call.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in providers}
     spent = dict.fromkeys(providers, 0.0)
     share = seconds / max(1, len(providers))
     active = list(providers)
+    order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
@@ -119,13 +123,11 @@ def interleaved(
             for name in active:
                 began = time.perf_counter()
                 providers[name].restore()
-                samples[name].append(clock(providers[name].call))
+                samples[name].append(clock(providers[name].call, cold=cold))
                 spent[name] += time.perf_counter() - began
-            active = [
-                name for name in active if not _enough(len(samples[name]), spent[name], share)
-            ]
+            active = [n for n in active if not _enough(len(samples[n]), spent[n], share)]
             # Nobody always runs after the same neighbour.
-            active = active[1:] + active[:1]
+            order.shuffle(active)
     finally:
         gc.enable()
     return samples
@@ -140,37 +142,55 @@ def quantile(values: Sequence[float], q: float) -> float:
     return float(torch.tensor(values, dtype=torch.float64).quantile(q))
 
 
-def big_copy(device: torch.device) -> tuple[Prepared, int]:
-    """A copy, and the bytes that it reads and writes: the yardstick of the machine."""
-    source = torch.randn(COPY_ELEMENTS[device.type], device=device)
-    target = torch.empty_like(source)
-    return Prepared(lambda: target.copy_(source)), 2 * source.nbytes
+class BigCopy:
+    """A copy far beyond the caches: the yardstick of the machine.
+
+    Attributes:
+        prepared: What to time.
+        nbytes: Bytes read plus bytes written.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        source = torch.randn(COPY_ELEMENTS[device.type], device=device)
+        target = torch.empty_like(source)
+        self.nbytes = 2 * source.nbytes
+        self.prepared = Prepared(lambda: target.copy_(source))
+        self.prepared.call()
 
 
 def cost_of(prepared: Prepared, device: torch.device) -> Cost:
-    """Counts one call's launches, host syncs and extra memory."""
+    """Counts one call's launches, host syncs and extra memory; not the first call ever."""
     # Kineto reports every start and stop on stderr below this level.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    prepared.restore()
     if device.type == "cuda":
         return _cost_on_cuda(prepared)
     counter = _Counter()
     # torch.compile refuses to run under a dispatch mode.
     mode = contextlib.nullcontext() if prepared.compiled else counter
-    # The profiler sees every allocation of PyTorch's allocator, inside C++ operators too.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, mode:
-        prepared.call()
+    # The profiler sees every allocation of PyTorch's allocator, inside C++ operators too; and the
+    # end of a tensor only if it has seen its beginning, so that it must see `restore`.
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        prepared.restore()
+        with record_function(_MEASURED), mode:
+            prepared.call()
     events = _trace(profiler)
+    start = next(event["ts"] for event in events if event.get("name") == _MEASURED)
     kernels = sum(_INDUCTOR_KERNEL in event.get("name", "") for event in events)
+    return Cost(counter.launches + kernels, counter.syncs, _peak_growth(events, start))
+
+
+def _peak_growth(events: list[dict[str, Any]], start: float) -> int:
+    """How far the allocated bytes rise, after `start`, over what they were then."""
+    changes = [e for e in events if e.get("name") == "[memory]" and e["ts"] >= start]
     now = peak = 0
-    for event in events:
-        if event.get("name") == "[memory]":
-            now += event["args"]["Bytes"]
-            peak = max(peak, now)
-    return Cost(counter.launches + kernels, counter.syncs, peak)
+    for event in sorted(changes, key=lambda e: e["ts"]):
+        now += event["args"]["Bytes"]
+        peak = max(peak, now)
+    return peak
 
 
 def _cost_on_cuda(prepared: Prepared) -> Cost:
+    prepared.restore()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import _compile
@@ -35,24 +36,28 @@ def why_not(name: str, case: Case, workload: Workload, device: torch.device) -> 
         if not hasattr(_OTHERS[name], case.name):
             return "has no such function"
         return _compile.why_missing(device) if name == "compile" else None
-    if name == "triton" and INTERPRETED:
-        return "the interpreter is not timed"
-    for op in case.ops:
-        reason = OPS[op].why_missing(name, device.type)
-        if reason is not None:
-            return reason
+    reason = why_no_backend(name, case.ops, device)
+    if reason is not None:
+        return reason
     if name == "reference" and case.noisy and workload.elements > _LARGEST_REFERENCE_NOISE:
         return "its noise is integer arithmetic in PyTorch: minutes a call at this size"
     return None
+
+
+def why_no_backend(name: str, ops: Sequence[str], device: torch.device) -> str | None:
+    """The reason why a backend cannot run these ops, or None."""
+    if name == "triton" and INTERPRETED:
+        return "Triton's interpreter is not timed"
+    reasons = (OPS[op].why_missing(name, device.type) for op in ops)
+    return next((reason for reason in reasons if reason is not None), None)
 
 
 def prepare(name: str, case: Case, inputs: Inputs) -> Prepared:
     """The call to check and to time, with what must happen before each."""
     module = _OTHERS.get(name, _mmfuse)
     arguments = (inputs,) if name in _OTHERS else (inputs, name)
-    call = partial(getattr(module, case.name), *arguments)
     return Prepared(
-        torch.set_grad_enabled(case.autograd)(call),
+        partial(getattr(module, case.name), *arguments),
         partial(inputs.restore, replaced=name == "official"),
         compiled=name == "compile",
     )

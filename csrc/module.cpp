@@ -24,8 +24,8 @@ std::string compiler() {
 }
 
 py::dict build_info() {
-  using mmfuse::cpu::SimdLevel;
   using mmfuse::cpu::simd_level_name;
+  using mmfuse::cpu::SimdLevel;
   py::list built;
   built.append(simd_level_name(SimdLevel::kGeneric));
 #if MMFUSE_X86

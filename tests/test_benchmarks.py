@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -18,6 +19,7 @@ pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import _compile
+import _environment
 import _foreach
 import _measure
 import _mmfuse
@@ -416,6 +418,24 @@ def test_numbers_are_shown_with_their_unit_also_below_one() -> None:
         "0.012×",
         "—",
     ]
+
+
+def test_machine_becomes_a_folder_name() -> None:
+    assert _environment.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert _environment.folder_name("Intel(R) Xeon(R) @ 2.2GHz") == "intel-r-xeon-r-2-2ghz"
+
+
+def test_own_work_is_not_taken_for_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([(100.0, 10.0, 50.0), (106.0, 12.0, 54.0)])
+    monkeypatch.setattr(_environment.Bystanders, "_now", staticmethod(lambda: next(seconds)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    # Six busy seconds, two of them our own, on two cores for four seconds.
+    assert _environment.Bystanders().share() == 0.5
+
+
+def test_the_system_says_how_busy_it_is() -> None:
+    share = _environment.Bystanders().share()
+    assert share is None or 0 <= share <= 1
 
 
 @pytest.mark.usefixtures("small_machine")

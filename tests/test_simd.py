@@ -49,7 +49,7 @@ def test_levels_agree() -> None:
     results = {}
     for level in levels():
         done = run(level, "-c", SCRIPT)
-        if done.returncode and "this machine cannot run it" in done.stderr:
+        if done.returncode and "cannot run here" in done.stderr:
             continue
         assert done.returncode == 0, done.stderr
         lines = done.stdout.splitlines()

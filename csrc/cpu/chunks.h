@@ -36,8 +36,8 @@ std::vector<Chunk> make_chunks(const std::vector<slice_t>& slices) {
 // to whichever thread is free: chunks differ in size, and other processes take cores away.
 template <typename F>
 void parallel_each(int64_t count, int64_t elements, const F& f) {
-  const int64_t threads = std::min({count, elements / kChunk + 1,
-                                    static_cast<int64_t>(torch::stable::get_num_threads())});
+  const int64_t threads = std::min(
+      {count, elements / kChunk + 1, static_cast<int64_t>(torch::stable::get_num_threads())});
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);

@@ -31,8 +31,8 @@
 namespace mmfuse::cpu::generic {
 #include "vec_types.h"
 // The order of these three is fixed: types, the level's own operations, what is built from them.
-#include "vec_generic.h"
 #include "vec.h"
+#include "vec_generic.h"
 #include MMFUSE_KERNEL
 }  // namespace mmfuse::cpu::generic
 #undef MMFUSE_VECTOR_BYTES
@@ -47,16 +47,17 @@ namespace mmfuse::cpu::generic {
 #endif
 #define MMFUSE_VECTOR_BYTES 32
 namespace mmfuse::cpu::avx2 {
-#include "vec_types.h"
-#include "vec_avx2.h"
 #include "vec.h"
+#include "vec_avx2.h"
+#include "vec_types.h"
 #include MMFUSE_KERNEL
 }  // namespace mmfuse::cpu::avx2
 #undef MMFUSE_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -64,9 +65,9 @@ namespace mmfuse::cpu::avx2 {
 #endif
 #define MMFUSE_VECTOR_BYTES 64
 namespace mmfuse::cpu::avx512 {
-#include "vec_types.h"
-#include "vec_avx512.h"
 #include "vec.h"
+#include "vec_avx512.h"
+#include "vec_types.h"
 #include MMFUSE_KERNEL
 }  // namespace mmfuse::cpu::avx512
 #undef MMFUSE_VECTOR_BYTES

@@ -7,9 +7,9 @@ constexpr int64_t kPilot = 64;
 
 // One pass over x - shift. With the mean of kPilot of the elements as the shift, the squares sum to
 // at most 1 + n / kPilot times m2, whatever the data: so much is lost to cancellation, no more.
-template <bool kAnchored, typename scalar_t>
-inline Moments<double> tile_moments(const scalar_t* grad, const acc_type<scalar_t>* param,
-                                    const acc_type<scalar_t>* anchor, int64_t n) {
+template <bool kAnchored, typename scalar_t, typename param_t>
+inline Moments<double> tile_moments(const scalar_t* grad, const param_t* param,
+                                    const param_t* anchor, int64_t n) {
   using vec_t = vec_type<scalar_t>;
   constexpr int kWidth = lanes_of<scalar_t>;
   constexpr int kUnroll = kAnchored ? 2 : 4;
@@ -49,7 +49,8 @@ inline Moments<double> tile_moments(const scalar_t* grad, const acc_type<scalar_
     total += d;
     total_squares += d * d;
     if constexpr (kAnchored) {
-      const double moved = static_cast<double>(param[i]) - anchor[i];
+      const double moved = static_cast<double>(Element<param_t>::widen(param[i])) -
+                           Element<param_t>::widen(anchor[i]);
       out.dot += moved * g;
       out.disp_sq += moved * moved;
     }
@@ -61,24 +62,33 @@ inline Moments<double> tile_moments(const scalar_t* grad, const acc_type<scalar_
   return out;
 }
 
+template <bool kAnchored, typename scalar_t, typename param_t>
+inline Moments<double> tiles_moments(const StatsSlice& slice) {
+  param_t param_buffer[kStatsTile], anchor_buffer[kStatsTile];
+  const param_t* param = nullptr;
+  const param_t* anchor = nullptr;
+  Moments<double> out;
+  for (int64_t done = 0; done < slice.size; done += kStatsTile) {
+    const int64_t begin = slice.begin + done;
+    const int64_t n = std::min(kStatsTile, slice.size - done);
+    if constexpr (kAnchored) {
+      param = tile_as(slice.param, slice.param_dtype, begin, n, param_buffer);
+      anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
+    }
+    const scalar_t* grad = static_cast<const scalar_t*>(slice.grad) + begin;
+    out = merge_moments(out, tile_moments<kAnchored>(grad, param, anchor, n));
+  }
+  return out;
+}
+
 inline Moments<double> slice_moments(const StatsSlice& slice) {
   return visit_dtype(slice.grad_dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc_t = acc_type<scalar_t>;
-    acc_t param_buffer[kStatsTile], anchor_buffer[kStatsTile];
-    Moments<double> out;
-    for (int64_t done = 0; done < slice.size; done += kStatsTile) {
-      const int64_t begin = slice.begin + done;
-      const int64_t n = std::min(kStatsTile, slice.size - done);
-      const scalar_t* grad = static_cast<const scalar_t*>(slice.grad) + begin;
-      if (slice.param == nullptr) {
-        out = merge_moments(out, tile_moments<false>(grad, nullptr, nullptr, n));
-        continue;
-      }
-      const acc_t* param = tile_as(slice.param, slice.param_dtype, begin, n, param_buffer);
-      const acc_t* anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
-      out = merge_moments(out, tile_moments<true>(grad, param, anchor, n));
-    }
-    return out;
+    if (slice.param == nullptr) return tiles_moments<false, scalar_t, acc_t>(slice);
+    const bool alike =
+        slice.param_dtype == slice.grad_dtype && slice.anchor_dtype == slice.grad_dtype;
+    if (alike) return tiles_moments<true, scalar_t, scalar_t>(slice);
+    return tiles_moments<true, scalar_t, acc_t>(slice);
   });
 }

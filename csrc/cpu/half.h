@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 #include "common/dtype.h"
 
@@ -64,40 +63,45 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// What a kernel needs to know about an element type: the type it computes in, the way there and
-// back, and the smallest magnitude that overflows to infinity when stored.
+// What a kernel needs to know about an element type: the type it computes in, the way there, and
+// its bits as a signed integer, in which every NaN and infinity without its sign is at least
+// kInfinity.
 template <typename scalar_t>
 struct Element;
 
 template <>
 struct Element<float> {
   using acc_t = float;
+  using bits_t = int32_t;
   static constexpr DType kDType = DType::kFloat32;
-  static float overflow() { return std::numeric_limits<float>::infinity(); }
+  static constexpr bits_t kInfinity = 0x7F800000;
   static float widen(float x) { return x; }
 };
 
 template <>
 struct Element<double> {
   using acc_t = double;
+  using bits_t = int64_t;
   static constexpr DType kDType = DType::kFloat64;
-  static double overflow() { return std::numeric_limits<double>::infinity(); }
+  static constexpr bits_t kInfinity = 0x7FF0000000000000;
   static double widen(double x) { return x; }
 };
 
 template <>
 struct Element<Half> {
   using acc_t = float;
+  using bits_t = int16_t;
   static constexpr DType kDType = DType::kFloat16;
-  static float overflow() { return 65520.0f; }
+  static constexpr bits_t kInfinity = 0x7C00;
   static float widen(Half x) { return half_to_float(x.bits); }
 };
 
 template <>
 struct Element<BFloat16> {
   using acc_t = float;
+  using bits_t = int16_t;
   static constexpr DType kDType = DType::kBFloat16;
-  static float overflow() { return 0x1.FFp+127f; }
+  static constexpr bits_t kInfinity = 0x7F80;
   static float widen(BFloat16 x) { return bfloat16_to_float(x.bits); }
 };
 

@@ -1,20 +1,18 @@
 // Softmax of the true class, row by row; no include guard, see foreach_simd.h.
 
-// e^x for x <= 0, zero where that is below the smallest normal number (Cephes' polynomial).
+// e^x for x <= 0, zero where that is below the smallest normal number. 2^f by Cephes' polynomial.
 inline F32 exp_nonpositive(F32 x) {
-  // 1.5 * 2^23 rounds to an integer; the exponent's bias comes along in the low bits.
+  // Adding 1.5 * 2^23 rounds to an integer; the exponent's bias comes along in the low bits.
   const float kRound = 12582912.0f + 127.0f;
   const F32 rounded = multiply_add(x, splat(1.44269504f), splat(kRound));
-  const F32 n = rounded - kRound;
-  F32 r = multiply_add(n, splat(-0.693359375f), x);
-  r = multiply_add(n, splat(2.12194440e-4f), r);
-  F32 p = splat(1.9875691500e-4f);
-  p = multiply_add(p, r, splat(1.3981999507e-3f));
-  p = multiply_add(p, r, splat(8.3334519073e-3f));
-  p = multiply_add(p, r, splat(4.1665795894e-2f));
-  p = multiply_add(p, r, splat(1.6666665459e-1f));
-  p = multiply_add(p, r, splat(5.0000001201e-1f));
-  p = multiply_add(p, r * r, r + 1.0f);
+  const F32 f = multiply_add(x, splat(1.44269504f), kRound - rounded);
+  F32 p = splat(1.535336188319500e-4f);
+  p = multiply_add(p, f, splat(1.339887440266574e-3f));
+  p = multiply_add(p, f, splat(9.618437357674640e-3f));
+  p = multiply_add(p, f, splat(5.550332471162809e-2f));
+  p = multiply_add(p, f, splat(2.402264791363012e-1f));
+  p = multiply_add(p, f, splat(6.931472028550421e-1f));
+  p = multiply_add(p, f, splat(1.0f));
   const F32 power = (F32)((U32)rounded << 23);
   // Written so that NaN stays NaN.
   return x < -87.33654f ? F32{} : p * power;
@@ -25,10 +23,7 @@ template <typename scalar_t>
 inline float row_max(const scalar_t* x, int64_t n) {
   F32 vmax = splat(-std::numeric_limits<float>::infinity());
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const F32 v = load(x + i);
-    vmax = v > vmax ? v : vmax;
-  }
+  for (; i + kLanes <= n; i += kLanes) vmax = maximum(load(x + i), vmax);
   float max = vmax[0];
   for (int lane = 1; lane < kLanes; ++lane) max = std::max(max, vmax[lane]);
   for (; i < n; ++i) max = std::max(max, Element<scalar_t>::widen(x[i]));
@@ -39,11 +34,22 @@ inline float row_max(const scalar_t* x, int64_t n) {
 template <bool kStore, typename scalar_t>
 inline float exp_row(const scalar_t* x, int64_t n, float max, float* terms) {
   F32 sum{};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const float nothing = -std::numeric_limits<float>::infinity();
-    const F32 v = i + kLanes <= n ? load(x + i) : load_first(x + i, n - i, nothing);
-    const F32 term = exp_nonpositive(v - max);
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const F32 term = exp_nonpositive(load(x + i) - max);
     if constexpr (kStore) store(terms + i, term);
+    sum += term;
+  }
+  if (i < n && n >= kLanes) {
+    // The last full vector, of which the first lanes are in the sum already.
+    const int64_t at = n - kLanes;
+    const F32 term = exp_nonpositive(load(x + at) - max);
+    if constexpr (kStore) store(terms + at, term);
+    sum += lane_index() < static_cast<int32_t>(i - at) ? F32{} : term;
+  } else if (i < n) {
+    const float nothing = -std::numeric_limits<float>::infinity();
+    const F32 term = exp_nonpositive(load_first(x, n, nothing) - max);
+    if constexpr (kStore) store(terms, term);
     sum += term;
   }
   return static_cast<float>(sum_lanes(sum));

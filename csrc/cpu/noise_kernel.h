@@ -142,27 +142,26 @@ inline void cos_sin_turn(U32 bits, F32* cos_out, F32* sin_out) {
   *sin_out = (F32)((U32)(odd < 0 ? c : s) ^ (quadrant & 0x80000000u));
 }
 
-// Fills tile.normals with the deviates of `blocks` blocks from `first_block` on.
-inline void fill_normals(NoiseTile& tile, const NoiseKey& key, uint64_t first_block,
-                         int64_t blocks) {
-  int64_t done = 0;
-  while (done < blocks) {
-    // The upper counter word is a constant until the lower one wraps, after 2^34 elements.
-    const uint64_t block = first_block + done;
-    const int64_t run =
-        std::min<int64_t>(blocks - done, (int64_t{1} << 32) - static_cast<uint32_t>(block));
-    const PhiloxConstants constants(key, static_cast<uint32_t>(block >> 32));
-    const U64 first = block_order() + static_cast<uint64_t>(static_cast<uint32_t>(block));
-    for (int64_t i = 0; i < run; i += kDrawBlocks) {
-      U64 radius[kGroups], angle[kGroups];
-      philox(constants, first + static_cast<uint64_t>(i), radius, angle);
-      MMFUSE_UNROLL for (int g = 0; g < kGroups; ++g) {
-        const int64_t at = 2 * (done + i) + g * kLanes;
-        store(tile.radius + at, (F32)radius[g]);
-        store(tile.angle + at, (F32)angle[g]);
-      }
+// Elements that share their upper counter word; a tile must not go past a multiple of it.
+constexpr int64_t kNoiseSpan = kNoiseBlock * (int64_t{1} << 32);
+
+// Fills tile.normals with the deviates of `blocks` blocks from `first_block` on, and meanwhile
+// fetches the elements that they are for: a processor's own prefetching stops at each tile's end.
+template <typename scalar_t>
+inline void fill_normals(NoiseTile& tile, const NoiseKey& key, uint64_t first_block, int64_t blocks,
+                         const scalar_t* elements) {
+  const PhiloxConstants constants(key, static_cast<uint32_t>(first_block >> 32));
+  const U64 first = block_order() + uint64_t{static_cast<uint32_t>(first_block)};
+  for (int64_t i = 0; i < blocks; i += kDrawBlocks) {
+    MMFUSE_UNROLL for (int64_t e = 0; e < kNoiseBlock * kDrawBlocks; e += 64 / sizeof(scalar_t)) {
+      __builtin_prefetch(elements + kNoiseBlock * i + e, 1);
     }
-    done += run;
+    U64 radius[kGroups], angle[kGroups];
+    philox(constants, first + static_cast<uint64_t>(i), radius, angle);
+    MMFUSE_UNROLL for (int g = 0; g < kGroups; ++g) {
+      store(tile.radius + 2 * i + g * kLanes, (F32)radius[g]);
+      store(tile.angle + 2 * i + g * kLanes, (F32)angle[g]);
+    }
   }
   const int64_t pairs = 2 * blocks;
   for (int64_t i = 0; i < pairs; i += kLanes) {

@@ -4,13 +4,26 @@
 #include <stdexcept>
 #include <string>
 
+#if MMFUSE_X86
+#include <cpuid.h>
+#endif
+
 namespace mmfuse::cpu {
 namespace {
 
+constexpr SimdLevel kLevels[] = {SimdLevel::kAvx512, SimdLevel::kAvx2, SimdLevel::kGeneric};
+
+#if MMFUSE_X86
+// Not every clang knows "f16c" as an argument of __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx & bit_F16C) != 0;
+}
+#endif
+
 bool runs_here(SimdLevel level) {
 #if MMFUSE_X86
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   if (level == SimdLevel::kAvx2) return avx2;
   if (level == SimdLevel::kAvx512) {
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -21,14 +34,15 @@ bool runs_here(SimdLevel level) {
 }
 
 SimdLevel choose_level() {
-  const SimdLevel levels[] = {SimdLevel::kAvx512, SimdLevel::kAvx2, SimdLevel::kGeneric};
   const char* wanted = std::getenv("MMFUSE_SIMD");
-  for (const SimdLevel level : levels) {
-    const bool named = wanted != nullptr && std::string(wanted) == simd_level_name(level);
-    if ((wanted == nullptr || named) && runs_here(level)) return level;
+  std::string available;
+  for (const SimdLevel level : kLevels) {
+    if (!runs_here(level)) continue;
+    if (wanted == nullptr || std::string(wanted) == simd_level_name(level)) return level;
+    available += std::string(available.empty() ? "" : ", ") + simd_level_name(level);
   }
-  throw std::runtime_error(std::string("MMFUSE_SIMD=") + wanted +
-                           " is not one of generic, avx2, avx512, or this machine cannot run it");
+  throw std::runtime_error("mmfuse: MMFUSE_SIMD=" + std::string(wanted) +
+                           " cannot run here; this machine and build have " + available);
 }
 
 }  // namespace

@@ -27,9 +27,9 @@ const char* simd_level_name(SimdLevel level);
 
 // The address of `function` as compiled for the chosen level; see foreach_simd.h.
 #if MMFUSE_X86
-#define MMFUSE_SIMD_SELECT(function)                                         \
-  (simd_level() == SimdLevel::kAvx512 ? &::mmfuse::cpu::avx512::function     \
-   : simd_level() == SimdLevel::kAvx2 ? &::mmfuse::cpu::avx2::function       \
+#define MMFUSE_SIMD_SELECT(function)                                     \
+  (simd_level() == SimdLevel::kAvx512 ? &::mmfuse::cpu::avx512::function \
+   : simd_level() == SimdLevel::kAvx2 ? &::mmfuse::cpu::avx2::function   \
                                       : &::mmfuse::cpu::generic::function)
 #else
 #define MMFUSE_SIMD_SELECT(function) (&::mmfuse::cpu::generic::function)

@@ -5,69 +5,85 @@
 // With the noise and both widened tensors, a tile stays in L1.
 constexpr int64_t kUpdateTile = kNoiseTile;
 
-template <typename scalar_t>
+template <typename scalar_t, typename param_t>
 struct UpdateTile {
   using acc_t = acc_type<scalar_t>;
   const scalar_t* in;
   scalar_t* out;
-  const acc_t* param;
-  const acc_t* anchor;
+  const param_t* param;
+  const param_t* anchor;
   const float* normals;
   acc_t scale;
   acc_t pull;
   acc_t noise_std;
 };
 
-// False when a stored value is NaN or infinite.
-template <bool kPull, bool kNoise, typename scalar_t>
-inline bool update_tile(const UpdateTile<scalar_t>& tile, int64_t n) {
-  using acc_t = acc_type<scalar_t>;
-  constexpr int kWidth = lanes_of<scalar_t>;
-  const auto limit = splat(Element<scalar_t>::overflow());
-  auto finite = limit == limit;
-  int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) {
-    auto x = load(tile.in + i) * tile.scale;
-    if constexpr (kPull) {
-      x = multiply_add(splat(tile.pull), load(tile.param + i) - load(tile.anchor + i), x);
-    }
-    if constexpr (kNoise) {
-      x = multiply_add(splat(tile.noise_std), load_as(tile.normals + i, acc_t()), x);
-    }
-    store(tile.out + i, x);
-    finite &= absolute(x) < limit;
+template <bool kPull, bool kNoise, typename scalar_t, typename param_t>
+inline vec_type<scalar_t> updated(const UpdateTile<scalar_t, param_t>& tile, int64_t i) {
+  vec_type<scalar_t> x = load(tile.in + i) * tile.scale;
+  if constexpr (kPull) {
+    x = multiply_add(splat(tile.pull), load(tile.param + i) - load(tile.anchor + i), x);
   }
-  bool all_finite = !any_lane(~finite);
-  if (i < n) {
-    // The rest once more through the loop above, padded with zeros: where an element ends up in a
-    // vector must not change its rounding.
-    scalar_t in[kWidth]{}, out[kWidth];
-    acc_t param[kWidth]{}, anchor[kWidth]{};
-    float normals[kWidth]{};
-    std::copy(tile.in + i, tile.in + n, in);
-    if constexpr (kPull) {
-      std::copy(tile.param + i, tile.param + n, param);
-      std::copy(tile.anchor + i, tile.anchor + n, anchor);
-    }
-    if constexpr (kNoise) std::copy(tile.normals + i, tile.normals + n, normals);
-    const UpdateTile<scalar_t> rest{in,         out,       param,          anchor, normals,
-                                    tile.scale, tile.pull, tile.noise_std};
-    all_finite &= update_tile<kPull, kNoise>(rest, kWidth);
-    std::copy(out, out + (n - i), tile.out + i);
+  if constexpr (kNoise) {
+    x = multiply_add(splat(tile.noise_std), load_as(tile.normals + i, tile.noise_std), x);
   }
-  return all_finite;
+  return x;
 }
 
-template <bool kPull, bool kNoise, typename scalar_t>
+// False when a stored value is NaN or infinite. By value, so that the stores cannot alias `tile`.
+template <bool kPull, bool kNoise, typename scalar_t, typename param_t>
+inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
+  using Check = FiniteCheck<scalar_t>;
+  constexpr int kWidth = kVectorBytes / sizeof(scalar_t);
+  Check check;
+  int64_t i = 0;
+  for (; i + kWidth <= n; i += kWidth) {
+    typename Check::Bits bits;
+    if constexpr (sizeof(scalar_t) == 2) {
+      bits = pack(updated<kPull, kNoise>(tile, i), updated<kPull, kNoise>(tile, i + kLanes),
+                  scalar_t());
+    } else {
+      bits = (typename Check::Bits)updated<kPull, kNoise>(tile, i);
+    }
+    std::memcpy(tile.out + i, &bits, sizeof bits);
+    check.see(bits);
+  }
+  if (i == n) return check.passed();
+  // The rest once more through the loop above, padded with zeros: where an element ends up in a
+  // vector must not change its rounding.
+  scalar_t in[kWidth]{}, out[kWidth];
+  param_t param[kWidth]{}, anchor[kWidth]{};
+  float normals[kWidth]{};
+  std::copy(tile.in + i, tile.in + n, in);
+  if constexpr (kPull) {
+    std::copy(tile.param + i, tile.param + n, param);
+    std::copy(tile.anchor + i, tile.anchor + n, anchor);
+  }
+  if constexpr (kNoise) std::copy(tile.normals + i, tile.normals + n, normals);
+  UpdateTile<scalar_t, param_t> rest = tile;
+  rest.in = in;
+  rest.out = out;
+  rest.param = param;
+  rest.anchor = anchor;
+  rest.normals = normals;
+  const bool rest_finite = update_tile<kPull, kNoise>(rest, kWidth);
+  std::copy(out, out + (n - i), tile.out + i);
+  return check.passed() && rest_finite;
+}
+
+template <bool kPull, bool kNoise, typename scalar_t, typename param_t = acc_type<scalar_t>>
 inline bool update_tiles(const UpdateSlice& slice) {
   using acc_t = acc_type<scalar_t>;
-  acc_t param_buffer[kUpdateTile], anchor_buffer[kUpdateTile];
+  param_t param_buffer[kUpdateTile], anchor_buffer[kUpdateTile];
   NoiseTile noise;
   bool all_finite = true;
-  for (int64_t done = 0; done < slice.size; done += kUpdateTile) {
+  int64_t n;
+  for (int64_t done = 0; done < slice.size; done += n) {
     const int64_t begin = slice.begin + done;
-    const int64_t n = std::min(kUpdateTile, slice.size - done);
-    UpdateTile<scalar_t> tile{};
+    const int64_t element = slice.noise_offset + begin;
+    n = std::min(kUpdateTile, slice.size - done);
+    if constexpr (kNoise) n = std::min(n, kNoiseSpan - element % kNoiseSpan);
+    UpdateTile<scalar_t, param_t> tile{};
     tile.in = static_cast<const scalar_t*>(slice.in) + begin;
     tile.out = static_cast<scalar_t*>(slice.out) + begin;
     tile.scale = static_cast<acc_t>(slice.scale);
@@ -78,10 +94,9 @@ inline bool update_tiles(const UpdateSlice& slice) {
       tile.anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
     }
     if constexpr (kNoise) {
-      const int64_t element = slice.noise_offset + begin;
       const int64_t lead = element % kNoiseBlock;
       fill_normals(noise, slice.noise_key, element / kNoiseBlock,
-                   (lead + n + kNoiseBlock - 1) / kNoiseBlock);
+                   (lead + n + kNoiseBlock - 1) / kNoiseBlock, tile.in);
       tile.normals = noise.normals + lead;
     }
     all_finite &= update_tile<kPull, kNoise>(tile, n);
@@ -91,13 +106,15 @@ inline bool update_tiles(const UpdateSlice& slice) {
 
 template <typename scalar_t>
 inline bool all_finite(const scalar_t* x, int64_t n) {
-  constexpr int kWidth = lanes_of<scalar_t>;
-  const auto limit = splat(std::numeric_limits<acc_type<scalar_t>>::infinity());
-  auto finite = limit == limit;
+  using Bits = typename FiniteCheck<scalar_t>::Bits;
+  constexpr int kWidth = kVectorBytes / sizeof(scalar_t);
+  FiniteCheck<scalar_t> check;
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) finite &= absolute(load(x + i)) < limit;
-  if (i < n) finite &= absolute(load_first(x + i, n - i, 0)) < limit;
-  return !any_lane(~finite);
+  for (; i + kWidth <= n; i += kWidth) check.see(load_bits<Bits>(x + i));
+  Bits rest{};
+  std::memcpy(&rest, x + i, (n - i) * sizeof(scalar_t));
+  check.see(rest);
+  return check.passed();
 }
 
 inline bool update_slice(const UpdateSlice& slice) {
@@ -107,8 +124,15 @@ inline bool update_slice(const UpdateSlice& slice) {
       return all_finite(static_cast<const scalar_t*>(slice.in) + slice.begin, slice.size);
     }
     const bool pull = slice.pull != 0, noise = slice.noise_std != 0;
-    if (pull && noise) return update_tiles<true, true, scalar_t>(slice);
-    if (pull) return update_tiles<true, false, scalar_t>(slice);
+    const bool alike = slice.param_dtype == slice.dtype && slice.anchor_dtype == slice.dtype;
+    if (pull && noise) {
+      return alike ? update_tiles<true, true, scalar_t, scalar_t>(slice)
+                   : update_tiles<true, true, scalar_t>(slice);
+    }
+    if (pull) {
+      return alike ? update_tiles<true, false, scalar_t, scalar_t>(slice)
+                   : update_tiles<true, false, scalar_t>(slice);
+    }
     if (noise) return update_tiles<false, true, scalar_t>(slice);
     return update_tiles<false, false, scalar_t>(slice);
   });

@@ -98,8 +98,11 @@ def named_scores(
 ) -> ModalityScores:
     """`modality_scores`, with errors that call the logits by these names."""
     _check(names, logits, labels)
-    dense = [z.contiguous() for z in logits]
-    prob, log_prob = _op(backend, labels.device, dense, labels.to(torch.int64).contiguous())
+    # Each call into PyTorch that is not needed is left out: together they cost what the op does.
+    dense = [z if z.is_contiguous() else z.contiguous() for z in logits]
+    if labels.dtype is not torch.int64 or not labels.is_contiguous():
+        labels = labels.to(torch.int64).contiguous()
+    prob, log_prob = _op(backend, labels.device, dense, labels)
     on_cpu = labels.device.type == "cpu" and not torch.compiler.is_compiling()
     # An impossible label has given NaN; to look at every label first would cost more.
     if on_cpu and any(map(math.isnan, prob.tolist())):

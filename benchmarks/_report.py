@@ -1,0 +1,231 @@
+"""Rows of results as a table on the terminal, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from _measure import Cost, Sample, quantile
+from rich import box
+from rich.table import Table
+
+# Below this many bytes a call's time is that of its launches; a bandwidth would mislead.
+LATENCY_BYTES = 2**20
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One provider in one case; times in milliseconds, None where a number means nothing."""
+
+    case: str
+    title: str
+    workload: str
+    dtype: str
+    device: str
+    provider: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    host_ms: float
+    samples: int
+    vs_official: float | None
+    vs_foreach: float | None
+    gb_per_s: float | None
+    copy_gb_per_s: float | None
+    copy_share: float | None
+    times_floor: float | None
+    floor_bytes: int
+    launches: int
+    host_syncs: int
+    extra_mib: float
+
+
+def make_rows(
+    labels: Mapping[str, str],
+    samples: Mapping[str, Sequence[Sample]],
+    costs: Mapping[str, Cost],
+    floor_bytes: int,
+    copy_bytes: int,
+) -> list[Row]:
+    """Turns the samples of one case into rows.
+
+    Args:
+        labels: The fields case, title, workload, dtype and device.
+        samples: Provider → samples; "copy", where bandwidth matters, is the yardstick.
+        costs: Provider → cost.
+        floor_bytes: The fewest bytes that the case must move.
+        copy_bytes: The bytes that the copy moves.
+    """
+    copy_gb = None
+    if "copy" in samples:
+        copy_gb = copy_bytes / statistics.median(s.device for s in samples["copy"]) / 1e9
+    rows = []
+    for provider, cost in costs.items():
+        times = [s.device for s in samples[provider]]
+        median = statistics.median(times)
+        gb = floor_bytes / median / 1e9 if copy_gb else None
+        rows.append(
+            Row(
+                **labels,
+                provider=provider,
+                median_ms=median * 1e3,
+                p20_ms=quantile(times, 0.2) * 1e3,
+                p80_ms=quantile(times, 0.8) * 1e3,
+                host_ms=statistics.median(s.host for s in samples[provider]) * 1e3,
+                samples=len(times),
+                vs_official=_ratio(samples.get("official"), samples[provider]),
+                vs_foreach=_ratio(samples.get("foreach"), samples[provider]),
+                gb_per_s=gb,
+                copy_gb_per_s=copy_gb,
+                copy_share=gb / copy_gb if gb else None,
+                times_floor=copy_gb / gb if gb else None,
+                floor_bytes=floor_bytes,
+                launches=cost.launches,
+                host_syncs=cost.host_syncs,
+                extra_mib=cost.extra_bytes / _MIB,
+            )
+        )
+    return rows
+
+
+def _ratio(base: Sequence[Sample] | None, other: Sequence[Sample]) -> float | None:
+    """How many times faster than `base`: the median over the rounds in which both ran."""
+    if base is None:
+        return None
+    return statistics.median(b.device / o.device for b, o in zip(base, other, strict=False))
+
+
+def show_time(ms: float) -> str:
+    """Three digits and a unit."""
+    for scale, unit in ((1e-3, "s"), (1.0, "ms")):
+        if ms * scale >= 1:
+            return f"{_digits(ms * scale)} {unit}"
+    return f"{_digits(ms * 1e3)} µs"
+
+
+def show_ratio(ratio: float | None) -> str:
+    """E.g. 12.3×; a dash where there is no number."""
+    return "—" if ratio is None else f"{_digits(ratio)}×"
+
+
+def _digits(value: float) -> str:
+    """Three significant digits from 1 on, two below."""
+    if value >= 100:
+        return f"{value:.0f}"
+    if value >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if value >= 0.995 else f"{value:#.2g}"
+
+
+_COLUMNS: dict[str, Callable[[Row], str]] = {
+    "provider": lambda r: r.provider,
+    "×official": lambda r: show_ratio(r.vs_official),
+    "×foreach": lambda r: show_ratio(r.vs_foreach),
+    "median": lambda r: show_time(r.median_ms),
+    "p20": lambda r: show_time(r.p20_ms),
+    "p80": lambda r: show_time(r.p80_ms),
+    "host": lambda r: show_time(r.host_ms),
+    "GB/s": lambda r: "—" if r.gb_per_s is None else _digits(r.gb_per_s),
+    "of copy": lambda r: "—" if r.copy_share is None else f"{r.copy_share:.0%}",
+    "×floor": lambda r: show_ratio(r.times_floor),
+    "launches": lambda r: str(r.launches),
+    "syncs": lambda r: str(r.host_syncs),
+    "extra MiB": lambda r: f"{r.extra_mib:.{2 if r.extra_mib < 10 else 0}f}",
+    "samples": lambda r: str(r.samples),
+}
+
+
+# What an 80-column terminal has room for.
+_NARROW = (
+    "provider",
+    "×official",
+    "×foreach",
+    "median",
+    "of copy",
+    "launches",
+    "syncs",
+    "extra MiB",
+)
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """On the CPU the host's time is the time."""
+    on_cpu = all(row.device == "cpu" for row in rows)
+    return {name: show for name, show in _COLUMNS.items() if not (on_cpu and name == "host")}
+
+
+def terminal_table(rows: Sequence[Row], *, wide: bool) -> Table:
+    """One case as a table for rich."""
+    first = rows[0]
+    title = f"{first.title}\n{first.workload}, {first.dtype}"
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    columns = {n: show for n, show in _columns(rows).items() if wide or n in _NARROW}
+    for name in columns:
+        table.add_column(name, justify="left" if name == "provider" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(show(row) for show in columns.values()))
+    return table
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """All rows with all numbers."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(field.name for field in fields(Row))
+        writer.writerows(astuple(row) for row in rows)
+
+
+_NOTES = """\
+- *×official*, *×foreach*: how many times faster than that provider, the median over the rounds in
+  which both ran; below 1 is slower. Providers take turns, so that a slow spell hits all of them.
+- *GB/s*: the fewest bytes that the case must move, over the median. *of copy*: its share of the
+  bandwidth of a large `copy_` in the same rounds, bytes read plus bytes written. *×floor*: the
+  median over the time that the copy would take for those bytes. On a CPU a copy also fetches the
+  lines that it overwrites, so that reading, or updating in place, can pass 100 %. A dash: under
+  1 MiB, where the time is that of the launches.
+- *launches*: on a GPU, kernels, copies and fills that the profiler saw. On the CPU, operators
+  dispatched (a `_foreach_` operator counts once, though it loops inside), and for `compile` the
+  kernels that Inductor generated. *syncs*: how often the host waits for a value.
+- *extra MiB*: peak of what the call allocates from PyTorch's allocator.
+"""
+
+
+def markdown(
+    rows: Sequence[Row],
+    environment: Mapping[str, str],
+    skipped: Sequence[str],
+    refused: Sequence[str],
+    plots: Sequence[str],
+) -> str:
+    """The whole report."""
+    lines = [f"# Benchmarks on {environment['device']}", ""]
+    lines += [f"- {key}: `{value}`" for key, value in environment.items()]
+    if refused:
+        lines += ["", "**Refused by the parity gate:**", "", *(f"- {text}" for text in refused)]
+    lines += ["", *(f"![Speed-up over official]({name})" for name in plots)]
+    for workload, dtype in dict.fromkeys((row.workload, row.dtype) for row in rows):
+        mine = [row for row in rows if (row.workload, row.dtype) == (workload, dtype)]
+        columns = _columns(mine)
+        lines += ["", f"## {workload}, {dtype}", ""]
+        lines.append("| case | " + " | ".join(columns) + " |")
+        lines.append("|---|---" + "|--:" * (len(columns) - 1) + "|")
+        before = ""
+        for row in mine:
+            title = row.title if row.title != before else ""
+            before = row.title
+            lines.append(f"| {title} | " + " | ".join(s(row) for s in columns.values()) + " |")
+    lines += ["", "## How to read this", "", _NOTES]
+    if skipped:
+        lines += ["## Not measured", "", *(f"- {text}" for text in skipped), ""]
+    return "\n".join(lines)

@@ -1,0 +1,207 @@
+"""Benchmarks of mmfuse: `python benchmarks/run.py`, or with `--quick` for half a minute.
+
+Every provider's result is compared with the reference before it is timed. One that is wrong is
+refused, and the run then ends with exit code 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import _environment
+import _parity
+import _plot
+import _providers
+import _report
+import torch
+from _cases import CASES, Case
+from _inputs import Inputs
+from _measure import BigCopy, Clock, Prepared, cost_of, interleaved
+from _workloads import WORKLOADS, Workload
+from rich.console import Console
+from rich.markup import escape
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_QUICK = {
+    "cases": ["modality_scores", "update_scale", "ogm_ge"],
+    "workloads": ["classes_6", "resnet18"],
+    "dtype": ["float32"],
+    "seconds": 4.0,
+}
+# Share of the CPU that others may take before the numbers are suspect.
+_BUSY = 0.05
+# Columns of a terminal that shows the whole table.
+_WIDE = 125
+# Gradients, their restored copy, weights, anchors, and what the hungriest provider allocates.
+_COPIES = 10
+
+
+@dataclass
+class Session:
+    """The options of a run, and what it has found out so far."""
+
+    device: torch.device
+    providers: list[str]
+    seconds: float
+    select: str
+    console: Console
+    clock: Clock
+    copy: BigCopy
+    rows: list[_report.Row] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
+
+    def measure(self, case: Case, workload: Workload, dtype: torch.dtype) -> None:
+        """Checks and times all providers of one case on one workload."""
+        where = f"{case.name} on {workload.name}, {str(dtype).removeprefix('torch.')}"
+        need = workload.elements * dtype.itemsize * _COPIES
+        free = _environment.available_bytes(self.device)
+        if need > free:
+            self.skipped.append(f"{where}: {need / 2**30:.0f} GiB wanted, {free / 2**30:.0f} free")
+            return
+        torch.compiler.reset()
+        options = {"select": self.select} if case.kind == "gradients" else {}
+        inputs = case.make(workload, dtype, self.device, **options)
+        with torch.set_grad_enabled(case.autograd):
+            passed = self._gate(case, workload, inputs, where)
+            costs = {}
+            for name, prepared in passed.items():
+                inputs.restore()
+                costs[name] = cost_of(prepared, self.device)
+            # Small calls wait for launches, not for memory.
+            large = case.floor_bytes(inputs) >= _report.LATENCY_BYTES
+            timed = {**passed, "copy": self.copy.prepared} if large else passed
+            samples = interleaved(timed, self.clock, self.seconds, cold=large)
+        labels = {
+            "case": case.name,
+            "title": case.title,
+            "workload": workload.title,
+            "dtype": str(inputs.dtype).removeprefix("torch."),
+            "device": self.device.type,
+        }
+        rows = _report.make_rows(labels, samples, costs, case.floor_bytes(inputs), self.copy.nbytes)
+        if rows:
+            self.console.print(_report.terminal_table(rows, wide=self.console.width >= _WIDE))
+        self.rows += rows
+
+    def _gate(
+        self, case: Case, workload: Workload, inputs: Inputs, where: str
+    ) -> dict[str, Prepared]:
+        """The providers that give the reference's result."""
+        passed = {}
+        for name in self.providers:
+            reason = _providers.why_not(name, case, workload, self.device)
+            if reason is not None:
+                self.skipped.append(f"{where}: {name}: {reason}")
+                continue
+            prepared = _providers.prepare(name, case, inputs)
+            prepared.restore()
+            try:
+                case.check(name, inputs, prepared.call())
+            except _parity.ParityError as error:
+                self._refuse(f"{where}: {name} is wrong: {error}")
+            except Exception as error:  # Whatever it is, the others go on.
+                self._refuse(f"{where}: {name} fails: {type(error).__name__}: {error}")
+            else:
+                passed[name] = prepared
+        return passed
+
+    def _refuse(self, text: str) -> None:
+        self.refused.append(text)
+        self.console.print(f"[bold red]refused[/]: {escape(text)}")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    several = {"nargs": "+", "metavar": "NAME"}
+    parser.add_argument("--cases", choices=CASES, help=", ".join(CASES), **several)
+    parser.add_argument("--workloads", choices=WORKLOADS, help=", ".join(WORKLOADS), **several)
+    parser.add_argument(
+        "--providers", help="official, foreach, compile, or a backend of mmfuse", **several
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help=", ".join(_DTYPES), **several)
+    parser.add_argument("--device", type=torch.device, help="cpu or cuda; default: cuda if it can")
+    parser.add_argument(
+        "--select",
+        choices=("all", "conv"),
+        default="all",
+        help="parameters that are modulated; conv: four-dimensional ones, as in the released code",
+    )
+    parser.add_argument("--seconds", type=float, help="per case, for all providers together")
+    parser.add_argument("--quick", action="store_true", help="a short run on the main cases")
+    parser.add_argument("--output", type=Path, help="folder; default: results/<machine>, here")
+    options = parser.parse_args(argv)
+    options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    known = _providers.provider_names(options.device)
+    for name in options.providers or []:
+        if name not in known:
+            parser.error(f"on {options.device.type} the providers are {', '.join(known)}")
+    quick = _QUICK if options.quick else {}
+    slow = ("compile", "reference") if options.quick else ()
+    options.providers = options.providers or [name for name in known if name not in slow]
+    options.cases = options.cases or quick.get("cases", list(CASES))
+    options.workloads = options.workloads or quick.get("workloads", list(WORKLOADS))
+    options.dtype = options.dtype or quick.get("dtype", ["float32", "bfloat16"])
+    options.seconds = options.seconds or quick.get("seconds", 10.0)
+    if options.output is None:
+        machine = _environment.folder_name(_environment.machine_model(options.device))
+        options.output = Path(__file__).resolve().parent / "results" / machine
+    return options
+
+
+def write(session: Session, environment: dict[str, str], output: Path) -> None:
+    """Writes CSV, plots and Markdown."""
+    output.mkdir(parents=True, exist_ok=True)
+    _report.write_csv(session.rows, output / "results.csv")
+    subtitle = f"{environment['device']}; {environment['threads']} threads"
+    plots = _plot.write_plots(session.rows, output, subtitle)
+    text = _report.markdown(session.rows, environment, session.skipped, session.refused, plots)
+    (output / "results.md").write_text(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs everything; returns the exit code."""
+    options = parse(argv)
+    if options.device.index is not None:
+        torch.cuda.set_device(options.device)
+    console = Console()
+    environment = _environment.describe(options.device)
+    for key, value in environment.items():
+        console.print(f"[bold]{key}[/]: {escape(value)}", highlight=False, soft_wrap=True)
+    bystanders = _environment.Bystanders()
+    session = Session(
+        options.device,
+        options.providers,
+        options.seconds,
+        options.select,
+        console,
+        Clock(options.device),
+        BigCopy(options.device),
+    )
+    for workload in (WORKLOADS[name] for name in options.workloads):
+        for dtype in (getattr(torch, name) for name in options.dtype):
+            for case in (CASES[name] for name in options.cases):
+                if case.fits(workload, options.select):
+                    session.measure(case, workload, dtype)
+                    gc.collect()
+        share = bystanders.share()
+        if share is not None:
+            environment["CPU taken by others"] = f"{share:.0%}"
+        # After every workload, so that a run that is cut short leaves its results.
+        write(session, environment, options.output)
+    if share is not None and share > _BUSY:
+        console.print(
+            f"[bold yellow]others took {share:.0%} of the CPU: these numbers are noisy[/]"
+        )
+    console.print(f"written to {options.output}")
+    return 1 if session.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,11 +29,13 @@
 
 #define MMFUSE_VECTOR_BYTES 16
 namespace mmfuse::cpu::generic {
+// The order is fixed: types, the level's own operations, what is built from them.
+// clang-format off
 #include "vec_types.h"
-// The order of these three is fixed: types, the level's own operations, what is built from them.
-#include "vec.h"
 #include "vec_generic.h"
+#include "vec.h"
 #include MMFUSE_KERNEL
+// clang-format on
 }  // namespace mmfuse::cpu::generic
 #undef MMFUSE_VECTOR_BYTES
 
@@ -47,10 +49,12 @@ namespace mmfuse::cpu::generic {
 #endif
 #define MMFUSE_VECTOR_BYTES 32
 namespace mmfuse::cpu::avx2 {
-#include "vec.h"
-#include "vec_avx2.h"
+// clang-format off
 #include "vec_types.h"
+#include "vec_avx2.h"
+#include "vec.h"
 #include MMFUSE_KERNEL
+// clang-format on
 }  // namespace mmfuse::cpu::avx2
 #undef MMFUSE_VECTOR_BYTES
 #if defined(__clang__)
@@ -65,10 +69,12 @@ namespace mmfuse::cpu::avx2 {
 #endif
 #define MMFUSE_VECTOR_BYTES 64
 namespace mmfuse::cpu::avx512 {
-#include "vec.h"
-#include "vec_avx512.h"
+// clang-format off
 #include "vec_types.h"
+#include "vec_avx512.h"
+#include "vec.h"
 #include MMFUSE_KERNEL
+// clang-format on
 }  // namespace mmfuse::cpu::avx512
 #undef MMFUSE_VECTOR_BYTES
 #if defined(__clang__)

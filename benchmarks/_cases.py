@@ -107,6 +107,15 @@ _DECISION = ("modality_scores", "discrepancy_ratios")
 _ALL = (
     Case(
         "modality_scores",
+        "modality_scores",
+        "logits",
+        ("modality_scores",),
+        LogitsInputs,
+        _parity.check_scores,
+        passes=1,
+    ),
+    Case(
+        "decision",
         "decision: scores, ratios, coefficients",
         "logits",
         _DECISION,

@@ -42,6 +42,11 @@ def _compiled(*, dynamic: bool) -> Callable[[Callable[..., Any]], Callable[..., 
 
 
 @_compiled(dynamic=False)
+def _scores(logits: list[Tensor], labels: Tensor) -> Tensor:
+    return reference_scores.modality_scores(logits, labels)[0]
+
+
+@_compiled(dynamic=False)
 def _decide(logits: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
     prob, _ = reference_scores.modality_scores(logits, labels)
     rho = reference_ratios.discrepancy_ratios(prob)
@@ -91,7 +96,11 @@ def _pull_orthogonally(grad: Tensor, param: Tensor, anchor: Tensor, beta: Tensor
     )
 
 
-def modality_scores(i: LogitsInputs) -> tuple[Tensor, Tensor]:
+def modality_scores(i: LogitsInputs) -> Tensor:
+    return _scores(i.logits, i.labels)
+
+
+def decision(i: LogitsInputs) -> tuple[Tensor, Tensor]:
     return _decide(i.logits, i.labels)
 
 
@@ -148,14 +157,14 @@ def redreg(i: GradientInputs) -> None:
 
 
 def ogm_step(i: GradientInputs) -> None:
-    coefficients, _ = modality_scores(i.head)
+    coefficients, _ = decision(i.head)
     scale = coefficients[i.modality_index].split(1)
     for grad, factor in zip(i.flat_grads, scale, strict=True):
         _update(grad, factor, None, None)
 
 
 def ogm_ge_step(i: GradientInputs) -> None:
-    coefficients, _ = modality_scores(i.head)
+    coefficients, _ = decision(i.head)
     scale = coefficients[i.modality_index].split(1)
     for t, (grad, factor) in enumerate(zip(i.flat_grads, scale, strict=True)):
         _scale_with_noise(grad, factor, i.state, t)

@@ -43,11 +43,15 @@ def _add_noise(i: GradientInputs, noise_std: Tensor) -> None:
     torch._foreach_addcmul_(i.grads, noise, list(noise_std.to(i.dtype).unbind()))
 
 
-def modality_scores(i: LogitsInputs) -> tuple[Tensor, Tensor]:
+def modality_scores(i: LogitsInputs) -> Tensor:
     stacked = torch.stack(i.logits)
     wide = torch.float64 if i.dtype == torch.float64 else torch.float32
     index = i.labels.view(1, -1, 1).expand(len(stacked), -1, 1)
-    rho = _ratios(stacked.softmax(dim=2, dtype=wide).gather(2, index).mean(dim=(1, 2)))
+    return stacked.softmax(dim=2, dtype=wide).gather(2, index).mean(dim=(1, 2))
+
+
+def decision(i: LogitsInputs) -> tuple[Tensor, Tensor]:
+    rho = _ratios(modality_scores(i))
     return torch.where(rho > 1, 1 - torch.tanh(ALPHA * rho), 1.0), rho
 
 
@@ -111,11 +115,11 @@ def scale_grad(i: FeatureInputs) -> Tensor:
 
 
 def ogm_step(i: GradientInputs) -> None:
-    _scale(i, modality_scores(i.head)[0])
+    _scale(i, decision(i.head)[0])
 
 
 def ogm_ge_step(i: GradientInputs) -> None:
-    coefficients, _ = modality_scores(i.head)
+    coefficients, _ = decision(i.head)
     std = _std(i) + 1e-8
     _scale(i, coefficients)
     _add_noise(i, std)

@@ -26,6 +26,7 @@ Call = Callable[[], Any]
 
 MIN_SAMPLES = 3
 MAX_SAMPLES = 200
+_ROW_SECONDS = 1e-3
 COPY_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
 _FLUSH_BYTES = 2**28
 _SYNC_WARNING = "synchronizing CUDA operation"
@@ -69,7 +70,7 @@ class Cost:
 
 
 class Clock:
-    """Times one call, as a training step makes it: once.
+    """Times a call: once, as a training step makes it, or a short one many times in a row.
 
     On a GPU by events. What was written before, to empty the caches, keeps the device busy while
     the host prepares the first launches, as a backward pass would.
@@ -82,8 +83,8 @@ class Clock:
         if self._cuda:
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
-    def __call__(self, call: Call, *, cold: bool) -> Sample:
-        """Times `call`, with nothing of its data in the caches if `cold`."""
+    def __call__(self, call: Call, *, cold: bool, repeats: int = 1) -> Sample:
+        """Mean time of `repeats` calls, with nothing of their data in the caches if `cold`."""
         if self._cuda:
             torch.cuda.synchronize()
         if cold:
@@ -91,17 +92,23 @@ class Clock:
         if self._cuda:
             self._start.record()
         start = time.perf_counter()
-        call()
-        host = time.perf_counter() - start
+        for _ in range(repeats):
+            call()
+        host = (time.perf_counter() - start) / repeats
         if not self._cuda:
             return Sample(host, host)
         self._end.record()
         self._end.synchronize()
-        return Sample(self._start.elapsed_time(self._end) / 1e3, host)
+        return Sample(self._start.elapsed_time(self._end) / 1e3 / repeats, host)
 
 
 def interleaved(
-    providers: Mapping[str, Prepared], clock: Clock, seconds: float, *, cold: bool
+    providers: Mapping[str, Prepared],
+    clock: Clock,
+    seconds: float,
+    *,
+    cold: bool,
+    in_rows: bool = False,
 ) -> dict[str, list[Sample]]:
     """Samples of all calls in turns, so that a slow spell of the machine hits all of them.
 
@@ -110,8 +117,16 @@ def interleaved(
         clock: Times one call.
         seconds: For all calls together, in equal shares; each gets `MIN_SAMPLES` at least.
         cold: Whether to empty the caches before each call.
+        in_rows: Whether to time rows of calls that take about a millisecond together. A short call
+            on its own mostly shows what the provider before it has left in the caches.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in providers}
+    repeats = dict.fromkeys(providers, 1)
+    if in_rows:
+        for name, prepared in providers.items():
+            prepared.restore()
+            once = clock(prepared.call, cold=False).host
+            repeats[name] = max(1, round(_ROW_SECONDS / max(once, 1e-9)))
     spent = dict.fromkeys(providers, 0.0)
     share = seconds / max(1, len(providers))
     active = list(providers)
@@ -123,7 +138,7 @@ def interleaved(
             for name in active:
                 began = time.perf_counter()
                 providers[name].restore()
-                samples[name].append(clock(providers[name].call, cold=cold))
+                samples[name].append(clock(providers[name].call, cold=cold, repeats=repeats[name]))
                 spent[name] += time.perf_counter() - began
             active = [n for n in active if not _enough(len(samples[n]), spent[n], share)]
             # Nobody always runs after the same neighbour.

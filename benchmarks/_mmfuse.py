@@ -13,7 +13,11 @@ import mmfuse
 from mmfuse import ops
 
 
-def modality_scores(i: LogitsInputs, backend: str) -> tuple[Tensor, Tensor]:
+def modality_scores(i: LogitsInputs, backend: str) -> Tensor:
+    return ops.modality_scores(i.logits, i.labels, backend=backend).prob
+
+
+def decision(i: LogitsInputs, backend: str) -> tuple[Tensor, Tensor]:
     scores = ops.modality_scores(i.logits, i.labels, backend=backend)
     rho = ops.discrepancy_ratios(scores.prob, backend=backend)
     return mmfuse.ogm_coefficients(rho, ALPHA, "cvpr"), rho

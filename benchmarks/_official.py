@@ -27,13 +27,17 @@ def two_ratios(score_a: Tensor, score_v: Tensor) -> tuple[Tensor, Tensor]:
     return 1 / ratio_v, ratio_v
 
 
+def batch_scores(logits: Sequence[Tensor], labels: Tensor) -> list[Tensor]:
+    """Sums of the true class's probability; the softmax is taken anew for every sample."""
+    rows = range(len(labels))
+    return [sum(torch.softmax(z, dim=1)[i][labels[i]] for i in rows) for z in logits]
+
+
 def decide(
     logits_a: Tensor, logits_v: Tensor, labels: Tensor, alpha: float
 ) -> tuple[list[Tensor | float], list[Tensor]]:
-    """Coefficients (CVPR Eq. 10) and ratios; the softmax is taken anew for every sample."""
-    rows = range(len(labels))
-    score_v = sum(torch.softmax(logits_v, dim=1)[i][labels[i]] for i in rows)
-    score_a = sum(torch.softmax(logits_a, dim=1)[i][labels[i]] for i in rows)
+    """Coefficients (CVPR Eq. 10) and ratios."""
+    score_v, score_a = batch_scores([logits_v, logits_a], labels)
     ratio_a, ratio_v = two_ratios(score_a, score_v)
     if ratio_v > 1:
         return [1, 1 - torch.tanh(alpha * torch.relu(ratio_v))], [ratio_a, ratio_v]
@@ -71,7 +75,11 @@ def pull_orthogonally(params: Sequence[Tensor], anchors: Sequence[Tensor], beta:
         p.grad = p.grad + beta * (displacement - share * p.grad)
 
 
-def modality_scores(i: LogitsInputs) -> tuple[list[Tensor | float], list[Tensor]]:
+def modality_scores(i: LogitsInputs) -> list[Tensor]:
+    return batch_scores(i.logits, i.labels)
+
+
+def decision(i: LogitsInputs) -> tuple[list[Tensor | float], list[Tensor]]:
     return decide(*i.logits, i.labels, ALPHA)
 
 
@@ -121,12 +129,12 @@ def redreg(i: GradientInputs) -> None:
 
 
 def ogm_step(i: GradientInputs) -> None:
-    coefficients, _ = modality_scores(i.head)
+    coefficients, _ = decision(i.head)
     for params, k in zip(i.encoder_params, coefficients, strict=True):
         scale(params, k)
 
 
 def ogm_ge_step(i: GradientInputs) -> None:
-    coefficients, _ = modality_scores(i.head)
+    coefficients, _ = decision(i.head)
     for params, k in zip(i.encoder_params, coefficients, strict=True):
         scale_with_noise(params, k)

@@ -28,7 +28,7 @@ from rich.markup import escape
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _QUICK = {
-    "cases": ["modality_scores", "update_scale", "ogm_ge"],
+    "cases": ["modality_scores", "decision", "update_scale", "ogm_ge"],
     "workloads": ["classes_6", "resnet18"],
     "dtype": ["float32"],
     "seconds": 4.0,
@@ -76,7 +76,9 @@ class Session:
             # Small calls wait for launches, not for memory.
             large = case.floor_bytes(inputs) >= _report.LATENCY_BYTES
             timed = {**passed, "copy": self.copy.prepared} if large else passed
-            samples = interleaved(timed, self.clock, self.seconds, cold=large)
+            # In a row, an update in place would go on shrinking the same gradient.
+            in_rows = not large and case.kind != "gradients"
+            samples = interleaved(timed, self.clock, self.seconds, cold=large, in_rows=in_rows)
         labels = {
             "case": case.name,
             "title": case.title,

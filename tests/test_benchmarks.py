@@ -201,7 +201,7 @@ def test_official_costs_what_the_specification_counted(
 
 def test_official_decision_costs_what_the_specification_counted() -> None:
     i = LogitsInputs(LOGITS, torch.float32, CPU)
-    cost = _measure.cost_of(_measure.Prepared(lambda: _official.modality_scores(i)), CPU)
+    cost = _measure.cost_of(_measure.Prepared(lambda: _official.decision(i)), CPU)
     # 256 for the sums; two ratios, the comparison and one coefficient come on top.
     assert 256 <= cost.launches <= 266
     assert cost.host_syncs == 128 + 1
@@ -292,7 +292,9 @@ def test_gate_refuses_noise_that_is_not_standard_normal(draw: Callable[[Tensor],
         case.check("foreach", i, None)
 
 
-@pytest.mark.parametrize("name", ["modality_scores", "discrepancy_ratios", "grad_stats"])
+@pytest.mark.parametrize(
+    "name", ["modality_scores", "decision", "discrepancy_ratios", "grad_stats"]
+)
 def test_gate_refuses_wrong_numbers(name: str) -> None:
     case = CASES[name]
     i = inputs_of(case)
@@ -379,6 +381,14 @@ def test_interleaved_shares_the_time_and_restores_before_every_call() -> None:
     assert rounds == [{"restore", "a", "b"}] * _measure.MIN_SAMPLES
 
 
+def test_short_calls_are_timed_in_rows() -> None:
+    log: list[str] = []
+    providers = {"a": _measure.Prepared(lambda: log.append("a"), lambda: log.append("restore"))}
+    _measure.interleaved(providers, _measure.Clock(CPU), 0.0, cold=False, in_rows=True)
+    assert log.count("restore") == _measure.MIN_SAMPLES + 1  # once to see how long a call takes
+    assert log.count("a") > 10 * _measure.MIN_SAMPLES
+
+
 def test_rows_say_ratios_shares_and_floors() -> None:
     def lasting(*seconds: float) -> list[_measure.Sample]:
         return [_measure.Sample(s, s) for s in seconds]
@@ -448,9 +458,14 @@ def test_quick_run_writes_table_csv_and_plot(
     assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path)]) == 0
     rows = read_csv(tmp_path)
     assert list(rows[0]) == [field.name for field in fields(_report.Row)]
-    assert {row["case"] for row in rows} == {"modality_scores", "update_scale", "ogm_ge"}
+    assert {row["case"] for row in rows} == {
+        "modality_scores",
+        "decision",
+        "update_scale",
+        "ogm_ge",
+    }
     for row in rows:
-        small = row["case"] == "modality_scores"
+        small = row["case"] in ("modality_scores", "decision")
         for name, value in row.items():
             dash = small and name in ("gb_per_s", "copy_gb_per_s", "copy_share", "times_floor")
             assert (value == "") == dash, (row["case"], name)

@@ -9,18 +9,6 @@ constexpr int kGroups = 4;
 constexpr int kGroupBlocks = kVectorBytes / 8;
 constexpr int64_t kDrawBlocks = kGroups * kGroupBlocks;
 
-// As many deviates as fill_normals draws at a time, more by an unaligned start and a last draw.
-constexpr int64_t kNoiseTile = 1024;
-constexpr int64_t kNoiseBuffer = kNoiseTile + kNoiseBlock * (1 + kDrawBlocks);
-
-struct NoiseTile {
-  // Two pairs (radius, angle) a block: bits first, then the radii and the deviates.
-  float radius[kNoiseBuffer / 2];
-  float angle[kNoiseBuffer / 2];
-  float exponent[kNoiseBuffer / 2];
-  float normals[kNoiseBuffer];
-};
-
 // Blocks in the order in which interleaving within 128 bits puts the elements in sequence.
 inline U64 block_order() {
   U64 order{};
@@ -142,43 +130,74 @@ inline void cos_sin_turn(U32 bits, F32* cos_out, F32* sin_out) {
   *sin_out = (F32)((U32)(odd < 0 ? c : s) ^ (quadrant & 0x80000000u));
 }
 
-// Elements that share their upper counter word; a tile must not go past a multiple of it.
-constexpr int64_t kNoiseSpan = kNoiseBlock * (int64_t{1} << 32);
+// The deviates of one tensor, a tile at a time.
+class NormalSource {
+ public:
+  static constexpr int64_t kTile = 1024;
+  // Elements that share their upper counter word; a tile must not go past a multiple of it.
+  static constexpr int64_t kSpan = kNoiseBlock * (int64_t{1} << 32);
 
-// Fills tile.normals with the deviates of `blocks` blocks from `first_block` on, and meanwhile
-// fetches the elements that they are for: a processor's own prefetching stops at each tile's end.
-template <typename scalar_t>
-inline void fill_normals(NoiseTile& tile, const NoiseKey& key, uint64_t first_block, int64_t blocks,
-                         const scalar_t* elements) {
-  const PhiloxConstants constants(key, static_cast<uint32_t>(first_block >> 32));
-  const U64 first = block_order() + uint64_t{static_cast<uint32_t>(first_block)};
-  for (int64_t i = 0; i < blocks; i += kDrawBlocks) {
-    MMFUSE_UNROLL for (int64_t e = 0; e < kNoiseBlock * kDrawBlocks; e += 64 / sizeof(scalar_t)) {
-      __builtin_prefetch(elements + kNoiseBlock * i + e, 1);
+  NormalSource(const NoiseKey& key, int64_t element)
+      : key_(key), span_(element / kSpan), constants_(key, static_cast<uint32_t>(span_)) {}
+
+  // The deviates of n <= kTile elements from `element` on, valid until the next call. Meanwhile
+  // fetches the elements themselves: a processor's own prefetching stops at each tile's end.
+  template <typename scalar_t>
+  const float* draw(int64_t element, int64_t n, const scalar_t* elements) {
+    if (element / kSpan != span_) {
+      span_ = element / kSpan;
+      constants_ = PhiloxConstants(key_, static_cast<uint32_t>(span_));
     }
-    U64 radius[kGroups], angle[kGroups];
-    philox(constants, first + static_cast<uint64_t>(i), radius, angle);
-    MMFUSE_UNROLL for (int g = 0; g < kGroups; ++g) {
-      store(tile.radius + 2 * i + g * kLanes, (F32)radius[g]);
-      store(tile.angle + 2 * i + g * kLanes, (F32)angle[g]);
+    const int64_t lead = element % kNoiseBlock;
+    const int64_t blocks = (lead + n + kNoiseBlock - 1) / kNoiseBlock;
+    draw_bits(element / kNoiseBlock, blocks, elements);
+    // A block has two pairs of a radius and an angle.
+    for (int64_t i = 0; i < 2 * blocks; i += kLanes) {
+      F32 exponent, fraction;
+      split_uniform(uniform_from_bits((U32)load(radius_ + i)), &exponent, &fraction);
+      store(exponent_ + i, exponent);
+      store(radius_ + i, fraction);
+    }
+    for (int64_t i = 0; i < 2 * blocks; i += kLanes) {
+      store(radius_ + i, square_root(minus_two_log(load(exponent_ + i), load(radius_ + i))));
+    }
+    for (int64_t i = 0; i < 2 * blocks; i += kLanes) {
+      F32 cos, sin;
+      cos_sin_turn((U32)load(angle_ + i), &cos, &sin);
+      const F32 r = load(radius_ + i);
+      store(normals_ + 2 * i, unpack_low(r * cos, r * sin));
+      store(normals_ + 2 * i + kLanes, unpack_high(r * cos, r * sin));
+    }
+    return normals_ + lead;
+  }
+
+ private:
+  template <typename scalar_t>
+  void draw_bits(uint64_t first_block, int64_t blocks, const scalar_t* elements) {
+    const U64 first = block_order() + uint64_t{static_cast<uint32_t>(first_block)};
+    for (int64_t i = 0; i < blocks; i += kDrawBlocks) {
+      constexpr int64_t kLine = 64 / sizeof(scalar_t);
+      MMFUSE_UNROLL for (int64_t e = 0; e < kNoiseBlock * kDrawBlocks; e += kLine) {
+        __builtin_prefetch(elements + kNoiseBlock * i + e, 1);
+      }
+      U64 radius[kGroups], angle[kGroups];
+      philox(constants_, first + static_cast<uint64_t>(i), radius, angle);
+      MMFUSE_UNROLL for (int g = 0; g < kGroups; ++g) {
+        store(radius_ + 2 * i + g * kLanes, (F32)radius[g]);
+        store(angle_ + 2 * i + g * kLanes, (F32)angle[g]);
+      }
     }
   }
-  const int64_t pairs = 2 * blocks;
-  for (int64_t i = 0; i < pairs; i += kLanes) {
-    F32 exponent, fraction;
-    split_uniform(uniform_from_bits((U32)load(tile.radius + i)), &exponent, &fraction);
-    store(tile.exponent + i, exponent);
-    store(tile.radius + i, fraction);
-  }
-  for (int64_t i = 0; i < pairs; i += kLanes) {
-    store(tile.radius + i,
-          square_root(minus_two_log(load(tile.exponent + i), load(tile.radius + i))));
-  }
-  for (int64_t i = 0; i < pairs; i += kLanes) {
-    F32 cos, sin;
-    cos_sin_turn((U32)load(tile.angle + i), &cos, &sin);
-    const F32 r = load(tile.radius + i);
-    store(tile.normals + 2 * i, unpack_low(r * cos, r * sin));
-    store(tile.normals + 2 * i + kLanes, unpack_high(r * cos, r * sin));
-  }
-}
+
+  // More than a tile by an unaligned start and the rest of a last draw.
+  static constexpr int64_t kBuffer = kTile + kNoiseBlock * (1 + kDrawBlocks);
+
+  NoiseKey key_;
+  int64_t span_;
+  PhiloxConstants constants_;
+  // Bits at first, the deviates' radii in the end.
+  float radius_[kBuffer / 2];
+  float angle_[kBuffer / 2];
+  float exponent_[kBuffer / 2];
+  float normals_[kBuffer];
+};

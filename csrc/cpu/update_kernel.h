@@ -3,7 +3,7 @@
 #include "widen.h"
 
 // With the noise and both widened tensors, a tile stays in L1.
-constexpr int64_t kUpdateTile = kNoiseTile;
+constexpr int64_t kUpdateTile = NormalSource::kTile;
 
 template <typename scalar_t, typename param_t>
 struct UpdateTile {
@@ -75,14 +75,14 @@ template <bool kPull, bool kNoise, typename scalar_t, typename param_t = acc_typ
 inline bool update_tiles(const UpdateSlice& slice) {
   using acc_t = acc_type<scalar_t>;
   param_t param_buffer[kUpdateTile], anchor_buffer[kUpdateTile];
-  NoiseTile noise;
+  NormalSource normals(slice.noise_key, slice.noise_offset + slice.begin);
   bool all_finite = true;
   int64_t n;
   for (int64_t done = 0; done < slice.size; done += n) {
     const int64_t begin = slice.begin + done;
     const int64_t element = slice.noise_offset + begin;
     n = std::min(kUpdateTile, slice.size - done);
-    if constexpr (kNoise) n = std::min(n, kNoiseSpan - element % kNoiseSpan);
+    if constexpr (kNoise) n = std::min(n, NormalSource::kSpan - element % NormalSource::kSpan);
     UpdateTile<scalar_t, param_t> tile{};
     tile.in = static_cast<const scalar_t*>(slice.in) + begin;
     tile.out = static_cast<scalar_t*>(slice.out) + begin;
@@ -93,12 +93,7 @@ inline bool update_tiles(const UpdateSlice& slice) {
       tile.param = tile_as(slice.param, slice.param_dtype, begin, n, param_buffer);
       tile.anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
     }
-    if constexpr (kNoise) {
-      const int64_t lead = element % kNoiseBlock;
-      fill_normals(noise, slice.noise_key, element / kNoiseBlock,
-                   (lead + n + kNoiseBlock - 1) / kNoiseBlock, tile.in);
-      tile.normals = noise.normals + lead;
-    }
+    if constexpr (kNoise) tile.normals = normals.draw(element, n, tile.in);
     all_finite &= update_tile<kPull, kNoise>(tile, n);
   }
   return all_finite;

@@ -42,7 +42,7 @@ build: $(BUILT)
 demo: build
 	$(BIN)/python -m mmfuse
 	$(BIN)/python examples/handwritten.py
-	$(BIN)/python benchmarks/run.py --quick
+	$(BIN)/python benchmarks/run.py --quick --output build/benchmark
 
 test: build
 	MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda $(BIN)/python -m pytest -q

@@ -22,11 +22,15 @@ def why_unsupported(tensor: object) -> str | None:
     return None
 
 
+def all_supported(tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernels can take every one; quicker than asking each why it cannot be taken."""
+    kinds = {(getattr(t, "layout", None), getattr(t, "dtype", None)) for t in tensors}
+    return all(layout is torch.strided and dtype in FLOATING for layout, dtype in kinds)
+
+
 def check_list(name: str, tensors: Sequence[Tensor]) -> None:
     """Raises a TypeError that names the first tensor which the kernels cannot take."""
-    # One set over all tensors keeps the usual case to one attribute tuple per tensor.
-    kinds = {(type(t), getattr(t, "layout", None), getattr(t, "dtype", None)) for t in tensors}
-    if all(layout is torch.strided and dtype in FLOATING for _, layout, dtype in kinds):
+    if all_supported(tensors):
         return
     for i, tensor in enumerate(tensors):
         reason = why_unsupported(tensor)
@@ -68,6 +72,9 @@ def check_vector(name: str, value: Tensor, length: int) -> None:
 
 def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
     """Positions of the tensors on each device, in the order of first appearance."""
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) == 1:
+        return {devices.pop(): list(range(len(tensors)))}
     groups: dict[torch.device, list[int]] = {}
     for i, tensor in enumerate(tensors):
         groups.setdefault(tensor.device, []).append(i)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
@@ -23,6 +24,11 @@ from cuda_on_cpu.build import build_kernels
 import mmfuse
 from mmfuse import _native
 from mmfuse.ops._registry import OPS
+
+# A developer's every run looks at new examples; CI looks at the same ones each time.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 REQUIRED = set(filter(None, os.environ.get("MMFUSE_REQUIRE_BACKENDS", "").split(",")))
 

@@ -382,11 +382,19 @@ def test_interleaved_shares_the_time_and_restores_before_every_call() -> None:
 
 
 def test_short_calls_are_timed_in_rows() -> None:
+    def ten_microseconds(
+        call: Callable[[], object], *, cold: bool, repeats: int = 1
+    ) -> _measure.Sample:
+        for _ in range(repeats):
+            call()
+        return _measure.Sample(1e-5, 1e-5)
+
     log: list[str] = []
     providers = {"a": _measure.Prepared(lambda: log.append("a"), lambda: log.append("restore"))}
-    _measure.interleaved(providers, _measure.Clock(CPU), 0.0, cold=False, in_rows=True)
-    assert log.count("restore") == _measure.MIN_SAMPLES + 1  # once to see how long a call takes
-    assert log.count("a") > 10 * _measure.MIN_SAMPLES
+    _measure.interleaved(providers, ten_microseconds, 0.0, cold=False, in_rows=True)
+    # One call to see how long it takes, then rows of a millisecond.
+    assert log.count("restore") == 1 + _measure.MIN_SAMPLES
+    assert log.count("a") == 1 + 100 * _measure.MIN_SAMPLES
 
 
 def test_rows_say_ratios_shares_and_floors() -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .ops._tensors import all_supported, by_device, why_unsupported
+from .ops._tensors import all_supported, why_unsupported
 from .ops.modality_scores import ModalityScores, named_scores
 
 Encoder = nn.Module | Iterable[Tensor]
@@ -138,8 +138,7 @@ class Modalities:
         self, logits: Mapping[str, Tensor], labels: Tensor, backend: str | None
     ) -> ModalityScores:
         """Scores in the order of the modalities; errors call the logits by their names."""
-        ordered = [z.detach() for z in self.ordered("logits", logits)]
-        return named_scores(self._logits_names, ordered, labels, backend)
+        return named_scores(self._logits_names, self.ordered("logits", logits), labels, backend)
 
 
 def per_tensor(coefficients: Tensor, active: Active) -> Tensor:
@@ -151,11 +150,6 @@ def per_tensor(coefficients: Tensor, active: Active) -> Tensor:
 def _index(modality: tuple[int, ...], device: torch.device) -> Tensor:
     # Kept, so that a steady training loop copies nothing from the host and can be captured.
     return torch.tensor(modality, dtype=torch.int64, device=device)
-
-
-def home_device(grads: Sequence[Tensor], fallback: torch.device) -> torch.device:
-    """The device where [M] and [T] tensors live: that of the first gradient."""
-    return next(iter(by_device(grads)), fallback)
 
 
 def _selection(select: Select) -> Callable[[Tensor], bool]:

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .modalities import Encoder, Modalities, Select, home_device, per_tensor
+from .modalities import Encoder, Modalities, Select, per_tensor
 from .noise import NoiseStream, default_stream
 from .ops import GradStats, discrepancy_ratios, grad_stats, update_grads_
 
@@ -293,7 +293,7 @@ def _act(
     backend: str | None,
 ) -> OGMResult:
     active = modalities.active()
-    device = home_device(active.grads, decision.scores.device)
+    device = active.grads[0].device if active.grads else decision.scores.device
     finite = torch.ones((), dtype=torch.bool, device=device)
     result = OGMResult(decision.coefficients, decision.scores, decision.ratios, finite)
     if not active.grads:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Bits of every kernel's results on fixed inputs of awkward sizes.
 SCRIPT = """
-import hashlib, torch, mmfuse
+import torch, mmfuse
 from mmfuse import ops
 torch.manual_seed(0)
 print(mmfuse._native.build_info()["simd"])

@@ -102,6 +102,17 @@ def load_pointer(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl
     return pointer
 
 
+def group_constants(dtypes: list[tl.dtype], aligned: bool) -> dict[str, Any]:
+    """The compile-time arguments that follow from a group's dtypes and alignment."""
+    return {
+        "GRAD_DTYPE": dtypes[0],
+        "PARAM_DTYPE": dtypes[1] if len(dtypes) > 1 else None,
+        "ANCHOR_DTYPE": dtypes[2] if len(dtypes) > 1 else None,
+        "ACC": tl.float64 if dtypes[0] == tl.float64 else tl.float32,
+        "ALIGNED": aligned,
+    }
+
+
 def launch_on(device: torch.device) -> AbstractContextManager[Any]:
     """The context in which kernels for tensors on `device` are launched."""
     if device.type == "cpu":

@@ -21,6 +21,7 @@ from ._tensor_list import (
     TRITON_DTYPES,
     TableCache,
     find_chunk,
+    group_constants,
     launch_on,
     load_pointer,
     row_of,
@@ -166,11 +167,7 @@ def _grad_stats_merge_kernel(
 
 def _chunk_constants(dtypes: list[tl.dtype], aligned: bool) -> dict[str, Any]:
     return {
-        "GRAD_DTYPE": dtypes[0],
-        "PARAM_DTYPE": dtypes[1] if len(dtypes) > 1 else None,
-        "ANCHOR_DTYPE": dtypes[2] if len(dtypes) > 1 else None,
-        "ACC": tl.float64 if dtypes[0] == tl.float64 else tl.float32,
-        "ALIGNED": aligned,
+        **group_constants(dtypes, aligned),
         "CHUNK_SIZE": CHUNK_SIZE,
     }
 

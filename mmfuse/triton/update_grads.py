@@ -22,6 +22,7 @@ from ._tensor_list import (
     TRITON_DTYPES,
     TableCache,
     find_chunk,
+    group_constants,
     launch_on,
     load_pointer,
 )
@@ -97,11 +98,7 @@ def _update_grads_kernel(
 
 def _constants(dtypes: list[tl.dtype], aligned: bool) -> dict[str, Any]:
     return {
-        "GRAD_DTYPE": dtypes[0],
-        "PARAM_DTYPE": dtypes[1] if len(dtypes) > 1 else None,
-        "ANCHOR_DTYPE": dtypes[2] if len(dtypes) > 1 else None,
-        "ACC": tl.float64 if dtypes[0] == tl.float64 else tl.float32,
-        "ALIGNED": aligned,
+        **group_constants(dtypes, aligned),
         "CHUNK_SIZE": CHUNK_SIZE,
         "BLOCK_SIZE": BLOCK_SIZE,
     }

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops._tensors import all_supported, why_unsupported
+from .ops._tensors import check_named, why_unsupported
 from .ops.modality_scores import ModalityScores, named_scores
 
 Encoder = nn.Module | Iterable[Tensor]
@@ -105,11 +105,7 @@ class Modalities:
             grads.append(grad)
             ids.append(i)
             modality.append(self._modality[i])
-        if not all_supported(grads):
-            for i, grad in zip(ids, grads, strict=True):
-                reason = why_unsupported(grad)
-                if reason is not None:
-                    raise TypeError(f"the gradient of {self.parameter_names[i]} {reason}")
+        check_named(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
         return Active(params, grads, ids, tuple(modality))
 
     def ordered(self, what: str, values: Mapping[str, Tensor]) -> list[Tensor]:

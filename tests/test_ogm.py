@@ -439,6 +439,11 @@ class TestBadInput:
             r"logits and encoders .* missing \['visual'\]; unknown \['video'\]",
             logits=lambda m, z, d: {"audio": z["audio"], "video": z["visual"]},
         )
+        self.raises(
+            TypeError,
+            r"logits\['visual'\] is not a tensor but list",
+            logits=lambda m, z, d: {"audio": z["audio"], "visual": [1.0]},
+        )
         self.raises(TypeError, "logits must map", logits=lambda m, z, d: list(z.values()))
 
     def test_selection(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,20 +22,21 @@ def why_unsupported(tensor: object) -> str | None:
     return None
 
 
-def all_supported(tensors: Sequence[Tensor]) -> bool:
-    """Whether the kernels can take every one; quicker than asking each why it cannot be taken."""
-    kinds = {(getattr(t, "layout", None), getattr(t, "dtype", None)) for t in tensors}
-    return all(layout is torch.strided and dtype in FLOATING for layout, dtype in kinds)
-
-
-def check_list(name: str, tensors: Sequence[Tensor]) -> None:
+def check_named(tensors: Sequence[Tensor], name_of: Callable[[int], str]) -> None:
     """Raises a TypeError that names the first tensor which the kernels cannot take."""
-    if all_supported(tensors):
+    # One set over all tensors is quicker than asking each of them why it cannot be taken.
+    kinds = {(getattr(t, "layout", None), getattr(t, "dtype", None)) for t in tensors}
+    if all(layout is torch.strided and dtype in FLOATING for layout, dtype in kinds):
         return
     for i, tensor in enumerate(tensors):
         reason = why_unsupported(tensor)
         if reason is not None:
-            raise TypeError(f"{name}[{i}] {reason}")
+            raise TypeError(f"{name_of(i)} {reason}")
+
+
+def check_list(name: str, tensors: Sequence[Tensor]) -> None:
+    """`check_named` for a list that the user knows by one name."""
+    check_named(tensors, lambda i: f"{name}[{i}]")
 
 
 def check_pairs(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference.modality_scores import IGNORED_LABEL
 from ._registry import Op
-from ._tensors import check_list
+from ._tensors import check_named
 
 
 class ModalityScores(NamedTuple):
@@ -113,7 +113,7 @@ def named_scores(
 def _check(names: Sequence[str], logits: Sequence[Tensor], labels: Tensor) -> None:
     if not logits:
         raise ValueError("logits must hold at least one modality")
-    check_list("logits", logits)
+    check_named(logits, names.__getitem__)
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         raise TypeError("labels must be an integer tensor of class indices")
     if labels.dim() != 1:

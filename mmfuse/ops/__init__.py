@@ -3,28 +3,50 @@
 from ._registry import BACKENDS, active_backend, use_backend
 from .co_information_gate import co_information_gate
 from .discrepancy_ratios import discrepancy_ratios
+from .drop_modalities import DroppedModalities, drop_modalities
 from .grad_stats import GradStats, grad_stats
+from .info_nce import info_nce
+from .joint_entropies import JointEntropies, joint_entropies
 from .modality_scores import ModalityScores, modality_scores
+from .mutual_information import (
+    ConditionalMutualInformation,
+    MutualInformation,
+    co_information,
+    conditional_mutual_information,
+    mutual_information,
+)
 from .noisy_views import NoisyViews, noisy_views
 from .paired_cosine import paired_cosine
 from .redundancy_ratio import redundancy_ratio
 from .scale_grad import scale_grad
+from .soft_histogram import soft_histogram
 from .update_grads import update_grads_
 
 __all__ = [
     "BACKENDS",
+    "ConditionalMutualInformation",
+    "DroppedModalities",
     "GradStats",
+    "JointEntropies",
     "ModalityScores",
+    "MutualInformation",
     "NoisyViews",
     "active_backend",
+    "co_information",
     "co_information_gate",
+    "conditional_mutual_information",
     "discrepancy_ratios",
+    "drop_modalities",
     "grad_stats",
+    "info_nce",
+    "joint_entropies",
     "modality_scores",
+    "mutual_information",
     "noisy_views",
     "paired_cosine",
     "redundancy_ratio",
     "scale_grad",
+    "soft_histogram",
     "update_grads_",
     "use_backend",
 ]

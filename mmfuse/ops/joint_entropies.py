@@ -1,0 +1,133 @@
+"""joint_entropies: exact joint histograms and the entropies of all their margins."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._registry import Op
+from ._tensors import check_named
+
+#: Most bins for pairs and for triples: the counts of one problem then fit a GPU's shared memory or
+#: its L2 cache.
+MAX_BINS = {2: 256, 3: 32}
+
+
+class JointEntropies(NamedTuple):
+    """Histograms of Q pairs or triples of variables, of P problems each.
+
+    Attributes:
+        entropies: [Q, P, 2^order − 1] float64, in nats. Entry k belongs to the variables whose bits
+            are set in k + 1: for a pair H(0), H(1), H(0,1); for a triple H(0), H(1), H(0,1), H(2),
+            H(0,2), H(1,2), H(0,1,2). NaN where the data of the problem have no finite range.
+        counts: [Q, P, bins^order] int64; the first variable's bin is the slowest index. Zeros where
+            the entropies are NaN.
+    """
+
+    entropies: Tensor
+    counts: Tensor
+
+
+def _fake(
+    data: Sequence[Tensor], tuples: Sequence[int], order: int, bins: int
+) -> tuple[Tensor, Tensor]:
+    first = data[0]
+    shape = (len(tuples) // order, first.shape[0])
+    counts = torch.empty(*shape, bins**order, dtype=torch.int64, device=first.device)
+    entropies = torch.empty(*shape, 2**order - 1, dtype=torch.float64, device=first.device)
+    return entropies, counts
+
+
+_op = Op(
+    "joint_entropies",
+    "(Tensor[] data, int[] tuples, int order, int bins) -> (Tensor, Tensor)",
+    _fake,
+)
+
+
+def joint_entropies(
+    data: Sequence[Tensor],
+    tuples: Sequence[Sequence[int]],
+    bins: int,
+    *,
+    names: Sequence[str] | None = None,
+    backend: str | None = None,
+) -> JointEntropies:
+    """Joint histograms of pairs or triples of variables, and the entropies of all their margins.
+
+    The bins are NumPy's: `bins` equal ones over each row's own range, closed on the left, the last
+    one on both sides, constant data widened by 0.5 to either side. The counts are exact. Nothing
+    is differentiable.
+
+    Equivalent to, for each pair (x, y) of rows::
+
+        counts = numpy.histogram2d(x, y, bins)[0]
+        H = lambda c: -sum(p * numpy.log(p) for p in c[c > 0] / c.sum())
+        H(counts.sum(1)), H(counts.sum(0)), H(counts)
+
+    Args:
+        data: K variables [P, N]: P problems with N values each, on one device; float16, bfloat16,
+            float32 or float64. Half precision counts as the float32 numbers it holds; mixed dtypes
+            are promoted.
+        tuples: Q pairs, or Q triples, of indices into `data`.
+        bins: Number of bins for each variable: at most 256 for pairs, 32 for triples.
+        names: What errors call the variables; by default ``data[k]``.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        `JointEntropies`.
+
+    Raises:
+        TypeError: a variable is sparse, integer or complex.
+        ValueError: the variables differ in shape or device, hold no values, or `bins` or `tuples`
+            are out of range.
+    """
+    names = names or [f"data[{k}]" for k in range(len(data))]
+    check_named(data, names.__getitem__)
+    order = _order_of(tuples, len(data))
+    check_bins(bins, MAX_BINS[order])
+    first = data[0]
+    for name, x in zip(names, data, strict=True):
+        if x.dim() != 2:
+            raise ValueError(f"{name} must be [P, N], got {list(x.shape)}")
+        if x.shape != first.shape:
+            raise ValueError(
+                f"the values are paired and must have one shape: {names[0]} is "
+                f"{list(first.shape)}, {name} {list(x.shape)}"
+            )
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device}, {names[0]} on {first.device}")
+    if first.numel() == 0:
+        raise ValueError(f"{names[0]} is empty ({list(first.shape)}); there is nothing to count")
+    dtype = first.dtype
+    for x in data[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    flat = [k for members in tuples for k in members]
+    ready = [x.detach().to(dtype).contiguous() for x in data]
+    return JointEntropies(*_op(backend, first.device, ready, flat, order, bins))
+
+
+def _order_of(tuples: Sequence[Sequence[int]], count: int) -> int:
+    orders = {len(members) for members in tuples}
+    if orders not in ({2}, {3}):
+        raise ValueError(f"tuples must hold pairs or triples of indices, got {list(tuples)}")
+    for members in tuples:
+        if any(not 0 <= k < count for k in members):
+            raise ValueError(f"tuples must index the {count} variables, got {tuple(members)}")
+    return orders.pop()
+
+
+def check_bins(bins: int, most: int, least: int = 1) -> None:
+    """Checks the number of bins.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is out of range.
+    """
+    if not isinstance(bins, int) or isinstance(bins, bool):
+        raise TypeError(f"bins must be an integer, got {type(bins).__name__}")
+    if not least <= bins <= most:
+        raise ValueError(f"bins must be from {least} to {most}, got {bins}")

@@ -1,0 +1,209 @@
+"""Mutual, conditional mutual and co-information of paired values, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._tensors import check_named
+from .joint_entropies import MAX_BINS, check_bins, joint_entropies
+from .soft_histogram import soft_histogram
+
+Estimator = Literal["histogram", "soft"]
+
+
+class MutualInformation(NamedTuple):
+    """Fields are 0-d for values [N], [P] for values [P, N]; in nats.
+
+    Attributes:
+        mi: I(x; y) = H(x) + H(y) − H(x, y), at least 0.
+        h_x: H(x).
+        h_y: H(y).
+        nmi: 2·I/(H(x) + H(y)), in [0, 1]; 0 if both are constant.
+    """
+
+    mi: Tensor
+    h_x: Tensor
+    h_y: Tensor
+    nmi: Tensor
+
+
+class ConditionalMutualInformation(NamedTuple):
+    """Fields are 0-d for values [N], [P] for values [P, N]; in nats.
+
+    Attributes:
+        cmi: I(x; y | z) = H(x, z) + H(y, z) − H(x, y, z) − H(z), at least 0.
+        h_x_given_z: H(x | z) = H(x, z) − H(z).
+        h_y_given_z: H(y | z).
+        ncmi: 2·I/(H(x | z) + H(y | z)), in [0, 1]; 0 if z determines both.
+    """
+
+    cmi: Tensor
+    h_x_given_z: Tensor
+    h_y_given_z: Tensor
+    ncmi: Tensor
+
+
+def mutual_information(
+    x: Tensor,
+    y: Tensor,
+    bins: int,
+    estimator: Estimator = "histogram",
+    *,
+    backend: str | None = None,
+) -> MutualInformation:
+    """Plug-in estimate of the mutual information of two variables, from their joint histogram.
+
+    I(x; y) = Σ p(x, y) log (p(x, y) / (p(x) p(y))) over the cells of a bins × bins histogram. With
+    N samples the plug-in estimate is too large by about (bins − 1)²/(2N), as far as all cells are
+    occupied (Miller 1955), and too small by what happens within a bin.
+
+    Equivalent to, for "histogram" and values [N]::
+
+        p = numpy.histogram2d(x, y, bins)[0] / N
+        (p * numpy.log(p / (p.sum(1, keepdims=True) * p.sum(0)))) summed over p > 0
+
+    Args:
+        x: [N] values, or [P, N] for P problems in one call; float16, bfloat16, float32 or float64.
+        y: Like x.
+        bins: Number of bins for each variable, at most 256.
+        estimator: "histogram" has NumPy's bins and no gradient. "soft" shares each sample out
+            between two neighbouring bins in each dimension (see `soft_histogram`), is
+            differentiable, needs at least 2 bins, and is smaller, since sharing out blurs the
+            joint distribution.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        `MutualInformation`; float64 for float64, otherwise float32. NaN for a problem in which a
+        value is NaN or infinite.
+
+    Raises:
+        TypeError: x or y is sparse, integer or complex, or bins is no integer.
+        ValueError: their shapes or devices differ, they are empty, or `bins` or `estimator` is out
+            of range.
+    """
+    rows = _rows("xy", (x, y))
+    if estimator == "histogram":
+        found = joint_entropies(rows, [(0, 1)], bins, names="xy", backend=backend)
+        h_x, h_y, h_xy = found.entropies[0].unbind(-1)
+    elif estimator == "soft":
+        check_bins(bins, MAX_BINS[2], 2)
+        h_x, h_y, h_xy = _soft_entropies(*rows, bins, backend)
+    else:
+        raise ValueError(f"estimator must be 'histogram' or 'soft', got {estimator!r}")
+    mi = (h_x + h_y - h_xy).clamp(min=0)
+    return MutualInformation(*_finish(x, rows, mi, h_x, h_y, _normalised(mi, h_x, h_y)))
+
+
+def conditional_mutual_information(
+    x: Tensor, y: Tensor, z: Tensor, bins: int, *, backend: str | None = None
+) -> ConditionalMutualInformation:
+    """Plug-in estimate of I(x; y | z), from the joint histogram of three variables.
+
+    Args:
+        x: [N] values, or [P, N] for P problems in one call; float16, bfloat16, float32 or float64.
+        y: Like x.
+        z: Like x.
+        bins: Number of bins for each variable, at most 32; the bins are those of NumPy.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        `ConditionalMutualInformation`; float64 for float64, otherwise float32. NaN for a problem in
+        which a value is NaN or infinite. Nothing is differentiable.
+
+    Raises:
+        TypeError: as `mutual_information`.
+        ValueError: as `mutual_information`.
+    """
+    rows = _rows("xyz", (x, y, z))
+    h_xz, h_yz, h_xyz, h_z = _triple(rows, bins, backend)[3:]
+    cmi = (h_xz + h_yz - h_xyz - h_z).clamp(min=0)
+    h_x, h_y = (h_xz - h_z).clamp(min=0), (h_yz - h_z).clamp(min=0)
+    ncmi = _normalised(cmi, h_x, h_y)
+    return ConditionalMutualInformation(*_finish(x, rows, cmi, h_x, h_y, ncmi))
+
+
+def co_information(
+    x: Tensor, y: Tensor, z: Tensor, bins: int, *, backend: str | None = None
+) -> Tensor:
+    """I(x; y) − I(x; y | z): what z explains of it (redundancy) minus what z adds to it (synergy).
+
+    Symmetric in its three variables (McGill 1954, up to the sign). Positive for three copies of one
+    variable, negative for z = x XOR y.
+
+    Args:
+        x: [N] values, or [P, N] for P problems in one call; float16, bfloat16, float32 or float64.
+        y: Like x.
+        z: Like x.
+        bins: Number of bins for each variable, at most 32; the bins are those of NumPy.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        0-d, or [P], in nats; float64 for float64, otherwise float32. NaN for a problem in which a
+        value is NaN or infinite. Not differentiable.
+
+    Raises:
+        TypeError: as `mutual_information`.
+        ValueError: as `mutual_information`.
+    """
+    rows = _rows("xyz", (x, y, z))
+    h_x, h_y, h_xy, h_xz, h_yz, h_xyz, h_z = _triple(rows, bins, backend)
+    (shared,) = _finish(x, rows, (h_x + h_y - h_xy) - (h_xz + h_yz - h_xyz - h_z))
+    return shared
+
+
+def _triple(rows: Sequence[Tensor], bins: int, backend: str | None) -> tuple[Tensor, ...]:
+    """H(x), H(y), H(x,y), H(x,z), H(y,z), H(x,y,z), H(z), each [P] float64."""
+    found = joint_entropies(rows, [(0, 1, 2)], bins, names="xyz", backend=backend)
+    h_x, h_y, h_xy, h_z, h_xz, h_yz, h_xyz = found.entropies[0].unbind(-1)
+    return h_x, h_y, h_xy, h_xz, h_yz, h_xyz, h_z
+
+
+def _rows(names: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:
+    """The values as [P, N] of one dtype, checked."""
+    check_named(values, names.__getitem__)
+    first = values[0]
+    for name, value in zip(names, values, strict=True):
+        if value.dim() not in (1, 2):
+            raise ValueError(f"{name} must be [N] or [P, N], got {list(value.shape)}")
+        if value.shape != first.shape:
+            raise ValueError(
+                f"the values are paired and must have one shape: {names[0]} is "
+                f"{list(first.shape)}, {name} {list(value.shape)}"
+            )
+        if value.device != first.device:
+            raise ValueError(f"{name} is on {value.device}, {names[0]} on {first.device}")
+    if first.numel() == 0:
+        raise ValueError(f"{names[0]} is empty ({list(first.shape)}); there is nothing to count")
+    dtype = first.dtype
+    for value in values[1:]:
+        dtype = torch.promote_types(dtype, value.dtype)
+    return [(v if v.dim() == 2 else v.unsqueeze(0)).to(dtype) for v in values]
+
+
+def _finish(like: Tensor, rows: Sequence[Tensor], *values: Tensor) -> tuple[Tensor, ...]:
+    """The values in the shape of the input, and in the library's dtype of results."""
+    dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
+    return tuple((v if like.dim() == 2 else v.squeeze(0)).to(dtype) for v in values)
+
+
+def _normalised(mi: Tensor, h_x: Tensor, h_y: Tensor) -> Tensor:
+    total = h_x + h_y
+    constant = total == 0
+    return torch.where(constant, 0.0, 2 * mi / torch.where(constant, 1.0, total)).clamp(max=1)
+
+
+def _soft_entropies(
+    x: Tensor, y: Tensor, bins: int, backend: str | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    p = soft_histogram(x, y, bins, backend=backend) / x.shape[1]
+    # The slope of -p log p is infinite at 0; this keeps it finite, and p log p exact above.
+    least = torch.finfo(p.dtype).tiny
+
+    def entropy(q: Tensor) -> Tensor:
+        return -(q * q.clamp(min=least).log()).flatten(1).sum(1)
+
+    return entropy(p.sum(2)), entropy(p.sum(1)), entropy(p)

@@ -1,0 +1,90 @@
+"""soft_histogram: a joint histogram that has a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._registry import Op
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake(x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins: int) -> Tensor:
+    return torch.empty(x.shape[0], bins, bins, dtype=_wide(x), device=x.device)
+
+
+def _fake_backward(
+    grad: Tensor, x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ranges = torch.empty(x.shape[0], 2, dtype=_wide(x), device=x.device)
+    return torch.empty_like(x), torch.empty_like(y), ranges, torch.empty_like(ranges)
+
+
+_op = Op(
+    "soft_histogram",
+    "(Tensor x, Tensor y, Tensor x_range, Tensor y_range, int bins) -> Tensor",
+    _fake,
+)
+_backward_op = Op(
+    "soft_histogram_backward",
+    "(Tensor grad, Tensor x, Tensor y, Tensor x_range, Tensor y_range, int bins) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    module="soft_histogram",
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.bins = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(backend: str, ctx: Any, grad: Tensor) -> Any:
+    grads = _backward_op.overloads[backend](grad.contiguous(), *ctx.saved_tensors, ctx.bins)
+    return *grads, None
+
+
+_op.register_autograd(_backward, _setup_context)
+
+
+def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = None) -> Tensor:
+    """Joint histogram with triangular bins: each sample goes to two neighbours in each dimension.
+
+    With the bins' centres at lo + k·(hi − lo)/(bins − 1), k = 0 … bins − 1, over the row's own
+    range, a value between two centres counts for both, in proportion to how near it is. The counts
+    are therefore piecewise linear in x and y, and their gradients, those of lo and hi included,
+    exact almost everywhere (Parzen windows of order one, as in image registration).
+
+    Equivalent to::
+
+        t = (x - lo) / (hi - lo) * (bins - 1)
+        wx = (1 - (t[:, :, None] - torch.arange(bins)).abs()).clamp(min=0)   # and wy from y
+        torch.einsum("pni,pnj->pij", wx, wy)
+
+    Args:
+        x: [P, N], P problems with N ≥ 1 values each; float16, bfloat16, float32 or float64.
+        y: [P, N] of the same dtype, on the same device. (`mutual_information` checks its own.)
+        bins: From 2 to 256.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        [P, bins, bins], float64 for float64, otherwise float32; the entries add up to N. NaN for a
+        row that holds a value that is not finite. On GPUs the order in which a bin's shares are
+        added is not fixed.
+    """
+    weights: Tensor = _op(
+        backend, x.device, x.contiguous(), y.contiguous(), _range_of(x), _range_of(y), bins
+    )
+    return weights
+
+
+def _range_of(x: Tensor) -> Tensor:
+    """[P, 2] ends of each row's range, constant rows widened as in the histogram."""
+    low, high = torch.aminmax(x.to(_wide(x)), dim=1)
+    half = torch.where(low == high, 0.5, 0.0).to(low.dtype)
+    return torch.stack([low - half, high + half], dim=1)

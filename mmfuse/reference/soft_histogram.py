@@ -1,0 +1,57 @@
+"""Joint histogram in which every sample is shared out between neighbouring bins."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._dtype import accumulator
+
+
+def _position(x: Tensor, range_: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower of the two bins [P, N] int64, the upper one's share [P, N], and bins per unit [P, 1]."""
+    low, high = range_.to(accumulator(x)).unsqueeze(-1).unbind(1)
+    per_unit = (bins - 1) / (high - low)
+    t = ((x.to(low.dtype) - low) * per_unit).clamp(0, bins - 1)
+    lower = t.nan_to_num(0.0).to(torch.int64).clamp(max=bins - 2)
+    return lower, t - lower, per_unit
+
+
+def soft_histogram(x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins: int) -> Tensor:
+    """See `mmfuse.ops.soft_histogram`."""
+    i, f, _ = _position(x, x_range, bins)
+    j, g, _ = _position(y, y_range, bins)
+    weights = torch.zeros(len(x), bins * bins, dtype=f.dtype, device=x.device)
+    for di, share_x in ((0, 1 - f), (1, f)):
+        for dj, share_y in ((0, 1 - g), (1, g)):
+            weights.scatter_add_(1, (i + di) * bins + (j + dj), share_x * share_y)
+    # A value that is not finite leaves no range to speak of: the whole problem is NaN.
+    broken = ~(f.isfinite() & g.isfinite()).all(1, keepdim=True)
+    return weights.masked_fill_(broken, torch.nan).view(-1, bins, bins)
+
+
+def soft_histogram_backward(
+    grad: Tensor, x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, y and of both ends of their ranges."""
+    i, f, x_per_unit = _position(x, x_range, bins)
+    j, g, y_per_unit = _position(y, y_range, bins)
+    flat = grad.to(f.dtype).flatten(1)
+
+    def cell(di: int, dj: int) -> Tensor:
+        return flat.gather(1, (i + di) * bins + (j + dj))
+
+    by_f = (1 - g) * (cell(1, 0) - cell(0, 0)) + g * (cell(1, 1) - cell(0, 1))
+    by_g = (1 - f) * (cell(0, 1) - cell(0, 0)) + f * (cell(1, 1) - cell(1, 0))
+    out = []
+    for source, range_, slope, share, lower, per_unit in (
+        (x, x_range, by_f, f, i, x_per_unit),
+        (y, y_range, by_g, g, j, y_per_unit),
+    ):
+        t = lower + share
+        width = (range_[:, 1] - range_[:, 0]).to(t.dtype)
+        low = (slope * (t - (bins - 1))).sum(1) / width
+        high = -(slope * t).sum(1) / width
+        out.append(((slope * per_unit).to(source.dtype), torch.stack([low, high], dim=1)))
+    (grad_x, grad_x_range), (grad_y, grad_y_range) = out
+    return grad_x, grad_y, grad_x_range, grad_y_range

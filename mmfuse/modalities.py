@@ -147,19 +147,7 @@ class Modalities:
             TypeError: `values` is not a mapping.
             ValueError: its names are not those of the encoders.
         """
-        if not isinstance(values, Mapping):
-            raise TypeError(f"{what} must map the modalities' names to tensors")
-        missing = [name for name in self.names if name not in values]
-        unknown = [name for name in values if name not in self.names]
-        if missing or unknown:
-            raise ValueError(
-                f"{what} and encoders name different modalities: "
-                + "; ".join(
-                    f"{kind} {names}"
-                    for kind, names in (("missing", missing), ("unknown", unknown))
-                    if names
-                )
-            )
+        check_names(what, values, self.names, "encoders")
         return [values[name] for name in self.names]
 
     def sums(self, values: Tensor) -> Tensor:
@@ -171,6 +159,28 @@ class Modalities:
     ) -> ModalityScores:
         """Scores in the order of the modalities; errors call the logits by their names."""
         return named_scores(self._logits_names, self.ordered("logits", logits), labels, backend)
+
+
+def check_names(what: str, values: Mapping[str, Tensor], names: Sequence[str], others: str) -> None:
+    """Checks that `values`, which the user knows as `what`, has exactly these names.
+
+    Raises:
+        TypeError: `values` is not a mapping.
+        ValueError: its names are not those of `others`.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{what} must map the modalities' names to tensors")
+    missing = [name for name in names if name not in values]
+    unknown = [name for name in values if name not in names]
+    if missing or unknown:
+        raise ValueError(
+            f"{what} and {others} name different modalities: "
+            + "; ".join(
+                f"{kind} {which}"
+                for kind, which in (("missing", missing), ("unknown", unknown))
+                if which
+            )
+        )
 
 
 def per_tensor(coefficients: Tensor, active: Active) -> Tensor:

@@ -42,6 +42,21 @@ class NoiseStream:
         self.ids = None
         self.offsets = None
 
+    @classmethod
+    def from_state(cls, state: Tensor) -> NoiseStream:
+        """A stream on an existing state, which it shares: int64 [2], (seed, step).
+
+        Raises:
+            ValueError: `state` is something else.
+        """
+        if state.shape != (2,) or state.dtype != torch.int64:
+            raise ValueError(
+                f"the state of a stream is int64 [2], got {state.dtype} {list(state.shape)}"
+            )
+        made = cls.__new__(cls)
+        made.state, made.ids, made.offsets = state, None, None
+        return made
+
     @property
     def device(self) -> torch.device:
         """The device of the state."""

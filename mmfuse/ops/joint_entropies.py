@@ -120,7 +120,7 @@ def _order_of(tuples: Sequence[Sequence[int]], count: int) -> int:
     return orders.pop()
 
 
-def check_bins(bins: int, most: int, least: int = 1) -> None:
+def check_bins(bins: int, most: int, least: int = 1, name: str = "bins") -> None:
     """Checks the number of bins.
 
     Raises:
@@ -128,6 +128,6 @@ def check_bins(bins: int, most: int, least: int = 1) -> None:
         ValueError: it is out of range.
     """
     if not isinstance(bins, int) or isinstance(bins, bool):
-        raise TypeError(f"bins must be an integer, got {type(bins).__name__}")
+        raise TypeError(f"{name} must be an integer, got {type(bins).__name__}")
     if not least <= bins <= most:
-        raise ValueError(f"bins must be from {least} to {most}, got {bins}")
+        raise ValueError(f"{name} must be from {least} to {most}, got {bins}")

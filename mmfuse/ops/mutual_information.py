@@ -91,11 +91,11 @@ def mutual_information(
         h_x, h_y, h_xy = found.entropies[0].unbind(-1)
     elif estimator == "soft":
         check_bins(bins, MAX_BINS[2], 2)
-        h_x, h_y, h_xy = _soft_entropies(*rows, bins, backend)
+        h_x, h_y, h_xy = _soft_entropies(rows[0], rows[1], bins, backend)
     else:
         raise ValueError(f"estimator must be 'histogram' or 'soft', got {estimator!r}")
     mi = (h_x + h_y - h_xy).clamp(min=0)
-    return MutualInformation(*_finish(x, rows, mi, h_x, h_y, _normalised(mi, h_x, h_y)))
+    return MutualInformation(*_finish(x, rows, mi, h_x, h_y, normalised(mi, h_x + h_y)))
 
 
 def conditional_mutual_information(
@@ -122,7 +122,7 @@ def conditional_mutual_information(
     h_xz, h_yz, h_xyz, h_z = _triple(rows, bins, backend)[3:]
     cmi = (h_xz + h_yz - h_xyz - h_z).clamp(min=0)
     h_x, h_y = (h_xz - h_z).clamp(min=0), (h_yz - h_z).clamp(min=0)
-    ncmi = _normalised(cmi, h_x, h_y)
+    ncmi = normalised(cmi, h_x + h_y)
     return ConditionalMutualInformation(*_finish(x, rows, cmi, h_x, h_y, ncmi))
 
 
@@ -190,8 +190,8 @@ def _finish(like: Tensor, rows: Sequence[Tensor], *values: Tensor) -> tuple[Tens
     return tuple((v if like.dim() == 2 else v.squeeze(0)).to(dtype) for v in values)
 
 
-def _normalised(mi: Tensor, h_x: Tensor, h_y: Tensor) -> Tensor:
-    total = h_x + h_y
+def normalised(mi: Tensor, total: Tensor) -> Tensor:
+    """2·I/(sum of both entropies), at most 1; 0 where both entropies are."""
     constant = total == 0
     return torch.where(constant, 0.0, 2 * mi / torch.where(constant, 1.0, total)).clamp(max=1)
 

@@ -32,7 +32,7 @@ def drop_modalities(
 def drop_modalities_backward(
     grads: Sequence[Tensor], keep: Tensor, scale: Tensor | None
 ) -> list[Tensor]:
-    """scale * grad for the samples that were kept, 0 for the others, whatever they hold."""
+    """Scale * grad for the samples that were kept, 0 for the others, whatever they hold."""
     out = []
     for grad, kept in zip(grads, keep, strict=True):
         dtype = accumulator(grad)

@@ -9,7 +9,7 @@ from ._dtype import accumulator
 
 
 def _position(x: Tensor, range_: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower of the two bins [P, N] int64, the upper one's share [P, N], and bins per unit [P, 1]."""
+    """The lower of both bins and the upper one's share, [P, N] each; bins per unit [P, 1]."""
     low, high = range_.to(accumulator(x)).unsqueeze(-1).unbind(1)
     per_unit = (bins - 1) / (high - low)
     t = ((x.to(low.dtype) - low) * per_unit).clamp(0, bins - 1)

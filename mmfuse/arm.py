@@ -1,0 +1,397 @@
+"""ARM: asymmetric reinforcing of modalities.
+
+Gao, Cao, Zhang & Wei, "Asymmetric Reinforcing against Multi-modal Representation Bias", AAAI 2025.
+
+A modality that contributes less to the fused representation c is weighted up, by what it shares
+with c, with and without the other modalities. The feature of each modality m and c are taken as
+B·D paired values, in equal bins over their ranges:
+
+    nmi_m  = 2 I(m; c) / (H(m) + H(c))                         30 bins
+    ncmi_m = 2 I(m; c | j) / (H(m | j) + H(c | j)), mean over j != m   2 bins
+    P_m    = p_c nmi_m + (mean over j != m of p_j) (nmi_m - ncmi_m)
+    weight = mean over j != m of P_j / P_m
+
+with p the batch mean of the true class's probability, for the fused and for each modality's own
+logits. Weights are detached. For two modalities this is the paper's (P_a / P_v) phi_v and
+(P_v / P_a) phi_a; the sums over j are our extension to more.
+
+The balanced min-max loss that the paper's summary names has no released formula; it is not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from .modalities import check_names
+from .ops.drop_modalities import check_batches
+from .ops.joint_entropies import MAX_BINS, check_bins, joint_entropies
+from .ops.modality_scores import named_scores
+from .ops.mutual_information import normalised
+
+# Below it a contribution counts as this much, so that no weight is infinite or negative.
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class ARMResult:
+    """What was seen and decided in one step; nothing here has waited for the device.
+
+    Attributes:
+        features: Name → the feature times its weight.
+        weights: [M] float64, in the order of `features`.
+        contributions: [M] P_m; None where the weights are the average of those of training.
+        nmi: [M] nmi_m; None likewise.
+        ncmi: [M] ncmi_m; None likewise.
+    """
+
+    features: dict[str, Tensor]
+    weights: Tensor
+    contributions: Tensor | None = None
+    nmi: Tensor | None = None
+    ncmi: Tensor | None = None
+
+
+class ARM(nn.Module):
+    """ARM, between the encoders and the head.
+
+    ::
+
+        arm = mmfuse.ARM()
+        features = {"audio": audio_net(sounds), "visual": visual_net(images)}   # [B, D] each
+        fused = neck(torch.cat([features["audio"], features["visual"]], 1))     # [B, D]
+        logits = {name: classifier(f) for name, f in features.items()}
+        out = arm(features, fused, logits, classifier(fused), labels)
+        loss = F.cross_entropy(head(torch.cat(list(out.features.values()), 1)), labels)
+
+    In `eval()` no labels are needed: the weights are then the bias-corrected moving average of
+    those of training, which is in the module's buffers (1 before the first step of training).
+
+    Args:
+        bins: Of the mutual information, from 1 to 256.
+        conditional_bins: Of the conditional mutual information, from 1 to 32.
+        num_modalities: M ≥ 2.
+        momentum: Of the weights' moving average, in [0, 1).
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: a number of bins is no integer.
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    average: Tensor
+    average_weight: Tensor
+
+    def __init__(
+        self,
+        bins: int = 30,
+        conditional_bins: int = 2,
+        *,
+        num_modalities: int = 2,
+        momentum: float = 0.9,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_bins(bins, MAX_BINS[2])
+        check_bins(conditional_bins, MAX_BINS[3], name="conditional_bins")
+        if num_modalities < 2:
+            raise ValueError(f"balancing needs at least two modalities, got {num_modalities}")
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {momentum}")
+        self.bins = bins
+        self.conditional_bins = conditional_bins
+        self.num_modalities = num_modalities
+        self.momentum = momentum
+        self.backend = backend
+        self._released = False
+        self.register_buffer("average", torch.zeros(num_modalities, dtype=torch.float64))
+        self.register_buffer("average_weight", torch.zeros((), dtype=torch.float64))
+
+    @classmethod
+    def official(cls, *, backend: str | None = None) -> ARM:
+        """What the authors' released code runs, for two modalities.
+
+        Its conditional entropy divides the joint probabilities by p(z) along an axis that is not
+        z's and does not weight by it (see `released_ncmi`). After a ReLU ncmi stays near 1 then,
+        P_m may be negative, and the weights of either sign or infinite; nothing is clamped. In
+        `eval()` it needs the labels of the test set too. That its layer from the features to
+        `fused` gets no gradient is a matter of your network: the weights are detached either way.
+        """
+        made = cls(backend=backend)
+        made._released = True
+        return made
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        fused: Tensor | None = None,
+        logits: Mapping[str, Tensor] | None = None,
+        fused_logits: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> ARMResult:
+        """Weights the features of a batch.
+
+        Args:
+            features: Name → [B, …] for the M modalities, of one shape.
+            fused: The fused representation c, of the same shape. This, the logits and the labels
+                are not looked at in `eval()`.
+            logits: Name → [B, C] logits of each modality alone.
+            fused_logits: [B, C] logits of c.
+            labels: [B] integer class indices; rows labelled −100 do not count.
+
+        Returns:
+            `ARMResult`, differentiable in the features. A value that is NaN or infinite makes its
+            modality's weight NaN (and the others', which are relative to it).
+
+        Raises:
+            TypeError: an input has an unsupported type, or is missing.
+            ValueError: names, numbers or shapes do not fit, the batch is empty, or a label is out
+                of range. Nothing has been changed then.
+        """
+        if not isinstance(features, Mapping):
+            raise TypeError(f"features must map names to tensors, got {type(features).__name__}")
+        names = list(features)
+        if len(names) != self.num_modalities:
+            raise ValueError(
+                f"this ARM was made for num_modalities={self.num_modalities}, but features has "
+                f"{names}"
+            )
+        values = list(features.values())
+        check_batches([f"features[{name!r}]" for name in names], values)
+        if not self.training and not self._released:
+            return ARMResult(_weighted(features, self._average()), self._average())
+        if fused is None or logits is None or fused_logits is None or labels is None:
+            raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
+        check_names("logits", logits, names, "features")
+        with torch.no_grad():
+            nmi, ncmi = self._information(names, values, fused)
+            scores = named_scores(
+                [*(f"logits[{name!r}]" for name in names), "fused_logits"],
+                [*(logits[name] for name in names), fused_logits],
+                labels,
+                self.backend,
+            ).prob.double()
+            contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
+            weights = modality_weights(
+                contributions if self._released else contributions.clamp(min=_LEAST)
+            )
+            if self.training:
+                # One weight that is not finite would stay in the average for ever.
+                share = weights.isfinite().all().to(weights.dtype) * (1 - self.momentum)
+                self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
+                self.average_weight.add_(share * (1 - self.average_weight))
+        return ARMResult(_weighted(features, weights), weights, contributions, nmi, ncmi)
+
+    def _information(
+        self, names: Sequence[str], features: Sequence[Tensor], fused: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for name, value in zip((*names, "fused"), (*features, fused), strict=True):
+            if value.shape != features[0].shape:
+                raise ValueError(
+                    "features and fused are compared value by value and must have one shape: "
+                    f"features[{names[0]!r}] is {list(features[0].shape)}, "
+                    f"{name} {list(value.shape)}"
+                )
+        rows = [value.reshape(1, -1) for value in (*features, fused)]
+        found = normalised_information(
+            rows, self.bins, self.conditional_bins, released=self._released, backend=self.backend
+        )
+        return found[0].squeeze(1), found[1].squeeze(1)
+
+    def _average(self) -> Tensor:
+        started = self.average_weight > 0
+        return torch.where(started, self.average / self.average_weight, 1.0)
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters."""
+        return (
+            f"bins={self.bins}, conditional_bins={self.conditional_bins}, "
+            f"num_modalities={self.num_modalities}"
+        )
+
+
+def _weighted(features: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
+    factors = weights.unbind()
+    return {
+        name: feature * factor.to(feature.dtype)
+        for (name, feature), factor in zip(features.items(), factors, strict=True)
+    }
+
+
+def normalised_information(
+    rows: Sequence[Tensor],
+    bins: int = 30,
+    conditional_bins: int = 2,
+    *,
+    released: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """nmi_m and ncmi_m of all modalities, from two launches' worth of histograms.
+
+    Args:
+        rows: M + 1 tensors [P, N]: the paired values of each modality, and last those of the fused
+            representation; P problems in one call.
+        bins: Of nmi.
+        conditional_bins: Of ncmi.
+        released: Take the released code's ncmi (see `released_ncmi`).
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        Two tensors [M, P] float64.
+
+    Raises:
+        TypeError: as `mmfuse.ops.joint_entropies`.
+        ValueError: as `mmfuse.ops.joint_entropies`.
+    """
+    c = len(rows) - 1
+    pairs = joint_entropies(rows, [(m, c) for m in range(c)], bins, backend=backend)
+    h_m, h_c, h_mc = pairs.entropies.unbind(-1)
+    nmi = normalised((h_m + h_c - h_mc).clamp_(min=0), h_m + h_c)
+
+    others = list(combinations(range(c), 2))
+    triples = joint_entropies(
+        rows, [(m, j, c) for m, j in others], conditional_bins, backend=backend
+    )
+    if released:
+        n = triples.counts.unflatten(-1, [conditional_bins] * 3)
+        forth = released_ncmi(n.permute(0, 1, 2, 4, 3))
+        back = released_ncmi(n.permute(0, 1, 3, 4, 2))
+    else:
+        h_m, h_j, h_mj, _, h_mc, h_jc, h_mjc = triples.entropies.unbind(-1)
+        forth = _ncmi(h_mj, h_jc, h_mjc, h_j)
+        back = _ncmi(h_mj, h_mc, h_mjc, h_m)
+    if c == 2:
+        return nmi, torch.cat([forth, back])
+    per_modality: list[list[Tensor]] = [[] for _ in range(c)]
+    for q, (m, j) in enumerate(others):
+        per_modality[m].append(forth[q])
+        per_modality[j].append(back[q])
+    return nmi, torch.stack([torch.stack(each).mean(0) for each in per_modality])
+
+
+def _ncmi(h_xz: Tensor, h_yz: Tensor, h_xyz: Tensor, h_z: Tensor) -> Tensor:
+    """2 I(x; y | z) / (H(x | z) + H(y | z))."""
+    both = h_xz + h_yz - h_z
+    return normalised((both - h_xyz).clamp_(min=0), both - h_z)
+
+
+def released_ncmi(counts: Tensor) -> Tensor:
+    """Ncmi as the released code of ARM computes it, in closed form.
+
+    With p = counts / n, h(v) = −v ln v, and the margins of z, where a zero is taken as 1e-10::
+
+        C3 = sum over x, y, z of h(p_xyz / p_z[x])           (the index of x, not of z)
+        C2(q) = sum over k, i, j of h(q_ij / p_z[k])         (unweighted, for every k)
+        ncmi = 1 - C3 / (C2(p_xz) + C2(p_yz))
+
+    Args:
+        counts: [..., bins, bins, bins] of (x, y, z) = (modality, fused, other modality).
+
+    Returns:
+        [...] float64; NaN for counts of zero. Close to 1 where most values lie in one bin, as they
+        do after a ReLU, whatever x and y share; not bounded.
+    """
+    p = counts.double()
+    p = p / p.sum((-3, -2, -1), keepdim=True)
+    p_z = p.sum((-3, -2))
+    p_z = torch.where(p_z == 0, 1e-10, p_z)
+    joint = _h(p / p_z[..., :, None, None]).sum((-3, -2, -1))
+
+    def pair(q: Tensor) -> Tensor:
+        return _h(q[..., None, :, :] / p_z[..., :, None, None]).sum((-3, -2, -1))
+
+    return 1 - joint / (pair(p.sum(-2)) + pair(p.sum(-3)))
+
+
+def _h(v: Tensor) -> Tensor:
+    minus_h: Tensor = torch.special.xlogy(v, v)
+    return -minus_h
+
+
+def modality_contributions(
+    nmi: Tensor, ncmi: Tensor, scores: Tensor, fused_score: Tensor
+) -> Tensor:
+    """P_m = p_c·nmi_m + (mean over j ≠ m of p_j)·(nmi_m − ncmi_m).
+
+    Args:
+        nmi: [M, …].
+        ncmi: [M, …].
+        scores: [M, …] probability of the true class, from each modality alone.
+        fused_score: […] the same from the fused representation.
+
+    Returns:
+        [M, …]; may be negative.
+    """
+    found: Tensor = fused_score * nmi + _mean_of_others(scores) * (nmi - ncmi)
+    return found
+
+
+def modality_weights(contributions: Tensor) -> Tensor:
+    """Mean over j ≠ m of P_j / P_m: [M] to [M]."""
+    return _mean_of_others(contributions) / contributions
+
+
+def _mean_of_others(values: Tensor) -> Tensor:
+    """Mean over the first dimension without the entry itself."""
+    count = len(values)
+    if count == 2:
+        return values.flip(0)
+    # Sums without the entry, not a difference from the whole sum, which would cancel.
+    others = 1 - torch.eye(count, dtype=values.dtype, device=values.device)
+    sums: Tensor = (others @ values.reshape(count, -1)).view_as(values)
+    return sums / (count - 1)
+
+
+@torch.no_grad()
+def sample_contributions(
+    logits: Mapping[str, Tensor],
+    fused_logits: Tensor,
+    labels: Tensor,
+    *,
+    bins: int = 30,
+    conditional_bins: int = 2,
+    backend: str | None = None,
+) -> Tensor:
+    """Each sample's own contributions, for re-sampling, as in the authors' first release.
+
+    P_m = p_c·nmi_m + p_m·(mean over j ≠ m of (nmi_j − ncmi_j)), where the paired values of a sample
+    are the logits of its C classes and p its own probability of the true class. One call for the
+    whole batch; see `mmfuse.ContributionSampler`.
+
+    Args:
+        logits: Name → [B, C] logits of each of M ≥ 2 modalities alone.
+        fused_logits: [B, C] logits of the fused representation.
+        labels: [B] integer class indices.
+        bins: As in `ARM`.
+        conditional_bins: As in `ARM`.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        [B, M] float64; NaN for a sample whose logits are not finite.
+
+    Raises:
+        TypeError: an input has an unsupported type.
+        ValueError: fewer than two modalities, shapes that do not fit, an empty batch, or, on the
+            CPU, a label out of range.
+    """
+    if not isinstance(logits, Mapping):
+        raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
+    if len(logits) < 2:
+        raise ValueError(f"balancing needs at least two modalities, got {list(logits)}")
+    names = [*(f"logits[{name!r}]" for name in logits), "fused_logits"]
+    rows = [*logits.values(), fused_logits]
+    named_scores(names, rows, labels, backend)  # checks types, shapes and labels
+    for name, z in zip(names, rows, strict=True):
+        if z.shape != rows[0].shape:
+            raise ValueError(
+                f"all logits must have one shape: {names[0]} is {list(rows[0].shape)}, "
+                f"{name} {list(z.shape)}"
+            )
+    nmi, ncmi = normalised_information(rows, bins, conditional_bins, backend=backend)
+    index = labels.to(torch.int64).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
+    p = torch.stack([z.double().softmax(1).gather(1, index).squeeze(1) for z in rows])
+    return (p[-1] * nmi + p[:-1] * _mean_of_others(nmi - ncmi)).T.contiguous()

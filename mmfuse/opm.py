@@ -1,0 +1,303 @@
+"""OPM: on-the-fly prediction modulation.
+
+Wei, Hu, Du & Wen, "On-the-fly Modulation for Balanced Multimodal Learning", TPAMI 2024.
+
+Where OGM slows the dominant modality in the backward pass, OPM weakens it in the forward pass: its
+feature is dropped, sample by sample, with a probability that rises with its dominance, so that the
+joint prediction has to do without it and the other encoder gets the gradient:
+
+    score        S_m = mean over the batch of p_i^m, from the undropped features
+    ratio        rho_m = mean over j != m of S_m / S_j
+    probability  q_m = min(1, q_base (1 + lam tanh(rho_m - 1)))  if rho_m > 1, else 0
+    drop         phi_i^m <- 0 with probability q_m
+
+q is that of the previous step, 0 in the first. The weakest modality has rho <= 1, hence q = 0: no
+sample loses all its modalities, however many there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .modalities import check_names
+from .noise import NoiseStream
+from .ops.discrepancy_ratios import discrepancy_ratios
+from .ops.drop_modalities import check_batches, named_drop
+from .ops.modality_scores import named_scores
+
+
+@dataclass(frozen=True)
+class OPMResult:
+    """What was dropped and why; nothing here has waited for the device.
+
+    Attributes:
+        features: Name → the feature, zero where it was dropped.
+        keep: [M, B] bool, in the order of `features`; False where it was dropped.
+        drop_probability: [M] q_m that this step has used.
+        scores: [M] S_m of this step, batch mean of the true class's probability; None in `eval()`.
+        ratios: [M] rho_m of this step; None in `eval()`.
+        rows: Indices of the samples that are left, to select their labels with; None if all are.
+            Only `OPM.official` removes samples.
+    """
+
+    features: dict[str, Tensor]
+    keep: Tensor
+    drop_probability: Tensor
+    scores: Tensor | None
+    ratios: Tensor | None
+    rows: Tensor | None = None
+
+
+def drop_probabilities(ratios: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Tensor:
+    """q_m = min(1, q_base·(1 + λ·tanh(ρ_m − 1))) for ρ_m > 1, else 0 (TPAMI 2024).
+
+    Args:
+        ratios: [M] discrepancy ratios ρ_m.
+        q_base: Probability at ρ just above 1, in [0, 1].
+        lam: λ ≥ 0, how much it rises with ρ.
+
+    Returns:
+        [M] in [0, 1]; 0 where ρ is NaN.
+    """
+    q = (q_base * (1 + lam * torch.tanh(ratios - 1))).clamp(max=1)
+    return torch.where(ratios > 1, q, 0.0)
+
+
+class OPM(nn.Module):
+    """OPM, between the encoders and the fusion.
+
+    ::
+
+        opm = mmfuse.OPM()
+        for images, sounds, labels in loader:
+            features = {"audio": audio_net(sounds), "visual": visual_net(images)}
+            logits = mmfuse.unimodal_logits(head, features)
+            kept = opm(features, logits, labels).features
+            loss = F.cross_entropy(head(torch.cat(list(kept.values()), 1)), labels)
+            mmfuse.ogm_backward(loss, encoders, logits, labels)   # or loss.backward()
+
+    Both OPM and OGM see the logits of the undropped features; together they are the paper's
+    OPM + OGM. In `eval()` the features pass unchanged, and logits and labels are not looked at.
+
+    One launch reads and writes every feature once; the mask comes from the noise stream. The state
+    (q, the stream) is in buffers, so that it follows the module to its device and into its
+    `state_dict`.
+
+    Args:
+        q_base: Probability at which a modality that is just dominant is dropped, in [0, 1].
+        lam: λ ≥ 0, how much it rises with dominance.
+        num_modalities: M ≥ 2.
+        starts: First epoch in which features are dropped; see `set_epoch`.
+        ends: Last such epoch; None for no end.
+        stream: The random stream, whose state becomes a buffer; None makes one from
+            `torch.initial_seed()`, at step 0.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    q: Tensor
+    noise_state: Tensor
+
+    def __init__(
+        self,
+        q_base: float = 0.5,
+        lam: float = 0.5,
+        *,
+        num_modalities: int = 2,
+        starts: int = 0,
+        ends: int | None = None,
+        stream: NoiseStream | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= q_base <= 1:
+            raise ValueError(f"q_base must be a probability in [0, 1], got {q_base}")
+        if not (math.isfinite(lam) and lam >= 0):
+            raise ValueError(f"lam must be a finite number of at least 0, got {lam}")
+        if num_modalities < 2:
+            raise ValueError(f"balancing needs at least two modalities, got {num_modalities}")
+        if ends is not None and ends < starts:
+            raise ValueError(f"ends={ends} is before starts={starts}")
+        self.q_base = q_base
+        self.lam = lam
+        self.num_modalities = num_modalities
+        self.starts = starts
+        self.ends = ends
+        self.backend = backend
+        self.epoch = 0
+        self._p_exe: float | None = None
+        self.register_buffer("q", torch.zeros(num_modalities))
+        self.register_buffer("noise_state", (stream or NoiseStream()).state)
+
+    @classmethod
+    def official(
+        cls,
+        q_base: float = 0.5,
+        lam: float = 0.5,
+        p_exe: float = 0.7,
+        *,
+        num_modalities: int = 2,
+        starts: int = 6,
+        stream: NoiseStream | None = None,
+        backend: str | None = None,
+    ) -> OPM:
+        """What the authors' released code runs, to reproduce its tables.
+
+        q is that of the same step; features are dropped in a share `p_exe` of the steps only; all
+        that is left, gradients included, is divided by 1 − θ with θ = Σ d_m q_m / Σ d_m over the
+        features' widths d_m; samples that have lost everything are removed, which makes shapes
+        dynamic and waits for the device; epochs 0 to 5 are left alone (call `set_epoch`).
+
+        Args:
+            q_base: As in `OPM`.
+            lam: As in `OPM`.
+            p_exe: Share of the steps in which features are dropped, in [0, 1].
+            num_modalities: As in `OPM`.
+            starts: As in `OPM`.
+            stream: As in `OPM`. Whether a step drops is decided by the first number of the id
+                after the modalities'.
+            backend: As in `OPM`.
+
+        Raises:
+            ValueError: a hyper-parameter is out of range.
+        """
+        if not 0 <= p_exe <= 1:
+            raise ValueError(f"p_exe must be a probability in [0, 1], got {p_exe}")
+        made = cls(
+            q_base,
+            lam,
+            num_modalities=num_modalities,
+            starts=starts,
+            stream=stream,
+            backend=backend,
+        )
+        made._p_exe = p_exe
+        return made
+
+    @property
+    def modulating(self) -> bool:
+        """Whether the current epoch lies between `starts` and `ends`, both included."""
+        return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch begins, counted from 0."""
+        self.epoch = epoch
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+    ) -> OPMResult:
+        """Drops dominant modalities, sample by sample.
+
+        Args:
+            features: Name → [B, …] for the M modalities.
+            logits: Name → [B, C] logits of each modality alone, from the undropped features (see
+                `mmfuse.unimodal_logits`). Not needed in `eval()`.
+            labels: [B] integer class indices; rows labelled −100 do not count. Not needed in
+                `eval()`.
+
+        Returns:
+            `OPMResult`, differentiable in the features.
+
+        Raises:
+            TypeError: features, logits or labels have an unsupported type, or are missing.
+            ValueError: names, numbers or shapes do not fit, or a label is out of range. Nothing has
+                been changed then.
+        """
+        names = list(_checked_features(features, self.num_modalities))
+        values = list(features.values())
+        check_batches([f"features[{name!r}]" for name in names], values)
+        if not self.training:
+            keep = torch.ones(
+                len(names), values[0].shape[0], dtype=torch.bool, device=values[0].device
+            )
+            return OPMResult(dict(features), keep, torch.zeros_like(self.q), None, None)
+        if logits is None or labels is None:
+            raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
+        scores, ratios = self._sense(names, values, logits, labels)
+        current = drop_probabilities(ratios, self.q_base, self.lam).to(self.q)
+        with torch.no_grad():
+            q = current if self._p_exe is not None else self.q.clone()
+            q = q if self.modulating else torch.zeros_like(q)
+        if self._p_exe is None:
+            result = self._drop(names, values, q, None)
+        else:
+            result = self._drop_as_released(names, values, q)
+        with torch.no_grad():
+            self.q.copy_(current)
+            self.noise_state[1].add_(1)
+        return OPMResult(
+            result.features, result.keep, result.drop_probability, scores, ratios, result.rows
+        )
+
+    @torch.no_grad()
+    def _sense(
+        self,
+        names: list[str],
+        features: list[Tensor],
+        logits: Mapping[str, Tensor],
+        labels: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        check_names("logits", logits, names, "features")
+        if labels.dim() == 1 and len(labels) != features[0].shape[0]:
+            raise ValueError(
+                f"labels has {len(labels)} rows, features[{names[0]!r}] {features[0].shape[0]}"
+            )
+        ordered = [logits[name] for name in names]
+        scores = named_scores([f"logits[{n!r}]" for n in names], ordered, labels, self.backend)
+        return scores.prob, discrepancy_ratios(scores.prob, backend=self.backend)
+
+    def _stream(self) -> NoiseStream:
+        return NoiseStream.from_state(self.noise_state)
+
+    def _drop(
+        self, names: list[str], features: list[Tensor], q: Tensor, scale: Tensor | None
+    ) -> OPMResult:
+        labels = [f"features[{name!r}]" for name in names]
+        out = named_drop(labels, features, q, self._stream(), scale, self.backend)
+        kept = dict(zip(names, out.features, strict=True))
+        return OPMResult(kept, out.keep, q, None, None)
+
+    def _drop_as_released(self, names: list[str], features: list[Tensor], q: Tensor) -> OPMResult:
+        assert self._p_exe is not None
+        with torch.no_grad():
+            drawn = self._stream().uniform(1, stream_id=self.num_modalities)[0]
+            q = torch.where(drawn >= 1 - self._p_exe, q, 0.0)
+            widths = torch.tensor([math.prod(f.shape[1:]) for f in features]).to(q)
+            scale = 1 / (1 - (widths * q).sum() / widths.sum())
+        dropped = self._drop(names, features, q, scale)
+        rows = dropped.keep.any(0).nonzero().squeeze(1)
+        left = {name: feature[rows] for name, feature in dropped.features.items()}
+        return OPMResult(left, dropped.keep, q, None, None, rows)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The epoch, which is no tensor: reading it must not wait for the device."""
+        return {"epoch": self.epoch}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Goes on in the epoch in which the state was taken."""
+        self.epoch = int(state["epoch"])
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters."""
+        return f"q_base={self.q_base}, lam={self.lam}, num_modalities={self.num_modalities}"
+
+
+def _checked_features(features: Mapping[str, Tensor], count: int) -> Mapping[str, Tensor]:
+    if not isinstance(features, Mapping):
+        raise TypeError(f"features must map names to tensors, got {type(features).__name__}")
+    if len(features) != count:
+        raise ValueError(
+            f"this OPM was made for num_modalities={count}, but features has {list(features)}"
+        )
+    return features

@@ -1,0 +1,103 @@
+"""ContributionSampler: samples that contribute little are seen more often.
+
+The re-sampling of the first release of ARM (Gao et al., AAAI 2025): a sample whose modalities'
+mean contribution is small gets more copies in the training set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from .noise import NoiseStream
+
+
+class ContributionSampler(Sampler[int]):
+    """Goes through a dataset with copies of the samples that contribute little.
+
+    ::
+
+        contributions = torch.cat([mmfuse.sample_contributions(...) for batch in loader])
+        sampler = mmfuse.ContributionSampler(contributions)
+        loader = DataLoader(dataset, batch_size=64, sampler=sampler)
+
+    With several processes, let PyTorch share out the copies::
+
+        copies = torch.utils.data.Subset(dataset, sampler.indices)
+        loader = DataLoader(copies, batch_size=64, sampler=DistributedSampler(copies))
+
+    Args:
+        contributions: [N], or [N, M] whose mean over the modalities counts: one row for each sample
+            of the dataset, in its order (see `mmfuse.sample_contributions`).
+        thresholds: Ascending limits of the mean contribution. The first belongs to the interval
+            above it, the others to the one below.
+        copies: How many copies are added in each interval, one number more than thresholds.
+        shuffle: A new order in each epoch, drawn from the noise stream; False for the dataset's.
+        seed: Of the order; None takes `torch.initial_seed()`. All orders follow from it and from
+            `set_epoch`.
+
+    Attributes:
+        indices: The samples with their copies, as a list, in the order of the dataset.
+
+    Raises:
+        ValueError: the contributions are empty, of another shape, or not finite; or thresholds and
+            copies do not fit together.
+    """
+
+    indices: list[int]
+
+    def __init__(
+        self,
+        contributions: Tensor,
+        thresholds: Sequence[float] = (0.5, 0.9),
+        copies: Sequence[int] = (3, 2, 1),
+        *,
+        shuffle: bool = True,
+        seed: int | None = None,
+    ) -> None:
+        if contributions.dim() not in (1, 2) or contributions.numel() == 0:
+            raise ValueError(
+                "contributions must be [N] or [N, M] and not empty, got "
+                f"{list(contributions.shape)}"
+            )
+        mean = contributions.detach().double().cpu().view(len(contributions), -1).mean(1)
+        if not mean.isfinite().all():
+            i = int((~mean.isfinite()).nonzero()[0])
+            raise ValueError(f"contributions[{i}] is not finite: {contributions[i].tolist()}")
+        if len(copies) != len(thresholds) + 1 or not thresholds:
+            raise ValueError(
+                f"{len(thresholds)} thresholds need one number of copies more, got {len(copies)}"
+            )
+        if list(thresholds) != sorted(thresholds):
+            raise ValueError(f"thresholds must ascend, got {tuple(thresholds)}")
+        if any(not isinstance(n, int) or n < 0 for n in copies):
+            raise ValueError(f"copies must be integers of at least 0, got {tuple(copies)}")
+        interval = (mean >= thresholds[0]).long()
+        for threshold in thresholds[1:]:
+            interval += mean > threshold
+        repeats = 1 + torch.tensor(copies)[interval]
+        self.indices = torch.arange(len(mean)).repeat_interleave(repeats).tolist()
+        self.shuffle = shuffle
+        self.epoch = 0
+        self._stream = NoiseStream(seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch begins, counted from 0; without it every epoch has the same order."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Samples and copies together."""
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        """The indices of one epoch."""
+        if not self.shuffle:
+            yield from self.indices
+            return
+        self._stream.state[1] = self.epoch
+        keys = self._stream.uniform(len(self.indices))
+        for i in keys.argsort(stable=True).tolist():
+            yield self.indices[i]

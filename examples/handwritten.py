@@ -15,18 +15,18 @@ import argparse
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import torch
 from _handwritten_data import CITATION, CLASSES, VIEWS, MissingDataError, Split, load, split
+from _handwritten_methods import FACTOR_OF, METHODS, Model, Record
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -35,141 +35,7 @@ import mmfuse
 matplotlib.use("Agg")  # draws to a file; needs no display
 from matplotlib import pyplot as plt
 
-HIDDEN, WIDTH = 128, 64
 SPEED_ROUNDS, SPEED_STEPS = 21, 20
-
-
-class Model(nn.Module):
-    """One encoder per view, and a linear head on the concatenation of their features."""
-
-    def __init__(self, widths: dict[str, int]) -> None:
-        super().__init__()
-        self.encoders = nn.ModuleDict(
-            {
-                view: nn.Sequential(
-                    nn.Linear(d, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, WIDTH), nn.ReLU()
-                )
-                for view, d in widths.items()
-            }
-        )
-        self.head = nn.Linear(WIDTH * len(widths), CLASSES)
-
-    def features(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
-        """View → [B, WIDTH]."""
-        return {view: self.encoders[view](x) for view, x in views.items()}
-
-    def fuse(self, features: dict[str, Tensor]) -> Tensor:
-        """[B, CLASSES] logits."""
-        return self.head(torch.cat(list(features.values()), dim=1))
-
-
-class Record(NamedTuple):
-    """What a step did to each view; on the device, so that no step waits for it."""
-
-    scores: Tensor  # [M]
-    coefficients: Tensor  # [M]
-
-
-class Joint:
-    """Plain joint training, the baseline; a call is the forward and backward pass of one step."""
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
-        self.model = model
-
-    def start_epoch(self) -> None:
-        """Called before the first step of an epoch."""
-
-    def end_epoch(self) -> None:
-        """Called after the last step of an epoch."""
-
-    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record | None:
-        """Leaves the gradients in the model."""
-        F.cross_entropy(self.model.fuse(self.model.features(views)), labels).backward()
-        return None
-
-
-class Modulated(Joint):
-    """OGM, or OGM-GE with `noise`."""
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, noise: bool) -> None:
-        super().__init__(model, seed, args)
-        stream = mmfuse.NoiseStream(seed, args.device)
-        self.ogm = mmfuse.OGM(
-            dict(model.encoders),
-            alpha=args.alpha,
-            noise=noise,
-            stream=stream,
-            backend=args.backend,
-        )
-
-    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
-        """Leaves the modulated gradients in the model."""
-        features = self.model.features(views)
-        loss = F.cross_entropy(self.model.fuse(features), labels)
-        logits = mmfuse.unimodal_logits(self.model.head, features)
-        out = self.ogm.backward(loss, logits, labels)
-        return Record(out.scores, out.coefficients)
-
-
-class Regulated(Joint):
-    """InfoReg."""
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
-        super().__init__(model, seed, args)
-        self.inforeg = mmfuse.InfoReg(dict(model.encoders), backend=args.backend)
-
-    def start_epoch(self) -> None:
-        """Copies the encoders."""
-        self.inforeg.start_epoch()
-
-    def end_epoch(self) -> None:
-        """Keeps the epoch's Fisher trace."""
-        self.inforeg.end_epoch()
-
-    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
-        """Leaves the regulated gradients in the model."""
-        features = self.model.features(views)
-        F.cross_entropy(self.model.fuse(features), labels).backward()
-        logits = mmfuse.unimodal_logits(self.model.head, features)
-        out = self.inforeg.step(logits, labels)
-        return Record(out.scores.exp(), out.coefficients)  # the geometric mean of probabilities
-
-
-class RedundancyRegulated(Joint):
-    """RedReg, whose monitor looks at the views as they come in."""
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
-        super().__init__(model, seed, args)
-        stream = mmfuse.NoiseStream(seed, args.device)
-        self.redreg = mmfuse.RedReg(
-            dict(model.encoders), epochs=args.epochs, stream=stream, backend=args.backend
-        )
-
-    def start_epoch(self) -> None:
-        """Copies the encoders."""
-        self.redreg.start_epoch()
-
-    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
-        """Leaves the regulated gradients in the model."""
-        features = self.model.features(views)
-        F.cross_entropy(self.model.fuse(features), labels).backward()
-        logits = mmfuse.unimodal_logits(self.model.head, features)
-        out = self.redreg.step(logits, labels, features, views)
-        return Record(out.scores, out.coefficients)
-
-
-# A method is one entry: called once per run to build it, then once per step.
-METHODS: dict[str, Callable[[Model, int, argparse.Namespace], Joint]] = {
-    "joint": Joint,
-    "OGM": partial(Modulated, noise=False),
-    "OGM-GE": partial(Modulated, noise=True),
-    "InfoReg": Regulated,
-    "RedReg": RedundancyRegulated,
-}
-
-
-# What a method's coefficients are factors of, where it is not the gradient.
-FACTOR_OF = {"InfoReg": "displacement", "RedReg": "displacement"}
 
 
 class Run:
@@ -228,7 +94,7 @@ class Run:
     def accuracies(self) -> tuple[float, list[float]]:
         """Test accuracy of the whole model, and of a linear probe on each view's features."""
         train, test = self.model.features(self.data.train), self.model.features(self.data.test)
-        joint = accuracy(self.model.fuse(test), self.data.test_labels)
+        joint = accuracy(self.backward.predict(test), self.data.test_labels)
         return joint, [probe(train[view], test[view], self.data) for view in train]
 
 
@@ -417,6 +283,8 @@ def backend_names(args: argparse.Namespace) -> str:
         "noisy_views",
         "redundancy_ratio",
         "co_information_gate",
+        "drop_modalities",
+        "joint_entropies",
     )
     used = {mmfuse.ops.active_backend(op, args.device, args.backend) for op in ops}
     return " and ".join(sorted(used))

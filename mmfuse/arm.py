@@ -1,6 +1,6 @@
 """ARM: asymmetric reinforcing of modalities.
 
-Gao, Cao, Zhang & Wei, "Asymmetric Reinforcing against Multi-modal Representation Bias", AAAI 2025.
+Gao, Cao, Zhu, Wang & Hu, "Asymmetric Reinforcing against Multi-modal Representation Bias", AAAI 2025.
 
 A modality that contributes less to the fused representation c is weighted up, by what it shares
 with c, with and without the other modalities. The feature of each modality m and c are taken as
@@ -44,13 +44,16 @@ class ARMResult:
     Attributes:
         features: Name → the feature times its weight.
         weights: [M] float64, in the order of `features`.
-        contributions: [M] P_m; None where the weights are the average of those of training.
+        scores: [M] p_m, batch mean of the true class's probability; None where the weights are the
+            average of those of training.
+        contributions: [M] P_m; None likewise.
         nmi: [M] nmi_m; None likewise.
         ncmi: [M] ncmi_m; None likewise.
     """
 
     features: dict[str, Tensor]
     weights: Tensor
+    scores: Tensor | None = None
     contributions: Tensor | None = None
     nmi: Tensor | None = None
     ncmi: Tensor | None = None
@@ -184,7 +187,8 @@ class ARM(nn.Module):
                 share = weights.isfinite().all().to(weights.dtype) * (1 - self.momentum)
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 self.average_weight.add_(share * (1 - self.average_weight))
-        return ARMResult(_weighted(features, weights), weights, contributions, nmi, ncmi)
+        weighted = _weighted(features, weights)
+        return ARMResult(weighted, weights, scores[:-1], contributions, nmi, ncmi)
 
     def _information(
         self, names: Sequence[str], features: Sequence[Tensor], fused: Tensor

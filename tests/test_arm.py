@@ -247,7 +247,7 @@ def test_does_not_wait_for_the_device(cell: Cell) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, error, message",
+    ("arguments", "error", "message"),
     [
         ({"bins": 0}, ValueError, "bins must be from 1 to 256, got 0"),
         ({"bins": 2.0}, TypeError, "bins must be an integer"),

@@ -210,7 +210,7 @@ def test_drop_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"q_base": 1.1}, r"q_base must be a probability in \[0, 1\], got 1.1"),
         ({"q_base": float("nan")}, "q_base"),
@@ -231,7 +231,7 @@ def test_refuses_a_share_of_steps_that_is_none() -> None:
 
 def wrong_inputs(cell: Cell) -> dict[str, tuple[tuple, type[Exception], str]]:
     features, logits, labels = batch(cell)
-    other = {n: z for n, z in zip(["audio", "sound"], logits.values(), strict=True)}
+    other = dict(zip(["audio", "sound"], logits.values(), strict=True))
     short = {**features, "visual": features["visual"][:60]}
     high = labels.clone()
     high[3] = 7

@@ -89,7 +89,7 @@ def test_shared_out_between_processes() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, message",
+    ("arguments", "message"),
     [
         ({"contributions": torch.empty(0)}, "not empty"),
         ({"contributions": torch.tensor(1.0)}, r"\[N\] or \[N, M\]"),

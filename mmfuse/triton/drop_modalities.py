@@ -1,0 +1,266 @@
+"""Drops whole modalities of single samples: one launch for all of them, and one backward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._aot import COMPILE_OPTIONS, AotSpec
+from ._device import round_to, widen
+from ._tensor_list import launch_on
+from .noise import NOISE_BLOCK, _philox4x32_10, _uniform_from_bits
+
+TILE_SIZE = 4096
+NUM_WARPS = 8
+# Each modality has a branch of its own in the kernel; longer lists take several launches.
+MAX_MODALITIES = 8
+# A row of a multiple of so many elements keeps the vector loads, if the compiler knows of it.
+VECTOR = 16
+
+
+class Layout(NamedTuple):
+    """How the launches divide [B, D_m] tensors into tiles; each field has an entry per modality.
+
+    Attributes:
+        units: Row widths, in units.
+        unit: Elements in a unit, known to the compiler.
+        block_cols: Columns of a tile; its rows are TILE_SIZE over these.
+        first_tiles: Number of tiles of all modalities before this one.
+        n_tiles: Number of tiles.
+    """
+
+    units: tuple[int, ...]
+    unit: tuple[int, ...]
+    block_cols: tuple[int, ...]
+    first_tiles: tuple[int, ...]
+    n_tiles: tuple[int, ...]
+
+
+def layout_of(widths: Sequence[int], n_rows: int) -> Layout:
+    """Divides tensors of so many rows of these widths into tiles."""
+    unit = tuple(1 if width % VECTOR else VECTOR for width in widths)
+    cols = tuple(min(triton.next_power_of_2(max(w, 1)), TILE_SIZE) for w in widths)
+    # A tensor without columns has tiles as well, since they write what was kept.
+    tiles = [
+        triton.cdiv(n_rows, TILE_SIZE // c) * max(triton.cdiv(w, c), 1)
+        for w, c in zip(widths, cols, strict=True)
+    ]
+    first = tuple(sum(tiles[:m]) for m in range(len(tiles)))
+    return Layout(
+        tuple(w // u for w, u in zip(widths, unit, strict=True)), unit, cols, first, tuple(tiles)
+    )
+
+
+@triton.jit
+def _draw(noise_state_ptr, stream_id, element):
+    """Uniform numbers of any elements, at the cost of one Philox call for each."""
+    seed = tl.load(noise_state_ptr)
+    step = tl.load(noise_state_ptr + 1)
+    x0, x1, x2, x3 = _philox4x32_10(seed, element // NOISE_BLOCK, stream_id, step)
+    upper = (element & 2) != 0
+    odd = (element & 1) != 0
+    return _uniform_from_bits(tl.where(odd, tl.where(upper, x3, x1), tl.where(upper, x2, x0)))
+
+
+@triton.jit
+def _drop_tile(
+    out_ptr,
+    x_ptr,
+    keep_ptr,
+    q,
+    noise_state_ptr,
+    stream_id,
+    offset,
+    scale_ptr,
+    n_rows,
+    units,
+    tile,
+    UNIT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Writes keep ? scale x : 0 for a tile; without a noise state keep is read, not drawn."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    # From the tile, because a number known to be 1 is no tensor.
+    zero = tile * 0
+    width = (zero + units) * UNIT
+    col_tiles = tl.maximum(tl.cdiv(width, BLOCK_COLS), 1)
+    row = tile // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tile % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside = row < n_rows
+    if noise_state_ptr is None:
+        keep = tl.load(keep_ptr + row, mask=inside, other=0) != 0
+    else:
+        u = _draw(noise_state_ptr, zero + stream_id, row + offset)
+        # Not u > q: where q is NaN everything stays.
+        keep = (u <= q) == 0
+        if tile % col_tiles == 0:
+            tl.store(keep_ptr + row, keep.to(tl.uint8), mask=inside)
+    offsets = (row * width)[:, None] + col[None, :]
+    mask = inside[:, None] & (col < width)[None, :]
+    # What is dropped is not read.
+    x = tl.load(x_ptr + offsets, mask=mask & keep[:, None], other=0.0)
+    if scale_ptr is not None:
+        y = tl.where(keep[:, None], widen(x, ACC) * tl.load(scale_ptr).to(ACC), 0.0)
+        x = round_to(y, DTYPE)
+    tl.store(out_ptr + offsets, x, mask=mask)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "keep_ptr", "q_ptr", "noise_state_ptr", "stream_ids", "offsets", "scale_ptr", "n_rows",
+        "units", "first_tiles", "n_tiles",
+    ]
+)  # fmt: skip
+def _drop_modalities_kernel(
+    out_ptrs,
+    x_ptrs,
+    keep_ptr,
+    q_ptr,
+    noise_state_ptr,
+    stream_ids,
+    offsets,
+    scale_ptr,
+    n_rows: tl.int64,
+    units,
+    first_tiles,
+    n_tiles,
+    UNIT: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    TILE_SIZE: tl.constexpr,
+):
+    """Handles one tile of one modality; scale_ptr, or what keep is drawn from, may be None."""
+    program = tl.program_id(0).to(tl.int64)
+    # The interpreter ignores the annotations.
+    n_rows = n_rows.to(tl.int64)
+    # Each modality has a pointer type of its own, hence the branches.
+    for m in tl.static_range(len(x_ptrs)):
+        tile = program - first_tiles[m]
+        if (tile >= 0) & (tile < n_tiles[m]):
+            _drop_tile(
+                out_ptrs[m],
+                x_ptrs[m],
+                keep_ptr + m * n_rows,
+                None if q_ptr is None else tl.load(q_ptr + m),
+                noise_state_ptr,
+                None if noise_state_ptr is None else stream_ids[m],
+                None if noise_state_ptr is None else offsets[m],
+                scale_ptr,
+                n_rows,
+                units[m],
+                tile,
+                UNIT[m],
+                TILE_SIZE // BLOCK_COLS[m],
+                BLOCK_COLS[m],
+            )
+
+
+def _launch(
+    xs: Sequence[Tensor],
+    keep: Tensor,
+    q: Tensor | None,
+    noise_state: Tensor | None,
+    noise_ids: Sequence[int] | None,
+    noise_offsets: Sequence[int] | None,
+    scale: Tensor | None,
+) -> list[Tensor]:
+    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in xs]
+    n_rows = keep.shape[1]
+    if n_rows == 0:
+        return outs
+    with launch_on(keep.device):
+        for first in range(0, len(xs), MAX_MODALITIES):
+            part = slice(first, first + MAX_MODALITIES)
+            layout = layout_of([x.numel() // n_rows for x in xs[part]], n_rows)
+            _drop_modalities_kernel[(sum(layout.n_tiles),)](
+                tuple(outs[part]),
+                tuple(xs[part]),
+                keep[part].view(torch.uint8),
+                None if q is None else q[part],
+                noise_state,
+                None if noise_ids is None else tuple(noise_ids[part]),
+                None if noise_offsets is None else tuple(noise_offsets[part]),
+                scale,
+                n_rows,
+                layout.units,
+                layout.first_tiles,
+                layout.n_tiles,
+                **_constants(layout),
+                num_warps=NUM_WARPS,
+                **COMPILE_OPTIONS,
+            )
+    return outs
+
+
+def _constants(layout: Layout) -> dict[str, Any]:
+    return {"UNIT": layout.unit, "BLOCK_COLS": layout.block_cols, "TILE_SIZE": TILE_SIZE}
+
+
+def drop_modalities(
+    features: Sequence[Tensor],
+    q: Tensor,
+    noise_state: Tensor,
+    noise_ids: Sequence[int],
+    noise_offsets: Sequence[int],
+    scale: Tensor | None,
+) -> tuple[list[Tensor], Tensor]:
+    """See `mmfuse.ops.drop_modalities`."""
+    shape = (len(features), features[0].shape[0])
+    keep = torch.empty(shape, dtype=torch.bool, device=features[0].device)
+    return _launch(features, keep, q, noise_state, noise_ids, noise_offsets, scale), keep
+
+
+def drop_modalities_backward(
+    grads: Sequence[Tensor], keep: Tensor, scale: Tensor | None
+) -> list[Tensor]:
+    """scale * grad for the samples that were kept, 0 for the others, whatever they hold."""
+    return _launch(grads, keep, None, None, None, None, scale)
+
+
+def _spec(*modalities: tuple[str, int], draw: bool = True, scale: bool = True) -> AotSpec:
+    dtypes, widths = zip(*modalities, strict=True)
+    pointers = tuple(f"*{dtype}!" for dtype in dtypes)
+    integers = ("i32",) * len(dtypes)
+    drawn = {
+        "q_ptr": "*fp32",
+        "noise_state_ptr": "*i64",
+        "stream_ids": integers,
+        "offsets": ("i64",) * len(dtypes),
+    }
+    types: dict[str, Any] = {
+        "out_ptrs": pointers,
+        "x_ptrs": pointers,
+        "keep_ptr": "*u8",
+        "n_rows": "i64",
+        "units": integers,
+        "first_tiles": integers,
+        "n_tiles": integers,
+    }
+    constants = _constants(layout_of(widths, 1))
+    if draw:
+        types |= drawn
+    else:
+        constants |= dict.fromkeys(drawn)
+    if scale:
+        types["scale_ptr"] = "*fp64" if "fp64" in dtypes else "*fp32"
+    else:
+        constants["scale_ptr"] = None
+    label = " ".join(f"{dtype}[{width}]" for dtype, width in modalities)
+    label += ("" if draw else " backward") + (" scaled" if scale else "")
+    return AotSpec(_drop_modalities_kernel, label, types, constants, NUM_WARPS)
+
+
+AOT_SPECS = [
+    _spec(("fp32", 512), ("fp32", 512)),
+    _spec(("fp32", 512), ("fp32", 512), scale=False),
+    _spec(("fp32", 512), ("fp32", 512), draw=False),
+    _spec(("bf16", 768), ("fp16", 309), ("fp32", 8), scale=False),
+    _spec(("bf16", 8192), ("fp64", 1), ("fp64", 640)),
+    _spec(("bf16", 8192), ("fp64", 1), ("fp64", 640), draw=False),
+]

@@ -5,19 +5,19 @@ To add a case: a `Case` here, and a function of its name in each provider's modu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import _parity
-import torch
+import _parity_information
+import _parity_training
+from _case import Case
+from _information_inputs import ContrastInputs, FusionInputs, ValueInputs
 from _inputs import (
     BETA,
     PULL,
+    DropInputs,
     FeatureInputs,
     GradientInputs,
-    Inputs,
     LogitsInputs,
     MapInputs,
     PairInputs,
@@ -26,61 +26,6 @@ from _inputs import (
     ViewInputs,
 )
 from _networks import AudioVisual, ThreeHeads
-from _workloads import Workload
-
-Check = Callable[[str, Any, Any], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One thing to measure.
-
-    Attributes:
-        name: What `--cases` calls it, and its function in every provider's module.
-        title: What the report calls it.
-        kind: The kind of workload that it runs on.
-        ops: The mmfuse ops that a backend needs for it.
-        make: Makes the inputs.
-        check: Compares a provider's result with the reference; gets the provider's name, the
-            inputs and the result.
-        passes: How often at least one operand's worth of bytes is read or written; 0 where bytes
-            are not what takes the time.
-        operand: The attribute of the inputs that says how many bytes one operand has.
-        encoders: How many encoders it needs.
-        noisy: Whether it draws noise.
-        autograd: Whether it runs a backward pass.
-        half: Whether it also runs below float32.
-    """
-
-    name: str
-    title: str
-    kind: str
-    ops: tuple[str, ...]
-    make: Callable[..., Inputs]
-    check: Check
-    passes: int
-    operand: str = "nbytes"
-    encoders: int = 1
-    noisy: bool = False
-    autograd: bool = False
-    half: bool = True
-
-    def takes(self, dtype: torch.dtype) -> bool:
-        """Whether the case can run with data of this dtype."""
-        return self.half or dtype.itemsize >= 4
-
-    def fits(self, workload: Workload, select: str = "all") -> bool:
-        """Whether the case can run on this workload."""
-        if self.kind != workload.kind:
-            return False
-        if self.kind != "gradients":
-            return True
-        left = [e for e in workload.encoders if select == "all" or any(len(s) == 4 for s in e)]
-        return len(left) == len(workload.encoders) >= self.encoders
-
-    def floor_bytes(self, inputs: Inputs) -> int:
-        """The fewest bytes that must move: each operand read once, each result written once."""
-        return self.passes * getattr(inputs, self.operand)
 
 
 def _scaled(provider: str, i: GradientInputs, result: object) -> None:
@@ -319,12 +264,82 @@ _ALL = (
         passes=1,
     ),
     Case(
+        "drop_modalities",
+        "OPM: drop_modalities",
+        "features",
+        ("drop_modalities",),
+        DropInputs,
+        _parity.check_drop,
+        passes=2,
+        noisy=True,
+    ),
+    Case(
+        "drop_modalities_grad",
+        "drop_modalities: forward and backward",
+        "features",
+        ("drop_modalities", "drop_modalities_backward"),
+        DropInputs,
+        _parity.check_drop,
+        passes=4,
+        noisy=True,
+        autograd=True,
+    ),
+    Case(
+        "mutual_information",
+        "mutual_information",
+        "pairs",
+        ("joint_entropies",),
+        ValueInputs,
+        _parity_information.check_information,
+        # The range has to be known before the first value is counted; fewer values stay in a cache.
+        passes=2,
+    ),
+    Case(
+        "soft_information",
+        "mutual_information, soft: forward and backward",
+        "few_pairs",
+        ("soft_histogram", "soft_histogram_backward"),
+        ValueInputs,
+        _parity_information.check_soft,
+        passes=3,
+        autograd=True,
+    ),
+    Case(
+        "sample_information",
+        "mutual_information of each sample",
+        "samples",
+        ("joint_entropies",),
+        ValueInputs,
+        _parity_information.check_information,
+        passes=1,
+    ),
+    Case(
+        "arm_information",
+        "ARM: nmi and ncmi",
+        "fusion",
+        ("joint_entropies",),
+        FusionInputs,
+        _parity_information.check_arm,
+        passes=1,
+    ),
+    Case(
+        "info_nce",
+        "info_nce: forward and backward",
+        "contrast",
+        ("info_nce", "info_nce_backward"),
+        ContrastInputs,
+        _parity_information.check_contrast,
+        # The products take the time, not the bytes.
+        passes=0,
+        autograd=True,
+    ),
+    Case(
         "inforeg_training",
         "InfoReg: a whole training step",
         "training",
         _REGULATION,
         partial(TrainingInputs, network=AudioVisual),
-        _parity.check_inforeg_training,
+        _parity_training.check_inforeg,
         passes=0,
         autograd=True,
         half=False,
@@ -335,7 +350,7 @@ _ALL = (
         "training",
         (*_REGULATION, *_MONITOR),
         partial(TrainingInputs, network=ThreeHeads),
-        _parity.check_redreg_training,
+        _parity_training.check_redreg,
         passes=0,
         autograd=True,
         half=False,

@@ -14,9 +14,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from _information_inputs import (
+    CONDITIONAL_BINS,
+    TEMPERATURE,
+    ContrastInputs,
+    FusionInputs,
+    ValueInputs,
+)
 from _inputs import (
     ALPHA,
     SIGMA,
+    DropInputs,
     GradientInputs,
     LogitsInputs,
     MapInputs,
@@ -30,11 +38,15 @@ from mmfuse import ogm_coefficients
 from mmfuse.ops import GradStats
 from mmfuse.reference import co_information_gate as reference_gate
 from mmfuse.reference import discrepancy_ratios as reference_ratios
+from mmfuse.reference import drop_modalities as reference_drop
 from mmfuse.reference import grad_stats as reference_stats
+from mmfuse.reference import info_nce as reference_nce
+from mmfuse.reference import joint_entropies as reference_entropies
 from mmfuse.reference import modality_scores as reference_scores
 from mmfuse.reference import noise as reference_noise
 from mmfuse.reference import paired_cosine as reference_cosine
 from mmfuse.reference import redundancy_ratio as reference_redundancy
+from mmfuse.reference import soft_histogram as reference_soft
 from mmfuse.reference import update_grads as reference_update
 
 
@@ -145,6 +157,47 @@ def _distance(first: Tensor, second: Tensor) -> Tensor:
     return (first.float() - second.float()).square().mean()
 
 
+@_compiled(dynamic=False)
+def _drop(features: list[Tensor], q: Tensor, state: Tensor) -> list[Tensor]:
+    ids = list(range(len(features)))
+    return reference_drop.drop_modalities(features, q, state, ids, [0] * len(ids), None)[0]
+
+
+@_compiled(dynamic=False)
+def _shared(x: Tensor, y: Tensor, bins: int) -> tuple[Tensor, ...]:
+    entropies, _ = reference_entropies.joint_entropies([x, y], [0, 1], 2, bins)
+    h_x, h_y, h_xy = entropies[0].unbind(-1)
+    mi = h_x + h_y - h_xy
+    return mi, h_x, h_y, 2 * mi / (h_x + h_y)
+
+
+@_compiled(dynamic=False)
+def _arm(rows: list[Tensor], bins: int) -> Tensor:
+    pairs, _ = reference_entropies.joint_entropies(rows, [0, 2, 1, 2], 2, bins)
+    triple, _ = reference_entropies.joint_entropies(rows, [0, 1, 2], 3, CONDITIONAL_BINS)
+    h_m, h_c, h_mc = pairs[:, 0].unbind(-1)
+    h_a, h_v, h_av, _, h_ac, h_vc, h_avc = triple[0, 0].unbind(-1)
+    given, with_c = torch.stack([h_v, h_a]), torch.stack([h_vc, h_ac])
+    ncmi = 2 - 2 * (h_avc - given) / (h_av + with_c - 2 * given)
+    return torch.cat([2 - 2 * h_mc / (h_m + h_c), ncmi])
+
+
+@_compiled(dynamic=False)
+def _soft(x: Tensor, y: Tensor, bins: int) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    ranges = [torch.stack(v.to(wide).aminmax(dim=1), dim=1) for v in (x, y)]
+    p = reference_soft.soft_histogram(x, y, *ranges, bins) / x.shape[1]
+    parts = [p.sum(2), p.sum(1), p.flatten(1)]
+    least = torch.finfo(p.dtype).tiny
+    h_x, h_y, h_xy = (torch.special.entr(q.clamp(min=least)).sum(1) for q in parts)
+    return h_x + h_y - h_xy
+
+
+@_compiled(dynamic=False)
+def _contrast(a: Tensor, b: Tensor, temperature: Tensor) -> Tensor:
+    return reference_nce.info_nce(a, b, temperature)[0]
+
+
 def modality_scores(i: LogitsInputs) -> Tensor:
     return _scores(i.logits, i.labels)
 
@@ -245,3 +298,35 @@ def noisy_views(i: ViewInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 def redundancy_ratio(i: MapInputs) -> Tensor:
     return _redundancy(i.z1, i.z2, i.input_sq)
+
+
+def drop_modalities(i: DropInputs) -> list[Tensor]:
+    return _drop(i.features, i.q, i.stream.state)
+
+
+def drop_modalities_grad(i: DropInputs) -> tuple[Tensor, ...]:
+    out = drop_modalities(i)
+    return *out, *torch.autograd.grad(out, i.features, i.grad_outputs)
+
+
+def mutual_information(i: ValueInputs) -> tuple[Tensor, ...]:
+    return _shared(i.x, i.y, i.bins)
+
+
+def sample_information(i: ValueInputs) -> tuple[Tensor, ...]:
+    return _shared(i.x, i.y, i.bins)
+
+
+def arm_information(i: FusionInputs) -> Tensor:
+    return _arm([feature.view(1, -1) for feature in i.features], i.bins)
+
+
+def soft_information(i: ValueInputs) -> tuple[Tensor, ...]:
+    mi = _soft(i.x, i.y, i.bins)
+    return mi, *torch.autograd.grad(mi, (i.x, i.y))
+
+
+def info_nce(i: ContrastInputs) -> tuple[Tensor, ...]:
+    temperature = i.cached("temperature", lambda: torch.tensor(TEMPERATURE, device=i.device))
+    bound = _contrast(*i.features, temperature)
+    return bound, *torch.autograd.grad(bound, i.features)

@@ -25,6 +25,8 @@ BETA = 0.25
 # Of the two features that are compared, on average: above the gate's threshold, and below one.
 COSINE = 0.5
 AGREEMENT = 0.2
+# OPM's; the modality that is behind loses nothing.
+DROP_PROBABILITIES = (0.5, 0.0)
 # RedReg's noise, and the length of its training run.
 SIGMA = 0.03
 EPOCHS = 80
@@ -105,6 +107,19 @@ class FeatureInputs(Inputs):
         self.grad_output = self._randn(shape, 1.0)
         self.coefficient = torch.tensor(COEFFICIENTS[0], device=device)
         self.nbytes = self.feature.nbytes
+
+
+class DropInputs(Inputs):
+    """Features of two modalities, of which the first loses samples, and what reaches them."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(workload, dtype, device)
+        shape = (workload.batch, workload.width)
+        self.features = [self._randn(shape, 1.0).requires_grad_() for _ in DROP_PROBABILITIES]
+        self.grad_outputs = [self._randn(shape, 1.0) for _ in self.features]
+        self.q = torch.tensor(DROP_PROBABILITIES, device=device)
+        self.stream = NoiseStream(SEED, device)
+        self.nbytes = sum(feature.nbytes for feature in self.features)
 
 
 class PairInputs(Inputs):

@@ -6,11 +6,19 @@ One function per case, named like the case.
 from __future__ import annotations
 
 import torch
+from _information_inputs import (
+    CONDITIONAL_BINS,
+    TEMPERATURE,
+    ContrastInputs,
+    FusionInputs,
+    ValueInputs,
+)
 from _inputs import (
     ALPHA,
     EPOCHS,
     SEED,
     SIGMA,
+    DropInputs,
     FeatureInputs,
     GradientInputs,
     LogitsInputs,
@@ -25,6 +33,7 @@ from torch.nn import functional as F
 
 import mmfuse
 from mmfuse import ops
+from mmfuse.arm import normalised_information
 
 
 def modality_scores(i: LogitsInputs, backend: str) -> Tensor:
@@ -147,6 +156,39 @@ def noisy_views(i: ViewInputs, backend: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def redundancy_ratio(i: MapInputs, backend: str) -> Tensor:
     return ops.redundancy_ratio(i.z1, i.z2, i.input_sq, backend=backend)
+
+
+def drop_modalities(i: DropInputs, backend: str) -> list[Tensor]:
+    return ops.drop_modalities(i.features, i.q, i.stream, backend=backend).features
+
+
+def drop_modalities_grad(i: DropInputs, backend: str) -> tuple[Tensor, ...]:
+    out = drop_modalities(i, backend)
+    return *out, *torch.autograd.grad(out, i.features, i.grad_outputs)
+
+
+def mutual_information(i: ValueInputs, backend: str) -> tuple[Tensor, ...]:
+    return ops.mutual_information(i.x, i.y, i.bins, backend=backend)
+
+
+def sample_information(i: ValueInputs, backend: str) -> tuple[Tensor, ...]:
+    return mutual_information(i, backend)
+
+
+def soft_information(i: ValueInputs, backend: str) -> tuple[Tensor, ...]:
+    mi = ops.mutual_information(i.x, i.y, i.bins, "soft", backend=backend).mi
+    return mi, *torch.autograd.grad(mi, (i.x, i.y))
+
+
+def arm_information(i: FusionInputs, backend: str) -> Tensor:
+    rows = [feature.view(1, -1) for feature in i.features]
+    found = normalised_information(rows, i.bins, CONDITIONAL_BINS, backend=backend)
+    return torch.cat(found).squeeze(1)
+
+
+def info_nce(i: ContrastInputs, backend: str) -> tuple[Tensor, ...]:
+    bound = ops.info_nce(*i.features, TEMPERATURE, backend=backend)
+    return bound, *torch.autograd.grad(bound, i.features)
 
 
 def inforeg_training(i: TrainingInputs, backend: str) -> None:

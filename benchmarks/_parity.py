@@ -6,29 +6,24 @@ are compared on windows of every tensor: the counter-based stream gives the nois
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from _inputs import (
-    AGREEMENT,
     ALPHA,
     SEED,
     SIGMA,
+    DropInputs,
     FeatureInputs,
     GradientInputs,
     LogitsInputs,
     MapInputs,
     PairInputs,
     ScoresInputs,
-    TrainingInputs,
     ViewInputs,
-    new_optimizer,
 )
-from _networks import AudioVisual
 from torch import Tensor
-from torch.nn import functional as F
 
 from mmfuse import ogm_coefficients
 from mmfuse.reference import discrepancy_ratios as reference_ratios
@@ -57,7 +52,8 @@ class ParityError(AssertionError):
     """A provider's result is not the reference's."""
 
 
-def _close(what: str, got: Tensor, want: Tensor, rtol: float, atol: float = 0.0) -> None:
+def close(what: str, got: Tensor, want: Tensor, rtol: float, atol: float = 0.0) -> None:
+    """Raises a ParityError that names `what`, unless the tensors are as near as that."""
     got = got.detach().to(want)
     try:
         torch.testing.assert_close(got, want, rtol=rtol, atol=atol)
@@ -90,7 +86,7 @@ def check_scores(provider: str, inputs: LogitsInputs, result: object) -> None:
     if provider == "official":
         # Its Python sum over the batch rounds to the dtype of the logits at every step.
         tolerance += len(inputs.labels) * torch.finfo(inputs.dtype).eps / 8
-    _close("scores", scores, exact, tolerance)
+    close("scores", scores, exact, tolerance)
 
 
 def check_decision(provider: str, inputs: LogitsInputs, result: object) -> None:
@@ -101,8 +97,8 @@ def check_decision(provider: str, inputs: LogitsInputs, result: object) -> None:
         # Its Python sum over the batch rounds to the dtype of the logits at every step.
         tolerance += len(inputs.labels) * torch.finfo(inputs.dtype).eps / 8
     want_coefficients, want_rho = exact_decision(inputs.logits, inputs.labels)
-    _close("ratios", as_vector(rho, inputs.device), want_rho, tolerance)
-    _close(
+    close("ratios", as_vector(rho, inputs.device), want_rho, tolerance)
+    close(
         "coefficients",
         as_vector(coefficients, inputs.device),
         want_coefficients,
@@ -114,20 +110,46 @@ def check_decision(provider: str, inputs: LogitsInputs, result: object) -> None:
 def check_ratios(provider: str, inputs: ScoresInputs, result: object) -> None:
     """Compares discrepancy ratios."""
     want = reference_ratios.discrepancy_ratios(inputs.scores.double())
-    _close("ratios", as_vector(result, inputs.device), want, 1e-5)
+    close("ratios", as_vector(result, inputs.device), want, 1e-5)
 
 
 def check_feature_grad(provider: str, inputs: FeatureInputs, result: Tensor) -> None:
     """Compares the gradient below a scaled feature."""
     want = inputs.coefficient.double() * inputs.grad_output.double()
-    _close("gradient", result, want, 2 * torch.finfo(inputs.dtype).eps)
+    close("gradient", result, want, 2 * torch.finfo(inputs.dtype).eps)
+
+
+def check_drop(provider: str, inputs: DropInputs, result: Sequence[Tensor]) -> None:
+    """Compares which samples lost a modality, what is left, and the gradients if there are any."""
+    count, batch = len(inputs.features), inputs.workload.batch
+    out, grads = result[:count], result[count:]
+    rates = inputs.q.tolist()
+    if provider in OWN_NOISE:
+        keep = torch.stack([(o.detach() != 0).any(dim=1) for o in out])
+        for m, (kept, rate) in enumerate(zip(keep, rates, strict=True)):
+            error = 6 * (rate * (1 - rate) / batch) ** 0.5
+            what = f"share of samples without modality {m}"
+            close(what, 1 - kept.double().mean(), inputs.q[m].double(), 0.0, error)
+    else:
+        state = inputs.stream.state
+        draws = [reference_noise.standard_uniform(state, batch, m) for m in range(count)]
+        keep = torch.stack(draws) > inputs.q.unsqueeze(1)
+    # The released code divides by what modalities of one width keep on average.
+    scale = 1 / (1 - sum(rates) / count) if provider == "official" else 1.0
+    pairs = [("feature", out, inputs.features)]
+    if grads:
+        pairs.append(("gradient", grads, inputs.grad_outputs))
+    for what, got, before in pairs:
+        for m in range(count):
+            want = scale * keep[m].unsqueeze(1) * before[m].detach().double()
+            close(f"{what} {m}", got[m], want, 2 * torch.finfo(inputs.dtype).eps)
 
 
 def check_std(provider: str, inputs: GradientInputs, result: object) -> None:
     """Compares standard deviations."""
     want = inputs.exact_stats.std
     tolerance = _STATS_TOLERANCE + torch.finfo(inputs.dtype).eps
-    _close("standard deviations", as_vector(result, inputs.device), want, tolerance)
+    close("standard deviations", as_vector(result, inputs.device), want, tolerance)
 
 
 def check_sums(provider: str, inputs: GradientInputs, result: object) -> None:
@@ -135,9 +157,9 @@ def check_sums(provider: str, inputs: GradientInputs, result: object) -> None:
     want = inputs.exact_stats
     dots, squares = (as_vector(values, inputs.device) for values in result)
     tolerance = _STATS_TOLERANCE + 2 * torch.finfo(inputs.dtype).eps
-    _close("‖g‖²", squares, want.sq_norm, tolerance)
+    close("‖g‖²", squares, want.sq_norm, tolerance)
     size = (want.disp_sq * want.sq_norm).sqrt()
-    _close("⟨w − w₀, g⟩", dots / size, want.dot / size, 0.0, tolerance)
+    close("⟨w − w₀, g⟩", dots / size, want.dot / size, 0.0, tolerance)
 
 
 def check_traces(
@@ -153,13 +175,13 @@ def check_traces(
         kept = [t for t, squares in enumerate(result) if squares is not None]
         got = torch.stack([result[t].double().sum() for t in kept]) if kept else want[:0]
     tolerance = _STATS_TOLERANCE + 2 * torch.finfo(inputs.dtype).eps
-    _close("Fisher traces", got, want[list(kept)], tolerance)
+    close("Fisher traces", got, want[list(kept)], tolerance)
 
 
 def check_cosine(provider: str, inputs: PairInputs, result: Tensor) -> None:
     """Compares the mean cosine; the error of each row's is at most some roundings of one."""
     want = reference_cosine.paired_cosine(*(f.detach().double() for f in inputs.features))
-    _close("cosine", result, want, 0.0, 1e-4 + 2 * torch.finfo(inputs.dtype).eps)
+    close("cosine", result, want, 0.0, 1e-4 + 2 * torch.finfo(inputs.dtype).eps)
 
 
 def check_cosine_grads(provider: str, inputs: PairInputs, result: Sequence[Tensor]) -> None:
@@ -170,16 +192,14 @@ def check_cosine_grads(provider: str, inputs: PairInputs, result: Sequence[Tenso
     # Eager half-precision code rounds a dozen times on the way, twice as often as in an update.
     tolerance = 2 * _UPDATE_TOLERANCE[inputs.dtype]
     for name, got, w in zip("ab", result, want, strict=True):
-        _close(
-            f"gradient of {name}", got, w, tolerance, tolerance * float(w.square().mean().sqrt())
-        )
+        close(f"gradient of {name}", got, w, tolerance, tolerance * float(w.square().mean().sqrt()))
 
 
 def check_gate(provider: str, inputs: PairInputs, result: Tensor | float) -> None:
     """Compares the decision, which is far from its threshold."""
     want = reference_cosine.paired_cosine(*(f.detach().double() for f in inputs.features))
     opens = (want > inputs.threshold).double()
-    _close("gate", torch.as_tensor(result, device=inputs.device), opens, 0.0)
+    close("gate", torch.as_tensor(result, device=inputs.device), opens, 0.0)
 
 
 def check_views(provider: str, inputs: ViewInputs, result: Sequence[Tensor]) -> None:
@@ -188,7 +208,7 @@ def check_views(provider: str, inputs: ViewInputs, result: Sequence[Tensor]) -> 
     wide = [view.double() for view in views]
     distance = (wide[0] - wide[1]).square().mean()
     tolerance = _STATS_TOLERANCE + 2 * torch.finfo(inputs.dtype).eps
-    _close("distance of the views", input_sq, distance, tolerance)
+    close("distance of the views", input_sq, distance, tolerance)
     x = inputs.x.double().flatten()
     wide = [view.flatten() for view in wide]
     if provider in OWN_NOISE:
@@ -196,7 +216,7 @@ def check_views(provider: str, inputs: ViewInputs, result: Sequence[Tensor]) -> 
         _check_noise(inputs, [x, x], wide, [x, x], sigma)
         z1, z2 = ((view - x) / SIGMA for view in wide)
         error = 6 / len(x) ** 0.5 + torch.finfo(inputs.dtype).eps
-        _close("noise of one view times the other's", (z1 * z2).mean(), 0 * distance, 0.0, error)
+        close("noise of one view times the other's", (z1 * z2).mean(), 0 * distance, 0.0, error)
         return
     tolerance = _UPDATE_TOLERANCE[inputs.dtype]
     for index, view in enumerate(wide):
@@ -204,7 +224,7 @@ def check_views(provider: str, inputs: ViewInputs, result: Sequence[Tensor]) -> 
             z = reference_noise.standard_normal(inputs.stream.state, end - start, index, start)
             want = x[start:end] + SIGMA * z
             what = f"view {index}, elements {start} to {end}"
-            _close(what, view[start:end], want, tolerance, tolerance)
+            close(what, view[start:end], want, tolerance, tolerance)
 
 
 def check_redundancy(provider: str, inputs: MapInputs, result: Tensor | float) -> None:
@@ -212,118 +232,7 @@ def check_redundancy(provider: str, inputs: MapInputs, result: Tensor | float) -
     rows = (t.double() for t in (inputs.z1, inputs.z2, inputs.input_sq))
     want = reference_redundancy.redundancy_ratio(*rows)
     tolerance = _STATS_TOLERANCE + 2 * torch.finfo(inputs.dtype).eps
-    _close("redundancy", torch.as_tensor(result, device=inputs.device), want, tolerance)
-
-
-def check_inforeg_training(provider: str, inputs: TrainingInputs, result: object) -> None:
-    """Compares the parameters after a step with those of a plain one, regulated in float64."""
-    _check_parameters(inputs, inputs.cached("exact InfoReg", lambda: exact_inforeg_step(inputs)))
-
-
-def check_redreg_training(provider: str, inputs: TrainingInputs, result: object) -> None:
-    """As `check_inforeg_training`.
-
-    The first step of an epoch is regulated whatever the monitor's noise is: its moving average is a
-    tenth of the redundancy, and the gain counts as growing for ten steps, so that the phase is
-    10 − 0.6; later it is 1 − 0.6 or, when the gain no longer grows, 1, all above 0.15.
-    """
-    _check_parameters(inputs, inputs.cached("exact RedReg", lambda: exact_redreg_step(inputs)))
-
-
-def _check_parameters(inputs: TrainingInputs, exact: Sequence[Tensor]) -> None:
-    names = [name for name, _ in inputs.model.named_parameters()]
-    rounding, tolerance = torch.finfo(inputs.dtype).eps, _training_tolerance(inputs)
-    for name, p, want in zip(names, inputs.parameters, exact, strict=True):
-        size = (want - inputs.pristine[name].double()).square().mean().sqrt()
-        _close(name, p, want, rounding, tolerance * float(size))
-
-
-def _training_tolerance(inputs: TrainingInputs) -> float:
-    """How far off an element of an update may be, in units of the update's size.
-
-    A gradient has come through about 20 convolutions, whose errors add up like √20. Each sums up to
-    2¹³ products, whose roundings add up like √2¹³; TF32 rounds their factors, which is more. The
-    largest of ten million errors is five times as large as they usually are. RedReg's released
-    strength is float32, whatever the network is.
-    """
-    tf32 = inputs.device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    each = 2.0**-11 if tf32 else 2**6.5 * torch.finfo(inputs.dtype).eps / 2
-    return 5 * 20**0.5 * each + 2.0**-23
-
-
-def exact_inforeg_step(inputs: TrainingInputs) -> list[Tensor]:
-    """The parameters after a step of InfoReg's released rules."""
-
-    def forward(model: AudioVisual) -> tuple[list[Tensor], list[Tensor]]:
-        a, v, out = model(inputs.audio, inputs.visual)
-        weight_a, weight_v = model.fc.weight.chunk(2, dim=1)
-        rows = ((a, weight_a), (v, weight_v))
-        return [a, v], [out, *(F.linear(x, w, model.fc.bias / 2) for x, w in rows)]
-
-    def strengths(features: list[Tensor], logits: list[Tensor]) -> list[Tensor]:
-        a, v = (_true_class(z, inputs.labels).sum() for z in logits)
-        return [
-            torch.where(a > v, 0.95 * torch.exp(torch.tanh(a - v)), 0.0),
-            torch.where(v > a, 0.1 * torch.exp(torch.tanh(v - a)), 0.0),
-        ]
-
-    return _exact_step(inputs, forward, strengths, orthogonal=False)
-
-
-def exact_redreg_step(inputs: TrainingInputs) -> list[Tensor]:
-    """The parameters after a step of RedReg's released rules."""
-
-    def forward(model: AudioVisual) -> tuple[list[Tensor], list[Tensor]]:
-        # Nothing is dropped: so the seed was chosen.
-        a, v, out = model(inputs.audio, inputs.visual)
-        return [a, v], [out, model.head_audio(a), model.head_visual(v)]
-
-    def strengths(features: list[Tensor], logits: list[Tensor]) -> list[Tensor]:
-        a, v = (_true_class(z, inputs.labels).mean() for z in logits)
-        agree = (reference_cosine.paired_cosine(*features) > AGREEMENT).double()
-        return [
-            torch.where(one > other, torch.exp(0.9 * torch.tanh(one - other)), 0.0) * agree
-            for one, other in ((a, v), (v, a))
-        ]
-
-    return _exact_step(inputs, forward, strengths, orthogonal=True)
-
-
-def _true_class(logits: Tensor, labels: Tensor) -> Tensor:
-    return logits.softmax(dim=1).gather(1, labels.unsqueeze(1))
-
-
-def _exact_step(
-    inputs: TrainingInputs,
-    forward: Callable[[AudioVisual], tuple[list[Tensor], list[Tensor]]],
-    strengths: Callable[[list[Tensor], list[Tensor]], list[Tensor]],
-    orthogonal: bool,
-) -> list[Tensor]:
-    """Parameters after one backward pass of all losses, the pull, and the optimizer's step.
-
-    The pass is in the inputs' dtype, all that follows in float64: a forward pass in float64 now and
-    then takes the other side of a ReLU, which changes early layers' gradients by percents.
-    """
-    model = copy.deepcopy(inputs.model)
-    model.load_state_dict(inputs.pristine)
-    start = [w.double() for w in inputs.start]
-    with torch.enable_grad():
-        features, logits = forward(model)
-        sum(F.cross_entropy(z, inputs.labels) for z in logits).backward()
-    model.double()
-    with torch.no_grad():
-        pulls = strengths([x.double() for x in features], [z.double() for z in logits[1:]])
-        rows = zip(model.named_parameters(), start, strict=True)
-        for (name, p), anchor in rows:
-            modality = name.split(".")[0]
-            if modality not in ("audio_net", "visual_net"):
-                continue
-            d = p - anchor
-            if orthogonal and p.grad.abs().sum() > 0:
-                d -= (d * p.grad).sum() / (p.grad.square().sum() + 1e-12) * p.grad
-            p.grad += pulls[modality == "visual_net"] * d
-        new_optimizer(model).step()
-    return [p.detach() for p in model.parameters()]
+    close("redundancy", torch.as_tensor(result, device=inputs.device), want, tolerance)
 
 
 def check_update(
@@ -363,7 +272,7 @@ def check_update(
     tolerance = _UPDATE_TOLERANCE[inputs.dtype]
     for (t, start, end), g, w in zip(places, got, want, strict=True):
         atol = tolerance * float(w.square().mean().sqrt())
-        _close(f"gradient {t}, elements {start} to {end}", g, w, tolerance, atol)
+        close(f"gradient {t}, elements {start} to {end}", g, w, tolerance, atol)
 
 
 def _windows(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
@@ -395,8 +304,8 @@ def _check_noise(
     error = 6 / len(z) ** 0.5
     rounding = torch.finfo(inputs.dtype).eps
     one = torch.ones((), dtype=z.dtype, device=z.device)
-    _close("mean of the noise", z.mean(), 0 * one, 0.0, error)
-    _close("variance of the noise", z.square().mean(), one, 0.0, 1.5 * error + 2 * rounding)
-    _close("fourth moment of the noise", z.pow(4).mean(), 3 * one, 0.0, 10 * error + 8 * rounding)
+    close("mean of the noise", z.mean(), 0 * one, 0.0, error)
+    close("variance of the noise", z.square().mean(), one, 0.0, 1.5 * error + 2 * rounding)
+    close("fourth moment of the noise", z.pow(4).mean(), 3 * one, 0.0, 10 * error + 8 * rounding)
     relation = (z * g).mean() / g.square().mean().sqrt()
-    _close("noise times gradient", relation, 0 * one, 0.0, error + rounding)
+    close("noise times gradient", relation, 0 * one, 0.0, error + rounding)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import _compile
 import _foreach
 import _mmfuse
 import _official
+import _official_information
+import _official_training
 import torch
 from _cases import Case
 from _inputs import Inputs
@@ -18,7 +21,11 @@ from _workloads import Workload
 from mmfuse.ops._registry import OPS, PREFERENCE
 from mmfuse.triton import INTERPRETED
 
-_OTHERS = {"official": _official, "foreach": _foreach, "compile": _compile}
+_OTHERS = {
+    "official": (_official, _official_information, _official_training),
+    "foreach": (_foreach,),
+    "compile": (_compile,),
+}
 _LARGEST_REFERENCE_NOISE = 2**26
 
 
@@ -33,7 +40,7 @@ def provider_names(device: torch.device) -> list[str]:
 def why_not(name: str, case: Case, workload: Workload, device: torch.device) -> str | None:
     """The reason why a provider is not measured, or None."""
     if name in _OTHERS:
-        if not hasattr(_OTHERS[name], case.name):
+        if function_of(name, case) is None:
             return "has no such function"
         return _compile.why_missing(device) if name == "compile" else None
     reason = why_no_backend(name, case.ops, device)
@@ -42,6 +49,12 @@ def why_not(name: str, case: Case, workload: Workload, device: torch.device) -> 
     if name == "reference" and case.noisy and workload.elements > _LARGEST_REFERENCE_NOISE:
         return "its noise is integer arithmetic in PyTorch: minutes a call at this size"
     return None
+
+
+def function_of(name: str, case: Case) -> Callable[..., Any] | None:
+    """What a provider does for a case, if it does it."""
+    modules = _OTHERS.get(name, (_mmfuse,))
+    return next((getattr(m, case.name) for m in modules if hasattr(m, case.name)), None)
 
 
 def why_no_backend(name: str, ops: Sequence[str], device: torch.device) -> str | None:
@@ -54,10 +67,9 @@ def why_no_backend(name: str, ops: Sequence[str], device: torch.device) -> str |
 
 def prepare(name: str, case: Case, inputs: Inputs) -> Prepared:
     """The call to check and to time, with what must happen before each."""
-    module = _OTHERS.get(name, _mmfuse)
     arguments = (inputs,) if name in _OTHERS else (inputs, name)
     return Prepared(
-        partial(getattr(module, case.name), *arguments),
+        partial(function_of(name, case), *arguments),
         partial(inputs.restore, replaced=name == "official"),
         compiled=name == "compile",
     )

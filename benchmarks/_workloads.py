@@ -17,13 +17,15 @@ class Workload:
         name: What `--workloads` calls it.
         title: What the report calls it.
         kind: Which cases run on it: "gradients", "logits", "scores", "features", "inputs",
-            "representations" or "training".
+            "representations", "training", "pairs", "few_pairs", "samples", "fusion" or "contrast".
         encoders: One tuple of parameter shapes per modality.
         classes: Number of classes of the head.
         batch: Rows of the logits and features, and samples of a training step.
         width: Width of a feature.
         modalities: How many logits or scores there are.
-        shape: Of an input or a representation; of a training step's images, height and width.
+        shape: Of an input or a representation; of a training step's images, height and width; of
+            paired values, problems and values of each.
+        bins: Of a histogram, for each variable.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Workload:
     width: int = 512
     modalities: int = 2
     shape: Shape = ()
+    bins: int = 30
 
     @property
     def tensors(self) -> int:
@@ -106,6 +109,12 @@ _ALL = (
     Workload("images", "images 64×3×64×64", "inputs", shape=(64, 3, 64, 64)),
     Workload("spectrograms", "spectrograms 64×1×257×188", "inputs", shape=(64, 1, 257, 188)),
     Workload("maps", "maps 64×512×8×8", "representations", shape=(64, 512, 8, 8)),
+    Workload("pairs_10m", "10⁷ pairs, 30 bins", "pairs", shape=(1, 10**7)),
+    Workload("pairs_32k", "32,768 pairs, 30 bins", "few_pairs", shape=(1, 2**15)),
+    Workload("samples", "256 samples of 31 logits, 10 bins", "samples", shape=(256, 31), bins=10),
+    Workload("fusion", "three features 64×512", "fusion"),
+    Workload("contrast_1024", "pairs of features 1024×512", "contrast", batch=1024),
+    Workload("contrast_8192", "pairs of features 8192×512", "contrast", batch=8192),
     Workload(
         "training",
         "two ResNet-18, 16 samples of 64×64",

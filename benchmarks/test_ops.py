@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from _information_inputs import TEMPERATURE, ContrastInputs, FusionInputs, ValueInputs
 from _inputs import (
     SIGMA,
+    DropInputs,
     FeatureInputs,
     GradientInputs,
     LogitsInputs,
@@ -35,6 +37,10 @@ _scores = Workload("scores", "", kind="scores", modalities=3)
 _feature = Workload("feature", "", kind="features")
 _images = Workload("images", "", kind="inputs", shape=(16, 3, 32, 32))
 _maps = Workload("maps", "", kind="representations", shape=(16, 512, 4, 4))
+_values = Workload("values", "", kind="pairs", shape=(1, 2**15))
+_samples = Workload("samples", "", kind="samples", shape=(256, 31), bins=10)
+_fusion = Workload("fusion", "", kind="fusion")
+_contrast = Workload("contrast", "", kind="contrast", batch=512)
 
 
 def _modality_scores(backend: str) -> Callable[[], Any]:
@@ -107,6 +113,67 @@ def _redundancy_ratio(backend: str) -> Callable[[], Any]:
     return lambda: ops.redundancy_ratio(i.z1, i.z2, i.input_sq, backend=backend)
 
 
+def _drop_modalities(backend: str) -> Callable[[], Any]:
+    i = DropInputs(_feature, torch.float32, DEVICE)
+    return lambda: ops.drop_modalities(i.features, i.q, i.stream, backend=backend)
+
+
+def _drop_modalities_grad(backend: str) -> Callable[[], Any]:
+    i = DropInputs(_feature, torch.float32, DEVICE)
+
+    def call() -> Any:
+        out = ops.drop_modalities(i.features, i.q, i.stream, backend=backend).features
+        return torch.autograd.grad(out, i.features, i.grad_outputs)
+
+    return call
+
+
+def _mutual_information(backend: str) -> Callable[[], Any]:
+    i = ValueInputs(_values, torch.float32, DEVICE)
+    return lambda: ops.mutual_information(i.x, i.y, i.bins, backend=backend)
+
+
+def _sample_information(backend: str) -> Callable[[], Any]:
+    i = ValueInputs(_samples, torch.float32, DEVICE)
+    return lambda: ops.mutual_information(i.x, i.y, i.bins, backend=backend)
+
+
+def _conditional_information(backend: str) -> Callable[[], Any]:
+    i = FusionInputs(_fusion, torch.float32, DEVICE)
+    rows = [feature.flatten() for feature in i.features]
+    return lambda: ops.conditional_mutual_information(*rows, 2, backend=backend)
+
+
+def _soft_information(backend: str) -> Callable[[], Any]:
+    i = ValueInputs(_values, torch.float32, DEVICE)
+    return lambda: ops.mutual_information(i.x, i.y, i.bins, "soft", backend=backend)
+
+
+def _soft_information_grad(backend: str) -> Callable[[], Any]:
+    i = ValueInputs(_values, torch.float32, DEVICE)
+
+    def call() -> Any:
+        mi = ops.mutual_information(i.x, i.y, i.bins, "soft", backend=backend).mi
+        return torch.autograd.grad(mi, (i.x, i.y))
+
+    return call
+
+
+def _info_nce(backend: str) -> Callable[[], Any]:
+    i = ContrastInputs(_contrast, torch.float32, DEVICE)
+    return lambda: ops.info_nce(*i.features, TEMPERATURE, backend=backend)
+
+
+def _info_nce_grad(backend: str) -> Callable[[], Any]:
+    i = ContrastInputs(_contrast, torch.float32, DEVICE)
+
+    def call() -> Any:
+        bound = ops.info_nce(*i.features, TEMPERATURE, backend=backend)
+        return torch.autograd.grad(bound, i.features)
+
+    return call
+
+
 # Name → what makes the call, and the op that a backend must have for it.
 _CALLS = {
     "modality_scores": (_modality_scores, "modality_scores"),
@@ -121,6 +188,18 @@ _CALLS = {
     "co_information_gate": (_gate, "co_information_gate"),
     "noisy_views": (_noisy_views, "noisy_views"),
     "redundancy_ratio": (_redundancy_ratio, "redundancy_ratio"),
+    "drop_modalities": (_drop_modalities, "drop_modalities"),
+    "drop_modalities: forward and backward": (_drop_modalities_grad, "drop_modalities_backward"),
+    "mutual_information": (_mutual_information, "joint_entropies"),
+    "mutual_information of each sample": (_sample_information, "joint_entropies"),
+    "conditional_mutual_information": (_conditional_information, "joint_entropies"),
+    "mutual_information, soft": (_soft_information, "soft_histogram"),
+    "mutual_information, soft: forward and backward": (
+        _soft_information_grad,
+        "soft_histogram_backward",
+    ),
+    "info_nce": (_info_nce, "info_nce"),
+    "info_nce: forward and backward": (_info_nce_grad, "info_nce_backward"),
 }
 
 

@@ -7,6 +7,7 @@ import csv
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import released
+import released_forward
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,18 +24,20 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import _compile
 import _environment
 import _foreach
 import _measure
-import _mmfuse
 import _official
+import _official_information
+import _official_training
 import _parity
+import _parity_information
 import _providers
 import _report
 import monitor_cost
 import run
 from _cases import CASES, Case
+from _information_inputs import TEMPERATURE
 from _inputs import (
     ALPHA,
     BETA,
@@ -41,6 +45,7 @@ from _inputs import (
     EPOCHS,
     PULL,
     SIGMA,
+    DropInputs,
     GradientInputs,
     LogitsInputs,
     ViewInputs,
@@ -53,6 +58,7 @@ from mmfuse import ogm_coefficients
 from mmfuse.ops import BACKENDS, GradStats
 from mmfuse.reference import discrepancy_ratios as reference_ratios
 from mmfuse.reference import grad_stats as reference_stats
+from mmfuse.reference import info_nce as reference_nce
 from mmfuse.reference import modality_scores as reference_scores
 from mmfuse.reference import noise as reference_noise
 from mmfuse.reference import update_grads as reference_update
@@ -70,6 +76,11 @@ TINY_OF = {
     "inputs": Workload("tiny_inputs", "", "inputs", shape=(3, 2, 40, 40)),
     "representations": Workload("tiny_maps", "", "representations", shape=(3, 16, 4, 5)),
     "training": Workload("tiny_training", "", "training", batch=6, width=32, shape=(33, 40)),
+    "pairs": Workload("tiny_pairs", "", "pairs", shape=(1, 5000)),
+    "few_pairs": Workload("tiny_few_pairs", "", "few_pairs", shape=(1, 3000), bins=12),
+    "samples": Workload("tiny_samples", "", "samples", shape=(7, 31), bins=10),
+    "fusion": Workload("tiny_fusion", "", "fusion", batch=20, width=40, bins=9),
+    "contrast": Workload("tiny_contrast", "", "contrast", batch=13, width=40),
 }
 GRADIENT_CASES = [case for case in CASES.values() if case.kind == "gradients"]
 UPDATES = [case for case in GRADIENT_CASES if not case.name.startswith("grad_stats")]
@@ -160,12 +171,19 @@ def test_bytes_per_element(name: str, bytes_per_element: int) -> None:
         ("gate", 2),
         ("noisy_views", 3),
         ("redundancy_ratio", 2),
+        ("drop_modalities", 4),
+        ("drop_modalities_grad", 8),
+        ("mutual_information", 4),
+        ("soft_information", 6),
+        ("sample_information", 2),
+        ("arm_information", 3),
+        ("info_nce", 0),
     ],
 )
-def test_operands_of_the_monitor(name: str, operands: int) -> None:
+def test_operands_of_what_is_no_gradient(name: str, operands: int) -> None:
     case = CASES[name]
     i = inputs_of(case)
-    shape = (i.workload.batch, i.workload.width) if case.kind == "features" else i.workload.shape
+    shape = i.workload.shape or (i.workload.batch, i.workload.width)
     assert case.floor_bytes(i) == operands * 4 * math.prod(shape)
 
 
@@ -271,6 +289,71 @@ def test_official_decision_costs_what_the_specification_counted() -> None:
     assert cost.host_syncs == 128 + 1
 
 
+def test_official_drop_costs_what_the_specification_counted() -> None:
+    case = CASES["drop_modalities"]
+    prepared = _providers.prepare("official", case, inputs_of(case))
+    cost = _measure.cost_of(prepared, CPU)
+    # θ, and the shape of what is left.
+    assert cost.host_syncs == 2
+    assert 15 <= cost.launches <= 21
+
+
+def test_official_drop_is_the_tests_transcription(monkeypatch: pytest.MonkeyPatch) -> None:
+    i = inputs_of(CASES["drop_modalities_grad"], torch.float64)
+    q = torch.tensor([0.5, 0.4], dtype=torch.float64)
+    uniform = torch.rand((2, len(i.features[0])), dtype=torch.float64)
+    uniform[:, 3] = 0.0  # loses both
+    rows = iter(uniform)
+
+    def draw(keep: Tensor) -> Tensor:
+        return (next(rows).unsqueeze(1) > 1 - keep).to(keep.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", draw)
+    want, left = released_forward.opm_drop(i.features, q, True, uniform)
+    got = _official.drop(i.features, q)
+    assert not left[3]
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    grads = [
+        torch.autograd.grad(out, i.features, [g[left] for g in i.grad_outputs])
+        for out in (got, want)
+    ]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_official_information_is_the_tests_transcription() -> None:
+    i = inputs_of(CASES["arm_information"], torch.float64)
+    a, v, c = (feature.flatten().numpy() for feature in i.features)
+    want = [
+        released_forward.arm_nmi(a, c, i.bins),
+        released_forward.arm_nmi(v, c, i.bins),
+        released_forward.arm_ncmi(a, c, v),
+        released_forward.arm_ncmi(v, c, a),
+    ]
+    assert _official_information.arm_information(i) == pytest.approx(want, rel=1e-12)
+
+
+def test_official_information_copies_and_counts_as_often_as_released(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def counted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(_official_information, "host")
+    counted(_official_information.np, "histogramdd")  # histogram2d calls it
+    _official_information.arm_information(inputs_of(CASES["arm_information"]))
+    assert calls == {"host": 10, "histogramdd": 8}
+
+
 class Steps:
     """Four steps from the start of an epoch, by the benchmark's transcription and by the tests'."""
 
@@ -279,7 +362,7 @@ class Steps:
         self.i.start = [p.detach().clone() for p in self.i.parameters]
         self.i.restore()
         self.model = copy.deepcopy(self.i.model)
-        call = getattr(_official, name)
+        call = getattr(_official_training, name)
         for _ in range(4):
             call(self.i)
         self.i.seed()
@@ -334,14 +417,14 @@ def test_providers_pass_the_gate(case: Case, provider: str, dtype: torch.dtype) 
 def test_the_cases_that_a_provider_lacks() -> None:
     trainings = {"inforeg_training", "redreg_training"}
     lacks = {
-        module.__name__: {name for name in CASES if not hasattr(module, name)}
-        for module in (_official, _foreach, _compile, _mmfuse)
+        provider: {n for n, case in CASES.items() if _providers.function_of(provider, case) is None}
+        for provider in ("official", "foreach", "compile", "cpu")
     }
     assert lacks == {
-        "_official": {"scale_grad"},
-        "_foreach": trainings,
-        "_compile": {"scale_grad"} | trainings,
-        "_mmfuse": set(),
+        "official": {"scale_grad", "soft_information"},
+        "foreach": trainings,
+        "compile": {"scale_grad"} | trainings,
+        "cpu": set(),
     }
 
 
@@ -413,6 +496,11 @@ def test_gate_refuses_noise_that_is_not_standard_normal(draw: Callable[[Tensor],
         "paired_cosine_grad",
         "gate",
         "redundancy_ratio",
+        "mutual_information",
+        "soft_information",
+        "sample_information",
+        "arm_information",
+        "info_nce",
     ],
 )
 def test_gate_refuses_wrong_numbers(name: str) -> None:
@@ -469,6 +557,61 @@ def test_gate_refuses_views_with_the_same_noise_or_a_wrong_distance() -> None:
         case.check("foreach", i, (first, second, 1.02 * distance))
     with pytest.raises(_parity.ParityError, match="view 0"):
         case.check("reference", i, (first, second, distance))
+
+
+def _one_sample_shared_by_both(i: DropInputs, out: list[Tensor]) -> None:
+    out[0][:, 0] = i.features[0][:, 0]
+
+
+def _nothing_dropped(i: DropInputs, out: list[Tensor]) -> None:
+    out[0].copy_(i.features[0])
+
+
+def _everything_dropped(i: DropInputs, out: list[Tensor]) -> None:
+    out[0].zero_()
+
+
+def _wrong_modality_dropped(i: DropInputs, out: list[Tensor]) -> None:
+    out[1][0] = 0.0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [_one_sample_shared_by_both, _nothing_dropped, _everything_dropped, _wrong_modality_dropped],
+)
+@pytest.mark.parametrize("provider", ["foreach", "reference"])
+def test_gate_refuses_a_damaged_drop(
+    damage: Callable[[DropInputs, list[Tensor]], None], provider: str
+) -> None:
+    case = CASES["drop_modalities"]
+    i = case.make(WORKLOADS["feature"], torch.float32, CPU)
+    with torch.no_grad():
+        out = list(_providers.prepare(provider, case, i).call())
+        case.check(provider, i, out)
+        damage(i, out)
+        with pytest.raises(_parity.ParityError):
+            case.check(provider, i, out)
+
+
+def test_gate_refuses_wrong_gradients_of_a_drop() -> None:
+    case = CASES["drop_modalities_grad"]
+    i = inputs_of(case)
+    with torch.enable_grad():
+        *out, grad, _ = _providers.prepare("reference", case, i).call()
+    with pytest.raises(_parity.ParityError, match="gradient 1"):
+        case.check("reference", i, (*out, grad, grad))
+
+
+@pytest.mark.parametrize("tile", [4, 1024])
+def test_exact_contrast_is_the_references(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_parity_information, "_TILE", tile)
+    i = inputs_of(CASES["info_nce"], torch.float64)
+    a, b = (feature.detach() for feature in i.features)
+    tau = torch.tensor(TEMPERATURE, dtype=torch.float64)
+    bound, *sums = reference_nce.info_nce(a, b, tau)
+    grads = reference_nce.info_nce_backward(torch.ones_like(bound), a, b, tau, *sums)
+    for got, want in zip(_parity_information.exact_contrast(i), (bound, *grads[:2]), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", ["inforeg_training", "redreg_training"])

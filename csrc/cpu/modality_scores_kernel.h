@@ -1,22 +1,6 @@
 // Softmax of the true class, row by row; no include guard, see foreach_simd.h.
 
-// e^x for x <= 0, zero where that is below the smallest normal number. 2^f by Cephes' polynomial.
-inline F32 exp_nonpositive(F32 x) {
-  // Adding 1.5 * 2^23 rounds to an integer; the exponent's bias comes along in the low bits.
-  const float kRound = 12582912.0f + 127.0f;
-  const F32 rounded = multiply_add(x, splat(1.44269504f), splat(kRound));
-  const F32 f = multiply_add(x, splat(1.44269504f), kRound - rounded);
-  F32 p = splat(1.535336188319500e-4f);
-  p = multiply_add(p, f, splat(1.339887440266574e-3f));
-  p = multiply_add(p, f, splat(9.618437357674640e-3f));
-  p = multiply_add(p, f, splat(5.550332471162809e-2f));
-  p = multiply_add(p, f, splat(2.402264791363012e-1f));
-  p = multiply_add(p, f, splat(6.931472028550421e-1f));
-  p = multiply_add(p, f, splat(1.0f));
-  const F32 power = (F32)((U32)rounded << 23);
-  // Written so that NaN stays NaN.
-  return x < -87.33654f ? F32{} : p * power;
-}
+#include "exp.h"
 
 // The largest logit; NaN may be passed over, for the exponentials pass it on.
 template <typename scalar_t>

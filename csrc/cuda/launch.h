@@ -19,25 +19,43 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
+// Dynamic shared memory that every kernel may have without asking.
+constexpr int kFreeSharedBytes = 48 * 1024;
+
 template <typename... KernelArgs, typename... Args>
-void launch(const char* name, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
-            cudaStream_t stream, const Args&... args) {
+void launch_shared(const char* name, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
+                   int shared_bytes, cudaStream_t stream, const Args&... args) {
   static_assert((sizeof(KernelArgs) + ...) <= kMaxParamBytes);
+  if (shared_bytes > kFreeSharedBytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+          name);
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, kernel, args...), name);
 }
 
+template <typename... KernelArgs, typename... Args>
+void launch(const char* name, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
+            cudaStream_t stream, const Args&... args) {
+  launch_shared(name, kernel, grid, block, 0, stream, args...);
+}
+
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
 // Blocks of a grid that strides over `work` pieces: as many as the device holds at once.
 inline unsigned resident_blocks(int64_t work, int blocks_per_sm) {
-  int device = 0;
-  int multiprocessors = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "cudaDeviceGetAttribute");
-  const int64_t resident = static_cast<int64_t>(multiprocessors) * blocks_per_sm;
+  const int64_t multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount);
+  const int64_t resident = multiprocessors * blocks_per_sm;
   return static_cast<unsigned>(std::min(work, resident));
 }
 

@@ -18,10 +18,12 @@ def bin_edges(low: Tensor, high: Tensor, bins: int) -> Tensor:
     half = torch.where(low == high, 0.5, 0.0).to(low.dtype)
     low, high = low - half, high + half
     width = (high - low).unsqueeze(1)
-    step = width / bins
+    # A tensor, because on a GPU division by a host's number is a product with its reciprocal.
+    count = torch.full((), bins, dtype=low.dtype, device=low.device)
+    step = width / count
     i = torch.arange(bins + 1, dtype=low.dtype, device=low.device)
     # Each product is rounded before it is added; a step that underflows is formed the other way.
-    rises = torch.where(step == 0, (i / bins) * width, i * step)
+    rises = torch.where(step == 0, (i / count) * width, i * step)
     edges = rises + low.unsqueeze(1)
     edges[:, -1] = high
     return edges

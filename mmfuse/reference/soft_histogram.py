@@ -11,7 +11,8 @@ from ._dtype import accumulator
 def _position(x: Tensor, range_: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
     """The lower of both bins and the upper one's share, [P, N] each; bins per unit [P, 1]."""
     low, high = range_.to(accumulator(x)).unsqueeze(-1).unbind(1)
-    per_unit = (bins - 1) / (high - low)
+    width = high - low
+    per_unit = torch.full_like(width, bins - 1) / width  # one rounding; number / tensor has two
     t = ((x.to(low.dtype) - low) * per_unit).clamp(0, bins - 1)
     lower = t.nan_to_num(0.0).to(torch.int64).clamp(max=bins - 2)
     return lower, t - lower, per_unit

@@ -219,7 +219,7 @@ def drop_modalities(
 def drop_modalities_backward(
     grads: Sequence[Tensor], keep: Tensor, scale: Tensor | None
 ) -> list[Tensor]:
-    """scale * grad for the samples that were kept, 0 for the others, whatever they hold."""
+    """Grads times scale for the samples that were kept, 0 for the others, whatever they hold."""
     return _launch(grads, keep, None, None, None, None, scale)
 
 

@@ -1,0 +1,55 @@
+// soft_histogram: a joint histogram in which samples are shared out between neighbouring bins.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "params.h"
+
+namespace mmfuse::cuda {
+
+struct SoftRows {
+  const void* x;        // [problems, columns]
+  const void* y;        // likewise
+  const void* x_range;  // [problems, 2], float64 if x is, else float32
+  const void* y_range;  // likewise
+  int64_t problems;
+  int64_t columns;
+  int bins;
+  DType dtype;
+};
+
+// Samples of a problem that one block shares out, a function of the shape alone. Sums of shares of
+// no more than 2^15 samples fit the words that they are kept in.
+inline int64_t soft_chunk(int64_t problems, int64_t columns, int bins) {
+  constexpr int64_t kMost = 32768;
+  if (problems >= 128 || columns > (int64_t{1} << 22)) return kMost;
+  return std::min(kMost, std::max<int64_t>(4096, int64_t{2} * bins * bins / 8 * 8));
+}
+
+// Whether one block makes a whole histogram.
+bool block_per_problem(const SoftRows& rows);
+
+struct SoftHistogramParams {
+  SoftRows rows;
+  void* sums;     // [problems, bins * bins + 1] 8-byte zeros, unless block_per_problem
+  void* weights;  // [problems, bins, bins], float64 if x is, else float32
+};
+
+void launch_soft_histogram(const SoftHistogramParams& params, cudaStream_t stream);
+
+struct SoftHistogramBackwardParams {
+  SoftRows rows;
+  const void* grad;  // like weights
+  void* grad_x;
+  void* grad_y;
+  void* grad_x_range;
+  void* grad_y_range;
+  double* partials;  // [problems, chunk_count(columns, soft_chunk(...)), 4]
+};
+
+void launch_soft_histogram_backward(const SoftHistogramBackwardParams& params, cudaStream_t stream);
+
+}  // namespace mmfuse::cuda

@@ -1,0 +1,279 @@
+"""InfoNCE: tiles of similarities by PyTorch's matrix product, with one launch for each of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._aot import COMPILE_OPTIONS, AotSpec
+from ._partials import accumulator
+from ._tensor_list import launch_on
+
+# Rows and columns of a tile of similarities: 16 MiB in float32.
+TILE_SIDE = 2048
+NUM_WARPS = 8
+# A program reduces a few lines, rows or columns, by blocks of these sizes.
+ROW_LINES = 8
+ROW_ITEMS = 128
+COLUMN_LINES = 16
+COLUMN_ITEMS = 32
+
+
+@triton.jit
+def _divide(x, y):
+    # The fast quotient of float32 is not the nearest number.
+    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
+
+
+@triton.jit
+def _finite_or_zero(x):
+    """What to subtract from exponents: an infinity minus itself would be NaN."""
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
+
+
+@triton.jit
+def _merge_lines(
+    dots_ptr,
+    temperature,
+    tops_ptr,
+    totals_ptr,
+    first_line,
+    n_lines,
+    line_stride,
+    n_items,
+    item_stride,
+    LINES: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    """Merges a few lines of a tile into their maxima and their sums of exp(s - maximum)."""
+    line = first_line + tl.arange(0, LINES)
+    used = line < n_lines
+    line_ptrs = dots_ptr + (line * line_stride)[:, None]
+    top = tl.load(tops_ptr + line, mask=used, other=float("-inf"))
+    total = tl.load(totals_ptr + line, mask=used, other=0.0)
+    for start in range(0, n_items, ITEMS):
+        item = start + tl.arange(0, ITEMS)
+        mask = used[:, None] & (item < n_items)[None, :]
+        dots = tl.load(line_ptrs + (item * item_stride)[None, :], mask=mask, other=0.0)
+        s = tl.where(mask, _divide(dots, temperature), float("-inf"))
+        # A NaN reaches the sum, not the maximum, where backends differ.
+        new_top = tl.maximum(top, tl.max(tl.where(s == s, s, float("-inf")), axis=1))
+        shift = _finite_or_zero(new_top)
+        total = total * tl.exp(top - shift) + tl.sum(tl.exp(s - shift[:, None]), axis=1)
+        top = new_top
+    tl.store(tops_ptr + line, top, mask=used)
+    tl.store(totals_ptr + line, total, mask=used)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "temperature_ptr", "row_tops_ptr", "row_totals_ptr", "column_tops_ptr",
+        "column_totals_ptr", "n_rows",
+    ]
+)  # fmt: skip
+def _merge_tile_kernel(
+    dots_ptr,
+    temperature_ptr,
+    row_tops_ptr,
+    row_totals_ptr,
+    column_tops_ptr,
+    column_totals_ptr,
+    n_rows,
+    n_columns,
+    ROW_LINES: tl.constexpr,
+    ROW_ITEMS: tl.constexpr,
+    COLUMN_LINES: tl.constexpr,
+    COLUMN_ITEMS: tl.constexpr,
+):
+    """Updates the log-sum-exp of a tile's rows and of its columns; programs do one or the other."""
+    temperature = tl.load(temperature_ptr)
+    program = tl.program_id(0)
+    row_programs = tl.cdiv(n_rows, ROW_LINES)
+    if program < row_programs:
+        _merge_lines(
+            dots_ptr, temperature, row_tops_ptr, row_totals_ptr,
+            program * ROW_LINES, n_rows, n_columns, n_columns, 1, ROW_LINES, ROW_ITEMS,
+        )  # fmt: skip
+    else:
+        _merge_lines(
+            dots_ptr, temperature, column_tops_ptr, column_totals_ptr,
+            (program - row_programs) * COLUMN_LINES, n_columns, 1, n_rows, n_columns,
+            COLUMN_LINES, COLUMN_ITEMS,
+        )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "partials_ptr", "grad_ptr", "temperature_ptr", "rows_ptr", "columns_ptr", "batch",
+        "diagonal", "n_rows",
+    ]
+)  # fmt: skip
+def _slope_kernel(
+    dots_ptr,
+    partials_ptr,
+    grad_ptr,
+    temperature_ptr,
+    rows_ptr,
+    columns_ptr,
+    batch,
+    diagonal,
+    n_rows,
+    n_columns,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
+    """Turns similarities into slopes in place; writes the sum of slope times similarity.
+
+    The pairs are where the row, counted from the tile's first, is the column plus `diagonal`.
+    """
+    ACC: tl.constexpr = dots_ptr.dtype.element_ty
+    temperature = tl.load(temperature_ptr)
+    scale = _divide(tl.load(grad_ptr), batch.to(ACC))
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row_sums = tl.load(rows_ptr + row, mask=row < n_rows, other=0.0)[:, None]
+    total = tl.zeros([BLOCK_ROWS], tl.float64)
+    for start in range(0, n_columns, BLOCK_COLUMNS):
+        column = start + tl.arange(0, BLOCK_COLUMNS)
+        used = column < n_columns
+        mask = (row < n_rows)[:, None] & used[None, :]
+        ptrs = dots_ptr + (row * n_columns)[:, None] + column[None, :]
+        s = _divide(tl.load(ptrs, mask=mask, other=0.0), temperature)
+        column_sums = tl.load(columns_ptr + column, mask=used, other=0.0)[None, :]
+        softmaxes = tl.exp(s - row_sums) + tl.exp(s - column_sums)
+        paired = tl.where(row[:, None] == column[None, :] + diagonal, 1.0, 0.0)
+        slope = (paired - 0.5 * softmaxes) * scale
+        tl.store(ptrs, slope.to(ACC), mask=mask)
+        total += tl.sum(tl.where(mask, slope * s, 0.0), axis=1).to(tl.float64)
+    tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0))
+
+
+def _spans(count: int) -> Iterator[slice]:
+    for first in range(0, count, TILE_SIDE):
+        yield slice(first, min(first + TILE_SIDE, count))
+
+
+def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
+    """Yields each tile of a @ b.T with its rows and columns; the next one overwrites it."""
+    count = a.shape[0]
+    buffer = torch.empty(min(count, TILE_SIDE) ** 2, dtype=a.dtype, device=a.device)
+    for rows in _spans(count):
+        for columns in _spans(count):
+            shape = (rows.stop - rows.start, columns.stop - columns.start)
+            tile = buffer[: shape[0] * shape[1]].view(shape)
+            yield torch.mm(a[rows], b[columns].T, out=tile), rows, columns
+
+
+def info_nce(a: Tensor, b: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mmfuse.ops.info_nce`; also log-sum-exp of the rows and of the columns."""
+    count, dtype = a.shape[0], accumulator(a)
+    # Of the rows and of the columns.
+    tops = torch.full((2, count), -math.inf, dtype=dtype, device=a.device)
+    totals = torch.zeros_like(tops)
+    diagonal = torch.empty(count, dtype=dtype, device=a.device)
+    with launch_on(a.device):
+        for tile, rows, columns in _tiles(a.to(dtype), b.to(dtype)):
+            if rows == columns:
+                torch.div(tile.diagonal(), temperature, out=diagonal[rows])
+            n_rows, n_columns = tile.shape
+            programs = triton.cdiv(n_rows, ROW_LINES) + triton.cdiv(n_columns, COLUMN_LINES)
+            _merge_tile_kernel[(programs,)](
+                tile,
+                temperature,
+                tops[0, rows],
+                totals[0, rows],
+                tops[1, columns],
+                totals[1, columns],
+                n_rows,
+                n_columns,
+                **_BLOCKS,
+                num_warps=NUM_WARPS,
+                **COMPILE_OPTIONS,
+            )
+    sums = torch.where(tops.isinf(), 0.0, tops) + totals.log()
+    row_sums, column_sums = sums.unbind()
+    bound = (diagonal - (row_sums + column_sums) / 2).mean() + math.log(count)
+    return bound, row_sums.clone(), column_sums.clone()
+
+
+def info_nce_backward(
+    grad: Tensor, a: Tensor, b: Tensor, temperature: Tensor, rows: Tensor, columns: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a, b and the temperature."""
+    count, dtype = a.shape[0], accumulator(a)
+    wide_a, wide_b = a.to(dtype), b.to(dtype)
+    grad_a = torch.zeros(a.shape, dtype=dtype, device=a.device)
+    grad_b = torch.zeros_like(grad_a)
+    n_tiles = triton.cdiv(count, TILE_SIDE) ** 2
+    programs = triton.cdiv(min(count, TILE_SIDE), ROW_LINES)
+    partials = torch.zeros((n_tiles, programs), dtype=torch.float64, device=a.device)
+    with launch_on(a.device):
+        for k, (tile, own, others) in enumerate(_tiles(wide_a, wide_b)):
+            n_rows, n_columns = tile.shape
+            _slope_kernel[(triton.cdiv(n_rows, ROW_LINES),)](
+                tile,
+                partials[k],
+                grad,
+                temperature,
+                rows[own],
+                columns[others],
+                count,
+                others.start - own.start,
+                n_rows,
+                n_columns,
+                BLOCK_ROWS=ROW_LINES,
+                BLOCK_COLUMNS=ROW_ITEMS,
+                num_warps=NUM_WARPS,
+                **COMPILE_OPTIONS,
+            )
+            grad_a[own].addmm_(tile, wide_b[others])
+            grad_b[others].addmm_(tile.T, wide_a[own])
+    grad_temperature = -partials.sum().to(dtype) / temperature
+    grad_a.div_(temperature)
+    grad_b.div_(temperature)
+    return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_temperature
+
+
+_BLOCKS = {
+    "ROW_LINES": ROW_LINES,
+    "ROW_ITEMS": ROW_ITEMS,
+    "COLUMN_LINES": COLUMN_LINES,
+    "COLUMN_ITEMS": COLUMN_ITEMS,
+}
+
+
+def _types(dtype: str, n_columns: int) -> dict[str, Any]:
+    pointer, mark = f"*{dtype}", "" if n_columns % 16 else "!"
+    return {
+        "dots_ptr": f"{pointer}!",
+        "temperature_ptr": pointer,
+        "n_rows": "i32",
+        "n_columns": f"i32{mark}",
+    }
+
+
+def _merge_spec(dtype: str, n_columns: int) -> AotSpec:
+    names = ("row_tops_ptr", "row_totals_ptr", "column_tops_ptr", "column_totals_ptr")
+    types = _types(dtype, n_columns) | dict.fromkeys(names, f"*{dtype}")
+    return AotSpec(_merge_tile_kernel, f"{dtype} C={n_columns}", types, _BLOCKS, NUM_WARPS)
+
+
+def _slope_spec(dtype: str, n_columns: int) -> AotSpec:
+    types = _types(dtype, n_columns)
+    types |= dict.fromkeys(("grad_ptr", "rows_ptr", "columns_ptr"), f"*{dtype}")
+    types |= {"partials_ptr": "*fp64", "batch": "i32", "diagonal": "i32"}
+    constants = {"BLOCK_ROWS": ROW_LINES, "BLOCK_COLUMNS": ROW_ITEMS}
+    return AotSpec(_slope_kernel, f"{dtype} C={n_columns}", types, constants, NUM_WARPS)
+
+
+AOT_SPECS = [
+    spec(dtype, n_columns)
+    for spec in (_merge_spec, _slope_spec)
+    for dtype in ("fp32", "fp64")
+    for n_columns in (TILE_SIDE, 309)
+]

@@ -11,8 +11,8 @@
 namespace mmfuse {
 
 // Elements of a tile: small beside the features' own memory, large enough for a fast product.
-constexpr int64_t kTileElements = int64_t{1} << 21;
-constexpr int64_t kTileColumns = 4096;
+constexpr int64_t kTileElements = int64_t{1} << 20;
+constexpr int64_t kTileColumns = 2048;
 
 struct TileShape {
   int64_t rows;

@@ -92,10 +92,10 @@ class SoftProblems {
 
   SoftAxis axis(const void* values, const void* ranges, int64_t p) const {
     const double most = static_cast<double>(bins_ - 1), width = this->width(ranges, p);
-    // Two roundings, as in the reference: the slopes jump where a place is a whole number.
+    // Rounded as in the reference: the slopes jump where a place is a whole number.
     const double per_unit = dtype_ == DType::kFloat64
-                                ? 1 / width * most
-                                : (1 / static_cast<float>(width)) * static_cast<float>(most);
+                                ? most / width
+                                : static_cast<float>(most) / static_cast<float>(width);
     return {values, end_of(ranges, 2 * p), per_unit};
   }
 

@@ -11,7 +11,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
-constexpr int kBlocksPerSm = 4;
+// Twice the registers for float64, whose exponential needs them.
+template <typename acc_t>
+constexpr int kBlocksPerSm = std::is_same_v<acc_t, double> ? 2 : 4;
 // Elements that a thread has in flight, and adds under one maximum.
 constexpr int kBatch = 8;
 
@@ -87,7 +89,7 @@ __device__ __forceinline__ void add_to(void* all_max, void* all_sum, int64_t i, 
 
 // A block adds one row or, after the last of them, a warp's width of columns.
 template <typename acc_t>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<acc_t>)
     add_tile_kernel(const Tile __grid_constant__ tile,
                     const LogSumExpState __grid_constant__ state) {
   __shared__ LogSum<acc_t> parts[kWarps][kWarpSize];
@@ -159,7 +161,7 @@ struct StoreBound {
 
 // A block has kSlopeRows rows of kSlopeColumns columns.
 template <typename acc_t, int kPack>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<acc_t>)
     slope_kernel(const SlopeParams __grid_constant__ params) {
   constexpr int kPacks = kSlopeColumns / kThreads / kPack;
   const Tile& tile = params.tile;

@@ -1,6 +1,7 @@
 """ARM: asymmetric reinforcing of modalities.
 
-Gao, Cao, Zhu, Wang & Hu, "Asymmetric Reinforcing against Multi-modal Representation Bias", AAAI 2025.
+Gao, Cao, Zhu, Wang & Hu, "Asymmetric Reinforcing against Multi-modal Representation Bias",
+AAAI 2025.
 
 A modality that contributes less to the fused representation c is weighted up, by what it shares
 with c, with and without the other modalities. The feature of each modality m and c are taken as

@@ -27,6 +27,12 @@ def samples(device: str) -> dict[str, list[tuple]]:
     a, b = torch.randn(2, 4, 3, device=device).unbind()
     leaves = [t.clone().requires_grad_() for t in (a, b)]
     divisor = k.clone().requires_grad_()
+    mixed = [a.half(), b.double(), k.expand(4), a[:, :0]]
+    keep = torch.tensor([[True, False, True, True]] * 4, device=device)
+    no_rows = [t[:0] for t in mixed]
+    ends = torch.tensor([[-9.0, 9.0]], device=device).repeat(4, 1)
+    end_leaves = [ends.clone().requires_grad_() for _ in range(2)]
+    sums = torch.randn(2, 4, device=device).unbind()
     return {
         "modality_scores": [(logits, labels), (tracked, labels)],
         "modality_scores_backward": [(two, two.flip(0), logits, labels)],
@@ -36,6 +42,42 @@ def samples(device: str) -> dict[str, list[tuple]]:
             (a, 0.1, state, [0, 1], [0, 0]),
             (leaves[0], 0.1, state, [7, 2], [5, 2**31 + 1]),
             (a.half(), 0.0, state, [0, 1], [0, 0]),
+        ],
+        "drop_modalities": [
+            ([a, b], two, state, [0, 1], [0, 0], None),
+            (leaves, two, state, [7, 2], [5, 2**31 + 1], k),
+            (mixed, two.repeat(2), state, [0, 1, 2, 3], [0] * 4, k.double()),
+            (no_rows, two.repeat(2), state, [0, 1, 2, 3], [1] * 4, None),
+        ],
+        "drop_modalities_backward": [
+            ([a, b], keep[:2], None),
+            (mixed, keep, k.double()),
+            (no_rows, keep[:, :0], k),
+        ],
+        "joint_entropies": [
+            ([a, b], [0, 1], 2, 5),
+            ([a, b, a], [2, 1, 0, 2], 2, 1),
+            ([a.half(), b.half(), a.half()], [0, 1, 2, 2, 2, 0], 3, 4),
+        ],
+        "soft_histogram": [
+            (a, b, ends, ends, 5),
+            (*leaves, *end_leaves, 2),
+            (a.half(), b.half(), ends, ends, 7),
+        ],
+        "soft_histogram_backward": [
+            (torch.randn(4, 5, 5, device=device), a, b, ends, ends, 5),
+            (torch.randn(4, 2, 2, device=device), a.bfloat16(), b.bfloat16(), ends, ends, 2),
+        ],
+        "info_nce": [
+            (a, b, k),
+            (*leaves, divisor),
+            (a.half(), b.half(), k),
+            (a[:, :0], b[:, :0], k),
+        ],
+        "info_nce_backward": [
+            (k, a, b, k, *sums),
+            (k, a.half(), b.half(), k, *sums),
+            (k, a[:, :0], b[:, :0], k, *sums),
         ],
         "redundancy_ratio": [(a, b, k), (*leaves, divisor), (a.half(), b.half(), k)],
         "paired_cosine": [(a, b), (*leaves,), (a[:, :0], b[:, :0])],
@@ -60,15 +102,26 @@ def test_opcheck(cell: Cell, op: str) -> None:
         torch.library.opcheck(overload, arguments)
 
 
-@pytest.mark.parametrize("op", ["noisy_views", "paired_cosine", "redundancy_ratio"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("noisy_views", "paired_cosine", "redundancy_ratio"),
+        *("joint_entropies", "soft_histogram", "info_nce"),
+    ],
+)
 def test_opcheck_where_the_result_is_nan(cell: Cell, op: str) -> None:
     """Without elements. The comparison with AOTDispatcher would take NaN and NaN for different."""
     nothing = torch.empty(0, 3, device=cell.device)
+    unknown = torch.full((2, 3), torch.nan, device=cell.device)
+    ends = unknown[:, :2].contiguous()
     state, k = NoiseStream(3, cell.device).state, torch.tensor(0.5, device=cell.device)
     arguments = {
         "noisy_views": (nothing, 0.1, state, [0, 1], [0, 0]),
         "paired_cosine": (nothing, nothing),
         "redundancy_ratio": (nothing, nothing, k),
+        "joint_entropies": ([unknown, unknown], [0, 1], 2, 4),
+        "soft_histogram": (unknown, unknown, ends, ends, 4),
+        "info_nce": (unknown, unknown, k),
     }[op]
     overload = getattr(getattr(torch.ops.mmfuse, op), cell.backend)
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
@@ -83,6 +136,8 @@ def test_fullgraph_compile(cell: Cell) -> None:
     stream = NoiseStream(4, cell.device)
     labels = torch.tensor([0, 1, 2, 1], device=cell.device)
 
+    q = torch.tensor([0.3, 0.6], device=cell.device)
+
     def step(logits: list[Tensor], grads: list[Tensor], x: Tensor) -> tuple[Tensor, ...]:
         scores = ops.modality_scores(logits, labels, backend=cell.backend)
         ratios = ops.discrepancy_ratios(scores.prob, backend=cell.backend)
@@ -93,7 +148,13 @@ def test_fullgraph_compile(cell: Cell) -> None:
         encoded = [view.tanh() for view in views[:2]]
         ratio = ops.redundancy_ratio(*encoded, views.input_sq, backend=cell.backend)
         gate = ops.co_information_gate([x, *encoded], k[0] - 2, backend=cell.backend)
-        return scores.log_prob, k, *views, ratio, gate
+        left = ops.drop_modalities(encoded, q, stream, scale=k[0], backend=cell.backend)
+        found = ops.mutual_information(*logits, 3, backend=cell.backend)
+        given = ops.conditional_mutual_information(*encoded, x, 3, backend=cell.backend)
+        shared = ops.co_information(*encoded, x, 3, backend=cell.backend)
+        nce = ops.info_nce(*encoded, 0.5, backend=cell.backend)
+        information = (*found, *given, shared, nce)
+        return scores.log_prob, k, *views, ratio, gate, *left.features, left.keep, *information
 
     logits = [torch.randn(4, 3, device=cell.device) for _ in range(2)]
     grads = [torch.randn(20, device=cell.device), torch.randn(3, 3, device=cell.device)]
@@ -109,6 +170,7 @@ def test_fullgraph_compile_through_autograd(cell: Cell) -> None:
     labels = torch.tensor([0, 1, 2, 1], device=cell.device)
     k = torch.tensor(0.25, device=cell.device)
     stream = NoiseStream(4, cell.device)
+    q = torch.tensor([0.3, 0.6], device=cell.device)
 
     def loss(x: Tensor) -> Tensor:
         y = ops.scale_grad(x * 2.0, k, backend=cell.backend)
@@ -116,6 +178,10 @@ def test_fullgraph_compile_through_autograd(cell: Cell) -> None:
         first, second, input_sq = ops.noisy_views(x, 0.5, stream, backend=cell.backend)
         encoded = first.tanh(), second.tanh()
         alike = ops.paired_cosine(*encoded, backend=cell.backend)
+        left = ops.drop_modalities(encoded, q, stream, scale=k, backend=cell.backend).features
+        alike = alike + ops.info_nce(*left, k + 1, backend=cell.backend)
+        soft = ops.mutual_information(*encoded, 3, "soft", backend=cell.backend)
+        alike = alike + soft.mi.sum() + soft.nmi.sum()
         return performance + alike + ops.redundancy_ratio(*encoded, input_sq, backend=cell.backend)
 
     x = torch.randn(4, 3, device=cell.device)

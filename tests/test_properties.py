@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import tolerances
 import torch
@@ -106,3 +108,57 @@ def test_scores_do_not_depend_on_a_shift_of_the_logits(cell: Cell, dtype: torch.
     one, other = ops.modality_scores([z, z + 3.0], labels, backend=cell.backend).log_prob
     # Adding 3 rounds each logit once, by at most half a unit in the last place of 8.
     assert abs(float(one - other)) < 64 * tolerances.UNIT_ROUNDOFF[dtype]
+
+
+@settings(max_examples=8, **COMMON)
+@given(
+    values=st.lists(st.tuples(*[st.integers(-3, 3)] * 3), min_size=1, max_size=60),
+    bins=st.integers(1, 9),
+    dtype=dtypes,
+)
+def test_entropies_are_those_of_information_theory(cell: Cell, values, bins, dtype) -> None:
+    """Subadditive, submodular, and no margin knows more than the whole."""
+    data = torch.tensor(values, dtype=torch.float64).t().to(dtype).to(cell.device)
+    found = ops.joint_entropies([x[None] for x in data], [(0, 1, 2)], bins, backend=cell.backend)
+    assert int(found.counts.sum()) == len(values)
+    h_x, h_y, h_xy, h_z, h_xz, h_yz, h_xyz = found.entropies.flatten().tolist()
+    # Four entropies, each off by at most this.
+    slack = 4 * float(tolerances.entropy(torch.ones(bins**3)))
+    for whole, part in ((h_xyz, h_xy), (h_xyz, h_xz), (h_xyz, h_yz), (h_xy, h_x), (h_yz, h_z)):
+        assert whole >= part - slack
+    for joint, one, other in ((h_xy, h_x, h_y), (h_xz, h_x, h_z), (h_yz, h_y, h_z)):
+        assert joint <= one + other + slack
+    assert h_xyz + h_z <= h_xz + h_yz + slack
+    assert h_xyz <= math.log(len(values)) + slack
+
+
+@settings(max_examples=8, **COMMON)
+@given(
+    rows=st.integers(1, 200),
+    seed=seeds,
+    pair=st.tuples(st.floats(0, 1, width=32), st.floats(0, 1, width=32)),
+)
+def test_what_survives_a_higher_probability_survives_a_lower_one(cell: Cell, rows, seed, pair):
+    stream = NoiseStream(seed, cell.device).place([3, 3], [1, 1])
+    q = torch.tensor(sorted(pair), device=cell.device)
+    features = [torch.ones(rows, 2, device=cell.device)] * 2
+    keep = ops.drop_modalities(features, q, stream, backend=cell.backend).keep
+    assert bool((keep[0] >= keep[1]).all())
+
+
+@settings(max_examples=8, **COMMON)
+@given(batch=st.integers(1, 40), width=st.integers(1, 9), seed=seeds, shift=st.floats(-50, 50))
+def test_info_nce_does_not_see_what_all_rows_share(cell: Cell, batch, width, seed, shift) -> None:
+    """A number added to all similarities drops out; nor is log B exceeded."""
+    generator = torch.Generator().manual_seed(seed % 2**63)
+    a, b = torch.randn(2, batch, width, generator=generator, dtype=torch.float64)
+    one, shifted = torch.ones(batch, 1).double(), torch.full((batch, 1), shift).double()
+    bounds = [
+        ops.info_nce(x.to(cell.device), y.to(cell.device), 0.7, backend=cell.backend)
+        for x, y in ((a, b), (torch.cat([a, one], 1), torch.cat([b, shifted], 1)))
+    ]
+    # Similarities of up to |S| are rounded a few times, and so are their sums.
+    largest = float((a.abs() @ b.abs().T).max()) + abs(shift)
+    slack = 64 * tolerances.UNIT_ROUNDOFF[torch.float64] * (1 + largest / 0.7) * batch**0.5
+    assert abs(float(bounds[0] - bounds[1])) <= slack
+    assert float(bounds[0]) <= math.log(batch) + slack

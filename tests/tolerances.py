@@ -7,6 +7,8 @@ the magnitudes of the very terms that were added.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -212,6 +214,153 @@ def gate(dtype: torch.dtype, pairs: Tensor, cosines: Tensor, threshold: float) -
     u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
     added = (len(pairs) ** 0.5 + 1) * u * cosines.abs().mean()
     return pairs.mean() + added + u * abs(threshold)
+
+
+def entropy(counts: Tensor) -> Tensor:
+    """|Δ (ln n − Σ c ln c / n)| in float64, which equals −Σ p ln p.
+
+    The sum's terms are at most Σ c ln c / n ≤ ln n together; (√L + 1) roundings for adding them,
+    one for each logarithm's two units, the product and the quotient. The other side, −Σ p ln p,
+    rounds p, its logarithm and their product, and is bounded alike.
+    """
+    u = UNIT_ROUNDOFF[torch.float64]
+    return (growth(counts.numel()) + 8) * u * 2 * (1.0 + counts.sum().double().log())
+
+
+def soft_counts(dtype: torch.dtype, counts: Tensor, reached: Tensor, samples: int) -> Tensor:
+    """Bound for the shared counts [P, bins, bins]; `reached` counts the samples near each cell.
+
+    A position t ≤ bins − 1 has four roundings (two differences, quotient, product), and a share
+    changes no faster than t. Either share may be off by that and its own rounding, and their
+    product is rounded. Adding up costs (√L + 1) roundings; float64 has nothing wider to go on in,
+    so that all its samples are one run.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    shared = 2 * (4 * (counts.shape[-1] - 1) + 1) + 1
+    run = samples**0.5 if dtype == torch.float64 else growth(samples)
+    return u * (shared * reached + (run + 1) * counts)
+
+
+def soft_slopes(dtype: torch.dtype, corners: Tensor, bins: int) -> Tensor:
+    """Bound for a sample's slope, (1 − g)(c₁₀ − c₀₀) + g(c₁₁ − c₀₁).
+
+    g is off by at most the 4(bins − 1) + 1 roundings of `soft_counts`; it meets two differences,
+    which are rounded, as are their products and the sum. `corners` is Σ|c| over the four.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    return (4 * (bins - 1) + 5) * u * corners
+
+
+def soft_gradient(dtype: torch.dtype, expected: Tensor, slopes: Tensor, per_unit: Tensor) -> Tensor:
+    """slope·per_unit, stored once: the slope's bound and three roundings (two in per_unit)."""
+    computed = per_unit * slopes + 3 * UNIT_ROUNDOFF[accumulation_dtype(dtype)] * expected.abs()
+    return computed + UNIT_ROUNDOFF[dtype] * (expected.abs() + computed) + UNDERFLOW[dtype]
+
+
+def soft_range_gradient(
+    dtype: torch.dtype, magnitude: Tensor, slopes: Tensor, samples: int, bins: int
+) -> Tensor:
+    """Bound for Σ slope·t / width, times the width; `magnitude` is Σ|slope|·(bins − 1).
+
+    Every |t| ≤ bins − 1 is off by four roundings of that; its difference, its product and the
+    division are rounded, and the width; adding up costs √L + 1. `slopes` are their own bounds.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    return (growth(samples) + 9) * u * magnitude + (bins - 1) * slopes
+
+
+def similarity(dtype: torch.dtype, magnitude: Tensor, width: int) -> Tensor:
+    """|Δ S| ≤ (√L + 3)·u·Σ|a||b|/τ: the inner product, and a division or two."""
+    return (growth(width) + 3) * UNIT_ROUNDOFF[accumulation_dtype(dtype)] * magnitude
+
+
+def log_sum_exp(dtype: torch.dtype, s: Tensor, error: Tensor) -> Tensor:
+    """Bound for log Σ_j exp s_ij, from those of s.
+
+    Each exponential has the weight p_ij. Its argument s − max and the factors that later, larger
+    maxima bring along are rounded to two units of their sizes, which are at most lse − s in all,
+    an exponential costs four; at most √L of the factors are not 1, up to the bounds of `growth`.
+    Adding up costs √L + 1, the logarithm two and the sum with the maximum one.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    lse = s.logsumexp(1, keepdim=True)
+    p = (s - lse).exp()
+    away = torch.where(p > 0, lse - s, 0.0)
+    own = u * (4 * away + 5 * growth(s.shape[1]) + 9)
+    weighted = torch.where(p > 0, p * (torch.where(p > 0, error, 0.0) + own), 0.0).sum(1)
+    largest = s.abs().where(p > 0, torch.zeros_like(s)).amax(1)
+    return weighted + 2 * u * (lse.squeeze(1).abs() + largest)
+
+
+def info_nce(
+    dtype: torch.dtype, diagonal: Tensor, diagonal_error: Tensor, sums: Tensor, sums_error: Tensor
+) -> Tensor:
+    """Bound for log B + mean(S_ii − sums_i), where sums is the mean of both log-sum-exps.
+
+    Three roundings form a term, √L + 1 the mean, two the logarithm of B and the sum.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    count = len(diagonal)
+    rounded = (growth(count) + 4) * u * (diagonal.abs() + 2 * sums.abs())
+    own = 3 * u * torch.tensor(float(count)).log()
+    return (diagonal_error + sums_error + rounded).mean() + own
+
+
+def info_nce_slope(
+    dtype: torch.dtype, s: Tensor, error: Tensor, sums: Tensor, sums_error: Tensor
+) -> Tensor:
+    """Bound for exp(S − sums), with sums as [B, 1] or [1, B]; the exponential's bound is its own.
+
+    The difference is rounded to its size (twice, where the exponential is one of two), exp to four.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    p = (s - sums).exp()
+    argument = error + sums_error + 2 * u * (s - sums).abs()
+    relative = torch.expm1(argument) + 4 * u
+    return torch.where(p > 0, p * relative, 0.0) + UNDERFLOW[accumulation_dtype(dtype)]
+
+
+def info_nce_gradient(
+    dtype: torch.dtype,
+    expected: Tensor,
+    slope: Tensor,
+    slope_error: Tensor,
+    other: Tensor,
+    temperature: Tensor,
+) -> Tensor:
+    """Bound for G·other/τ, stored once: G's bound, √L + 1 for each sum, six roundings on the way.
+
+    Forming G from its two exponentials takes three roundings of at most its largest part, the
+    weight grad/B two, the temperature one.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    terms = slope_error + (growth(len(other)) + 7) * u * slope
+    computed = terms @ other.abs() / temperature
+    return computed + UNIT_ROUNDOFF[dtype] * (expected.abs() + computed) + UNDERFLOW[dtype]
+
+
+def info_nce_temperature_gradient(
+    dtype: torch.dtype, s: Tensor, error: Tensor, slope: Tensor, slope_error: Tensor, tau: Tensor
+) -> Tensor:
+    """Bound for −Σ G∘S/τ: the parts' own, √L + 1 for the sum and six roundings on the way."""
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    parts = slope_error * (s.abs() + error) + slope * error
+    return (parts + (growth(s.numel()) + 7) * u * slope * s.abs()).sum() / tau
+
+
+def binned_gaussian(rho: float, samples: int, width: float, variance: float) -> tuple[float, float]:
+    """Between what an estimate of I = −½ln(1 − ρ²) from a histogram of N samples lies.
+
+    Upwards the plug-in bias, (bins − 1)²/(2N), is the caller's to add. Downwards, a bin of `width`
+    standard deviations adds `variance`·width² to each variance (1/12 in a bin, Sheppard; 1/6 on
+    average where linear interpolation shares a sample out, f(1 − f)) without changing the
+    covariance: ρ′ = ρ/(1 + variance·width²). That is the leading order, of which twice is allowed.
+    The information density of a pair has the variance ρ²; five deviations of its mean are allowed.
+    """
+    exact = -0.5 * math.log(1 - rho**2)
+    blurred = -0.5 * math.log(1 - (rho / (1 + variance * width**2)) ** 2)
+    sampled = 5 * rho / samples**0.5
+    return exact - 2 * (exact - blurred) - sampled, exact + sampled
 
 
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "result") -> None:

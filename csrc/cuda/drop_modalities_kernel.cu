@@ -91,6 +91,35 @@ __device__ __forceinline__ scalar_t drop_value(bool kept, acc_type<scalar_t> sca
   return round_to<scalar_t>(kept ? scale * widen<acc_t>(x) : acc_t(0));
 }
 
+// Handles the chunk kPack elements at a time, all of which belong to one row.
+template <int kPack, typename scalar_t>
+__device__ __forceinline__ void drop_packs(const scalar_t* in, scalar_t* out, int64_t width,
+                                           const DropChunk& chunk, acc_type<scalar_t> scale,
+                                           const bool* kept) {
+  for (int i = threadIdx.x * kPack; i < chunk.elements; i += kBatch * kThreads * kPack) {
+    Pack<scalar_t, kPack> x[kBatch] = {};
+    bool keep[kBatch] = {};
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int first = i + u * kThreads * kPack;
+      if (first < chunk.elements) {
+        keep[u] = kept[row_of(chunk, width, first)];
+        // Rows that are dropped are not read.
+        if (keep[u]) x[u] = load_pack<true, kPack>(in + first);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int first = i + u * kThreads * kPack;
+      if (first < chunk.elements) {
+#pragma unroll
+        for (int j = 0; j < kPack; ++j) x[u].v[j] = drop_value(keep[u], scale, x[u].v[j]);
+        store_pack<true>(out + first, x[u]);
+      }
+    }
+  }
+}
+
 template <typename scalar_t>
 __device__ __forceinline__ void drop_elements(const DropEntry& entry, const DropChunk& chunk,
                                               const Coefficients& coefficient, const bool* kept) {
@@ -100,44 +129,11 @@ __device__ __forceinline__ void drop_elements(const DropEntry& entry, const Drop
       coefficient.values != nullptr ? load_coefficient<acc_t>(coefficient, 0) : acc_t(1);
   const scalar_t* in = static_cast<const scalar_t*>(entry.in) + chunk.begin;
   scalar_t* out = static_cast<scalar_t*>(entry.out) + chunk.begin;
-  const auto element = [&](int i) {
-    const bool keep = kept[row_of(chunk, entry.width, i)];
-    out[i] = drop_value<scalar_t>(keep, scale, keep ? in[i] : scalar_t{});
-  };
-  if (!is_aligned(in) || !is_aligned(out)) {
-    for (int i = threadIdx.x; i < chunk.elements; i += kThreads) element(i);
-    return;
+  if (entry.width % kPack == 0 && is_aligned(in) && is_aligned(out)) {
+    drop_packs<kPack>(in, out, entry.width, chunk, scale, kept);
+  } else {
+    drop_packs<1>(in, out, entry.width, chunk, scale, kept);
   }
-  const int packs = chunk.elements / kPack;
-  for (int p = threadIdx.x; p < packs; p += kBatch * kThreads) {
-    Pack<scalar_t, kPack> x[kBatch] = {};
-    bool whole[kBatch];
-    bool keep[kBatch];
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const int i = (p + u * kThreads) * kPack;
-      if (p + u * kThreads >= packs) continue;
-      const int row = row_of(chunk, entry.width, i);
-      whole[u] = row_of(chunk, entry.width, i + kPack - 1) == row;
-      keep[u] = kept[row];
-      // Rows that are dropped are not read.
-      if (whole[u] && keep[u]) x[u] = load_pack<true, kPack>(in + i);
-    }
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const int i = (p + u * kThreads) * kPack;
-      if (p + u * kThreads >= packs) continue;
-      if (whole[u]) {
-#pragma unroll
-        for (int j = 0; j < kPack; ++j) x[u].v[j] = drop_value(keep[u], scale, x[u].v[j]);
-        store_pack<true>(out + i, x[u]);
-      } else {
-        for (int j = 0; j < kPack; ++j) element(i + j);
-      }
-    }
-  }
-  const int last = packs * kPack + threadIdx.x;
-  if (last < chunk.elements) element(last);
 }
 
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)

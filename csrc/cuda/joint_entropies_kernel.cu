@@ -1,3 +1,5 @@
+#include <type_traits>
+
 #include "histogram_bins.h"
 #include "joint_entropies.h"
 #include "row_part.h"
@@ -8,8 +10,9 @@ namespace {
 constexpr int kWholeThreads = 256;
 constexpr int kPartThreads = 512;
 constexpr int kRangeThreads = 512;
-constexpr int kEntropyThreads = 1024;
-constexpr int kBlocksPerSm = 4;
+constexpr int kEntropyThreads = 512;
+template <typename scalar_t>
+constexpr int kPartBlocksPerSm = std::is_same_v<scalar_t, double> ? 2 : 3;
 
 // Rows up to here are not worth more than one block, nor are longer ones if there are this many.
 constexpr int64_t kShortRow = 8192;
@@ -250,7 +253,7 @@ __device__ __forceinline__ void count_part(const TupleGroup& group, const RowPar
 // Block x counts one part of one problem. kWhole: the part is the problem, and the block finds the
 // ranges before and the entropies after.
 template <typename scalar_t, bool kVector, bool kWhole, int kThreads>
-__global__ void __launch_bounds__(kThreads, kWhole || sizeof(scalar_t) < 8 ? kBlocksPerSm : 2)
+__global__ void __launch_bounds__(kThreads, kWhole ? 4 : kPartBlocksPerSm<scalar_t>)
     joint_histogram_kernel(const TupleGroup __grid_constant__ group) {
   __shared__ RowBins<acc_type<scalar_t>> rows[kMaxVariables];
   double* const margins = dynamic_shared<double>();
@@ -290,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, kWhole || sizeof(scalar_t) < 8 ? kBl
 }
 
 // Block x finds the entropies of one tuple of one problem.
-__global__ void __launch_bounds__(kEntropyThreads)
+__global__ void __launch_bounds__(kEntropyThreads, 2)
     entropies_kernel(const int64_t* counts, int order, int bins, int cells, double* entropies) {
   const int64_t row = blockIdx.x;
   store_entropies<kEntropyThreads>(counts + row * cells, order, bins, dynamic_shared<double>(),
@@ -357,8 +360,8 @@ void launch_histograms(const JointEntropiesParams& params, bool whole, bool vect
   if (!whole) {
     // The counts that a block adds to the others' must not cost more than counting does.
     const int64_t least = fits ? std::max<int64_t>(4096, 2 * int64_t{counts}) : 4096;
-    const int64_t most_parts =
-        resident_blocks(chunk_count(params.problems * params.columns, least), kBlocksPerSm);
+    const int64_t most_parts = resident_blocks(chunk_count(params.problems * params.columns, least),
+                                               kPartBlocksPerSm<scalar_t>);
     const int64_t parts = chunk_count(most_parts, params.problems);
     const int64_t chunk = std::max(least, chunk_count(params.columns, parts));
     group.chunk = std::min(kMaxPart, (chunk + 7) / 8 * 8);

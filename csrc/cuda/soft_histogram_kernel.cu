@@ -82,8 +82,7 @@ template <typename acc_t>
 __device__ __forceinline__ Axis<acc_t> load_axis(const void* ranges, int64_t problem, int bins) {
   const acc_t* range = static_cast<const acc_t*>(ranges) + 2 * problem;
   const acc_t width = range[1] - range[0];
-  // Two roundings, as in (bins - 1) / width of a tensor.
-  return {range[0], width, (acc_t(1) / width) * static_cast<acc_t>(bins - 1), bins};
+  return {range[0], width, static_cast<acc_t>(bins - 1) / width, bins};
 }
 
 // A value's place: the lower of its two bins, always one that exists, and the upper one's share.

@@ -22,7 +22,7 @@ class MutualInformation(NamedTuple):
         mi: I(x; y) = H(x) + H(y) − H(x, y), at least 0.
         h_x: H(x).
         h_y: H(y).
-        nmi: 2·I/(H(x) + H(y)), in [0, 1]; 0 if both are constant.
+        nmi: 2·I/(H(x) + H(y)), in [0, 1]; 0 if both entropies are.
     """
 
     mi: Tensor

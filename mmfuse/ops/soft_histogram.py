@@ -74,17 +74,18 @@ def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = Non
 
     Returns:
         [P, bins, bins], float64 for float64, otherwise float32; the entries add up to N. NaN for a
-        row that holds a value that is not finite. On GPUs the order in which a bin's shares are
-        added is not fixed.
+        row that holds a value that is not finite, or whose range is too wide or too narrow for
+        its dtype. On GPUs the order in which a bin's shares are added is not fixed.
     """
-    weights: Tensor = _op(
-        backend, x.device, x.contiguous(), y.contiguous(), _range_of(x), _range_of(y), bins
-    )
+    # The gradients of x and of its range are added, which half precision has no room for.
+    x, y = (v.to(_wide(v)).contiguous() for v in (x, y))
+    weights: Tensor = _op(backend, x.device, x, y, _range_of(x), _range_of(y), bins)
     return weights
 
 
 def _range_of(x: Tensor) -> Tensor:
-    """[P, 2] ends of each row's range, constant rows widened as in the histogram."""
-    low, high = torch.aminmax(x.to(_wide(x)), dim=1)
-    half = torch.where(low == high, 0.5, 0.0).to(low.dtype)
+    """[P, 2] ends of each row's range; constant rows are widened by 0.5, or what counts at all."""
+    low, high = torch.aminmax(x, dim=1)
+    least = (low.detach().abs() * (4 * torch.finfo(x.dtype).eps)).clamp(min=0.5)
+    half = torch.where(low == high, least, 0.0)
     return torch.stack([low - half, high + half], dim=1)

@@ -36,8 +36,10 @@ def bin_indices(data: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     valid = (high - low).isfinite()
     low, high = (torch.where(valid, end, 0.0).to(data.dtype) for end in (low, high))
     edges = bin_edges(low, high, bins)
-    index = torch.searchsorted(edges, torch.where(valid[:, None], data, 0.0).to(data), right=True)
-    return index.sub_(1).clamp_(0, bins - 1), valid
+    inner = edges[:, 1:-1].contiguous()
+    return torch.searchsorted(
+        inner, torch.where(valid[:, None], data, 0.0).to(data), right=True
+    ), valid
 
 
 def joint_entropies(

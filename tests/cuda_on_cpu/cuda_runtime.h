@@ -39,8 +39,14 @@ constexpr int kWarpSize = 32;
 // The multiprocessors that the fake device reports.
 constexpr int kMultiprocessors = 4;
 
+// The shared memory that a block may have there.
+constexpr int kSharedBytes = 99 * 1024;
+
 // Runs `body` once for every thread of the grid; false if the threads of a block did not meet.
-bool run(dim3 grid, dim3 block, const std::function<void()>& body);
+bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& body);
+
+// The running block's dynamic shared memory, filled with ones before each block.
+void* dynamic_shared();
 
 // What went wrong in the last launch that failed.
 const char* failure();
@@ -86,6 +92,13 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate) {
   return votes;
 }
 
+// The host compiler keeps each operation's own rounding: FLAGS in build.py allow no other.
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline unsigned __float2uint_rn(float x) { return static_cast<unsigned>(std::llrintf(x)); }
+
 // Fibers never interrupt each other, so plain arithmetic is atomic.
 template <typename T>
 T atomicAdd(T* address, T value) {
@@ -97,7 +110,11 @@ T atomicAdd(T* address, T value) {
 // The part of the runtime interface that the launch helper uses.
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -115,15 +132,21 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = cuda_on_cpu::kMultiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kMultiprocessors
+                                                       : cuda_on_cpu::kSharedBytes;
+  return cudaSuccess;
+}
+
+template <typename... KernelArgs>
+cudaError_t cudaFuncSetAttribute(void (*)(KernelArgs...), cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 
 template <typename... KernelArgs, typename... Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(KernelArgs...),
                                Args&&... args) {
-  return cuda_on_cpu::run(config->gridDim, config->blockDim, [&] { kernel(args...); })
-             ? cudaSuccess
-             : cudaErrorLaunchFailure;
+  const bool met = cuda_on_cpu::run(config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                                    [&] { kernel(args...); });
+  return met ? cudaSuccess : cudaErrorLaunchFailure;
 }

@@ -50,6 +50,9 @@ unsigned barrier_round = 0;
 unsigned threads = 0;
 const std::function<void()>* kernel = nullptr;
 std::string error;
+size_t shared_bytes = 0;
+// The size that a kernel asked for and no more, so that a sanitizer sees what lies beyond.
+std::unique_ptr<double[]> shared_memory;
 jmp_buf scheduler;
 
 // ucontext only makes a fiber's first step; the jumps spare its two system calls per switch.
@@ -88,6 +91,7 @@ void resume(size_t index) {
 }
 
 void prepare_block() {
+  if (shared_bytes > 0) std::memset(shared_memory.get(), 0xFF, shared_bytes);
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp{});
   for (unsigned i = 0; i < threads; ++i) {
@@ -141,13 +145,19 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   return values;
 }
 
-bool run(dim3 grid, dim3 block, const std::function<void()>& body) {
+void* dynamic_shared() { return shared_memory.get(); }
+
+bool run(dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
+  error.clear();
+  if (bytes > kSharedBytes) error = "more shared memory than a block may have";
+  if (!error.empty()) return false;
+  shared_bytes = bytes;
+  shared_memory.reset(new double[(bytes + sizeof(double) - 1) / sizeof(double)]);
   gridDim = grid;
   blockDim = block;
   threads = block.x * block.y * block.z;
   kernel = &body;
-  error.clear();
   for (unsigned z = 0; z < grid.z; ++z) {
     for (unsigned y = 0; y < grid.y; ++y) {
       for (unsigned x = 0; x < grid.x; ++x) {

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import combinations
 
 import torch
@@ -254,34 +255,55 @@ def normalised_information(
     """
     c = len(rows) - 1
     pairs = joint_entropies(rows, [(m, c) for m in range(c)], bins, backend=backend)
-    h_m, h_c, h_mc = pairs.entropies.unbind(-1)
-    nmi = normalised((h_m + h_c - h_mc).clamp_(min=0), h_m + h_c)
-
     others = list(combinations(range(c), 2))
     triples = joint_entropies(
         rows, [(m, j, c) for m, j in others], conditional_bins, backend=backend
     )
+    of_pairs, of_triples = _combinations(pairs.entropies.device)
+    shared = pairs.entropies @ of_pairs
     if released:
         n = triples.counts.unflatten(-1, [conditional_bins] * 3)
-        forth = released_ncmi(n.permute(0, 1, 2, 4, 3))
-        back = released_ncmi(n.permute(0, 1, 3, 4, 2))
+        nmi = normalised(*shared.unbind(-1))
+        ncmi = [released_ncmi(n.permute(0, 1, 2, 4, 3)), released_ncmi(n.permute(0, 1, 3, 4, 2))]
     else:
-        h_m, h_j, h_mj, _, h_mc, h_jc, h_mjc = triples.entropies.unbind(-1)
-        forth = _ncmi(h_mj, h_jc, h_mjc, h_j)
-        back = _ncmi(h_mj, h_mc, h_mjc, h_m)
-    if c == 2:
-        return nmi, torch.cat([forth, back])
-    per_modality: list[list[Tensor]] = [[] for _ in range(c)]
+        given = (triples.entropies @ of_triples).chunk(2, -1)
+        all_of_them = normalised(*torch.cat([shared, *given]).unbind(-1))
+        nmi, *ncmi = all_of_them.split([c, len(others), len(others)])
+    return nmi, torch.cat(ncmi) if c == 2 else _mean_of_pairs(others, *ncmi)
+
+
+@lru_cache(maxsize=16)
+def _combinations(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Products of entropies with these are I and the sum of both entropies.
+
+    [3, 2] from H(m), H(c), H(m,c); [7, 4] from those of (m, j, c), once for (m; c | j) and once for
+    (j; c | m). One product costs less than the sums one by one.
+    """
+    #       I   sum of both entropies
+    pair = [[1, 1], [1, 1], [-1, 0]]
+    triple = [
+        [0, 0, -1, -2],  # H(m)
+        [-1, -2, 0, 0],  # H(j)
+        [1, 1, 1, 1],  # H(m, j)
+        [0, 0, 0, 0],  # H(c)
+        [0, 0, 1, 1],  # H(m, c)
+        [1, 1, 0, 0],  # H(j, c)
+        [-1, 0, -1, 0],  # H(m, j, c)
+    ]
+    return (
+        torch.tensor(pair, dtype=torch.float64, device=device),
+        torch.tensor(triple, dtype=torch.float64, device=device),
+    )
+
+
+def _mean_of_pairs(others: Sequence[tuple[int, int]], forth: Tensor, back: Tensor) -> Tensor:
+    """Means over j of what m shares with c given j: [M, P] from the pairs (m, j) and (j, m)."""
+    count = max(j for _, j in others) + 1
+    given: list[list[Tensor]] = [[] for _ in range(count)]
     for q, (m, j) in enumerate(others):
-        per_modality[m].append(forth[q])
-        per_modality[j].append(back[q])
-    return nmi, torch.stack([torch.stack(each).mean(0) for each in per_modality])
-
-
-def _ncmi(h_xz: Tensor, h_yz: Tensor, h_xyz: Tensor, h_z: Tensor) -> Tensor:
-    """2 I(x; y | z) / (H(x | z) + H(y | z))."""
-    both = h_xz + h_yz - h_z
-    return normalised((both - h_xyz).clamp_(min=0), both - h_z)
+        given[m].append(forth[q])
+        given[j].append(back[q])
+    return torch.stack([torch.stack(each).mean(0) for each in given])
 
 
 def released_ncmi(counts: Tensor) -> Tensor:

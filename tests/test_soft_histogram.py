@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -267,16 +268,15 @@ def test_the_gradient_is_pytorchs(cell: Cell) -> None:
 def test_gradcheck(cell: Cell, used: str) -> None:
     # Off the centres, by more than gradcheck's step.
     base = torch.tensor([[0.0, 1.37, 2.61, 5.43, 7.0], [7.0, 0.23, 4.4, 0.0, 6.6]])
+    base = base[: 1 if cell.slow else 2]
     leaves = [base.double(), base.flip(1).double() * 2 - 3]
     leaves = [
         v.to(cell.device).requires_grad_(n in used) for n, v in zip("xy", leaves, strict=True)
     ]
-    assert torch.autograd.gradcheck(
-        lambda x, y: ops.soft_histogram(x, y, 8, backend=cell.backend), leaves
-    )
-    assert torch.autograd.gradcheck(
-        lambda x, y: ops.soft_histogram(x, y, 2, backend=cell.backend), leaves
-    )
+    for bins in (4,) if cell.slow else (2, 8):
+        assert torch.autograd.gradcheck(
+            partial(ops.soft_histogram, bins=bins, backend=cell.backend), leaves
+        )
 
 
 def test_gradcheck_of_the_ranges(cell: Cell) -> None:

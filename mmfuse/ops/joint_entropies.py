@@ -87,10 +87,23 @@ def joint_entropies(
         ValueError: the variables differ in shape or device, hold no values, or `bins` or `tuples`
             are out of range.
     """
-    names = names or [f"data[{k}]" for k in range(len(data))]
-    check_named(data, names.__getitem__)
     order = _order_of(tuples, len(data))
     check_bins(bins, MAX_BINS[order])
+    names = names or [f"data[{k}]" for k in range(len(data))]
+    check_named(data, names.__getitem__)
+    first = data[0]
+    # What is usual costs the least; only what is not is looked at one by one.
+    kinds = {(x.dtype, x.shape, x.device, x.is_contiguous(), x.requires_grad) for x in data}
+    usual = (first.dtype, first.shape, first.device, True, False)
+    ready = list(data)
+    if kinds != {usual} or first.dim() != 2 or first.numel() == 0:
+        ready = _checked(names, data)
+    flat = [k for members in tuples for k in members]
+    return JointEntropies(*_op(backend, first.device, ready, flat, order, bins))
+
+
+def _checked(names: Sequence[str], data: Sequence[Tensor]) -> list[Tensor]:
+    """The variables, contiguous, of one dtype and without a gradient; errors call them by names."""
     first = data[0]
     for name, x in zip(names, data, strict=True):
         if x.dim() != 2:
@@ -107,14 +120,12 @@ def joint_entropies(
     dtype = first.dtype
     for x in data[1:]:
         dtype = torch.promote_types(dtype, x.dtype)
-    flat = [k for members in tuples for k in members]
-    ready = [x.detach().to(dtype).contiguous() for x in data]
-    return JointEntropies(*_op(backend, first.device, ready, flat, order, bins))
+    return [x.detach().to(dtype).contiguous() for x in data]
 
 
 def _order_of(tuples: Sequence[Sequence[int]], count: int) -> int:
-    orders = {len(members) for members in tuples}
-    if orders not in ({2}, {3}):
+    orders = set(map(len, tuples))
+    if orders != {2} and orders != {3}:
         raise ValueError(f"tuples must hold pairs or triples of indices, got {list(tuples)}")
     for members in tuples:
         if any(not 0 <= k < count for k in members):

@@ -191,9 +191,8 @@ def _finish(like: Tensor, rows: Sequence[Tensor], *values: Tensor) -> tuple[Tens
 
 
 def normalised(mi: Tensor, total: Tensor) -> Tensor:
-    """2·I/(sum of both entropies), at most 1; 0 where both entropies are."""
-    constant = total == 0
-    return torch.where(constant, 0.0, 2 * mi / torch.where(constant, 1.0, total)).clamp(max=1)
+    """2·I/(sum of both entropies), in [0, 1]; 0 where both entropies are. NaN stays."""
+    return (2 * mi / (total + (total == 0))).clamp(0, 1)
 
 
 def _soft_entropies(

@@ -192,6 +192,13 @@ def test_constants_share_nothing(cell: Cell) -> None:
     assert all(value.tolist() == [0.0, 0.0] for value in given)
 
 
+def test_rounding_is_not_taken_for_information(cell: Cell) -> None:
+    """For these counts (n log n)/n is not log n; the quotient of such differences is 1."""
+    for count in (23, 39, 43, 114, 205):
+        x = torch.zeros(count, dtype=torch.float64, device=cell.device)
+        assert ops.mutual_information(x, x + 1, 5, backend=cell.backend).nmi < 1e-12
+
+
 @pytest.mark.parametrize("estimator", ["histogram", "soft"])
 def test_symmetric_and_within_bounds(cell: Cell, estimator: str) -> None:
     x, y, _ = related((20, 40), torch.float64, cell.device)

@@ -191,8 +191,13 @@ def _finish(like: Tensor, rows: Sequence[Tensor], *values: Tensor) -> tuple[Tens
 
 
 def normalised(mi: Tensor, total: Tensor) -> Tensor:
-    """2·I/(sum of both entropies), in [0, 1]; 0 where both entropies are. NaN stays."""
-    return (2 * mi / (total + (total == 0))).clamp(0, 1)
+    """2·I/(sum of both entropies), in [0, 1]; 0 where both entropies are. NaN stays.
+
+    An entropy of 0 comes out of its sum as a few rounding errors, and the quotient of two such
+    would be anything. A single sample in another bin makes (1 + log N)/N, which is far more.
+    """
+    least = 256 * torch.finfo(total.dtype).eps
+    return (2 * mi / (total + (total <= least))).clamp(0, 1)
 
 
 def _soft_entropies(

@@ -274,21 +274,20 @@ def normalised_information(
 
 @lru_cache(maxsize=16)
 def _combinations(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Products of entropies with these are I and the sum of both entropies.
+    """Products of entropies with these are 2 I and the sum of both entropies.
 
     [3, 2] from H(m), H(c), H(m,c); [7, 4] from those of (m, j, c), once for (m; c | j) and once for
     (j; c | m). One product costs less than the sums one by one.
     """
-    #       I   sum of both entropies
-    pair = [[1, 1], [1, 1], [-1, 0]]
+    pair = [[2, 1], [2, 1], [-2, 0]]
     triple = [
-        [0, 0, -1, -2],  # H(m)
-        [-1, -2, 0, 0],  # H(j)
-        [1, 1, 1, 1],  # H(m, j)
+        [0, 0, -2, -2],  # H(m)
+        [-2, -2, 0, 0],  # H(j)
+        [2, 1, 2, 1],  # H(m, j)
         [0, 0, 0, 0],  # H(c)
-        [0, 0, 1, 1],  # H(m, c)
-        [1, 1, 0, 0],  # H(j, c)
-        [-1, 0, -1, 0],  # H(m, j, c)
+        [0, 0, 2, 1],  # H(m, c)
+        [2, 1, 0, 0],  # H(j, c)
+        [-2, 0, -2, 0],  # H(m, j, c)
     ]
     return (
         torch.tensor(pair, dtype=torch.float64, device=device),

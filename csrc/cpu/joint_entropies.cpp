@@ -54,6 +54,7 @@ void set_bins(const RowRange& range, RowBins* row) {
   }
   edges[row->bins] = std::numeric_limits<acc_t>::infinity();
   row->low = low;
+  row->step = step;
   // The rounding of the edges and of a value's place between them amounts to less than
   // 4 epsilon (|low| + width); where that is under half a step, the nearest edge is one of the two.
   const bool certain = step >= std::numeric_limits<acc_t>::min() &&
@@ -258,6 +259,7 @@ class JointCounter {
 
   void count_piece(int64_t problem, int64_t begin, int64_t end, const RowBins* rows,
                    Scratch* scratch) const {
+    if (bins_ == 2) return count_halves(problem, begin, end, rows, scratch);
     for (int64_t at = begin; at < end; at += kBinTile) {
       const int64_t stop = std::min(end, at + kBinTile);
       for (size_t k = 0; k < data_.size(); ++k) {
@@ -272,6 +274,22 @@ class JointCounter {
         }
         count_(index, order_, bins_, stop - at, histogram(q, scratch));
       }
+    }
+  }
+
+  // Two bins need no indices.
+  void count_halves(int64_t problem, int64_t begin, int64_t end, const RowBins* rows,
+                    Scratch* scratch) const {
+    for (int64_t q = 0; q < count(); ++q) {
+      if (!is_valid(q, rows)) continue;
+      RowSlice slices[kMaxOrder];
+      const RowBins* bins[kMaxOrder];
+      for (int i = 0; i < order_; ++i) {
+        const int64_t k = tuples_[q * order_ + i];
+        slices[i] = slice(k, problem, begin, end);
+        bins[i] = &rows[k];
+      }
+      halves_(slices, bins, order_, histogram(q, scratch).hits);
     }
   }
 
@@ -300,6 +318,7 @@ class JointCounter {
   double* entropies_;
   decltype(&generic::row_range) range_ = MMFUSE_SIMD_SELECT(row_range);
   decltype(&generic::bin_tile) bin_ = MMFUSE_SIMD_SELECT(bin_tile);
+  decltype(&generic::count_halves) halves_ = MMFUSE_SIMD_SELECT(count_halves);
   decltype(&generic::count_tile) count_ = MMFUSE_SIMD_SELECT(count_tile);
   decltype(&generic::flush_histogram) flush_ = MMFUSE_SIMD_SELECT(flush_histogram);
 };

@@ -28,6 +28,7 @@ struct RowBins {
   bool valid;
   int bins;
   double low;
+  double step;
   // 1 / step where a value's distance from low tells its nearest edge for certain, else 0.
   double inverse_step;
   union {

@@ -1,6 +1,4 @@
 // Ranges, bins and counts of a few values; no include guard, see foreach_simd.h.
-#include "gather.h"
-
 constexpr int kBinUnroll = 4;
 
 // The u-th vector from x + i on; lanes from n on hold `rest`.
@@ -53,10 +51,26 @@ inline RowRange row_range(const RowSlice& row) {
   });
 }
 
+// As many int32 as F64 has lanes.
+using I32Half = int32_t __attribute__((vector_size(kVectorBytes / 2)));
+
 inline I32 lane_integers(I32 x) { return x; }
 inline I32Half lane_integers(I64 x) { return __builtin_convertvector(x, I32Half); }
 inline I32 truncate(F32 x) { return __builtin_convertvector(x, I32); }
 inline I32Half truncate(F64 x) { return __builtin_convertvector(x, I32Half); }
+inline F32 to_places(I32 x) { return __builtin_convertvector(x, F32); }
+inline F64 to_places(I32Half x) { return __builtin_convertvector(x, F64); }
+
+// Keeps the compiler from contracting a product with the sum that follows.
+template <typename vec_t>
+inline vec_t rounded_product(vec_t product) {
+#if defined(__x86_64__)
+  asm("" : "+x"(product));
+#else
+  asm("" : "+m"(product));
+#endif
+  return product;
+}
 
 // The largest i with edges[i] <= x. Either from the nearest edge, or by comparing with every one:
 // that is faster for few bins, and right also where the edges are as close as neighbouring numbers.
@@ -69,6 +83,7 @@ inline void bins_of_values(const scalar_t* x, int64_t n, const RowBins& row, int
   const acc_t* edges = edges_of(row, acc_t());
   const acc_t low = static_cast<acc_t>(row.low);
   const vec_t lows = splat(low);
+  const vec_t step = splat(static_cast<acc_t>(row.step));
   const vec_t inverse_step = splat(static_cast<acc_t>(row.inverse_step));
   const int bins = row.bins;
   for (int64_t i = 0; i < n; i += kBlock) {
@@ -81,8 +96,11 @@ inline void bins_of_values(const scalar_t* x, int64_t n, const RowBins& row, int
     if constexpr (kNearest) {
       MMFUSE_UNROLL for (int u = 0; u < kBinUnroll; ++u) {
         const vec_t half = splat(static_cast<acc_t>(0.5));
-        const auto nearest = truncate(multiply_add(v[u] - lows, inverse_step, half));
-        const auto bin = nearest + lane_integers(v[u] < gather(edges, nearest));
+        auto nearest = truncate(multiply_add(v[u] - lows, inverse_step, half));
+        nearest += nearest >= bins;  // the end of the last bin belongs to it
+        // The table's edge, formed again: that is quicker than to look it up.
+        const vec_t edge = rounded_product(to_places(nearest) * step) + lows;
+        const auto bin = nearest + lane_integers(v[u] < edge);
         std::memcpy(index + i + u * kWidth, &bin, sizeof bin);
       }
     } else {
@@ -108,6 +126,62 @@ inline void bin_tile(const RowSlice& row, const RowBins& bins, int32_t* index) {
       bins_of_values<true>(x, row.end - row.begin, bins, index);
     } else {
       bins_of_values<false>(x, row.end - row.begin, bins, index);
+    }
+  });
+}
+
+template <int kOrder, typename scalar_t>
+inline void count_halves_of(const RowSlice* rows, const RowBins* const* bins, uint32_t* hits) {
+  using acc_t = acc_type<scalar_t>;
+  using vec_t = vec_type<scalar_t>;
+  using mask_t = decltype(vec_t{} < vec_t{});
+  constexpr int kWidth = lanes_of<scalar_t>;
+  constexpr int kSets = 1 << kOrder;
+  const scalar_t* x[kOrder];
+  vec_t edge[kOrder];
+  for (int k = 0; k < kOrder; ++k) {
+    x[k] = static_cast<const scalar_t*>(rows[k].x) + rows[k].begin;
+    edge[k] = splat(edges_of(*bins[k], acc_t())[1]);
+  }
+  const int64_t n = rows[0].end - rows[0].begin;
+  // above[s]: minus the number of values in the upper bin of all variables of the set s.
+  mask_t above[kSets]{};
+  for (int64_t i = 0; i < n; i += kWidth) {
+    mask_t in[kSets];
+    MMFUSE_UNROLL for (int k = 0; k < kOrder; ++k) {
+      // What is no value is in no upper bin.
+      const vec_t v = load_until(x[k], i, n, std::numeric_limits<acc_t>::quiet_NaN());
+      in[1 << k] = v >= edge[k];
+      MMFUSE_UNROLL for (int s = 1; s < 1 << k; ++s) in[s | 1 << k] = in[s] & in[1 << k];
+    }
+    MMFUSE_UNROLL for (int s = 1; s < kSets; ++s) above[s] += in[s];
+  }
+  int64_t counts[kSets] = {n};
+  for (int s = 1; s < kSets; ++s) {
+    for (int lane = 0; lane < kWidth; ++lane) counts[s] -= above[s][lane];
+  }
+  // From "at least these" to "these and no others".
+  for (int k = 0; k < kOrder; ++k) {
+    for (int s = 0; s < kSets; ++s) {
+      if ((s >> k & 1) == 0) counts[s] -= counts[s | 1 << k];
+    }
+  }
+  for (int s = 0; s < kSets; ++s) {
+    int cell = 0;
+    for (int k = 0; k < kOrder; ++k) cell = 2 * cell + (s >> k & 1);
+    hits[cell] += static_cast<uint32_t>(counts[s]);
+  }
+}
+
+// Counts values in two bins for each variable; all rows begin and end alike.
+inline void count_halves(const RowSlice* rows, const RowBins* const* bins, int order,
+                         uint32_t* hits) {
+  visit_dtype(rows[0].dtype, [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    if (order == 2) {
+      count_halves_of<2, scalar_t>(rows, bins, hits);
+    } else {
+      count_halves_of<3, scalar_t>(rows, bins, hits);
     }
   });
 }

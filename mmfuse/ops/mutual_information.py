@@ -95,7 +95,7 @@ def mutual_information(
     else:
         raise ValueError(f"estimator must be 'histogram' or 'soft', got {estimator!r}")
     mi = (h_x + h_y - h_xy).clamp(min=0)
-    return MutualInformation(*_finish(x, rows, mi, h_x, h_y, normalised(mi, h_x + h_y)))
+    return MutualInformation(*_finish(x, rows, mi, h_x, h_y, normalised(2 * mi, h_x + h_y)))
 
 
 def conditional_mutual_information(
@@ -122,7 +122,7 @@ def conditional_mutual_information(
     h_xz, h_yz, h_xyz, h_z = _triple(rows, bins, backend)[3:]
     cmi = (h_xz + h_yz - h_xyz - h_z).clamp(min=0)
     h_x, h_y = (h_xz - h_z).clamp(min=0), (h_yz - h_z).clamp(min=0)
-    ncmi = normalised(cmi, h_x + h_y)
+    ncmi = normalised(2 * cmi, h_x + h_y)
     return ConditionalMutualInformation(*_finish(x, rows, cmi, h_x, h_y, ncmi))
 
 
@@ -190,14 +190,14 @@ def _finish(like: Tensor, rows: Sequence[Tensor], *values: Tensor) -> tuple[Tens
     return tuple((v if like.dim() == 2 else v.squeeze(0)).to(dtype) for v in values)
 
 
-def normalised(mi: Tensor, total: Tensor) -> Tensor:
+def normalised(twice_mi: Tensor, total: Tensor) -> Tensor:
     """2·I/(sum of both entropies), in [0, 1]; 0 where both entropies are. NaN stays.
 
     An entropy of 0 comes out of its sum as a few rounding errors, and the quotient of two such
     would be anything. A single sample in another bin makes (1 + log N)/N, which is far more.
     """
     least = 256 * torch.finfo(total.dtype).eps
-    return (2 * mi / (total + (total <= least))).clamp(0, 1)
+    return (twice_mi / (total + (total <= least))).clamp(0, 1)
 
 
 def _soft_entropies(

@@ -29,8 +29,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from .modalities import check_names
-from .ops.drop_modalities import check_batches
+from .modalities import check_names, named_features
 from .ops.joint_entropies import MAX_BINS, check_bins, joint_entropies
 from .ops.modality_scores import named_scores
 from .ops.mutual_information import normalised
@@ -157,16 +156,7 @@ class ARM(nn.Module):
             ValueError: names, numbers or shapes do not fit, the batch is empty, or a label is out
                 of range. Nothing has been changed then.
         """
-        if not isinstance(features, Mapping):
-            raise TypeError(f"features must map names to tensors, got {type(features).__name__}")
-        names = list(features)
-        if len(names) != self.num_modalities:
-            raise ValueError(
-                f"this ARM was made for num_modalities={self.num_modalities}, but features has "
-                f"{names}"
-            )
-        values = list(features.values())
-        check_batches([f"features[{name!r}]" for name in names], values)
+        names, values = named_features("ARM", features, self.num_modalities)
         if not self.training and not self._released:
             return ARMResult(_weighted(features, self._average()), self._average())
         if fused is None or logits is None or fused_logits is None or labels is None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops._tensors import check_named, why_unsupported
+from .ops.drop_modalities import check_batches
 from .ops.modality_scores import ModalityScores, named_scores
 
 Encoder = nn.Module | Iterable[Tensor]
@@ -181,6 +182,26 @@ def check_names(what: str, values: Mapping[str, Tensor], names: Sequence[str], o
                 if which
             )
         )
+
+
+def named_features(
+    method: str, features: Mapping[str, Tensor], count: int
+) -> tuple[list[str], list[Tensor]]:
+    """Names and features of the `count` modalities that a method was made for.
+
+    Raises:
+        TypeError: `features` is not a mapping, or a feature is sparse, integer or complex.
+        ValueError: there are more or fewer, or their batch sizes or devices differ.
+    """
+    if not isinstance(features, Mapping):
+        raise TypeError(f"features must map names to tensors, got {type(features).__name__}")
+    names, values = list(features), list(features.values())
+    if len(names) != count:
+        raise ValueError(
+            f"this {method} was made for num_modalities={count}, but features has {names}"
+        )
+    check_batches([f"features[{name!r}]" for name in names], values)
+    return names, values
 
 
 def per_tensor(coefficients: Tensor, active: Active) -> Tensor:

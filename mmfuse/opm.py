@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modalities import check_names
+from .modalities import check_names, named_features
 from .noise import NoiseStream
 from .ops.discrepancy_ratios import discrepancy_ratios
-from .ops.drop_modalities import check_batches, named_drop
+from .ops.drop_modalities import named_drop
 from .ops.modality_scores import named_scores
 
 
@@ -214,9 +214,7 @@ class OPM(nn.Module):
             ValueError: names, numbers or shapes do not fit, or a label is out of range. Nothing has
                 been changed then.
         """
-        names = list(_checked_features(features, self.num_modalities))
-        values = list(features.values())
-        check_batches([f"features[{name!r}]" for name in names], values)
+        names, values = named_features("OPM", features, self.num_modalities)
         if not self.training:
             keep = torch.ones(
                 len(names), values[0].shape[0], dtype=torch.bool, device=values[0].device
@@ -291,13 +289,3 @@ class OPM(nn.Module):
     def extra_repr(self) -> str:
         """The hyper-parameters."""
         return f"q_base={self.q_base}, lam={self.lam}, num_modalities={self.num_modalities}"
-
-
-def _checked_features(features: Mapping[str, Tensor], count: int) -> Mapping[str, Tensor]:
-    if not isinstance(features, Mapping):
-        raise TypeError(f"features must map names to tensors, got {type(features).__name__}")
-    if len(features) != count:
-        raise ValueError(
-            f"this OPM was made for num_modalities={count}, but features has {list(features)}"
-        )
-    return features

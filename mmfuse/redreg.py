@@ -85,9 +85,10 @@ class RedReg:
                 optimizer.step()
 
     `step` comes after AMP's unscaling and before clipping. The monitor costs two forward passes of
-    every encoder, without gradients: with one backward pass a step of training takes about 5/3 of
-    its time, and with ``monitor_every=k`` about 1 + 2/(3k). It runs in evaluation mode and leaves
-    batch norm's statistics, training flags and PyTorch's random state as they were.
+    every encoder, without gradients. By the passes alone a step of training takes 5/3 of its time,
+    and 1 + 2/(3k) with ``monitor_every=k``; measured on two ResNet-18, with the regulation, are
+    1.52, 1.29 (k = 2) and 1.16 (k = 4). It runs in evaluation mode and leaves batch norm's
+    statistics, training flags and PyTorch's random state as they were.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities. Parameters are

@@ -63,6 +63,40 @@ def check_pairs(
     return params, anchors
 
 
+def promoted(
+    names: Sequence[str], tensors: Sequence[Tensor], why: str, shapes: str, *dims: int
+) -> list[Tensor]:
+    """The tensors in one dtype, checked to be of one shape on one device.
+
+    Args:
+        names: What errors call them.
+        tensors: At least one.
+        why: Why they must have one shape, for the error text.
+        shapes: The shapes that they may have, for the error text.
+        *dims: How many dimensions they may have.
+
+    Raises:
+        TypeError: one of them is sparse, integer or complex.
+        ValueError: their shapes or devices differ, or they have other dimensions.
+    """
+    check_named(tensors, names.__getitem__)
+    first = tensors[0]
+    for name, tensor in zip(names, tensors, strict=True):
+        if tensor.dim() not in dims:
+            raise ValueError(f"{name} must be {shapes}, got {list(tensor.shape)}")
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{why} and must have one shape: {names[0]} is {list(first.shape)}, "
+                f"{name} {list(tensor.shape)}"
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{name} is on {tensor.device}, {names[0]} on {first.device}")
+    dtype = first.dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return [tensor.to(dtype) for tensor in tensors]
+
+
 def check_vector(name: str, value: Tensor, length: int) -> None:
     """Checks that a coefficient is a floating [T] tensor."""
     if not isinstance(value, Tensor) or not value.is_floating_point():

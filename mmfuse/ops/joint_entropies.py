@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from ._registry import Op
-from ._tensors import check_named
+from ._tensors import check_named, promoted
 
 #: Most bins for pairs and for triples: the counts of one problem then fit a GPU's shared memory or
 #: its L2 cache.
 MAX_BINS = {2: 256, 3: 32}
+
+#: Why variables must have one shape.
+PAIRED = "the values are paired"
 
 
 class JointEntropies(NamedTuple):
@@ -104,23 +107,15 @@ def joint_entropies(
 
 def _checked(names: Sequence[str], data: Sequence[Tensor]) -> list[Tensor]:
     """The variables, contiguous, of one dtype and without a gradient; errors call them by names."""
-    first = data[0]
-    for name, x in zip(names, data, strict=True):
-        if x.dim() != 2:
-            raise ValueError(f"{name} must be [P, N], got {list(x.shape)}")
-        if x.shape != first.shape:
-            raise ValueError(
-                f"the values are paired and must have one shape: {names[0]} is "
-                f"{list(first.shape)}, {name} {list(x.shape)}"
-            )
-        if x.device != first.device:
-            raise ValueError(f"{name} is on {x.device}, {names[0]} on {first.device}")
-    if first.numel() == 0:
-        raise ValueError(f"{names[0]} is empty ({list(first.shape)}); there is nothing to count")
-    dtype = first.dtype
-    for x in data[1:]:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return [x.detach().to(dtype).contiguous() for x in data]
+    rows = promoted(names, data, PAIRED, "[P, N]", 2)
+    check_not_empty(names[0], rows[0])
+    return [x.detach().contiguous() for x in rows]
+
+
+def check_not_empty(name: str, values: Tensor) -> None:
+    """Raises a ValueError if there is nothing to count."""
+    if values.numel() == 0:
+        raise ValueError(f"{name} is empty ({list(values.shape)}); there is nothing to count")
 
 
 def _order_of(tuples: Sequence[Sequence[int]], count: int) -> int:

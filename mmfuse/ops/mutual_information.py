@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._tensors import check_named
-from .joint_entropies import MAX_BINS, check_bins, joint_entropies
+from ._tensors import promoted
+from .joint_entropies import MAX_BINS, PAIRED, check_bins, check_not_empty, joint_entropies
 from .soft_histogram import soft_histogram
 
 Estimator = Literal["histogram", "soft"]
@@ -164,24 +164,9 @@ def _triple(rows: Sequence[Tensor], bins: int, backend: str | None) -> tuple[Ten
 
 def _rows(names: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:
     """The values as [P, N] of one dtype, checked."""
-    check_named(values, names.__getitem__)
-    first = values[0]
-    for name, value in zip(names, values, strict=True):
-        if value.dim() not in (1, 2):
-            raise ValueError(f"{name} must be [N] or [P, N], got {list(value.shape)}")
-        if value.shape != first.shape:
-            raise ValueError(
-                f"the values are paired and must have one shape: {names[0]} is "
-                f"{list(first.shape)}, {name} {list(value.shape)}"
-            )
-        if value.device != first.device:
-            raise ValueError(f"{name} is on {value.device}, {names[0]} on {first.device}")
-    if first.numel() == 0:
-        raise ValueError(f"{names[0]} is empty ({list(first.shape)}); there is nothing to count")
-    dtype = first.dtype
-    for value in values[1:]:
-        dtype = torch.promote_types(dtype, value.dtype)
-    return [(v if v.dim() == 2 else v.unsqueeze(0)).to(dtype) for v in values]
+    rows = promoted(names, values, PAIRED, "[N] or [P, N]", 1, 2)
+    check_not_empty(names[0], rows[0])
+    return [x if x.dim() == 2 else x.unsqueeze(0) for x in rows]
 
 
 def _finish(like: Tensor, rows: Sequence[Tensor], *values: Tensor) -> tuple[Tensor, ...]:

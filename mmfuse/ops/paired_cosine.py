@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._registry import Op
-from ._tensors import check_named
+from ._tensors import promoted
 
 
 def _fake(a: Tensor, b: Tensor) -> Tensor:
@@ -75,19 +75,5 @@ def aligned(names: Sequence[str], features: Sequence[Tensor]) -> list[Tensor]:
         TypeError: one of them is sparse, integer or complex.
         ValueError: they are not [B, D] of one shape on one device.
     """
-    check_named(features, names.__getitem__)
-    first = features[0]
-    for name, feature in zip(names, features, strict=True):
-        if feature.dim() != 2:
-            raise ValueError(f"{name} must be [B, D], got {list(feature.shape)}")
-        if feature.shape != first.shape:
-            raise ValueError(
-                f"features are compared row by row and must have one shape: {names[0]} is "
-                f"{list(first.shape)}, {name} {list(feature.shape)}"
-            )
-        if feature.device != first.device:
-            raise ValueError(f"{name} is on {feature.device}, {names[0]} on {first.device}")
-    dtype = first.dtype
-    for feature in features[1:]:
-        dtype = torch.promote_types(dtype, feature.dtype)
-    return [feature.to(dtype).contiguous() for feature in features]
+    why = "features are compared row by row"
+    return [f.contiguous() for f in promoted(names, features, why, "[B, D]", 2)]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .. import _native
+from ._eager import Formula, differentiable_call
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -47,6 +48,7 @@ class Op:
         self._reasons: dict[str, str] = {}
         self.overloads: dict[str, Any] = {}
         self._chosen: dict[tuple[str | None, str], str] = {}
+        self._formula: tuple[Formula, Formula] | None = None
         for backend in BACKENDS:
             _library.define(f"{name}.{backend}{schema}")
             qualified = f"mmfuse::{name}.{backend}"
@@ -71,6 +73,7 @@ class Op:
         self, backward: Callable[..., Any], setup_context: Callable[..., Any]
     ) -> None:
         """Gives every overload the same gradient formula; `backward` gets the overload's name."""
+        self._formula = (backward, setup_context)
         for backend in BACKENDS:
 
             def bound(ctx: Any, *grads: Any, _backend: str = backend) -> Any:
@@ -127,9 +130,14 @@ class Op:
         return best
 
     def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:
-        overload = self.overloads[self.resolve(backend, device)]
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        chosen = self.resolve(backend, device)
+        overload = self.overloads[chosen]
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return overload(*args)
+        if torch.is_grad_enabled():
+            if self._formula is None:
+                return overload(*args)
+            return differentiable_call(overload, args, *self._formula, chosen)
         # Past the autograd key, whose Python kernel costs more than a small op does.
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)

@@ -1,0 +1,96 @@
+"""Gradient formulas in eager mode, without PyTorch's wrapper around registered ones.
+
+That wrapper serves torch.compile and every other transform, and takes several times as long as this
+for an op with lists of tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Formula = Callable[..., Any]
+
+
+def _tensors_in(value: object) -> Sequence[Tensor]:
+    """The tensors of one argument or result: itself, or a list's."""
+    if isinstance(value, Tensor):
+        return (value,)
+    is_list = isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)
+    return value if is_list else ()  # type: ignore[return-value]
+
+
+class _Call(torch.autograd.Function):
+    """One call of an overload. Its tensors come flat, since autograd sees no other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        overload: Callable[..., Any],
+        args: tuple[Any, ...],
+        formula: Formula,
+        setup_context: Formula,
+        backend: str,
+        results: list[Any],
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            output = overload(*args)
+        setup_context(ctx, args, output)
+        results.extend(output if isinstance(output, tuple) else [output])
+        ctx.formula, ctx.backend = formula, backend
+        # How many tensors each argument and result has; a list is a list also with one.
+        ctx.arguments = [(len(_tensors_in(a)), isinstance(a, Tensor)) for a in args]
+        ctx.results = [(len(_tensors_in(r)), isinstance(r, Tensor)) for r in results]
+        return tuple(t for r in results for t in _tensors_in(r))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        found = ctx.formula(ctx.backend, ctx, *_nested(grads, ctx.results))
+        found = found if isinstance(found, tuple) else (found,)
+        flat: list[Tensor | None] = []
+        for grad, (count, alone) in zip(found, ctx.arguments, strict=True):
+            if grad is None:
+                flat.extend([None] * count)
+            else:
+                flat.extend([grad] if alone else grad)
+        return (None,) * 6 + tuple(flat)
+
+
+def _nested(tensors: Sequence[Any], layout: Sequence[tuple[int, bool]]) -> list[Any]:
+    """The flat tensors as they belong together: alone, or in lists."""
+    left = iter(tensors)
+    return [next(left) if alone else [next(left) for _ in range(count)] for count, alone in layout]
+
+
+def differentiable_call(
+    overload: Callable[..., Any],
+    args: tuple[Any, ...],
+    formula: Formula,
+    setup_context: Formula,
+    backend: str,
+) -> Any:
+    """Calls the overload; its results have gradients if an argument has.
+
+    Args:
+        overload: Of the op and `backend`.
+        args: Its arguments: tensors, lists of tensors, anything else.
+        formula: As `backward` in `torch.library.register_autograd`, after the backend's name.
+        setup_context: As there.
+        backend: Name of the overload.
+
+    Returns:
+        What the overload returns.
+    """
+    tensors = [t for a in args for t in _tensors_in(a)]
+    if not any(t.requires_grad for t in tensors):
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+    results: list[Any] = []
+    flat = _Call.apply(overload, args, formula, setup_context, backend, results, *tensors)
+    layout = [(len(_tensors_in(r)), isinstance(r, Tensor)) for r in results]
+    nested = _nested(flat, layout)
+    return nested[0] if len(nested) == 1 else tuple(nested)

@@ -216,11 +216,11 @@ METHODS: dict[str, Callable[[Model, int, argparse.Namespace], Joint]] = {
 }
 
 
-# What a method's coefficients are factors of, where it is not the gradient.
-FACTOR_OF = {
-    "InfoReg": "displacement",
-    "RedReg": "displacement",
-    "OPM": "feature, on average",
-    "OPM + OGM-GE": "feature, on average",
-    "ARM": "feature",
+# What a method's coefficients are, where they are not factors of the gradient.
+COEFFICIENTS = {
+    "InfoReg": "factor of the displacement",
+    "RedReg": "factor of the displacement",
+    "OPM": "share of features kept",
+    "OPM + OGM-GE": "share of features kept",
+    "ARM": "factor of the feature",
 }

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 from _handwritten_data import CITATION, CLASSES, VIEWS, MissingDataError, Split, load, split
-from _handwritten_methods import FACTOR_OF, METHODS, Model, Record
+from _handwritten_methods import COEFFICIENTS, METHODS, Model, Record
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +36,7 @@ matplotlib.use("Agg")  # draws to a file; needs no display
 from matplotlib import pyplot as plt
 
 SPEED_ROUNDS, SPEED_STEPS = 21, 20
+PLOT_COLUMNS = 4
 
 
 class Run:
@@ -224,16 +225,20 @@ def plot(results: dict[str, list[Result]], args: argparse.Namespace) -> Path:
     shown = [method for method in results if method != "joint"] or ["joint"]
     steps = len(results[shown[0]][0].history.scores)
     window = min(steps, max(10, steps // 25))
+    columns = min(len(shown), PLOT_COLUMNS)
+    rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(
-        2,
-        len(shown),
-        figsize=(max(5.0, 3.2 * len(shown)), 5.6),
+        2 * rows,
+        columns,
+        figsize=(max(5.0, 3.2 * columns), 5.2 * rows + 0.4),
         layout="constrained",
-        sharex=True,
         squeeze=False,
     )
+    pairs = axes.reshape(rows, 2, columns).transpose(0, 2, 1).reshape(-1, 2)
+    for axis in pairs[len(shown) :].flat:
+        axis.axis("off")
     styles = {"the method": "-"}
-    for (upper, lower), method in zip(axes.T, shown, strict=True):
+    for (upper, lower), method in zip(pairs, shown, strict=False):
         history = results[method][0].history
         for m in range(len(args.views)):
             for axis, values in ((upper, history.scores), (lower, history.coefficients)):
@@ -243,18 +248,19 @@ def plot(results: dict[str, list[Result]], args: argparse.Namespace) -> Path:
                 styles["joint"] = "--"
                 scores = results["joint"][0].history.scores[:, m]
                 upper.plot(*running_mean(scores, window), "--", color=f"C{m}", linewidth=1.2)
-        upper.set(title=method, ylim=(-0.02, 1.05))
+        upper.set(title=method, xlim=(0, steps), ylim=(-0.02, 1.05))
         lower.set(
             xlabel="step",
             xlim=(0, steps),
-            ylabel=f"factor of the {FACTOR_OF.get(method, 'gradient')}",
+            ylabel=COEFFICIENTS.get(method, "factor of the gradient"),
         )
         if lower.get_ylim()[1] < 1.05:
             lower.set_ylim(-0.02, 1.05)
         for axis in (upper, lower):
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
-    axes[0, 0].set_ylabel("how sure a view alone is")
+    for axis in axes[::2, 0]:
+        axis.set_ylabel("how sure a view alone is")
     keys = [plt.Line2D([], [], color=f"C{m}", label=view) for m, view in enumerate(args.views)]
     keys += [plt.Line2D([], [], color="0.4", ls=ls, label=name) for name, ls in styles.items()]
     figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False)
@@ -337,7 +343,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MissingDataError as error:
         print(error, file=sys.stderr)
         return 1
-    console = Console(highlight=False, width=50 + 17 * len(args.views))
+    console = Console(highlight=False, width=58 + 17 * len(args.views))
     console.print(CITATION, soft_wrap=True)
     console.print(
         f"views {' + '.join(args.views)}; {args.train} training and {len(labels) - args.train} "

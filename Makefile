@@ -45,7 +45,8 @@ demo: build
 	$(BIN)/python benchmarks/run.py --quick --output build/benchmark
 
 test: build
-	MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda $(BIN)/python -m pytest -q
+	MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
+		$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

@@ -61,11 +61,11 @@ def joint_entropies(
 ) -> JointEntropies:
     """Joint histograms of pairs or triples of variables, and the entropies of all their margins.
 
-    The bins are NumPy's: `bins` equal ones over each row's own range, closed on the left, the last
-    one on both sides, constant data widened by 0.5 to either side. The counts are exact. Nothing
-    is differentiable. (Where a range is so narrow that its step is subnormal, NumPy's edges may not
-    ascend, and its counts mean nothing; here a value goes to the last bin that begins at or below
-    it.)
+    The bins are those of NumPy 2, whose edges have the data's precision: `bins` equal ones over
+    each row's own range, closed on the left, the last one on both sides, constant data widened by
+    0.5 to either side. The counts are exact. Nothing is differentiable. (Where a range is so narrow
+    that its step is subnormal, NumPy's edges may not ascend, and its counts mean nothing; here a
+    value goes to the last bin that begins at or below it.)
 
     Equivalent to, for each pair (x, y) of rows::
 

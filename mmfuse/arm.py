@@ -158,7 +158,8 @@ class ARM(nn.Module):
         """
         names, values = named_features("ARM", features, self.num_modalities)
         if not self.training and not self._released:
-            return ARMResult(_weighted(features, self._average()), self._average())
+            average = self._average()
+            return ARMResult(_weighted(features, average), average)
         if fused is None or logits is None or fused_logits is None or labels is None:
             raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
         check_names("logits", logits, names, "features")

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ._epochs import EpochWindow
 from .modalities import Encoder, Modalities, Select, per_tensor
 from .noise import NoiseStream, default_stream
 from .ops import GradStats, discrepancy_ratios, grad_stats, update_grads_
@@ -130,7 +131,7 @@ def ogm_backward(
     return _act(modalities, decision, noise, stream, backend)
 
 
-class OGM:
+class OGM(EpochWindow):
     """OGM or OGM-GE for a whole training run.
 
     ::
@@ -174,16 +175,12 @@ class OGM:
         backend: str | None = None,
     ) -> None:
         _check_hyperparameters(alpha, formula)
-        if ends is not None and ends < starts:
-            raise ValueError(f"ends={ends} is before starts={starts}")
+        self._set_window(starts, ends)
         self.modalities = Modalities(encoders, select)
         self.alpha = alpha
         self.noise = noise
         self.formula: Formula = formula
-        self.starts = starts
-        self.ends = ends
         self.backend = backend
-        self.epoch = 0
         self.stream = stream or NoiseStream(device=self.modalities.parameters[0].device)
 
     @classmethod
@@ -199,15 +196,6 @@ class OGM:
         return cls(
             encoders, alpha=alpha, noise=noise, formula="cvpr", select="conv", starts=0, ends=50
         )
-
-    @property
-    def modulating(self) -> bool:
-        """Whether the current epoch lies between `starts` and `ends`, both included."""
-        return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, counted from 0."""
-        self.epoch = epoch
 
     def backward(
         self,

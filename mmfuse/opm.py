@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._epochs import EpochWindow
 from .modalities import check_names, named_features
 from .noise import NoiseStream
 from .ops.discrepancy_ratios import discrepancy_ratios
@@ -69,7 +70,7 @@ def drop_probabilities(ratios: Tensor, q_base: float = 0.5, lam: float = 0.5) ->
     return torch.where(ratios > 1, q, 0.0)
 
 
-class OPM(nn.Module):
+class OPM(EpochWindow, nn.Module):
     """OPM, between the encoders and the fusion.
 
     ::
@@ -124,15 +125,11 @@ class OPM(nn.Module):
             raise ValueError(f"lam must be a finite number of at least 0, got {lam}")
         if num_modalities < 2:
             raise ValueError(f"balancing needs at least two modalities, got {num_modalities}")
-        if ends is not None and ends < starts:
-            raise ValueError(f"ends={ends} is before starts={starts}")
+        self._set_window(starts, ends)
         self.q_base = q_base
         self.lam = lam
         self.num_modalities = num_modalities
-        self.starts = starts
-        self.ends = ends
         self.backend = backend
-        self.epoch = 0
         self._p_exe: float | None = None
         self.register_buffer("q", torch.zeros(num_modalities))
         self.register_buffer("noise_state", (stream or NoiseStream()).state)
@@ -181,15 +178,6 @@ class OPM(nn.Module):
         )
         made._p_exe = p_exe
         return made
-
-    @property
-    def modulating(self) -> bool:
-        """Whether the current epoch lies between `starts` and `ends`, both included."""
-        return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, counted from 0."""
-        self.epoch = epoch
 
     def forward(
         self,

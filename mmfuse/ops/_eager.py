@@ -19,8 +19,14 @@ def _tensors_in(value: object) -> Sequence[Tensor]:
     """The tensors of one argument or result: itself, or a list's."""
     if isinstance(value, Tensor):
         return (value,)
-    is_list = isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor)
-    return value if is_list else ()  # type: ignore[return-value]
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        return value
+    return ()
+
+
+def _layout(values: Sequence[object]) -> list[tuple[int, bool]]:
+    """How many tensors each one has, and whether alone: a list is a list also with one."""
+    return [(len(_tensors_in(v)), isinstance(v, Tensor)) for v in values]
 
 
 class _Call(torch.autograd.Function):
@@ -42,9 +48,7 @@ class _Call(torch.autograd.Function):
         setup_context(ctx, args, output)
         results.extend(output if isinstance(output, tuple) else [output])
         ctx.formula, ctx.backend = formula, backend
-        # How many tensors each argument and result has; a list is a list also with one.
-        ctx.arguments = [(len(_tensors_in(a)), isinstance(a, Tensor)) for a in args]
-        ctx.results = [(len(_tensors_in(r)), isinstance(r, Tensor)) for r in results]
+        ctx.arguments, ctx.results = _layout(args), _layout(results)
         return tuple(t for r in results for t in _tensors_in(r))
 
     @staticmethod
@@ -91,6 +95,5 @@ def differentiable_call(
             return overload(*args)
     results: list[Any] = []
     flat = _Call.apply(overload, args, formula, setup_context, backend, results, *tensors)
-    layout = [(len(_tensors_in(r)), isinstance(r, Tensor)) for r in results]
-    nested = _nested(flat, layout)
+    nested = _nested(flat, _layout(results))
     return nested[0] if len(nested) == 1 else tuple(nested)

@@ -53,11 +53,22 @@ class Monitor:
         self.noise = noise
         self.backend = backend
 
-    def __call__(self, inputs: Sequence[Tensor], stream: NoiseStream) -> list[Tensor]:
-        """The redundancy of every modality's representation, each 0-d."""
-        ratios = []
+    def __call__(
+        self, inputs: Sequence[Tensor], stream: NoiseStream, first_row: int = 0
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """The redundancy of every modality's representation, and the views' mean |x1 - x2|².
+
+        Args:
+            inputs: One for each modality.
+            stream: The random stream.
+            first_row: Which row of the whole batch, over all ranks, is the inputs' first.
+
+        Returns:
+            Two lists of M 0-d tensors.
+        """
+        ratios, squares = [], []
         for m, (name, x) in enumerate(zip(self.names, inputs, strict=True)):
-            x1, x2, input_sq = self._views(m, x, stream)
+            x1, x2, input_sq = self._views(m, x, stream, first_row)
             if name in self.clamp:
                 x1, x2 = x1.clamp(0.0, 1.0), x2.clamp(0.0, 1.0)
                 input_sq = (x1 - x2).square().mean()
@@ -65,11 +76,15 @@ class Monitor:
             with unnoticed(encoder, x.device):
                 z1, z2 = _representation(name, encoder, x1), _representation(name, encoder, x2)
             ratios.append(redundancy_ratio(z1, z2, input_sq, backend=self.backend))
-        return ratios
+            squares.append(input_sq)
+        return ratios, squares
 
-    def _views(self, m: int, x: Tensor, stream: NoiseStream) -> tuple[Tensor, Tensor, Tensor]:
+    def _views(
+        self, m: int, x: Tensor, stream: NoiseStream, first_row: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if self.noise is None:
-            placed = stream.place([2 * m, 2 * m + 1])
+            offset = first_row * math.prod(x.shape[1:])
+            placed = stream.place([2 * m, 2 * m + 1], [offset, offset])
             return noisy_views(x, self.sigma[m], placed, backend=self.backend)
         x1, x2 = (x + self.sigma[m] * self.noise(x) for _ in range(2))
         return x1, x2, (x1 - x2).square().mean()
@@ -132,6 +147,8 @@ def _callable(
     name: str, encoders: Mapping[str, Encoder], forward: Mapping[str, Forward]
 ) -> Forward:
     found = forward.get(name, encoders[name])
+    if isinstance(found, nn.parallel.DistributedDataParallel):
+        found = found.module  # without gradients there is nothing to synchronise
     if not callable(found):
         raise TypeError(
             f"encoders[{name!r}] is no module: give forward={{{name!r}: callable}}, which maps its "

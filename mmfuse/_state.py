@@ -54,3 +54,8 @@ class State(dict[str, Tensor]):
         """Takes over the values."""
         for name, tensor in self.items():
             tensor.copy_(saved[name])
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs, as it does when a checkpointed forward pass is repeated."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

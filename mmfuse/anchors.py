@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._shards import like_shard, local_part, own_part
 from .modalities import Active, Modalities
 from .ops import GradStats, grad_stats, update_grads_
 
@@ -35,15 +36,19 @@ class Anchors:
             raise TypeError(f"anchor_dtype must be a floating dtype, got {dtype}")
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
-        #: One for each parameter of the modalities; empty until `take`.
+        #: One for each parameter of the modalities, this rank's part; empty until `take`.
         self.tensors: list[Tensor] = []
 
     @torch.no_grad()
     def take(self, parameters: Sequence[Tensor]) -> None:
         """Copies the parameters as they are now, into the memory of the last copy if it fits."""
-        empty = self.tensors or [torch.empty(0)] * len(parameters)
-        self.tensors = [self._room(p, old) for p, old in zip(parameters, empty, strict=True)]
-        torch._foreach_copy_(self.tensors, [p.detach() for p in parameters])
+        parts = [local_part(p.detach()) for p in parameters]
+        self._allocate(parts)
+        torch._foreach_copy_(self.tensors, parts)
+
+    def _allocate(self, parts: Sequence[Tensor]) -> None:
+        empty = self.tensors or [torch.empty(0)] * len(parts)
+        self.tensors = [self._room(p, old) for p, old in zip(parts, empty, strict=True)]
 
     def _room(self, parameter: Tensor, old: Tensor) -> Tensor:
         device = self.device or parameter.device
@@ -83,7 +88,10 @@ class Anchors:
             grad_stats(active.grads[part], active.params[part], anchors, backend=backend)
             for part, anchors in self._parts(active)
         ]
-        return parts[0] if len(parts) == 1 else GradStats(*map(torch.cat, zip(*parts, strict=True)))
+        found = (
+            parts[0] if len(parts) == 1 else GradStats(*map(torch.cat, zip(*parts, strict=True)))
+        )
+        return active.whole(found)
 
     def update_(
         self, active: Active, scale: Tensor, pull: Tensor, finite: Tensor, backend: str | None
@@ -115,26 +123,29 @@ class Anchors:
                 yield part, [a.to(g.device, non_blocking=True) for a, g in pairs]
                 begin, size = end, 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """The copies themselves, as an optimizer gives its state: save them, or copy them."""
-        return {"tensors": list(self.tensors)}
+    def state_dict(self, modalities: Modalities) -> dict[str, Any]:
+        """The copies themselves, as an optimizer gives its state: save them, or copy them.
+
+        Before the first `take` they are made, so that a checkpoint has somewhere to load into.
+        """
+        if not self.tensors:
+            self.take(modalities.parameters)
+        pairs = zip(self.tensors, modalities.parameters, strict=True)
+        return {"tensors": [like_shard(anchor, p) for anchor, p in pairs]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], modalities: Modalities) -> None:
-        """Takes over the values of the anchors that `state_dict` holds.
+        """Takes over the values of the anchors that `state_dict` holds: of the whole parameters.
 
         Raises:
             ValueError: they do not fit the parameters; nothing has been changed then.
         """
         loaded = list(state_dict["tensors"])
-        if loaded and len(loaded) != len(modalities.parameters):
+        if len(loaded) != len(modalities.parameters):
             raise ValueError(
                 f"the state holds {len(loaded)} anchors, the encoders have "
                 f"{len(modalities.parameters)} parameters"
             )
-        if not loaded:
-            self.tensors = []
-            return
         for name, parameter, anchor in zip(
             modalities.parameter_names, modalities.parameters, loaded, strict=True
         ):
@@ -143,9 +154,6 @@ class Anchors:
                     f"the state's anchor of {name} has shape {list(anchor.shape)}, the parameter "
                     f"{list(parameter.shape)}"
                 )
-        empty = self.tensors or [torch.empty(0)] * len(loaded)
-        self.tensors = [
-            self._room(p, old) for p, old in zip(modalities.parameters, empty, strict=True)
-        ]
-        for target, source in zip(self.tensors, loaded, strict=True):
-            target.copy_(source)
+        self._allocate([local_part(p.detach()) for p in modalities.parameters])
+        for target, source, whole in zip(self.tensors, loaded, modalities.parameters, strict=True):
+            target.copy_(own_part(source, whole))

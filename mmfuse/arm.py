@@ -29,6 +29,8 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from ._ranks import Group, check_group, mean_over_ranks
+from ._state import in_backward
 from .modalities import check_names, named_features
 from .ops.joint_entropies import MAX_BINS, check_bins, joint_entropies
 from .ops.modality_scores import named_scores
@@ -80,6 +82,9 @@ class ARM(nn.Module):
         conditional_bins: Of the conditional mutual information, from 1 to 32.
         num_modalities: M ≥ 2.
         momentum: Of the weights' moving average, in [0, 1).
+        process_group: The ranks over which scores and information, which each rank estimates from
+            its own samples, are averaged in training: None for all where torch.distributed is
+            initialized, False for this rank alone.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -97,6 +102,7 @@ class ARM(nn.Module):
         *,
         num_modalities: int = 2,
         momentum: float = 0.9,
+        process_group: Group = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -110,13 +116,14 @@ class ARM(nn.Module):
         self.conditional_bins = conditional_bins
         self.num_modalities = num_modalities
         self.momentum = momentum
+        self.process_group = check_group(process_group)
         self.backend = backend
         self._released = False
         self.register_buffer("average", torch.zeros(num_modalities, dtype=torch.float64))
         self.register_buffer("average_weight", torch.zeros((), dtype=torch.float64))
 
     @classmethod
-    def official(cls, *, backend: str | None = None) -> ARM:
+    def official(cls, *, process_group: Group = None, backend: str | None = None) -> ARM:
         """What the authors' released code runs, for two modalities.
 
         Its conditional entropy divides the joint probabilities by p(z) along an axis that is not
@@ -125,7 +132,7 @@ class ARM(nn.Module):
         `eval()` it needs the labels of the test set too. That its layer from the features to
         `fused` gets no gradient is a matter of your network: the weights are detached either way.
         """
-        made = cls(backend=backend)
+        made = cls(process_group=process_group, backend=backend)
         made._released = True
         return made
 
@@ -171,11 +178,16 @@ class ARM(nn.Module):
                 labels,
                 self.backend,
             ).prob.double()
+            if self.training:
+                seen = torch.cat([nmi, ncmi, scores])
+                seen = mean_over_ranks(seen, labels, self.process_group)
+                nmi, ncmi, scores = seen.split([len(names), len(names), len(names) + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
             weights = modality_weights(
                 contributions if self._released else contributions.clamp(min=_LEAST)
             )
-            if self.training:
+            # A checkpointed forward pass is repeated in the backward pass; it counts once.
+            if self.training and not in_backward():
                 # One weight that is not finite would stay in the average for ever.
                 share = weights.isfinite().all().to(weights.dtype) * (1 - self.momentum)
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))

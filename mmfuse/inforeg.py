@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._ranks import Group, Observations, Observed
 from ._state import State
 from .anchors import Anchors
 from .modalities import (
@@ -35,11 +36,11 @@ from .modalities import (
     Encoder,
     Modalities,
     Select,
+    given,
     index_tensor,
     per_tensor,
 )
-from .ops import GradStats, ModalityScores, grad_stats
-from .reference.modality_scores import IGNORED_LABEL
+from .ops import ModalityScores, grad_stats
 
 # Epochs that the released code averages over; their list of traces starts with as many zeros.
 _OFFICIAL_WINDOW = 10
@@ -101,6 +102,7 @@ class InfoReg:
         beta: Strength β of the regulation, at least 0.
         threshold: Growth K of the Fisher trace above which the prime learning window is open.
         select: Which parameters take part, as in `ogm_backward`.
+        process_group: The ranks whose samples the scores are averaged over, as in `ogm_backward`.
         anchor_dtype: Of the epoch-start copies; ``torch.bfloat16`` halves them, at the cost of
             w₀'s rounding in every displacement.
         anchor_device: Where they are; "cpu" frees the GPU of them and copies them there in every
@@ -119,6 +121,7 @@ class InfoReg:
         threshold: float = 0.04,
         *,
         select: Select = "all",
+        process_group: Group = None,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None,
         backend: str | None = None,
@@ -132,12 +135,19 @@ class InfoReg:
         self.threshold = threshold
         self.backend = backend
         self.anchors = Anchors(anchor_dtype, anchor_device)
+        self._observations = Observations("InfoReg", process_group)
         self._rules: _Paper | _Official = _Paper()
         self._running = False
         self._make_state()
 
     @classmethod
-    def official(cls, encoders: Mapping[str, Encoder], *, backend: str | None = None) -> InfoReg:
+    def official(
+        cls,
+        encoders: Mapping[str, Encoder],
+        *,
+        process_group: Group = None,
+        backend: str | None = None,
+    ) -> InfoReg:
         """What the authors' released code runs, for two encoders in the order audio, visual.
 
         Its differences from the paper: s_m is the sum of the probabilities over the batch, which
@@ -154,14 +164,14 @@ class InfoReg:
         """
         if isinstance(encoders, Mapping) and len(encoders) != 2:
             raise ValueError(f"the released code knows two modalities, got {list(encoders)}")
-        made = cls(encoders, beta=1.0, threshold=0.05, backend=backend)
+        made = cls(encoders, beta=1.0, threshold=0.05, process_group=process_group, backend=backend)
         made._rules = _Official(_weights_of_layers(encoders, made.modalities))
         made._make_state()
         return made
 
     def _make_state(self) -> None:
         count = len(self.modalities.names)
-        state = self._state = State("InfoReg", self.modalities.parameters[0].device)
+        state = self._state = State("InfoReg", self.modalities.device)
         # Sum over the epoch's steps of |g|^2, one scalar for each tensor.
         state.add("squares", len(self.modalities.parameters))
         state.add("steps", dtype=torch.int64)
@@ -173,7 +183,7 @@ class InfoReg:
 
     def _follow(self) -> State:
         """The state, on the device where the encoders are now."""
-        self._state.follow(self.modalities.parameters[0].device)
+        self._state.follow(self.modalities.device)
         return self._state
 
     @property
@@ -212,21 +222,48 @@ class InfoReg:
         self._running = True
 
     @torch.no_grad()
-    def step(self, logits: Mapping[str, Tensor], labels: Tensor) -> InfoRegResult:
-        """Regulates the gradients that a backward pass has left, before the optimizer's step.
-
-        A step with a NaN or an Inf in a gradient does not count towards the Fisher trace, since a
-        GradScaler skips it.
+    def observe(self, logits: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Takes in the scores of one micro-batch; `step` then uses all since the last step.
 
         Args:
-            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`).
+            logits: Name → [B, C] logits of each modality alone.
             labels: [B] integer class indices; rows labelled −100 do not count.
+
+        Raises:
+            TypeError: logits or labels have an unsupported type.
+            ValueError: names, shapes or labels do not fit.
+        """
+        scores = self.modalities.scores(logits, labels, self.backend)
+        self._observations.add(torch.cat(scores), labels)
+
+    @torch.no_grad()
+    def step(
+        self,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> InfoRegResult:
+        """Regulates the gradients that a backward pass has left, before the optimizer's step.
+
+        A step with a NaN or an Inf in a gradient leaves the state as it was, since a GradScaler
+        skips it.
+
+        Args:
+            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`), of
+                the last micro-batch; None if all were given to `observe`.
+            labels: [B] integer class indices; rows labelled −100 do not count.
+            grad_scale: 0-d factor by which the gradients are scaled still, where they cannot be
+                unscaled before (see `mmfuse.amp.grad_scale`).
+            found_inf: Not zero where a GradScaler will skip this step for another reason than the
+                encoders' gradients, which are looked at here (see `mmfuse.amp.found_inf`).
 
         Returns:
             `InfoRegResult`.
 
         Raises:
-            RuntimeError: `start_epoch` was not called.
+            RuntimeError: `start_epoch` was not called, or nothing was observed.
             TypeError: a gradient, logits or labels have an unsupported type.
             ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
                 device since `start_epoch`. Nothing has been changed then.
@@ -236,40 +273,65 @@ class InfoReg:
                 "InfoReg.step: call start_epoch() first; it copies the parameters that gradients "
                 "are compared with"
             )
-        scores = self.modalities.scores(logits, labels, self.backend)
+        scores = None
+        if logits is not None:
+            scores = self.modalities.scores(logits, given(labels), self.backend)
         active = self.modalities.active()
         self.anchors.check(active, self.modalities.parameter_names)
+        if scores is not None and labels is not None:
+            self._observations.add(torch.cat(scores), labels)
+        seen = self._observations.take()
         state = self._follow()
 
-        gap = information_gap(self._rules.performance(scores, labels))
+        prob, log_prob = seen.means.chunk(2)
+        gap = information_gap(self._rules.performance(ModalityScores(prob, log_prob), seen))
         strength = self._rules.strength(self.beta * torch.tanh(gap))
         regulated = state["window_open"].to(gap.device) & (gap > 0)
         coefficients = torch.where(regulated, strength, 0.0)
 
         device = active.grads[0].device if active.grads else coefficients.device
         finite = torch.ones((), dtype=torch.bool, device=device)
+        counts = finite.clone() if found_inf is None else (found_inf == 0).all().to(device)
         if active.grads:
             pull = per_tensor(coefficients.to(device), active)
-            before = self._rules.trace_before_pull
-            if before:
-                self._remember(grad_stats(active.grads, backend=self.backend), active)
-            self.anchors.update_(active, torch.ones_like(pull), pull, finite, self.backend)
-            if not before:
-                self._remember(grad_stats(active.grads, backend=self.backend), active)
-        state["information_gap"].copy_(gap)
-        return InfoRegResult(coefficients, scores.log_prob, gap, finite)
+            if grad_scale is not None:
+                pull = pull * grad_scale.to(pull)
+            counts = self._regulate(active, pull, finite, counts, grad_scale)
+        counts = counts.to(gap.device)
+        state["information_gap"].copy_(torch.where(counts, gap, state["information_gap"]))
+        return InfoRegResult(coefficients, log_prob, gap, finite)
 
-    def _remember(self, stats: GradStats, active: Active) -> None:
-        state = self._state
-        squares = stats.sq_norm.to(state["squares"])
-        counts = squares.isfinite().all()
+    def _regulate(
+        self,
+        active: Active,
+        pull: Tensor,
+        finite: Tensor,
+        counts: Tensor,
+        grad_scale: Tensor | None,
+    ) -> Tensor:
+        """Pulls, and adds |g|² to the epoch's trace; whether the step counts."""
+        before = self._rules.trace_before_pull
+        squares = self._squares(active, grad_scale) if before else None
+        self.anchors.update_(active, torch.ones_like(pull), pull, finite, self.backend)
+        if squares is None:
+            squares = self._squares(active, grad_scale)
+        if active.shards:  # what another rank's part holds shows in the sum alone
+            finite.logical_and_(squares.isfinite().all().to(finite.device))
+        counts = counts.to(squares.device) & squares.isfinite().all()
         squares = torch.where(counts, squares, 0.0)
+        state = self._state
         if len(active.ids) == len(self.modalities.parameters):
             state["squares"].add_(squares)
         else:
             index = index_tensor(tuple(active.ids), squares.device)
             state["squares"].index_add_(0, index, squares)
         state["steps"].add_(counts)
+        return counts
+
+    def _squares(self, active: Active, grad_scale: Tensor | None) -> Tensor:
+        stats = active.whole(grad_stats(active.grads, backend=self.backend))
+        squares = stats.sq_norm.to(self._state["squares"])
+        return squares if grad_scale is None else squares / grad_scale.to(squares).square()
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -292,7 +354,11 @@ class InfoReg:
 
         As with an optimizer the tensors are the object's own: save them, or copy them.
         """
-        return {**self._state, "running": self._running, "anchors": self.anchors.state_dict()}
+        return {
+            **self._state,
+            "running": self._running,
+            "anchors": self.anchors.state_dict(self.modalities),
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -314,7 +380,7 @@ class _Paper:
     history = 2
     trace_before_pull = True
 
-    def performance(self, scores: ModalityScores, labels: Tensor) -> Tensor:
+    def performance(self, scores: ModalityScores, seen: Observed) -> Tensor:
         return scores.log_prob
 
     def strength(self, exponent: Tensor) -> Tensor:
@@ -344,8 +410,8 @@ class _Official:
     def __init__(self, weights: Tensor) -> None:
         self.weights = weights
 
-    def performance(self, scores: ModalityScores, labels: Tensor) -> Tensor:
-        return scores.prob * (labels != IGNORED_LABEL).sum()
+    def performance(self, scores: ModalityScores, seen: Observed) -> Tensor:
+        return scores.prob * seen.count.to(scores.prob)
 
     def strength(self, exponent: Tensor) -> Tensor:
         first, second = torch.exp(exponent).unbind()
@@ -379,5 +445,5 @@ def _weights_of_layers(encoders: Mapping[str, Encoder], modalities: Modalities) 
     return torch.tensor(
         [c / max(1, p.numel()) for c, p in zip(counted, modalities.parameters, strict=True)],
         dtype=torch.float64,
-        device=modalities.parameters[0].device,
+        device=modalities.device,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -9,8 +10,11 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
+from .noise import NoiseStream
 from .ops._tensors import check_named, why_unsupported
 from .ops.drop_modalities import check_batches
+from .ops.grad_stats import GradStats
 from .ops.modality_scores import ModalityScores, named_scores
 
 Encoder = nn.Module | Iterable[Tensor]
@@ -24,7 +28,7 @@ _SELECTIONS: dict[str, Callable[[Tensor], bool]] = {
 
 
 class Active(NamedTuple):
-    """The parameters that have something to modulate in this step."""
+    """The parameters that have something to modulate in this step: this rank's parts of them."""
 
     params: list[Tensor]
     grads: list[Tensor]
@@ -32,6 +36,41 @@ class Active(NamedTuple):
     ids: list[int]
     #: Each one's modality.
     modality: tuple[int, ...]
+    #: Where each one's part lies; empty if no parameter is sharded.
+    shards: list[Shard | None]
+
+    def whole(self, stats: GradStats) -> GradStats:
+        """Statistics of the whole tensors from those of the parts."""
+        return merge_stats(stats, self.shards) if self.shards else stats
+
+    def cut(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The parts, cut so that each piece is contiguous in its flattened whole tensor."""
+        if not self.shards:
+            return list(parts)
+        pairs = zip(parts, self.shards, strict=True)
+        return [run.tensor for part, shard in pairs for run in runs(part, shard)]
+
+    def place(self, stream: NoiseStream) -> NoiseStream:
+        """The stream for the pieces that `cut` makes of the gradients."""
+        if not self.shards:
+            return stream.place(self.ids)
+        ids, offsets = [], []
+        for i, grad, shard in zip(self.ids, self.grads, self.shards, strict=True):
+            for run in runs(grad, shard):
+                ids.append(i)
+                offsets.append(run.offset)
+        return stream.place(ids, offsets)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Each tensor's value for all of its pieces."""
+        if not self.shards:
+            return values
+        counts = [
+            sum(1 for _ in runs(grad, shard))
+            for grad, shard in zip(self.grads, self.shards, strict=True)
+        ]
+        index = tuple(t for t, count in enumerate(counts) for _ in range(count))
+        return values.index_select(0, index_tensor(index, values.device))
 
 
 class Modalities:
@@ -94,6 +133,13 @@ class Modalities:
                     f"encoders[{name!r}] has no parameter to modulate: {len(found)} found, "
                     f"none selected by select={select!r}"
                 )
+        self._places: dict[int, Shard | None] = {}
+        self._sharded = any(map(is_dtensor, self.parameters))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoders are now."""
+        return self.parameters[0].device
 
     def check_unchanged(self) -> None:
         """Checks that the encoders that are modules still have the parameters they had.
@@ -128,8 +174,10 @@ class Modalities:
 
         Raises:
             TypeError: a gradient is sparse or of an unsupported dtype; the message names it.
+            ValueError: a modality has no gradient because its parameters have been replaced, as
+                `fully_shard` does.
         """
-        params, grads, ids, modality = [], [], [], []
+        params, grads, ids = [], [], []
         for i, parameter in enumerate(self.parameters):
             grad = parameter.grad
             if grad is None or not parameter.requires_grad or grad.numel() == 0:
@@ -137,9 +185,40 @@ class Modalities:
             params.append(parameter)
             grads.append(grad)
             ids.append(i)
-            modality.append(self.modality[i])
         check_named(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
-        return Active(params, grads, ids, tuple(modality))
+        active = self._parts(params, grads, ids)
+        if self._waits_in_vain(set(active.modality)):
+            self.check_unchanged()
+        return active
+
+    def held(self, parameters: Iterable[Tensor]) -> Active:
+        """Those of the parameters that are an encoder's, in the place of their gradients."""
+        given = {id(p) for p in parameters}
+        ids = [i for i, p in enumerate(self.parameters) if id(p) in given and p.numel()]
+        mine = [self.parameters[i].detach() for i in ids]
+        return self._parts(mine, mine, ids)
+
+    def _parts(self, params: list[Tensor], grads: list[Tensor], ids: list[int]) -> Active:
+        modality = tuple(self.modality[i] for i in ids)
+        if not self._sharded:
+            return Active(params, grads, ids, modality, [])
+        shards = [self._place(i) for i in ids]
+        return Active(
+            [local_part(p) for p in params], [local_part(g) for g in grads], ids, modality, shards
+        )
+
+    def _waits_in_vain(self, present: set[int]) -> bool:
+        """Whether a modality that is not frozen has no gradient at all."""
+        return len(present) < len(self.names) and any(
+            m not in present and p.requires_grad
+            for m, p in zip(self.modality, self.parameters, strict=True)
+        )
+
+    def _place(self, i: int) -> Shard | None:
+        """Where this rank's part of a parameter lies; looked up once."""
+        if i not in self._places:
+            self._places[i] = shard_of(self.parameter_names[i], self.parameters[i])
+        return self._places[i]
 
     def ordered(self, what: str, values: Mapping[str, Tensor]) -> list[Tensor]:
         """The values in the order of the modalities.
@@ -160,6 +239,17 @@ class Modalities:
     ) -> ModalityScores:
         """Scores in the order of the modalities; errors call the logits by their names."""
         return named_scores(self._logits_names, self.ordered("logits", logits), labels, backend)
+
+
+def given(labels: Tensor | None) -> Tensor:
+    """The labels.
+
+    Raises:
+        TypeError: there are none, though there are logits.
+    """
+    if labels is None:
+        raise TypeError("logits and labels go together: give both or neither")
+    return labels
 
 
 def check_names(what: str, values: Mapping[str, Tensor], names: Sequence[str], others: str) -> None:
@@ -239,6 +329,7 @@ def _selection(select: Select) -> Callable[[Tensor], bool]:
 def _named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
     prefix = f"encoders[{name!r}]"
     if isinstance(encoder, nn.Module):
+        _refuse_flat_parameters(prefix, encoder)
         return [(f"{prefix}.{key}", p) for key, p in encoder.named_parameters()]
     if isinstance(encoder, Tensor) or not isinstance(encoder, Iterable):
         raise TypeError(
@@ -249,3 +340,15 @@ def _named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{label} is not a parameter but {type(parameter).__name__}")
     return found
+
+
+def _refuse_flat_parameters(label: str, encoder: nn.Module) -> None:
+    """Raises a TypeError for FSDP1, whose parameters do not know where they lie in the whole."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(
+        isinstance(module, fsdp.FullyShardedDataParallel) for module in encoder.modules()
+    ):
+        raise TypeError(
+            f"{label} is wrapped in FullyShardedDataParallel, whose flat parameters cannot be told "
+            "apart; use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )

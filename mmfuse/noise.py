@@ -28,11 +28,14 @@ class NoiseStream:
             needs no host, and a captured CUDA graph draws fresh noise at every replay.
         ids: The stream id of each tensor of a list; None numbers them from 0.
         offsets: Where each tensor starts within its flattened whole tensor; None means at 0.
+        agreed: Whether all ranks of a distributed run are known to have this state. A method of
+            mmfuse takes over the first rank's before its first step, and after `load_state_dict`.
     """
 
     state: Tensor
     ids: tuple[int, ...] | None
     offsets: tuple[int, ...] | None
+    agreed: bool = False
 
     def __init__(
         self, seed: int | None = None, device: torch.device | str | int | None = None
@@ -62,8 +65,12 @@ class NoiseStream:
         """The device of the state."""
         return self.state.device
 
-    def advance(self, steps: int = 1) -> None:
-        """Moves to the next step, on the device. Until then the same numbers come out again."""
+    def advance(self, steps: int | Tensor = 1) -> None:
+        """Moves to the next step, on the device. Until then the same numbers come out again.
+
+        Args:
+            steps: By how many; a 0-d tensor, also of bool, is not read on the host.
+        """
         self.state[1].add_(steps)
 
     def place(self, ids: Sequence[int], offsets: Sequence[int] | None = None) -> NoiseStream:
@@ -142,6 +149,7 @@ class NoiseStream:
         moved = NoiseStream.__new__(NoiseStream)
         moved.state = self.state.to(device)
         moved.ids, moved.offsets = self.ids, self.offsets
+        moved.agreed = self.agreed
         return moved
 
     def state_dict(self) -> dict[str, Any]:
@@ -158,6 +166,7 @@ class NoiseStream:
         if not isinstance(state, Tensor) or state.shape != (2,) or state.dtype != torch.int64:
             raise ValueError("expected {'state': int64 tensor [2]}")
         self.state.copy_(state)
+        self.agreed = False
 
     def __repr__(self) -> str:
         return f"NoiseStream(device={str(self.device)!r})"

@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from ._epochs import EpochWindow
-from .modalities import Encoder, Modalities, Select, per_tensor
+from ._ranks import Group, Observations, agree, mean_over_ranks
+from ._updates import Decided, ScaledUpdates
+from .modalities import Active, Encoder, Modalities, Select, given, per_tensor
 from .noise import NoiseStream, default_stream
 from .ops import GradStats, discrepancy_ratios, grad_stats, update_grads_
 
 Formula = Literal["tpami", "cvpr"]
 Noise = bool | Callable[[Tensor], Tensor]
+ApplyTo = Literal["gradient", "update"]
 
 # The released code adds this to the standard deviation of the noise.
 _STD_EPS = 1e-8
@@ -85,6 +88,7 @@ def ogm_backward(
     select: Select = "all",
     stream: NoiseStream | None = None,
     retain_graph: bool = False,
+    process_group: Group = None,
     backend: str | None = None,
 ) -> OGMResult:
     """Takes the place of ``loss.backward()``: back-propagates, then modulates the gradients.
@@ -114,6 +118,8 @@ def ogm_backward(
         stream: The random stream, advanced by one step; None for the default one, which
             `torch.manual_seed` controls.
         retain_graph: As for ``loss.backward``.
+        process_group: The ranks whose samples the scores are averaged over; None for all ranks
+            where torch.distributed is initialized, False for this rank alone.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -126,9 +132,12 @@ def ogm_backward(
     """
     _check_hyperparameters(alpha, formula)
     modalities = Modalities(encoders, select)
-    decision = _decide(modalities, logits, labels, alpha, formula, backend)
+    scores = modalities.scores(logits, labels, backend).prob.detach()
+    seen = mean_over_ranks(scores, labels, process_group)
+    decision = _decide(seen, alpha, formula, backend)
     loss.backward(retain_graph=retain_graph)
-    return _act(modalities, decision, noise, stream, backend)
+    active = modalities.active()
+    return _act(active, decision, noise, stream, process_group, None, backend)
 
 
 class OGM(EpochWindow):
@@ -144,21 +153,34 @@ class OGM(EpochWindow):
                 out = ogm.backward(loss, logits, labels)   # or loss.backward(); ogm.step(...)
                 optimizer.step()
 
+    With gradient accumulation, `observe` every micro-batch and `step` once: the accumulated
+    gradient is modulated with the scores of all of them. Under data parallelism (DDP, FSDP2) the
+    scores are averaged over the ranks, by their numbers of samples, and the noise is the same
+    everywhere.
+
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities. Parameters are
-            collected once; freezing and unfreezing them later is seen.
+            collected once; freezing and unfreezing them later is seen. Make this object after
+            `fully_shard`, which replaces them.
         alpha: Strength; the papers use 0.8 for CREMA-D and 0.1 for VGGSound.
         noise: As in `ogm_backward`; False is OGM, True OGM-GE.
         formula: "tpami" (Eq. 11) or "cvpr" (Eq. 10).
         select: Which parameters take part, as in `ogm_backward`.
         starts: First epoch that is modulated.
         ends: Last epoch that is modulated; None for no end.
-        stream: The random stream; None makes one from `torch.initial_seed()`, at step 0.
+        apply_to: "gradient" (the papers), or "update" for adaptive optimizers, which divide a
+            factor on the gradient out again: then the optimizer's update of the parameters is
+            scaled, and gets noise of its own standard deviation. Pass every such optimizer to
+            `attach`.
+        process_group: As in `ogm_backward`.
+        stream: The random stream; None makes one from `torch.initial_seed()`, at step 0. In a
+            distributed run the first rank's is taken over by all.
         backend: Name of a backend; None for the best one.
 
     Raises:
         TypeError: as `ogm_backward`.
-        ValueError: as `ogm_backward`; or `ends` is before `starts`.
+        ValueError: as `ogm_backward`; or `ends` is before `starts`, or noise from a callable is to
+            be added to updates.
     """
 
     def __init__(
@@ -171,17 +193,27 @@ class OGM(EpochWindow):
         select: Select = "all",
         starts: int = 0,
         ends: int | None = None,
+        apply_to: ApplyTo = "gradient",
+        process_group: Group = None,
         stream: NoiseStream | None = None,
         backend: str | None = None,
     ) -> None:
         _check_hyperparameters(alpha, formula)
+        if apply_to not in ("gradient", "update"):
+            raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
+        if apply_to == "update" and callable(noise):
+            raise ValueError('noise from a callable is for gradients; use apply_to="gradient"')
         self._set_window(starts, ends)
         self.modalities = Modalities(encoders, select)
         self.alpha = alpha
         self.noise = noise
         self.formula: Formula = formula
+        self.apply_to: ApplyTo = apply_to
+        self.process_group = process_group
         self.backend = backend
-        self.stream = stream or NoiseStream(device=self.modalities.parameters[0].device)
+        self.stream = stream or NoiseStream(device=self.modalities.device)
+        self._observations = Observations("OGM", process_group)
+        self._updates: list[ScaledUpdates] = []
 
     @classmethod
     def official(
@@ -197,6 +229,35 @@ class OGM(EpochWindow):
             encoders, alpha=alpha, noise=noise, formula="cvpr", select="conv", starts=0, ends=50
         )
 
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scales this optimizer's updates of the encoders; for ``apply_to="update"``.
+
+        The optimizer's step then needs one more copy of the encoders' parameters.
+
+        Raises:
+            TypeError: it is no optimizer.
+            ValueError: ``apply_to`` is "gradient", or the optimizer has no parameter of the
+                encoders, or is attached already.
+        """
+        if self.apply_to != "update":
+            raise ValueError('attach is for OGM(..., apply_to="update")')
+        if any(known.optimizer is optimizer for known in self._updates):
+            raise ValueError(f"this {type(optimizer).__name__} is attached already")
+        self._updates.append(ScaledUpdates("OGM", self.modalities, optimizer, self.backend))
+
+    def observe(self, logits: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Takes in the scores of one micro-batch; `step` then uses all since the last step.
+
+        Args:
+            logits: Name → [B, C] logits of each modality alone.
+            labels: [B] integer class indices; rows labelled −100 do not count.
+
+        Raises:
+            TypeError: logits or labels have an unsupported type.
+            ValueError: names, shapes or labels do not fit.
+        """
+        self._observations.add(self._scores(logits, labels), labels)
+
     def backward(
         self,
         loss: Tensor,
@@ -204,28 +265,82 @@ class OGM(EpochWindow):
         labels: Tensor,
         *,
         retain_graph: bool = False,
+        found_inf: Tensor | None = None,
     ) -> OGMResult:
         """Takes the place of ``loss.backward()``; see `ogm_backward`."""
-        decision = self._decide(logits, labels)
+        self._check_attached()
+        self.observe(logits, labels)
+        decision = self._decide()
         loss.backward(retain_graph=retain_graph)
-        return self._act(decision)
+        active = self.modalities.active() if self.apply_to == "gradient" else None
+        return self._act(decision, found_inf, active)
 
-    def step(self, logits: Mapping[str, Tensor], labels: Tensor) -> OGMResult:
-        """Modulates the gradients that a backward pass has left, before the optimizer's step."""
-        return self._act(self._decide(logits, labels))
+    def step(
+        self,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+        *,
+        found_inf: Tensor | None = None,
+    ) -> OGMResult:
+        """Modulates the gradients that a backward pass has left, before the optimizer's step.
 
-    def _decide(self, logits: Mapping[str, Tensor], labels: Tensor) -> _Decision:
-        decision = _decide(self.modalities, logits, labels, self.alpha, self.formula, self.backend)
+        With ``apply_to="update"`` it only decides; the attached optimizers' next steps are scaled.
+
+        Args:
+            logits: Name → [B, C] logits of each modality alone, of the last micro-batch; None if
+                all were given to `observe`.
+            labels: [B] integer class indices; rows labelled −100 do not count.
+            found_inf: Not zero where a GradScaler will skip this step for another reason than the
+                encoders' gradients, which are looked at here (see `mmfuse.amp.found_inf`).
+
+        Returns:
+            `OGMResult`. A step with a NaN or an Inf in a gradient does not advance the stream.
+
+        Raises:
+            RuntimeError: nothing was observed, or ``apply_to="update"`` without `attach`.
+            TypeError: a gradient, logits or labels have an unsupported type.
+            ValueError: names, shapes or labels do not fit. Nothing has been changed then.
+        """
+        self._check_attached()
+        scores = None if logits is None else self._scores(logits, given(labels))
+        # Its errors come before anything has changed.
+        active = self.modalities.active() if self.apply_to == "gradient" else None
+        if scores is not None and labels is not None:
+            self._observations.add(scores, labels)
+        return self._act(self._decide(), found_inf, active)
+
+    @torch.no_grad()
+    def _scores(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        return self.modalities.scores(logits, labels, self.backend).prob
+
+    @torch.no_grad()
+    def _decide(self) -> _Decision:
+        seen = self._observations.take().means
+        decision = _decide(seen, self.alpha, self.formula, self.backend)
         if not self.modulating:
             decision.coefficients.fill_(1.0)
         return decision
 
-    def _act(self, decision: _Decision) -> OGMResult:
-        device = self.modalities.parameters[0].device
+    def _act(
+        self, decision: _Decision, found_inf: Tensor | None, active: Active | None
+    ) -> OGMResult:
+        device = self.modalities.device
         if self.stream.device != device:  # the encoders were moved after this object was made
             self.stream = self.stream.to(device)
         noise = self.noise if self.modulating else False
-        return _act(self.modalities, decision, noise, self.stream, self.backend)
+        if active is not None:
+            group, backend = self.process_group, self.backend
+            return _act(active, decision, noise, self.stream, group, found_inf, backend)
+        if noise:
+            agree(self.stream, self.process_group)
+        finite = torch.ones((), dtype=torch.bool, device=device)
+        for update in self._updates:
+            update.decided = Decided(decision.coefficients, self.stream if noise else None, finite)
+        return OGMResult(decision.coefficients, decision.scores, decision.ratios, finite)
+
+    def _check_attached(self) -> None:
+        if self.apply_to == "update" and not self._updates:
+            raise RuntimeError('OGM(apply_to="update"): pass the optimizer to attach() first')
 
     def state_dict(self) -> dict[str, Any]:
         """Epoch and noise stream: what a resumed run needs to go on with the same numbers."""
@@ -259,28 +374,21 @@ def _check_hyperparameters(alpha: float, formula: str) -> None:
 
 
 @torch.no_grad()
-def _decide(
-    modalities: Modalities,
-    logits: Mapping[str, Tensor],
-    labels: Tensor,
-    alpha: float,
-    formula: Formula,
-    backend: str | None,
-) -> _Decision:
-    scores = modalities.scores(logits, labels, backend)
-    ratios = discrepancy_ratios(scores.prob, backend=backend)
-    return _Decision(ogm_coefficients(ratios, alpha, formula), scores.prob, ratios)
+def _decide(scores: Tensor, alpha: float, formula: Formula, backend: str | None) -> _Decision:
+    ratios = discrepancy_ratios(scores, backend=backend)
+    return _Decision(ogm_coefficients(ratios, alpha, formula), scores, ratios)
 
 
 @torch.no_grad()
 def _act(
-    modalities: Modalities,
+    active: Active,
     decision: _Decision,
     noise: Noise,
     stream: NoiseStream | None,
+    process_group: Group,
+    found_inf: Tensor | None,
     backend: str | None,
 ) -> OGMResult:
-    active = modalities.active()
     device = active.grads[0].device if active.grads else decision.scores.device
     finite = torch.ones((), dtype=torch.bool, device=device)
     result = OGMResult(decision.coefficients, decision.scores, decision.ratios, finite)
@@ -290,7 +398,10 @@ def _act(
     if not noise:
         update_grads_(active.grads, scale, finite=finite, backend=backend)
         return result
-    noise_std = _noise_std(grad_stats(active.grads, backend=backend))
+    stats = active.whole(grad_stats(active.grads, backend=backend))
+    if active.shards:  # what another rank's part holds shows in the sum alone
+        finite.copy_(stats.m2.isfinite().all())
+    noise_std = _noise_std(stats)
     if callable(noise):
         external = [noise(g) for g in active.grads]
         update_grads_(active.grads, scale, finite=finite, backend=backend)
@@ -298,15 +409,17 @@ def _act(
             grad.addcmul_(z, std.to(grad.device, grad.dtype))
         return result
     stream = default_stream(device) if stream is None else stream
+    agree(stream, process_group)
     update_grads_(
-        active.grads,
-        scale,
-        noise_std=noise_std,
-        stream=stream.place(active.ids),
+        active.cut(active.grads),
+        active.spread(scale),
+        noise_std=active.spread(noise_std),
+        stream=active.place(stream),
         finite=finite,
         backend=backend,
     )
-    stream.advance()
+    # A step that a GradScaler skips has not been.
+    stream.advance(finite if found_inf is None else finite & (found_inf == 0).all())
     return result
 
 

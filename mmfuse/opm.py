@@ -26,6 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from ._epochs import EpochWindow
+from ._ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
+from ._state import in_backward
 from .modalities import check_names, named_features
 from .noise import NoiseStream
 from .ops.discrepancy_ratios import discrepancy_ratios
@@ -96,8 +98,12 @@ class OPM(EpochWindow, nn.Module):
         num_modalities: M ≥ 2.
         starts: First epoch in which features are dropped; see `set_epoch`.
         ends: Last such epoch; None for no end.
+        process_group: The ranks whose samples the scores are averaged over: None for all where
+            torch.distributed is initialized, False for this rank alone. With ranks of one batch
+            size B, sample i of rank r draws the number of sample r·B + i of the whole batch.
         stream: The random stream, whose state becomes a buffer; None makes one from
-            `torch.initial_seed()`, at step 0.
+            `torch.initial_seed()`, at step 0. In a distributed run the first rank's is taken over
+            by all.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -115,6 +121,7 @@ class OPM(EpochWindow, nn.Module):
         num_modalities: int = 2,
         starts: int = 0,
         ends: int | None = None,
+        process_group: Group = None,
         stream: NoiseStream | None = None,
         backend: str | None = None,
     ) -> None:
@@ -129,7 +136,9 @@ class OPM(EpochWindow, nn.Module):
         self.q_base = q_base
         self.lam = lam
         self.num_modalities = num_modalities
+        self.process_group = check_group(process_group)
         self.backend = backend
+        self._agreed = False
         self._p_exe: float | None = None
         self.register_buffer("q", torch.zeros(num_modalities))
         self.register_buffer("noise_state", (stream or NoiseStream()).state)
@@ -143,6 +152,7 @@ class OPM(EpochWindow, nn.Module):
         *,
         num_modalities: int = 2,
         starts: int = 6,
+        process_group: Group = None,
         stream: NoiseStream | None = None,
         backend: str | None = None,
     ) -> OPM:
@@ -159,6 +169,7 @@ class OPM(EpochWindow, nn.Module):
             p_exe: Share of the steps in which features are dropped, in [0, 1].
             num_modalities: As in `OPM`.
             starts: As in `OPM`.
+            process_group: As in `OPM`.
             stream: As in `OPM`. Whether a step drops is decided by the first number of the id
                 after the modalities'.
             backend: As in `OPM`.
@@ -173,6 +184,7 @@ class OPM(EpochWindow, nn.Module):
             lam,
             num_modalities=num_modalities,
             starts=starts,
+            process_group=process_group,
             stream=stream,
             backend=backend,
         )
@@ -198,6 +210,7 @@ class OPM(EpochWindow, nn.Module):
             `OPMResult`, differentiable in the features.
 
         Raises:
+            RuntimeError: it is called in a backward pass, by activation checkpointing.
             TypeError: features, logits or labels have an unsupported type, or are missing.
             ValueError: names, numbers or shapes do not fit, or a label is out of range. Nothing has
                 been changed then.
@@ -208,6 +221,11 @@ class OPM(EpochWindow, nn.Module):
                 len(names), values[0].shape[0], dtype=torch.bool, device=values[0].device
             )
             return OPMResult(dict(features), keep, torch.zeros_like(self.q), None, None)
+        if in_backward():
+            raise RuntimeError(
+                "OPM is called in a backward pass, as activation checkpointing does, and would draw "
+                "another mask there; leave OPM outside of the checkpointed part"
+            )
         if logits is None or labels is None:
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
         scores, ratios = self._sense(names, values, logits, labels)
@@ -241,16 +259,23 @@ class OPM(EpochWindow, nn.Module):
             )
         ordered = [logits[name] for name in names]
         scores = named_scores([f"logits[{n!r}]" for n in names], ordered, labels, self.backend)
-        return scores.prob, discrepancy_ratios(scores.prob, backend=self.backend)
+        prob = mean_over_ranks(scores.prob, labels, self.process_group)
+        return prob, discrepancy_ratios(prob, backend=self.backend)
 
     def _stream(self) -> NoiseStream:
-        return NoiseStream.from_state(self.noise_state)
+        stream = NoiseStream.from_state(self.noise_state)
+        stream.agreed = self._agreed
+        agree(stream, self.process_group)
+        self._agreed = stream.agreed
+        return stream
 
     def _drop(
         self, names: list[str], features: list[Tensor], q: Tensor, scale: Tensor | None
     ) -> OPMResult:
         labels = [f"features[{name!r}]" for name in names]
-        out = named_drop(labels, features, q, self._stream(), scale, self.backend)
+        first = rank_and_size(self.process_group)[0] * features[0].shape[0]
+        placed = self._stream().place(range(len(names)), [first] * len(names))
+        out = named_drop(labels, features, q, placed, scale, self.backend)
         kept = dict(zip(names, out.features, strict=True))
         return OPMResult(kept, out.keep, q, None, None)
 
@@ -273,6 +298,7 @@ class OPM(EpochWindow, nn.Module):
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Goes on in the epoch in which the state was taken."""
         self.epoch = int(state["epoch"])
+        self._agreed = False
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""

@@ -24,14 +24,16 @@ w0 are the parameters at the start of the epoch.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import combinations
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._monitor import Forward, Monitor, Noise
+from ._ranks import Group, Observations, Observed, agree, rank_and_size, several
 from ._state import State
 from .anchors import Anchors
 from .modalities import Active, Encoder, Modalities, Select, per_modality, per_tensor
@@ -39,6 +41,7 @@ from .noise import NoiseStream
 from .ops import GradStats
 from .ops._tensors import check_named
 from .ops.co_information_gate import named_gate
+from .ops.paired_cosine import aligned, paired_cosine
 
 Projection = Literal["tensor", "encoder"]
 
@@ -66,6 +69,34 @@ class RedRegResult:
     phase: Tensor
     gate: Tensor
     finite: Tensor
+
+
+class _Seen(NamedTuple):
+    """One micro-batch.
+
+    Attributes:
+        scores: [M].
+        names: What errors call the features.
+        features: M tensors [B, D].
+        redundancy: [M]; None in a step without a monitor.
+        input_sq: [M] mean squares of the differences between the views; None likewise.
+    """
+
+    scores: Tensor
+    names: list[str]
+    features: list[Tensor]
+    redundancy: Tensor | None
+    input_sq: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        return len(self.features[0])
+
+
+def _mean_cosine(features: Sequence[Tensor], backend: str | None) -> Tensor:
+    """0-d: mean over all pairs of modalities of the paired cosine."""
+    pairs = [paired_cosine(a, b, backend=backend) for a, b in combinations(features, 2)]
+    return torch.stack(pairs).mean()
 
 
 class RedReg:
@@ -115,6 +146,8 @@ class RedReg:
         noise: A callable that gets an input and returns standard normal noise of its shape, such as
             ``torch.randn_like``; it is used instead of the stream.
         select: Which parameters take part, as in `ogm_backward`.
+        process_group: The ranks whose samples scores, redundancy and agreement are averaged over,
+            as in `ogm_backward`.
         anchor_dtype: Of the epoch-start copies, as in `InfoReg`.
         anchor_device: Where they are, as in `InfoReg`.
         stream: The random stream of the views; None makes one from `torch.initial_seed()`.
@@ -144,6 +177,7 @@ class RedReg:
         input_dropout: tuple[float, float, float] | None = None,
         noise: Noise | None = None,
         select: Select = "all",
+        process_group: Group = None,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None,
         stream: NoiseStream | None = None,
@@ -166,8 +200,11 @@ class RedReg:
         self.input_dropout = input_dropout
         self.backend = backend
         self.anchors = Anchors(anchor_dtype, anchor_device)
-        device = self.modalities.parameters[0].device
+        device = self.modalities.device
         self.stream = stream or NoiseStream(device=device)
+        self.process_group = process_group
+        self._observations = Observations("RedReg", process_group)
+        self._rows = 0  # of this step's earlier micro-batches
         #: The epoch that runs, counted from 0; −1 before the first.
         self.epoch = -1
         self._resets = False
@@ -192,6 +229,7 @@ class RedReg:
         clamp: Collection[str] = ("visual",),
         noise: Noise | None = torch.randn_like,
         forward: Mapping[str, Forward] | None = None,
+        process_group: Group = None,
         stream: NoiseStream | None = None,
         backend: str | None = None,
     ) -> RedReg:
@@ -210,6 +248,7 @@ class RedReg:
             clamp: Names of the modalities whose inputs are images.
             noise: As in `RedReg`; by default PyTorch's generator, as there.
             forward: As in `RedReg`.
+            process_group: As in `RedReg`.
             stream: As in `RedReg`; for `drop_inputs`, and for the views if `noise` is None.
             backend: As in `RedReg`.
         """
@@ -219,6 +258,7 @@ class RedReg:
             clamp=clamp,
             noise=noise,
             forward=forward,
+            process_group=process_group,
             stream=stream,
             input_dropout=(0.6, 0.1, 0.3),
             backend=backend,
@@ -273,6 +313,7 @@ class RedReg:
         p = first + (last - first) * self._progress(int(self.epochs * share))
         if uniform is None:
             self._follow()
+            agree(self.stream, self.process_group)
             uniform = self.stream.uniform(1, stream_id=2 * len(tensors)).squeeze(0)
         out = {}
         for m, (name, x) in enumerate(zip(self.modalities.names, tensors, strict=True)):
@@ -282,71 +323,160 @@ class RedReg:
         return out
 
     @torch.no_grad()
-    def step(
+    def observe(
         self,
         logits: Mapping[str, Tensor],
         labels: Tensor,
         features: Mapping[str, Tensor],
         inputs: Mapping[str, Tensor],
+    ) -> None:
+        """Takes in what one micro-batch shows; `step` then uses all since the last step.
+
+        The arguments and errors are those of `step`.
+        """
+        seen = self._see(logits, labels, features, inputs)
+        self._observations.add(seen.scores, labels, self._sums(seen))
+        self._rows += seen.rows
+
+    @torch.no_grad()
+    def step(
+        self,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
     ) -> RedRegResult:
         """Regulates the gradients that a backward pass has left, before the optimizer's step.
 
         A step whose scores are not finite does not enter the history, a redundancy that is not
-        finite does not enter the moving average; neither regulates anything.
+        finite does not enter the moving average; neither regulates anything. A step with a NaN or
+        an Inf in a gradient leaves the state as it was, since a GradScaler skips it.
 
         Args:
-            logits: Name → [B, C] logits of each modality alone.
+            logits: Name → [B, C] logits of each modality alone, of the last micro-batch; None, as
+                the next three, if all were given to `observe`.
             labels: [B] integer class indices; rows labelled −100 do not count.
             features: Name → [B, …] features of one shape, flattened to [B, D] for the gate.
             inputs: Name → floating input of each encoder, of any shape.
+            grad_scale: 0-d factor by which the gradients are scaled still, where they cannot be
+                unscaled before (see `mmfuse.amp.grad_scale`).
+            found_inf: Not zero where a GradScaler will skip this step for another reason than the
+                encoders' gradients, which are looked at here (see `mmfuse.amp.found_inf`).
 
         Returns:
             `RedRegResult`.
 
         Raises:
-            RuntimeError: `start_epoch` was not called.
+            RuntimeError: `start_epoch` was not called, or nothing was observed.
             TypeError: a tensor has an unsupported type, or an encoder returns no tensor.
             ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
                 device since `start_epoch`. Nothing has been changed then.
         """
+        self._check_started()
+        active = self.modalities.active()
+        self.anchors.check(active, self.modalities.parameter_names)
+        seen = None
+        if logits is not None:
+            if labels is None or features is None or inputs is None:
+                raise TypeError("logits, labels, features and inputs go together: give all or none")
+            seen = self._see(logits, labels, features, inputs)
+        if seen is not None and not self._observations and several(self.process_group) is None:
+            h, redundancy = seen.scores, seen.redundancy
+            gate = named_gate(
+                seen.names, seen.features, self._state["gate_threshold"], self.backend
+            )
+        else:
+            if seen is not None and labels is not None:
+                self._observations.add(seen.scores, labels, self._sums(seen))
+            h, redundancy, gate = self._together(self._observations.take())
+        self._rows = 0
+
+        new = self._history(h, redundancy)
+        growth = self._growth(new)
+        phase = self._phase(new, growth)
+        coefficients = self._strength(h, phase) * gate.to(h)
+        finite, counts = self._act(active, coefficients, grad_scale)
+        if found_inf is not None:
+            counts = counts & (found_inf == 0).all().to(counts.device)
+
+        state = self._state
+        counts = counts.to(self._state.device)
+        for key, value in new.items():
+            state[key].copy_(torch.where(counts, value, state[key]))
+        self._steps += 1
+        self.stream.advance(counts)
+        redundancy = new["redundancy"].clone()
+        return RedRegResult(coefficients, h, growth, redundancy, phase, gate, finite)
+
+    def _check_started(self) -> None:
         if self.epoch < 0:
             raise RuntimeError(
                 "RedReg.step: call start_epoch() first; it copies the parameters that gradients "
                 "are compared with"
             )
+
+    def _see(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Tensor,
+        features: Mapping[str, Tensor],
+        inputs: Mapping[str, Tensor],
+    ) -> _Seen:
+        """Scores of one micro-batch, its features, and its redundancy in a step with a monitor."""
+        self._check_started()
         self._follow()
-        names, state = self.modalities.names, self._state
+        names = self.modalities.names
         xs = self.modalities.ordered("inputs", inputs)
         check_named(xs, lambda m: f"inputs[{names[m]!r}]")
         h = self.modalities.scores(logits, labels, self.backend).prob
-        gate = self._gate(features)
-        active = self.modalities.active()
-        self.anchors.check(active, self.modalities.parameter_names)
-
-        redundancy = None
-        if self._steps % self.monitor_every == 0:
-            ratios = self._monitor(xs, self.stream)
-            redundancy = torch.stack([ratio.to(state["average"]) for ratio in ratios])
-        seen = self._history(h, redundancy)
-        growth = self._growth(seen)
-        phase = self._phase(seen, growth)
-        coefficients = self._strength(h, phase) * gate.to(h)
-        finite = self._act(active, coefficients)
-
-        for key, value in seen.items():
-            state[key].copy_(value)
-        self._steps += 1
-        self.stream.advance()
-        redundancy = state["redundancy"].clone()
-        return RedRegResult(coefficients, h, growth, redundancy, phase, gate, finite)
-
-    def _gate(self, features: Mapping[str, Tensor]) -> Tensor:
+        labelled = [f"features[{name!r}]" for name in names]
         flat = [
             f.flatten(1) if isinstance(f, Tensor) and f.dim() > 2 else f
             for f in self.modalities.ordered("features", features)
         ]
-        names = [f"features[{name!r}]" for name in self.modalities.names]
-        return named_gate(names, flat, self._state["gate_threshold"], self.backend)
+        flat = aligned(labelled, flat)
+        if self._steps % self.monitor_every:
+            return _Seen(h, labelled, flat, None, None)
+        agree(self.stream, self.process_group)
+        rank, size = rank_and_size(self.process_group)
+        first_row = self._rows * size + rank * len(flat[0])
+        ratios, input_sq = self._monitor(xs, self.stream, first_row)
+        to = self._state["average"]
+        return _Seen(
+            h,
+            labelled,
+            flat,
+            torch.stack([ratio.to(to) for ratio in ratios]),
+            torch.stack([square.to(to) for square in input_sq]),
+        )
+
+    def _sums(self, seen: _Seen) -> Tensor:
+        """[2M + 1] of this micro-batch, which add up over micro-batches and ranks.
+
+        The numerators and the denominators of the redundancy, and by how much the cosine is above
+        the gate's threshold, each times the number of samples.
+        """
+        rows, count = seen.rows, len(seen.features)
+        if not rows:
+            return self._state["average"].new_zeros(2 * count + 1)
+        above = _mean_cosine(seen.features, self.backend) - self._state["gate_threshold"]
+        if seen.redundancy is None or seen.input_sq is None:
+            return torch.cat([above.new_zeros(2 * count), rows * above.unsqueeze(0)])
+        square = seen.input_sq + _EPS
+        parts = [seen.redundancy * square, square, above.to(square).unsqueeze(0)]
+        return rows * torch.cat(parts)
+
+    def _together(self, seen: Observed) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Scores, redundancy and gate of all micro-batches and ranks."""
+        assert seen.sums is not None
+        count = len(self.modalities.names)
+        numerator, denominator, above = seen.sums.split([count, count, 1])
+        monitored = self._steps % self.monitor_every == 0
+        redundancy = numerator / denominator if monitored else None
+        return seen.means, redundancy, (above[0] > 0).to(seen.means)
 
     def _history(self, h: Tensor, redundancy: Tensor | None) -> dict[str, Tensor]:
         """What of the state changes with this step, as new tensors."""
@@ -394,31 +524,42 @@ class RedReg:
         regulated = dominant & (phase.to(h.device) > self.threshold)
         return torch.where(regulated, torch.exp(self.beta * torch.tanh(delta)), 0.0)
 
-    def _act(self, active: Active, coefficients: Tensor) -> Tensor:
+    def _act(
+        self, active: Active, coefficients: Tensor, grad_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Updates the gradients; whether they are finite, and whether they were."""
         device = active.grads[0].device if active.grads else coefficients.device
         finite = torch.ones((), dtype=torch.bool, device=device)
         if not active.grads:
-            return finite
+            return finite, finite
         stats = self.anchors.stats(active, self.backend)
-        share = self._share(stats, active)
+        were = stats.m2.isfinite().all()
+        share = self._share(stats, active, grad_scale)
         pull = per_tensor(coefficients.to(device), active).to(share)
         # 1 outright where nothing is pulled: there the share may be anything.
         scale = torch.where(pull == 0, 1.0, 1.0 - pull * share)
+        if grad_scale is not None:
+            pull = pull * grad_scale.to(pull)
         self.anchors.update_(active, scale, pull, finite, self.backend)
-        return finite
+        if active.shards:  # what another rank's part holds shows in the sum alone
+            finite.logical_and_(were.to(device))
+        return finite, were & finite.to(were.device)
 
-    def _share(self, stats: GradStats, active: Active) -> Tensor:
+    def _share(self, stats: GradStats, active: Active, grad_scale: Tensor | None) -> Tensor:
         """[T] c, the displacement's share along the gradient; 0 for a gradient of zero."""
-        assert stats.dot is not None
+        dot, square = stats.dot, stats.sq_norm
+        assert dot is not None
+        if grad_scale is not None:
+            dot, square = dot / grad_scale.to(dot), square / grad_scale.to(square).square()
         if self.projection == "tensor":
-            return stats.dot / (stats.sq_norm + _EPS)
+            return dot / (square + _EPS)
         count = len(self.modalities.names)
-        dot, square = (per_modality(x, active.modality, count) for x in (stats.dot, stats.sq_norm))
+        dot, square = (per_modality(x, active.modality, count) for x in (dot, square))
         return per_tensor(dot / (square + _EPS), active)
 
     def _follow(self) -> None:
         """Moves state and stream to where the encoders are now."""
-        device = self.modalities.parameters[0].device
+        device = self.modalities.device
         self._state.follow(device)
         if self.stream.device != device:
             self.stream = self.stream.to(device)
@@ -433,7 +574,7 @@ class RedReg:
             "epoch": self.epoch,
             "step": self._steps,
             "stream": self.stream.state_dict(),
-            "anchors": self.anchors.state_dict(),
+            "anchors": self.anchors.state_dict(self.modalities),
         }
 
     @torch.no_grad()

@@ -1,0 +1,168 @@
+"""What several micro-batches and several ranks have seen, as one number each.
+
+Under data parallelism every rank sees its own part of the batch. The methods decide from the whole
+of it, so that all ranks decide the same: sums over the samples are added up, on the device, over
+the micro-batches of a step and then over the ranks, in one all-reduce.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .reference.modality_scores import IGNORED_LABEL
+
+if TYPE_CHECKING:
+    from .noise import NoiseStream
+
+# None: all ranks of torch.distributed, where it is initialized. False: this rank alone.
+Group = Union["dist.ProcessGroup", Literal[False], None]
+
+
+def check_group(process_group: Group) -> Group:
+    """Returns it.
+
+    Raises:
+        TypeError: it is neither a ProcessGroup nor None or False.
+    """
+    known = (dist.ProcessGroup,) if dist.is_available() else ()
+    if process_group not in (None, False) and not isinstance(process_group, known):
+        raise TypeError(
+            "process_group must be a ProcessGroup, None (all ranks) or False (this rank alone), "
+            f"got {type(process_group).__name__}"
+        )
+    return process_group
+
+
+def several(process_group: Group) -> dist.ProcessGroup | None:
+    """The group to reduce over, or None where this rank is alone."""
+    if process_group is False or not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = dist.group.WORLD if process_group is None else process_group
+    return group if group is not None and group.size() > 1 else None
+
+
+def rank_and_size(process_group: Group) -> tuple[int, int]:
+    """This rank's number in the group and the group's size; (0, 1) where it is alone."""
+    group = several(process_group)
+    return (0, 1) if group is None else (group.rank(), group.size())
+
+
+def agree(stream: NoiseStream, process_group: Group) -> None:
+    """Takes over the first rank's seed and step, once: ranks often seed PyTorch differently."""
+    group = several(process_group)
+    if group is not None and not stream.agreed:
+        dist.broadcast(stream.state, group=group, group_src=0)
+        stream.agreed = True
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Means and sums over all samples of a step.
+
+    Attributes:
+        means: [K] means over the labelled samples.
+        sums: [E] sums, if there are any.
+    """
+
+    means: Tensor
+    sums: Tensor | None
+    _count: Tensor | None
+    _labels: Tensor | None
+
+    @property
+    def count(self) -> Tensor:
+        """0-d number of labelled samples."""
+        if self._count is None:
+            assert self._labels is not None
+            return _labelled(self._labels)
+        return self._count
+
+
+class Observations:
+    """Collects what the micro-batches of a step have seen, until the step takes it.
+
+    With one micro-batch on one rank the means come back as they were given.
+
+    Args:
+        method: Whose they are, for error texts.
+        process_group: The ranks to average over.
+    """
+
+    def __init__(self, method: str, process_group: Group) -> None:
+        self.method = method
+        self.process_group = check_group(process_group)
+        self._latest: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self._totals: Tensor | None = None
+
+    def add(self, means: Tensor, labels: Tensor, sums: Tensor | None = None) -> None:
+        """Adds one micro-batch: [K] means over the samples whose labels count, and [E] sums."""
+        self._fold()
+        self._latest = (means, labels, sums)
+
+    def _fold(self) -> None:
+        if self._latest is None:
+            return
+        totals = _totals(*self._latest)
+        self._totals = totals if self._totals is None else self._totals + totals
+        self._dtype, self._width = self._latest[0].dtype, len(self._latest[0])
+        self._latest = None
+
+    def __bool__(self) -> bool:
+        """Whether there is something to take."""
+        return self._latest is not None or self._totals is not None
+
+    def clear(self) -> None:
+        """Forgets what has been added since the last step."""
+        self._latest = self._totals = None
+
+    def take(self) -> Observed:
+        """The means over all that was added, on all ranks; a new step begins.
+
+        Raises:
+            RuntimeError: nothing was added.
+        """
+        if not self:
+            raise RuntimeError(
+                f"{self.method}.step: nothing was observed since the last step; pass logits and "
+                "labels, or call observe(...) in every micro-batch"
+            )
+        group = several(self.process_group)
+        if group is None and self._totals is None and self._latest is not None:
+            means, labels, sums = self._latest
+            self.clear()
+            return Observed(means, sums, None, labels)
+        self._fold()
+        totals = self._totals
+        assert totals is not None
+        self.clear()
+        if group is not None:
+            dist.all_reduce(totals, group=group)
+        width = self._width
+        count = totals[width]
+        sums = totals[width + 1 :]
+        return Observed((totals[:width] / count).to(self._dtype), sums, count, None)
+
+
+def _totals(means: Tensor, labels: Tensor, sums: Tensor | None) -> Tensor:
+    """[K + 1 + E] float64: sums over the labelled samples, their number, other sums."""
+    count = _labelled(labels).to(means.device)
+    # The mean of no sample is NaN; as a sum it is 0.
+    parts = [torch.where(count > 0, means.double() * count, 0.0), count.double().unsqueeze(0)]
+    return torch.cat(parts if sums is None else [*parts, sums.double()])
+
+
+def _labelled(labels: Tensor) -> Tensor:
+    """How many rows count: 0-d."""
+    return (labels != IGNORED_LABEL).sum()
+
+
+def mean_over_ranks(means: Tensor, labels: Tensor, process_group: Group) -> Tensor:
+    """[K] means over the labelled samples of all ranks, for methods without micro-batches."""
+    observations = Observations("", process_group)
+    observations.add(means, labels)
+    return observations.take().means

@@ -1,0 +1,114 @@
+"""What an optimizer does to the encoders' parameters, scaled after it has done it.
+
+Adaptive optimizers divide a gradient by its own size, so that a factor on the gradient is divided
+out again. A factor on the update is not:
+
+    w <- w' + k (w - w')  [+ std(w - w') * N(0, 1)],   w' the parameter before the optimizer's step
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .modalities import Modalities, per_tensor
+from .noise import NoiseStream
+from .ops import grad_stats, update_grads_
+
+
+class Decided(NamedTuple):
+    """What a step has decided for the optimizers' steps that follow it.
+
+    Attributes:
+        coefficients: [M].
+        stream: Of the noise, or None for none.
+        finite: 0-d bool, set to False where a parameter ends up with a NaN or an Inf.
+    """
+
+    coefficients: Tensor
+    stream: NoiseStream | None
+    finite: Tensor
+
+
+class ScaledUpdates:
+    """Hooks on an optimizer that scale its updates of the encoders' parameters.
+
+    Args:
+        method: Whose it is, for error texts.
+        modalities: The encoders.
+        optimizer: The optimizer.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: it is no optimizer.
+        ValueError: it has none of the encoders' parameters.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        modalities: Modalities,
+        optimizer: torch.optim.Optimizer,
+        backend: str | None,
+    ) -> None:
+        kind = type(optimizer).__name__
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"expected a torch.optim.Optimizer, got {kind}")
+        self.method = method
+        self.modalities = modalities
+        self.optimizer = optimizer
+        self.backend = backend
+        self.decided: Decided | None = None
+        self._before: dict[int, Tensor] = {}
+        if not self._held().ids:
+            raise ValueError(f"this {kind} has no parameter of the encoders")
+        optimizer.register_step_pre_hook(self._copy)
+        optimizer.register_step_post_hook(self._scale)
+
+    def _held(self) -> Any:
+        groups = self.optimizer.param_groups
+        return self.modalities.held(p for group in groups for p in group["params"])
+
+    @torch.no_grad()
+    def _copy(self, *_: Any) -> None:
+        if self.decided is None:
+            raise RuntimeError(
+                f'{self.method} with apply_to="update" has not decided about this step: call '
+                f"{self.method}.step(logits, labels) before every optimizer.step()"
+            )
+        held = self._held()
+        for i, part in zip(held.ids, held.params, strict=True):
+            if i not in self._before or self._before[i].shape != part.shape:
+                self._before[i] = torch.empty_like(part)
+        torch._foreach_copy_([self._before[i] for i in held.ids], held.params)
+
+    @torch.no_grad()
+    def _scale(self, *_: Any) -> None:
+        assert self.decided is not None
+        (coefficients, stream, finite), self.decided = self.decided, None
+        held = self._held()
+        before = [self._before[i] for i in held.ids]
+        pull = per_tensor(coefficients.to(finite.device), held) - 1.0
+        std = None
+        if stream is not None:
+            updates = torch._foreach_sub(held.params, before)
+            stats = held.whole(grad_stats(updates, backend=self.backend))
+            del updates
+            std = stats.std
+        pieces = held.cut(held.params)
+        update_grads_(
+            pieces,
+            held.spread(torch.ones_like(pull)),
+            params=pieces,
+            anchors=held.cut(before),
+            pull=held.spread(pull),
+            noise_std=None if std is None else held.spread(std),
+            stream=None if stream is None else held.place(stream),
+            finite=finite,
+            backend=self.backend,
+        )
+        if stream is not None and std is not None:
+            # A step that the optimizer has skipped has moved nothing: it gets no noise either.
+            stream.advance((std > 0).any() & finite)

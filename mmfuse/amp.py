@@ -1,0 +1,44 @@
+"""What a GradScaler knows, as tensors that no host has to wait for.
+
+`OGM.step`, `InfoReg.step` and `RedReg.step` take both. After ``scaler.unscale_(optimizer)`` nothing
+needs `grad_scale`; it is for optimizers with ``fused=True`` that are left to unscale on their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grad_scale(scaler: torch.amp.GradScaler, device: torch.device | str) -> Tensor:
+    """The factor by which a scaler has scaled the loss, and so the gradients: 0-d float32.
+
+    1 if the scaler is disabled.
+    """
+    scaled = scaler.scale(torch.ones((), device=device))
+    assert isinstance(scaled, Tensor)
+    return scaled
+
+
+def found_inf(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """Whether the scaler has found a NaN or an Inf and will skip the optimizer's step.
+
+    That may be in a parameter that belongs to no encoder, such as the head, where no method looks.
+
+    Args:
+        scaler: After ``scaler.unscale_(optimizer)``.
+        optimizer: Whose gradients it has unscaled.
+
+    Returns:
+        0-d float32, not zero if the step will be skipped; None if the scaler is disabled.
+
+    Raises:
+        RuntimeError: `unscale_` was not called since the last step.
+    """
+    if not scaler.is_enabled():
+        return None
+    found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
+    flags = list(found.values())
+    if not flags:
+        raise RuntimeError("found_inf: call scaler.unscale_(optimizer) first")
+    return torch.stack([flag.to(flags[0].device) for flag in flags]).sum()

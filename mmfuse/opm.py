@@ -223,8 +223,8 @@ class OPM(EpochWindow, nn.Module):
             return OPMResult(dict(features), keep, torch.zeros_like(self.q), None, None)
         if in_backward():
             raise RuntimeError(
-                "OPM is called in a backward pass, as activation checkpointing does, and would draw "
-                "another mask there; leave OPM outside of the checkpointed part"
+                "OPM is called in a backward pass, as activation checkpointing does, and would "
+                "draw another mask there; leave OPM outside of the checkpointed part"
             )
         if logits is None or labels is None:
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")

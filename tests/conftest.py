@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 from cuda_on_cpu.build import build_kernels
+from ranks import close_all
 
 import mmfuse
 from mmfuse import _native
@@ -42,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
         except RuntimeError as error:
             if "cuda" in REQUIRED:
                 raise pytest.UsageError(f"the CUDA host shim does not build: {error}") from error
+
+
+def pytest_unconfigure() -> None:
+    close_all()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

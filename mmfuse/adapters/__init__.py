@@ -1,0 +1,1 @@
+"""Thin adapters to training frameworks, one file each; import the one that you use."""

@@ -1,7 +1,8 @@
 """mmfuse: fused kernels for balanced multimodal training."""
 
-from . import ops
+from . import amp, ops
 from ._version import __version__
+from .adapters.parameters import match_parameters
 from .arm import ARM, ARMResult, sample_contributions
 from .heads import unimodal_logits
 from .inforeg import InfoReg, InfoRegResult
@@ -26,7 +27,9 @@ __all__ = [
     "RedReg",
     "RedRegResult",
     "__version__",
+    "amp",
     "drop_probabilities",
+    "match_parameters",
     "ogm_backward",
     "ogm_coefficients",
     "ops",

@@ -284,7 +284,7 @@ def functional(rank: int, process_group: Any) -> dict[str, Any]:
     """`ogm_backward` in place of `loss.backward()`, with another seed on every rank."""
     torch.manual_seed(7)
     model = without_batch_norm()
-    wrapped = DistributedDataParallel(model)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     torch.manual_seed(200 + rank)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(4):

@@ -12,18 +12,20 @@ from mmfuse.ops._registry import BACKENDS, OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md")
 
 
 def python_blocks(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_readme_code_runs_from_top_to_bottom() -> None:
-    blocks = python_blocks(README)
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md"])
+def test_code_runs_from_top_to_bottom(document: str) -> None:
+    blocks = python_blocks((ROOT / document).read_text())
     assert len(blocks) >= 3
     namespace: dict = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
+        exec(compile(block, document, "exec"), namespace)
 
 
 def test_the_two_commands_come_first() -> None:
@@ -45,11 +47,13 @@ def test_no_op_is_undocumented() -> None:
 
 
 def test_files_that_the_documents_name_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for path in re.findall(
-            r"`((?:mmfuse|csrc|tests|benchmarks|examples)/[\w./]+)`", (ROOT / document).read_text()
-        ):
-            assert (ROOT / path).exists(), f"{document} names {path}"
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        named = re.findall(r"`((?:mmfuse|csrc|tests|benchmarks|examples)/[\w./]+)`", text)
+        linked = re.findall(r"\]\(((?!http)[\w./]+)\)", text)
+        beside = (ROOT / document).parent
+        for path in [*(ROOT / p for p in named), *(beside / p for p in linked)]:
+            assert path.exists(), f"{document} names {path}"
 
 
 def test_grid_by_file_name() -> None:

@@ -24,11 +24,13 @@ class Decided(NamedTuple):
     Attributes:
         coefficients: [M].
         stream: Of the noise, or None for none.
+        state: The stream's in this step: int64 [2], the same for all optimizers; None for none.
         finite: 0-d bool, set to False where a parameter ends up with a NaN or an Inf.
     """
 
     coefficients: Tensor
     stream: NoiseStream | None
+    state: Tensor | None
     finite: Tensor
 
 
@@ -67,36 +69,59 @@ class ScaledUpdates:
         optimizer.register_step_pre_hook(self._copy)
         optimizer.register_step_post_hook(self._scale)
 
-    def _held(self) -> Any:
-        groups = self.optimizer.param_groups
-        return self.modalities.held(p for group in groups for p in group["params"])
-
-    @torch.no_grad()
-    def _copy(self, *_: Any) -> None:
+    def _check_decided(self) -> None:
         if self.decided is None:
             raise RuntimeError(
                 f'{self.method} with apply_to="update" has not decided about this step: call '
                 f"{self.method}.step(logits, labels) before every optimizer.step()"
             )
+
+    def _idle(self) -> bool:
+        """Whether nothing was decided about a step that moves nothing.
+
+        By such a step torch.distributed.checkpoint makes a new optimizer's state, to load into it.
+        """
+        rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
+        # A rate on a GPU is not looked at: that would wait for it.
+        known = all(not isinstance(lr, Tensor) or lr.device.type == "cpu" for lr in rates)
+        return self.decided is None and known and not any(map(float, rates))
+
+    def _held(self) -> Any:
+        groups = self.optimizer.param_groups
+        return self.modalities.held(p for group in groups for p in group["params"])
+
+    @torch.no_grad()
+    def _copy(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._idle():
+            return
+        # A closure runs within the step, and may be what decides.
+        if not (kwargs.get("closure") or any(callable(arg) for arg in args[1:])):
+            self._check_decided()
         held = self._held()
         for i, part in zip(held.ids, held.params, strict=True):
-            if i not in self._before or self._before[i].shape != part.shape:
+            if i not in self._before or not _alike(self._before[i], part):
                 self._before[i] = torch.empty_like(part)
         torch._foreach_copy_([self._before[i] for i in held.ids], held.params)
 
     @torch.no_grad()
     def _scale(self, *_: Any) -> None:
+        if self._idle():
+            return
+        self._check_decided()
         assert self.decided is not None
-        (coefficients, stream, finite), self.decided = self.decided, None
+        (coefficients, stream, state, finite), self.decided = self.decided, None
         held = self._held()
         before = [self._before[i] for i in held.ids]
         pull = per_tensor(coefficients.to(finite.device), held) - 1.0
-        std = None
-        if stream is not None:
+        std = noise = None
+        if state is not None:
             updates = torch._foreach_sub(held.params, before)
             stats = held.whole(grad_stats(updates, backend=self.backend))
             del updates
             std = stats.std
+            noise = held.place(NoiseStream.from_state(state.to(finite.device)))
+            if held.shards:  # what another rank's part holds shows in the sum alone
+                finite.logical_and_(stats.m2.isfinite().all().to(finite.device))
         pieces = held.cut(held.params)
         update_grads_(
             pieces,
@@ -105,10 +130,17 @@ class ScaledUpdates:
             anchors=held.cut(before),
             pull=held.spread(pull),
             noise_std=None if std is None else held.spread(std),
-            stream=None if stream is None else held.place(stream),
+            stream=noise,
             finite=finite,
             backend=self.backend,
         )
-        if stream is not None and std is not None:
+        if stream is not None and state is not None and std is not None:
             # A step that the optimizer has skipped has moved nothing: it gets no noise either.
-            stream.advance((std > 0).any() & finite)
+            moved = (std > 0).any().to(finite.device) & finite
+            # One step, however many optimizers take part in it.
+            stream.state[1].copy_(torch.maximum(stream.state[1], state[1] + moved))
+
+
+def _alike(kept: Tensor, part: Tensor) -> bool:
+    """Whether a copy can hold the part; not where a model was moved or cast in between."""
+    return (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device)

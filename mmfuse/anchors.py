@@ -140,6 +140,8 @@ class Anchors:
         Raises:
             ValueError: they do not fit the parameters; nothing has been changed then.
         """
+        if "tensors" not in state_dict:
+            raise ValueError("the state of the anchors lacks ['tensors']")
         loaded = list(state_dict["tensors"])
         if len(loaded) != len(modalities.parameters):
             raise ValueError(

@@ -191,7 +191,8 @@ class ARM(nn.Module):
                 # One weight that is not finite would stay in the average for ever.
                 share = weights.isfinite().all().to(weights.dtype) * (1 - self.momentum)
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
-                self.average_weight.add_(share * (1 - self.average_weight))
+                # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
+                self.average_weight.view(1).add_(share * (1 - self.average_weight))
         weighted = _weighted(features, weights)
         return ARMResult(weighted, weights, scores[:-1], contributions, nmi, ncmi)
 
@@ -262,7 +263,9 @@ def normalised_information(
     triples = joint_entropies(
         rows, [(m, j, c) for m, j in others], conditional_bins, backend=backend
     )
-    of_pairs, of_triples = _combinations(pairs.entropies.device)
+    # A compiled graph keeps its constants itself.
+    combinations_on = _combinations if torch.compiler.is_compiling() else _kept_combinations
+    of_pairs, of_triples = combinations_on(pairs.entropies.device)
     shared = pairs.entropies @ of_pairs
     if released:
         n = triples.counts.unflatten(-1, [conditional_bins] * 3)
@@ -275,7 +278,6 @@ def normalised_information(
     return nmi, torch.cat(ncmi) if c == 2 else _mean_of_pairs(others, *ncmi)
 
 
-@lru_cache(maxsize=16)
 def _combinations(device: torch.device) -> tuple[Tensor, Tensor]:
     """Products of entropies with these are 2 I and the sum of both entropies.
 
@@ -296,6 +298,9 @@ def _combinations(device: torch.device) -> tuple[Tensor, Tensor]:
         torch.tensor(pair, dtype=torch.float64, device=device),
         torch.tensor(triple, dtype=torch.float64, device=device),
     )
+
+
+_kept_combinations = lru_cache(maxsize=16)(_combinations)
 
 
 def _mean_of_pairs(others: Sequence[tuple[int, int]], forth: Tensor, back: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ class InfoReg:
             TypeError: as `InfoReg`.
             ValueError: as `InfoReg`, or there are not two encoders.
         """
-        if isinstance(encoders, Mapping) and len(encoders) != 2:
+        if isinstance(encoders, (Mapping, nn.ModuleDict)) and len(encoders) != 2:
             raise ValueError(f"the released code knows two modalities, got {list(encoders)}")
         made = cls(encoders, beta=1.0, threshold=0.05, process_group=process_group, backend=backend)
         made._rules = _Official(_weights_of_layers(encoders, made.modalities))
@@ -371,6 +371,7 @@ class InfoReg:
         self.anchors.load_state_dict(state_dict["anchors"], self.modalities)
         self._follow().load(state_dict)
         self._running = bool(state_dict["running"])
+        self._observations.clear()
 
 
 class _Paper:

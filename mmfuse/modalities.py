@@ -95,7 +95,7 @@ class Modalities:
     """
 
     def __init__(self, encoders: Mapping[str, Encoder], select: Select = "all") -> None:
-        if not isinstance(encoders, Mapping):
+        if not isinstance(encoders, (Mapping, nn.ModuleDict)):
             raise TypeError(f"encoders must map names to modules, got {type(encoders).__name__}")
         if len(encoders) < 2:
             raise ValueError(f"balancing needs at least two modalities, got {list(encoders)}")
@@ -299,10 +299,18 @@ def per_tensor(coefficients: Tensor, active: Active) -> Tensor:
     return coefficients.index_select(0, index_tensor(active.modality, coefficients.device))
 
 
-@lru_cache(maxsize=128)
 def index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
     """The index as a tensor; kept, so that a steady training loop copies nothing from the host."""
+    # A compiled graph keeps its constants itself.
+    make = _index_tensor if torch.compiler.is_compiling() else _kept_index_tensor
+    return make(index, device)
+
+
+def _index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(index, dtype=torch.int64, device=device)
+
+
+_kept_index_tensor = lru_cache(maxsize=128)(_index_tensor)
 
 
 def per_modality(values: Tensor, modality: Sequence[int], count: int) -> Tensor:

@@ -162,14 +162,23 @@ class NoiseStream:
         Raises:
             ValueError: `state_dict` does not hold the state of a NoiseStream.
         """
-        state = state_dict.get("state")
-        if not isinstance(state, Tensor) or state.shape != (2,) or state.dtype != torch.int64:
-            raise ValueError("expected {'state': int64 tensor [2]}")
-        self.state.copy_(state)
+        self.state.copy_(saved_state(state_dict))
         self.agreed = False
 
     def __repr__(self) -> str:
         return f"NoiseStream(device={str(self.device)!r})"
+
+
+def saved_state(state_dict: dict[str, Any]) -> Tensor:
+    """The state in what `NoiseStream.state_dict` has returned.
+
+    Raises:
+        ValueError: `state_dict` does not hold the state of a NoiseStream.
+    """
+    state = state_dict.get("state")
+    if not isinstance(state, Tensor) or state.shape != (2,) or state.dtype != torch.int64:
+        raise ValueError("expected {'state': int64 tensor [2]} as the state of a NoiseStream")
+    return state
 
 
 def _as_int64(seed: int) -> int:

@@ -334,8 +334,10 @@ class OGM(EpochWindow):
         if noise:
             agree(self.stream, self.process_group)
         finite = torch.ones((), dtype=torch.bool, device=device)
+        stream = self.stream if noise else None
+        state = None if stream is None else stream.state.clone()
         for update in self._updates:
-            update.decided = Decided(decision.coefficients, self.stream if noise else None, finite)
+            update.decided = Decided(decision.coefficients, stream, state, finite)
         return OGMResult(decision.coefficients, decision.scores, decision.ratios, finite)
 
     def _check_attached(self) -> None:
@@ -357,6 +359,7 @@ class OGM(EpochWindow):
             raise ValueError(f"the state of OGM lacks {missing}")
         self.stream.load_state_dict(state_dict["stream"])
         self.epoch = int(state_dict["epoch"])
+        self._observations.clear()
 
 
 @dataclass(frozen=True)

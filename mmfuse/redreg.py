@@ -37,7 +37,7 @@ from ._ranks import Group, Observations, Observed, agree, rank_and_size, several
 from ._state import State
 from .anchors import Anchors
 from .modalities import Active, Encoder, Modalities, Select, per_modality, per_tensor
-from .noise import NoiseStream
+from .noise import NoiseStream, saved_state
 from .ops import GradStats
 from .ops._tensors import check_named
 from .ops.co_information_gate import named_gate
@@ -586,12 +586,15 @@ class RedReg:
         """
         others = ("epoch", "step", "stream", "anchors")
         self._state.check(state_dict, others)
+        saved_state(state_dict["stream"])
         self.anchors.load_state_dict(state_dict["anchors"], self.modalities)
         self._follow()
         self._state.load(state_dict)
         self.stream.load_state_dict(state_dict["stream"])
         self.epoch = int(state_dict["epoch"])
         self._steps = int(state_dict["step"])
+        self._observations.clear()
+        self._rows = 0
 
 
 def _check_hyperparameters(

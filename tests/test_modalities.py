@@ -126,3 +126,12 @@ def test_head_errors() -> None:
         mmfuse.unimodal_logits(head, {"a": torch.ones(3)})
     with pytest.raises(ValueError, match="at least one modality"):
         mmfuse.unimodal_logits(head, {})
+
+
+def test_a_module_dict_is_a_mapping_of_encoders() -> None:
+    encoders = nn.ModuleDict({"audio": nn.Linear(3, 2), "visual": nn.Linear(4, 2)})
+    found = Modalities(encoders)
+    assert found.names == ("audio", "visual")
+    assert [id(p) for p in found.parameters] == [id(p) for p in encoders.parameters()]
+    for method in (mmfuse.OGM, mmfuse.InfoReg, mmfuse.RedReg, mmfuse.InfoReg.official):
+        assert method(encoders).modalities.names == ("audio", "visual")

@@ -129,10 +129,17 @@ class Op:
             _warn_slow(best, order[0], reasons[order[0]])
         return best
 
+    # A graph holds the choice, not the looking: as torch.compiler.assume_constant_result says it,
+    # which imports the compiler.
+    _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
     def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            named = backend if backend is not None else _forced
+            return self.overloads[self._choose(named, device.type)](*args)
         chosen = self.resolve(backend, device)
         overload = self.overloads[chosen]
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active():
             return overload(*args)
         if torch.is_grad_enabled():
             if self._formula is None:

@@ -1,0 +1,378 @@
+"""Lightning: a callback that balances the modalities in `Trainer.fit`."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import is_dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import amp
+from .._shards import is_dtensor
+from ..modalities import Encoder
+from .parameters import Named, match_parameters
+from .scalars import ScalarLog, scalars_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+else:
+    # Of the two packages of Lightning the one that the program has imported.
+    _unified = "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules
+    try:
+        if _unified and importlib.util.find_spec("lightning") is not None:
+            from lightning.pytorch import Callback
+        else:
+            from pytorch_lightning import Callback
+    except ImportError as error:
+        raise ImportError(
+            'mmfuse.adapters.lightning needs Lightning: pip install "mmfuse[lightning]"'
+        ) from error
+
+# Steps whose scalars one copy to the host carries.
+_STEPS_PER_COPY = 50
+
+
+class Balance(Callback):
+    """Balances the modalities of a LightningModule while it is trained.
+
+    ::
+
+        class AudioVisual(LightningModule):
+            def training_step(self, batch, batch_idx):
+                loss, logits = ...          # logits = {"audio": ..., "visual": ...}
+                self.balance.observe(logits, batch["label"])
+                return loss
+
+        module = AudioVisual()
+        module.balance = Balance(
+            mmfuse.OGM, {"audio": "audio_net", "visual": "visual_net"}, alpha=0.8
+        )
+        Trainer(callbacks=[module.balance]).fit(module)
+
+    The gradients are modulated before they are clipped. With ``accumulate_grad_batches`` the
+    accumulated gradient is modulated once, by the scores of all its micro-batches; under data
+    parallelism by those of all ranks. With a GradScaler the method gets to know whether the step
+    will be skipped and, for fused optimizers, how the gradients are scaled still. Epochs are told
+    to the method. Its state is saved in the Trainer's checkpoints; a resumed run goes on with the
+    same numbers, also within an epoch where the data loader does.
+
+    With several optimizers (manual optimization) those that hold no parameter of an encoder are
+    left alone. If the encoders are spread over several, all of their gradients are modulated
+    before the first of these steps. With ``apply_to="update"`` the optimizers are attached.
+
+    Args:
+        method: `mmfuse.OGM`, `mmfuse.InfoReg`, `mmfuse.RedReg` or one of their ``official``, or
+            another callable that makes an object with `observe` and `step` from encoders.
+        encoders: As in `match_parameters`; names are looked up in the LightningModule when the
+            fit starts, after ``configure_model``.
+        log_every: Steps between two whose coefficients, scores and the like are sent to the
+            Trainer's loggers, without waiting for the device; None or 0 for none.
+        hyperparameters: Passed on to `method`.
+
+    Attributes:
+        method: What `method` has made, from the start of the fit; None before.
+        result: What its last step has returned; None before.
+
+    Raises:
+        TypeError: `method` is not callable or `encoders` no mapping.
+        ValueError: `log_every` is negative.
+    """
+
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        encoders: Mapping[str, Named],
+        *,
+        log_every: int | None = 50,
+        **hyperparameters: Any,
+    ) -> None:
+        super().__init__()
+        if not callable(method):
+            raise TypeError(f"method must be callable on encoders, got {type(method).__name__}")
+        if not isinstance(encoders, Mapping):
+            raise TypeError(f"encoders must map names to patterns, got {type(encoders).__name__}")
+        if log_every is not None and log_every < 0:
+            raise ValueError(f"log_every must be at least 0 or None, got {log_every}")
+        self.method: Any = None
+        self.result: Any = None
+        self._make = method
+        # A generator of parameters can be read once, but a second fit asks again.
+        self._encoders = {
+            name: value if isinstance(value, (str, nn.Module)) else _kept(value)
+            for name, value in encoders.items()
+        }
+        self._hyperparameters = hyperparameters
+        self._log_every = log_every or 0
+        self._log: ScalarLog | None = None
+        self._module: LightningModule | None = None
+        # The state of a checkpoint that is read before there is a method.
+        self._saved: Mapping[str, Any] | None = None
+        self._fitting = False
+        self._training = False
+        #: The epoch that the method is in; None between epochs.
+        self._epoch: int | None = None
+        self._step_takes: frozenset[str] = frozenset()
+        self._parameters: list[Tensor] = []
+        # Ids of the optimizers that hold encoders' parameters, of those to come in this step, and
+        # of those that are attached.
+        self._holders: frozenset[int] | None = None
+        self._to_come: set[int] = set()
+        self._attached: set[int] = set()
+        self._observed = False
+        self._backward = False
+        self._count = 0
+
+    @property
+    def state_key(self) -> str:
+        """Under which the state is saved: callbacks for other modalities have their own."""
+        return self._generate_state_key(modalities=list(self._encoders))
+
+    def observe(self, *args: Any, **kwargs: Any) -> None:
+        """Takes in one micro-batch; for ``training_step``.
+
+        Args:
+            args: Those of the method's ``observe``: ``logits, labels``, and for RedReg also
+                ``features, inputs``.
+            kwargs: Likewise.
+
+        Outside of training, as where validation shares the code, nothing is done.
+
+        Raises:
+            RuntimeError: this callback is not among the Trainer's.
+            TypeError: as the method's ``observe``.
+            ValueError: as the method's ``observe``.
+        """
+        if self._training:
+            self.method.observe(*args, **kwargs)
+            self._observed = True
+        elif torch.is_grad_enabled() and not self._fitting:
+            raise RuntimeError(
+                "Balance.observe: no fit has been started with this callback; pass it on in "
+                "Trainer(callbacks=[...])"
+            )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """A new run begins."""
+        self._fitting = self._training = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the encoders and makes the method."""
+        if self.method is None or self._module is not pl_module:
+            self._build(pl_module)
+        self._observed = self._backward = False
+        self._to_come.clear()
+        self._holders = None
+        self._fitting = True
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            self._load(saved)
+        self._log = None
+        if self._log_every and trainer.is_global_zero and trainer.loggers:
+            every = max(1, _STEPS_PER_COPY // self._log_every)
+            self._log = ScalarLog(_loggers_of(trainer), every)
+
+    def _build(self, module: LightningModule) -> None:
+        encoders = match_parameters(module, self._encoders)
+        self.method = self._make(encoders, **self._hyperparameters)
+        for needed in ("observe", "step"):
+            if not callable(getattr(self.method, needed, None)):
+                raise TypeError(f"{type(self.method).__name__} has no {needed}()")
+        self._module = module
+        self._epoch = None
+        self._attached.clear()
+        self._step_takes = frozenset(inspect.signature(self.method.step).parameters)
+        self._parameters = [p for encoder in encoders.values() for p in _parameters(encoder)]
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells the method which epoch begins."""
+        self._begin(trainer.current_epoch)
+        self._holders = None  # another callback may have changed the optimizers
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Finds the optimizers with encoders' parameters, once in an epoch."""
+        self._training = True
+        self._begin(trainer.current_epoch)  # for a run that is resumed within an epoch
+        if self._holders is None:
+            self._find_optimizers(trainer)
+
+    def _begin(self, epoch: int) -> None:
+        if self._epoch == epoch:
+            return
+        self._end()  # of a checkpoint that was saved after the last step of an epoch
+        if hasattr(self.method, "set_epoch"):
+            self.method.set_epoch(epoch)
+        if hasattr(self.method, "start_epoch"):
+            self.method.start_epoch()
+        self._epoch = epoch
+
+    def _end(self) -> None:
+        if self._epoch is not None and hasattr(self.method, "end_epoch"):
+            self.method.end_epoch()
+        self._epoch = None
+
+    def _find_optimizers(self, trainer: Trainer) -> None:
+        mine = {id(p) for p in self._parameters}
+        holders = [
+            optimizer
+            for optimizer in trainer.optimizers
+            if any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+        ]
+        if not holders and any(p.requires_grad for p in self._parameters):
+            raise ValueError(
+                "no optimizer holds a parameter of the encoders: make them in "
+                "configure_optimizers() from the LightningModule's own parameters"
+            )
+        if len(holders) > 1 and "grad_scale" in self._step_takes and _scaler(trainer) is not None:
+            raise ValueError(
+                f"{type(self.method).__name__} with a GradScaler needs all encoders in one "
+                f"optimizer, found {len(holders)}: when the first of them steps, the gradients of "
+                "the others are scaled still"
+            )
+        if getattr(self.method, "apply_to", "gradient") == "update":
+            for optimizer in holders:
+                if id(optimizer) not in self._attached:
+                    self.method.attach(optimizer)
+                    self._attached.add(id(optimizer))
+        self._holders = frozenset(map(id, holders))
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes that there are gradients."""
+        self._backward = True
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Modulates the gradients.
+
+        Raises:
+            RuntimeError: ``training_step`` has not called `observe`.
+        """
+        if self._holders is None or id(optimizer) not in self._holders:
+            return
+        if not self._observed:
+            if id(optimizer) in self._to_come:  # modulated before another optimizer's step
+                self._to_come.discard(id(optimizer))
+            elif self._has_gradients():
+                raise RuntimeError(
+                    f"training_step of {type(pl_module).__name__} has not called "
+                    "Balance.observe(logits, labels) since the last optimizer step"
+                )
+            return
+        updates = bool(self._attached)
+        if not (updates or self._has_gradients()):
+            return  # training_step has returned None; what it has observed joins the next step
+        self.result = self.method.step(**self._scaling(trainer, optimizer))
+        self._observed = self._backward = False
+        self._to_come = set(self._holders) - {id(optimizer)}
+        if self._log is not None:
+            self._count += 1
+            if (self._count - 1) % self._log_every == 0 and is_dataclass(self.result):
+                self._log.add(trainer.global_step, scalars_of(self.result, list(self._encoders)))
+
+    def _has_gradients(self) -> bool:
+        """Whether a backward pass was run; the gradients tell where Lightning did not run it."""
+        return self._backward or any(p.grad is not None for p in self._parameters)
+
+    def _scaling(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """What the method's step has to know of the GradScaler."""
+        scaler = _scaler(trainer)
+        if scaler is None or not self._has_gradients():
+            return {}
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            if "grad_scale" not in self._step_takes:
+                return {}  # the scale does not matter to it
+            return {"grad_scale": amp.grad_scale(scaler, self._parameters[0].device)}
+        found = amp.found_inf(scaler, optimizer) if "found_inf" in self._step_takes else None
+        return {} if found is None else {"found_inf": found}
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Ends what `observe` takes in."""
+        self._training = False
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells the method that the epoch is over."""
+        self._end()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sends what is left to the loggers."""
+        if self._log is not None:
+            self._log.flush()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing is taken in any more."""
+        self._fitting = False
+        self._log = None
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Sends what is left to the loggers if it was the user who has stopped the run."""
+        self._fitting = self._training = False
+        if isinstance(exception, KeyboardInterrupt) and self._log is not None:
+            self._log.flush()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The method's state and the epoch that it is in; sharded tensors as whole ones."""
+        if self.method is None or self._saved is not None:
+            return dict(self._saved or {})
+        if not hasattr(self.method, "state_dict"):
+            return {"epoch": self._epoch}
+        return {"epoch": self._epoch, "method": _whole(self.method.state_dict())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where `state_dict` was taken, as soon as there is a method."""
+        if self._fitting:
+            self._load(state_dict)
+        else:
+            self._saved = state_dict
+
+    def _load(self, saved: Mapping[str, Any]) -> None:
+        if "method" in saved:
+            self.method.load_state_dict(saved["method"])
+        self._epoch = saved["epoch"]
+
+
+def _kept(value: Any) -> Any:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, Tensor) else value
+
+
+def _parameters(encoder: Encoder) -> list[Tensor]:
+    return list(encoder.parameters() if isinstance(encoder, nn.Module) else encoder)
+
+
+def _scaler(trainer: Trainer) -> Any:
+    """The GradScaler of the precision plugin; None if there is none."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _loggers_of(trainer: Trainer) -> Callable[[dict[str, float], int], None]:
+    def write(scalars: dict[str, float], step: int) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step)
+
+    return write
+
+
+def _whole(state: Any) -> Any:
+    """The state with sharded tensors gathered, since one rank saves it; they are met in order."""
+    if isinstance(state, Mapping):
+        return {key: _whole(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(map(_whole, state))
+    if is_dtensor(state):
+        return state.full_tensor().cpu()
+    return state

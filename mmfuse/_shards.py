@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -87,6 +87,18 @@ def like_shard(part: Tensor, whole: Tensor) -> Tensor:
         stride=whole.stride(),
     )
     return made
+
+
+def whole_state(value: Any) -> Any:
+    """A nested state with sharded tensors gathered to the CPU, so that one rank can write it.
+
+    Every rank must call it; the tensors are met in the same order.
+    """
+    if isinstance(value, Mapping):
+        return {key: whole_state(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(whole_state, value))
+    return value.full_tensor().cpu() if is_dtensor(value) else value
 
 
 def own_part(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -56,8 +56,12 @@ class ScaledUpdates:
         backend: str | None,
     ) -> None:
         kind = type(optimizer).__name__
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"expected a torch.optim.Optimizer, got {kind}")
+        # A wrapper that only looks like an optimizer, as Accelerate's, calls no hooks.
+        if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            raise TypeError(
+                f"expected a torch.optim.Optimizer, got {kind}; of a wrapper pass the optimizer in "
+                "it (see mmfuse.adapters.accelerate)"
+            )
         self.method = method
         self.modalities = modalities
         self.optimizer = optimizer
@@ -66,8 +70,15 @@ class ScaledUpdates:
         self._before: dict[int, Tensor] = {}
         if not self._held().ids:
             raise ValueError(f"this {kind} has no parameter of the encoders")
-        optimizer.register_step_pre_hook(self._copy)
-        optimizer.register_step_post_hook(self._scale)
+        self._hooks = [
+            optimizer.register_step_pre_hook(self._copy),
+            optimizer.register_step_post_hook(self._scale),
+        ]
+
+    def remove(self) -> None:
+        """Leaves the optimizer alone from now on."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _check_decided(self) -> None:
         if self.decided is None:

@@ -135,6 +135,8 @@ class Modalities:
                 )
         self._places: dict[int, Shard | None] = {}
         self._sharded = any(map(is_dtensor, self.parameters))
+        # Those that had no gradient in the last step though they require one.
+        self._waiting: list[int] = []
 
     @property
     def device(self) -> torch.device:
@@ -174,22 +176,27 @@ class Modalities:
 
         Raises:
             TypeError: a gradient is sparse or of an unsupported dtype; the message names it.
-            ValueError: a modality has no gradient because its parameters have been replaced, as
-                `fully_shard` does.
+            ValueError: a parameter has no gradient because it has been replaced, as `fully_shard`
+                does.
         """
-        params, grads, ids = [], [], []
+        params, grads, ids, waiting = [], [], [], []
         for i, parameter in enumerate(self.parameters):
             grad = parameter.grad
-            if grad is None or not parameter.requires_grad or grad.numel() == 0:
+            if not parameter.requires_grad or parameter.numel() == 0:
+                continue
+            if grad is None:
+                waiting.append(i)
                 continue
             params.append(parameter)
             grads.append(grad)
             ids.append(i)
         check_named(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
-        active = self._parts(params, grads, ids)
-        if self._waits_in_vain(set(active.modality)):
+        # One that has been replaced waits for a gradient for ever; looking takes longer than a step
+        # should, so that it is done where the list has changed.
+        if waiting != self._waiting:
             self.check_unchanged()
-        return active
+            self._waiting = waiting
+        return self._parts(params, grads, ids)
 
     def held(self, parameters: Iterable[Tensor]) -> Active:
         """Those of the parameters that are an encoder's, in the place of their gradients."""
@@ -205,13 +212,6 @@ class Modalities:
         shards = [self._place(i) for i in ids]
         return Active(
             [local_part(p) for p in params], [local_part(g) for g in grads], ids, modality, shards
-        )
-
-    def _waits_in_vain(self, present: set[int]) -> bool:
-        """Whether a modality that is not frozen has no gradient at all."""
-        return len(present) < len(self.names) and any(
-            m not in present and p.requires_grad
-            for m, p in zip(self.modality, self.parameters, strict=True)
         )
 
     def _place(self, i: int) -> Shard | None:

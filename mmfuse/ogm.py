@@ -245,6 +245,18 @@ class OGM(EpochWindow):
             raise ValueError(f"this {type(optimizer).__name__} is attached already")
         self._updates.append(ScaledUpdates("OGM", self.modalities, optimizer, self.backend))
 
+    def detach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves this optimizer's updates alone from now on, and frees the copy of the parameters.
+
+        Raises:
+            ValueError: it is not attached.
+        """
+        found = [known for known in self._updates if known.optimizer is optimizer]
+        if not found:
+            raise ValueError(f"this {type(optimizer).__name__} is not attached")
+        found[0].remove()
+        self._updates.remove(found[0])
+
     def observe(self, logits: Mapping[str, Tensor], labels: Tensor) -> None:
         """Takes in the scores of one micro-batch; `step` then uses all since the last step.
 

@@ -713,6 +713,23 @@ def test_an_optimizer_is_attached_once() -> None:
     assert_scaled(model.encoders["a"][0], before[0], alone[0], k[0])  # once, not k²
 
 
+def test_a_detached_optimizer_is_left_alone() -> None:
+    model = Logits(SMALL)
+    spread = together(lambda p: SGD(p, lr=0.1))
+    twin, optimizer = Twin(model, spread), spread(model)[0]
+    ogm = OGM(model.encoders, apply_to="update", noise=False)
+    with pytest.raises(ValueError, match="this SGD is not attached"):
+        ogm.detach(optimizer)
+    ogm.attach(optimizer)
+    ogm.detach(optimizer)
+    model.set_gradients()
+    _, alone = twin.step(model)
+    optimizer.step()  # without a decision, which an attached one would ask for
+    assert torch.equal(model.encoders["a"][0], alone[0])
+    with pytest.raises(RuntimeError, match=r"pass the optimizer to attach\(\)"):
+        ogm.step(*scores())
+
+
 def test_an_optimizer_without_encoders_is_refused() -> None:
     model = AudioVisual()
     head = SGD(model.fc.parameters(), lr=0.1)

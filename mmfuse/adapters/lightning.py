@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import amp
-from .._shards import is_dtensor
+from .._shards import whole_state
 from ..modalities import Encoder
 from .parameters import Named, match_parameters
 from .scalars import ScalarLog, scalars_of
@@ -331,7 +331,7 @@ class Balance(Callback):
             return dict(self._saved or {})
         if not hasattr(self.method, "state_dict"):
             return {"epoch": self._epoch}
-        return {"epoch": self._epoch, "method": _whole(self.method.state_dict())}
+        return {"epoch": self._epoch, "method": whole_state(self.method.state_dict())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken, as soon as there is a method."""
@@ -365,14 +365,3 @@ def _loggers_of(trainer: Trainer) -> Callable[[dict[str, float], int], None]:
             logger.log_metrics(scalars, step)
 
     return write
-
-
-def _whole(state: Any) -> Any:
-    """The state with sharded tensors gathered, since one rank saves it; they are met in order."""
-    if isinstance(state, Mapping):
-        return {key: _whole(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(map(_whole, state))
-    if is_dtensor(state):
-        return state.full_tensor().cpu()
-    return state

@@ -1,0 +1,277 @@
+"""OGM, InfoReg and RedReg in the Trainer of Hugging Face Transformers.
+
+The model returns a mapping (such as a ``ModelOutput``) with ``loss`` and ``modality_logits``, the
+name of each modality → [B, C] logits of it alone::
+
+    trainer = BalancedTrainer(
+        model,
+        TrainingArguments(...),
+        train_dataset=...,
+        balance=lambda model: mmfuse.OGM(
+            mmfuse.match_parameters(model, {"audio": "audio_net", "visual": "visual_net"})
+        ),
+    )
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .._shards import whole_state
+from ..opm import OPM
+from .scalars import scalars_of
+
+try:
+    import accelerate as _accelerate  # noqa: F401
+    from transformers import Trainer, TrainerCallback
+except ImportError as error:
+    raise ImportError(
+        "mmfuse.adapters.transformers needs transformers and accelerate: "
+        'pip install "mmfuse[transformers]"'
+    ) from error
+
+from .accelerate import Method, attach, check_method, check_supported, step, unwrapped
+
+#: The file of the method's state in a checkpoint folder.
+STATE_NAME = "mmfuse.pt"
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Base
+else:
+    _Base = object
+
+
+class BalanceMixin(_Base):  # type: ignore[misc]
+    """Steps a method in a Trainer, after the backward passes of a step and before clipping.
+
+    For ``class MyTrainer(BalanceMixin, Trainer)``; `BalancedTrainer` is that. What a method needs
+    is taken from the model's outputs by `balance_inputs`, which can be overridden. Epochs, gradient
+    accumulation, mixed precision, DDP, FSDP2 and checkpoints are the Trainer's; the method's state
+    lies beside the optimizer's, in the file "mmfuse.pt". What the last step has decided is read
+    where the Trainer reads the loss, at its logging steps, and becomes part of the same log. An
+    `mmfuse.OPM` in the model is told the epochs, too.
+
+    Args:
+        *args: As for the Trainer.
+        balance: Makes the method from the model: `mmfuse.OGM`, `InfoReg` or `RedReg`. It is called
+            at the beginning of `train`, when the model is on its device and sharded. None leaves
+            the gradients alone.
+        **kwargs: As for the Trainer.
+
+    Attributes:
+        balance_method: The method, from the beginning of `train` on.
+
+    Raises:
+        TypeError: `balance` is not callable; in `train`, if it makes no method that acts on
+            gradients.
+        ValueError: in `train`, under DeepSpeed or the first FSDP, as `mmfuse.adapters.accelerate`.
+    """
+
+    balance_method: Method | None = None
+
+    def __init__(
+        self, *args: Any, balance: Callable[[nn.Module], Method] | None = None, **kwargs: Any
+    ) -> None:
+        if balance is not None and not callable(balance):
+            raise TypeError(
+                "balance must be a function that makes a method from a model, such as "
+                "lambda model: mmfuse.OGM(...), since the Trainer may replace the model's "
+                f"parameters; got {type(balance).__name__}"
+            )
+        self._balance = balance
+        self._balance_result: Any = None
+        self._balance_seen = False
+        self._balance_epoch: int | None = None
+        self._balance_first_epoch = True
+        self._balance_checkpoint: str | None = None
+        self._balance_attached: torch.optim.Optimizer | None = None
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Epochs(self))
+
+    def balance_inputs(self, outputs: Any, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+        """What the method's `observe` is called with; override it for other models.
+
+        Args:
+            outputs: Of the model.
+            inputs: The batch that the model was called with, labels included.
+
+        Returns:
+            ``(outputs["modality_logits"], inputs["labels"])``, and for `RedReg` also
+            ``outputs["modality_features"]`` and ``outputs["modality_inputs"]``.
+
+        Raises:
+            ValueError: one of them is missing; it is named, with what there is.
+        """
+        method = self.balance_method
+        assert method is not None
+        if not isinstance(outputs, Mapping):
+            raise ValueError(
+                f"{type(method).__name__} needs a model that returns a mapping with "
+                f"'modality_logits', got {type(outputs).__name__}; return one, or override "
+                "balance_inputs"
+            )
+        needed = ["modality_logits"]
+        if "features" in inspect.signature(method.observe).parameters:
+            needed += ["modality_features", "modality_inputs"]
+        for what, names, given in (("outputs", needed, outputs), ("inputs", ["labels"], inputs)):
+            missing = [name for name in names if given.get(name) is None]
+            if missing:
+                raise ValueError(
+                    f"{type(method).__name__} needs {missing} in the model's {what}, which have "
+                    f"{list(given)}; add them, or override balance_inputs"
+                )
+        logits, *others = (outputs[name] for name in needed)
+        return (logits, inputs["labels"], *others)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The Trainer's, which the method looks at in training."""
+        # The Trainer takes the labels out of the batch where it smooths them.
+        given = dict(inputs)
+        loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
+        if model.training and self.balance_method is not None:
+            self.balance_method.observe(*self.balance_inputs(outputs, given))
+            self._balance_seen = True
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's; then the method's step, if the optimizer's follows."""
+        loss: Tensor = super().training_step(*args, **kwargs)
+        method = self.balance_method
+        if method is None:
+            return loss
+        if not self._balance_seen:
+            raise RuntimeError(
+                f"{type(method).__name__} has seen nothing of this batch: compute_loss must call "
+                "super().compute_loss(...)"
+            )
+        self._balance_seen = False
+        if self.accelerator.sync_gradients:
+            self._balance_result = step(self.accelerator, method)
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's, with what the last step has decided where the training loss is logged."""
+        if "loss" in logs and self._balance_result is not None:
+            names = self.balance_method.modalities.names  # type: ignore[union-attr]
+            scalars = scalars_of(self._balance_result, names)
+            device = next(iter(scalars.values())).device
+            # One copy to the host for all of them.
+            values = torch.stack([value.detach().to(device).double() for value in scalars.values()])
+            logs.update(zip(scalars, values.tolist(), strict=True))
+        super().log(logs, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        method = self.balance_method
+        if method is None:
+            return
+        # On all ranks, since sharded tensors are gathered.
+        state = {
+            "method": type(method).__name__,
+            "epoch": self._balance_epoch,
+            "state": whole_state(method.state_dict()),
+        }
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self._balance_checkpoint = checkpoint
+
+    def _balance_begin_training(self) -> None:
+        checkpoint, self._balance_checkpoint = self._balance_checkpoint, None
+        self._balance_epoch, self._balance_first_epoch = None, True
+        self._balance_result = None
+        if self._balance is None:
+            return
+        check_supported(self.accelerator)
+        optimizer = unwrapped(self.optimizer)
+        # An optimizer that is trained on with a second time keeps the method that scales it.
+        if self._balance_attached is None or self._balance_attached is not optimizer:
+            method = self._balance(self.accelerator.unwrap_model(self.model_wrapped))
+            check_method(method)
+            self._balance_attached = None
+            if getattr(method, "apply_to", None) == "update":
+                attach(method, optimizer)
+                self._balance_attached = optimizer
+            self.balance_method = method
+        if checkpoint is not None:
+            self._balance_resume(checkpoint)
+
+    def _balance_resume(self, checkpoint: str) -> None:
+        method, path = self.balance_method, os.path.join(checkpoint, STATE_NAME)
+        assert method is not None
+        kind = type(method).__name__
+        if not os.path.isfile(path):
+            warnings.warn(
+                f"{checkpoint} has no {STATE_NAME}: {kind} begins anew",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["method"] != kind:
+            raise ValueError(f"{path} holds the state of {saved['method']}, not of {kind}")
+        method.load_state_dict(saved["state"])
+        self._balance_epoch = saved["epoch"]
+
+    def _balance_begin_epoch(self) -> None:
+        last = self._balance_epoch
+        first, self._balance_first_epoch = self._balance_first_epoch, False
+        # The Trainer counts epochs where it resumes, in a fraction; an epoch may be cut short.
+        epoch = int(self.state.epoch or 0) if first or last is None else last + 1
+        self._balance_epoch = epoch
+        for module in self.model.modules():
+            if isinstance(module, OPM):
+                module.set_epoch(epoch)
+        _tell(self.balance_method, "set_epoch", epoch)
+        if last == epoch:  # resumed within it
+            return
+        if last is not None:
+            _tell(self.balance_method, "end_epoch")
+        _tell(self.balance_method, "start_epoch")
+
+    def _balance_end_training(self) -> None:
+        if self._balance_epoch is not None:
+            _tell(self.balance_method, "end_epoch")
+
+
+class BalancedTrainer(BalanceMixin, Trainer):  # type: ignore[misc]
+    """The Trainer with a method that balances the modalities; see `BalanceMixin`."""
+
+
+class _Epochs(TrainerCallback):  # type: ignore[misc]
+    """Passes the Trainer's events on.
+
+    An epoch is ended when the next one begins, so that a checkpoint from an epoch's end is one from
+    within it, whether the Trainer writes it before or after its own event.
+    """
+
+    def __init__(self, trainer: BalanceMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._balance_begin_training()
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._balance_begin_epoch()
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.trainer._balance_end_training()
+
+
+def _tell(method: Method | None, event: str, *args: Any) -> None:
+    """Calls what only some of the methods have."""
+    function = getattr(method, event, None)
+    if function is not None:
+        function(*args)

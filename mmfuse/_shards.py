@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .ops import GradStats
+from .ops._tensors import index_tensor
 
 
 class Shard(NamedTuple):
@@ -129,7 +130,7 @@ def merge_stats(stats: GradStats, shards: Sequence[Shard | None]) -> GradStats:
     assert numel is not None and mean is not None and m2 is not None
     present = [p for p in products if p is not None]
     for groups, index in places.items():
-        at = torch.tensor(index, device=mean.device)
+        at = index_tensor(tuple(index), mean.device)
         n, mu = numel[at].double(), mean[at].double()
         rows = [n, n * mu, m2[at].double() + n * mu * mu, *(p[at].double() for p in present)]
         sums = torch.stack(rows)

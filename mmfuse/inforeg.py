@@ -37,10 +37,10 @@ from .modalities import (
     Modalities,
     Select,
     given,
-    index_tensor,
     per_tensor,
 )
 from .ops import ModalityScores, grad_stats
+from .ops._tensors import index_tensor
 
 # Epochs that the released code averages over; their list of traces starts with as many zeros.
 _OFFICIAL_WINDOW = 10

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from ._shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
 from .noise import NoiseStream
-from .ops._tensors import check_named, why_unsupported
+from .ops._tensors import check_named, index_tensor, why_unsupported
 from .ops.drop_modalities import check_batches
 from .ops.grad_stats import GradStats
 from .ops.modality_scores import ModalityScores, named_scores
@@ -297,20 +296,6 @@ def named_features(
 def per_tensor(coefficients: Tensor, active: Active) -> Tensor:
     """Spreads [M] over the active tensors: [T], on the coefficients' device."""
     return coefficients.index_select(0, index_tensor(active.modality, coefficients.device))
-
-
-def index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
-    """The index as a tensor; kept, so that a steady training loop copies nothing from the host."""
-    # A compiled graph keeps its constants itself.
-    make = _index_tensor if torch.compiler.is_compiling() else _kept_index_tensor
-    return make(index, device)
-
-
-def _index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(index, dtype=torch.int64, device=device)
-
-
-_kept_index_tensor = lru_cache(maxsize=128)(_index_tensor)
 
 
 def per_modality(values: Tensor, modality: Sequence[int], count: int) -> Tensor:

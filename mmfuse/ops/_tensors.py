@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -186,3 +187,17 @@ def check_writable(name: str, tensors: Sequence[Tensor]) -> None:
                 f"{name}[{i}] is an expanded view with strides {tuple(tensor.stride())}; "
                 "it cannot be updated in place, use .contiguous() first"
             )
+
+
+def index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
+    """The index as a tensor; kept, so that a steady training loop copies nothing from the host."""
+    # A compiled graph keeps its constants itself.
+    make = _index_tensor if torch.compiler.is_compiling() else _kept_index_tensor
+    return make(index, device)
+
+
+def _index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(index, dtype=torch.int64, device=device)
+
+
+_kept_index_tensor = lru_cache(maxsize=128)(_index_tensor)

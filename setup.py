@@ -150,9 +150,10 @@ class BuildKernels(build_ext):
             f"-isystem{torch / 'include'}",
             f"-isystem{sysconfig.get_path('include')}",
         ]
-        defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+        defines = []
         flags = [*CXX_FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-        sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), ROOT / "csrc" / "module.cpp"]
+        module = ROOT / "csrc" / "module.cpp"
+        sources = [*sorted((ROOT / "csrc" / "cpu").glob("*.cpp")), module]
         link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10"]
         commands = []
         described = " ".join(flags)
@@ -172,18 +173,10 @@ class BuildKernels(build_ext):
         defines.append(f'-DMMFUSE_FLAGS="{described}"')
         for source in sources:
             output = build / f"{source.parent.name}_{source.stem}.o"
-            commands.append(
-                [
-                    *shlex.split(compiler),
-                    *flags,
-                    *defines,
-                    *include,
-                    "-c",
-                    str(source),
-                    "-o",
-                    output,
-                ]
-            )
+            # PyTorch 2.11's pybind11 is an error where this is defined.
+            target = [] if source == module else [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"]
+            command = [*shlex.split(compiler), *flags, *defines, *target, *include]
+            commands.append([*command, "-c", str(source), "-o", output])
         build.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(jobs()) as pool:
             list(pool.map(run_compiler, commands))

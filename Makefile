@@ -13,7 +13,7 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test soak lint format bench cuda triton clean
+.PHONY: help setup build demo test soak lint format bench cuda triton gpu clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/"
 	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
+	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
 	@echo "make triton  compile the Triton kernels for the same, ahead of time"
 
 # Installs the optional dependencies of these names.
@@ -82,6 +83,11 @@ cuda:
 
 triton: build
 	$(BIN)/python .ci/compile_triton.py
+
+# Uses the Python that is there, with its CUDA build of PyTorch, and installs nothing.
+gpu:
+	$(if $(OUT),,$(error make gpu OUT=folder: where do the results go?))
+	$(PYTHON) .ci/gpu.py --output $(OUT)
 
 clean:
 	rm -rf build *.egg-info mmfuse/_C*.so mmfuse/_build.json $(BUILT)

@@ -18,7 +18,8 @@ from _inputs import Inputs
 from _measure import Prepared
 from _workloads import Workload
 
-from mmfuse.ops._registry import OPS, PREFERENCE
+from mmfuse.ops._preference import PREFERENCE
+from mmfuse.ops._registry import OPS
 from mmfuse.triton import INTERPRETED
 
 _OTHERS = {

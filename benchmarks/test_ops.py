@@ -26,7 +26,7 @@ from _providers import why_no_backend
 from _workloads import Workload
 
 from mmfuse import ops
-from mmfuse.ops._registry import PREFERENCE
+from mmfuse.ops._preference import PREFERENCE
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = ((64, 64, 3, 3), (64,), (128, 64, 3, 3), (256, 128))

@@ -2,8 +2,8 @@
 
 Without a GPU all four backends run on the CPU: Triton in its interpreter, the CUDA kernels compiled
 against the host shim of tests/cuda_on_cpu. With one, the tests marked `gpu` run there too.
-MMFUSE_REQUIRE_BACKENDS (a comma-separated list, set by `make test`) turns a missing backend from a
-skip into a failure.
+MMFUSE_REQUIRE_BACKENDS (a comma-separated list, set by `make test`; `cuda@gpu` is on a GPU) turns a
+missing backend from a skip into a failure.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _require(cell: Cell) -> None:
         if reason is None:
             continue
         message = f"{cell.backend} on {cell.device}: {reason}"
-        if cell.device == "cpu" and cell.backend in REQUIRED:
+        if (cell.backend if cell.device == "cpu" else f"{cell.backend}@gpu") in REQUIRED:
             pytest.fail(message)
         if cell.device == "cpu" and cell.backend == "cuda" and torch.cuda.is_available():
             message = "the CUDA kernels run on the GPU here, not in the host shim"

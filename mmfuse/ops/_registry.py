@@ -18,11 +18,9 @@ import torch
 
 from .. import _native
 from ._eager import Formula, differentiable_call
+from ._preference import preferred
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-
-# The order in which backend=None tries the backends, per device type.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 
 _library = torch.library.Library("mmfuse", "DEF")
 _forced: str | None = None
@@ -122,7 +120,7 @@ class Op:
             if reason is not None:
                 raise RuntimeError(f"backend {named!r} is not available for {self.name}: {reason}")
             return named
-        order = PREFERENCE.get(device_type, ("reference",))
+        order = preferred(self.name, device_type)
         reasons = {candidate: self.why_missing(candidate, device_type) for candidate in order}
         best = next(candidate for candidate in order if reasons[candidate] is None)
         if best != order[0]:

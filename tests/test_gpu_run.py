@@ -1,0 +1,210 @@
+"""`make gpu`: what it does where there is no GPU, and what is made of its stages and results."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mmfuse.ops._preference import TRITON_FIRST, preferred
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load(path: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_under_test", ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look for annotations
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return load(".ci/gpu.py", monkeypatch)
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture
+def targets(monkeypatch: pytest.MonkeyPatch) -> Any:
+    return load("benchmarks/targets.py", monkeypatch)
+
+
+@pytest.fixture
+def choose(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    return load("benchmarks/choose.py", monkeypatch)
+
+
+def stage(gpu: Any, name: str, program: str, seconds: float = 60.0) -> Any:
+    return gpu.Stage(
+        name, [sys.executable, "-c", program], seconds, {"MARK": "7"}, gpu.last_match("line")
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ".ci/gpu.py", "--output", str(tmp_path / "out")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("make gpu needs an NVIDIA GPU: PyTorch ")
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_command_names_a_file_that_exists(gpu: Any, tmp_path: Path) -> None:
+    for one in (one for group in gpu.stages(tmp_path, 4.0) for one in group):
+        assert one.command[0] == sys.executable
+        script = one.command[1]
+        assert script == "-m" or (ROOT / script).is_file(), script
+
+
+def test_a_stage_leaves_its_log(gpu: Any, tmp_path: Path) -> None:
+    program = "import os, sys; print('line', os.environ['MARK']); print('more', file=sys.stderr)"
+    outcome = gpu.run(stage(gpu, "good", program), tmp_path, time.monotonic() + 60)
+    assert (outcome.code, outcome.word, outcome.gist) == (0, "passed", "line 7")
+    assert (tmp_path / "good.log").read_text().split() == ["line", "7", "more"]
+    failed = gpu.run(stage(gpu, "bad", "raise SystemExit(3)"), tmp_path, time.monotonic() + 60)
+    assert (failed.code, failed.word) == (3, "failed (exit code 3)")
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(0.5, 60.0), (60.0, 0.5)])
+def test_a_stage_is_stopped(gpu: Any, tmp_path: Path, seconds: float, left: float) -> None:
+    slow = stage(gpu, "slow", "print('line 1', flush=True); import time; time.sleep(60)", seconds)
+    outcome = gpu.run(slow, tmp_path, time.monotonic() + left)
+    assert outcome.code is None and outcome.seconds < 30
+    assert outcome.word.startswith("stopped after")
+
+
+@pytest.fixture
+def planned(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs `main` with other stages: name → program."""
+
+    def call(output: Path, *groups: dict[str, str]) -> int:
+        plan = [[stage(gpu, *item) for item in group.items()] for group in groups]
+        monkeypatch.setattr(gpu, "stages", lambda *_: plan)
+        monkeypatch.setattr(gpu, "describe", lambda: {"GPU": "none"})
+        return gpu.main(["--output", str(output)])
+
+    return call
+
+
+def test_the_summary_and_the_exit_code(planned: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "deep" / "out"
+    good, bad = "print('line')", "print('the reason'); raise SystemExit(1)"
+    assert planned(out, {"build": good}, {"tests": bad, "sanitizer": good}, {"last": good}) == 1
+    summary = (out / "summary.md").read_text()
+    assert "| tests | failed (exit code 1) |" in summary
+    # A failure among the tests does not keep the benchmark from running.
+    assert "| last | passed |" in summary
+    assert "the reason" in capsys.readouterr().out
+    assert planned(out, {"build": good}, {"last": good}) == 0
+
+
+def test_nothing_runs_on_a_failed_build(planned: Any, tmp_path: Path) -> None:
+    assert planned(tmp_path, {"build": "raise SystemExit(1)"}, {"tests": "print('line')"}) == 1
+    assert "tests" not in (tmp_path / "summary.md").read_text()
+
+
+def row(case: str, workload: str, provider: str, **numbers: object) -> dict[str, object]:
+    names = {"case": case, "workload": workload, "dtype": "float32", "provider": provider}
+    return {**names, "median_ms": 1.0, **numbers}
+
+
+def written(path: Path, rows: list[dict[str, object]]) -> Path:
+    fields = list(dict.fromkeys(key for one in rows for key in one))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_targets(targets: Any, tmp_path: Path, capsys: Any) -> None:
+    two, large = "two ResNet-18 (22.3 M parameters)", "one tensor of 256 M elements"
+    rows = [
+        row("ogm_ge_step", two, "cuda", vs_official=24.0, launches=8),
+        row("ogm_ge", two, "cuda", median_ms=0.5),
+        row("ogm_ge", two, "foreach", median_ms=9.0),
+        row("ogm_ge", two, "compile", median_ms=2.25),
+        row("update_scale", large, "cuda", copy_share=0.93),
+        # Neither another provider's number nor another dtype's counts.
+        row("redreg", large, "triton", copy_share=0.95),
+        {**row("update_pull", large, "cuda", copy_share=0.95), "dtype": "bfloat16"},
+        row("mutual_information", "10⁷ pairs, 30 bins", "cuda", copy_share=1.1),
+    ]
+    assert targets.main([str(written(tmp_path / "results.csv", rows))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    reached = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in lines[2:-2]}
+    assert reached["OGM-GE at least 25.0× official"] == "**missed**: 24.0× |"
+    assert reached["OGM-GE at least 4.0× the better of foreach and compile"] == "4.5× |"
+    assert reached["OGM-GE in at most 8 launches"] == "8 |"
+    assert reached["OGM at least 90 % of copy"] == "93 % |"
+    assert reached["RedReg at least 80 % of copy"] == "not measured |"
+    assert reached["InfoReg at least 80 % of copy"] == "not measured |"
+    assert reached["histogram MI at least 60 % of copy, by one read"] == "**missed**: 55 % |"
+    assert lines[-1] == f"3 of {len(targets.TARGETS)} targets reached."
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_targets_name_cases_and_workloads(targets: Any) -> None:
+    from _cases import CASES
+    from _workloads import WORKLOADS
+
+    for target in targets.TARGETS:
+        kind = CASES[target.case].kind
+        fitting = [w for w in WORKLOADS.values() if w.title.startswith(target.workload)]
+        assert [w.kind for w in fitting] == [kind], target.text
+
+
+def test_choosing_a_backend(choose: Any, tmp_path: Path, capsys: Any) -> None:
+    def both(case: str, workload: str, cuda: float, triton: float) -> list[dict[str, object]]:
+        times = {"cuda": cuda, "triton": triton}
+        return [
+            row(case, workload, name, device="cuda", median_ms=ms) for name, ms in times.items()
+        ]
+
+    rows = [
+        # 4 × and 1/2 ×: by the geometric mean Triton is 1.41 times faster.
+        *both("info_nce", "a", 4.0, 1.0),
+        *both("info_nce", "b", 1.0, 2.0),
+        *both("grad_stats", "a", 1.0, 1.25),
+        # Two ops in one case, a CPU, and a backend that is alone say nothing.
+        *both("ogm_ge", "a", 9.0, 1.0),
+        *({**r, "device": "cpu"} for r in both("gate", "a", 9.0, 1.0)),
+        *both("paired_cosine", "a", 9.0, 1.0)[:1],
+    ]
+    assert choose.main([str(written(tmp_path / "results.csv", rows))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:4] == ["| `grad_stats` | 0.80× |", "| `info_nce` | 1.41× |"]
+    assert lines[-1] == "TRITON_FIRST = ['info_nce']"
+
+
+def test_the_default_backends_are_those_that_were_measured(choose: Any) -> None:
+    """With the committed results; without any on a GPU nothing may be preferred."""
+    speeds = choose.speed_of_triton((ROOT / "benchmarks/results").glob("**/results.csv"))
+    assert choose.triton_first(speeds) == TRITON_FIRST
+
+
+def test_the_order_of_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert preferred("grad_stats", "cuda") == ("cuda", "triton", "reference")
+    assert preferred("grad_stats", "xpu") == ("reference",)
+    monkeypatch.setattr("mmfuse.ops._preference.TRITON_FIRST", {"grad_stats"})
+    assert preferred("grad_stats", "cuda") == ("triton", "cuda", "reference")
+    assert preferred("grad_stats", "cpu") == ("cpu", "reference")
+    assert preferred("update_grads_", "cuda") == ("cuda", "triton", "reference")

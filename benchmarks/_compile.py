@@ -185,7 +185,8 @@ def _arm(rows: list[Tensor], bins: int) -> Tensor:
 @_compiled(dynamic=False)
 def _soft(x: Tensor, y: Tensor, bins: int) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    ranges = [torch.stack(v.to(wide).aminmax(dim=1), dim=1) for v in (x, y)]
+    wider = (v.to(wide) for v in (x, y))
+    ranges = [torch.stack([v.amin(dim=1), v.amax(dim=1)], dim=1) for v in wider]
     p = reference_soft.soft_histogram(x, y, *ranges, bins) / x.shape[1]
     parts = [p.sum(2), p.sum(1), p.flatten(1)]
     least = torch.finfo(p.dtype).tiny

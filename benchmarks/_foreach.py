@@ -241,7 +241,7 @@ def arm_information(i: FusionInputs) -> Tensor:
 
 def _shares(x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     """The lower of both bins of each value of the row, and what each of both bins gets."""
-    low, high = x.aminmax()
+    low, high = x.amin(), x.amax()
     t = (x - low) * ((bins - 1) / (high - low))
     lower = t.detach().long().clamp_(max=bins - 2)
     return lower, torch.stack([lower + 1 - t, t - lower])

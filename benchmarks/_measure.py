@@ -185,7 +185,9 @@ def cost_of(prepared: Prepared, device: torch.device) -> Cost:
     mode = contextlib.nullcontext() if prepared.compiled else counter
     # The profiler sees every allocation of PyTorch's allocator, inside C++ operators too; and the
     # end of a tensor only if it has seen its beginning, so that it must see `restore`.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profiler:
         prepared.restore()
         with record_function(_MEASURED), mode:
             prepared.call()
@@ -224,7 +226,9 @@ def _cost_on_cuda(prepared: Prepared) -> Cost:
     syncs = sum(_SYNC_WARNING in str(warning.message) for warning in caught)
     prepared.restore()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    # Without the accumulation PyTorch 2.11 warns that there is none.
+    with profile(activities=kinds, acc_events=True) as profiler:
         prepared.call()
         torch.cuda.synchronize()
     launches = sum(event.get("cat") in _DEVICE_EVENTS for event in _trace(profiler))

@@ -96,7 +96,7 @@ def exact_soft(inputs: ValueInputs) -> list[Tensor]:
     """The information and both gradients, by autograd through the reference's forward pass."""
     with torch.enable_grad():
         x, y = (v.detach().double().requires_grad_() for v in (inputs.x, inputs.y))
-        ranges = [torch.stack(v.aminmax(dim=1), dim=1) for v in (x, y)]
+        ranges = [torch.stack([v.amin(dim=1), v.amax(dim=1)], dim=1) for v in (x, y)]
         p = reference_soft.soft_histogram(x, y, *ranges, inputs.bins) / x.shape[1]
         margins = (p.sum(2), p.sum(1), p.flatten(1))
         least = torch.finfo(p.dtype).tiny

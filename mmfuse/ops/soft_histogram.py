@@ -86,7 +86,8 @@ def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = Non
 
 def _range_of(x: Tensor) -> Tensor:
     """[P, 2] ends of each row's range; constant rows are widened by 0.5, or what counts at all."""
-    low, high = torch.aminmax(x, dim=1)
+    # PyTorch 2.11 has no gradient for aminmax.
+    low, high = x.amin(dim=1), x.amax(dim=1)
     least = (low.detach().abs() * (4 * torch.finfo(x.dtype).eps)).clamp(min=0.5)
     half = torch.where(low == high, least, 0.0)
     return torch.stack([low - half, high + half], dim=1)

@@ -1,10 +1,10 @@
 """All that needs a GPU, in one run: `make gpu OUT=folder`, on a machine with one.
 
 Builds the CUDA kernels, runs the tests marked `gpu` and beside them compute-sanitizer on every
-kernel, then the benchmark with nothing beside it. Needs nvcc, a CUDA build of PyTorch, and what the
-tests and benchmarks import; installs nothing. Every stage leaves its log in the folder, and
-`summary.md` says what became of it. Exit code 1 if a stage failed or did not end in time, 2 if
-there is no GPU.
+kernel, then with nothing beside them the benchmark and, where it is installed, Nsight Compute.
+Needs nvcc, a CUDA build of PyTorch, and what the tests and benchmarks import; installs nothing.
+Every stage leaves its log in the folder, and `summary.md` says what became of it. Exit code 1 if a
+stage failed or did not end in time, 2 if there is no GPU.
 """
 
 from __future__ import annotations
@@ -31,6 +31,19 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIRED = "reference@gpu,triton@gpu,cuda@gpu"
 # More would only wait for each other: the GPU runs one kernel of this size at a time.
 TEST_PROCESSES = 8
+# What says whether a kernel waits for memory, for instructions or for neither.
+METRICS = (
+    "gpu__time_duration.sum",
+    "dram__bytes_read.sum",
+    "dram__bytes_write.sum",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active",
+    "smsp__inst_executed.sum",
+    "sm__warps_active.avg.pct_of_peak_sustained_active",
+    "launch__registers_per_thread",
+    "launch__grid_size",
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def stages(output: Path, benchmark_minutes: float) -> list[list[Stage]]:
     tests = ["-m", "pytest", "-q", "-m", "gpu", "-n", str(TEST_PROCESSES), "-p", "no:cacheprovider"]
     sanitizer = ["tests/every_kernel.py", "--sanitizer", "--output", str(output)]
     benchmark = ["benchmarks/run.py", "--device", "cuda", "--minutes", str(benchmark_minutes)]
-    return [
+    plan = [
         [
             Stage(
                 "build",
@@ -124,6 +137,14 @@ def stages(output: Path, benchmark_minutes: float) -> list[list[Stage]]:
             )
         ],
     ]
+    profiler = shutil.which("ncu")
+    if profiler is not None:
+        # The card's clocks are left as they are, and PyTorch's kernels out.
+        options = ["--clock-control", "none", "--csv", "--metrics", ",".join(METRICS)]
+        names = ["--kernel-name-base", "demangled", "--kernel-name", "regex:mmfuse"]
+        command = [profiler, *options, *names, python, "benchmarks/profile_kernels.py"]
+        plan.append([Stage("profile", command, 120, {}, last_match("==ERROR==|gpu__time"))])
+    return plan
 
 
 def run(stage: Stage, output: Path, end: float) -> Outcome:
@@ -215,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for logs and results")
     parser.add_argument("--minutes", type=float, default=9.5, help="for the whole run")
-    parser.add_argument("--benchmark-minutes", type=float, default=4.0)
+    parser.add_argument("--benchmark-minutes", type=float, default=3.5)
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
     options = parser.parse_args(argv)
     output = options.output.resolve()

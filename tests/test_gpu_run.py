@@ -67,11 +67,37 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_every_command_names_a_file_that_exists(gpu: Any, tmp_path: Path) -> None:
-    for one in (one for group in gpu.stages(tmp_path, 4.0) for one in group):
-        assert one.command[0] == sys.executable
-        script = one.command[1]
+@pytest.mark.parametrize("profiler", [None, "/opt/ncu"])
+def test_every_command_names_a_file_that_exists(
+    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profiler: str | None
+) -> None:
+    monkeypatch.setattr(gpu.shutil, "which", lambda _: profiler)
+    found = [one for group in gpu.stages(tmp_path, 4.0) for one in group]
+    names = ["build", "tests", "sanitizer", "benchmark", "targets", "profile"]
+    assert [one.name for one in found] == (names if profiler else names[:-1])
+    for one in found:
+        script = one.command[one.command.index(sys.executable) + 1]
         assert script == "-m" or (ROOT / script).is_file(), script
+        assert (one.command[0] == profiler) == (one.name == "profile")
+
+
+@pytest.mark.usefixtures("benchmarks")
+def test_the_profiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, and small; the names must be those of cases, workloads and functions."""
+    script = load("benchmarks/profile_kernels.py", monkeypatch)
+    from _mmfuse import __dict__ as functions
+
+    for case, workload in script.CALLS:
+        assert script.CASES[case].kind == script.WORKLOADS[workload].kind
+        assert case in functions
+    small = ["--device", "cpu", "--backend", "cpu", "--workloads", "thousand", "images"]
+    called = []
+    for case in {case for case, _ in script.CALLS}:
+        original = functions[case]
+        count = lambda i, b, f=original, c=case: (called.append(c), f(i, b))  # noqa: E731
+        monkeypatch.setitem(functions, case, count)
+    assert script.main(small) == 0
+    assert called == ["update_scale"] * 2 + ["noisy_views"] * 2
 
 
 def test_a_stage_leaves_its_log(gpu: Any, tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ struct ModulationRule {
 // The mean over j != m of S_m / S_j; score(j) is S_j.
 template <typename F>
 MMFUSE_HD double discrepancy_ratio(const F& score, int64_t m, int64_t modalities) {
+  const double own = score(m);
   double sum = 0;
   for (int64_t j = 0; j < modalities; ++j) {
-    if (j != m) sum += score(m) / score(j);
+    if (j != m) sum += own / score(j);
   }
   return sum / static_cast<double>(modalities - 1);
 }

@@ -67,7 +67,7 @@ def _step(provider: str, i: GradientInputs, result: object, *, noise: bool) -> N
 
 
 _anchored = partial(GradientInputs, anchored=True)
-_DECISION = ("modality_scores", "discrepancy_ratios")
+_DECISION = ("modality_scores", "modulation_factors")
 _REGULATION = ("modality_scores", "grad_stats", "update_grads_")
 _MONITOR = ("noisy_views", "redundancy_ratio", "co_information_gate")
 

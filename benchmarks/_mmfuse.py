@@ -42,8 +42,8 @@ def modality_scores(i: LogitsInputs, backend: str) -> Tensor:
 
 def decision(i: LogitsInputs, backend: str) -> tuple[Tensor, Tensor]:
     scores = ops.modality_scores(i.logits, i.labels, backend=backend)
-    rho = ops.discrepancy_ratios(scores.prob, backend=backend)
-    return mmfuse.ogm_coefficients(rho, ALPHA, "cvpr"), rho
+    found = ops.modulation_factors(scores.prob, ALPHA, "cvpr", backend=backend)
+    return found.coefficients, found.ratios
 
 
 def discrepancy_ratios(i: ScoresInputs, backend: str) -> Tensor:

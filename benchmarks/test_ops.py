@@ -12,6 +12,7 @@ import pytest
 import torch
 from _information_inputs import TEMPERATURE, ContrastInputs, FusionInputs, ValueInputs
 from _inputs import (
+    ALPHA,
     SIGMA,
     DropInputs,
     FeatureInputs,
@@ -51,6 +52,14 @@ def _modality_scores(backend: str) -> Callable[[], Any]:
 def _discrepancy_ratios(backend: str) -> Callable[[], Any]:
     i = ScoresInputs(_scores, torch.float32, DEVICE)
     return lambda: ops.discrepancy_ratios(i.scores, backend=backend)
+
+
+def _modulation_factors(backend: str) -> Callable[[], Any]:
+    i = GradientInputs(_gradients, torch.float32, DEVICE)
+    scores, stats = torch.rand(2, device=DEVICE), ops.grad_stats(i.grads, backend=backend)
+    return lambda: ops.modulation_factors(
+        scores, ALPHA, owner=i.modality, stats=stats, backend=backend
+    )
 
 
 def _grad_stats(backend: str) -> Callable[[], Any]:
@@ -178,6 +187,7 @@ def _info_nce_grad(backend: str) -> Callable[[], Any]:
 _CALLS = {
     "modality_scores": (_modality_scores, "modality_scores"),
     "discrepancy_ratios": (_discrepancy_ratios, "discrepancy_ratios"),
+    "modulation_factors": (_modulation_factors, "modulation_factors"),
     "grad_stats": (_grad_stats, "grad_stats"),
     "grad_stats with anchors": (_grad_stats_anchors, "grad_stats"),
     "update_grads_ scale": (_update_scale, "update_grads_"),

@@ -49,6 +49,14 @@ inline void check_contiguous(const TensorList& tensors, const char* what) {
   }
 }
 
+// int64 numbers, one for each of `count` tensors.
+inline const int64_t* indices_of(const Tensor& tensor, int64_t count, const char* name) {
+  STD_TORCH_CHECK(
+      tensor.is_contiguous() && tensor.numel() == count && tensor.scalar_type() == ScalarType::Long,
+      "mmfuse: ", name, " must be int64, contiguous, with ", count, " elements");
+  return static_cast<const int64_t*>(tensor.const_data_ptr());
+}
+
 inline Tensor empty_on_cpu(const std::vector<int64_t>& size, ScalarType dtype) {
   const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
   return torch::stable::empty(size, dtype, std::nullopt, cpu);

@@ -15,10 +15,9 @@ encoder's gradient scaled down by k_m; GE adds noise of the gradient's own stand
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +25,11 @@ from torch import Tensor
 from ._epochs import EpochWindow
 from ._ranks import Group, Observations, agree, mean_over_ranks
 from ._updates import Decided, ScaledUpdates
-from .modalities import Active, Encoder, Modalities, Select, given, per_tensor
+from .modalities import Active, Encoder, Modalities, Select, given
 from .noise import NoiseStream, default_stream
-from .ops import GradStats, discrepancy_ratios, grad_stats, update_grads_
+from .ops import grad_stats, modulation_factors, update_grads_
+from .ops.modulation_factors import Formula, check_strength
 
-Formula = Literal["tpami", "cvpr"]
 Noise = bool | Callable[[Tensor], Tensor]
 ApplyTo = Literal["gradient", "update"]
 
@@ -130,14 +129,13 @@ def ogm_backward(
         ValueError: the names differ, a modality has no parameter, a parameter is in two, a shape,
             a label or a hyper-parameter is wrong. Nothing has been changed then.
     """
-    _check_hyperparameters(alpha, formula)
+    check_strength(alpha, formula)
     modalities = Modalities(encoders, select)
     scores = modalities.scores(logits, labels, backend).prob.detach()
     seen = mean_over_ranks(scores, labels, process_group)
-    decision = _decide(seen, alpha, formula, backend)
     loss.backward(retain_graph=retain_graph)
-    active = modalities.active()
-    return _act(active, decision, noise, stream, process_group, None, backend)
+    rule = _Rule(alpha, formula, noise)
+    return _modulate(modalities.active(), seen, rule, stream, process_group, None, backend)
 
 
 class OGM(EpochWindow):
@@ -198,7 +196,7 @@ class OGM(EpochWindow):
         stream: NoiseStream | None = None,
         backend: str | None = None,
     ) -> None:
-        _check_hyperparameters(alpha, formula)
+        check_strength(alpha, formula)
         if apply_to not in ("gradient", "update"):
             raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
         if apply_to == "update" and callable(noise):
@@ -282,10 +280,10 @@ class OGM(EpochWindow):
         """Takes the place of ``loss.backward()``; see `ogm_backward`."""
         self._check_attached()
         self.observe(logits, labels)
-        decision = self._decide()
+        scores = self._observations.take().means
         loss.backward(retain_graph=retain_graph)
         active = self.modalities.active() if self.apply_to == "gradient" else None
-        return self._act(decision, found_inf, active)
+        return self._act(scores, found_inf, active)
 
     def step(
         self,
@@ -319,38 +317,30 @@ class OGM(EpochWindow):
         active = self.modalities.active() if self.apply_to == "gradient" else None
         if scores is not None and labels is not None:
             self._observations.add(scores, labels)
-        return self._act(self._decide(), found_inf, active)
+        return self._act(self._observations.take().means, found_inf, active)
 
     @torch.no_grad()
     def _scores(self, logits: Mapping[str, Tensor], labels: Tensor) -> Tensor:
         return self.modalities.scores(logits, labels, self.backend).prob
 
-    @torch.no_grad()
-    def _decide(self) -> _Decision:
-        seen = self._observations.take().means
-        decision = _decide(seen, self.alpha, self.formula, self.backend)
-        if not self.modulating:
-            decision.coefficients.fill_(1.0)
-        return decision
-
-    def _act(
-        self, decision: _Decision, found_inf: Tensor | None, active: Active | None
-    ) -> OGMResult:
+    def _act(self, scores: Tensor, found_inf: Tensor | None, active: Active | None) -> OGMResult:
         device = self.modalities.device
         if self.stream.device != device:  # the encoders were moved after this object was made
             self.stream = self.stream.to(device)
-        noise = self.noise if self.modulating else False
+        on = self.modulating
+        rule = _Rule(self.alpha if on else 0.0, self.formula, self.noise if on else False)
+        group, backend = self.process_group, self.backend
         if active is not None:
-            group, backend = self.process_group, self.backend
-            return _act(active, decision, noise, self.stream, group, found_inf, backend)
-        if noise:
-            agree(self.stream, self.process_group)
+            return _modulate(active, scores, rule, self.stream, group, found_inf, backend)
+        decided = modulation_factors(scores, rule.alpha, rule.formula, backend=backend)
+        if rule.noise:
+            agree(self.stream, group)
         finite = torch.ones((), dtype=torch.bool, device=device)
-        stream = self.stream if noise else None
+        stream = self.stream if rule.noise else None
         state = None if stream is None else stream.state.clone()
         for update in self._updates:
-            update.decided = Decided(decision.coefficients, stream, state, finite)
-        return OGMResult(decision.coefficients, decision.scores, decision.ratios, finite)
+            update.decided = Decided(decided.coefficients, stream, state, finite)
+        return OGMResult(decided.coefficients, scores, decided.ratios, finite)
 
     def _check_attached(self) -> None:
         if self.apply_to == "update" and not self._updates:
@@ -377,61 +367,55 @@ class OGM(EpochWindow):
             update.decided = None
 
 
-@dataclass(frozen=True)
-class _Decision:
-    coefficients: Tensor
-    scores: Tensor
-    ratios: Tensor
+class _Rule(NamedTuple):
+    """How a step modulates; alpha = 0 makes every coefficient 1."""
 
-
-def _check_hyperparameters(alpha: float, formula: str) -> None:
-    if not (math.isfinite(alpha) and alpha >= 0):
-        raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
-    if formula not in ("tpami", "cvpr"):
-        raise ValueError(f"formula must be 'tpami' or 'cvpr', got {formula!r}")
+    alpha: float
+    formula: Formula
+    noise: Noise
 
 
 @torch.no_grad()
-def _decide(scores: Tensor, alpha: float, formula: Formula, backend: str | None) -> _Decision:
-    ratios = discrepancy_ratios(scores, backend=backend)
-    return _Decision(ogm_coefficients(ratios, alpha, formula), scores, ratios)
-
-
-@torch.no_grad()
-def _act(
+def _modulate(
     active: Active,
-    decision: _Decision,
-    noise: Noise,
+    scores: Tensor,
+    rule: _Rule,
     stream: NoiseStream | None,
     process_group: Group,
     found_inf: Tensor | None,
     backend: str | None,
 ) -> OGMResult:
-    device = active.grads[0].device if active.grads else decision.scores.device
+    grads, noise = active.grads, rule.noise
+    device = grads[0].device if grads else scores.device
     finite = torch.ones((), dtype=torch.bool, device=device)
-    result = OGMResult(decision.coefficients, decision.scores, decision.ratios, finite)
-    if not active.grads:
+    stats = active.whole(grad_stats(grads, backend=backend)) if noise and grads else None
+    decided = modulation_factors(
+        scores.to(device),
+        rule.alpha,
+        rule.formula,
+        owner=active.modality,
+        stats=stats,
+        eps=_STD_EPS,
+        backend=backend,
+    )
+    result = OGMResult(decided.coefficients, scores, decided.ratios, finite)
+    if stats is None or decided.noise_std is None:
+        update_grads_(grads, decided.scale, finite=finite, backend=backend)
         return result
-    scale = per_tensor(decision.coefficients.to(device), active)
-    if not noise:
-        update_grads_(active.grads, scale, finite=finite, backend=backend)
-        return result
-    stats = active.whole(grad_stats(active.grads, backend=backend))
     if active.shards:  # what another rank's part holds shows in the sum alone
         finite.copy_(stats.m2.isfinite().all())
-    noise_std = _noise_std(stats)
     if callable(noise):
-        external = [noise(g) for g in active.grads]
-        update_grads_(active.grads, scale, finite=finite, backend=backend)
-        for grad, z, std in zip(active.grads, external, noise_std.unbind(), strict=True):
+        external = [noise(g) for g in grads]
+        update_grads_(grads, decided.scale, finite=finite, backend=backend)
+        for grad, z, std in zip(grads, external, decided.noise_std.unbind(), strict=True):
             grad.addcmul_(z, std.to(grad.device, grad.dtype))
         return result
     stream = default_stream(device) if stream is None else stream
     agree(stream, process_group)
     update_grads_(
-        active.cut(active.grads),
-        active.spread(scale),
-        noise_std=active.spread(noise_std),
+        active.cut(grads),
+        active.spread(decided.scale),
+        noise_std=active.spread(decided.noise_std),
         stream=active.place(stream),
         finite=finite,
         backend=backend,
@@ -439,8 +423,3 @@ def _act(
     # A step that a GradScaler skips has not been.
     stream.advance(finite if found_inf is None else finite & (found_inf == 0).all())
     return result
-
-
-def _noise_std(stats: GradStats) -> Tensor:
-    """[T] std(g) + 1e-8; 0 for a one-element tensor, which has no standard deviation."""
-    return torch.where(stats.numel > 1, stats.std + _STD_EPS, 0.0)

@@ -23,6 +23,7 @@ def samples(device: str) -> dict[str, list[tuple]]:
     tracked = [z.clone().requires_grad_() for z in logits]
     labels = torch.tensor([0, 1, -100, 2], device=device)
     two = torch.rand(2, device=device)
+    index = torch.tensor([1, 0, 1], device=device)
     k = torch.tensor(0.5, device=device)
     a, b = torch.randn(2, 4, 3, device=device).unbind()
     leaves = [t.clone().requires_grad_() for t in (a, b)]
@@ -37,6 +38,11 @@ def samples(device: str) -> dict[str, list[tuple]]:
         "modality_scores": [(logits, labels), (tracked, labels)],
         "modality_scores_backward": [(two, two.flip(0), logits, labels)],
         "discrepancy_ratios": [(two,)],
+        "modulation_factors": [
+            (two, index, None, None, 0.8, False, 0.0),
+            (two.double(), index, index + 1, three, 0.8, True, 1e-8),
+            (two, index[:0], index[:0], three[:0].double(), 0.0, False, 1e-8),
+        ],
         "grad_stats": [(g, [], []), (g, w, w0), ([t.double() for t in g], [], [])],
         "noisy_views": [
             (a, 0.1, state, [0, 1], [0, 0]),
@@ -144,6 +150,10 @@ def test_fullgraph_compile(cell: Cell) -> None:
         k = mmfuse.ogm_coefficients(ratios, 0.8)
         std = ops.grad_stats(grads, backend=cell.backend).std
         ops.update_grads_(grads, k, noise_std=std, stream=stream, backend=cell.backend)
+        stats = ops.grad_stats(grads, backend=cell.backend)
+        factors = ops.modulation_factors(
+            scores.prob, 0.8, owner=[1, 0], stats=stats, eps=1e-8, backend=cell.backend
+        )
         views = ops.noisy_views(x, 0.5, stream, backend=cell.backend)
         encoded = [view.tanh() for view in views[:2]]
         ratio = ops.redundancy_ratio(*encoded, views.input_sq, backend=cell.backend)
@@ -153,7 +163,7 @@ def test_fullgraph_compile(cell: Cell) -> None:
         given = ops.conditional_mutual_information(*encoded, x, 3, backend=cell.backend)
         shared = ops.co_information(*encoded, x, 3, backend=cell.backend)
         nce = ops.info_nce(*encoded, 0.5, backend=cell.backend)
-        information = (*found, *given, shared, nce)
+        information = (*factors, *found, *given, shared, nce)
         return scores.log_prob, k, *views, ratio, gate, *left.features, left.keep, *information
 
     logits = [torch.randn(4, 3, device=cell.device) for _ in range(2)]

@@ -102,6 +102,24 @@ def ratios(dtype: torch.dtype, expected: Tensor) -> Tensor:
     return (len(expected) + 2) * UNIT_ROUNDOFF[dtype] * expected.abs()
 
 
+def coefficients(dtype: torch.dtype, count: int, alpha: float, k: Tensor) -> Tensor:
+    """Bound for k of `count` modalities, worked out in float64 on both sides and stored as `dtype`.
+
+    With x the argument of tanh, δρ ≤ (M + 2)·u·ρ moves α·tanh(x) by at most α·(M + 2)·u·ρ·sech²(x),
+    where ρ·sech²(ρ − 1) < 1.2 and, with one more rounding, αρ·sech²(αρ) < 0.5. tanh itself, as
+    1 − 2/(e²ˣ + 1), takes four roundings and an exponential good to 2 units; the rest takes two.
+    """
+    u = UNIT_ROUNDOFF[torch.float64]
+    computed = max(alpha, 1.0) * (1.2 * (count + 3) + 8) * u
+    return 2 * computed + UNIT_ROUNDOFF[dtype] * k.abs()
+
+
+def modulation_noise(dtype: torch.dtype, std: Tensor) -> Tensor:
+    """√(m2/(n − 1)) + ε from the same m2: three float64 roundings on each side, then `dtype`."""
+    u = 6 * UNIT_ROUNDOFF[torch.float64] + UNIT_ROUNDOFF[dtype]
+    return u * std.abs() + UNDERFLOW[dtype]
+
+
 def noisy_view(dtype: torch.dtype, result: Tensor, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
     """Bound for x + σz: the update of a gradient x whose scale is one."""
     return updated_grad(dtype, result, x, torch.zeros(()), sigma, z)

@@ -39,13 +39,26 @@ inline NoiseKey noise_key(const int64_t* state, int64_t stream_id) {
           static_cast<uint32_t>(state[1])};
 }
 
-inline void write_number(Tensor& out, size_t i, double value) {
-  if (out.scalar_type() == ScalarType::Double) {
-    static_cast<double*>(out.mutable_data_ptr())[i] = value;
-  } else {
-    static_cast<float*>(out.mutable_data_ptr())[i] = static_cast<float>(value);
+// Where float32 or float64 numbers are written.
+class Numbers {
+ public:
+  explicit Numbers(Tensor& tensor)
+      : data_(tensor.mutable_data_ptr()), wide_(tensor.scalar_type() == ScalarType::Double) {}
+
+  void set(size_t i, double value) const {
+    if (wide_) {
+      static_cast<double*>(data_)[i] = value;
+    } else {
+      static_cast<float*>(data_)[i] = static_cast<float>(value);
+    }
   }
-}
+
+ private:
+  void* data_;
+  bool wide_;
+};
+
+inline void write_number(Tensor& out, size_t i, double value) { Numbers(out).set(i, value); }
 
 // A 0-d result of an op on tensors of this type.
 inline Tensor number_on_cpu(double value, DType dtype) {

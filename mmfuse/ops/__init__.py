@@ -8,6 +8,7 @@ from .grad_stats import GradStats, grad_stats
 from .info_nce import info_nce
 from .joint_entropies import JointEntropies, joint_entropies
 from .modality_scores import ModalityScores, modality_scores
+from .modulation_factors import ModulationFactors, modulation_factors
 from .mutual_information import (
     ConditionalMutualInformation,
     MutualInformation,
@@ -29,6 +30,7 @@ __all__ = [
     "GradStats",
     "JointEntropies",
     "ModalityScores",
+    "ModulationFactors",
     "MutualInformation",
     "NoisyViews",
     "active_backend",
@@ -41,6 +43,7 @@ __all__ = [
     "info_nce",
     "joint_entropies",
     "modality_scores",
+    "modulation_factors",
     "mutual_information",
     "noisy_views",
     "paired_cosine",

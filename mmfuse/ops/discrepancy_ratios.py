@@ -34,9 +34,14 @@ def discrepancy_ratios(scores: Tensor, *, backend: str | None = None) -> Tensor:
         TypeError: `scores` is not float32 or float64.
         ValueError: `scores` is not one-dimensional with at least two entries.
     """
+    check_scores(scores)
+    ratios: Tensor = _op(backend, scores.device, scores.detach().contiguous())
+    return ratios
+
+
+def check_scores(scores: Tensor) -> None:
+    """Raises what `discrepancy_ratios` raises for scores that it cannot take."""
     if not isinstance(scores, Tensor) or scores.dtype not in (torch.float32, torch.float64):
         raise TypeError("scores must be a float32 or float64 tensor")
     if scores.dim() != 1 or scores.shape[0] < 2:
         raise ValueError(f"scores must have shape [M] with M >= 2, got {list(scores.shape)}")
-    ratios: Tensor = _op(backend, scores.device, scores.detach().contiguous())
-    return ratios

@@ -1,0 +1,47 @@
+#include "element.h"
+#include "launch.h"
+#include "modulation_factors.h"
+
+namespace mmfuse::cuda {
+namespace {
+
+constexpr int kThreads = 128;
+
+__device__ __forceinline__ void store_number(const Numbers& out, int64_t i, double value) {
+  if (out.wide) {
+    static_cast<double*>(out.values)[i] = value;
+  } else {
+    static_cast<float*>(out.values)[i] = static_cast<float>(value);
+  }
+}
+
+// The first threads decide about one modality each, the others about one tensor, for which they
+// work out its owner's coefficient again: no thread waits for another.
+__global__ void __launch_bounds__(kThreads, 1)
+    modulation_factors_kernel(const ModulationFactorsParams __grid_constant__ call) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t t = i - call.modalities;
+  if (t >= call.tensors) return;
+  const auto score = [&](int64_t j) { return load_coefficient<double>(call.scores, j); };
+  const double ratio = discrepancy_ratio(score, t < 0 ? i : call.owner[t], call.modalities);
+  const double coefficient = modulation_coefficient(ratio, call.rule);
+  if (t < 0) {
+    store_number(call.found, i, ratio);
+    store_number(call.found, call.modalities + i, coefficient);
+    return;
+  }
+  // Rounded as the modality's own is.
+  store_number(call.factors, t, call.found.wide ? coefficient : static_cast<float>(coefficient));
+  if (call.m2.values == nullptr) return;
+  const double m2 = load_coefficient<double>(call.m2, t);
+  store_number(call.factors, call.tensors + t, modulation_noise(call.numel[t], m2, call.eps));
+}
+
+}  // namespace
+
+void launch_modulation_factors(const ModulationFactorsParams& params, cudaStream_t stream) {
+  const int64_t blocks = chunk_count(params.modalities + params.tensors, kThreads);
+  launch("modulation_factors_kernel", modulation_factors_kernel, blocks, kThreads, stream, params);
+}
+
+}  // namespace mmfuse::cuda

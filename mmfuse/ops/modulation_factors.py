@@ -1,0 +1,138 @@
+"""modulation_factors: all that OGM and OGM-GE decide, in one launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._registry import Op
+from ._tensors import index_tensor
+from .discrepancy_ratios import check_scores
+from .grad_stats import GradStats
+
+Formula = Literal["tpami", "cvpr"]
+
+
+class ModulationFactors(NamedTuple):
+    """What is decided about M modalities and T tensors.
+
+    Attributes:
+        ratios: [M] discrepancy ratios ρ_m.
+        coefficients: [M] k_m.
+        scale: [T] the coefficient of each tensor's modality.
+        noise_std: [T] standard deviation of each tensor's noise; None without statistics.
+    """
+
+    ratios: Tensor
+    coefficients: Tensor
+    scale: Tensor
+    noise_std: Tensor | None
+
+
+def _fake(
+    scores: Tensor,
+    owner: Tensor,
+    numel: Tensor | None,
+    m2: Tensor | None,
+    alpha: float,
+    cvpr: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    modalities = scores.new_empty(2, scores.shape[0])
+    if m2 is None:
+        return modalities, scores.new_empty(1, owner.shape[0])
+    return modalities, m2.new_empty(2, owner.shape[0])
+
+
+_op = Op(
+    "modulation_factors",
+    "(Tensor scores, Tensor owner, Tensor? numel, Tensor? m2, float alpha, bool cvpr, float eps)"
+    " -> (Tensor, Tensor)",
+    _fake,
+)
+
+
+def modulation_factors(
+    scores: Tensor,
+    alpha: float,
+    formula: Formula = "tpami",
+    *,
+    owner: Sequence[int] = (),
+    stats: GradStats | None = None,
+    eps: float = 0.0,
+    backend: str | None = None,
+) -> ModulationFactors:
+    """Discrepancy ratios, coefficients, and what they and the noise are for each tensor.
+
+    The formulas are those of `discrepancy_ratios`, `mmfuse.ogm_coefficients` and `GradStats.std`,
+    in float64 and rounded once; here they are one launch instead of a dozen. Not differentiable.
+
+    Equivalent to::
+
+        ratios = discrepancy_ratios(scores)
+        coefficients = mmfuse.ogm_coefficients(ratios, alpha, formula)
+        scale = coefficients[owner]
+        noise_std = torch.where(stats.numel > 1, stats.std + eps, 0)
+
+    Args:
+        scores: [M] non-negative scores, float32 or float64, M ≥ 2.
+        alpha: Strength, at least 0.
+        formula: "tpami" (TPAMI Eq. 11) or "cvpr" (CVPR Eq. 10).
+        owner: [T] each tensor's modality. The numbers are kept on the device for later calls.
+        stats: Statistics of the T tensors, for their noise.
+        eps: Is added to the standard deviations.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        `ModulationFactors`. Ratios and coefficients are like `scores`, as is `scale` without
+        `stats`; with them the [T] are like `stats.m2`. A ratio that is at most 1 or NaN has the
+        coefficient 1; so has every ratio for alpha = 0. A tensor of one element has no noise.
+
+    Raises:
+        TypeError: `scores` or the statistics are not float32 or float64.
+        ValueError: a shape is wrong, `owner` names no modality, devices differ, `alpha` is
+            negative or not finite, or there is no such formula.
+    """
+    check_scores(scores)
+    check_strength(alpha, formula)
+    modalities = scores.shape[0]
+    if owner and not 0 <= min(owner) <= max(owner) < modalities:
+        t = next(t for t, m in enumerate(owner) if not 0 <= m < modalities)
+        raise ValueError(f"owner[{t}] = {owner[t]} is none of the {modalities} modalities")
+    numel = m2 = None
+    if stats is not None:
+        numel, m2 = _check_stats(stats, len(owner), scores)
+    index = index_tensor(tuple(owner), scores.device)
+    cvpr = formula == "cvpr"
+    found, factors = _op(
+        backend, scores.device, scores.detach().contiguous(), index, numel, m2, alpha, cvpr, eps
+    )
+    ratios, coefficients = found.unbind(0)
+    scale, *noise = factors.unbind(0)
+    return ModulationFactors(ratios, coefficients, scale, noise[0] if noise else None)
+
+
+def check_strength(alpha: float, formula: str) -> None:
+    """Raises a ValueError for hyper-parameters of OGM that are out of range."""
+    if not (math.isfinite(alpha) and alpha >= 0):
+        raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
+    if formula not in ("tpami", "cvpr"):
+        raise ValueError(f"formula must be 'tpami' or 'cvpr', got {formula!r}")
+
+
+def _check_stats(stats: GradStats, count: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+    if stats.numel.dtype != torch.int64 or stats.m2.dtype not in (torch.float32, torch.float64):
+        raise TypeError("stats must hold int64 numbers and float32 or float64 moments")
+    for name, value in (("numel", stats.numel), ("m2", stats.m2)):
+        if value.shape != (count,):
+            raise ValueError(
+                f"stats.{name} must have shape [{count}], one for each entry of owner, "
+                f"got {list(value.shape)}"
+            )
+        if value.device != scores.device:
+            raise ValueError(f"stats.{name} is on {value.device}, scores on {scores.device}")
+    return stats.numel.contiguous(), stats.m2.contiguous()

@@ -1,0 +1,35 @@
+"""What OGM and OGM-GE do to each gradient: discrepancy ratios, coefficients, noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .discrepancy_ratios import discrepancy_ratios
+
+
+def modulation_factors(
+    scores: Tensor,
+    owner: Tensor,
+    numel: Tensor | None,
+    m2: Tensor | None,
+    alpha: float,
+    cvpr: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See `mmfuse.ops.modulation_factors`; [2, M] ratios and coefficients, [1 or 2, T] factors."""
+    ratios = discrepancy_ratios(scores.double())
+    if cvpr:
+        x = torch.where(ratios > 1, alpha * ratios, 0.0)
+        slowed = 1 - torch.tanh(x)
+    else:
+        x = ratios - 1
+        slowed = (1 - alpha * torch.tanh(x)).clamp(min=0)
+    # NaN is not greater than 0, nor is alpha * inf for alpha = 0.
+    coefficients = torch.where(x > 0, slowed, 1.0)
+    modalities = torch.stack([ratios, coefficients]).to(scores.dtype)
+    if m2 is None or numel is None:
+        return modalities, modalities[1:, owner]
+    std = (m2.double() / (numel - 1).clamp(min=1)).sqrt() + eps
+    noise_std = torch.where(numel > 1, std, 0.0)
+    return modalities, torch.stack([modalities[1, owner].double(), noise_std]).to(m2.dtype)

@@ -1,0 +1,148 @@
+"""Ratios and coefficients of the modalities, factors of their tensors: one launch."""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._aot import COMPILE_OPTIONS, AotSpec
+from ._tensor_list import launch_on
+
+BLOCK_SIZE = 128
+NUM_WARPS = 4
+
+
+@triton.jit
+def _ratio(scores_ptr, m, n_modalities):
+    """float64 mean over j != m of S_m / S_j, for a block of modalities m."""
+    score = tl.load(scores_ptr + m).to(tl.float64)
+    total = tl.zeros_like(score)
+    for j in range(n_modalities):
+        total += tl.where(m == j, 0.0, score / tl.load(scores_ptr + j).to(tl.float64))
+    return total / (n_modalities - 1)
+
+
+@triton.jit
+def _coefficient(ratio, alpha, CVPR: tl.constexpr):
+    """TPAMI Eq. 11 or CVPR Eq. 10; 1 also for a NaN, which is not greater than 0."""
+    x = tl.where(ratio > 1.0, alpha * ratio, 0.0) if CVPR else ratio - 1.0
+    # tanh x, for x > 0 to a few units of 2^-53.
+    tanh = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    slowed = 1.0 - tanh if CVPR else tl.maximum(1.0 - alpha * tanh, 0.0)
+    return tl.where(x > 0.0, slowed, 1.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("scores_ptr", "owner_ptr", "numel_ptr", "m2_ptr", "modalities_ptr", "tensors_ptr"),
+        *("alpha_bits", "eps_bits", "n_modalities", "n_tensors"),
+    ]
+)
+def _modulation_factors_kernel(
+    scores_ptr,
+    owner_ptr,
+    numel_ptr,
+    m2_ptr,
+    modalities_ptr,
+    tensors_ptr,
+    alpha_bits: tl.int64,
+    eps_bits: tl.int64,
+    n_modalities,
+    n_tensors,
+    CVPR: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """The first lanes decide about a modality, the others about a tensor, by its owner's scores.
+
+    Floats come as their bits: Triton would round them to float32.
+    """
+    i = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    t = i - n_modalities
+    is_modality = t < 0
+    is_tensor = (t >= 0) & (t < n_tensors)
+    owner = tl.load(owner_ptr + t, mask=is_tensor, other=0)
+    ratio = _ratio(scores_ptr, tl.where(is_modality, i, owner), n_modalities)
+    alpha = alpha_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    number: tl.constexpr = modalities_ptr.dtype.element_ty
+    coefficient = _coefficient(ratio, alpha, CVPR).to(number)
+    tl.store(modalities_ptr + i, ratio.to(number), mask=is_modality)
+    tl.store(modalities_ptr + n_modalities + i, coefficient, mask=is_modality)
+    factor: tl.constexpr = tensors_ptr.dtype.element_ty
+    tl.store(tensors_ptr + t, coefficient.to(factor), mask=is_tensor)
+    if m2_ptr is not None:
+        n = tl.load(numel_ptr + t, mask=is_tensor, other=0).to(tl.float64)
+        m2 = tl.load(m2_ptr + t, mask=is_tensor, other=0.0).to(tl.float64)
+        eps = eps_bits.to(tl.int64).to(tl.float64, bitcast=True)
+        std = tl.sqrt(m2 / tl.maximum(n - 1.0, 1.0)) + eps
+        std = tl.where(n > 1.0, std, 0.0).to(factor)
+        tl.store(tensors_ptr + n_tensors + t, std, mask=is_tensor)
+
+
+def modulation_factors(
+    scores: Tensor,
+    owner: Tensor,
+    numel: Tensor | None,
+    m2: Tensor | None,
+    alpha: float,
+    cvpr: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See `mmfuse.ops.modulation_factors`."""
+    n_modalities, n_tensors = scores.numel(), owner.numel()
+    modalities = scores.new_empty(2, n_modalities)
+    like, rows = (scores, 1) if m2 is None else (m2, 2)
+    tensors = like.new_empty(rows, n_tensors)
+    alpha_bits, eps_bits = struct.unpack("<qq", struct.pack("<dd", alpha, eps))
+    with launch_on(scores.device):
+        _modulation_factors_kernel[(triton.cdiv(n_modalities + n_tensors, BLOCK_SIZE),)](
+            scores,
+            owner,
+            numel,
+            m2,
+            modalities,
+            tensors,
+            alpha_bits,
+            eps_bits,
+            n_modalities,
+            n_tensors,
+            CVPR=cvpr,
+            BLOCK_SIZE=BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+            **COMPILE_OPTIONS,
+        )
+    return modalities, tensors
+
+
+def _spec(scores: str, m2: str | None, cvpr: bool) -> AotSpec:
+    types = {
+        "scores_ptr": f"*{scores}",
+        "owner_ptr": "*i64",
+        "numel_ptr": "*i64",
+        "m2_ptr": f"*{m2}",
+        "modalities_ptr": f"*{scores}",
+        "tensors_ptr": f"*{m2 or scores}",
+        "alpha_bits": "i64",
+        "eps_bits": "i64",
+        "n_modalities": "i32",
+        "n_tensors": "i32",
+    }
+    constants: dict[str, Any] = {"CVPR": cvpr, "BLOCK_SIZE": BLOCK_SIZE}
+    if m2 is None:
+        constants |= {"numel_ptr": None, "m2_ptr": None}
+    label = f"{scores} {m2 or 'without noise'} {'cvpr' if cvpr else 'tpami'}"
+    return AotSpec(_modulation_factors_kernel, label, types, constants, NUM_WARPS)
+
+
+AOT_SPECS = [
+    _spec("fp32", None, False),
+    _spec("fp32", None, True),
+    _spec("fp32", "fp32", False),
+    _spec("fp32", "fp32", True),
+    _spec("fp64", "fp32", False),
+    _spec("fp32", "fp64", True),
+    _spec("fp64", "fp64", False),
+]

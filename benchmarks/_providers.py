@@ -1,4 +1,7 @@
-"""Who is measured: `official`, `foreach`, `compile`, and the backends of mmfuse that run here."""
+"""Who is measured: `official`, `foreach`, `compile`, and the backends of mmfuse that run here.
+
+And `plain`, a training step without its method.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ import _foreach
 import _mmfuse
 import _official
 import _official_information
+import _official_modulation
 import _official_training
+import _plain
 import torch
 from _cases import Case
 from _inputs import Inputs
@@ -21,8 +26,10 @@ from _workloads import Workload
 from mmfuse.ops._registry import OPS, PREFERENCE
 from mmfuse.triton import INTERPRETED
 
+PLAIN = "plain"
 _OTHERS = {
-    "official": (_official, _official_information, _official_training),
+    PLAIN: (_plain,),
+    "official": (_official, _official_information, _official_modulation, _official_training),
     "foreach": (_foreach,),
     "compile": (_compile,),
 }
@@ -41,7 +48,7 @@ def why_not(name: str, case: Case, workload: Workload, device: torch.device) -> 
     """The reason why a provider is not measured, or None."""
     if name in _OTHERS:
         if function_of(name, case) is None:
-            return "has no such function"
+            return "is for training steps" if name == PLAIN else "has no such function"
         return _compile.why_missing(device) if name == "compile" else None
     reason = why_no_backend(name, case.ops, device)
     if reason is not None:

@@ -1,5 +1,8 @@
 """Benchmarks of mmfuse: `python benchmarks/run.py`, or with `--quick` for half a minute.
 
+`--minutes` limits the whole run: the main cases come first, every case gets fewer samples, and the
+report lists what there was no time for.
+
 Every provider's result is compared with the reference before it is timed. One that is wrong is
 refused, and the run then ends with exit code 1.
 """
@@ -7,21 +10,24 @@ refused, and the run then ends with exit code 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import _environment
 import _parity
+import _plan
 import _plot
 import _providers
 import _report
 import torch
 from _cases import CASES, Case
 from _inputs import Inputs
-from _measure import BigCopy, Clock, Prepared, cost_of, interleaved
+from _measure import BigCopy, Clock, Prepared, convolutions, cost_of, interleaved
 from _workloads import WORKLOADS, Workload
 from rich.console import Console
 from rich.markup import escape
@@ -39,6 +45,11 @@ _BUSY = 0.05
 _WIDE = 125
 # Gradients, their restored copy, weights, anchors, and what the hungriest provider allocates.
 _COPIES = 10
+# Elements that a training step keeps for each pixel, between the passes and at the worst moment of
+# the backward pass: ResNet-18 keeps 107 of 224×224 pixels.
+_PER_PIXEL = 200
+# Results are written as often as this many seconds pass.
+_WRITE_EVERY = 60.0
 
 
 @dataclass
@@ -46,29 +57,41 @@ class Session:
     """The options of a run, and what it has found out so far."""
 
     device: torch.device
-    providers: list[str]
-    seconds: float
     select: str
+    tf32: bool
     console: Console
     clock: Clock
     copy: BigCopy
     rows: list[_report.Row] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
+    not_compiled: int = 0
 
-    def measure(self, case: Case, workload: Workload, dtype: torch.dtype) -> None:
-        """Checks and times all providers of one case on one workload."""
-        where = f"{case.name} on {workload.name}, {str(dtype).removeprefix('torch.')}"
-        need = workload.elements * dtype.itemsize * _COPIES
+    def measure(self, unit: _plan.Unit, providers: Sequence[str], seconds: float) -> None:
+        """Checks and times the providers of one case on one workload."""
+        workload, need = unit.workload, bytes_needed(unit.workload, unit.dtype)
         free = _environment.available_bytes(self.device)
         if need > free:
-            self.skipped.append(f"{where}: {need / 2**30:.0f} GiB wanted, {free / 2**30:.0f} free")
+            self.skipped.append(f"{unit}: {need / 2**30:.0f} GiB wanted, {free / 2**30:.0f} free")
             return
+        training = unit.case.kind == "training"
+        with convolutions(tf32=self.tf32) if training else contextlib.nullcontext():
+            self._measure(unit.case, workload, unit.dtype, providers, seconds, str(unit))
+
+    def _measure(
+        self,
+        case: Case,
+        workload: Workload,
+        dtype: torch.dtype,
+        providers: Sequence[str],
+        seconds: float,
+        where: str,
+    ) -> None:
         torch.compiler.reset()
         options = {"select": self.select} if case.kind == "gradients" else {}
         inputs = case.make(workload, dtype, self.device, **options)
         with torch.set_grad_enabled(case.autograd):
-            passed = self._gate(case, workload, inputs, where)
+            passed = self._gate(case, workload, inputs, providers, where)
             costs = {}
             for name, prepared in passed.items():
                 inputs.restore()
@@ -78,7 +101,7 @@ class Session:
             timed = {**passed, "copy": self.copy.prepared} if large else passed
             # In a row, an update in place would go on shrinking the same gradient.
             in_rows = not large and case.kind not in ("gradients", "training")
-            samples = interleaved(timed, self.clock, self.seconds, cold=large, in_rows=in_rows)
+            samples = interleaved(timed, self.clock, seconds, cold=large, in_rows=in_rows)
         labels = {
             "case": case.name,
             "title": case.title,
@@ -92,11 +115,18 @@ class Session:
         self.rows += rows
 
     def _gate(
-        self, case: Case, workload: Workload, inputs: Inputs, where: str
+        self,
+        case: Case,
+        workload: Workload,
+        inputs: Inputs,
+        providers: Sequence[str],
+        where: str,
     ) -> dict[str, Prepared]:
         """The providers that give the reference's result."""
         passed = {}
-        for name in self.providers:
+        for name in providers:
+            if name == _providers.PLAIN and case.kind != "training":
+                continue
             reason = _providers.why_not(name, case, workload, self.device)
             if reason is not None:
                 self.skipped.append(f"{where}: {name}: {reason}")
@@ -118,6 +148,12 @@ class Session:
         self.console.print(f"[bold red]refused[/]: {escape(text)}")
 
 
+def bytes_needed(workload: Workload, dtype: torch.dtype) -> int:
+    """The memory that measuring on a workload takes, roughly."""
+    kept = workload.elements * _COPIES + workload.pixels * _PER_PIXEL
+    return kept * dtype.itemsize
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -125,7 +161,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", choices=CASES, help=", ".join(CASES), **several)
     parser.add_argument("--workloads", choices=WORKLOADS, help=", ".join(WORKLOADS), **several)
     parser.add_argument(
-        "--providers", help="official, foreach, compile, or a backend of mmfuse", **several
+        "--providers", help="plain, official, foreach, compile, or a backend", **several
     )
     parser.add_argument("--dtype", choices=_DTYPES, help=", ".join(_DTYPES), **several)
     parser.add_argument("--device", type=torch.device, help="cpu or cuda; default: cuda if it can")
@@ -136,6 +172,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="parameters that are modulated; conv: four-dimensional ones, as in the released code",
     )
     parser.add_argument("--seconds", type=float, help="per case, for all providers together")
+    parser.add_argument("--minutes", type=float, help="for the whole run")
+    parser.add_argument("--tf32", action="store_true", help="in the training steps' convolutions")
     parser.add_argument("--quick", action="store_true", help="a short run on the main cases")
     parser.add_argument("--output", type=Path, help="folder; default: results/<machine>, here")
     options = parser.parse_args(argv)
@@ -145,9 +183,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name not in known:
             parser.error(f"on {options.device.type} the providers are {', '.join(known)}")
     quick = _QUICK if options.quick else {}
+    options.left_out = []
     slow = ("compile", "reference") if options.quick else ()
+    # What is named is measured, however long it takes.
+    options.compile_all = options.providers is not None
+    if options.providers is None and options.minutes is not None and "reference" not in slow:
+        slow = (*slow, "reference")
+        options.left_out.append("reference: too slow for a run with --minutes")
     options.providers = options.providers or [name for name in known if name not in slow]
     options.cases = options.cases or quick.get("cases", list(CASES))
+    if options.workloads is None and options.device.type == "cpu":
+        wanted = quick.get("workloads", list(WORKLOADS))
+        options.workloads = [name for name in wanted if not WORKLOADS[name].gpu]
+        options.left_out += [
+            f"{name}: too much for a CPU; measured there if --workloads names it"
+            for name in wanted
+            if WORKLOADS[name].gpu
+        ]
     options.workloads = options.workloads or quick.get("workloads", list(WORKLOADS))
     options.dtype = options.dtype or quick.get("dtype", ["float32", "bfloat16"])
     options.seconds = options.seconds or quick.get("seconds", 10.0)
@@ -179,24 +231,45 @@ def main(argv: Sequence[str] | None = None) -> int:
     bystanders = _environment.Bystanders()
     session = Session(
         options.device,
-        options.providers,
-        options.seconds,
         options.select,
+        options.tf32,
         console,
         Clock(options.device),
         BigCopy(options.device),
     )
-    for workload in (WORKLOADS[name] for name in options.workloads):
-        for dtype in (getattr(torch, name) for name in options.dtype):
-            for case in (CASES[name] for name in options.cases):
-                if case.fits(workload, options.select) and case.takes(dtype):
-                    session.measure(case, workload, dtype)
-                    gc.collect()
-        share = bystanders.share()
-        if share is not None:
-            environment["CPU taken by others"] = f"{share:.0%}"
-        # After every workload, so that a run that is cut short leaves its results.
-        write(session, environment, options.output)
+    session.skipped += options.left_out
+    plan = _plan.units(
+        [CASES[name] for name in options.cases],
+        [WORKLOADS[name] for name in options.workloads],
+        [getattr(torch, name) for name in options.dtype],
+        options.select,
+        main_first=options.minutes is not None,
+    )
+    budget = _plan.Budget(options.seconds, options.minutes)
+    written = time.monotonic()
+    for unit, seconds in budget.share(plan):
+        if seconds is None:
+            session.skipped.append(f"{unit}: no time left")
+            continue
+        providers = options.providers
+        if "compile" in providers and not (options.compile_all or budget.may_compile(unit)):
+            session.not_compiled += 1
+            providers = [name for name in providers if name != "compile"]
+        session.measure(unit, providers, seconds)
+        gc.collect()
+        # A run that is cut short leaves its results.
+        if time.monotonic() - written > _WRITE_EVERY:
+            write(session, environment, options.output)
+            written = time.monotonic()
+    if session.not_compiled:
+        session.skipped.append(
+            f"compile: left out of {session.not_compiled} measurements; a run with --minutes "
+            "compiles the main cases only, in the first half of its time"
+        )
+    share = bystanders.share()
+    if share is not None:
+        environment["CPU taken by others"] = f"{share:.0%}"
+    write(session, environment, options.output)
     if share is not None and share > _BUSY:
         console.print(
             f"[bold yellow]others took {share:.0%} of the CPU: these numbers are noisy[/]"

@@ -33,6 +33,8 @@ from mmfuse.reference import paired_cosine as reference_cosine
 from mmfuse.reference import redundancy_ratio as reference_redundancy
 from mmfuse.reference import update_grads as reference_update
 
+#: A training step without its method.
+PLAIN = "plain"
 #: Providers that draw their noise from PyTorch's generator.
 OWN_NOISE = ("official", "foreach")
 

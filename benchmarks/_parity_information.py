@@ -61,7 +61,7 @@ def check_arm(provider: str, inputs: FusionInputs, result: Tensor | Sequence[flo
 
 
 def exact_arm(features: Sequence[Tensor], bins: int, *, released: bool) -> Tensor:
-    """nmi of both modalities and ncmi of both, [4], from the reference's counts."""
+    """[4], nmi of both modalities and ncmi of both, from the reference's counts."""
     rows = [feature.reshape(1, -1) for feature in features]
     pairs, _ = reference_entropies.joint_entropies(rows, [0, 2, 1, 2], 2, bins)
     h_m, h_c, h_mc = pairs[:, 0].unbind(-1)

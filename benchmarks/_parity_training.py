@@ -14,15 +14,13 @@ from dataclasses import dataclass
 import torch
 from _inputs import AGREEMENT, LAMBDA, Q_BASE, TrainingInputs, new_optimizer
 from _networks import AudioVisual
-from _parity import ParityError, check_update, close, exact_decision, kept_samples
+from _parity import PLAIN, ParityError, check_update, close, exact_decision, kept_samples
 from _parity_information import exact_arm
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmfuse.opm import drop_probabilities
 from mmfuse.reference import paired_cosine as reference_cosine
-
-PLAIN = "plain"
 
 
 @dataclass

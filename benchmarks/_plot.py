@@ -33,7 +33,8 @@ def write_plots(rows: Sequence[Row], folder: Path, subtitle: str) -> list[str]:
         mine = [
             row for row in rows if row.dtype == dtype and row.provider not in ("plain", "official")
         ]
-        mine = [row for row in mine if row.vs_official is not None]
+        mine = [row for row in rows if row.dtype == dtype and row.vs_official is not None]
+        mine = [row for row in mine if row.provider not in ("plain", "official")]
         if not mine:
             continue
         name = f"speedup_{dtype}.png"

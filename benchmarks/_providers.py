@@ -21,12 +21,12 @@ import torch
 from _cases import Case
 from _inputs import Inputs
 from _measure import Prepared
+from _parity import PLAIN
 from _workloads import Workload
 
 from mmfuse.ops._registry import OPS, PREFERENCE
 from mmfuse.triton import INTERPRETED
 
-PLAIN = "plain"
 _OTHERS = {
     PLAIN: (_plain,),
     "official": (_official, _official_information, _official_modulation, _official_training),
@@ -48,7 +48,7 @@ def why_not(name: str, case: Case, workload: Workload, device: torch.device) -> 
     """The reason why a provider is not measured, or None."""
     if name in _OTHERS:
         if function_of(name, case) is None:
-            return "is for training steps" if name == PLAIN else "has no such function"
+            return "has no such function"
         return _compile.why_missing(device) if name == "compile" else None
     reason = why_no_backend(name, case.ops, device)
     if reason is not None:

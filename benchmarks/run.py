@@ -14,7 +14,7 @@ import contextlib
 import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +25,7 @@ import _plot
 import _providers
 import _report
 import torch
-from _cases import CASES, Case
+from _cases import CASES
 from _inputs import Inputs
 from _measure import BigCopy, Clock, Prepared, convolutions, cost_of, interleaved
 from _workloads import WORKLOADS, Workload
@@ -46,7 +46,7 @@ _WIDE = 125
 # Gradients, their restored copy, weights, anchors, and what the hungriest provider allocates.
 _COPIES = 10
 # Elements that a training step keeps for each pixel, between the passes and at the worst moment of
-# the backward pass: ResNet-18 keeps 107 of 224×224 pixels.
+# the backward pass: autograd alone keeps 111 for the pixels of CREMA-D.
 _PER_PIXEL = 200
 # Results are written as often as this many seconds pass.
 _WRITE_EVERY = 60.0
@@ -65,33 +65,25 @@ class Session:
     rows: list[_report.Row] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    not_compiled: int = 0
 
     def measure(self, unit: _plan.Unit, providers: Sequence[str], seconds: float) -> None:
         """Checks and times the providers of one case on one workload."""
-        workload, need = unit.workload, bytes_needed(unit.workload, unit.dtype)
+        need = bytes_needed(unit.workload, unit.dtype)
         free = _environment.available_bytes(self.device)
         if need > free:
             self.skipped.append(f"{unit}: {need / 2**30:.0f} GiB wanted, {free / 2**30:.0f} free")
             return
         training = unit.case.kind == "training"
         with convolutions(tf32=self.tf32) if training else contextlib.nullcontext():
-            self._measure(unit.case, workload, unit.dtype, providers, seconds, str(unit))
+            self._measure(unit, providers, seconds)
 
-    def _measure(
-        self,
-        case: Case,
-        workload: Workload,
-        dtype: torch.dtype,
-        providers: Sequence[str],
-        seconds: float,
-        where: str,
-    ) -> None:
+    def _measure(self, unit: _plan.Unit, providers: Sequence[str], seconds: float) -> None:
+        case, workload = unit.case, unit.workload
         torch.compiler.reset()
         options = {"select": self.select} if case.kind == "gradients" else {}
-        inputs = case.make(workload, dtype, self.device, **options)
+        inputs = case.make(workload, unit.dtype, self.device, **options)
         with torch.set_grad_enabled(case.autograd):
-            passed = self._gate(case, workload, inputs, providers, where)
+            passed = self._gate(unit, inputs, providers)
             costs = {}
             for name, prepared in passed.items():
                 inputs.restore()
@@ -115,30 +107,25 @@ class Session:
         self.rows += rows
 
     def _gate(
-        self,
-        case: Case,
-        workload: Workload,
-        inputs: Inputs,
-        providers: Sequence[str],
-        where: str,
+        self, unit: _plan.Unit, inputs: Inputs, providers: Sequence[str]
     ) -> dict[str, Prepared]:
         """The providers that give the reference's result."""
-        passed = {}
+        case, passed = unit.case, {}
         for name in providers:
-            if name == _providers.PLAIN and case.kind != "training":
+            if name == _parity.PLAIN and case.kind != "training":
                 continue
-            reason = _providers.why_not(name, case, workload, self.device)
+            reason = _providers.why_not(name, case, unit.workload, self.device)
             if reason is not None:
-                self.skipped.append(f"{where}: {name}: {reason}")
+                self.skipped.append(f"{unit}: {name}: {reason}")
                 continue
             prepared = _providers.prepare(name, case, inputs)
             prepared.restore()
             try:
                 case.check(name, inputs, prepared.call())
             except _parity.ParityError as error:
-                self._refuse(f"{where}: {name} is wrong: {error}")
+                self._refuse(f"{unit}: {name} is wrong: {error}")
             except Exception as error:  # Whatever it is, the others go on.
-                self._refuse(f"{where}: {name} fails: {type(error).__name__}: {error}")
+                self._refuse(f"{unit}: {name} fails: {type(error).__name__}: {error}")
             else:
                 passed[name] = prepared
         return passed
@@ -184,23 +171,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error(f"on {options.device.type} the providers are {', '.join(known)}")
     quick = _QUICK if options.quick else {}
     options.left_out = []
-    slow = ("compile", "reference") if options.quick else ()
     # What is named is measured, however long it takes.
     options.compile_all = options.providers is not None
-    if options.providers is None and options.minutes is not None and "reference" not in slow:
-        slow = (*slow, "reference")
-        options.left_out.append("reference: too slow for a run with --minutes")
-    options.providers = options.providers or [name for name in known if name not in slow]
+    if options.providers is None:
+        slow = ("compile", "reference") if options.quick else ()
+        if options.minutes is not None and not options.quick:
+            slow = ("reference",)
+            options.left_out.append("reference: too slow for a run with --minutes")
+        options.providers = [name for name in known if name not in slow]
     options.cases = options.cases or quick.get("cases", list(CASES))
-    if options.workloads is None and options.device.type == "cpu":
-        wanted = quick.get("workloads", list(WORKLOADS))
-        options.workloads = [name for name in wanted if not WORKLOADS[name].gpu]
-        options.left_out += [
-            f"{name}: too much for a CPU; measured there if --workloads names it"
-            for name in wanted
-            if WORKLOADS[name].gpu
-        ]
-    options.workloads = options.workloads or quick.get("workloads", list(WORKLOADS))
+    if options.workloads is None:
+        options.workloads = quick.get("workloads", list(WORKLOADS))
+        if options.device.type == "cpu":
+            large = [name for name in options.workloads if WORKLOADS[name].gpu]
+            options.workloads = [name for name in options.workloads if name not in large]
+            reason = "too much for a CPU; measured there if --workloads names it"
+            options.left_out += [f"{name}: {reason}" for name in large]
     options.dtype = options.dtype or quick.get("dtype", ["float32", "bfloat16"])
     options.seconds = options.seconds or quick.get("seconds", 10.0)
     if options.output is None:
@@ -209,35 +195,29 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def write(session: Session, environment: dict[str, str], output: Path) -> None:
-    """Writes CSV, plots and Markdown."""
+def write(
+    session: Session,
+    environment: dict[str, str],
+    bystanders: _environment.Bystanders,
+    output: Path,
+) -> float | None:
+    """Writes CSV, plots and Markdown; returns the share of the CPU that others have taken."""
+    share = bystanders.share()
+    if share is not None:
+        environment["CPU taken by others"] = f"{share:.0%}"
     output.mkdir(parents=True, exist_ok=True)
     _report.write_csv(session.rows, output / "results.csv")
     subtitle = f"{environment['device']}; {environment['threads']} threads"
     plots = _plot.write_plots(session.rows, output, subtitle)
     text = _report.markdown(session.rows, environment, session.skipped, session.refused, plots)
     (output / "results.md").write_text(text)
+    return share
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs everything; returns the exit code."""
-    options = parse(argv)
-    if options.device.index is not None:
-        torch.cuda.set_device(options.device)
-    console = Console()
-    environment = _environment.describe(options.device)
-    for key, value in environment.items():
-        console.print(f"[bold]{key}[/]: {escape(value)}", highlight=False, soft_wrap=True)
-    bystanders = _environment.Bystanders()
-    session = Session(
-        options.device,
-        options.select,
-        options.tf32,
-        console,
-        Clock(options.device),
-        BigCopy(options.device),
-    )
-    session.skipped += options.left_out
+def measure_all(
+    session: Session, budget: _plan.Budget, options: argparse.Namespace
+) -> Iterator[None]:
+    """Measures what there is time for; yields after each measurement."""
     plan = _plan.units(
         [CASES[name] for name in options.cases],
         [WORKLOADS[name] for name in options.workloads],
@@ -245,31 +225,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.select,
         main_first=options.minutes is not None,
     )
-    budget = _plan.Budget(options.seconds, options.minutes)
-    written = time.monotonic()
+    session.skipped += options.left_out
+    not_compiled = 0
     for unit, seconds in budget.share(plan):
         if seconds is None:
             session.skipped.append(f"{unit}: no time left")
             continue
         providers = options.providers
         if "compile" in providers and not (options.compile_all or budget.may_compile(unit)):
-            session.not_compiled += 1
+            not_compiled += 1
             providers = [name for name in providers if name != "compile"]
         session.measure(unit, providers, seconds)
         gc.collect()
+        yield
+    if not_compiled:
+        session.skipped.append(
+            f"compile: left out of {not_compiled} measurements; a run with --minutes compiles the "
+            "main cases only, once each, in the first half of its time"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs everything; returns the exit code."""
+    options = parse(argv)
+    budget = _plan.Budget(options.seconds, options.minutes)
+    if options.device.index is not None:
+        torch.cuda.set_device(options.device)
+    console = Console()
+    environment = _environment.describe(options.device)
+    if options.device.type == "cuda":
+        environment["TF32 in training steps"] = "yes" if options.tf32 else "no"
+    for key, value in environment.items():
+        console.print(f"[bold]{key}[/]: {escape(value)}", highlight=False, soft_wrap=True)
+    bystanders = _environment.Bystanders()
+    clock, copy = Clock(options.device), BigCopy(options.device)
+    session = Session(options.device, options.select, options.tf32, console, clock, copy)
+    written = time.monotonic()
+    for _ in measure_all(session, budget, options):
         # A run that is cut short leaves its results.
         if time.monotonic() - written > _WRITE_EVERY:
-            write(session, environment, options.output)
+            write(session, environment, bystanders, options.output)
             written = time.monotonic()
-    if session.not_compiled:
-        session.skipped.append(
-            f"compile: left out of {session.not_compiled} measurements; a run with --minutes "
-            "compiles the main cases only, in the first half of its time"
-        )
-    share = bystanders.share()
-    if share is not None:
-        environment["CPU taken by others"] = f"{share:.0%}"
-    write(session, environment, options.output)
+    share = write(session, environment, bystanders, options.output)
     if share is not None and share > _BUSY:
         console.print(
             f"[bold yellow]others took {share:.0%} of the CPU: these numbers are noisy[/]"

@@ -487,12 +487,12 @@ def test_official_arm_training_is_the_tests_transcription() -> None:
 
 @pytest.mark.parametrize(
     ("name", "syncs"),
-    # Of a step of 64 samples: two reads a sample and score, a comparison, a deviation a tensor; for
-    # OPM two comparisons, θ, and two shapes; for ARM three sums.
+    # Of a step of 64 samples: a read for each sample and score, and a comparison; OGM-GE: a deviation
+    # a tensor; OPM: two comparisons, θ, and what is left (and on a GPU its labels); ARM: three sums.
     [
-        ("ogm_training", 256 // 2 + 1),
-        ("ogm_ge_training", 256 // 2 + 1 + 40),
-        ("opm_training", 256 // 2 + 2 + 1 + 2),
+        ("ogm_training", 2 * 64 + 1),
+        ("ogm_ge_training", 2 * 64 + 1 + 40),
+        ("opm_training", 2 * 64 + 2 + 1 + 1),
         ("arm_training", 3 * 64 + 3),
     ],
 )
@@ -954,7 +954,7 @@ def test_rows_say_how_long_a_step_takes_of_a_plain_one() -> None:
     labels = {**dict.fromkeys(("case", "title", "workload", "dtype"), "x"), "device": "cpu"}
     rows = _report.make_rows(labels, samples, costs, 0, 1)
     assert [row.of_plain for row in rows] == [1, 3, pytest.approx(1.02)]
-    assert [row.vs_official for row in rows] == [3, 1, pytest.approx(30 / 10.2)]
+    assert [row.vs_official for row in rows] == [3, 1, pytest.approx(4 / 1.5)]
     text = _report.markdown(rows, {"device": "x"}, [], [], [])
     header = next(line for line in text.splitlines() if line.startswith("| case"))
     # Nothing has a bandwidth here, and nobody measured foreach.

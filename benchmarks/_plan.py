@@ -89,7 +89,7 @@ class Budget:
         seconds: For the samples of one measurement, at most.
         minutes: For the whole run, or None. What is left is divided among the measurements to come;
             a main one gets more. What they need besides, for data, checks and counts, is expected
-            to be as much as it has been so far.
+            to be as much as the others have needed so far.
         now: Tells the time in seconds.
     """
 
@@ -118,9 +118,10 @@ class Budget:
             sampling = left - mean * (len(plan) - n)
             granted = min(self._seconds, max(0.0, sampling * weights[n] / sum(weights[n:])))
             yield unit, granted
-            # Too little time is exceeded by the fewest samples, which are then part of the rest.
-            besides += max(0.0, self._now() - began - granted)
-            count += 1
+            if not unit.main:  # which compile, and would spoil the mean
+                # Too little time is exceeded by the fewest samples, which then are of the rest.
+                besides += max(0.0, self._now() - began - granted)
+                count += 1
 
     def may_compile(self, unit: Unit) -> bool:
         """Whether there is time for torch.compile."""

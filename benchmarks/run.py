@@ -232,13 +232,13 @@ def measure_all(
             session.skipped.append(f"{unit}: no time left")
             continue
         providers = options.providers
-        if "compile" in providers and not (options.compile_all or budget.may_compile(unit)):
-            not_compiled += 1
+        if not (options.compile_all or budget.may_compile(unit)):
+            not_compiled += _providers.function_of("compile", unit.case) is not None
             providers = [name for name in providers if name != "compile"]
         session.measure(unit, providers, seconds)
         gc.collect()
         yield
-    if not_compiled:
+    if not_compiled and "compile" in options.providers:
         session.skipped.append(
             f"compile: left out of {not_compiled} measurements; a run with --minutes compiles the "
             "main cases only, once each, in the first half of its time"

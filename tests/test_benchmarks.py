@@ -487,8 +487,8 @@ def test_official_arm_training_is_the_tests_transcription() -> None:
 
 @pytest.mark.parametrize(
     ("name", "syncs"),
-    # Of a step of 64 samples: a read for each sample and score, and a comparison; OGM-GE: a deviation
-    # a tensor; OPM: two comparisons, θ, and what is left (and on a GPU its labels); ARM: three sums.
+    # Of a step of 64 samples: a read for each sample and score, and a comparison; OGM-GE: a
+    # deviation a tensor; OPM: two comparisons, θ, what is left (on a GPU its labels); ARM: sums.
     [
         ("ogm_training", 2 * 64 + 1),
         ("ogm_ge_training", 2 * 64 + 1 + 40),
@@ -1024,6 +1024,27 @@ def test_training_steps_are_reported_without_bandwidth(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_machine")
+def test_a_short_run_compares_training_steps_and_nothing_else_with_plain_ones(
+    tmp_path: Path,
+) -> None:
+    arguments = ["--cases", "grad_stats", "ogm_ge_training", "--dtype", "float32", "--minutes", "9"]
+    workloads = ["--workloads", "tiny", "tiny_training", "--seconds", "0.01", "--device", "cpu"]
+    providers = ["--providers", "plain", "official", "reference"]
+    assert run.main([*arguments, *workloads, *providers, "--output", str(tmp_path)]) == 0
+    rows = read_csv(tmp_path)
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        *(("ogm_ge_training", name) for name in ("plain", "official", "reference")),
+        *(("grad_stats", name) for name in ("official", "reference")),
+    ]
+    plain, official, reference, *others = (row["of_plain"] for row in rows)
+    assert float(plain) == 1 and float(official) > 0 and float(reference) > 0
+    assert set(others) == {""}
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("| of plain |") == 1
+    assert "## Not measured" not in text
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_monitor_cost_prints_a_ratio_for_every_interval(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -1219,3 +1240,14 @@ def test_convolutions_are_set_for_a_while(tf32: bool) -> None:
     with _measure.convolutions(tf32=tf32):
         assert (cudnn.benchmark, cudnn.allow_tf32) == (True, tf32)
     assert (cudnn.benchmark, cudnn.allow_tf32) == before
+
+
+def test_a_long_compilation_of_a_main_case_is_not_expected_of_the_others() -> None:
+    plan = units_of("ogm_ge", "grad_stats", workloads=("resnet18",))
+    watch = Watch()
+    given = []
+    for unit, seconds in _plan.Budget(1e9, 2.0, watch).share(plan):
+        given.append(seconds)
+        watch.time += seconds + (30 if unit.main else 0)
+    left = 120 * (1 - 4 / 7) - 30
+    assert given[1:] == pytest.approx([left / 3] * 3)

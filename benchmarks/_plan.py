@@ -22,8 +22,8 @@ MAIN = (
     "ogm_ge_training",
 )
 _MAIN_SHARE = 4
-# Of a limited time; compiling can take minutes and cannot be stopped.
-_COMPILING_SHARE = 0.5
+# Of a limited time; compiling can take a minute and cannot be stopped.
+_COMPILING_SHARE = 0.25
 
 
 @dataclass(frozen=True)

@@ -226,22 +226,23 @@ def measure_all(
         main_first=options.minutes is not None,
     )
     session.skipped += options.left_out
-    not_compiled = 0
+    not_compiled: list[str] = []
     for unit, seconds in budget.share(plan):
         if seconds is None:
             session.skipped.append(f"{unit}: no time left")
             continue
         providers = options.providers
-        if not (options.compile_all or budget.may_compile(unit)):
-            not_compiled += _providers.function_of("compile", unit.case) is not None
+        if "compile" in providers and not (options.compile_all or budget.may_compile(unit)):
             providers = [name for name in providers if name != "compile"]
+            if _providers.function_of("compile", unit.case) is not None:
+                not_compiled.append(str(unit))
         session.measure(unit, providers, seconds)
         gc.collect()
         yield
-    if not_compiled and "compile" in options.providers:
+    if not_compiled:
         session.skipped.append(
-            f"compile: left out of {not_compiled} measurements; a run with --minutes compiles the "
-            "main cases only, once each, in the first half of its time"
+            "compile: a run with --minutes compiles the main cases only, once each, in the first "
+            f"quarter of its time; it is left out of {'; '.join(not_compiled)}"
         )
 
 

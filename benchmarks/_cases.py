@@ -25,7 +25,7 @@ from _inputs import (
     TrainingInputs,
     ViewInputs,
 )
-from _networks import AudioVisual, ThreeHeads
+from _networks import AudioVisual, SharedHead, ThreeHeads
 
 
 def _scaled(provider: str, i: GradientInputs, result: object) -> None:
@@ -69,6 +69,7 @@ def _step(provider: str, i: GradientInputs, result: object, *, noise: bool) -> N
 _anchored = partial(GradientInputs, anchored=True)
 _DECISION = ("modality_scores", "modulation_factors")
 _REGULATION = ("modality_scores", "grad_stats", "update_grads_")
+_DROP = ("drop_modalities", "drop_modalities_backward")
 _MONITOR = ("noisy_views", "redundancy_ratio", "co_information_gate")
 
 _ALL = (
@@ -332,6 +333,52 @@ _ALL = (
         # The products take the time, not the bytes.
         passes=0,
         autograd=True,
+    ),
+    Case(
+        "ogm_training",
+        "OGM: a whole training step",
+        "training",
+        (*_DECISION, "update_grads_"),
+        partial(TrainingInputs, network=AudioVisual),
+        partial(_parity_training.check_ogm, noise=False),
+        passes=0,
+        autograd=True,
+        half=False,
+    ),
+    Case(
+        "ogm_ge_training",
+        "OGM-GE: a whole training step",
+        "training",
+        (*_DECISION, "grad_stats", "update_grads_"),
+        partial(TrainingInputs, network=AudioVisual),
+        partial(_parity_training.check_ogm, noise=True),
+        passes=0,
+        noisy=True,
+        autograd=True,
+        half=False,
+    ),
+    Case(
+        "opm_training",
+        "OPM: a whole training step",
+        "training",
+        (*_DECISION, *_DROP),
+        partial(TrainingInputs, network=AudioVisual),
+        _parity_training.check_opm,
+        passes=0,
+        noisy=True,
+        autograd=True,
+        half=False,
+    ),
+    Case(
+        "arm_training",
+        "ARM: a whole training step",
+        "training",
+        ("modality_scores", "joint_entropies"),
+        partial(TrainingInputs, network=SharedHead),
+        _parity_training.check_arm,
+        passes=0,
+        autograd=True,
+        half=False,
     ),
     Case(
         "inforeg_training",

@@ -25,7 +25,9 @@ BETA = 0.25
 # Of the two features that are compared, on average: above the gate's threshold, and below one.
 COSINE = 0.5
 AGREEMENT = 0.2
-# OPM's; the modality that is behind loses nothing.
+# OPM's probability of a modality that is just ahead, and how much it rises.
+Q_BASE, LAMBDA = 0.5, 0.5
+# In a drop on its own; the modality that is behind loses nothing.
 DROP_PROBABILITIES = (0.5, 0.0)
 # RedReg's noise, and the length of its training run.
 SIGMA = 0.03
@@ -177,9 +179,10 @@ class TrainingInputs(Inputs):
             torch.manual_seed(SEED)
             self.model = network(workload.width, workload.classes).to(device, dtype)
         rows = workload.batch
-        self.audio = self._randn((rows, 1, *workload.shape), 1.0)
+        self.audio = self._randn((rows, 1, *(workload.audio_shape or workload.shape)), 1.0)
+        frames = (workload.frames,) if workload.frames > 1 else ()
         # Images lie in [0, 1], to which the released monitor clamps its views.
-        self.visual = self._randn((rows, 3, *workload.shape), 1.0).sigmoid()
+        self.visual = self._randn((rows, *frames, 3, *workload.shape), 1.0).sigmoid()
         self.labels = torch.randint(
             workload.classes, (rows,), generator=self._generator, device=device
         )
@@ -190,15 +193,18 @@ class TrainingInputs(Inputs):
         self.pristine = {key: value.clone() for key, value in self.model.state_dict().items()}
         for p in self.parameters:
             self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.stream = NoiseStream(SEED, device)
+        self.state = self.stream.state.clone()
         self.restore()
 
     @torch.no_grad()
     def restore(self, *, replaced: bool = False) -> None:
-        """Puts network, optimizer and PyTorch's random state back; a step leaves no gradient."""
+        """Puts network, optimizer and both random states back; a step leaves no gradient."""
         self.model.load_state_dict(self.pristine)
         for p in self.parameters:
             p.grad = None
             self.optimizer.state[p]["momentum_buffer"].zero_()
+        self.stream.state.copy_(self.state)
         self.seed()
 
     def seed(self) -> None:

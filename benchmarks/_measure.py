@@ -11,7 +11,7 @@ import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,18 @@ class Clock:
         self._end.record()
         self._end.synchronize()
         return Sample(self._start.elapsed_time(self._end) / 1e3 / repeats, host)
+
+
+@contextlib.contextmanager
+def convolutions(*, tf32: bool) -> Iterator[None]:
+    """For a while cuDNN tries its algorithms and keeps the fastest, and rounds to TF32 or not."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32 = True, tf32
+    try:
+        yield
+    finally:
+        cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def interleaved(

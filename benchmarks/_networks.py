@@ -32,6 +32,8 @@ class ResNet18(nn.Module):
     Args:
         channels: Of the input.
         width: Of the stem; 64 in the original. The result has eight times as many channels.
+
+    The frames of a clip [B, F, C, H, W] are images of their own: the result has B·F rows.
     """
 
     def __init__(self, channels: int, width: int = 64) -> None:
@@ -45,12 +47,13 @@ class ResNet18(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(0, -4)
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(x))), 3, stride=2, padding=1)
         return self.blocks(x)
 
 
 class AudioVisual(nn.Module):
-    """Two ResNet-18 and a head on both features: InfoReg's network.
+    """Two ResNet-18 and a head on both features: the network of OGM, OPM and InfoReg.
 
     Args:
         width: Of a feature, eight times the stem's.
@@ -65,16 +68,31 @@ class AudioVisual(nn.Module):
 
     def forward(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Both features, and the joint logits."""
+        a, v = self.features(audio, visual)
+        return a, v, self.fc(torch.cat([a, v], dim=1))
+
+    def features(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Means over space, and over the frames of a clip."""
         a, v = (
             F.adaptive_avg_pool2d(z, 1).flatten(1)
             for z in (self.audio_net(audio), self.visual_net(visual))
         )
-        return a, v, self.fc(torch.cat([a, v], dim=1))
+        return a, v.unflatten(0, (len(a), -1)).mean(1) if visual.dim() == 5 else v
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
         """Name → encoder."""
         return {"audio": self.audio_net, "visual": self.visual_net}
+
+
+class SharedHead(AudioVisual):
+    """ARM's network: one head for the joint, the fused and each modality's own feature."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__(width, classes)
+        self.neck = nn.Linear(2 * width, width)
+        self.fc_out = nn.Linear(2 * width, width)
+        self.fc = nn.Linear(width, classes)
 
 
 class ThreeHeads(AudioVisual):

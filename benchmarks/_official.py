@@ -135,8 +135,11 @@ class _Rescale(torch.autograd.Function):
         return grad / ctx.left, None
 
 
-def drop(features: Sequence[Tensor], q: Tensor) -> tuple[Tensor, ...]:
-    """OPM: samples lose modalities; what has lost both is removed, and the rest is made larger."""
+def drop(features: Sequence[Tensor], q: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """OPM: samples lose modalities; what has lost both is removed, and the rest is made larger.
+
+    Also says which samples are left, [B, 1].
+    """
     batch, width = features[0].shape
     widths = torch.tensor([feature.shape[1] for feature in features], device=q.device)
     theta = sum(widths * q) / sum(widths)
@@ -145,7 +148,7 @@ def drop(features: Sequence[Tensor], q: Tensor) -> tuple[Tensor, ...]:
     mask = torch.stack(masks).to(stacked.dtype)
     rescaled = _Rescale.apply(stacked * mask, theta)
     left = mask.sum(dim=0) > 0
-    return torch.masked_select(rescaled, left).reshape(len(features), -1, width).unbind()
+    return torch.masked_select(rescaled, left).reshape(len(features), -1, width).unbind(), left
 
 
 def modality_scores(i: LogitsInputs) -> list[Tensor]:
@@ -249,9 +252,9 @@ def redundancy_ratio(i: MapInputs) -> float:
 
 
 def drop_modalities(i: DropInputs) -> tuple[Tensor, ...]:
-    return drop(i.features, i.q)
+    return drop(i.features, i.q)[0]
 
 
 def drop_modalities_grad(i: DropInputs) -> tuple[Tensor, ...]:
-    out = drop(i.features, i.q)
+    out, _ = drop(i.features, i.q)
     return *out, *torch.autograd.grad(out, i.features, i.grad_outputs)

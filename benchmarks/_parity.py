@@ -33,6 +33,8 @@ from mmfuse.reference import paired_cosine as reference_cosine
 from mmfuse.reference import redundancy_ratio as reference_redundancy
 from mmfuse.reference import update_grads as reference_update
 
+#: A training step without its method.
+PLAIN = "plain"
 #: Providers that draw their noise from PyTorch's generator.
 OWN_NOISE = ("official", "foreach")
 
@@ -121,21 +123,11 @@ def check_feature_grad(provider: str, inputs: FeatureInputs, result: Tensor) -> 
 
 def check_drop(provider: str, inputs: DropInputs, result: Sequence[Tensor]) -> None:
     """Compares which samples lost a modality, what is left, and the gradients if there are any."""
-    count, batch = len(inputs.features), inputs.workload.batch
+    count = len(inputs.features)
     out, grads = result[:count], result[count:]
-    rates = inputs.q.tolist()
-    if provider in OWN_NOISE:
-        keep = torch.stack([(o.detach() != 0).any(dim=1) for o in out])
-        for m, (kept, rate) in enumerate(zip(keep, rates, strict=True)):
-            error = 6 * (rate * (1 - rate) / batch) ** 0.5
-            what = f"share of samples without modality {m}"
-            close(what, 1 - kept.double().mean(), inputs.q[m].double(), 0.0, error)
-    else:
-        state = inputs.stream.state
-        draws = [reference_noise.standard_uniform(state, batch, m) for m in range(count)]
-        keep = torch.stack(draws) > inputs.q.unsqueeze(1)
+    keep = kept_samples(provider, out, inputs.q, inputs.stream.state)
     # The released code divides by what modalities of one width keep on average.
-    scale = 1 / (1 - sum(rates) / count) if provider == "official" else 1.0
+    scale = 1 / (1 - float(inputs.q.mean())) if provider == "official" else 1.0
     pairs = [("feature", out, inputs.features)]
     if grads:
         pairs.append(("gradient", grads, inputs.grad_outputs))
@@ -143,6 +135,20 @@ def check_drop(provider: str, inputs: DropInputs, result: Sequence[Tensor]) -> N
         for m in range(count):
             want = scale * keep[m].unsqueeze(1) * before[m].detach().double()
             close(f"{what} {m}", got[m], want, 2 * torch.finfo(inputs.dtype).eps)
+
+
+def kept_samples(provider: str, out: Sequence[Tensor], q: Tensor, state: Tensor) -> Tensor:
+    """[M, B], whether a sample has kept a modality: by the stream, or a share 1 − q of them."""
+    batch = len(out[0])
+    if provider not in OWN_NOISE:
+        draws = [reference_noise.standard_uniform(state, batch, m) for m in range(len(out))]
+        return torch.stack(draws) > q.unsqueeze(1)
+    keep = torch.stack([(o.detach() != 0).any(dim=1) for o in out])
+    for m, (kept, rate) in enumerate(zip(keep, q.tolist(), strict=True)):
+        error = 6 * (rate * (1 - rate) / batch) ** 0.5
+        what = f"share of samples without modality {m}"
+        close(what, 1 - kept.double().mean(), q[m].double(), 0.0, error)
+    return keep
 
 
 def check_std(provider: str, inputs: GradientInputs, result: object) -> None:
@@ -242,8 +248,12 @@ def check_update(
     scale: Tensor,
     pull: Tensor | None = None,
     noise_std: Tensor | None = None,
+    rounding: float = 0.0,
 ) -> None:
-    """Compares updated gradients with g ← scale g + pull (w − w₀) + noise_std N(0, 1)."""
+    """Compares updated gradients with g ← scale g + pull (w − w₀) + noise_std N(0, 1).
+
+    `rounding` is how far off the gradients themselves may be, in units of their size.
+    """
     places = _windows([g.numel() for g in inputs.pristine])
     rows = torch.tensor([t for t, _, _ in places], device=inputs.device)
 
@@ -269,7 +279,7 @@ def check_update(
     if noise_std is not None and not drawn:
         _check_noise(inputs, cut(inputs.pristine), got, want, noise_std[rows].double())
         return
-    tolerance = _UPDATE_TOLERANCE[inputs.dtype]
+    tolerance = _UPDATE_TOLERANCE[inputs.dtype] + rounding
     for (t, start, end), g, w in zip(places, got, want, strict=True):
         atol = tolerance * float(w.square().mean().sqrt())
         close(f"gradient {t}, elements {start} to {end}", g, w, tolerance, atol)

@@ -56,11 +56,17 @@ def exact_information(inputs: ValueInputs) -> list[Tensor]:
 
 def check_arm(provider: str, inputs: FusionInputs, result: Tensor | Sequence[float]) -> None:
     """Compares nmi and ncmi of both modalities, the released ncmi with its own closed form."""
-    rows = [feature.view(1, -1) for feature in inputs.features]
-    pairs, _ = reference_entropies.joint_entropies(rows, [0, 2, 1, 2], 2, inputs.bins)
+    want = exact_arm(inputs.features, inputs.bins, released=provider == "official")
+    close("nmi and ncmi", as_vector(result, inputs.device), want, _TOLERANCE, _TOLERANCE)
+
+
+def exact_arm(features: Sequence[Tensor], bins: int, *, released: bool) -> Tensor:
+    """[4], nmi of both modalities and ncmi of both, from the reference's counts."""
+    rows = [feature.reshape(1, -1) for feature in features]
+    pairs, _ = reference_entropies.joint_entropies(rows, [0, 2, 1, 2], 2, bins)
     h_m, h_c, h_mc = pairs[:, 0].unbind(-1)
     triple, counts = reference_entropies.joint_entropies(rows, [0, 1, 2], 3, CONDITIONAL_BINS)
-    if provider == "official":
+    if released:
         n = counts[0, 0].view([CONDITIONAL_BINS] * 3)
         ncmi = [released_ncmi(n.permute(order)) for order in ((0, 2, 1), (1, 2, 0))]
     else:
@@ -69,8 +75,7 @@ def check_arm(provider: str, inputs: FusionInputs, result: Tensor | Sequence[flo
             2 * (h_mz + h_cz - h_avc - h_z) / (h_mz + h_cz - 2 * h_z)
             for h_mz, h_cz, h_z in ((h_av, h_vc, h_v), (h_av, h_ac, h_a))
         ]
-    want = torch.stack([*(2 * (h_m + h_c - h_mc) / (h_m + h_c)), *ncmi])
-    close("nmi and ncmi", as_vector(result, inputs.device), want, _TOLERANCE, _TOLERANCE)
+    return torch.stack([*(2 * (h_m + h_c - h_mc) / (h_m + h_c)), *ncmi])
 
 
 def check_soft(provider: str, inputs: ValueInputs, result: Sequence[Tensor]) -> None:

@@ -30,8 +30,11 @@ def write_plots(rows: Sequence[Row], folder: Path, subtitle: str) -> list[str]:
     """Draws one file per dtype; returns the file names."""
     names = []
     for dtype in dict.fromkeys(row.dtype for row in rows):
-        mine = [row for row in rows if row.dtype == dtype and row.provider != "official"]
-        mine = [row for row in mine if row.vs_official is not None]
+        mine = [
+            row for row in rows if row.dtype == dtype and row.provider not in ("plain", "official")
+        ]
+        mine = [row for row in rows if row.dtype == dtype and row.vs_official is not None]
+        mine = [row for row in mine if row.provider not in ("plain", "official")]
         if not mine:
             continue
         name = f"speedup_{dtype}.png"

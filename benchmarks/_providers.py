@@ -1,4 +1,7 @@
-"""Who is measured: `official`, `foreach`, `compile`, and the backends of mmfuse that run here."""
+"""Who is measured: `official`, `foreach`, `compile`, and the backends of mmfuse that run here.
+
+And `plain`, a training step without its method.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,14 @@ import _foreach
 import _mmfuse
 import _official
 import _official_information
+import _official_modulation
 import _official_training
+import _plain
 import torch
 from _cases import Case
 from _inputs import Inputs
 from _measure import Prepared
+from _parity import PLAIN
 from _workloads import Workload
 
 from mmfuse.ops._preference import PREFERENCE
@@ -23,7 +29,8 @@ from mmfuse.ops._registry import OPS
 from mmfuse.triton import INTERPRETED
 
 _OTHERS = {
-    "official": (_official, _official_information, _official_training),
+    PLAIN: (_plain,),
+    "official": (_official, _official_information, _official_modulation, _official_training),
     "foreach": (_foreach,),
     "compile": (_compile,),
 }

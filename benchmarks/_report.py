@@ -15,6 +15,7 @@ from rich.table import Table
 # Below this many bytes a call's time is that of its launches; a bandwidth would mislead.
 LATENCY_BYTES = 2**20
 _MIB = 2**20
+NO_NUMBER = "—"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Row:
     samples: int
     vs_official: float | None
     vs_foreach: float | None
+    of_plain: float | None
     gb_per_s: float | None
     copy_gb_per_s: float | None
     copy_share: float | None
@@ -79,6 +81,7 @@ def make_rows(
                 samples=len(times),
                 vs_official=_ratio(samples.get("official"), samples[provider]),
                 vs_foreach=_ratio(samples.get("foreach"), samples[provider]),
+                of_plain=_ratio(samples[provider], samples.get("plain")),
                 gb_per_s=gb,
                 copy_gb_per_s=copy_gb,
                 copy_share=gb / copy_gb if gb else None,
@@ -92,9 +95,9 @@ def make_rows(
     return rows
 
 
-def _ratio(base: Sequence[Sample] | None, other: Sequence[Sample]) -> float | None:
+def _ratio(base: Sequence[Sample] | None, other: Sequence[Sample] | None) -> float | None:
     """How many times faster than `base`: the median over the rounds in which both ran."""
-    if base is None:
+    if base is None or other is None:
         return None
     return statistics.median(b.device / o.device for b, o in zip(base, other, strict=False))
 
@@ -109,7 +112,7 @@ def show_time(ms: float) -> str:
 
 def show_ratio(ratio: float | None) -> str:
     """E.g. 12.3×; a dash where there is no number."""
-    return "—" if ratio is None else f"{_digits(ratio)}×"
+    return NO_NUMBER if ratio is None else f"{_digits(ratio)}×"
 
 
 def _digits(value: float) -> str:
@@ -125,12 +128,13 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "provider": lambda r: r.provider,
     "×official": lambda r: show_ratio(r.vs_official),
     "×foreach": lambda r: show_ratio(r.vs_foreach),
+    "of plain": lambda r: show_ratio(r.of_plain),
     "median": lambda r: show_time(r.median_ms),
     "p20": lambda r: show_time(r.p20_ms),
     "p80": lambda r: show_time(r.p80_ms),
     "host": lambda r: show_time(r.host_ms),
-    "GB/s": lambda r: "—" if r.gb_per_s is None else _digits(r.gb_per_s),
-    "of copy": lambda r: "—" if r.copy_share is None else f"{r.copy_share:.0%}",
+    "GB/s": lambda r: NO_NUMBER if r.gb_per_s is None else _digits(r.gb_per_s),
+    "of copy": lambda r: NO_NUMBER if r.copy_share is None else f"{r.copy_share:.0%}",
     "×floor": lambda r: show_ratio(r.times_floor),
     "launches": lambda r: str(r.launches),
     "syncs": lambda r: str(r.host_syncs),
@@ -144,6 +148,7 @@ _NARROW = (
     "provider",
     "×official",
     "×foreach",
+    "of plain",
     "median",
     "of copy",
     "launches",
@@ -153,9 +158,13 @@ _NARROW = (
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """On the CPU the host's time is the time."""
+    """Those with a number in some row; and on the CPU the host's time is the time."""
     on_cpu = all(row.device == "cpu" for row in rows)
-    return {name: show for name, show in _COLUMNS.items() if not (on_cpu and name == "host")}
+    return {
+        name: show
+        for name, show in _COLUMNS.items()
+        if not (on_cpu and name == "host") and any(show(row) != NO_NUMBER for row in rows)
+    }
 
 
 def terminal_table(rows: Sequence[Row], *, wide: bool) -> Table:
@@ -189,11 +198,13 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 _NOTES = """\
 - *×official*, *×foreach*: how many times faster than that provider, the median over the rounds in
   which both ran; below 1 is slower. Providers take turns, so that a slow spell hits all of them.
+- *of plain*: how many times as long as the same training step without the method, likewise.
 - *GB/s*: the fewest bytes that the case must move, over the median. *of copy*: its share of the
   bandwidth of a large `copy_` in the same rounds, bytes read plus bytes written. *×floor*: the
   median over the time that the copy would take for those bytes. On a CPU a copy also fetches the
   lines that it overwrites, so that reading, or updating in place, can pass 100 %. A dash: under
-  1 MiB, where the time is that of the launches, and for whole training steps.
+  1 MiB, where the time is that of the launches, and for whole training steps. A column without a
+  number is left out.
 - *launches*: on a GPU, kernels, copies and fills that the profiler saw. On the CPU, operators
   dispatched (a `_foreach_` operator counts once, though it loops inside), and for `compile` the
   kernels that Inductor generated. *syncs*: how often the host waits for a value.

@@ -25,7 +25,10 @@ class Workload:
         modalities: How many logits or scores there are.
         shape: Of an input or a representation; of a training step's images, height and width; of
             paired values, problems and values of each.
+        audio_shape: Of a training step's spectrograms, where they differ from the images.
+        frames: How many images a sample of a training step has.
         bins: Of a histogram, for each variable.
+        gpu: Whether it asks too much of a CPU to be measured there unasked.
     """
 
     name: str
@@ -37,7 +40,10 @@ class Workload:
     width: int = 512
     modalities: int = 2
     shape: Shape = ()
+    audio_shape: Shape = ()
+    frames: int = 1
     bins: int = 30
+    gpu: bool = False
 
     @property
     def tensors(self) -> int:
@@ -48,6 +54,14 @@ class Workload:
     def elements(self) -> int:
         """Number of parameters."""
         return sum(math.prod(shape) for shapes in self.encoders for shape in shapes)
+
+    @property
+    def pixels(self) -> int:
+        """Of a training step's batch, over all spectrograms and images; else none."""
+        if self.kind != "training":
+            return 0
+        images = self.frames * math.prod(self.shape)
+        return self.batch * (math.prod(self.audio_shape or self.shape) + images)
 
 
 def _resnet18(channels: int) -> Iterator[Shape]:
@@ -122,6 +136,16 @@ _ALL = (
         encoders=(tuple(_resnet18(1)), tuple(_resnet18(3))),
         batch=16,
         shape=(64, 64),
+    ),
+    Workload(
+        "crema_d",
+        "two ResNet-18, CREMA-D: 64 spectrograms 257×188, 3 frames 224×224 each",
+        "training",
+        encoders=(tuple(_resnet18(1)), tuple(_resnet18(3))),
+        shape=(224, 224),
+        audio_shape=(257, 188),
+        frames=3,
+        gpu=True,
     ),
 )
 

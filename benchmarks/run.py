@@ -1,5 +1,8 @@
 """Benchmarks of mmfuse: `python benchmarks/run.py`, or with `--quick` for half a minute.
 
+`--minutes` limits the whole run: the main cases come first, every case gets fewer samples, and the
+report lists what there was no time for.
+
 Every provider's result is compared with the reference before it is timed. One that is wrong is
 refused, and the run then ends with exit code 1.
 """
@@ -7,21 +10,24 @@ refused, and the run then ends with exit code 1.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import _environment
 import _parity
+import _plan
 import _plot
 import _providers
 import _report
 import torch
-from _cases import CASES, Case
+from _cases import CASES
 from _inputs import Inputs
-from _measure import BigCopy, Clock, Prepared, cost_of, interleaved
+from _measure import BigCopy, Clock, Prepared, convolutions, cost_of, interleaved
 from _workloads import WORKLOADS, Workload
 from rich.console import Console
 from rich.markup import escape
@@ -39,6 +45,11 @@ _BUSY = 0.05
 _WIDE = 125
 # Gradients, their restored copy, weights, anchors, and what the hungriest provider allocates.
 _COPIES = 10
+# Elements that a training step keeps for each pixel, between the passes and at the worst moment of
+# the backward pass: autograd alone keeps 111 for the pixels of CREMA-D.
+_PER_PIXEL = 200
+# Results are written as often as this many seconds pass.
+_WRITE_EVERY = 60.0
 
 
 @dataclass
@@ -46,9 +57,8 @@ class Session:
     """The options of a run, and what it has found out so far."""
 
     device: torch.device
-    providers: list[str]
-    seconds: float
     select: str
+    tf32: bool
     console: Console
     clock: Clock
     copy: BigCopy
@@ -56,19 +66,24 @@ class Session:
     skipped: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
-    def measure(self, case: Case, workload: Workload, dtype: torch.dtype) -> None:
-        """Checks and times all providers of one case on one workload."""
-        where = f"{case.name} on {workload.name}, {str(dtype).removeprefix('torch.')}"
-        need = workload.elements * dtype.itemsize * _COPIES
+    def measure(self, unit: _plan.Unit, providers: Sequence[str], seconds: float) -> None:
+        """Checks and times the providers of one case on one workload."""
+        need = bytes_needed(unit.workload, unit.dtype)
         free = _environment.available_bytes(self.device)
         if need > free:
-            self.skipped.append(f"{where}: {need / 2**30:.0f} GiB wanted, {free / 2**30:.0f} free")
+            self.skipped.append(f"{unit}: {need / 2**30:.0f} GiB wanted, {free / 2**30:.0f} free")
             return
+        training = unit.case.kind == "training"
+        with convolutions(tf32=self.tf32) if training else contextlib.nullcontext():
+            self._measure(unit, providers, seconds)
+
+    def _measure(self, unit: _plan.Unit, providers: Sequence[str], seconds: float) -> None:
+        case, workload = unit.case, unit.workload
         torch.compiler.reset()
         options = {"select": self.select} if case.kind == "gradients" else {}
-        inputs = case.make(workload, dtype, self.device, **options)
+        inputs = case.make(workload, unit.dtype, self.device, **options)
         with torch.set_grad_enabled(case.autograd):
-            passed = self._gate(case, workload, inputs, where)
+            passed = self._gate(unit, inputs, providers)
             costs = {}
             for name, prepared in passed.items():
                 inputs.restore()
@@ -78,7 +93,7 @@ class Session:
             timed = {**passed, "copy": self.copy.prepared} if large else passed
             # In a row, an update in place would go on shrinking the same gradient.
             in_rows = not large and case.kind not in ("gradients", "training")
-            samples = interleaved(timed, self.clock, self.seconds, cold=large, in_rows=in_rows)
+            samples = interleaved(timed, self.clock, seconds, cold=large, in_rows=in_rows)
         labels = {
             "case": case.name,
             "title": case.title,
@@ -92,23 +107,25 @@ class Session:
         self.rows += rows
 
     def _gate(
-        self, case: Case, workload: Workload, inputs: Inputs, where: str
+        self, unit: _plan.Unit, inputs: Inputs, providers: Sequence[str]
     ) -> dict[str, Prepared]:
         """The providers that give the reference's result."""
-        passed = {}
-        for name in self.providers:
-            reason = _providers.why_not(name, case, workload, self.device)
+        case, passed = unit.case, {}
+        for name in providers:
+            if name == _parity.PLAIN and case.kind != "training":
+                continue
+            reason = _providers.why_not(name, case, unit.workload, self.device)
             if reason is not None:
-                self.skipped.append(f"{where}: {name}: {reason}")
+                self.skipped.append(f"{unit}: {name}: {reason}")
                 continue
             prepared = _providers.prepare(name, case, inputs)
             prepared.restore()
             try:
                 case.check(name, inputs, prepared.call())
             except _parity.ParityError as error:
-                self._refuse(f"{where}: {name} is wrong: {error}")
+                self._refuse(f"{unit}: {name} is wrong: {error}")
             except Exception as error:  # Whatever it is, the others go on.
-                self._refuse(f"{where}: {name} fails: {type(error).__name__}: {error}")
+                self._refuse(f"{unit}: {name} fails: {type(error).__name__}: {error}")
             else:
                 passed[name] = prepared
         return passed
@@ -118,6 +135,12 @@ class Session:
         self.console.print(f"[bold red]refused[/]: {escape(text)}")
 
 
+def bytes_needed(workload: Workload, dtype: torch.dtype) -> int:
+    """The memory that measuring on a workload takes, roughly."""
+    kept = workload.elements * _COPIES + workload.pixels * _PER_PIXEL
+    return kept * dtype.itemsize
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -125,7 +148,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cases", choices=CASES, help=", ".join(CASES), **several)
     parser.add_argument("--workloads", choices=WORKLOADS, help=", ".join(WORKLOADS), **several)
     parser.add_argument(
-        "--providers", help="official, foreach, compile, or a backend of mmfuse", **several
+        "--providers", help="plain, official, foreach, compile, or a backend", **several
     )
     parser.add_argument("--dtype", choices=_DTYPES, help=", ".join(_DTYPES), **several)
     parser.add_argument("--device", type=torch.device, help="cpu or cuda; default: cuda if it can")
@@ -136,6 +159,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="parameters that are modulated; conv: four-dimensional ones, as in the released code",
     )
     parser.add_argument("--seconds", type=float, help="per case, for all providers together")
+    parser.add_argument("--minutes", type=float, help="for the whole run")
+    parser.add_argument("--tf32", action="store_true", help="in the training steps' convolutions")
     parser.add_argument("--quick", action="store_true", help="a short run on the main cases")
     parser.add_argument("--output", type=Path, help="folder; default: results/<machine>, here")
     options = parser.parse_args(argv)
@@ -145,10 +170,23 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if name not in known:
             parser.error(f"on {options.device.type} the providers are {', '.join(known)}")
     quick = _QUICK if options.quick else {}
-    slow = ("compile", "reference") if options.quick else ()
-    options.providers = options.providers or [name for name in known if name not in slow]
+    options.left_out = []
+    # What is named is measured, however long it takes.
+    options.compile_all = options.providers is not None
+    if options.providers is None:
+        slow = ("compile", "reference") if options.quick else ()
+        if options.minutes is not None and not options.quick:
+            slow = ("reference",)
+            options.left_out.append("reference: too slow for a run with --minutes")
+        options.providers = [name for name in known if name not in slow]
     options.cases = options.cases or quick.get("cases", list(CASES))
-    options.workloads = options.workloads or quick.get("workloads", list(WORKLOADS))
+    if options.workloads is None:
+        options.workloads = quick.get("workloads", list(WORKLOADS))
+        if options.device.type == "cpu":
+            large = [name for name in options.workloads if WORKLOADS[name].gpu]
+            options.workloads = [name for name in options.workloads if name not in large]
+            reason = "too much for a CPU; measured there if --workloads names it"
+            options.left_out += [f"{name}: {reason}" for name in large]
     options.dtype = options.dtype or quick.get("dtype", ["float32", "bfloat16"])
     options.seconds = options.seconds or quick.get("seconds", 10.0)
     if options.output is None:
@@ -157,46 +195,79 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def write(session: Session, environment: dict[str, str], output: Path) -> None:
-    """Writes CSV, plots and Markdown."""
+def write(
+    session: Session,
+    environment: dict[str, str],
+    bystanders: _environment.Bystanders,
+    output: Path,
+) -> float | None:
+    """Writes CSV, plots and Markdown; returns the share of the CPU that others have taken."""
+    share = bystanders.share()
+    if share is not None:
+        environment["CPU taken by others"] = f"{share:.0%}"
     output.mkdir(parents=True, exist_ok=True)
     _report.write_csv(session.rows, output / "results.csv")
     subtitle = f"{environment['device']}; {environment['threads']} threads"
     plots = _plot.write_plots(session.rows, output, subtitle)
     text = _report.markdown(session.rows, environment, session.skipped, session.refused, plots)
     (output / "results.md").write_text(text)
+    return share
+
+
+def measure_all(
+    session: Session, budget: _plan.Budget, options: argparse.Namespace
+) -> Iterator[None]:
+    """Measures what there is time for; yields after each measurement."""
+    plan = _plan.units(
+        [CASES[name] for name in options.cases],
+        [WORKLOADS[name] for name in options.workloads],
+        [getattr(torch, name) for name in options.dtype],
+        options.select,
+        main_first=options.minutes is not None,
+    )
+    session.skipped += options.left_out
+    not_compiled: list[str] = []
+    for unit, seconds in budget.share(plan):
+        if seconds is None:
+            session.skipped.append(f"{unit}: no time left")
+            continue
+        providers = options.providers
+        if "compile" in providers and not (options.compile_all or budget.may_compile(unit)):
+            providers = [name for name in providers if name != "compile"]
+            if _providers.function_of("compile", unit.case) is not None:
+                not_compiled.append(str(unit))
+        session.measure(unit, providers, seconds)
+        gc.collect()
+        yield
+    if not_compiled:
+        session.skipped.append(
+            "compile: a run with --minutes compiles the main cases only, once each, in the first "
+            f"quarter of its time; it is left out of {'; '.join(not_compiled)}"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs everything; returns the exit code."""
     options = parse(argv)
+    budget = _plan.Budget(options.seconds, options.minutes)
     if options.device.index is not None:
         torch.cuda.set_device(options.device)
     console = Console()
     environment = _environment.describe(options.device)
+    if options.device.type == "cuda":
+        environment["TF32 in training steps"] = "yes" if options.tf32 else "no"
     for key, value in environment.items():
         console.print(f"[bold]{key}[/]: {escape(value)}", highlight=False, soft_wrap=True)
     bystanders = _environment.Bystanders()
-    session = Session(
-        options.device,
-        options.providers,
-        options.seconds,
-        options.select,
-        console,
-        Clock(options.device),
-        BigCopy(options.device),
-    )
-    for workload in (WORKLOADS[name] for name in options.workloads):
-        for dtype in (getattr(torch, name) for name in options.dtype):
-            for case in (CASES[name] for name in options.cases):
-                if case.fits(workload, options.select) and case.takes(dtype):
-                    session.measure(case, workload, dtype)
-                    gc.collect()
-        share = bystanders.share()
-        if share is not None:
-            environment["CPU taken by others"] = f"{share:.0%}"
-        # After every workload, so that a run that is cut short leaves its results.
-        write(session, environment, options.output)
+    clock, copy = Clock(options.device), BigCopy(options.device)
+    session = Session(options.device, options.select, options.tf32, console, clock, copy)
+    written = time.monotonic()
+    for _ in measure_all(session, budget, options):
+        # A run that is cut short leaves its results.
+        if time.monotonic() - written > _WRITE_EVERY:
+            write(session, environment, bystanders, options.output)
+            written = time.monotonic()
+    share = write(session, environment, bystanders, options.output)
     if share is not None and share > _BUSY:
         console.print(
             f"[bold yellow]others took {share:.0%} of the CPU: these numbers are noisy[/]"

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import networks
 import pytest
 import released
 import released_forward
@@ -29,9 +32,9 @@ import _foreach
 import _measure
 import _official
 import _official_information
-import _official_training
 import _parity
 import _parity_information
+import _plan
 import _providers
 import _report
 import monitor_cost
@@ -48,6 +51,7 @@ from _inputs import (
     DropInputs,
     GradientInputs,
     LogitsInputs,
+    TrainingInputs,
     ViewInputs,
     new_optimizer,
 )
@@ -82,6 +86,11 @@ TINY_OF = {
     "fusion": Workload("tiny_fusion", "", "fusion", batch=20, width=40, bins=9),
     "contrast": Workload("tiny_contrast", "", "contrast", batch=13, width=40),
 }
+# CREMA-D in small: clips of three frames, spectrograms of another shape.
+CLIPS = dataclasses.replace(
+    WORKLOADS["crema_d"], batch=6, width=32, encoders=(), shape=(33, 40), audio_shape=(41, 34)
+)
+TRAININGS = [case for case in CASES.values() if case.kind == "training"]
 GRADIENT_CASES = [case for case in CASES.values() if case.kind == "gradients"]
 UPDATES = [case for case in GRADIENT_CASES if not case.name.startswith("grad_stats")]
 
@@ -120,6 +129,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         ("resnet18", 120, 22_346_752),
         ("resnet18_one", 60, 11_176_512),
         ("training", 120, 22_346_752),
+        ("crema_d", 120, 22_346_752),
         ("vit_b16", 300, 171_597_312),
         ("single_256m", 1, 2**28),
         ("thousand", 1000, 1_000_000),
@@ -139,6 +149,29 @@ def test_resnet_has_forty_convolutions() -> None:
 def test_network_and_workload_are_the_same_resnet(channels: int) -> None:
     encoder = WORKLOADS["resnet18"].encoders[(1, 3).index(channels)]
     assert tuple(tuple(p.shape) for p in ResNet18(channels).parameters()) == encoder
+
+
+def test_the_training_batch_of_crema_d() -> None:
+    workload = dataclasses.replace(WORKLOADS["crema_d"], width=8)
+    case = CASES["ogm_training"]
+    i = case.make(dataclasses.replace(workload, batch=2), torch.float32, CPU)
+    assert i.audio.shape == (2, 1, 257, 188)
+    assert i.visual.shape == (2, 3, 3, 224, 224)
+    assert workload.batch == 64 and workload.classes == 6
+    assert workload.pixels == 64 * (257 * 188 + 3 * 224 * 224)
+    # Gradients, weights and their copies; the activations come to ten gigabytes.
+    assert 10e9 < run.bytes_needed(WORKLOADS["crema_d"], torch.float32) < 13e9
+    assert run.bytes_needed(TINY, torch.float32) == 40 * TINY.elements
+
+
+def test_features_of_clips_are_means_over_their_frames() -> None:
+    i = CASES["ogm_training"].make(CLIPS, torch.float64, CPU)
+    i.model.eval()
+    with torch.no_grad():
+        a, v = i.model.features(i.audio, i.visual)
+        frames = [i.model.features(i.audio, frame)[1] for frame in i.visual.unbind(1)]
+    assert a.shape == v.shape == (6, 32)
+    torch.testing.assert_close(v, torch.stack(frames).mean(0))
 
 
 @pytest.mark.parametrize(
@@ -310,8 +343,9 @@ def test_official_drop_is_the_tests_transcription(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(torch, "bernoulli", draw)
     want, left = released_forward.opm_drop(i.features, q, True, uniform)
-    got = _official.drop(i.features, q)
+    got, still = _official.drop(i.features, q)
     assert not left[3]
+    assert torch.equal(still.squeeze(1), left)
     for mine, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(mine, theirs)
     grads = [
@@ -362,7 +396,7 @@ class Steps:
         self.i.start = [p.detach().clone() for p in self.i.parameters]
         self.i.restore()
         self.model = copy.deepcopy(self.i.model)
-        call = getattr(_official_training, name)
+        call = _providers.function_of("official", CASES[name])
         for _ in range(4):
             call(self.i)
         self.i.seed()
@@ -396,6 +430,81 @@ def test_official_redreg_training_is_the_tests_transcription(
     steps.check()
 
 
+@pytest.mark.parametrize("noise", [False, True])
+def test_official_ogm_training_is_the_tests_transcription(noise: bool) -> None:
+    steps = Steps("ogm_ge_training" if noise else "ogm_training")
+    draw = (lambda name, grad, std: torch.zeros_like(grad).normal_(0, std)) if noise else None
+    optimizer = new_optimizer(steps.model)
+    modulated = set()
+    for batch in steps.batches:
+        optimizer.zero_grad()
+        k = networks.released_step(steps.model, *batch, alpha=ALPHA, noise=draw)
+        modulated |= {name for name, factor in k.items() if factor < 1}
+        optimizer.step()
+    assert modulated
+    steps.check()
+
+
+def test_official_opm_training_is_the_tests_transcription() -> None:
+    steps = Steps("opm_training")
+    model, optimizer, dropped = steps.model, new_optimizer(steps.model), 0
+    for audio, visual, labels in steps.batches:
+        optimizer.zero_grad()
+        a, v, _ = model(audio, visual)
+        own = [
+            F.linear(x, w, model.fc.bias / 2).detach()
+            for x, w in zip((a, v), model.fc.weight.chunk(2, dim=1), strict=True)
+        ]
+        q = released_forward.opm_probabilities(*released_forward.opm_scores(own, labels))
+        # A sample is dropped where its number is below q.
+        keep = torch.stack([torch.bernoulli((1 - r).expand(len(labels), 1)) for r in q])
+        uniform = 2 * keep.squeeze(2) - 0.5
+        features, left = released_forward.opm_drop([a, v], q, True, uniform)
+        dropped += int((keep == 0).sum())
+        F.cross_entropy(model.fc(torch.cat(features, dim=1)), labels[left]).backward()
+        optimizer.step()
+    assert dropped > 0
+    steps.check()
+
+
+def test_official_arm_training_is_the_tests_transcription() -> None:
+    steps = Steps("arm_training")
+    model, optimizer = steps.model, new_optimizer(steps.model)
+    weights = []
+    for audio, visual, labels in steps.batches:
+        optimizer.zero_grad()
+        a, v = model.features(audio, visual)
+        c = model.neck(torch.cat([v, a], dim=1))
+        own = [model.fc(x).detach() for x in (a, v, c)]
+        *_, weight_a, weight_v = released_forward.arm_weights(a, v, c, own, labels)
+        weights += [weight_a, weight_v]
+        joint = torch.cat([weight_v * v, weight_a * a], dim=1)
+        F.cross_entropy(model.fc(model.fc_out(joint)), labels).backward()
+        optimizer.step()
+    assert all(abs(weight - 1) > 1e-3 for weight in weights)
+    steps.check()
+
+
+@pytest.mark.parametrize(
+    ("name", "syncs"),
+    # Of a step of 64 samples: a read for each sample and score, and a comparison; OGM-GE: a
+    # deviation a tensor; OPM: two comparisons, θ, what is left (on a GPU its labels); ARM: sums.
+    [
+        ("ogm_training", 2 * 64 + 1),
+        ("ogm_ge_training", 2 * 64 + 1 + 40),
+        ("opm_training", 2 * 64 + 2 + 1 + 1),
+        ("arm_training", 3 * 64 + 3),
+    ],
+)
+def test_official_steps_wait_as_often_as_the_specification_counted(name: str, syncs: int) -> None:
+    case = CASES[name]
+    workload = dataclasses.replace(TINY_OF["training"], batch=64, shape=(9, 9))
+    prepared = _providers.prepare("official", case, case.make(workload, torch.float32, CPU))
+    prepared.restore()
+    prepared.call()
+    assert _measure.cost_of(prepared, CPU).host_syncs == syncs
+
+
 # The gate
 
 
@@ -414,13 +523,39 @@ def test_providers_pass_the_gate(case: Case, provider: str, dtype: torch.dtype) 
         case.check(provider, i, prepared.call())
 
 
+@pytest.mark.parametrize("provider", ["plain", "official", "reference"])
+@pytest.mark.parametrize("workload", [TINY_OF["training"], CLIPS], ids=lambda w: w.name)
+@pytest.mark.parametrize("case", TRAININGS, ids=named)
+def test_training_steps_pass_the_gate(case: Case, workload: Workload, provider: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        i = case.make(workload, dtype, CPU)
+        prepared = _providers.prepare(provider, case, i)
+        for _ in range(2):  # `restore` takes back all that a step has changed
+            prepared.restore()
+            case.check(provider, i, prepared.call())
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=named)
+def test_mmfuse_waits_in_no_training_step_but_for_opms_samples(case: Case) -> None:
+    i = inputs_of(case)
+    prepared = _providers.prepare("reference", case, i)
+    prepared.restore()
+    prepared.call()
+    # `nonzero`, for the released rule; there is no other way to select samples.
+    assert _measure.cost_of(prepared, CPU).host_syncs == (case.name == "opm_training")
+
+
 def test_the_cases_that_a_provider_lacks() -> None:
-    trainings = {"inforeg_training", "redreg_training"}
+    trainings = {case.name for case in TRAININGS}
+    assert trainings == {
+        f"{method}_training" for method in ("ogm", "ogm_ge", "opm", "arm", "inforeg", "redreg")
+    }
     lacks = {
         provider: {n for n, case in CASES.items() if _providers.function_of(provider, case) is None}
-        for provider in ("official", "foreach", "compile", "cpu")
+        for provider in ("plain", "official", "foreach", "compile", "cpu")
     }
     assert lacks == {
+        "plain": set(CASES) - trainings,
         "official": {"scale_grad", "soft_information"},
         "foreach": trainings,
         "compile": {"scale_grad"} | trainings,
@@ -635,6 +770,81 @@ def test_gate_refuses_training_without_regulation_or_with_a_wrong_one(name: str)
             case.check("reference", i, None)
 
 
+def _nobody_regulates(i: TrainingInputs, case: Case) -> Any:
+    prepared = _providers.prepare("plain", case, i)
+    prepared.restore()
+    prepared.call()
+    return [f.detach() for f in i.model.features(i.audio, i.visual)]
+
+
+@pytest.mark.parametrize("case", TRAININGS, ids=named)
+def test_gate_refuses_a_plain_step_for_a_regulated_one_and_the_reverse(case: Case) -> None:
+    i = inputs_of(case)
+    result = _nobody_regulates(i, case)
+    with pytest.raises(_parity.ParityError):
+        case.check("reference", i, result)
+    case.check("plain", i, None)
+    prepared = _providers.prepare("reference", case, i)
+    prepared.restore()
+    prepared.call()
+    with pytest.raises(_parity.ParityError):
+        case.check("plain", i, None)
+
+
+@pytest.mark.parametrize("provider", ["official", "reference"])
+@pytest.mark.parametrize("name", ["ogm_training", "ogm_ge_training"])
+def test_gate_refuses_wrong_modulation_and_a_step_not_taken(name: str, provider: str) -> None:
+    case = CASES[name]
+    i = inputs_of(case)
+    prepared = _providers.prepare(provider, case, i)
+
+    def refused() -> None:
+        with pytest.raises(_parity.ParityError):
+            case.check(provider, i, None)
+
+    def again() -> None:
+        prepared.restore()
+        prepared.call()
+
+    again()
+    case.check(provider, i, None)
+    ahead = [p for p in i.model.audio_net.parameters() if p.dim() == 4]
+    behind = [p for p in i.model.visual_net.parameters() if p.dim() == 4]
+    for convolutions in (ahead, behind):
+        again()
+        with torch.no_grad():
+            for p in convolutions:
+                p.grad = 1.05 * p.grad.detach()
+        refused()
+    again()
+    with torch.no_grad():
+        i.model.fc.bias.grad += 1e-3
+    refused()
+    again()
+    i.model.load_state_dict(i.pristine)
+    refused()
+
+
+@pytest.mark.parametrize("provider", ["official", "reference"])
+def test_gate_refuses_another_drop_than_the_steps(provider: str) -> None:
+    case = CASES["opm_training"]
+    i = inputs_of(case)
+    prepared = _providers.prepare(provider, case, i)
+    prepared.restore()
+    a, v = prepared.call()
+    case.check(provider, i, (a, v))
+    keeps = (a != 0).any(1)
+    dropped = (v != 0).all() and not keeps.all()
+    a, v = (a, v) if dropped else (v, a)
+    # One sample more or less has lost its feature, which the parameters show.
+    a[int((a != 0).any(1).nonzero()[0])] = 0
+    if provider == "official":
+        with pytest.raises(_parity.ParityError):
+            case.check(provider, i, (a, v) if dropped else (v, a))
+    with pytest.raises(_parity.ParityError, match="removed"):
+        case.check(provider, i, (a[1:], v[1:]))
+
+
 def raising(i: GradientInputs) -> None:
     raise RuntimeError("out of order")
 
@@ -730,10 +940,34 @@ def test_short_calls_are_timed_in_rows() -> None:
     assert log.count("a") == 3 + 100 * _measure.MIN_SAMPLES
 
 
-def test_rows_say_ratios_shares_and_floors() -> None:
-    def lasting(*seconds: float) -> list[_measure.Sample]:
-        return [_measure.Sample(s, s) for s in seconds]
+def lasting(*seconds: float) -> list[_measure.Sample]:
+    return [_measure.Sample(s, s) for s in seconds]
 
+
+def test_rows_say_how_long_a_step_takes_of_a_plain_one() -> None:
+    samples = {
+        "plain": lasting(1.0, 10.0, 1.0),
+        "official": lasting(2.0, 30.0, 4.0),
+        "cpu": lasting(1.02, 10.2, 1.5),
+    }
+    costs = dict.fromkeys(samples, _measure.Cost(1, 0, 0))
+    labels = {**dict.fromkeys(("case", "title", "workload", "dtype"), "x"), "device": "cpu"}
+    rows = _report.make_rows(labels, samples, costs, 0, 1)
+    assert [row.of_plain for row in rows] == [1, 3, pytest.approx(1.02)]
+    assert [row.vs_official for row in rows] == [3, 1, pytest.approx(4 / 1.5)]
+    text = _report.markdown(rows, {"device": "x"}, [], [], [])
+    header = next(line for line in text.splitlines() if line.startswith("| case"))
+    # Nothing has a bandwidth here, and nobody measured foreach.
+    assert "of plain" in header
+    assert not any(absent in header for absent in ("×foreach", "GB/s", "of copy", "×floor"))
+    assert "| 1.02× |" in text
+    del samples["plain"], costs["plain"]
+    rows = _report.make_rows(labels, samples, costs, 0, 1)
+    assert all(row.of_plain is None for row in rows)
+    assert "| of plain" not in _report.markdown(rows, {"device": "x"}, [], [], [])
+
+
+def test_rows_say_ratios_shares_and_floors() -> None:
     samples = {
         "copy": lasting(1.0, 1.0, 1.0),
         "official": lasting(4.0, 40.0, 4.0),
@@ -790,6 +1024,27 @@ def test_training_steps_are_reported_without_bandwidth(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_machine")
+def test_a_short_run_compares_training_steps_and_nothing_else_with_plain_ones(
+    tmp_path: Path,
+) -> None:
+    arguments = ["--cases", "grad_stats", "ogm_ge_training", "--dtype", "float32", "--minutes", "9"]
+    workloads = ["--workloads", "tiny", "tiny_training", "--seconds", "0.01", "--device", "cpu"]
+    providers = ["--providers", "plain", "official", "reference"]
+    assert run.main([*arguments, *workloads, *providers, "--output", str(tmp_path)]) == 0
+    rows = read_csv(tmp_path)
+    assert [(row["case"], row["provider"]) for row in rows] == [
+        *(("ogm_ge_training", name) for name in ("plain", "official", "reference")),
+        *(("grad_stats", name) for name in ("official", "reference")),
+    ]
+    plain, official, reference, *others = (row["of_plain"] for row in rows)
+    assert float(plain) == 1 and float(official) > 0 and float(reference) > 0
+    assert set(others) == {""}
+    text = (tmp_path / "results.md").read_text()
+    assert text.count("| of plain |") == 1
+    assert "## Not measured" not in text
+
+
+@pytest.mark.usefixtures("small_machine")
 def test_monitor_cost_prints_a_ratio_for_every_interval(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -843,6 +1098,7 @@ def test_quick_run_writes_table_csv_and_plot(
         small = row["case"] in ("modality_scores", "decision")
         for name, value in row.items():
             dash = small and name in ("gb_per_s", "copy_gb_per_s", "copy_share", "times_floor")
+            dash |= name == "of_plain"
             assert (value == "") == dash, (row["case"], name)
     text = (tmp_path / "results.md").read_text()
     for needed in (
@@ -859,3 +1115,144 @@ def test_quick_run_writes_table_csv_and_plot(
     assert "![Speed-up over official](speedup_float32.png)" in text
     assert (tmp_path / "speedup_float32.png").read_bytes().startswith(b"\x89PNG")
     assert "official" in capsys.readouterr().out
+
+
+def units_of(*names: str, workloads: Any = ("resnet18", "resnet18_one", "pairs_10m")) -> list[Any]:
+    return _plan.units(
+        [CASES[name] for name in names],
+        [WORKLOADS[name] for name in workloads],
+        [torch.float32, torch.bfloat16],
+        "all",
+        main_first=True,
+    )
+
+
+def test_a_short_run_measures_every_case_once_before_any_twice_and_the_main_ones_first() -> None:
+    plan = units_of("grad_stats", "update_scale", "mutual_information", "ogm_ge")
+    order = [str(unit) for unit in plan]
+    assert order[:5] == [
+        "ogm_ge on resnet18, float32",
+        "update_scale on resnet18, float32",
+        "mutual_information on pairs_10m, float32",
+        "grad_stats on resnet18, float32",
+        "ogm_ge on resnet18, bfloat16",
+    ]
+    assert [unit.main for unit in plan] == [True] * 3 + [False] * (len(plan) - 3)
+    assert len(set(order)) == len(order) == 3 * 4 + 2
+
+
+def test_a_short_run_measures_training_on_what_needs_a_gpu_before_the_small_one() -> None:
+    plan = units_of("ogm_ge_training", workloads=("training", "crema_d"))
+    assert [unit.workload.name for unit in plan] == ["crema_d", "training"]
+    assert set(_plan.MAIN) <= set(CASES)
+
+
+class Watch:
+    """A clock that is set."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def test_a_budget_shares_out_what_is_left_and_more_of_it_to_main_cases() -> None:
+    plan = units_of("ogm_ge", "grad_stats", workloads=("resnet18",))
+    watch = Watch()
+    given = []
+    for _, seconds in _plan.Budget(1e9, 1.0, watch).share(plan):
+        given.append(seconds)
+        watch.time += seconds
+    assert given == pytest.approx([60 * 4 / 7, 60 / 7, 60 / 7, 60 / 7])
+
+
+def test_a_budget_leaves_room_for_what_is_not_sampling_and_ends() -> None:
+    plan = units_of("grad_stats", workloads=("resnet18", "resnet18_one"))
+    watch = Watch()
+    given = []
+    for _, seconds in _plan.Budget(10.0, 1.0, watch).share(plan):
+        given.append(seconds)
+        # Data, checks and counts take eight seconds in each of the first three.
+        watch.time += seconds + (8 if len(given) < 4 else 100)
+    # Never more than `seconds`, which would leave 60 − 3·18 for the last one.
+    assert given[:2] == [10.0, pytest.approx((60 - 18 - 3 * 8) / 3)]
+    assert sum(given) == pytest.approx(60 - 4 * 8)
+    watch.time = 0.0
+    late = []
+    for _, seconds in _plan.Budget(10.0, 1.0, watch).share(plan):
+        late.append(seconds)
+        watch.time += 50
+    assert late[0] == 10.0 and late[1] == 0.0 and late[2:] == [None, None]
+
+
+def test_a_run_without_a_limit_keeps_its_order_and_its_seconds() -> None:
+    cases = [CASES["grad_stats"], CASES["ogm_ge"]]
+    plan = _plan.units(cases, [WORKLOADS["resnet18"]], [torch.float32], "all", main_first=False)
+    shared = list(_plan.Budget(3.0, None).share(plan))
+    assert [(unit.case.name, s) for unit, s in shared] == [("grad_stats", 3.0), ("ogm_ge", 3.0)]
+
+
+def test_a_short_run_compiles_main_cases_in_its_first_quarter() -> None:
+    first, other, again, _ = units_of("ogm_ge", "grad_stats", workloads=("resnet18",))
+    watch = Watch()
+    budget = _plan.Budget(1.0, 1.0, watch)
+    assert [budget.may_compile(unit) for unit in (first, other, again)] == [True, False, False]
+    watch.time = 14.9
+    assert budget.may_compile(first)
+    watch.time = 15.1
+    assert not budget.may_compile(first)
+    assert _plan.Budget(1.0, None, watch).may_compile(other)
+
+
+@pytest.mark.usefixtures("small_machine")
+def test_a_run_without_time_lists_what_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["official", "compile", "reference"]
+    monkeypatch.setattr(_providers, "provider_names", lambda device: names)
+    watch = Watch()
+    monkeypatch.setattr(_plan, "Budget", partial(_plan.Budget, now=watch))
+    monkeypatch.setattr(
+        run.Session, "measure", lambda self, unit, *_: setattr(watch, "time", watch.time + 200)
+    )
+    arguments = ["--minutes", "4", "--dtype", "float32", "--device", "cpu"]
+    cases = ["--cases", "grad_stats", "update_scale", "ogm_ge", "--workloads", "tiny"]
+    assert run.main([*arguments, *cases, "--output", str(tmp_path)]) == 0
+    _, skipped = (tmp_path / "results.md").read_text().split("## Not measured")
+    assert skipped.strip().splitlines() == [
+        "- reference: too slow for a run with --minutes",
+        "- grad_stats on tiny, float32: no time left",
+        "- compile: a run with --minutes compiles the main cases only, once each, in the first "
+        "quarter of its time; it is left out of update_scale on tiny, float32",
+    ]
+
+
+def test_what_is_too_much_for_a_cpu_is_left_out_there_unless_named() -> None:
+    default = run.parse(["--device", "cpu"])
+    assert "crema_d" not in default.workloads and "training" in default.workloads
+    assert [line for line in default.left_out if line.startswith("crema_d: ")]
+    named_ = run.parse(["--device", "cpu", "--workloads", "crema_d"])
+    assert named_.workloads == ["crema_d"] and not named_.left_out
+    on_gpu = run.parse(["--device", "cuda", "--output", "x"])
+    assert "crema_d" in on_gpu.workloads and not on_gpu.left_out
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_convolutions_are_set_for_a_while(tf32: bool) -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    with _measure.convolutions(tf32=tf32):
+        assert (cudnn.benchmark, cudnn.allow_tf32) == (True, tf32)
+    assert (cudnn.benchmark, cudnn.allow_tf32) == before
+
+
+def test_a_long_compilation_of_a_main_case_is_not_expected_of_the_others() -> None:
+    plan = units_of("ogm_ge", "grad_stats", workloads=("resnet18",))
+    watch = Watch()
+    given = []
+    for unit, seconds in _plan.Budget(1e9, 2.0, watch).share(plan):
+        given.append(seconds)
+        watch.time += seconds + (30 if unit.main else 0)
+    left = 120 * (1 - 4 / 7) - 30
+    assert given[1:] == pytest.approx([left / 3] * 3)

@@ -151,7 +151,6 @@ void run_block() {
   arrange(turns, threads);
   for (unsigned left = threads; left > 0;) {
     bool stuck = true;
-    if (order == Order::kRandom) arrange(turns, threads);
     for (const size_t i : turns) {
       const Fiber& fiber = *fibers[i];
       if (fiber.done || (fiber.event != nullptr && *fiber.event == fiber.seen)) continue;

@@ -419,14 +419,16 @@ def poison(on: bool = True) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def control(device: str, backend: str) -> None:
-    """Misuses a kernel: a tool that looks at mmfuse's kernels must report this.
+def control(tool: str, backend: str) -> None:
+    """Lets a kernel do what a tool must report, if it looks at mmfuse's kernels at all.
 
-    The gradient is longer than its memory, which is uninitialised besides: an error for memcheck
-    and for initcheck.
+    For initcheck it reads memory that nobody has written; for memcheck the tensor has lost most of
+    its memory.
     """
-    grad = torch.empty(1 << 20, device=device)
-    grad.untyped_storage().resize_(1 << 10)
+    grad = torch.empty(4096, device="cuda")
+    if tool == "memcheck":
+        grad.zero_()
+        grad.untyped_storage().resize_(1024)
     ops.grad_stats([grad], backend=backend)
     torch.cuda.synchronize()
 
@@ -446,7 +448,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
     parser.add_argument("--case", action="append", default=[], choices=list(CASES))
     parser.add_argument("--poison", action="store_true", help="check that all outputs are written")
-    parser.add_argument("--control", action="store_true", help="provoke errors, for sanitizer.py")
+    parser.add_argument("--control", choices=("memcheck", "initcheck"), help="provoke an error")
     parser.add_argument("--sanitizer", action="store_true", help="run under compute-sanitizer")
     parser.add_argument("--output", type=Path, default=Path("build/sanitizer"), help="for the logs")
     options = parser.parse_args(arguments)
@@ -457,7 +459,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cpu" and options.backend == "cuda":
         load_shim()
     if options.control:
-        control(options.device, options.backend)
+        control(options.control, options.backend)
         return 0
     if options.poison:
         poison()

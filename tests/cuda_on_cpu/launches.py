@@ -40,7 +40,7 @@ def declared(sources: tuple[Path, ...], qualifier: str) -> Counter[str]:
     return names
 
 
-def _short(symbol: str) -> str:
+def short_name(symbol: str) -> str:
     """A demangled function without its return type, its arguments and mmfuse's namespaces."""
     symbol = re.sub(r"\(anonymous namespace\)::|mmfuse::cuda::|^void ", "", symbol)
     return re.sub(r"\((\w+)\)(\d)", r"\1 \2", symbol).split("(")[0]
@@ -67,7 +67,7 @@ class Shim:
     def kernels(self) -> dict[int, str]:
         """Address and name, template arguments included, of every kernel in the library."""
         names = {
-            self._base + address: _short(name)
+            self._base + address: short_name(name)
             for address, _, kind, name in self._symbols
             if kind in "tTwW" and "[clone" not in name
         }
@@ -75,13 +75,21 @@ class Shim:
 
     def launches(self) -> Counter[str]:
         """How often each kernel has been launched so far."""
+        return Counter({name: count for name, (count, _) in self._launched().items()})
+
+    def most_shared(self) -> dict[str, int]:
+        """The most bytes of dynamic shared memory that each kernel has been launched with."""
+        return {name: most for name, (_, most) in self._launched().items()}
+
+    def _launched(self) -> dict[str, tuple[int, int]]:
         addresses = (ctypes.c_void_p * _MOST_KERNELS)()
-        counts = (ctypes.c_uint64 * _MOST_KERNELS)()
+        counts, shared = (ctypes.c_uint64 * _MOST_KERNELS)(), (ctypes.c_uint64 * _MOST_KERNELS)()
         self._library.shim_launches.restype = ctypes.c_size_t
-        used = self._library.shim_launches(addresses, counts, ctypes.c_size_t(_MOST_KERNELS))
+        capacity = ctypes.c_size_t(_MOST_KERNELS)
+        used = self._library.shim_launches(addresses, counts, shared, capacity)
         assert used <= _MOST_KERNELS
         names = self.kernels()
-        return Counter({names[addresses[i]]: counts[i] for i in range(used)})
+        return {names[addresses[i]]: (counts[i], shared[i]) for i in range(used)}
 
     def set_order(self, order: str, seed: int = 0) -> None:
         """Who goes first among blocks and threads: "forward", "reverse" or "random"."""

@@ -63,8 +63,13 @@ struct Variable {
   size_t bytes;
 };
 
+struct Launches {
+  uint64_t count = 0;
+  uint64_t most_shared_bytes = 0;
+};
+
 std::mutex launch_mutex;
-std::map<const void*, uint64_t> launches;
+std::map<const void*, Launches> launches;
 Order order = order_of_environment();
 std::mt19937 random_bits;
 std::vector<size_t> turns;
@@ -197,7 +202,9 @@ void* dynamic_shared() { return shared_memory.get(); }
 bool run(const void* function, dim3 grid, dim3 block, size_t bytes,
          const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
-  ++launches[function];
+  Launches& mine = launches[function];
+  ++mine.count;
+  mine.most_shared_bytes = std::max<uint64_t>(mine.most_shared_bytes, bytes);
   error.clear();
   if (bytes > kSharedBytes) error = "more shared memory than a block may have";
   if (!error.empty()) return false;
@@ -227,13 +234,18 @@ const char* failure() { return error.c_str(); }
 // What launches.py asks for.
 extern "C" {
 
-// Stores the kernels that have been launched, and how often; returns how many these are.
-size_t shim_launches(const void** kernels, uint64_t* counts, size_t capacity) {
+// Stores the kernels that have been launched, how often, and the most dynamic shared memory that
+// each has had; returns how many these are.
+size_t shim_launches(const void** kernels, uint64_t* counts, uint64_t* shared_bytes,
+                     size_t capacity) {
   const std::lock_guard<std::mutex> lock(cuda_on_cpu::launch_mutex);
   size_t i = 0;
-  for (const auto& [kernel, count] : cuda_on_cpu::launches) {
-    if (i < capacity) kernels[i] = kernel;
-    if (i < capacity) counts[i] = count;
+  for (const auto& [kernel, all] : cuda_on_cpu::launches) {
+    if (i < capacity) {
+      kernels[i] = kernel;
+      counts[i] = all.count;
+      shared_bytes[i] = all.most_shared_bytes;
+    }
     ++i;
   }
   return i;

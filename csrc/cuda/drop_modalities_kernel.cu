@@ -63,8 +63,7 @@ __device__ __forceinline__ void draw_rows(const DropCommon& common, const DropEn
   const uint64_t first = static_cast<uint64_t>(entry.noise_offset + chunk.first_row);
   const int lead = static_cast<int>(first % kNoiseBlock);
   for (int i = threadIdx.x * kNoiseBlock; i < lead + chunk.rows; i += kThreads * kNoiseBlock) {
-    const PhiloxBlock bits =
-        philox4x32_10(key.seed, (first + i) / kNoiseBlock, key.stream_id, key.step);
+    const PhiloxBlock bits = philox4x32_10(key, (first + i) / kNoiseBlock);
 #pragma unroll
     for (int j = 0; j < kNoiseBlock; ++j) {
       const int row = i + j - lead;

@@ -139,10 +139,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     drop_modalities_kernel(const DropTable __grid_constant__ table) {
   __shared__ bool kept[kDropChunk + 1];
   const DropCommon& common = table.common;
-  int t = 0;
   for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    t = find_entry(table, t, c);
-    const DropEntry& entry = table.entries[t];
+    const DropEntry& entry = table.entries[find_entry(table, c)];
     const DropChunk chunk = drop_chunk(c - entry.first_chunk, entry.width, common.rows);
     bool* keep = common.keep + entry.slot * common.rows;
     __syncthreads();  // the previous chunk's flags have been read

@@ -18,7 +18,8 @@
 
 namespace mmfuse::cuda {
 
-constexpr int kUpdateChunk = 16384;
+// Small enough that the last blocks of a launch do not work alone for long.
+constexpr int kUpdateChunk = 8192;
 
 // What is the same for all elements of a tensor.
 template <typename scalar_t>

@@ -108,7 +108,7 @@ TARGETS = (
     Target(
         "OGM-GE's training step at most {} the plain one",
         "ogm_ge_training",
-        "two ResNet-18 on CREMA-D",
+        "two ResNet-18, CREMA-D",
         field("of_plain"),
         1.02,
         "×",

@@ -36,8 +36,7 @@ struct C10_HIDDEN SimilarityTile {
 template <typename... Args>
 inline void call_out(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  TORCH_ERROR_CODE_CHECK(
-      torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   // The result is another handle of `out`, which is the callers to release.
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }

@@ -2,9 +2,10 @@
 
     python tests/every_kernel.py --sanitizer --output build/sanitizer
 
-Each tool's run leaves <tool>.log. Before memcheck and initcheck are believed, each has to report a
-kernel that is misused on purpose (control-<tool>.log): a filter that fits no kernel, or memory that
-PyTorch's allocator hands out again, would find nothing either. The other two have no such control.
+The tools run side by side; each leaves <tool>.log. Before memcheck and initcheck are believed, each
+has to report a kernel that is misused on purpose (control-<tool>.log): a filter that fits no kernel,
+or memory that PyTorch's allocator hands out again, would find nothing either. The other two have no
+such control.
 
 - Only kernels with "mmfuse" in their names are looked at; PyTorch's own are slow to check and not
   ours. Triton's kernels have no such name, so that its run looks at all.
@@ -25,6 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -147,6 +149,20 @@ def run_tool(command: list[str], tool: str, backend: str, log: Path) -> Outcome:
     return Outcome(errors, status)
 
 
+def examine(tool: str, sanitizer: str, backend: str, output: Path) -> tuple[bool, str]:
+    """Runs one tool, and before it its control: whether all is well, and a line of the table."""
+    command = command_of(sanitizer, tool, backend)
+    well, control = True, "none"
+    if TOOLS[tool].control:
+        log = output / f"control-{tool}.log"
+        provoked = run_tool([*command, "--control", tool], tool, backend, log)
+        well = provoked.reported
+        control = "reported" if well else f"NOT REPORTED ({provoked})"
+    outcome = run_tool(command, tool, backend, output / f"{tool}.log")
+    verdict = "clean" if outcome.clean else "FAILED"
+    return well and outcome.clean, f"{tool:10} {verdict:7} {outcome}; control: {control}"
+
+
 def main(output: Path, backend: str) -> int:
     """Runs all tools, prints a table, and returns the exit status: 0 if nothing was found."""
     try:
@@ -155,18 +171,10 @@ def main(output: Path, backend: str) -> int:
         print(f"sanitizer: {error}", file=sys.stderr)
         return 2
     output.mkdir(parents=True, exist_ok=True)
-    failed = False
-    for tool, use in TOOLS.items():
-        command = command_of(sanitizer, tool, backend)
-        control = "none"
-        if use.control:
-            log = output / f"control-{tool}.log"
-            provoked = run_tool([*command, "--control", tool], tool, backend, log)
-            control = "reported" if provoked.reported else f"NOT REPORTED ({provoked})"
-            failed = failed or not provoked.reported
-        outcome = run_tool(command, tool, backend, output / f"{tool}.log")
-        failed = failed or not outcome.clean
-        verdict = "clean" if outcome.clean else "FAILED"
-        print(f"{tool:10} {verdict:7} {outcome}; control: {control}", flush=True)
+    # Side by side: what takes long is the tools' work on the host.
+    with ThreadPoolExecutor(len(TOOLS)) as pool:
+        lines = list(pool.map(lambda tool: examine(tool, sanitizer, backend, output), TOOLS))
+    failed = not all(clean for clean, _ in lines)
+    print("\n".join(line for _, line in lines))
     print(f"sanitizer: {'FAILED' if failed else 'nothing was found'}; the logs are in {output}")
     return 1 if failed else 0

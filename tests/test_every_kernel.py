@@ -255,9 +255,11 @@ def test_the_sanitizers_command_lines(
     output = tmp_path / "logs" / "here"
     assert every_kernel.main(["--sanitizer", "--output", str(output)]) == 0
     assert "nothing was found" in capsys.readouterr().out
+    # The tools run side by side, each after its control.
     calls = fake.read_text().splitlines()
+    calls.sort(key=lambda call: re.search(r"--tool (\w+)", call)[1])
     tools = [re.search(r"--tool (\w+)", call)[1] for call in calls]
-    assert tools == ["memcheck"] * 2 + ["racecheck", "synccheck"] + ["initcheck"] * 2
+    assert tools == ["initcheck"] * 2 + ["memcheck"] * 2 + ["racecheck", "synccheck"]
     for tool, call in zip(tools, calls, strict=True):
         assert call.startswith("1 ") == (tool in ("memcheck", "initcheck"))
         filtered = "--error-exitcode 1" in call and "--kernel-name kernel_substring=mmfuse" in call
@@ -267,7 +269,7 @@ def test_the_sanitizers_command_lines(
         assert "ERROR SUMMARY" in (output / f"{tool}.log").read_text() or tool == "racecheck"
     controls = [re.search(r"--control (\w+)$", call) for call in calls]
     assert [found and found[1] for found in controls] == [
-        *("memcheck", None, None, None, "initcheck", None)
+        *("initcheck", None, "memcheck", None, None, None)
     ]
 
 

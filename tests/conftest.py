@@ -70,7 +70,12 @@ class Cell(NamedTuple):
 
     def affordable(self, sizes: Sequence[int]) -> list[int]:
         """Without those that take the interpreter long; Triton's chunks are at most 8,192."""
-        return [n for n in sizes if n < 17_000] if self.slow else list(sizes)
+        return [n for n in sizes if n < 9_000] if self.slow else list(sizes)
+
+    def skip_slow(self, variant: bool = True) -> None:
+        """Skips a variant in the interpreter: of what a method does there, one is enough."""
+        if self.slow and variant:
+            pytest.skip("takes the interpreter long; another variant of this test runs in it")
 
 
 CELLS = [

@@ -3,7 +3,7 @@
     python tests/every_kernel.py --sanitizer --output build/sanitizer
 
 The tools run side by side; each leaves <tool>.log. Before memcheck and initcheck are believed, each
-has to report a kernel that is misused on purpose (control-<tool>.log): a filter that fits no kernel,
+has to report a kernel that is misused on purpose (control-<tool>.log): a filter that fits nothing,
 or memory that PyTorch's allocator hands out again, would find nothing either. The other two have no
 such control.
 

@@ -174,6 +174,7 @@ def test_noise_has_the_right_scale_before_and_after_unscaling(
     """Its standard deviation is taken from the gradients as they are, scaled or not."""
     if cell.device != "cpu":
         pytest.skip("the GradScaler under test is that of the CPU")
+    cell.skip_slow(dtype == torch.float16)
     model, data = AudioVisual(), batch()
     lr, results, gradients = 0.1, [], []
 

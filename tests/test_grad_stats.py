@@ -137,7 +137,7 @@ def test_no_tensors(cell: Cell) -> None:
 
 
 def test_many_tensors(cell: Cell) -> None:
-    count = 300 if cell.slow else 1300
+    count = 100 if cell.slow else 1300
     check(cell, gradients([i % 7 for i in range(count)], torch.float32, cell.device))
 
 

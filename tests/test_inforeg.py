@@ -71,6 +71,7 @@ def opened(nets: nn.ModuleDict, **options: object) -> InfoReg:
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_training_follows_the_paper(cell: Cell, count: int, threshold: float) -> None:
     """Five epochs of three steps next to a plain transcription of the equations, in float64."""
+    cell.skip_slow(count != 3)
     nets = networks(count, cell.device).double()
     plain = copy.deepcopy(nets)
     beta = 0.7
@@ -130,6 +131,7 @@ def test_information_gap() -> None:
 
 @pytest.mark.parametrize("through_file", [False, True])
 def test_resumes_bit_for_bit_within_an_epoch(cell: Cell, through_file: bool) -> None:
+    cell.skip_slow(through_file)
     nets = networks(2, cell.device)
     length = 2 if cell.slow else 4
     data = batches(2, 3 * length, cell.device)

@@ -70,7 +70,7 @@ def test_lists_of_small_tensors(cell: Cell, sizes, dtype, seed, offset) -> None:
 @given(sizes=large_lists, dtype=dtypes, seed=seeds, offset=st.integers(0, 9))
 def test_lists_of_large_tensors(cell: Cell, sizes, dtype, seed, offset) -> None:
     if cell.slow:
-        sizes = [n % 9000 for n in sizes]
+        sizes = [n % 9000 for n in sizes[:2]]
     run(cell, sizes, dtype, seed, offset)
 
 

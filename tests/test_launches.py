@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cell
+from cuda_on_cpu.launches import counted_launches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfuse import OGM, NoiseStream, ogm_backward
+from mmfuse.ops._registry import OPS
 
 # In the limit are grad_stats and update_grads_, which read and write the gradients; modality_scores
 # and what finishes it for a large batch, what finishes grad_stats, the factors, `finite`, and the
@@ -50,13 +52,13 @@ def launches_of(call: Callable[[], object]) -> Launches:
 class Nets:
     """M small encoders after a forward pass, with each one's logits."""
 
-    def __init__(self, count: int, device: str) -> None:
+    def __init__(self, count: int, device: str, rows: int = 9) -> None:
         self.encoders = {
             f"m{i}": nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).to(device)
             for i in range(count)
         }
-        x = torch.randn(9, 6, device=device)
-        self.labels = torch.randint(0, 4, (9,), device=device)
+        x = torch.randn(rows, 6, device=device)
+        self.labels = torch.randint(0, 4, (rows,), device=device)
         self.attached = {n: (i + 1) * net(x) for i, (n, net) in enumerate(self.encoders.items())}
         self.loss = nn.functional.cross_entropy(sum(self.attached.values()), self.labels)
 
@@ -100,6 +102,25 @@ def test_a_step(gpu_like: Cell, noise: bool, formula: str, count: int) -> None:
     outside = launches_of(step)
     assert not ogm.modulating
     assert outside.kernels <= LIMITS[False], outside.operators
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not in the shim")
+@pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])
+def test_the_kernels_that_were_really_launched(noise: bool) -> None:
+    """In the host shim, where a batch of 700 needs every kernel that a step can."""
+    nets = Nets(2, "cpu", rows=700)
+    ogm = OGM(nets.encoders, noise=noise, backend="cuda")
+    nets.backward()
+    logits, labels = nets.logits, nets.labels
+    ogm.step(logits, labels)
+    with counted_launches() as kernels:
+        found = launches_of(lambda: ogm.step(logits, labels))
+    names = {kernel.split("<")[0] for kernel in kernels}
+    assert {"modality_scores_kernel", "update_grads_kernel"} <= names
+    assert ("grad_stats_kernel" in names) == noise
+    of_pytorch = sum(n for name, n in found.operators.items() if name not in OPS)
+    assert kernels.total() == found.kernels - of_pytorch
+    assert kernels.total() + of_pytorch <= LIMITS[noise]
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])

@@ -88,7 +88,9 @@ MMFUSE_HD PhiloxBlock philox4x32_10(const PhiloxConstants& c, uint32_t block_low
   x1 = p1.low;
   x2 = p0.high ^ c.x2_third;
   uint32_t x3 = p0.low;
+#if defined(__CUDACC__)  // to other compilers an unknown pragma
 #pragma unroll
+#endif
   for (int round = 3; round < kPhiloxRounds; ++round) {
     p0 = multiply_wide(kPhiloxM0, x0);
     p1 = multiply_wide(kPhiloxM1, x2);

@@ -8,7 +8,8 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
                    const TensorList& anchors, const std::optional<Tensor>& pull,
                    const std::optional<Tensor>& noise_std, const std::optional<Tensor>& noise_state,
                    const std::vector<int64_t>& noise_ids, const std::vector<int64_t>& noise_offsets,
-                   const std::optional<Tensor>& finite) {
+                   const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm) {
+  STD_TORCH_CHECK(!sq_norm, "mmfuse: the cuda backend does not give sq_norm yet");
   const size_t count = grads.size();
   UpdateGradsParams call;
   call.tensors = grad_tensors(grads, params, anchors, true);

@@ -26,14 +26,7 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: nothing newer of the stable
 DEFAULT_ARCHS = "8.0;9.0;10.0+PTX"
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 
-# The noise is the only user of the square root, and its contract has room for one more ulp: the
-# correctly rounded root costs a branch and a call per pair of deviates.
-NVCC_FLAGS = [
-    "-O3",
-    "-std=c++17",
-    "-Xcompiler=-fPIC,-fvisibility=hidden",
-    "-prec-sqrt=false",
-]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
 
 class BuildError(SystemExit):

@@ -18,10 +18,10 @@ out=build/compile_cuda
 rm -rf "$out"
 mkdir -p "$out"
 
-# -prec-sqrt=false spares the noise's sqrt(-2 ln u) a branch for subnormal numbers, which never
+# spares the noise's sqrt(-2 ln u) a branch for subnormal numbers, which never
 # occur there; setup.py passes the same.
 compile() {
-  "$nvcc" -std=c++17 -O3 -prec-sqrt=false -Icsrc -Icsrc/cuda -Werror all-warnings \
+  "$nvcc" -std=c++17 -O3 -Icsrc -Icsrc/cuda -Werror all-warnings \
     -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 \
     -gencode=arch=compute_100,code=sm_100 \
     -Xcompiler=-fPIC,-Wall,-Wno-unknown-pragmas -Xptxas=-v \

@@ -75,13 +75,54 @@ def test_known_vectors_in_every_backend(cell: Cell, counter: str, key: str, expe
     tolerances.assert_within(actual, z, tolerances.noise(z))
 
 
+def block_that_draws(bits: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]:
+    """The counter whose block under this key is `bits`: every round of Philox can be undone."""
+    m0, m1 = 0xD2511F53, 0xCD9E8D57
+    inverse0, inverse1 = pow(m0, -1, 2**32), pow(m1, -1, 2**32)
+    x0, x1, x2, x3 = bits
+    for round_ in reversed(range(10)):
+        k0 = (key[0] + round_ * 0x9E3779B9) % 2**32
+        k1 = (key[1] + round_ * 0xBB67AE85) % 2**32
+        old0, old2 = x3 * inverse0 % 2**32, x1 * inverse1 % 2**32
+        x0, x1, x2, x3 = old0, x0 ^ (m1 * old2 >> 32) ^ k0, old2, x2 ^ (m0 * old0 >> 32) ^ k1
+    return [x0, x1, x2, x3]
+
+
+# Both ends of the unit interval, where the radius is largest and where it goes to 0, and both sides
+# of 63/64, where the GPU's logarithm changes from one formula to the other.
+RADIUS_BITS = [
+    *(0, 1, 2, 255, 2**16, 2**24 - 1, 2**31 - 1, 2**31, 3 * 2**30),
+    *(2**32 - 2**26 + d for d in (-513, -257, -129, -128, -1, 0, 1, 128, 129, 257)),
+    *(2**32 - d for d in (2**20, 2**12, 1025, 1024, 513, 512, 385, 384, 257, 256, 129, 128, 2, 1)),
+]
+
+
+@pytest.mark.parametrize("angle", [0, 1, 2**29 - 1, 2**30, 2**31 - 1, 2**31, 2**31 + 1, 2**32 - 1])
+def test_extreme_words(cell: Cell, angle: int) -> None:
+    """Words that no test of random counters would meet, drawn by choosing the counter for them."""
+    radii = RADIUS_BITS[::4] if cell.slow else RADIUS_BITS
+    for a, c in itertools.pairwise(radii):
+        d = (angle + 2**30) % 2**32
+        seeds = ((seed, 0) for seed in itertools.count())
+        # The element's offset, 4 * block, has to fit into int64.
+        key = next(k for k in seeds if block_that_draws((a, angle, c, d), k)[1] < 2**28)
+        low, high, stream_id, step = block_that_draws((a, angle, c, d), key)
+        stream = NoiseStream(key[0], cell.device)
+        stream.advance(step)
+        u, turn = (uniform_from_bits(torch.tensor(w)).double() for w in ([a, c], [angle, d]))
+        radius = (-2 * u.log()).sqrt()
+        z = torch.stack([radius * (turn * math.tau).cos(), radius * (turn * math.tau).sin()], 1)
+        actual = drawn(cell, stream, 4, stream_id, 4 * (low | high << 32))
+        tolerances.assert_within(actual, z.flatten(), tolerances.noise(z.flatten()))
+
+
 def test_uniform_is_in_the_open_closed_unit_interval() -> None:
     bits = torch.tensor([0, 1, 2**31, 2**32 - 1])
     assert uniform_from_bits(bits).tolist() == [2.0**-33, 2.0**-32 + 2.0**-33, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63, 2**64 - 1, -1])
-@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 1000003, 2**31 + 5, 2**40 + 1])
+@pytest.mark.parametrize("offset", [0, 1, 2, 3, 4, 1000003, 2**31 + 5, 2**34 - 500, 2**40 + 1])
 def test_every_backend_agrees_with_the_reference(cell: Cell, seed: int, offset: int) -> None:
     stream = NoiseStream(seed, cell.device)
     stream.advance(17)

@@ -63,8 +63,7 @@ __device__ __forceinline__ void draw_rows(const DropCommon& common, const DropEn
   const uint64_t first = static_cast<uint64_t>(entry.noise_offset + chunk.first_row);
   const int lead = static_cast<int>(first % kNoiseBlock);
   for (int i = threadIdx.x * kNoiseBlock; i < lead + chunk.rows; i += kThreads * kNoiseBlock) {
-    const PhiloxBlock bits =
-        philox4x32_10(key.seed, (first + i) / kNoiseBlock, key.stream_id, key.step);
+    const PhiloxBlock bits = philox4x32_10(key, (first + i) / kNoiseBlock);
 #pragma unroll
     for (int j = 0; j < kNoiseBlock; ++j) {
       const int row = i + j - lead;
@@ -140,10 +139,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     drop_modalities_kernel(const DropTable __grid_constant__ table) {
   __shared__ bool kept[kDropChunk + 1];
   const DropCommon& common = table.common;
-  int t = 0;
   for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    t = find_entry(table, t, c);
-    const DropEntry& entry = table.entries[t];
+    const DropEntry& entry = table.entries[find_entry(table, c)];
     const DropChunk chunk = drop_chunk(c - entry.first_chunk, entry.width, common.rows);
     bool* keep = common.keep + entry.slot * common.rows;
     __syncthreads();  // the previous chunk's flags have been read

@@ -12,7 +12,7 @@ namespace mmfuse::cuda {
 
 // Elements that one block reduces to one row of the workspace; the partition of a tensor depends on
 // nothing but its size, so that the result does not either.
-constexpr int kStatsChunk = 32768;
+constexpr int kStatsChunk = 16384;
 
 // float64 values in a row of the workspace: shift, mean - shift, m2, dot, disp_sq.
 constexpr int kStatsRow = 5;

@@ -12,7 +12,7 @@ namespace {
 template <typename scalar_t>
 constexpr int kBlocksPerSm = std::is_same_v<scalar_t, double> ? 2 : 4;
 
-constexpr int kFinaliseThreads = 128;
+constexpr int kFinaliseThreads = 256;
 
 template <bool kHasAnchors>
 using StatsTable = TensorTable<Entry<kHasAnchors, false>, double*>;
@@ -117,46 +117,43 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
     grad_stats_kernel(const StatsTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kPack = kPackSize<scalar_t, kAnchors>;
-  int t = 0;
-  for (int chunk = blockIdx.x; chunk < table.chunks; chunk += gridDim.x) {
-    t = find_entry(table, t, chunk);
-    const auto& entry = table.entries[t];
-    const scalar_t* grad = static_cast<const scalar_t*>(entry.grad);
-    const AnchorPair pair = anchor_pair<kAnchors>(entry);
-    const int64_t first = static_cast<int64_t>(chunk - entry.first_chunk) * kStatsChunk;
-    const int64_t left = entry.numel - first;
-    const int elements = left < kStatsChunk ? static_cast<int>(left) : kStatsChunk;
-    const acc_t shift = widen<acc_t>(grad[0]);
-    bool vector = is_aligned(grad);
+  const int chunk = blockIdx.x;
+  const auto& entry = table.entries[find_entry(table, chunk)];
+  const scalar_t* grad = static_cast<const scalar_t*>(entry.grad);
+  const AnchorPair pair = anchor_pair<kAnchors>(entry);
+  const int64_t first = static_cast<int64_t>(chunk - entry.first_chunk) * kStatsChunk;
+  const int64_t left = entry.numel - first;
+  const int elements = left < kStatsChunk ? static_cast<int>(left) : kStatsChunk;
+  const acc_t shift = widen<acc_t>(grad[0]);
+  bool vector = is_aligned(grad);
+  if constexpr (kAnchors != Anchors::kNone) {
+    vector = vector && is_aligned<kAnchors, scalar_t>(pair, 0);
+  }
+  Moments<acc_t> mine =
+      vector ? pack_moments<kAnchors, true>(grad, pair, shift, first, elements / kPack)
+             : pack_moments<kAnchors, false>(grad, pair, shift, first, elements / kPack);
+  if (static_cast<int>(threadIdx.x) < elements % kPack) {
+    const int64_t index = first + elements - elements % kPack + threadIdx.x;
+    const acc_t value = widen<acc_t>(grad[index]);
+    Moments<acc_t> last;
+    last.n = 1;
+    last.mean = value - shift;
     if constexpr (kAnchors != Anchors::kNone) {
-      vector = vector && is_aligned<kAnchors, scalar_t>(pair, 0);
+      const acc_t displacement = load_displacement<kAnchors, scalar_t>(pair, index);
+      last.dot = displacement * value;
+      last.disp_sq = displacement * displacement;
     }
-    Moments<acc_t> mine =
-        vector ? pack_moments<kAnchors, true>(grad, pair, shift, first, elements / kPack)
-               : pack_moments<kAnchors, false>(grad, pair, shift, first, elements / kPack);
-    if (static_cast<int>(threadIdx.x) < elements % kPack) {
-      const int64_t index = first + elements - elements % kPack + threadIdx.x;
-      const acc_t value = widen<acc_t>(grad[index]);
-      Moments<acc_t> last;
-      last.n = 1;
-      last.mean = value - shift;
-      if constexpr (kAnchors != Anchors::kNone) {
-        const acc_t displacement = load_displacement<kAnchors, scalar_t>(pair, index);
-        last.dot = displacement * value;
-        last.disp_sq = displacement * displacement;
-      }
-      mine = merge_moments(mine, last);
-    }
-    const Moments<acc_t> total = block_moments<kAnchors != Anchors::kNone>(mine, elements);
-    if (threadIdx.x == 0) {
-      double* row =
-          table.common + static_cast<int64_t>(entry.slot + chunk - entry.first_chunk) * kStatsRow;
-      row[0] = shift;
-      row[1] = total.mean;
-      row[2] = total.m2;
-      row[3] = total.dot;
-      row[4] = total.disp_sq;
-    }
+    mine = merge_moments(mine, last);
+  }
+  const Moments<acc_t> total = block_moments<kAnchors != Anchors::kNone>(mine, elements);
+  if (threadIdx.x == 0) {
+    double* row =
+        table.common + static_cast<int64_t>(entry.slot + chunk - entry.first_chunk) * kStatsRow;
+    row[0] = shift;
+    row[1] = total.mean;
+    row[2] = total.m2;
+    row[3] = total.dot;
+    row[4] = total.disp_sq;
   }
 }
 
@@ -198,12 +195,15 @@ __global__ void __launch_bounds__(kFinaliseThreads)
     return static_cast<double>(left < kStatsChunk ? left : kStatsChunk);
   };
   double sum[1] = {0};
+  // Unrolled so that several rows are on their way: one block has 16,384 of a large tensor.
+#pragma unroll 8
   for (int64_t row = threadIdx.x; row < rows; row += kFinaliseThreads) {
     sum[0] += row_count(row) * workspace[row * kStatsRow + 1];
   }
   block_sum<kFinaliseThreads>(sum);
   const double mean = rows > 0 ? sum[0] / static_cast<double>(entry.numel) : 0.0;
   double sums[3] = {0, 0, 0};
+#pragma unroll 4
   for (int64_t row = threadIdx.x; row < rows; row += kFinaliseThreads) {
     const double* values = workspace + row * kStatsRow;
     const double delta = values[1] - mean;
@@ -228,8 +228,8 @@ void launch_chunks(const std::vector<GradTensor>& tensors, double* workspace, cu
   StatsTable<kHasAnchors> table;
   table.common = workspace;
   for_each_table<kHasAnchors, false>(tensors, kDType<scalar_t>, kAnchors, kStatsChunk, table, [&] {
-    launch("grad_stats_kernel", grad_stats_kernel<scalar_t, kAnchors>,
-           resident_blocks(table.chunks, kBlocksPerSm<scalar_t>), kThreads, stream, table);
+    launch("grad_stats_kernel", grad_stats_kernel<scalar_t, kAnchors>, table.chunks, kThreads,
+           stream, table);
   });
 }
 

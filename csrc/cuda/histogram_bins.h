@@ -85,17 +85,28 @@ __device__ __forceinline__ acc_t bin_edge(const RowBins<acc_t>& row, int bins, i
   return add_rn(rise, row.low);
 }
 
-// The last bin whose edge is not above x. The guess is off by more than one bin only if the range
-// is no more than a few units in the last place wide.
+// The last bin whose edge is not above x, found from bin i. Hardly ever called, so not inlined.
 template <typename acc_t>
-__device__ __forceinline__ int bin_of(const RowBins<acc_t>& row, int bins, acc_t x) {
-  const acc_t guess = (x - row.low) * row.per_step;
-  const acc_t last = static_cast<acc_t>(bins - 1);
-  // A guess that is NaN becomes 0.
-  int i = guess > acc_t(0) ? static_cast<int>(guess < last ? guess : last) : 0;
+__device__ __attribute__((noinline)) int search_bin(const RowBins<acc_t> row, int bins, int i,
+                                                    acc_t x) {
   while (i > 0 && bin_edge(row, bins, i) > x) --i;
   while (i < bins - 1 && bin_edge(row, bins, i + 1) <= x) ++i;
   return i;
+}
+
+// The guess is off by more than one bin only if the range is no more than a few units in the last
+// place wide.
+template <typename acc_t>
+__device__ __forceinline__ int bin_of(const RowBins<acc_t>& row, int bins, acc_t x) {
+  const acc_t guess = (x - row.low) * row.per_step;
+  // A guess that is NaN becomes 0.
+  const int i = static_cast<int>(fmin(fmax(guess, acc_t(0)), static_cast<acc_t>(bins - 1)));
+  const acc_t index = static_cast<acc_t>(i);
+  const acc_t below = add_rn(mul_rn(index, row.step), row.low);
+  const acc_t above = add_rn(mul_rn(index + acc_t(1), row.step), row.low);
+  // Evaluated as a whole, because a branch costs more than a comparison.
+  const bool right = (row.step != acc_t(0)) & (below <= x) & ((x < above) | (i == bins - 1));
+  return right ? i : search_bin(row, bins, i, x);
 }
 
 }  // namespace mmfuse::cuda

@@ -201,6 +201,33 @@ __device__ __forceinline__ void find_bins(const TupleGroup& group, const RowPart
   }
 }
 
+// count_part for one pair of variables, whose bins need not be staged.
+template <typename scalar_t, bool kVector, int kThreads>
+__device__ __forceinline__ void count_pair(const TupleGroup& group, const RowPart& part,
+                                           const RowBins<acc_type<scalar_t>>* rows,
+                                           uint32_t* hits) {
+  const int a = group.members[0][0];
+  const int b = group.members[0][1];
+  const RowBins<acc_type<scalar_t>> first = rows[a];
+  const RowBins<acc_type<scalar_t>> second = rows[b];
+  if (!first.valid || !second.valid) return;
+  const scalar_t* const first_data = static_cast<const scalar_t*>(group.data[a]) + part.begin;
+  const scalar_t* const second_data = static_cast<const scalar_t*>(group.data[b]) + part.begin;
+  const int bins = group.bins;
+  uint32_t* const counts = hits + threadIdx.x / kWarpSize % group.copies * group.cells;
+  for (int tile = 0; tile < part.elements; tile += kRowPack * kThreads) {
+    const int count = tile_count<kVector, kThreads>(tile, part.elements);
+    acc_type<scalar_t> x[kRowPack], y[kRowPack];
+    load_tile<kVector, kThreads>(first_data, tile, count, x);
+    load_tile<kVector, kThreads>(second_data, tile, count, y);
+#pragma unroll
+    for (int j = 0; j < kRowPack; ++j) {
+      if (j >= count) continue;
+      atomicAdd(counts + bin_of(first, bins, x[j]) * bins + bin_of(second, bins, y[j]), 1u);
+    }
+  }
+}
+
 // Counts the part in `hits`, if the counts fit there, else in global memory. A thread's four bins
 // of each variable make one word of `staged`, and serve all tuples.
 template <typename scalar_t, bool kVector, int kThreads>
@@ -261,10 +288,16 @@ __global__ void __launch_bounds__(kThreads, kWhole ? 4 : kPartBlocksPerSm<scalar
       reinterpret_cast<uint32_t*>(margins + (kWhole ? margin_values(group.order, group.bins) : 0));
   const int words = group.tuples * group.cells;
   for (int i = threadIdx.x; i < group.copies * words; i += kThreads) hits[i] = 0;
-  const RowPart part = row_part(blockIdx.x, group.parts, group.chunk, group.columns);
+  // From the last part to the first: what range_kernel read last is still in the cache.
+  const RowPart part =
+      row_part(gridDim.x - 1 - blockIdx.x, group.parts, group.chunk, group.columns);
   find_bins<scalar_t, kVector, kWhole, kThreads>(group, part, rows);
   __syncthreads();
-  count_part<scalar_t, kVector, kThreads>(group, part, rows, hits, hits + group.copies * words);
+  if (group.order == 2 && group.tuples == 1 && group.copies > 0) {
+    count_pair<scalar_t, kVector, kThreads>(group, part, rows, hits);
+  } else {
+    count_part<scalar_t, kVector, kThreads>(group, part, rows, hits, hits + group.copies * words);
+  }
   if (group.copies == 0) return;
   __syncthreads();
   for (int t = 0; t < group.tuples; ++t) {

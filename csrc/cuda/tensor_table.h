@@ -68,9 +68,10 @@ struct TensorTable {
   entry_t entries[kCapacity];
 };
 
-// The entry that `chunk` belongs to, which is `low` or a later one.
+// The entry that `chunk` belongs to.
 template <typename table_t>
-__device__ __forceinline__ int find_entry(const table_t& table, int low, int chunk) {
+__device__ __forceinline__ int find_entry(const table_t& table, int chunk) {
+  int low = 0;
   int high = table.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;

@@ -18,7 +18,8 @@
 
 namespace mmfuse::cuda {
 
-constexpr int kUpdateChunk = 16384;
+// Small enough that the last blocks of a launch do not work alone for long.
+constexpr int kUpdateChunk = 8192;
 
 // What is the same for all elements of a tensor.
 template <typename scalar_t>
@@ -32,6 +33,7 @@ struct TensorUpdate {
   AnchorPair pair;
   acc_t noise_std;
   NoiseKey key;
+  PhiloxConstants philox;  // of the chunk
   int64_t noise_offset;
   bool store;  // false: only look for values that are not finite
 };
@@ -59,11 +61,11 @@ __device__ __forceinline__ bool update_pack(const TensorUpdate<scalar_t>& tensor
   for (int j = 0; j < kPack; ++j) {
     values[j] = add_scaled(tensor.scale * grad[j], tensor.pull, displacement[j]);
   }
-  if (kNoise && tensor.noise_std != acc_t(0)) {
-    const uint64_t block = static_cast<uint64_t>(tensor.noise_offset + index) / kNoiseBlock;
+  if constexpr (kNoise) {
+    const uint32_t block = static_cast<uint32_t>((tensor.noise_offset + index) / kNoiseBlock);
 #pragma unroll
     for (int b = 0; b < kPack / kNoiseBlock; ++b) {
-      const NormalBlock normal = normal_block(tensor.key, block + b);
+      const NormalBlock normal = normal_block(philox4x32_10(tensor.philox, block + b));
 #pragma unroll
       for (int j = 0; j < kNoiseBlock; ++j) {
         values[b * kNoiseBlock + j] += tensor.noise_std * static_cast<acc_t>(normal.z[j]);
@@ -168,7 +170,7 @@ __device__ __forceinline__ int head_elements(const TensorUpdate<scalar_t>& tenso
 // Updates one of the tensor's chunks of kUpdateChunk elements; false if the thread stored a value
 // that is not finite.
 template <Anchors kAnchors, bool kNoise, typename scalar_t>
-__device__ __forceinline__ bool update_chunk(const TensorUpdate<scalar_t>& tensor, int64_t chunk) {
+__device__ __forceinline__ bool update_chunk(TensorUpdate<scalar_t> tensor, int64_t chunk) {
   constexpr int kPack = kPackSize<scalar_t, kAnchors>;
   constexpr int kChunkPacks = kUpdateChunk / kPack;
   const int head = head_elements<kNoise>(tensor);
@@ -181,8 +183,25 @@ __device__ __forceinline__ bool update_chunk(const TensorUpdate<scalar_t>& tenso
   if constexpr (kAnchors != Anchors::kNone) {
     vector = vector && is_aligned<kAnchors, scalar_t>(tensor.pair, head);
   }
-  bool finite = vector ? update_packs<kAnchors, kNoise, true>(tensor, first, here)
-                       : update_packs<kAnchors, kNoise, false>(tensor, first, here);
+  bool finite = true;
+  if (kNoise && tensor.noise_std != acc_type<scalar_t>(0)) {
+    const int64_t element = tensor.noise_offset + first;
+    const int elements = here * kPack;
+    tensor.philox = philox_constants(tensor.key, static_cast<uint32_t>(element / kNoiseSpan));
+    if (element / kNoiseSpan != (element + elements - 1) / kNoiseSpan) {
+      for (int i = threadIdx.x; i < elements; i += kThreads) {
+        finite = update_element<kAnchors, true>(tensor, first + i) && finite;
+      }
+    } else if (vector) {
+      finite = update_packs<kAnchors, true, true>(tensor, first, here);
+    } else {
+      finite = update_packs<kAnchors, true, false>(tensor, first, here);
+    }
+  } else if (vector) {
+    finite = update_packs<kAnchors, false, true>(tensor, first, here);
+  } else {
+    finite = update_packs<kAnchors, false, false>(tensor, first, here);
+  }
   const int tail = static_cast<int>(tensor.numel - head - packs * kPack);
   const int thread = threadIdx.x;
   if (chunk == 0 && thread < head + tail) {

@@ -97,6 +97,35 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __dadd_rn(double a, double b) { return a + b; }
+
+namespace cuda_on_cpu {
+
+// The fast functions are off by as much as CUDA's programming guide allows, up or down as the
+// argument's bits decide: what holds here does not depend on the hardware being better.
+inline float off_by(double exact, double error, float argument) {
+  uint32_t bits;
+  std::memcpy(&bits, &argument, sizeof bits);
+  return static_cast<float>(bits * 0x9E3779B9u >> 31 ? exact + error : exact - error);
+}
+
+inline float fast_log2(float x) {
+  const double exact = std::log2(static_cast<double>(x));
+  return off_by(exact, 0x1p-22 * (x >= 0.5f ? 1.0 : std::fabs(exact)), x);
+}
+
+inline float fast_sqrt(float x) {
+  const double exact = std::sqrt(static_cast<double>(x));
+  return off_by(exact, 0x1p-23 * exact, x);
+}
+
+}  // namespace cuda_on_cpu
+
+inline float __sinf(float x) {
+  return cuda_on_cpu::off_by(std::sin(static_cast<double>(x)), std::exp2(-21.41), x);
+}
+inline float __cosf(float x) {
+  return cuda_on_cpu::off_by(std::cos(static_cast<double>(x)), std::exp2(-21.19), x);
+}
 inline unsigned __float2uint_rn(float x) { return static_cast<unsigned>(std::llrintf(x)); }
 
 // Fibers never interrupt each other, so plain arithmetic is atomic.

@@ -3,8 +3,13 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
+#include <cstdlib>
+#include <map>
 #include <memory>
 #include <mutex>
+#include <numeric>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -41,7 +46,34 @@ struct Warp {
   uint64_t values[2][kWarpSize];
 };
 
+// Who goes first, among blocks and among the threads that can go on.
+enum class Order { kForward, kReverse, kRandom };
+
+Order named_order(const std::string& name) {
+  return name == "reverse" ? Order::kReverse : name == "random" ? Order::kRandom : Order::kForward;
+}
+
+Order order_of_environment() {
+  const char* name = std::getenv("MMFUSE_SHIM_ORDER");
+  return named_order(name != nullptr ? name : "");
+}
+
+struct Variable {
+  void* address;
+  size_t bytes;
+};
+
+struct Launches {
+  uint64_t count = 0;
+  uint64_t most_shared_bytes = 0;
+};
+
 std::mutex launch_mutex;
+std::map<const void*, Launches> launches;
+Order order = order_of_environment();
+std::mt19937 random_bits;
+std::vector<size_t> turns;
+std::vector<Variable> static_shared;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
 size_t running = 0;
@@ -65,6 +97,18 @@ void wait_for(const unsigned& event, unsigned seen) {
   fiber.event = &event;
   fiber.seen = seen;
   yield();
+}
+
+// Lets others go first, where all that this one waited for has happened.
+void pause() {
+  if (order != Order::kForward) yield();
+}
+
+void arrange(std::vector<size_t>& turns, size_t count) {
+  turns.resize(count);
+  std::iota(turns.begin(), turns.end(), size_t{0});
+  if (order == Order::kReverse) std::reverse(turns.begin(), turns.end());
+  if (order == Order::kRandom) std::shuffle(turns.begin(), turns.end(), random_bits);
 }
 
 void fiber_main() {
@@ -92,6 +136,9 @@ void resume(size_t index) {
 
 void prepare_block() {
   if (shared_bytes > 0) std::memset(shared_memory.get(), 0xFF, shared_bytes);
+  for (const Variable& variable : static_shared) {
+    std::memset(variable.address, 0xFF, variable.bytes);
+  }
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp{});
   for (unsigned i = 0; i < threads; ++i) {
@@ -106,16 +153,19 @@ void prepare_block() {
 
 void run_block() {
   prepare_block();
+  arrange(turns, threads);
   for (unsigned left = threads; left > 0;) {
-    bool progress = false;
-    for (unsigned i = 0; i < threads; ++i) {
+    bool stuck = true;
+    for (const size_t i : turns) {
       const Fiber& fiber = *fibers[i];
       if (fiber.done || (fiber.event != nullptr && *fiber.event == fiber.seen)) continue;
+      stuck = false;
+      // Some rest, so that others get ahead of them by more than one step.
+      if (order == Order::kRandom && random_bits() % 2 == 0) continue;
       resume(i);
-      progress = true;
       if (fiber.done) --left;
     }
-    if (!progress) error = "some threads wait at a barrier or warp operation that others skipped";
+    if (stuck) error = "some threads wait at a barrier or warp operation that others skipped";
     if (!error.empty()) return;
   }
 }
@@ -127,6 +177,7 @@ void barrier() {
   if (++barrier_arrived < threads) return wait_for(barrier_round, round);
   barrier_arrived = 0;
   ++barrier_round;
+  pause();
 }
 
 const uint64_t* exchange(unsigned mask, uint64_t value) {
@@ -141,14 +192,19 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   } else {
     warp.arrived = 0;
     ++warp.round;
+    pause();
   }
   return values;
 }
 
 void* dynamic_shared() { return shared_memory.get(); }
 
-bool run(dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body) {
+bool run(const void* function, dim3 grid, dim3 block, size_t bytes,
+         const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
+  Launches& mine = launches[function];
+  ++mine.count;
+  mine.most_shared_bytes = std::max<uint64_t>(mine.most_shared_bytes, bytes);
   error.clear();
   if (bytes > kSharedBytes) error = "more shared memory than a block may have";
   if (!error.empty()) return false;
@@ -158,17 +214,15 @@ bool run(dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body)
   blockDim = block;
   threads = block.x * block.y * block.z;
   kernel = &body;
-  for (unsigned z = 0; z < grid.z; ++z) {
-    for (unsigned y = 0; y < grid.y; ++y) {
-      for (unsigned x = 0; x < grid.x; ++x) {
-        blockIdx = dim3(x, y, z);
-        run_block();
-        if (error.empty()) continue;
-        // Fibers that stopped half-way cannot serve another block.
-        fibers.clear();
-        return false;
-      }
-    }
+  std::vector<size_t> blocks;
+  arrange(blocks, size_t{grid.x} * grid.y * grid.z);
+  for (const size_t i : blocks) {
+    blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
+    run_block();
+    if (error.empty()) continue;
+    // Fibers that stopped half-way cannot serve another block.
+    fibers.clear();
+    return false;
   }
   return true;
 }
@@ -176,3 +230,41 @@ bool run(dim3 grid, dim3 block, size_t bytes, const std::function<void()>& body)
 const char* failure() { return error.c_str(); }
 
 }  // namespace cuda_on_cpu
+
+// What launches.py asks for.
+extern "C" {
+
+// Stores the kernels that have been launched, how often, and the most dynamic shared memory that
+// each has had; returns how many these are.
+size_t shim_launches(const void** kernels, uint64_t* counts, uint64_t* shared_bytes,
+                     size_t capacity) {
+  const std::lock_guard<std::mutex> lock(cuda_on_cpu::launch_mutex);
+  size_t i = 0;
+  for (const auto& [kernel, all] : cuda_on_cpu::launches) {
+    if (i < capacity) {
+      kernels[i] = kernel;
+      counts[i] = all.count;
+      shared_bytes[i] = all.most_shared_bytes;
+    }
+    ++i;
+  }
+  return i;
+}
+
+// Sets the order, "forward", "reverse" or "random"; a seed gives one and the same random order.
+void shim_set_order(const char* name, uint32_t seed) {
+  const std::lock_guard<std::mutex> lock(cuda_on_cpu::launch_mutex);
+  cuda_on_cpu::order = cuda_on_cpu::named_order(name);
+  cuda_on_cpu::random_bits.seed(seed);
+}
+
+// Fills these variables, which are declared __shared__, with ones before each block.
+void shim_poison_shared(void* const* addresses, const size_t* bytes, size_t count) {
+  const std::lock_guard<std::mutex> lock(cuda_on_cpu::launch_mutex);
+  cuda_on_cpu::static_shared.clear();
+  for (size_t i = 0; i < count; ++i) {
+    cuda_on_cpu::static_shared.push_back({addresses[i], bytes[i]});
+  }
+}
+
+}  // extern "C"

@@ -55,6 +55,22 @@ __global__ void skipped_shuffle_kernel() {
 
 __global__ void wrong_mask_kernel() { __shfl_xor_sync(0xFFFFu, 1, 1); }
 
+// A barrier is missing; threads that go in order do not notice.
+__global__ void unordered_kernel(int* out) {
+  __shared__ int values[64];
+  values[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = threadIdx.x == 0 ? -1 : values[threadIdx.x - 1];
+  __syncthreads();
+}
+
+// All blocks but the first one read what they have not written.
+__global__ void unwritten_kernel(int* out) {
+  __shared__ int value;
+  if (blockIdx.x == 0) value = 7;
+  __syncthreads();
+  out[blockIdx.x] = value;
+}
+
 }  // namespace
 
 extern "C" {
@@ -66,6 +82,8 @@ const char* run_count(int* out) { return run(count_kernel, 5, 96, out); }
 const char* run_positions(int* out) {
   return run(positions_kernel, dim3(2, 3, 4), dim3(4, 2, 3), out);
 }
+const char* run_unordered(int* out) { return run(unordered_kernel, 1, 64, out); }
+const char* run_unwritten(int* out) { return run(unwritten_kernel, 3, 32, out); }
 const char* run_skipped_barrier() { return run(skipped_barrier_kernel, 1, 64); }
 const char* run_skipped_shuffle() { return run(skipped_shuffle_kernel, 1, 64); }
 const char* run_wrong_mask() { return run(wrong_mask_kernel, 1, 32); }

@@ -22,10 +22,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     tensor.key = load_noise_key(params.noise_state, params.noise_id);
     tensor.noise_offset = params.noise_offset;
   }
-  SquareSum<acc_t, false> squares;
   const int64_t chunks = chunk_count(params.numel, kUpdateChunk);
   for (int64_t chunk = blockIdx.x; chunk < chunks; chunk += gridDim.x) {
-    update_chunk<Anchors::kNone, kNoise>(tensor, chunk, squares);
+    update_chunk<Anchors::kNone, kNoise>(tensor, chunk);
   }
 }
 

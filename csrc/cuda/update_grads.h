@@ -12,7 +12,7 @@ namespace mmfuse::cuda {
 
 // What all tensors of a call share.
 struct UpdateCommon {
-  Coefficients scale;  // a null pointer stands for 1, where sums are formed alone
+  Coefficients scale;
   Coefficients pull;
   Coefficients noise_std;
   const int64_t* noise_state = nullptr;  // seed, step

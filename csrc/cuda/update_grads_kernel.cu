@@ -15,35 +15,22 @@ constexpr int kBlocksPerSm = kAnchors == Anchors::kNone ? (kNoise ? 4 : 5) : (kN
 
 constexpr int kSumThreads = 256;
 
-// With sums, where the table's chunks leave theirs.
-template <bool kSquares>
-struct TableCommon : UpdateCommon {};
-
-template <>
-struct TableCommon<true> : UpdateCommon {
-  double* partials;
-};
-
-template <bool kHasAnchors, bool kNoise, bool kSquares>
-using UpdateTable = TensorTable<Entry<kHasAnchors, kNoise>, TableCommon<kSquares>>;
+template <bool kHasAnchors, bool kNoise>
+using UpdateTable = TensorTable<Entry<kHasAnchors, kNoise>, UpdateCommon>;
 
 // One block per chunk, from the last to the first: what grad_stats read last is still in the cache.
-template <typename scalar_t, Anchors kAnchors, bool kNoise, bool kSquares>
+template <typename scalar_t, Anchors kAnchors, bool kNoise>
 __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<kAnchors, kNoise>)) update_grads_kernel(
-    const UpdateTable<kAnchors != Anchors::kNone, kNoise, kSquares> __grid_constant__ table) {
+    const UpdateTable<kAnchors != Anchors::kNone, kNoise> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;
-  const auto& call = table.common;
+  const UpdateCommon& call = table.common;
   const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
   const auto& entry = table.entries[find_entry(table, chunk)];
   TensorUpdate<scalar_t> tensor{};
   tensor.in = static_cast<const scalar_t*>(entry.grad);
   tensor.out = static_cast<scalar_t*>(entry.grad);
   tensor.numel = entry.numel;
-  if (kSquares && call.scale.values == nullptr) {
-    tensor.scale = 1;
-  } else {
-    tensor.scale = load_coefficient<acc_t>(call.scale, entry.slot);
-  }
+  tensor.scale = load_coefficient<acc_t>(call.scale, entry.slot);
   if constexpr (kAnchors != Anchors::kNone) {
     tensor.pull = load_coefficient<acc_t>(call.pull, entry.slot);
     tensor.pair = anchor_pair<kAnchors>(entry);
@@ -55,15 +42,49 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<kAnchors, kNoise>)) up
   }
   tensor.store =
       tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);
-  if (!kSquares && !tensor.store && call.finite == nullptr) return;
-  SquareSum<acc_t, kSquares> squares;
-  const bool finite = update_chunk<kAnchors, kNoise>(tensor, chunk - entry.first_chunk, squares);
+  if (!tensor.store && call.finite == nullptr) return;
+  const bool finite = update_chunk<kAnchors, kNoise>(tensor, chunk - entry.first_chunk);
   if (!finite && call.finite != nullptr) *call.finite = false;
-  if constexpr (kSquares) {
-    acc_t sum[1] = {squares.sum};
-    block_sum<kThreads>(sum);
-    if (threadIdx.x == 0) call.partials[chunk] = sum[0];
+}
+
+// What all tensors of a call with sums share.
+struct SquaresCommon {
+  Coefficients scale;  // a null pointer stands for 1, where the sums are formed alone
+  Coefficients pull;
+  bool* finite;
+  double* partials;  // of the table's chunks
+};
+
+template <bool kHasAnchors>
+using SquaresTable = TensorTable<Entry<kHasAnchors, false>, SquaresCommon>;
+
+// As update_grads_kernel without noise, and each block leaves the sum of the squares that it has
+// read. A kernel of its own, so that the other one stays as it was tuned.
+template <typename scalar_t, Anchors kAnchors>
+__global__ void __launch_bounds__(kThreads, (kBlocksPerSm<kAnchors, false>))
+    update_grads_squares_kernel(
+        const SquaresTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
+  using acc_t = acc_type<scalar_t>;
+  const SquaresCommon& call = table.common;
+  const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
+  const auto& entry = table.entries[find_entry(table, chunk)];
+  TensorUpdate<scalar_t> tensor{};
+  tensor.in = static_cast<const scalar_t*>(entry.grad);
+  tensor.out = static_cast<scalar_t*>(entry.grad);
+  tensor.numel = entry.numel;
+  tensor.scale =
+      call.scale.values != nullptr ? load_coefficient<acc_t>(call.scale, entry.slot) : acc_t(1);
+  if constexpr (kAnchors != Anchors::kNone) {
+    tensor.pull = load_coefficient<acc_t>(call.pull, entry.slot);
+    tensor.pair = anchor_pair<kAnchors>(entry);
   }
+  tensor.store = tensor.scale != acc_t(1) || tensor.pull != acc_t(0);
+  SquareSum<acc_t> squares;
+  const bool finite = update_chunk<kAnchors, false>(tensor, chunk - entry.first_chunk, squares);
+  if (!finite && call.finite != nullptr) *call.finite = false;
+  acc_t sum[1] = {squares.sum};
+  block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) call.partials[chunk] = sum[0];
 }
 
 struct SqNormEntry {
@@ -104,32 +125,34 @@ struct PartialRows {
   int64_t next = 0;
 };
 
-template <typename scalar_t, Anchors kAnchors, bool kNoise, bool kSquares>
-void launch_group(const UpdateGradsParams& params, PartialRows& rows, cudaStream_t stream) {
+template <typename scalar_t, Anchors kAnchors, bool kNoise>
+void launch_group(const UpdateGradsParams& params, cudaStream_t stream) {
   constexpr bool kHasAnchors = kAnchors != Anchors::kNone;
-  UpdateTable<kHasAnchors, kNoise, kSquares> table;
-  static_cast<UpdateCommon&>(table.common) = params.common;
+  UpdateTable<kHasAnchors, kNoise> table;
+  table.common = params.common;
   for_each_table<kHasAnchors, kNoise>(
       params.tensors, kDType<scalar_t>, kAnchors, kUpdateChunk, table, [&] {
-        if constexpr (kSquares) {
-          table.common.partials = params.partials + rows.next;
-          for (int i = 0; i < table.count; ++i) {
-            rows.first[table.entries[i].slot] = rows.next + table.entries[i].first_chunk;
-          }
-          rows.next += table.chunks;
-        }
-        launch("update_grads_kernel", update_grads_kernel<scalar_t, kAnchors, kNoise, kSquares>,
-               table.chunks, kThreads, stream, table);
+        launch("update_grads_kernel", update_grads_kernel<scalar_t, kAnchors, kNoise>, table.chunks,
+               kThreads, stream, table);
       });
 }
 
-template <bool kNoise, bool kSquares>
-void launch_groups(const UpdateGradsParams& params, PartialRows& rows, cudaStream_t stream) {
-  const bool has_anchors = params.common.pull.values != nullptr;
-  visit_groups(params.tensors, has_anchors, [&](auto* type, auto anchors) {
-    using scalar_t = std::remove_pointer_t<decltype(type)>;
-    launch_group<scalar_t, anchors.value, kNoise, kSquares>(params, rows, stream);
-  });
+template <typename scalar_t, Anchors kAnchors>
+void launch_squares_group(const UpdateGradsParams& params, const SquaresCommon& common,
+                          PartialRows& rows, cudaStream_t stream) {
+  constexpr bool kHasAnchors = kAnchors != Anchors::kNone;
+  SquaresTable<kHasAnchors> table;
+  table.common = common;
+  for_each_table<kHasAnchors, false>(
+      params.tensors, kDType<scalar_t>, kAnchors, kUpdateChunk, table, [&] {
+        table.common.partials = params.partials + rows.next;
+        for (int i = 0; i < table.count; ++i) {
+          rows.first[table.entries[i].slot] = rows.next + table.entries[i].first_chunk;
+        }
+        rows.next += table.chunks;
+        launch("update_grads_squares_kernel", update_grads_squares_kernel<scalar_t, kAnchors>,
+               table.chunks, kThreads, stream, table);
+      });
 }
 
 void launch_sq_norm(const UpdateGradsParams& params, const PartialRows& rows, cudaStream_t stream) {
@@ -150,29 +173,35 @@ void launch_sq_norm(const UpdateGradsParams& params, const PartialRows& rows, cu
   }
 }
 
+// Updates all tensors, and forms their sums. With noise it forms the sums alone: no method wants
+// both, and kernels for both would be twelve more.
+void launch_squares(const UpdateGradsParams& params, bool has_noise, cudaStream_t stream) {
+  PartialRows rows;
+  rows.first.resize(params.tensors.size());
+  SquaresCommon common{};
+  if (!has_noise) common = {params.common.scale, params.common.pull, params.common.finite, nullptr};
+  visit_groups(params.tensors, common.pull.values != nullptr, [&](auto* type, auto anchors) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    launch_squares_group<scalar_t, anchors.value>(params, common, rows, stream);
+  });
+  launch_sq_norm(params, rows, stream);
+}
+
 }  // namespace
 
 void launch_update_grads(const UpdateGradsParams& params, cudaStream_t stream) {
   const bool has_noise = params.common.noise_std.values != nullptr;
-  PartialRows rows;
-  if (params.sq_norm != nullptr) {
-    rows.first.resize(params.tensors.size());
+  const bool has_anchors = params.common.pull.values != nullptr;
+  if (params.sq_norm != nullptr) launch_squares(params, has_noise, stream);
+  if (params.sq_norm != nullptr && !has_noise) return;
+  visit_groups(params.tensors, has_anchors, [&](auto* type, auto anchors) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
     if (has_noise) {
-      // A pass of its own: no method wants both, and kernels for both would be twelve more.
-      UpdateGradsParams sums = params;
-      sums.common = {};
-      launch_groups<false, true>(sums, rows, stream);
+      launch_group<scalar_t, anchors.value, true>(params, stream);
     } else {
-      launch_groups<false, true>(params, rows, stream);
+      launch_group<scalar_t, anchors.value, false>(params, stream);
     }
-    launch_sq_norm(params, rows, stream);
-    if (!has_noise) return;
-  }
-  if (has_noise) {
-    launch_groups<true, false>(params, rows, stream);
-  } else {
-    launch_groups<false, false>(params, rows, stream);
-  }
+  });
 }
 
 }  // namespace mmfuse::cuda

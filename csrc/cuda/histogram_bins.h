@@ -85,28 +85,31 @@ __device__ __forceinline__ acc_t bin_edge(const RowBins<acc_t>& row, int bins, i
   return add_rn(rise, row.low);
 }
 
-// The last bin whose edge is not above x, found from bin i. Hardly ever called, so not inlined.
+// A guess that is NaN becomes 0.
 template <typename acc_t>
-__device__ __attribute__((noinline)) int search_bin(const RowBins<acc_t> row, int bins, int i,
-                                                    acc_t x) {
+__device__ __forceinline__ int guess_bin(const RowBins<acc_t>& row, int bins, acc_t x) {
+  const acc_t guess = (x - row.low) * row.per_step;
+  return static_cast<int>(fmin(fmax(guess, acc_t(0)), static_cast<acc_t>(bins - 1)));
+}
+
+// The last bin whose edge is not above x. The guess is off by more than one bin only if the range
+// is no more than a few units in the last place wide.
+template <typename acc_t>
+__device__ __forceinline__ int bin_of(const RowBins<acc_t>& row, int bins, acc_t x) {
+  int i = guess_bin(row, bins, x);
   while (i > 0 && bin_edge(row, bins, i) > x) --i;
   while (i < bins - 1 && bin_edge(row, bins, i + 1) <= x) ++i;
   return i;
 }
 
-// The guess is off by more than one bin only if the range is no more than a few units in the last
-// place wide.
+// Whether bin i is the one, by a single comparison in place of bin_of's loops; false in doubt.
 template <typename acc_t>
-__device__ __forceinline__ int bin_of(const RowBins<acc_t>& row, int bins, acc_t x) {
-  const acc_t guess = (x - row.low) * row.per_step;
-  // A guess that is NaN becomes 0.
-  const int i = static_cast<int>(fmin(fmax(guess, acc_t(0)), static_cast<acc_t>(bins - 1)));
+__device__ __forceinline__ bool is_bin(const RowBins<acc_t>& row, int bins, int i, acc_t x) {
   const acc_t index = static_cast<acc_t>(i);
   const acc_t below = add_rn(mul_rn(index, row.step), row.low);
   const acc_t above = add_rn(mul_rn(index + acc_t(1), row.step), row.low);
-  // Evaluated as a whole, because a branch costs more than a comparison.
-  const bool right = (row.step != acc_t(0)) & (below <= x) & ((x < above) | (i == bins - 1));
-  return right ? i : search_bin(row, bins, i, x);
+  // Bitwise, because a branch costs more than a comparison.
+  return (row.step != acc_t(0)) & (below <= x) & ((x < above) | (i == bins - 1));
 }
 
 }  // namespace mmfuse::cuda

@@ -223,7 +223,13 @@ __device__ __forceinline__ void count_pair(const TupleGroup& group, const RowPar
 #pragma unroll
     for (int j = 0; j < kRowPack; ++j) {
       if (j >= count) continue;
-      atomicAdd(counts + bin_of(first, bins, x[j]) * bins + bin_of(second, bins, y[j]), 1u);
+      int i = guess_bin(first, bins, x[j]);
+      int k = guess_bin(second, bins, y[j]);
+      if (!(is_bin(first, bins, i, x[j]) & is_bin(second, bins, k, y[j]))) {
+        i = bin_of(first, bins, x[j]);
+        k = bin_of(second, bins, y[j]);
+      }
+      atomicAdd(counts + i * bins + k, 1u);
     }
   }
 }
@@ -293,7 +299,9 @@ __global__ void __launch_bounds__(kThreads, kWhole ? 4 : kPartBlocksPerSm<scalar
       row_part(gridDim.x - 1 - blockIdx.x, group.parts, group.chunk, group.columns);
   find_bins<scalar_t, kVector, kWhole, kThreads>(group, part, rows);
   __syncthreads();
-  if (group.order == 2 && group.tuples == 1 && group.copies > 0) {
+  // Otherwise registers would spill.
+  constexpr bool kHasPair = !kWhole && !std::is_same_v<scalar_t, double>;
+  if (kHasPair && group.order == 2 && group.tuples == 1 && group.copies > 0) {
     count_pair<scalar_t, kVector, kThreads>(group, part, rows, hits);
   } else {
     count_part<scalar_t, kVector, kThreads>(group, part, rows, hits, hits + group.copies * words);

@@ -11,7 +11,9 @@ namespace {
 
 // As many as the registers allow.
 template <Anchors kAnchors, bool kNoise>
-constexpr int kBlocksPerSm = kAnchors == Anchors::kNone ? (kNoise ? 4 : 5) : (kNoise ? 3 : 4);
+constexpr int kBlocksPerSm = kAnchors == Anchors::kNone   ? (kNoise ? 4 : 5)
+                             : kAnchors == Anchors::kSame ? (kNoise ? 3 : 4)
+                                                          : (kNoise ? 2 : 4);
 
 constexpr int kSumThreads = 256;
 

@@ -8,6 +8,7 @@ import io
 import math
 
 import pytest
+import tolerances
 import torch
 from conftest import Cell
 from no_sync import no_host_sync
@@ -438,7 +439,8 @@ def test_a_state_that_does_not_fit(change: object, message: str) -> None:
 def _mixed(device: str) -> nn.ModuleDict:
     """Encoders in float32, float64 and bfloat16; their outputs meet in float32."""
     nets = networks(3, device)
-    for net, dtype in zip(nets.values(), (torch.float32, torch.float64, torch.bfloat16)):
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    for net, dtype in zip(nets.values(), dtypes, strict=True):
         net.to(dtype)
     return nets
 
@@ -450,7 +452,7 @@ def test_the_trace_comes_with_the_pull(
 ) -> None:
     """One read of each gradient gives what grad_stats and a pull of its own gave."""
     nets = _mixed(cell.device)
-    inforeg = InfoReg(dict(nets), threshold=-10.0 if opened_window else 0.5, backend=cell.backend)
+    inforeg = InfoReg(dict(nets), threshold=-10.0 if opened_window else 2.0, backend=cell.backend)
     whole = inforeg.anchors._parts
 
     def cut(active: object) -> object:
@@ -480,7 +482,9 @@ def test_the_trace_comes_with_the_pull(
 
             stats = mmfuse.ops.grad_stats(before, backend=cell.backend)
             squares = inforeg._state["squares"] - already.to(cell.device)
-            torch.testing.assert_close(squares, stats.sq_norm, rtol=1e-5, atol=1e-12)
+            # Either sum has its bound; n·mean² has twice that of the mean on top.
+            bound = 4 * tolerances.sum_of_products(torch.float32, stats.sq_norm)
+            tolerances.assert_within(squares, stats.sq_norm, bound)
             pull = out.coefficients.repeat_interleave(4)
             found_pull |= bool((pull != 0).any())
             anchors = [a.clone() for a in inforeg.anchors.tensors]

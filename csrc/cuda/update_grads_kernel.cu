@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "launch.h"
 #include "partial_sums.h"
@@ -57,13 +58,18 @@ struct SquaresCommon {
   double* partials;  // of the table's chunks
 };
 
+// The sum takes two more registers where it is float64.
+template <typename scalar_t, Anchors kAnchors>
+constexpr int kSquaresBlocksPerSm =
+    kBlocksPerSm<kAnchors, false> - (std::is_same_v<scalar_t, double> ? 1 : 0);
+
 template <bool kHasAnchors>
 using SquaresTable = TensorTable<Entry<kHasAnchors, false>, SquaresCommon>;
 
 // As update_grads_kernel without noise, and each block leaves the sum of the squares that it has
 // read. A kernel of its own, so that the other one stays as it was tuned.
 template <typename scalar_t, Anchors kAnchors>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerSm<kAnchors, false>))
+__global__ void __launch_bounds__(kThreads, (kSquaresBlocksPerSm<scalar_t, kAnchors>))
     update_grads_squares_kernel(
         const SquaresTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;

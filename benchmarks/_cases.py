@@ -180,7 +180,7 @@ _ALL = (
         "inforeg",
         "InfoReg: Fisher trace, update_grads_",
         "gradients",
-        ("grad_stats", "update_grads_"),
+        ("update_grads_",),
         _anchored,
         _inforeg,
         passes=4,

@@ -100,7 +100,7 @@ def _update(
     weight, params, anchors = (pull[0], [pull[1]], [pull[2]]) if pull else (None, (), ())
     std, state, index = noise or (None, None, 0)
     reference_update.update_grads_(
-        [grad], scale, params, anchors, weight, std, state, [index], [0], None
+        [grad], scale, params, anchors, weight, std, state, [index], [0], None, None
     )
 
 
@@ -108,16 +108,19 @@ def _update(
 def _scale_with_noise(grad: Tensor, scale: Tensor, state: Tensor, index: int) -> None:
     numel, moments = reference_stats.grad_stats([grad], [], [])
     std = GradStats(numel, *moments.unbind()).std + 1e-8
-    reference_update.update_grads_([grad], scale, [], [], None, std, state, [index], [0], None)
+    reference_update.update_grads_(
+        [grad], scale, [], [], None, std, state, [index], [0], None, None
+    )
 
 
 @_compiled(dynamic=True)
 def _pull_with_trace(
     grad: Tensor, param: Tensor, anchor: Tensor, one: Tensor, weight: Tensor
 ) -> Tensor:
-    numel, moments = reference_stats.grad_stats([grad], [], [])
-    square = GradStats(numel, *moments.unbind()).sq_norm
-    reference_update.update_grads_([grad], one, [param], [anchor], weight, None, None, [], [], None)
+    square = torch.empty_like(one)
+    reference_update.update_grads_(
+        [grad], one, [param], [anchor], weight, None, None, [], [], None, square
+    )
     return square
 
 
@@ -127,7 +130,7 @@ def _pull_orthogonally(grad: Tensor, param: Tensor, anchor: Tensor, beta: Tensor
     stats = GradStats(numel, *moments.unbind())
     scale = 1 - beta * stats.dot / (stats.sq_norm + 1e-12)
     reference_update.update_grads_(
-        [grad], scale, [param], [anchor], beta.expand(1), None, None, [], [], None
+        [grad], scale, [param], [anchor], beta.expand(1), None, None, [], [], None, None
     )
 
 

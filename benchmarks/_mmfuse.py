@@ -94,8 +94,16 @@ def ogm_ge(i: GradientInputs, backend: str) -> None:
 
 
 def inforeg(i: GradientInputs, backend: str) -> Tensor:
-    squares = ops.grad_stats(i.grads, backend=backend).sq_norm
-    update_pull(i, backend)
+    squares = torch.empty(len(i.grads), dtype=torch.float64, device=i.device)
+    ops.update_grads_(
+        i.grads,
+        i.ones,
+        params=i.params,
+        anchors=i.anchors,
+        pull=i.pull,
+        sq_norm=squares,
+        backend=backend,
+    )
     return squares
 
 

@@ -274,6 +274,7 @@ def check_update(
         [t for t, _, _ in places],
         [start for _, start, _ in places],
         None,
+        None,
     )
     got = cut(inputs.results())
     if noise_std is not None and not drawn:

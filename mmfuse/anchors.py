@@ -94,10 +94,23 @@ class Anchors:
         return active.whole(found)
 
     def update_(
-        self, active: Active, scale: Tensor, pull: Tensor, finite: Tensor, backend: str | None
+        self,
+        active: Active,
+        scale: Tensor,
+        pull: Tensor,
+        finite: Tensor,
+        backend: str | None,
+        sq_norm: Tensor | None = None,
     ) -> None:
-        """`update_grads_` on the active gradients: g ← scale·g + pull·(w − w₀)."""
+        """`update_grads_` on the active gradients: g ← scale·g + pull·(w − w₀).
+
+        `sq_norm`, float64 [T] for T active gradients, receives each one's Σg² before that.
+        """
         for part, anchors in self._parts(active):
+            squares = None
+            if sq_norm is not None:
+                # The part itself, unless its gradients are elsewhere.
+                squares = sq_norm[part].to(active.grads[part][0].device)
             update_grads_(
                 active.grads[part],
                 scale[part],
@@ -105,8 +118,11 @@ class Anchors:
                 anchors=anchors,
                 pull=pull[part],
                 finite=finite,
+                sq_norm=squares,
                 backend=backend,
             )
+            if sq_norm is not None and squares is not None and squares.device != sq_norm.device:
+                sq_norm[part].copy_(squares)
 
     def _parts(self, active: Active) -> Iterator[tuple[slice, list[Tensor]]]:
         """Parts of the active tensors with their anchors on the gradients' devices."""

@@ -93,7 +93,7 @@ class InfoReg:
             inforeg.end_epoch()
 
     `step` comes after AMP's unscaling and before clipping. It costs one read of the gradients, and
-    while a window is open one read of gradients, parameters and anchors and one write. All state
+    while a window is open also one of parameters and anchors and one write. All state
     is on the encoders' device; the anchors are the only part of it that is as large as they are.
 
     Args:
@@ -311,10 +311,18 @@ class InfoReg:
     ) -> Tensor:
         """Pulls, and adds |g|² to the epoch's trace; whether the step counts."""
         before = self._rules.trace_before_pull
-        squares = self._squares(active, grad_scale) if before else None
-        self.anchors.update_(active, torch.ones_like(pull), pull, finite, self.backend)
-        if squares is None:
-            squares = self._squares(active, grad_scale)
+        sq_norm = None
+        if before and active.shards:  # merged over the ranks
+            sq_norm = self._sq_norm(active)
+        elif before:  # by the pull's own read
+            sq_norm = torch.empty(len(active.grads), dtype=torch.float64, device=pull.device)
+        fused = None if active.shards else sq_norm
+        self.anchors.update_(active, torch.ones_like(pull), pull, finite, self.backend, fused)
+        if sq_norm is None:
+            sq_norm = self._sq_norm(active)
+        squares = sq_norm.to(self._state["squares"])
+        if grad_scale is not None:
+            squares = squares / grad_scale.to(squares).square()
         if active.shards:  # what another rank's part holds shows in the sum alone
             finite.logical_and_(squares.isfinite().all().to(finite.device))
         counts = counts.to(squares.device) & squares.isfinite().all()
@@ -328,10 +336,8 @@ class InfoReg:
         state["steps"].add_(counts)
         return counts
 
-    def _squares(self, active: Active, grad_scale: Tensor | None) -> Tensor:
-        stats = active.whole(grad_stats(active.grads, backend=self.backend))
-        squares = stats.sq_norm.to(self._state["squares"])
-        return squares if grad_scale is None else squares / grad_scale.to(squares).square()
+    def _sq_norm(self, active: Active) -> Tensor:
+        return active.whole(grad_stats(active.grads, backend=self.backend)).sq_norm
 
     @torch.no_grad()
     def end_epoch(self) -> None:

@@ -141,10 +141,13 @@ def update_grads(inputs: Inputs) -> list[Tensor]:
                         finite=flag,
                     )
                     written.append(flag)
+                    written.append(_sq_norms(grads, params, anchors, factors, with_anchors))
             written += grads
     unchanged = [inputs.normal(n) for n in (5, 1027)]
     flag = torch.ones((), dtype=torch.bool, device=inputs.device)
     ops.update_grads_(unchanged, inputs.vector(1.0, 1.0), finite=flag)
+    written.append(torch.empty(2, device=inputs.device))
+    ops.update_grads_(unchanged, inputs.vector(1.0, 1.0), sq_norm=written[-1])
     # More than one table of parameters holds: about 1,360, or 510 with anchors and noise.
     many = inputs.many(40 if inputs.interpreted else 1400)
     factors = inputs.normal(len(many))
@@ -158,7 +161,32 @@ def update_grads(inputs: Inputs) -> list[Tensor]:
         noise_std=factors.abs(),
         stream=inputs.stream(),
     )
-    return [*written, *unchanged, *many]
+    # More than a table of the sums' kernel holds, which is 2,000.
+    many += inputs.many(0 if inputs.interpreted else 700)
+    squares = torch.empty(len(many), dtype=torch.float64, device=inputs.device)
+    ones = torch.ones(len(many), device=inputs.device)
+    ops.update_grads_(many, ones, noise_std=ones, stream=inputs.stream(), sq_norm=squares)
+    return [*written, squares, *unchanged, *many]
+
+
+def _sq_norms(
+    grads: list[Tensor],
+    params: list[Tensor],
+    anchors: list[Tensor],
+    factors: Sequence[Tensor],
+    with_anchors: bool,
+) -> Tensor:
+    """Updates the gradients once more, with their sums of squares."""
+    squares = torch.empty(len(grads), dtype=torch.float64, device=grads[0].device)
+    ops.update_grads_(
+        grads,
+        factors[0],
+        params=params if with_anchors else None,
+        anchors=anchors if with_anchors else None,
+        pull=factors[1] if with_anchors else None,
+        sq_norm=squares,
+    )
+    return squares
 
 
 @case

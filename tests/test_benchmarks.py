@@ -266,7 +266,7 @@ def updated(i: GradientInputs, scale: Tensor, **given: Any) -> list[Tensor]:
     ids, offsets = list(range(len(want))), [0] * len(want)
     with torch.no_grad():
         reference_update.update_grads_(
-            want, scale, *rows, pull, noise_std, state, ids, offsets, None
+            want, scale, *rows, pull, noise_std, state, ids, offsets, None, None
         )
     return want
 

@@ -90,8 +90,10 @@ def samples(device: str) -> dict[str, list[tuple]]:
         "paired_cosine_backward": [(k, a, b), (k, a[:0], b[:0]), (k, a[:, :0], b[:, :0])],
         "co_information_gate": [([a, b], k), ([a, b, a], -k), ([a[:0], b[:0]], k)],
         "update_grads_": [
-            (g, three, [], [], None, None, None, [], [], None),
-            (g, three, w, w0, three, three, state, [0, 1, 2], [0, 0, 5], flag),
+            (g, three, [], [], None, None, None, [], [], None, None),
+            (g, three, w, w0, three, three, state, [0, 1, 2], [0, 0, 5], flag, None),
+            (g, three, w, w0, three, None, None, [], [], flag, torch.ones_like(three)),
+            (g, three, [], [], None, three, state, [0, 1, 2], [0, 0, 5], None, three.double()),
         ],
         "scale_grad_backward": [
             (g[0], k, None, None, 0, 0),

@@ -8,6 +8,7 @@ import io
 import math
 
 import pytest
+import tolerances
 import torch
 from conftest import Cell
 from no_sync import no_host_sync
@@ -435,3 +436,72 @@ def test_a_state_that_does_not_fit(change: object, message: str) -> None:
     change(state)
     with pytest.raises(ValueError, match=message):
         mmfuse.InfoReg(dict(nets)).load_state_dict(state)
+
+
+def _mixed(device: str) -> nn.ModuleDict:
+    """Encoders in float32, float64 and bfloat16; their outputs meet in float32."""
+    nets = networks(3, device)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    for net, dtype in zip(nets.values(), dtypes, strict=True):
+        net.to(dtype)
+    return nets
+
+
+@pytest.mark.parametrize("parts", [1, 2], ids=["whole", "in parts"])
+@pytest.mark.parametrize("opened_window", [False, True], ids=["closed", "open"])
+def test_the_trace_comes_with_the_pull(
+    cell: Cell, parts: int, opened_window: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One read of each gradient gives what grad_stats and a pull of its own gave."""
+    nets = _mixed(cell.device)
+    inforeg = InfoReg(dict(nets), threshold=-10.0 if opened_window else 2.0, backend=cell.backend)
+    whole = inforeg.anchors._parts
+
+    def cut(active: object) -> object:
+        (_, anchors), *_ = whole(active)
+        for part in (slice(None, 5), slice(5, None)):
+            yield part, anchors[part]
+
+    def refused(*_: object, **__: object) -> None:
+        raise AssertionError("InfoReg has read the gradients twice")
+
+    monkeypatch.setattr("mmfuse.inforeg.grad_stats", refused)
+    if parts == 2:
+        monkeypatch.setattr(inforeg.anchors, "_parts", cut)
+    found_pull = False
+    for _ in range(3):
+        inforeg.start_epoch()
+        for step in range(2):
+            x = {n: torch.randn(6, 5, device=cell.device) for n in nets}
+            labels = torch.randint(0, 3, (6,), device=cell.device)
+            nets.zero_grad()
+            logits = {n: net(x[n].to(net[0].weight.dtype)).float() for n, net in nets.items()}
+            F.cross_entropy(sum(logits.values()), labels).backward()
+            parameters = list(nets.parameters())
+            before = [p.grad.clone() for p in parameters]
+            already = inforeg._state["squares"].clone() if step else torch.zeros(1)
+            out = inforeg.step(logits, labels)
+
+            stats = mmfuse.ops.grad_stats(before, backend=cell.backend)
+            squares = inforeg._state["squares"] - already.to(cell.device)
+            # Either sum has its bound; n·mean² has twice that of the mean on top.
+            bound = 4 * tolerances.sum_of_products(torch.float32, stats.sq_norm)
+            tolerances.assert_within(squares, stats.sq_norm, bound)
+            pull = out.coefficients.repeat_interleave(4)
+            found_pull |= bool((pull != 0).any())
+            anchors = [a.clone() for a in inforeg.anchors.tensors]
+            mmfuse.ops.update_grads_(
+                before,
+                torch.ones_like(pull),
+                params=[p.detach() for p in parameters],
+                anchors=anchors,
+                pull=pull,
+                backend=cell.backend,
+            )
+            for p, g in zip(parameters, before, strict=True):
+                assert torch.equal(p.grad, g)
+            with torch.no_grad():
+                for p in parameters:
+                    p -= 0.1 * p.grad
+        inforeg.end_epoch()
+    assert found_pull == opened_window

@@ -90,7 +90,10 @@ def test_cpu_and_gpu_tensors_in_one_call() -> None:
     stats = mmfuse.ops.grad_stats(grads)
     torch.testing.assert_close(stats.mean, torch.stack([g.cpu().mean() for g in grads]))
     finite = torch.ones((), dtype=torch.bool)
-    mmfuse.ops.update_grads_(grads, torch.tensor([0.5, 0.25, 2.0]), finite=finite)
+    squares = [g.cpu().square().sum() for g in grads]
+    found = torch.empty(3)
+    mmfuse.ops.update_grads_(grads, torch.tensor([0.5, 0.25, 2.0]), finite=finite, sq_norm=found)
+    torch.testing.assert_close(found, torch.stack(squares))
     for g, e in zip(grads, expected, strict=True):
         torch.testing.assert_close(g.cpu(), e)
     assert bool(finite)

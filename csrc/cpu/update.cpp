@@ -11,8 +11,8 @@
 
 namespace mmfuse::cpu {
 
-bool launch_update(std::vector<UpdateSlice> tensors, bool check_finite) {
-  if (!check_finite) {
+bool launch_update(std::vector<UpdateSlice> tensors, bool check_finite, double* sq_norm) {
+  if (!check_finite && sq_norm == nullptr) {
     tensors.erase(std::remove_if(tensors.begin(), tensors.end(), is_identity), tensors.end());
   }
   std::vector<Chunk> chunks = make_chunks(tensors);
@@ -20,12 +20,18 @@ bool launch_update(std::vector<UpdateSlice> tensors, bool check_finite) {
   std::reverse(chunks.begin(), chunks.end());
   const auto kernel = MMFUSE_SIMD_SELECT(update_slice);
   std::atomic<bool> finite{true};
-  parallel_each(chunks, [&](const Chunk& chunk, size_t) {
+  std::vector<double> squares(sq_norm != nullptr ? chunks.size() : 0);
+  parallel_each(chunks, [&](const Chunk& chunk, size_t i) {
     UpdateSlice slice = tensors[chunk.tensor];
     slice.begin = chunk.begin;
     slice.size = chunk.size;
-    if (!kernel(slice)) finite.store(false, std::memory_order_relaxed);
+    double* sum = sq_norm != nullptr ? &squares[i] : nullptr;
+    if (!kernel(slice, sum)) finite.store(false, std::memory_order_relaxed);
   });
+  if (sq_norm != nullptr) {
+    std::fill_n(sq_norm, tensors.size(), 0.0);
+    for (size_t i = 0; i < chunks.size(); ++i) sq_norm[chunks[i].tensor] += squares[i];
+  }
   return finite.load();
 }
 

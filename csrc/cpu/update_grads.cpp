@@ -7,7 +7,7 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
                    const TensorList& anchors, const std::optional<Tensor>& pull,
                    const std::optional<Tensor>& noise_std, const std::optional<Tensor>& noise_state,
                    const std::vector<int64_t>& noise_ids, const std::vector<int64_t>& noise_offsets,
-                   const std::optional<Tensor>& finite) {
+                   const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm) {
   const size_t count = grads.size();
   check_contiguous(grads, "gradients");
   std::vector<UpdateSlice> tensors(count);
@@ -47,7 +47,14 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
       slice.noise_offset = noise_offsets[t];
     }
   }
-  const bool all_finite = launch_update(std::move(tensors), finite.has_value());
+  std::vector<double> squares(sq_norm ? count : 0);
+  if (sq_norm) Coefficients(*sq_norm, count, "sq_norm");  // checks it
+  const bool all_finite =
+      launch_update(std::move(tensors), finite.has_value(), sq_norm ? squares.data() : nullptr);
+  if (sq_norm) {
+    Tensor out = *sq_norm;
+    for (size_t t = 0; t < count; ++t) write_number(out, t, squares[t]);
+  }
   if (finite && !all_finite) *static_cast<bool*>(finite->mutable_data_ptr()) = false;
 }
 

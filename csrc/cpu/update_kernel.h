@@ -5,6 +5,27 @@
 // With the noise and both widened tensors, a tile stays in L1.
 constexpr int64_t kUpdateTile = NormalSource::kTile;
 
+// Few enough elements to sum in the accumulator's own precision.
+template <typename scalar_t>
+inline double tile_squares(const scalar_t* x, int64_t n) {
+  constexpr int kWidth = lanes_of<scalar_t>;
+  constexpr int kUnroll = 4;
+  vec_type<scalar_t> sum[kUnroll]{};
+  int64_t i = 0;
+  for (; i + kUnroll * kWidth <= n; i += kUnroll * kWidth) {
+    MMFUSE_UNROLL for (int u = 0; u < kUnroll; ++u) {
+      const vec_type<scalar_t> v = load(x + i + u * kWidth);
+      sum[u] = multiply_add(v, v, sum[u]);
+    }
+  }
+  for (; i < n; i += kWidth) {
+    const int64_t rest = n - i;
+    const vec_type<scalar_t> v = rest >= kWidth ? load(x + i) : load_first(x + i, rest, 0);
+    sum[0] = multiply_add(v, v, sum[0]);
+  }
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 template <typename scalar_t, typename param_t>
 struct UpdateTile {
   using acc_t = acc_type<scalar_t>;
@@ -72,7 +93,7 @@ inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
 }
 
 template <bool kPull, bool kNoise, typename scalar_t, typename param_t = acc_type<scalar_t>>
-inline bool update_tiles(const UpdateSlice& slice) {
+inline bool update_tiles(const UpdateSlice& slice, double* squares) {
   using acc_t = acc_type<scalar_t>;
   param_t param_buffer[kUpdateTile], anchor_buffer[kUpdateTile];
   NormalSource normals(slice.noise_key, slice.noise_offset + slice.begin);
@@ -94,6 +115,8 @@ inline bool update_tiles(const UpdateSlice& slice) {
       tile.anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
     }
     if constexpr (kNoise) tile.normals = normals.draw(element, n, tile.in);
+    // A loop of its own leaves the update's as it is; what it has read is then in L1.
+    if (squares != nullptr) *squares += tile_squares(tile.in, n);
     all_finite &= update_tile<kPull, kNoise>(tile, n);
   }
   return all_finite;
@@ -112,23 +135,39 @@ inline bool all_finite(const scalar_t* x, int64_t n) {
   return check.passed();
 }
 
-inline bool update_slice(const UpdateSlice& slice) {
+// For a tensor that stays as it is.
+template <typename scalar_t>
+inline bool look_at_tiles(const scalar_t* x, int64_t size, double* squares) {
+  if (squares == nullptr) return all_finite(x, size);
+  bool finite = true;
+  for (int64_t i = 0; i < size; i += kUpdateTile) {
+    const int64_t n = std::min(kUpdateTile, size - i);
+    *squares += tile_squares(x + i, n);
+    finite &= all_finite(x + i, n);
+  }
+  return finite;
+}
+
+// False when a stored value is NaN or infinite. Adds the squares of what was there to `squares`,
+// unless it is null.
+inline bool update_slice(const UpdateSlice& slice, double* squares) {
   return visit_dtype(slice.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     if (is_identity(slice)) {
-      return all_finite(static_cast<const scalar_t*>(slice.in) + slice.begin, slice.size);
+      const scalar_t* in = static_cast<const scalar_t*>(slice.in) + slice.begin;
+      return look_at_tiles(in, slice.size, squares);
     }
     const bool pull = slice.pull != 0, noise = slice.noise_std != 0;
     const bool alike = slice.param_dtype == slice.dtype && slice.anchor_dtype == slice.dtype;
     if (pull && noise) {
-      return alike ? update_tiles<true, true, scalar_t, scalar_t>(slice)
-                   : update_tiles<true, true, scalar_t>(slice);
+      return alike ? update_tiles<true, true, scalar_t, scalar_t>(slice, squares)
+                   : update_tiles<true, true, scalar_t>(slice, squares);
     }
     if (pull) {
-      return alike ? update_tiles<true, false, scalar_t, scalar_t>(slice)
-                   : update_tiles<true, false, scalar_t>(slice);
+      return alike ? update_tiles<true, false, scalar_t, scalar_t>(slice, squares)
+                   : update_tiles<true, false, scalar_t>(slice, squares);
     }
-    if (noise) return update_tiles<false, true, scalar_t>(slice);
-    return update_tiles<false, false, scalar_t>(slice);
+    if (noise) return update_tiles<false, true, scalar_t>(slice, squares);
+    return update_tiles<false, false, scalar_t>(slice, squares);
   });
 }

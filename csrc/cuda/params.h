@@ -28,6 +28,10 @@ struct Coefficients {
   bool wide = false;  // float64
 };
 
+// Elements of an update's chunk: few enough that the last blocks of a launch do not work alone for
+// long.
+constexpr int kUpdateChunk = 8192;
+
 MMFUSE_HD int64_t chunk_count(int64_t numel, int64_t chunk_elements) {
   return (numel + chunk_elements - 1) / chunk_elements;
 }

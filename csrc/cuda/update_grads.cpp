@@ -8,7 +8,7 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
                    const TensorList& anchors, const std::optional<Tensor>& pull,
                    const std::optional<Tensor>& noise_std, const std::optional<Tensor>& noise_state,
                    const std::vector<int64_t>& noise_ids, const std::vector<int64_t>& noise_offsets,
-                   const std::optional<Tensor>& finite) {
+                   const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm) {
   const size_t count = grads.size();
   UpdateGradsParams call;
   call.tensors = grad_tensors(grads, params, anchors, true);
@@ -29,6 +29,14 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
   }
   if (finite) call.common.finite = static_cast<bool*>(finite->mutable_data_ptr());
   const DeviceScope device(scale);
+  std::optional<Tensor> partials;
+  if (sq_norm) {
+    const Coefficients out = coefficients_of(*sq_norm, count, "sq_norm");
+    partials = new_empty(scale, {update_chunks(call.tensors)}, ScalarType::Double);
+    call.partials = static_cast<double*>(partials->mutable_data_ptr());
+    call.sq_norm = sq_norm->mutable_data_ptr();
+    call.wide_sq_norm = out.wide;
+  }
   launch_update_grads(call, device.stream());
 }
 

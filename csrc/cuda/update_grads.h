@@ -22,7 +22,16 @@ struct UpdateCommon {
 struct UpdateGradsParams {
   std::vector<GradTensor> tensors;
   UpdateCommon common;
+  void* sq_norm = nullptr;     // [T], or null where the sums are not wanted
+  bool wide_sq_norm = false;   // it is float64
+  double* partials = nullptr;  // [update_chunks(tensors)] for them
 };
+
+inline int64_t update_chunks(const std::vector<GradTensor>& tensors) {
+  int64_t chunks = 0;
+  for (const GradTensor& tensor : tensors) chunks += chunk_count(tensor.numel, kUpdateChunk);
+  return chunks;
+}
 
 void launch_update_grads(const UpdateGradsParams& params, cudaStream_t stream);
 

@@ -1,4 +1,9 @@
+#include <algorithm>
+#include <type_traits>
+
 #include "launch.h"
+#include "partial_sums.h"
+#include "reduce.h"
 #include "update_grads.h"
 #include "update_tensor.h"
 
@@ -10,6 +15,8 @@ template <Anchors kAnchors, bool kNoise>
 constexpr int kBlocksPerSm = kAnchors == Anchors::kNone   ? (kNoise ? 4 : 5)
                              : kAnchors == Anchors::kSame ? (kNoise ? 3 : 4)
                                                           : (kNoise ? 2 : 4);
+
+constexpr int kSumThreads = 256;
 
 template <bool kHasAnchors, bool kNoise>
 using UpdateTable = TensorTable<Entry<kHasAnchors, kNoise>, UpdateCommon>;
@@ -43,6 +50,89 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<kAnchors, kNoise>)) up
   if (!finite && call.finite != nullptr) *call.finite = false;
 }
 
+// What all tensors of a call with sums share.
+struct SquaresCommon {
+  Coefficients scale;  // a null pointer stands for 1, where the sums are formed alone
+  Coefficients pull;
+  bool* finite;
+  double* partials;  // of the table's chunks
+};
+
+// The sum takes two more registers where it is float64.
+template <typename scalar_t, Anchors kAnchors>
+constexpr int kSquaresBlocksPerSm =
+    kBlocksPerSm<kAnchors, false> - (std::is_same_v<scalar_t, double> ? 1 : 0);
+
+template <bool kHasAnchors>
+using SquaresTable = TensorTable<Entry<kHasAnchors, false>, SquaresCommon>;
+
+// As update_grads_kernel without noise, and each block leaves the sum of the squares that it has
+// read. A kernel of its own, so that the other one stays as it was tuned.
+template <typename scalar_t, Anchors kAnchors>
+__global__ void __launch_bounds__(kThreads, (kSquaresBlocksPerSm<scalar_t, kAnchors>))
+    update_grads_squares_kernel(
+        const SquaresTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
+  using acc_t = acc_type<scalar_t>;
+  const SquaresCommon& call = table.common;
+  const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
+  const auto& entry = table.entries[find_entry(table, chunk)];
+  TensorUpdate<scalar_t> tensor{};
+  tensor.in = static_cast<const scalar_t*>(entry.grad);
+  tensor.out = static_cast<scalar_t*>(entry.grad);
+  tensor.numel = entry.numel;
+  tensor.scale =
+      call.scale.values != nullptr ? load_coefficient<acc_t>(call.scale, entry.slot) : acc_t(1);
+  if constexpr (kAnchors != Anchors::kNone) {
+    tensor.pull = load_coefficient<acc_t>(call.pull, entry.slot);
+    tensor.pair = anchor_pair<kAnchors>(entry);
+  }
+  tensor.store = tensor.scale != acc_t(1) || tensor.pull != acc_t(0);
+  SquareSum<acc_t> squares;
+  const bool finite = update_chunk<kAnchors, false>(tensor, chunk - entry.first_chunk, squares);
+  if (!finite && call.finite != nullptr) *call.finite = false;
+  acc_t sum[1] = {squares.sum};
+  block_sum<kThreads>(sum);
+  if (threadIdx.x == 0) call.partials[chunk] = sum[0];
+}
+
+struct SqNormEntry {
+  int64_t first;  // of the tensor's partial sums
+  int64_t count;
+};
+
+struct SqNormTable {
+  static constexpr int kCapacity = 2000;
+  const double* partials;
+  void* sq_norm;
+  bool wide;
+  int64_t first_slot;
+  SqNormEntry entries[kCapacity];
+};
+
+// One block per tensor adds its chunks' sums, in float64 and in the same order every time.
+__global__ void __launch_bounds__(kSumThreads)
+    update_grads_sq_norm_kernel(const SqNormTable __grid_constant__ table) {
+  const SqNormEntry& entry = table.entries[blockIdx.x];
+  const int64_t slot = table.first_slot + blockIdx.x;
+  double sum[1] = {0};
+  // Unrolled so that several are on their way: one block has 32,768 of a large tensor.
+#pragma unroll 8
+  for (int64_t i = threadIdx.x; i < entry.count; i += kSumThreads) {
+    sum[0] += table.partials[entry.first + i];
+  }
+  block_sum<kSumThreads>(sum);
+  if (threadIdx.x != 0) return;
+  void* result = table.wide ? static_cast<void*>(static_cast<double*>(table.sq_norm) + slot)
+                            : static_cast<void*>(static_cast<float*>(table.sq_norm) + slot);
+  store_result(result, table.wide, sum[0]);
+}
+
+// Where each tensor's partial sums begin, by its slot, while the groups' tables are launched.
+struct PartialRows {
+  std::vector<int64_t> first;
+  int64_t next = 0;
+};
+
 template <typename scalar_t, Anchors kAnchors, bool kNoise>
 void launch_group(const UpdateGradsParams& params, cudaStream_t stream) {
   constexpr bool kHasAnchors = kAnchors != Anchors::kNone;
@@ -55,11 +145,63 @@ void launch_group(const UpdateGradsParams& params, cudaStream_t stream) {
       });
 }
 
+template <typename scalar_t, Anchors kAnchors>
+void launch_squares_group(const UpdateGradsParams& params, const SquaresCommon& common,
+                          PartialRows& rows, cudaStream_t stream) {
+  constexpr bool kHasAnchors = kAnchors != Anchors::kNone;
+  SquaresTable<kHasAnchors> table;
+  table.common = common;
+  for_each_table<kHasAnchors, false>(
+      params.tensors, kDType<scalar_t>, kAnchors, kUpdateChunk, table, [&] {
+        table.common.partials = params.partials + rows.next;
+        for (int i = 0; i < table.count; ++i) {
+          rows.first[table.entries[i].slot] = rows.next + table.entries[i].first_chunk;
+        }
+        rows.next += table.chunks;
+        launch("update_grads_squares_kernel", update_grads_squares_kernel<scalar_t, kAnchors>,
+               table.chunks, kThreads, stream, table);
+      });
+}
+
+void launch_sq_norm(const UpdateGradsParams& params, const PartialRows& rows, cudaStream_t stream) {
+  SqNormTable table;
+  table.partials = params.partials;
+  table.sq_norm = params.sq_norm;
+  table.wide = params.wide_sq_norm;
+  const int64_t tensors = static_cast<int64_t>(params.tensors.size());
+  for (table.first_slot = 0; table.first_slot < tensors;
+       table.first_slot += SqNormTable::kCapacity) {
+    const int64_t count = std::min<int64_t>(tensors - table.first_slot, SqNormTable::kCapacity);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t slot = table.first_slot + i;
+      table.entries[i] = {rows.first[slot], chunk_count(params.tensors[slot].numel, kUpdateChunk)};
+    }
+    launch("update_grads_sq_norm_kernel", update_grads_sq_norm_kernel, count, kSumThreads, stream,
+           table);
+  }
+}
+
+// Updates all tensors, and forms their sums. With noise it forms the sums alone: no method wants
+// both, and kernels for both would be twelve more.
+void launch_squares(const UpdateGradsParams& params, bool has_noise, cudaStream_t stream) {
+  PartialRows rows;
+  rows.first.resize(params.tensors.size());
+  SquaresCommon common{};
+  if (!has_noise) common = {params.common.scale, params.common.pull, params.common.finite, nullptr};
+  visit_groups(params.tensors, common.pull.values != nullptr, [&](auto* type, auto anchors) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    launch_squares_group<scalar_t, anchors.value>(params, common, rows, stream);
+  });
+  launch_sq_norm(params, rows, stream);
+}
+
 }  // namespace
 
 void launch_update_grads(const UpdateGradsParams& params, cudaStream_t stream) {
   const bool has_noise = params.common.noise_std.values != nullptr;
   const bool has_anchors = params.common.pull.values != nullptr;
+  if (params.sq_norm != nullptr) launch_squares(params, has_noise, stream);
+  if (params.sq_norm != nullptr && !has_noise) return;
   visit_groups(params.tensors, has_anchors, [&](auto* type, auto anchors) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     if (has_noise) {

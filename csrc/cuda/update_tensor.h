@@ -18,9 +18,6 @@
 
 namespace mmfuse::cuda {
 
-// Small enough that the last blocks of a launch do not work alone for long.
-constexpr int kUpdateChunk = 8192;
-
 // What is the same for all elements of a tensor.
 template <typename scalar_t>
 struct TensorUpdate {
@@ -38,6 +35,14 @@ struct TensorUpdate {
   bool store;  // false: only look for values that are not finite
 };
 
+// The squares that a thread has seen, of the elements as they were. The functions below take one, or
+// none where no sum is wanted.
+template <typename acc_t>
+struct SquareSum {
+  acc_t sum = 0;
+  __device__ __forceinline__ void add(acc_t x) { sum += x * x; }
+};
+
 template <typename acc_t>
 __device__ __forceinline__ bool is_finite(acc_t x) {
   return fabs(x) < static_cast<acc_t>(INFINITY);
@@ -50,15 +55,16 @@ __device__ __forceinline__ acc_t add_scaled(acc_t value, acc_t factor, acc_t x) 
 }
 
 // Updates one pack, whose first element is `index`; false if a result is not finite.
-template <bool kNoise, bool kVector, typename scalar_t, int kPack>
+template <bool kNoise, bool kVector, typename scalar_t, int kPack, typename... squares_t>
 __device__ __forceinline__ bool update_pack(const TensorUpdate<scalar_t>& tensor, int64_t index,
                                             const acc_type<scalar_t> (&grad)[kPack],
                                             const acc_type<scalar_t> (&displacement)[kPack],
-                                            scalar_t* out) {
+                                            scalar_t* out, squares_t&... squares) {
   using acc_t = acc_type<scalar_t>;
   acc_t values[kPack];
 #pragma unroll
   for (int j = 0; j < kPack; ++j) {
+    (squares.add(grad[j]), ...);
     values[j] = add_scaled(tensor.scale * grad[j], tensor.pull, displacement[j]);
   }
   if constexpr (kNoise) {
@@ -84,9 +90,10 @@ __device__ __forceinline__ bool update_pack(const TensorUpdate<scalar_t>& tensor
 }
 
 // Updates this thread's packs of one batch, `valid` of which exist.
-template <Anchors kAnchors, bool kNoise, bool kVector, int kPacks, typename scalar_t>
+template <Anchors kAnchors, bool kNoise, bool kVector, int kPacks, typename scalar_t,
+          typename... squares_t>
 __device__ __forceinline__ bool update_batch(const TensorUpdate<scalar_t>& tensor, int64_t index,
-                                             int valid) {
+                                             int valid, squares_t&... squares) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kPack = kPackSize<scalar_t, kAnchors>;
   constexpr int kStride = kThreads * kPack;
@@ -104,7 +111,7 @@ __device__ __forceinline__ bool update_batch(const TensorUpdate<scalar_t>& tenso
   for (int u = 0; u < kPacks; ++u) {
     if (u < valid) {
       finite = update_pack<kNoise, kVector>(tensor, index + u * kStride, grad[u], displacement[u],
-                                            tensor.out + index + u * kStride) &&
+                                            tensor.out + index + u * kStride, squares...) &&
                finite;
     }
   }
@@ -112,31 +119,35 @@ __device__ __forceinline__ bool update_batch(const TensorUpdate<scalar_t>& tenso
 }
 
 // Updates `packs` packs from element `first` on.
-template <Anchors kAnchors, bool kNoise, bool kVector, typename scalar_t>
+template <Anchors kAnchors, bool kNoise, bool kVector, typename scalar_t, typename... squares_t>
 __device__ __forceinline__ bool update_packs(const TensorUpdate<scalar_t>& tensor, int64_t first,
-                                             int packs) {
+                                             int packs, squares_t&... squares) {
   constexpr int kPack = kPackSize<scalar_t, kAnchors>;
   constexpr int kRegisters = kAnchors == Anchors::kNone && !kNoise ? 16 : 8;
   constexpr int kPacks = kVector ? kBatchPacks<scalar_t, kAnchors, kRegisters> : 1;
   bool finite = true;
   int p = threadIdx.x;
   for (; p + (kPacks - 1) * kThreads < packs; p += kPacks * kThreads) {
-    finite = update_batch<kAnchors, kNoise, kVector, kPacks>(tensor, first + p * kPack, kPacks) &&
+    finite = update_batch<kAnchors, kNoise, kVector, kPacks>(tensor, first + p * kPack, kPacks,
+                                                             squares...) &&
              finite;
   }
   if (kPacks > 1 && p < packs) {
     const int valid = (packs - p + kThreads - 1) / kThreads;
-    finite =
-        update_batch<kAnchors, kNoise, kVector, kPacks>(tensor, first + p * kPack, valid) && finite;
+    finite = update_batch<kAnchors, kNoise, kVector, kPacks>(tensor, first + p * kPack, valid,
+                                                             squares...) &&
+             finite;
   }
   return finite;
 }
 
-template <Anchors kAnchors, bool kNoise, typename scalar_t>
-__device__ __forceinline__ bool update_element(const TensorUpdate<scalar_t>& tensor,
-                                               int64_t index) {
+template <Anchors kAnchors, bool kNoise, typename scalar_t, typename... squares_t>
+__device__ __forceinline__ bool update_element(const TensorUpdate<scalar_t>& tensor, int64_t index,
+                                               squares_t&... squares) {
   using acc_t = acc_type<scalar_t>;
-  acc_t value = tensor.scale * widen<acc_t>(tensor.in[index]);
+  const acc_t grad = widen<acc_t>(tensor.in[index]);
+  (squares.add(grad), ...);
+  acc_t value = tensor.scale * grad;
   if constexpr (kAnchors != Anchors::kNone) {
     if (tensor.pull != acc_t(0)) {
       value += tensor.pull * load_displacement<kAnchors, scalar_t>(tensor.pair, index);
@@ -168,9 +179,10 @@ __device__ __forceinline__ int head_elements(const TensorUpdate<scalar_t>& tenso
 }
 
 // Updates one of the tensor's chunks of kUpdateChunk elements; false if the thread stored a value
-// that is not finite.
-template <Anchors kAnchors, bool kNoise, typename scalar_t>
-__device__ __forceinline__ bool update_chunk(TensorUpdate<scalar_t> tensor, int64_t chunk) {
+// that is not finite. `squares` is a SquareSum of the elements that the thread has read, or none.
+template <Anchors kAnchors, bool kNoise, typename scalar_t, typename... squares_t>
+__device__ __forceinline__ bool update_chunk(TensorUpdate<scalar_t> tensor, int64_t chunk,
+                                             squares_t&... squares) {
   constexpr int kPack = kPackSize<scalar_t, kAnchors>;
   constexpr int kChunkPacks = kUpdateChunk / kPack;
   const int head = head_elements<kNoise>(tensor);
@@ -190,23 +202,23 @@ __device__ __forceinline__ bool update_chunk(TensorUpdate<scalar_t> tensor, int6
     tensor.philox = philox_constants(tensor.key, static_cast<uint32_t>(element / kNoiseSpan));
     if (element / kNoiseSpan != (element + elements - 1) / kNoiseSpan) {
       for (int i = threadIdx.x; i < elements; i += kThreads) {
-        finite = update_element<kAnchors, true>(tensor, first + i) && finite;
+        finite = update_element<kAnchors, true>(tensor, first + i, squares...) && finite;
       }
     } else if (vector) {
-      finite = update_packs<kAnchors, true, true>(tensor, first, here);
+      finite = update_packs<kAnchors, true, true>(tensor, first, here, squares...);
     } else {
-      finite = update_packs<kAnchors, true, false>(tensor, first, here);
+      finite = update_packs<kAnchors, true, false>(tensor, first, here, squares...);
     }
   } else if (vector) {
-    finite = update_packs<kAnchors, false, true>(tensor, first, here);
+    finite = update_packs<kAnchors, false, true>(tensor, first, here, squares...);
   } else {
-    finite = update_packs<kAnchors, false, false>(tensor, first, here);
+    finite = update_packs<kAnchors, false, false>(tensor, first, here, squares...);
   }
   const int tail = static_cast<int>(tensor.numel - head - packs * kPack);
   const int thread = threadIdx.x;
   if (chunk == 0 && thread < head + tail) {
     const int64_t index = thread < head ? thread : tensor.numel - head - tail + thread;
-    finite = update_element<kAnchors, kNoise>(tensor, index) && finite;
+    finite = update_element<kAnchors, kNoise>(tensor, index, squares...) && finite;
   }
   return finite;
 }

@@ -27,7 +27,7 @@ _op = Op(
     "update_grads_",
     "(Tensor(a!)[] grads, Tensor scale, Tensor[] params, Tensor[] anchors, Tensor? pull, "
     "Tensor? noise_std, Tensor? noise_state, int[] noise_ids, int[] noise_offsets, "
-    "Tensor(b!)? finite) -> ()",
+    "Tensor(b!)? finite, Tensor(c!)? sq_norm) -> ()",
     _fake,
     module="update_grads",
 )
@@ -43,15 +43,19 @@ def update_grads_(
     noise_std: Tensor | None = None,
     stream: NoiseStream | None = None,
     finite: Tensor | None = None,
+    sq_norm: Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """G ← scale[t]·g + pull[t]·(w − w₀) + noise_std[t]·N(0, 1), for T tensors, in place.
 
     One read and one write of every gradient; a tensor for which nothing would change is not
     written. OGM, OGM-GE, InfoReg and RedReg are choices of the three vectors (see `mmfuse.ogm`).
+    With `sq_norm` the same read also gives Σg² of what the gradient was before: the trace of the
+    Fisher information of InfoReg (Huang et al., CVPR 2025).
 
     Equivalent to, for each tensor::
 
+        sq_norm[t] = g.square().sum()
         g.mul_(scale[t]).add_(pull[t] * (w - w0)).add_(noise_std[t] * torch.randn_like(g))
 
     Args:
@@ -64,12 +68,17 @@ def update_grads_(
         stream: The random stream; needed with `noise_std`. Tensor t draws from the stream's t-th
             id. The step is not advanced: call `stream.advance()` once per training step.
         finite: 0-d bool tensor, set to False where a gradient ends up with a NaN or an Inf.
+        sq_norm: [T] on the first gradient's device, set to Σg² of each gradient as it comes in; 0
+            for an empty one. float64, or float32 if no gradient is float64. The squares are added
+            up in float32 (float64 for a float64 gradient) within a chunk, in float64 beyond it,
+            always in the same order. A NaN or an Inf stays in its tensor's sum.
         backend: Name of a backend; None for the best one.
 
     Raises:
         TypeError: a tensor is sparse, integer or complex.
         ValueError: shapes do not match, or arguments that go together are not both given, or a
-            gradient is an expanded view. Nothing has been changed then.
+            gradient is an expanded view, or `sq_norm` has another shape, dtype or device. Nothing
+            has been changed then.
     """
     check_list("grads", grads)
     check_writable("grads", grads)
@@ -85,18 +94,26 @@ def update_grads_(
         check_vector("noise_std", noise_std, len(grads))
     if finite is not None and (finite.dtype != torch.bool or finite.dim() != 0):
         raise ValueError("finite must be a 0-d bool tensor")
+    if sq_norm is not None:
+        _check_sq_norm(sq_norm, grads)
     ids, offsets = stream.counters(len(grads)) if stream is not None else ([], [])
     groups = by_device(grads)
     if len(groups) != 1:
         vectors = (scale, pull, noise_std)
         for device, index in groups.items():
-            _update_part(device, index, grads, params, anchors, vectors, stream, finite, backend)
+            squares = None if sq_norm is None else sq_norm.new_empty(len(index), device=device)
+            _update_part(
+                device, index, grads, params, anchors, vectors, stream, finite, squares, backend
+            )
+            if sq_norm is not None and squares is not None:
+                sq_norm[torch.tensor(index).to(sq_norm.device)] = squares.to(sq_norm.device)
         return
     device = next(iter(groups))
     wide = any(g.dtype == torch.float64 for g in grads)
     dtype = torch.float64 if wide else torch.float32
     layout = contiguous_layout(grads, params, anchors, any_order=noise_std is None)
     flag = finite.to(device) if finite is not None else None
+    squares = sq_norm.contiguous() if sq_norm is not None else None
     _op(
         backend,
         device,
@@ -110,11 +127,25 @@ def update_grads_(
         ids,
         offsets,
         flag,
+        squares,
     )
     for i in layout.copied:
         grads[i].copy_(layout.grads[i])
     if finite is not None and flag is not None and flag is not finite:
         finite.logical_and_(flag.to(finite.device))
+    if sq_norm is not None and squares is not None and squares is not sq_norm:
+        sq_norm.copy_(squares)
+
+
+def _check_sq_norm(sq_norm: Tensor, grads: Sequence[Tensor]) -> None:
+    check_vector("sq_norm", sq_norm, len(grads))
+    if sq_norm.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"sq_norm must be float32 or float64, got {sq_norm.dtype}")
+    for i, grad in enumerate(grads):
+        if grad.dtype == torch.float64 and sq_norm.dtype != torch.float64:
+            raise ValueError(f"sq_norm must be float64, as grads[{i}] is; got {sq_norm.dtype}")
+    if grads and sq_norm.device != grads[0].device:
+        raise ValueError(f"sq_norm is on {sq_norm.device}, grads[0] on {grads[0].device}")
 
 
 def _update_part(
@@ -126,6 +157,7 @@ def _update_part(
     vectors: tuple[Tensor, Tensor | None, Tensor | None],
     stream: NoiseStream | None,
     finite: Tensor | None,
+    sq_norm: Tensor | None,
     backend: str | None,
 ) -> None:
     """Updates the gradients on one of several devices, each with its own id in the stream."""
@@ -147,5 +179,6 @@ def _update_part(
         noise_std=noise_std,
         stream=placed,
         finite=finite,
+        sq_norm=sq_norm,
         backend=backend,
     )

@@ -22,10 +22,13 @@ def update_grads_(
     noise_ids: Sequence[int],
     noise_offsets: Sequence[int],
     finite: Tensor | None,
+    sq_norm: Tensor | None,
 ) -> None:
     """See `mmfuse.ops.update_grads_`; ids and offsets place each tensor in the noise stream."""
     for t, grad in enumerate(grads):
         dtype = accumulator(grad)
+        if sq_norm is not None:
+            sq_norm[t] = grad.double().square().sum()
         out = scale[t].to(dtype) * grad.to(dtype)
         if pull is not None:
             d = params[t].to(dtype) - anchors[t].to(dtype)

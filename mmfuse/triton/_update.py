@@ -32,8 +32,9 @@ def _update_tile(
     ACC: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Updates one tile; returns the magnitude of what is stored."""
-    y = scale * widen(tl.load(grad_ptr + offsets, mask=mask), ACC)
+    """Updates one tile; returns the magnitude of what is stored, and the squares of what was."""
+    g = widen(tl.load(grad_ptr + offsets, mask=mask), ACC)
+    y = scale * g
     # By value, because 0 times a displacement that is not finite would not be 0.
     if param_ptr is not None and pull != 0:
         w = widen(tl.load(param_ptr + offsets, mask=mask), ACC)
@@ -45,7 +46,11 @@ def _update_tile(
     if write:
         tl.store(out_ptr + offsets, stored, mask=mask)
     size = tl.abs(widen(stored, ACC))
-    return size if mask is None else tl.where(mask, size, 0.0)
+    square = g * g
+    if mask is not None:
+        size = tl.where(mask, size, 0.0)
+        square = tl.where(mask, square, 0.0)
+    return size, square
 
 
 @triton.jit
@@ -70,6 +75,7 @@ def update_chunk(
     noise_id,
     noise_offset,
     finite_ptr,
+    square_ptr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
@@ -95,6 +101,7 @@ def update_chunk(
         noise_id: int64 scalar, the tensor's random stream.
         noise_offset: int64 scalar, place of the first element in that stream.
         finite_ptr: uint8 to set to 0 where a NaN or an Inf is stored, or None.
+        square_ptr: float64 for the chunk's sum of g^2 before the update, or None.
         ACC: In what to compute.
         ALIGNED: Pointers are 16-byte aligned and noise_offset is a multiple of 4.
         CHUNK_SIZE: Elements per chunk.
@@ -116,16 +123,17 @@ def update_chunk(
         param_ptr += start
         anchor_ptr += start
     count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
-    if finite_ptr is None:
+    if finite_ptr is None and square_ptr is None:
         count = tl.where(write, count, 0)
     # Elements of the first noise block that belong to what precedes the tensor.
     before = tl.maximum(-start, 0).to(tl.int32)
     lane = tl.arange(0, BLOCK_SIZE)
     largest = tl.zeros([BLOCK_SIZE], ACC)
+    squares = tl.zeros([BLOCK_SIZE], ACC)
     # A mask would cost the vector loads, so whole tiles go without one.
     n_whole = count // BLOCK_SIZE if ALIGNED else 0
     for tile in range(n_whole):
-        size = _update_tile(
+        size, square = _update_tile(
             out_ptr, grad_ptr, param_ptr, anchor_ptr, tile * BLOCK_SIZE + lane, None, write,
             scale, pull, noise_std, seed, step, noise_id,
             None if noise_std is None else noise_block + tile * (BLOCK_SIZE // NOISE_BLOCK),
@@ -133,12 +141,14 @@ def update_chunk(
         )  # fmt: skip
         if finite_ptr is not None:
             largest = _larger(largest, size)
+        if square_ptr is not None:
+            squares += square
     for tile in range(n_whole, tl.cdiv(count, BLOCK_SIZE)):
         offsets = tile * BLOCK_SIZE + lane
         mask = offsets < count
         if not ALIGNED:
             mask = mask & (offsets >= before)
-        size = _update_tile(
+        size, square = _update_tile(
             out_ptr, grad_ptr, param_ptr, anchor_ptr, offsets, mask, write,
             scale, pull, noise_std, seed, step, noise_id,
             None if noise_std is None else noise_block + tile * (BLOCK_SIZE // NOISE_BLOCK),
@@ -146,6 +156,10 @@ def update_chunk(
         )  # fmt: skip
         if finite_ptr is not None:
             largest = _larger(largest, size)
+        if square_ptr is not None:
+            squares += square
     if finite_ptr is not None:
         found = tl.max(not_finite(largest).to(tl.int32), axis=0)
         tl.store(finite_ptr, 0, mask=found != 0)
+    if square_ptr is not None:
+        tl.store(square_ptr, tl.sum(squares, axis=0).to(tl.float64))

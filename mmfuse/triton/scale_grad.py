@@ -54,6 +54,7 @@ def _scale_grad_backward_kernel(
         noise_id.to(tl.int64),
         noise_offset.to(tl.int64),
         None,
+        None,
         ACC,
         ALIGNED,
         CHUNK_SIZE,

@@ -1,4 +1,4 @@
-"""In-place update of a list of gradients: one launch per group of dtypes."""
+"""In-place update of a list of gradients: one launch per group of dtypes, one more for sums."""
 
 from __future__ import annotations
 
@@ -25,8 +25,12 @@ from ._tensor_list import (
     group_constants,
     launch_on,
     load_pointer,
+    row_of,
 )
 from ._update import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS, update_chunk
+
+MERGE_BLOCK = 512
+MERGE_WARPS = 4
 
 _tables = TableCache(CHUNK_SIZE)
 
@@ -34,6 +38,7 @@ _tables = TableCache(CHUNK_SIZE)
 @triton.jit(
     do_not_specialize=[
         "first_chunk", "scale_ptr", "pull_ptr", "noise_std_ptr", "noise_state_ptr", "finite_ptr",
+        "partials_ptr",
     ]
 )  # fmt: skip
 def _update_grads_kernel(
@@ -45,6 +50,7 @@ def _update_grads_kernel(
     noise_std_ptr,
     noise_state_ptr,
     finite_ptr,
+    partials_ptr,
     GRAD_DTYPE: tl.constexpr,
     PARAM_DTYPE: tl.constexpr,
     ANCHOR_DTYPE: tl.constexpr,
@@ -53,7 +59,10 @@ def _update_grads_kernel(
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """Updates one chunk; pull_ptr, the noise's pointers and finite_ptr may be None."""
+    """Updates one chunk; all pointers from pull_ptr on may be None, the noise's together.
+
+    With partials_ptr, one float64 for each chunk, it also writes the sum of squares of what was.
+    """
     chunk, slot, row_ptr = find_chunk(rows_ptr, chunk_rows_ptr, first_chunk)
     scale = tl.load(scale_ptr + slot).to(ACC)
     write = scale != 1
@@ -89,11 +98,36 @@ def _update_grads_kernel(
         noise_id,
         noise_offset,
         finite_ptr,
+        None if partials_ptr is None else partials_ptr + chunk,
         ACC,
         ALIGNED,
         CHUNK_SIZE,
         BLOCK_SIZE,
     )
+
+
+@triton.jit(do_not_specialize=["sq_norm_ptr"])
+def _update_grads_sq_norm_kernel(
+    rows_ptr,
+    partials_ptr,
+    sq_norm_ptr,
+    CHUNK_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):
+    """Adds the sums of one tensor's chunks, always in the same order."""
+    slot = tl.program_id(0).to(tl.int64)
+    row_ptr = row_of(rows_ptr, slot)
+    numel = tl.load(row_ptr + NUMEL)
+    # As the chunks are counted: from the beginning of the noise block of the first element.
+    length = numel + (tl.load(row_ptr + NOISE_OFFSET) & 3)
+    n_chunks = tl.where(numel > 0, tl.cdiv(length, CHUNK_SIZE), 0)
+    first_ptr = partials_ptr + tl.load(row_ptr + FIRST_CHUNK)
+    lane = tl.arange(0, BLOCK_SIZE).to(tl.int64)
+    total = tl.zeros([BLOCK_SIZE], tl.float64)
+    for start in range(0, n_chunks, BLOCK_SIZE):
+        chunk = start + lane
+        total += tl.load(first_ptr + chunk, mask=chunk < n_chunks, other=0.0)
+    tl.store(sq_norm_ptr + slot, tl.sum(total, axis=0).to(sq_norm_ptr.dtype.element_ty))
 
 
 def _constants(dtypes: list[tl.dtype], aligned: bool) -> dict[str, Any]:
@@ -115,6 +149,7 @@ def update_grads_(
     noise_ids: Sequence[int],
     noise_offsets: Sequence[int],
     finite: Tensor | None,
+    sq_norm: Tensor | None,
 ) -> None:
     """See `mmfuse.ops.update_grads_`; ids and offsets place each tensor in the noise stream."""
     if not grads:
@@ -125,6 +160,9 @@ def update_grads_(
         noise_ids, noise_offsets = (), ()
     with launch_on(grads[0].device):
         table = _tables.get(grads, params, anchors, noise_ids, noise_offsets)
+        partials = None
+        if sq_norm is not None:
+            partials = sq_norm.new_empty(table.n_chunks, dtype=torch.float64)
         for group in table.groups:
             names = [TRITON_DTYPES[d] for d in group.dtypes]
             _update_grads_kernel[(group.n_chunks,)](
@@ -136,13 +174,30 @@ def update_grads_(
                 noise_std,
                 noise_state,
                 None if finite is None else finite.view(torch.uint8),
+                partials,
                 **_constants(names, group.aligned),
                 num_warps=NUM_WARPS,
                 **COMPILE_OPTIONS,
             )
+        if sq_norm is not None:
+            _update_grads_sq_norm_kernel[(len(grads),)](
+                table.rows,
+                partials,
+                sq_norm,
+                CHUNK_SIZE=CHUNK_SIZE,
+                BLOCK_SIZE=MERGE_BLOCK,
+                num_warps=MERGE_WARPS,
+                **COMPILE_OPTIONS,
+            )
 
 
-def _spec(*dtypes: str, noise: bool = False, finite: bool = False, aligned: bool = True) -> AotSpec:
+def _spec(
+    *dtypes: str,
+    noise: bool = False,
+    finite: bool = False,
+    aligned: bool = True,
+    squares: bool = False,
+) -> AotSpec:
     names = [tl.dtype(name) for name in dtypes]
     vector = "*fp64" if dtypes[0] == "fp64" else "*fp32"
     types = {"rows_ptr": "*i64!", "chunk_rows_ptr": "*i32!", "first_chunk": "i32"}
@@ -152,13 +207,20 @@ def _spec(*dtypes: str, noise: bool = False, finite: bool = False, aligned: bool
         "noise_std_ptr": vector if noise else None,
         "noise_state_ptr": "*i64" if noise else None,
         "finite_ptr": "*u8" if finite else None,
+        "partials_ptr": "*fp64" if squares else None,
     }
     types |= {name: kind for name, kind in optional.items() if kind is not None}
     constants = dict.fromkeys(name for name, kind in optional.items() if kind is None)
-    flags = {"noise": noise, "finite": finite, "unaligned": not aligned}
+    flags = {"noise": noise, "finite": finite, "squares": squares, "unaligned": not aligned}
     label = " ".join([*dtypes, *(name for name, on in flags.items() if on)])
     constants |= _constants(names, aligned)
     return AotSpec(_update_grads_kernel, label, types, constants, NUM_WARPS)
+
+
+def _sq_norm_spec(dtype: str) -> AotSpec:
+    types = {"rows_ptr": "*i64!", "partials_ptr": "*fp64!", "sq_norm_ptr": f"*{dtype}"}
+    constants = {"CHUNK_SIZE": CHUNK_SIZE, "BLOCK_SIZE": MERGE_BLOCK}
+    return AotSpec(_update_grads_sq_norm_kernel, dtype, types, constants, MERGE_WARPS)
 
 
 AOT_SPECS = [
@@ -174,4 +236,12 @@ AOT_SPECS = [
     _spec("bf16", "fp32", "bf16", finite=True),
     _spec("fp32", "fp32", "fp32", noise=True, finite=True),
     _spec("fp64", "fp64", "fp64", noise=True, finite=True, aligned=False),
+    _spec("fp32", finite=True, squares=True),
+    _spec("fp32", "fp32", "fp32", finite=True, squares=True),
+    _spec("bf16", "fp32", "bf16", finite=True, squares=True),
+    _spec("fp16", "fp16", "fp16", finite=True, squares=True, aligned=False),
+    _spec("fp32", noise=True, finite=True, squares=True),
+    _spec("fp64", "fp64", "fp64", noise=True, finite=True, squares=True),
+    _sq_norm_spec("fp32"),
+    _sq_norm_spec("fp64"),
 ]

@@ -120,9 +120,9 @@ def _mirrors(
 
 @case
 def update_grads(inputs: Inputs) -> list[Tensor]:
-    """A chunk has 16,384 elements."""
+    """A chunk has 8,192 elements."""
     written = []
-    sizes = (37,) if inputs.interpreted else (1, 37, 1027, 0, 2 * 16384 + 37)
+    sizes = (37,) if inputs.interpreted else (1, 37, 1027, 0, 2 * 8192 + 37)
     for offset in (0, 1):
         for grads, params, anchors in _mirrors(inputs, sizes, offset):
             count = len(grads)
@@ -191,7 +191,7 @@ def _sq_norms(
 
 @case
 def grad_stats(inputs: Inputs) -> list[Tensor]:
-    """A chunk has 32,768 elements."""
+    """A chunk has 16,384 elements."""
     found = []
     sizes = (37,) if inputs.interpreted else (1, 37, 1027, 0, 32768 + 37)
     for offset in (0, 1):
@@ -284,6 +284,20 @@ def modality_scores(inputs: Inputs) -> list[Tensor]:
 @case
 def discrepancy_ratios(inputs: Inputs) -> list[Tensor]:
     return [ops.discrepancy_ratios((inputs.normal(37).abs() + 0.1).to(dtype)) for dtype in WIDE]
+
+
+@case
+def modulation_factors(inputs: Inputs) -> list[Tensor]:
+    """A block has 128 modalities or tensors."""
+    written: list[Tensor] = []
+    owner = [0, 36] * (2 if inputs.interpreted else 67)
+    for dtype in WIDE:
+        scores = (inputs.normal(37).abs() + 0.1).to(dtype)
+        stats = ops.grad_stats([inputs.normal(5, dtype=dtype)] * len(owner))
+        for formula, given in (("tpami", stats), ("cvpr", stats), ("tpami", None), ("cvpr", None)):
+            found = ops.modulation_factors(scores, 0.5, formula, owner=owner, stats=given)
+            written += [x for x in found if x is not None]
+    return written
 
 
 @case

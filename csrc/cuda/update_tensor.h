@@ -35,8 +35,8 @@ struct TensorUpdate {
   bool store;  // false: only look for values that are not finite
 };
 
-// The squares that a thread has seen, of the elements as they were. The functions below take one, or
-// none where no sum is wanted.
+// The squares that a thread has seen, of the elements as they were. The functions below take one,
+// or none where no sum is wanted.
 template <typename acc_t>
 struct SquareSum {
   acc_t sum = 0;

@@ -11,8 +11,8 @@ namespace mmfuse::cuda {
 namespace {
 
 // As many as the registers allow.
-template <Anchors kAnchors, bool kNoise>
-constexpr int kBlocksPerSm = kAnchors == Anchors::kNone   ? (kNoise ? 4 : 5)
+template <typename scalar_t, Anchors kAnchors, bool kNoise>
+constexpr int kBlocksPerSm = kAnchors == Anchors::kNone ? (kNoise || sizeof(scalar_t) == 8 ? 4 : 5)
                              : kAnchors == Anchors::kSame ? (kNoise ? 3 : 4)
                                                           : (kNoise ? 2 : 4);
 
@@ -23,8 +23,9 @@ using UpdateTable = TensorTable<Entry<kHasAnchors, kNoise>, UpdateCommon>;
 
 // One block per chunk, from the last to the first: what grad_stats read last is still in the cache.
 template <typename scalar_t, Anchors kAnchors, bool kNoise>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerSm<kAnchors, kNoise>)) update_grads_kernel(
-    const UpdateTable<kAnchors != Anchors::kNone, kNoise> __grid_constant__ table) {
+__global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kNoise>))
+    update_grads_kernel(
+        const UpdateTable<kAnchors != Anchors::kNone, kNoise> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;
   const UpdateCommon& call = table.common;
   const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
@@ -61,7 +62,7 @@ struct SquaresCommon {
 // The sum takes two more registers where it is float64.
 template <typename scalar_t, Anchors kAnchors>
 constexpr int kSquaresBlocksPerSm =
-    kBlocksPerSm<kAnchors, false> - (std::is_same_v<scalar_t, double> ? 1 : 0);
+    kBlocksPerSm<float, kAnchors, false> - (std::is_same_v<scalar_t, double> ? 1 : 0);
 
 template <bool kHasAnchors>
 using SquaresTable = TensorTable<Entry<kHasAnchors, false>, SquaresCommon>;

@@ -18,8 +18,6 @@ out=build/compile_cuda
 rm -rf "$out"
 mkdir -p "$out"
 
-# spares the noise's sqrt(-2 ln u) a branch for subnormal numbers, which never
-# occur there; setup.py passes the same.
 compile() {
   "$nvcc" -std=c++17 -O3 -Icsrc -Icsrc/cuda -Werror all-warnings \
     -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 \

@@ -10,6 +10,7 @@ import torch
 from _inputs import AGREEMENT, DROP, TrainingInputs
 from _networks import AudioVisual
 from _official import agreement_gate, batch_scores, mean_square, noisy_view, orthogonal
+from _official_modulation import own_logits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,9 +97,7 @@ def inforeg_training(i: TrainingInputs) -> None:
     growth = 1.0  # in the first epoch
     optimizer.zero_grad()
     a, v, out = model(i.audio, i.visual)
-    half = model.fc.weight.size(1) // 2
-    out_v = torch.mm(v, model.fc.weight[:, half:].t()) + model.fc.bias / 2
-    out_a = torch.mm(a, model.fc.weight[:, :half].t()) + model.fc.bias / 2
+    out_a, out_v = own_logits(i, a, v)
     loss, loss_v, loss_a = (F.cross_entropy(z, labels) for z in (out, out_v, out_a))
     kept = log_gradients(i, epoch, (loss, loss_a, loss_v))
     backward_thrice(loss, loss_a, loss_v)

@@ -73,9 +73,9 @@ class Cell(NamedTuple):
         return [n for n in sizes if n < 9_000] if self.slow else list(sizes)
 
     def skip_slow(self, variant: bool = True) -> None:
-        """Skips a variant in the interpreter: of what a method does there, one is enough."""
+        """Skips a variant in the interpreter, where others show the same."""
         if self.slow and variant:
-            pytest.skip("takes the interpreter long; another variant of this test runs in it")
+            pytest.skip("takes the interpreter long; other variants or backends show the same")
 
 
 CELLS = [

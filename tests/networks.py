@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from mmfuse import InfoReg
 
 
 class Encoder(nn.Module):
@@ -47,6 +50,15 @@ def batch(size: int = 12, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     labels = torch.randint(0, classes, (size,))
     audio = torch.randn(size, 1, 9, 8) + labels.view(-1, 1, 1, 1).float()
     return audio, torch.randn(size, 3, 7, 7), labels
+
+
+def start_third_epoch(inforeg: InfoReg) -> None:
+    """As after two epochs of equal traces: the window opens in the third one at the earliest."""
+    state = copy.deepcopy(inforeg.state_dict())
+    state["epochs"].fill_(2)
+    state["traces"].fill_(1.0)
+    inforeg.load_state_dict(state)
+    inforeg.start_epoch()
 
 
 def released_step(

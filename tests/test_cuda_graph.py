@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Cell
-from networks import AudioVisual, batch
+from networks import AudioVisual, batch, start_third_epoch
 from no_sync import no_host_sync
 from replay import Captured
 from test_amp import differences
@@ -117,12 +117,7 @@ class OnUpdates(WithOGM):
 class WithInfoReg(Training):
     def make(self) -> InfoReg:
         made = InfoReg(self.model.encoders, threshold=-1e30, backend=self.cell.backend)
-        # The window opens in the third epoch at the earliest.
-        state = copy.deepcopy(made.state_dict())
-        state["epochs"].fill_(2)
-        state["traces"].fill_(1.0)
-        made.load_state_dict(state)
-        made.start_epoch()
+        start_third_epoch(made)
         return made
 
     def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
@@ -213,15 +208,10 @@ def warmed(make: Callable[..., Training], model: AudioVisual, cell: Cell) -> Tra
     return training
 
 
-def skip_the_interpreter(cell: Cell) -> None:
-    if cell.slow:
-        pytest.skip("takes the interpreter minutes, and is what the other backends show")
-
-
 @pytest.mark.usefixtures("_repeatable")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_replay_is_a_step(cell: Cell, kind: type[Training]) -> None:
-    skip_the_interpreter(cell)
+    cell.skip_slow()
     model = AudioVisual().to(cell.device)
     torch.manual_seed(1)
     eager = warmed(kind, model, cell)
@@ -249,7 +239,7 @@ def test_a_replay_is_a_step(cell: Cell, kind: type[Training]) -> None:
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_no_host_synchronisation(cell: Cell, kind: type[Training]) -> None:
     """The whole step, its backward pass included."""
-    skip_the_interpreter(cell)
+    cell.skip_slow()
     training = warmed(kind, AudioVisual().to(cell.device), cell)
     with no_host_sync(cell.device):
         training.step()

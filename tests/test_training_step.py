@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from networks import AudioVisual, batch
+from networks import AudioVisual, batch, start_third_epoch
 from test_amp import differences
 from tolerances import (
     UNIT_ROUNDOFF,
@@ -55,12 +55,7 @@ class Parts:
         )
         self.opm = OPM(stream=NoiseStream(5))
         self.arm = ARM()
-        # InfoReg's window opens in the third epoch at the earliest.
-        state = copy.deepcopy(self.inforeg.state_dict())
-        state["epochs"].fill_(2)
-        state["traces"].fill_(1.0)
-        self.inforeg.load_state_dict(state)
-        self.inforeg.start_epoch()
+        start_third_epoch(self.inforeg)
         self.redreg.start_epoch()
 
     def forward(self, data: Data) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

@@ -28,10 +28,7 @@ class Coefficients {
 
 // A NoiseStream's (seed, step).
 inline const int64_t* noise_state_of(const Tensor& state) {
-  STD_TORCH_CHECK(
-      state.is_contiguous() && state.numel() == 2 && state.scalar_type() == ScalarType::Long,
-      "mmfuse: noise_state must be int64 with 2 elements");
-  return static_cast<const int64_t*>(state.const_data_ptr());
+  return indices_of(state, 2, "noise_state");
 }
 
 inline NoiseKey noise_key(const int64_t* state, int64_t stream_id) {

@@ -56,10 +56,8 @@ inline Coefficients coefficients_of(const Tensor& tensor, size_t count, const ch
 
 // A NoiseStream's (seed, step).
 inline const int64_t* noise_state_of(const std::optional<Tensor>& state) {
-  STD_TORCH_CHECK(state.has_value() && state->is_contiguous() && state->numel() == 2 &&
-                      state->scalar_type() == ScalarType::Long,
-                  "mmfuse: noise_state must be int64, contiguous, with 2 elements");
-  return static_cast<const int64_t*>(state->const_data_ptr());
+  STD_TORCH_CHECK(state.has_value(), "mmfuse: noise_state is missing");
+  return indices_of(*state, 2, "noise_state");
 }
 
 // The list that a kernel works on.

@@ -87,6 +87,15 @@ __device__ __forceinline__ acc_t load_coefficient(const Coefficients& coefficien
              : static_cast<acc_t>(static_cast<const float*>(coefficients.values)[slot]);
 }
 
+__device__ __forceinline__ void store_result(void* results, bool wide, double value,
+                                             int64_t slot = 0) {
+  if (wide) {
+    static_cast<double*>(results)[slot] = value;
+  } else {
+    static_cast<float*>(results)[slot] = static_cast<float>(value);
+  }
+}
+
 // Calls f with a null pointer of the element type; for kernels and for host code alike.
 #pragma nv_exec_check_disable
 template <typename F>

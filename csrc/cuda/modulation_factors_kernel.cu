@@ -8,11 +8,7 @@ namespace {
 constexpr int kThreads = 128;
 
 __device__ __forceinline__ void store_number(const Numbers& out, int64_t i, double value) {
-  if (out.wide) {
-    static_cast<double*>(out.values)[i] = value;
-  } else {
-    static_cast<float*>(out.values)[i] = static_cast<float>(value);
-  }
+  store_result(out.values, out.wide, value, i);
 }
 
 // The first threads decide about one modality each, the others about one tensor, for which they

@@ -33,12 +33,4 @@ void launch_partial_sums(const double* partials, int64_t count, const finish_t& 
          count, finish);
 }
 
-__device__ __forceinline__ void store_result(void* result, bool wide, double value) {
-  if (wide) {
-    *static_cast<double*>(result) = value;
-  } else {
-    *static_cast<float*>(result) = static_cast<float>(value);
-  }
-}
-
 }  // namespace mmfuse::cuda

@@ -2,7 +2,6 @@
 #include <type_traits>
 
 #include "launch.h"
-#include "partial_sums.h"
 #include "reduce.h"
 #include "update_grads.h"
 #include "update_tensor.h"
@@ -122,10 +121,7 @@ __global__ void __launch_bounds__(kSumThreads)
     sum[0] += table.partials[entry.first + i];
   }
   block_sum<kSumThreads>(sum);
-  if (threadIdx.x != 0) return;
-  void* result = table.wide ? static_cast<void*>(static_cast<double*>(table.sq_norm) + slot)
-                            : static_cast<void*>(static_cast<float*>(table.sq_norm) + slot);
-  store_result(result, table.wide, sum[0]);
+  if (threadIdx.x == 0) store_result(table.sq_norm, table.wide, sum[0], slot);
 }
 
 // Where each tensor's partial sums begin, by its slot, while the groups' tables are launched.

@@ -1,9 +1,11 @@
 """Launches every kernel of a backend at least once, on inputs that are small and odd.
 
     python tests/every_kernel.py --device cuda --backend cuda
+    python tests/every_kernel.py --each --backend cuda --backend triton
     python tests/every_kernel.py --sanitizer --output build/sanitizer
 
-The second line runs the first one under the four tools of NVIDIA's compute-sanitizer, see
+The second line compares each case with the reference on the CPU, in a process of its own, see
+case_processes.py; the third runs them under the four tools of NVIDIA's compute-sanitizer, see
 sanitizer.py. Sizes go just beyond a chunk, a block or a warp, and never end with one; tensors start
 at 16-byte addresses and between them; dtypes are all four, and mixed. test_every_kernel.py proves
 that nothing is left out, in the host shim of CUDA and in Triton's interpreter.
@@ -26,6 +28,10 @@ if not torch.cuda.is_available():
 
 # The checkout, whether or not mmfuse is installed.
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+
+import case_processes
+import sanitizer
+import tolerances
 
 from mmfuse import NoiseStream, _native, ops
 from mmfuse.ops._registry import OPS
@@ -420,8 +426,16 @@ def soft_histogram(inputs: Inputs) -> list[Tensor]:
     return written
 
 
-def run(device: str, backend: str, names: Sequence[str] = ()) -> dict[str, list[Tensor]]:
+def run(
+    device: str, backend: str, names: Sequence[str] = (), *, interpreted: bool | None = None
+) -> dict[str, list[Tensor]]:
     """Runs the cases, or those of these names, and waits for them.
+
+    Args:
+        device: Where the tensors are.
+        backend: Whose kernels run.
+        names: Of cases; none are all.
+        interpreted: Whether the inputs are those of Triton's interpreter.
 
     Returns:
         What each case has written.
@@ -429,10 +443,50 @@ def run(device: str, backend: str, names: Sequence[str] = ()) -> dict[str, list[
     written = {}
     with ops.use_backend(backend):
         for name in names or CASES:
-            written[name] = [t.detach() for t in CASES[name](Inputs(device, backend))]
+            inputs = Inputs(device, backend)
+            if interpreted is not None:
+                inputs.interpreted = interpreted
+            written[name] = [t.detach() for t in CASES[name](inputs)]
     if device == "cuda":
         torch.cuda.synchronize()
     return written
+
+
+def differences(device: str, backend: str, name: str) -> list[str]:
+    """Runs a case, and again with the reference on the CPU: a line for each output that differs."""
+    interpreted = Inputs(device, backend).interpreted
+    found = [t.cpu() for t in run(device, backend, [name])[name]]
+    return compared(found, run("cpu", "reference", [name], interpreted=interpreted)[name])
+
+
+def compared(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[str]:
+    """A line for each output that differs."""
+    if len(found) != len(expected):
+        return [f"{len(found)} outputs instead of {len(expected)}"]
+    return [
+        f"output {i}: {why}"
+        for i, (x, y) in enumerate(zip(found, expected, strict=True))
+        if (why := difference(x, y)) is not None
+    ]
+
+
+def difference(found: Tensor, expected: Tensor) -> str | None:
+    """How an output differs by more than `tolerances.whole_case` allows, or None."""
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        what = f"{found.dtype} {list(found.shape)}"
+        return f"is {what} instead of {expected.dtype} {list(expected.shape)}"
+    if not found.is_floating_point():
+        wrong = int((found != expected).sum())
+        return f"{wrong} of {found.numel()} differ" if wrong else None
+    error = (found.double() - expected.double()).abs()
+    share = error / tolerances.whole_case(expected)
+    # A NaN is no smaller than anything.
+    wrong = int((~(share <= 1)).sum())
+    if not wrong:
+        return None
+    where = int(share.nan_to_num(torch.inf).argmax())
+    x, y = found.flatten()[where].item(), expected.flatten()[where].item()
+    return f"{wrong} of {found.numel()} differ; [{where}] is {x:.8g} instead of {y:.8g}"
 
 
 def not_written(tensors: Sequence[Tensor]) -> list[int]:
@@ -485,30 +539,62 @@ def load_shim() -> None:
         _native.load_library(build_kernels(), "cuda")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status."""
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", choices=("cuda", "triton"), default="cuda")
+    parser.add_argument("--backend", action="append", default=[], choices=("cuda", "triton"))
     parser.add_argument("--case", action="append", default=[], choices=list(CASES))
     parser.add_argument("--poison", action="store_true", help="check that all outputs are written")
+    parser.add_argument("--compare", action="store_true", help="with the reference, on the CPU")
     parser.add_argument("--control", choices=("memcheck", "initcheck"), help="provoke an error")
-    parser.add_argument("--sanitizer", action="store_true", help="run under compute-sanitizer")
-    parser.add_argument("--output", type=Path, default=Path("build/sanitizer"), help="for the logs")
+    several = parser.add_argument_group("several processes")
+    several.add_argument("--each", action="store_true", help="compare each case in its own")
+    several.add_argument("--sanitizer", action="store_true", help="run under compute-sanitizer")
+    several.add_argument("--again", type=Path, metavar="FILE", help="what failed.json names")
+    several.add_argument("--workers", type=int, default=case_processes.default_workers())
+    several.add_argument("--seconds", type=float, default=3600.0, help="for all together")
+    several.add_argument("--limit", type=float, default=600.0, help="seconds for each")
+    several.add_argument("--output", type=Path, default=Path("build/kernels"), help="for the logs")
     options = parser.parse_args(arguments)
-    if options.sanitizer:
-        import sanitizer
+    options.backend = options.backend or ["cuda"]
+    if len(options.backend) > 1 and not options.each:
+        parser.error("several backends go with --each only")
+    return options
 
-        return sanitizer.main(options.output, options.backend)
-    if options.device == "cpu" and options.backend == "cuda":
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    options = parse(arguments)
+    limits = {
+        "workers": options.workers,
+        "seconds": options.seconds,
+        "limit_s": options.limit,
+        "again": options.again,
+    }
+    cases, backend = options.case or list(CASES), options.backend[0]
+    if options.sanitizer:
+        return sanitizer.main(options.output, backend, cases, **limits)
+    if options.each:
+        device, backends = options.device, options.backend
+        return case_processes.main(device, backends, cases, options.output, **limits)
+    if options.device == "cpu" and backend == "cuda":
         load_shim()
     if options.control:
-        control(options.control, options.backend)
+        control(options.control, backend)
         return 0
     if options.poison:
         poison()
+    if options.compare:
+        lines = [
+            f"{name}: {line}"
+            for name in cases
+            for line in differences(options.device, backend, name)
+        ]
+        print("\n".join(lines) or f"every_kernel: {', '.join(cases)}: as the reference")
+        return 1 if lines else 0
     start = time.perf_counter()
-    written = run(options.device, options.backend, options.case)
+    written = run(options.device, backend, cases)
     seconds = time.perf_counter() - start
     bad = {name: found for name, tensors in written.items() if (found := not_written(tensors))}
     for name, found in bad.items():

@@ -1,12 +1,10 @@
-"""every_kernel.py leaves no kernel out, and sanitizer.py reports what its tools find."""
+"""every_kernel.py leaves no kernel out, and finds what differs from the reference."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
-import stat
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import every_kernel
 import pytest
-import sanitizer
 import torch
 from cuda_on_cpu.launches import (
     SOURCES,
@@ -127,18 +124,12 @@ def test_no_result_depends_on_which_thread_goes_first(
     assert different == []
 
 
-def test_counts_and_flags_are_those_of_the_reference(
-    reached: tuple[Counter[str], dict[str, list[Tensor]]],
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_is_as_the_reference(
+    reached: tuple[Counter[str], dict[str, list[Tensor]]], name: str
 ) -> None:
     _, written = reached
-    names = ["drop_modalities", "joint_entropies", "co_information_gate", "discrepancy_ratios"]
-    expected = run("cpu", "reference", names)
-    for name in names:
-        for found, right in zip(written[name], expected[name], strict=True):
-            assert found.shape == right.shape
-            assert found.dtype == right.dtype
-            if not found.is_floating_point():
-                assert torch.equal(found, right)
+    assert every_kernel.compared(written[name], run("cpu", "reference", [name])[name]) == []
 
 
 def _triton_kernels() -> dict[str, object]:
@@ -155,13 +146,10 @@ def _triton_kernels() -> dict[str, object]:
     }
 
 
-@pytest.mark.parametrize(
-    "device",
-    ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)],
-)
-def test_every_triton_kernel_is_launched(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_triton_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU `test_on_the_gpu` runs the same cases, which are many kernels to compile."""
     pytest.importorskip("triton")
-    if device == "cpu" and torch.cuda.is_available():
+    if torch.cuda.is_available():
         pytest.skip("the Triton kernels run on the GPU here, not in the interpreter")
     kernels = _triton_kernels()
     launched = set()
@@ -173,15 +161,40 @@ def test_every_triton_kernel_is_launched(device: str, monkeypatch: pytest.Monkey
             return _original(kernel, grid)
 
         monkeypatch.setattr(kind, "__getitem__", counted)
-    written = run(device, "triton")
+    written = run("cpu", "triton")
     assert sorted(set(kernels) - launched) == []
     assert all(not not_written(tensors) for tensors in written.values())
 
 
 @pytest.mark.gpu
-def test_on_the_gpu() -> None:
-    written = run("cuda", "cuda")
-    assert all(not not_written(tensors) for tensors in written.values())
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_on_the_gpu(backend: str, name: str) -> None:
+    assert every_kernel.differences("cuda", backend, name) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_differences_are_found(dtype: torch.dtype) -> None:
+    expected = torch.randn(1000, dtype=torch.float64).to(dtype)
+    expected[7] = 1.0
+    rounded = torch.nextafter(expected.float(), torch.tensor(torch.inf)).to(dtype)
+    assert every_kernel.difference(rounded, expected) is None
+    for wrong in (torch.nan, torch.inf, 1.1):
+        found = expected.clone()
+        found[7] = wrong
+        text = every_kernel.difference(found, expected)
+        assert text.startswith("1 of 1000 differ; [7] is ") and text.endswith(" instead of 1")
+    assert "differ" in every_kernel.difference(expected.roll(1), expected)
+
+
+def test_other_shapes_dtypes_and_counts_differ() -> None:
+    ones = torch.ones(3)
+    assert "instead of torch.float32 [3]" in every_kernel.difference(torch.ones(3, 1), ones)
+    assert "is torch.float64 [3]" in every_kernel.difference(ones.double(), ones)
+    assert every_kernel.compared([ones], [ones, ones]) == ["1 outputs instead of 2"]
+    counts = torch.tensor([1, 2, 3])
+    assert every_kernel.difference(counts + torch.tensor([0, 0, 1]), counts) == "1 of 3 differ"
+    assert every_kernel.difference(counts.clone(), counts) is None
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -202,136 +215,15 @@ def test_the_script(
     assert "discrepancy_ratios: outputs [0]" in capsys.readouterr().out
 
 
-# Reports an error for a control, and for the tool that FAKE_FAILS names; initcheck always reports
-# one of PyTorch's kernels.
-FAKE = """#!/bin/sh
-echo "$PYTORCH_NO_CUDA_MEMORY_CACHING $*" >> "$FAKE_CALLS"
-record() {
-  echo "========= Uninitialized __global__ memory read of size 4 bytes"
-  echo "=========     at $1 in file.cu:1"
-  echo "=========     by thread (0,0,0) in block (0,0,0)"
-  echo "========= "
-}
-case "$* " in
-  *"--control "*) errors=2 ;;
-  *"--tool $FAKE_FAILS "*) errors=1 ;;
-  *) errors=0 ;;
-esac
-[ "$FAKE_FILTER" = nothing ] && errors=0
-case "$* " in
-  *"$FAKE_SILENT "*) ;;
-  *racecheck*) echo "= RACECHECK SUMMARY: $errors hazards displayed (0 errors, $errors warnings)";;
-  *initcheck*)
-    record "void at::native::fill_kernel<float>(float *)+0x10"
-    [ $errors = 0 ] || record "void mmfuse::cuda::grad_stats_kernel<float>(int)+0x20"
-    echo "========= ERROR SUMMARY: $((errors + 1)) errors" ;;
-  *) echo "========= ERROR SUMMARY: $errors errors" ;;
-esac
-case "$*" in *error-exitcode*) [ "$errors" = 0 ] ;; esac
-"""
-
-
-@pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A compute-sanitizer on PATH; returns the file to which it writes how it was called."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    program = folder / "compute-sanitizer"
-    program.write_text(FAKE)
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    calls = tmp_path / "calls"
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("PYTORCH_NO_CUDA_MEMORY_CACHING", raising=False)
-    monkeypatch.setenv("FAKE_CALLS", str(calls))
-    monkeypatch.setenv("FAKE_FAILS", "none")
-    monkeypatch.setenv("FAKE_SILENT", "none")
-    monkeypatch.setenv("FAKE_FILTER", "ours")
-    return calls
-
-
-def test_the_sanitizers_command_lines(
-    fake: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_script_compares(
+    shim: Shim, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "logs" / "here"
-    assert every_kernel.main(["--sanitizer", "--output", str(output)]) == 0
-    assert "nothing was found" in capsys.readouterr().out
-    # The tools run side by side, each after its control.
-    calls = fake.read_text().splitlines()
-    calls.sort(key=lambda call: re.search(r"--tool (\w+)", call)[1])
-    tools = [re.search(r"--tool (\w+)", call)[1] for call in calls]
-    assert tools == ["initcheck"] * 2 + ["memcheck"] * 2 + ["racecheck", "synccheck"]
-    for tool, call in zip(tools, calls, strict=True):
-        assert call.startswith("1 ") == (tool in ("memcheck", "initcheck"))
-        filtered = "--error-exitcode 1" in call and "--kernel-name kernel_substring=mmfuse" in call
-        assert filtered == (tool != "initcheck")
-        assert "every_kernel.py --device cuda --backend cuda" in call
-        assert "--poison" not in call
-        assert "ERROR SUMMARY" in (output / f"{tool}.log").read_text() or tool == "racecheck"
-    controls = [re.search(r"--control (\w+)$", call) for call in calls]
-    assert [found and found[1] for found in controls] == [
-        *("initcheck", None, "memcheck", None, None, None)
-    ]
-
-
-@pytest.mark.parametrize("tool", list(sanitizer.TOOLS))
-def test_an_error_in_a_tool_fails_the_run(
-    fake: Path,
-    tool: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setenv("FAKE_FAILS", tool)
-    assert sanitizer.main(tmp_path / "logs", "cuda") == 1
-    *tools, last = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in tools if line.split()[1] == "FAILED"] == [tool]
-    assert last.startswith("sanitizer: FAILED")
-
-
-@pytest.mark.usefixtures("fake")
-def test_a_tool_without_a_summary_fails_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """It has not looked at anything, as where the script could not start."""
-    monkeypatch.setenv("FAKE_SILENT", "--backend triton")
-    assert sanitizer.main(tmp_path / "logs", "triton") == 1
-    lines = capsys.readouterr().out.splitlines()
-    for tool, line in zip(sanitizer.TOOLS, lines, strict=False):
-        assert line.startswith(f"{tool:10} FAILED  no summary, exit status 0")
-
-
-@pytest.mark.usefixtures("fake")
-def test_a_filter_that_finds_nothing_fails_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FAKE_FILTER", "nothing")
-    assert sanitizer.main(tmp_path / "logs", "cuda") == 1
-    assert capsys.readouterr().out.count("NOT REPORTED (0 errors, exit status 0)") == 2
-
-
-def test_whose_kernel_read_what_was_not_written() -> None:
-    report = (
-        "========= Uninitialized __global__ memory read of size 4 bytes\n"
-        "=========     at {}\n=========     Device Frame:{}\n"
-        "=========     Host Frame: mmfuse/_C.so\n"
-    )
-    theirs = report.format("void at::native::vectorized_elementwise_kernel<4>()+0x10", "")
-    older = report.format("0x150 in void mmfuse::cuda::range_kernel<float>(int)", "")
-    inlined = report.format("__half2float(__half)", "void mmfuse::cuda::range_kernel<__half>(int)")
-    triton = report.format("_update_grads_kernel+0x20 in update_grads.py:60", "")
-    log = theirs + older + inlined + triton
-    assert sanitizer.reads_of_ours(log, "cuda") is None
-    log += "========= ERROR SUMMARY: 4 errors\n"
-    assert sanitizer.reads_of_ours(log, "cuda") == 2
-    assert sanitizer.reads_of_ours(log, "triton") == 1
-    assert sanitizer.errors_in(log) == 4
-
-
-def test_without_compute_sanitizer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
-    assert sanitizer.main(tmp_path / "logs", "cuda") == 2
-    assert "neither on PATH nor in" in capsys.readouterr().err
-    assert not (tmp_path / "logs").exists()
+    arguments = ["--device", "cpu", "--case", "discrepancy_ratios", "--compare"]
+    assert every_kernel.main(arguments) == 0
+    assert "discrepancy_ratios: as the reference" in capsys.readouterr().out
+    kinds = {"reference": 1.0, "cuda": 2.0}
+    wrong = lambda inputs: [torch.full((2,), kinds[inputs.backend])]  # noqa: E731
+    monkeypatch.setitem(CASES, "discrepancy_ratios", wrong)
+    assert every_kernel.main(arguments) == 1
+    line = "discrepancy_ratios: output 0: 2 of 2 differ; [0] is 2 instead of 1"
+    assert line in capsys.readouterr().out

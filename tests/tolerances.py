@@ -396,3 +396,20 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor, what: str = "
             f"{what}: {int(wrong.sum())} of {wrong.numel()} wrong, first at {i}: "
             f"{a} instead of {e}, off by {abs(a - e):.3g}, allowed {b:.3g}"
         )
+
+
+def whole_case(expected: Tensor) -> Tensor:
+    """A bound for all that every_kernel.py's cases write, whichever op it is from.
+
+    Their inputs are some 10^4 standard normal deviates at most, and their longest sums cancel: the
+    error (√L + 4)·u·Σ|ab| of `sum_of_products` is up to √N times as large beside the result, √N <
+    200: 200 · 68 · 2^-24 = 8e-4. Half precision is rounded once in each of up to eight updates in
+    place: 8·u. An element counts together with its tensor's mean square, since others' errors meet
+    in it; where all of a tensor cancels, as the gradient of a cosine of numbers does, terms of
+    about 1 leave (√L + 4)·u. This finds a wrong element, a wrong index, a missing term; the tests
+    of each op bound the rounding itself.
+    """
+    wide = expected.double()
+    size = wide.abs() + wide.square().mean().sqrt()
+    cancelled = (GROWTH + 4) * UNIT_ROUNDOFF[torch.float32]
+    return max(1e-3, 8 * UNIT_ROUNDOFF[expected.dtype]) * size + cancelled

@@ -92,5 +92,10 @@ def build_self_check() -> Path:
     return _build("libshim_self_check.so", [HERE / "self_check.cu", HERE / "runtime.cpp"])
 
 
+def build_all_words() -> Path:
+    """Returns the library that all_words.py looks at the noise with."""
+    return _build("liball_words.so", [HERE.parent / "all_words.cu", HERE / "runtime.cpp"])
+
+
 if __name__ == "__main__":
     print(build_kernels())

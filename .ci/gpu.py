@@ -38,13 +38,13 @@ SHOWN_LINES = 30
 # In a process of its own: a context here would stay on the GPU for the whole run.
 DESCRIBE = """
 import importlib.util, json, os, platform, torch
-found = {"PyTorch": f"{torch.__version__} (CUDA {torch.version.cuda})"}
-found["available"] = torch.cuda.is_available()
+found = {"available": torch.cuda.is_available()}
 if found["available"]:
     major, minor = torch.cuda.get_device_capability()
     memory = torch.cuda.mem_get_info()[1] / 2**30
     found["GPU"] = f"{torch.cuda.get_device_name()}, sm_{major}{minor}, {memory:.0f} GiB"
     found["capability"] = f"{major}.{minor}"
+found["PyTorch"] = f"{torch.__version__} (CUDA {torch.version.cuda})"
 if importlib.util.find_spec("triton"):
     import triton
     found["Triton"] = triton.__version__
@@ -85,8 +85,7 @@ def describe(python: str, *, rehearsal: bool) -> dict[str, str]:
     found = json.loads(answer)
     available = found.pop("available")
     if rehearsal:
-        found.pop("capability", None)
-        return {"GPU": "none: a rehearsal on the CPU", **found}
+        return {**found, "GPU": "none: a rehearsal on the CPU", "capability": ""}
     if "(CUDA None)" in found["PyTorch"]:
         raise CannotBegin(
             f"the PyTorch {found['PyTorch'].split()[0]} of {python} was built without CUDA "
@@ -203,6 +202,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, and small")
     parser.add_argument("--scratch", type=Path, default=ROOT / "build" / "gpu", help="for all else")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all times")
+    parser.add_argument("--grace", type=float, default=10.0, help="seconds after an interrupt")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
     return parser.parse_args(argv)
 
@@ -212,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     # A shell may have started this with interrupts ignored, and its children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    processes.GRACE_S = options.grace
     environment = describe(options.python, rehearsal=options.rehearse)
-    capability, scratch = environment.get("capability", ""), options.scratch.resolve()
+    capability, scratch = environment.pop("capability", ""), options.scratch.resolve()
     setting = Setting(options.python, scratch, capability, options.rehearse)
     first = gpu_plan.prepare(setting)
     groups = gpu_plan.groups(setting)

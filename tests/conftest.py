@@ -20,6 +20,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 from cuda_on_cpu.build import build_kernels
+from gpu_session import replace_worker_with_a_lost_device, turn
 from ranks import close_all
 
 import mmfuse
@@ -49,8 +50,13 @@ def pytest_unconfigure() -> None:
     close_all()
 
 
+def pytest_runtest_logstart(nodeid: str) -> None:
+    replace_worker_with_a_lost_device(nodeid)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        items.sort(key=turn)
         return
     for item in items:
         if item.get_closest_marker("gpu"):

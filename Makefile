@@ -90,4 +90,4 @@ gpu:
 	$(PYTHON) .ci/gpu.py --output $(OUT)
 
 clean:
-	rm -rf build *.egg-info mmfuse/_C*.so mmfuse/_build.json $(BUILT)
+	rm -rf build *.egg-info mmfuse/_C*.so mmfuse/libmmfuse_*.so mmfuse/_build.json $(BUILT)

@@ -13,7 +13,7 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test soak lint format bench cuda triton gpu clean
+.PHONY: help setup build demo test soak lint format bench cuda triton gpu gpu-library clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -23,6 +23,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
+	@echo "make gpu-library  on any machine with nvcc: the libraries for one, into build/gpu_library"
 	@echo "make triton  compile the Triton kernels for the same, ahead of time"
 
 # Installs the optional dependencies of these names.
@@ -89,5 +90,9 @@ gpu:
 	$(if $(OUT),,$(error make gpu OUT=folder: where do the results go?))
 	$(PYTHON) .ci/gpu.py --output $(OUT)
 
+# For the machine with the GPU, whose minutes need not go into compiling.
+gpu-library: $(ENVIRONMENT)
+	$(BIN)/python .ci/gpu_library.py
+
 clean:
-	rm -rf build *.egg-info mmfuse/_C*.so mmfuse/_build.json $(BUILT)
+	rm -rf build *.egg-info mmfuse/_C*.so mmfuse/libmmfuse_*.so mmfuse/_build.json $(BUILT)

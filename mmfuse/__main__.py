@@ -31,9 +31,12 @@ def report() -> str:
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
             lines.append(f"cuda:{i}   {torch.cuda.get_device_name(i)} (sm_{major}{minor})")
+            reason = _native.why_not_on((major, minor))
+            if reason is not None:
+                lines.append(f"         {reason}")
     else:
         lines.append("cuda     no device")
-    lines += ["", "compiled library"]
+    lines += ["", "compiled libraries"]
     info = _native.build_info()
     if info is None:
         lines.append(f"  none: {_native.why_missing('cpu')}")

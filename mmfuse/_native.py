@@ -1,63 +1,132 @@
-"""Loads the compiled library once and remembers why a native backend is missing."""
+"""Loads each backend's library, on its own, and remembers why one is missing."""
 
 from __future__ import annotations
 
-import importlib
+import ctypes
+import functools
+import importlib.util
 import json
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import torch
 
-_BUILD_NOTES = Path(__file__).with_name("_build.json")
+_FOLDER = Path(__file__).parent
+_LIBRARIES = ("cpu", "cuda")
 
-#: Native backends whose kernels are registered in this process.
-_loaded: set[str] = set()
-_import_error: str | None = None
-_module: Any = None
+#: Native backends whose kernels are registered in this process, and what their libraries say.
+_loaded: dict[str, dict[str, str]] = {}
+_load_errors: dict[str, str] = {}
 
 
 def _build_notes() -> dict[str, str]:
-    """What setup.py wrote about the backends that it could not build."""
+    """What setup.py wrote about what it could not build."""
     try:
-        notes: dict[str, str] = json.loads(_BUILD_NOTES.read_text())
+        notes: dict[str, str] = json.loads((_FOLDER / "_build.json").read_text())
     except (OSError, ValueError):
         return {}
     return notes
 
 
+def _facts(path: Path, backend: str) -> dict[str, str]:
+    """What a library exports about itself; nothing where it was not made by setup.py."""
+    function = getattr(ctypes.CDLL(str(path)), f"mmfuse_{backend}_facts", None)
+    if function is None:
+        return {}
+    function.restype = ctypes.c_char_p
+    lines = function().decode().splitlines()
+    return {key: value for key, _, value in (line.partition(" ") for line in lines)}
+
+
+def load_library(path: str | Path, backend: str) -> None:
+    """Loads kernels built outside the package, for `backend`, into this process.
+
+    Raises:
+        OSError: there is no such library, or it cannot be loaded.
+    """
+    path = Path(path).resolve()
+    torch.ops.load_library(str(path))
+    _loaded[backend] = _facts(path, backend)
+
+
 def _load() -> None:
-    global _module, _import_error
+    for backend in _LIBRARIES:
+        path = _FOLDER / f"libmmfuse_{backend}.so"
+        if not path.exists():
+            continue
+        try:
+            load_library(path, backend)
+        except OSError as error:
+            _load_errors[backend] = str(error)
+
+
+@functools.cache
+def _compiler_facts() -> dict[str, str]:
+    """Compiler and flags, which a module for one version of Python knows."""
+    reason = "mmfuse._C, which knows it, was not built for this Python"
     try:
-        _module = importlib.import_module("mmfuse._C")
+        # Only the one beside these libraries: an editable install may offer another's.
+        spec = PathFinder.find_spec("mmfuse._C", [str(_FOLDER)])
+        if spec is not None and spec.loader is not None:
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return dict(module.build_info())
     except ImportError as error:
-        _import_error = str(error)
-        return
-    info = _module.build_info()
-    _loaded.update(backend for backend in ("cpu", "cuda") if info[f"has_{backend}"])
+        reason = str(error)
+    reason = f"unknown: {_build_notes().get('_C', reason)}"
+    return {"compiler": reason, "flags": reason}
 
 
 def build_info() -> dict[str, Any] | None:
-    """Returns compiler, flags, CUDA version and SIMD level of the library, or None without it."""
-    return dict(_module.build_info()) if _module is not None else None
+    """Returns compiler, flags, CUDA version and SIMD level of what is loaded, or None without it.
+
+    Libraries that were built on another machine are described too; their compiler is not known.
+    """
+    if not _loaded:
+        return None
+    cpu, cuda = (_loaded.get(backend, {}) for backend in _LIBRARIES)
+    return {
+        **_compiler_facts(),
+        "has_cpu": "cpu" in _loaded,
+        "simd": cpu.get("simd"),
+        "simd_built": cpu.get("simd_built", "").split(),
+        "has_cuda": "cuda" in _loaded,
+        "cuda_version": cuda.get("cuda_version"),
+        "cuda_architectures": cuda.get("cuda_architectures"),
+    }
 
 
 def why_missing(backend: str) -> str | None:
     """Returns why the native backend cannot run here, or None when it can."""
     if backend in _loaded:
         return None
+    if backend in _load_errors:
+        return f"libmmfuse_{backend}.so could not be loaded: {_load_errors[backend]}"
     notes = _build_notes()
-    if backend in notes:
-        return notes[backend]
-    if _import_error is not None:
-        return f"the compiled library could not be loaded: {_import_error}"
-    return f"the compiled library was built without {backend}"
+    return notes.get(backend, f"there is no libmmfuse_{backend}.so in {_FOLDER}: it was not built")
 
 
-def load_library(path: str | Path, backend: str) -> None:
-    """Loads kernels built outside the package, for `backend`, into this process."""
-    torch.ops.load_library(str(path))
-    _loaded.add(backend)
+def why_not_on(capability: tuple[int, int]) -> str | None:
+    """Returns why the CUDA kernels cannot run on a GPU of this compute capability, or None."""
+    built = _loaded.get("cuda", {}).get("cuda_architectures")
+    if built is None or any(_runs_on(arch, capability) for arch in built.split(";")):
+        return None
+    return (
+        f"the cuda backend was built for {built}, which does not include this GPU's compute "
+        f"capability {capability[0]}.{capability[1]} (set TORCH_CUDA_ARCH_LIST and build again)"
+    )
+
+
+def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether code for "8.0", "9.0a" or "10.0+PTX" runs on a GPU."""
+    number = arch.removesuffix("+PTX")
+    major, minor = (int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return capability == (major, minor)
+    if arch.endswith("+PTX") and not number.endswith("f"):
+        return capability >= (major, minor)
+    return capability[0] == major and capability[1] >= minor
 
 
 _load()

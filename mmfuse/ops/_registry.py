@@ -45,7 +45,7 @@ class Op:
         self.module = module or name
         self._reasons: dict[str, str] = {}
         self.overloads: dict[str, Any] = {}
-        self._chosen: dict[tuple[str | None, str], str] = {}
+        self._chosen: dict[tuple[str | None, torch.device], str] = {}
         self._formula: tuple[Formula, Formula] | None = None
         for backend in BACKENDS:
             _library.define(f"{name}.{backend}{schema}")
@@ -81,21 +81,29 @@ class Op:
                 f"mmfuse::{self.name}.{backend}", bound, setup_context=setup_context, lib=_library
             )
 
-    def why_missing(self, backend: str, device_type: str | None = None) -> str | None:
-        """The reason why this cell cannot run, or None when it can."""
+    def why_missing(self, backend: str, device: str | torch.device | None = None) -> str | None:
+        """The reason why this cell cannot run, or None when it can.
+
+        Args:
+            backend: One of `BACKENDS`.
+            device: Where the tensors are; None asks whether it runs on any device. Of GPUs,
+                "cuda" is the current one.
+        """
         if backend in self._reasons:
             return self._reasons[backend]
+        where = torch.device(device) if device is not None else None
+        kind = where.type if where is not None else None
         if backend in ("cpu", "cuda"):
             reason = _native.why_missing(backend)
             if reason is not None:
                 return reason
-            keys = (device_type.upper(),) if device_type else ("CPU", "CUDA")
+            keys = (kind.upper(),) if kind else ("CPU", "CUDA")
             qualified = f"mmfuse::{self.name}.{backend}"
             if not any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, k) for k in keys):
-                return (
-                    f"the {backend} backend has no {self.name} for {device_type or 'any'} tensors"
-                )
-        if backend == "triton" and device_type == "cpu" and not _triton_interprets():
+                return f"the {backend} backend has no {self.name} for {kind or 'any'} tensors"
+        if backend == "cuda" and kind in ("cuda", None):
+            return _why_not_on_gpu(where)
+        if backend == "triton" and kind == "cpu" and not _triton_interprets():
             return "Triton runs on GPUs; on the CPU only with TRITON_INTERPRET=1 set before import"
         return None
 
@@ -106,22 +114,24 @@ class Op:
             ValueError: `backend` is not the name of a backend.
             RuntimeError: the named backend is not available; the message says why.
         """
-        key = (backend if backend is not None else _forced, device.type)
+        # One GPU may be too old for kernels that another one runs: the index belongs to the key.
+        key = (backend if backend is not None else _forced, device)
         chosen = self._chosen.get(key)
         if chosen is None:
-            chosen = self._chosen[key] = self._choose(*key)
+            chosen = self._chosen[key] = self._choose(key[0], device.type, device.index)
         return chosen
 
-    def _choose(self, named: str | None, device_type: str) -> str:
+    def _choose(self, named: str | None, device_type: str, index: int | None) -> str:
+        device = torch.device(device_type, index) if index is not None else device_type
         if named is not None:
             if named not in BACKENDS:
                 raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {named!r}")
-            reason = self.why_missing(named, device_type)
+            reason = self.why_missing(named, device)
             if reason is not None:
                 raise RuntimeError(f"backend {named!r} is not available for {self.name}: {reason}")
             return named
         order = preferred(self.name, device_type)
-        reasons = {candidate: self.why_missing(candidate, device_type) for candidate in order}
+        reasons = {candidate: self.why_missing(candidate, device) for candidate in order}
         best = next(candidate for candidate in order if reasons[candidate] is None)
         if best != order[0]:
             _warn_slow(best, order[0], reasons[order[0]])
@@ -134,7 +144,7 @@ class Op:
     def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:
         if torch.compiler.is_compiling():
             named = backend if backend is not None else _forced
-            return self.overloads[self._choose(named, device.type)](*args)
+            return self.overloads[self._choose(named, device.type, device.index)](*args)
         chosen = self.resolve(backend, device)
         overload = self.overloads[chosen]
         if torch._C._are_functorch_transforms_active():
@@ -149,6 +159,20 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def _why_not_on_gpu(device: torch.device | None) -> str | None:
+    """Why the CUDA kernels cannot run on a GPU; with None, on any that is here."""
+    if not torch.cuda.is_available():
+        return None
+    if device is not None and device.index is not None:
+        indices = [device.index]
+    elif device is not None:
+        indices = [torch.cuda.current_device()]
+    else:
+        indices = list(range(torch.cuda.device_count()))
+    reasons = [_native.why_not_on(torch.cuda.get_device_capability(i)) for i in indices]
+    return None if None in reasons else reasons[0]
 
 
 def _triton_interprets() -> bool:
@@ -218,7 +242,10 @@ def active_backend(op: str, device: torch.device | str = "cpu", backend: str | N
     """
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
-    return OPS[op].resolve(backend, torch.device(device))
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None and torch.cuda.is_available():
+        where = torch.device("cuda", torch.cuda.current_device())
+    return OPS[op].resolve(backend, where)
 
 
 def grid() -> Iterator[tuple[str, dict[str, str | None]]]:

@@ -1,0 +1,11 @@
+// What libmmfuse_cuda.so says of itself: one fact a line, a key and its value. Read with ctypes.
+#include <cuda_runtime_api.h>
+
+#include <string>
+
+extern "C" __attribute__((visibility("default"))) const char* mmfuse_cuda_facts() {
+  static const std::string text = "cuda_version " + std::to_string(CUDART_VERSION / 1000) + "." +
+                                  std::to_string(CUDART_VERSION % 1000 / 10) +
+                                  "\ncuda_architectures " MMFUSE_CUDA_ARCHS "\n";
+  return text.c_str();
+}

@@ -13,7 +13,7 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test soak lint format bench cuda triton gpu gpu-library clean
+.PHONY: help setup build demo test soak lint format bench cuda triton gpu gpu-library gpu-rehearsal clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -24,6 +24,7 @@ help:
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
 	@echo "make gpu-library  on any machine with nvcc: the libraries for one, into build/gpu_library"
+	@echo "make gpu-rehearsal  what make gpu does, small, on the CPU"
 	@echo "make triton  compile the Triton kernels for the same, ahead of time"
 
 # Installs the optional dependencies of these names.
@@ -89,6 +90,9 @@ triton: build
 gpu:
 	$(if $(OUT),,$(error make gpu OUT=folder: where do the results go?))
 	$(PYTHON) .ci/gpu.py --output $(OUT)
+
+gpu-rehearsal: build $(TESTING)
+	$(BIN)/python .ci/gpu.py --rehearse --output build/gpu_rehearsal --scratch build/gpu_rehearsal_scratch
 
 # For the machine with the GPU, whose minutes need not go into compiling.
 gpu-library: $(ENVIRONMENT)

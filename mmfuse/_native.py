@@ -58,7 +58,8 @@ def _load() -> None:
         try:
             load_library(path, backend)
         except OSError as error:
-            _load_errors[backend] = str(error)
+            # PyTorch's own sentence leaves out what the loader said.
+            _load_errors[backend] = str(error.__cause__ or error)
 
 
 @functools.cache

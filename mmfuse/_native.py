@@ -47,7 +47,7 @@ def load_library(path: str | Path, backend: str) -> None:
     """
     path = Path(path).resolve()
     torch.ops.load_library(str(path))
-    _loaded[backend] = _facts(path, backend)
+    _loaded[backend] = _loaded.get(backend, {}) | _facts(path, backend)
 
 
 def _load() -> None:
@@ -58,13 +58,14 @@ def _load() -> None:
         try:
             load_library(path, backend)
         except OSError as error:
-            _load_errors[backend] = str(error)
+            # PyTorch's own sentence leaves out what the loader said.
+            _load_errors[backend] = str(error.__cause__ or error)
 
 
 @functools.cache
 def _compiler_facts() -> dict[str, str]:
     """Compiler and flags, which a module for one version of Python knows."""
-    reason = "mmfuse._C, which knows it, was not built for this Python"
+    reason = "mmfuse._C, which knows it and the flags, was not built for this Python"
     try:
         # Only the one beside these libraries: an editable install may offer another's.
         spec = PathFinder.find_spec("mmfuse._C", [str(_FOLDER)])
@@ -74,8 +75,7 @@ def _compiler_facts() -> dict[str, str]:
             return dict(module.build_info())
     except ImportError as error:
         reason = str(error)
-    reason = f"unknown: {_build_notes().get('_C', reason)}"
-    return {"compiler": reason, "flags": reason}
+    return {"compiler": f"unknown: {_build_notes().get('_C', reason)}", "flags": ""}
 
 
 def build_info() -> dict[str, Any] | None:

@@ -38,7 +38,8 @@ NO_GPU = "needs an NVIDIA GPU; torch.cuda.is_available() is False"
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not torch.cuda.is_available() and _native.why_missing("cuda") is not None:
+    # Also beside the library for a GPU, which has nothing for tensors on the CPU.
+    if not torch.cuda.is_available() and OPS["grad_stats"].why_missing("cuda", "cpu") is not None:
         try:
             _native.load_library(build_kernels(), "cuda")
         except RuntimeError as error:

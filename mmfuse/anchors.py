@@ -88,9 +88,11 @@ class Anchors:
             grad_stats(active.grads[part], active.params[part], anchors, backend=backend)
             for part, anchors in self._parts(active)
         ]
-        found = (
-            parts[0] if len(parts) == 1 else GradStats(*map(torch.cat, zip(*parts, strict=True)))
-        )
+        found = parts[0]
+        if len(parts) > 1:
+            home = found.mean.device  # a later part's gradients may be on another device
+            fields = zip(*parts, strict=True)
+            found = GradStats(*(torch.cat([f.to(home) for f in field]) for field in fields))
         return active.whole(found)
 
     def update_(

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import combinations
 
 import torch
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from ._ranks import Group, check_group, mean_over_ranks
 from ._state import in_backward
 from .modalities import check_names, named_features
+from .ops._tensors import kept_tensor
 from .ops.joint_entropies import MAX_BINS, check_bins, joint_entropies
 from .ops.modality_scores import named_scores
 from .ops.mutual_information import normalised
@@ -263,9 +263,7 @@ def normalised_information(
     triples = joint_entropies(
         rows, [(m, j, c) for m, j in others], conditional_bins, backend=backend
     )
-    # A compiled graph keeps its constants itself.
-    combinations_on = _combinations if torch.compiler.is_compiling() else _kept_combinations
-    of_pairs, of_triples = combinations_on(pairs.entropies.device)
+    of_pairs, of_triples = _combinations(pairs.entropies.device)
     shared = pairs.entropies @ of_pairs
     if released:
         n = triples.counts.unflatten(-1, [conditional_bins] * 3)
@@ -284,23 +282,24 @@ def _combinations(device: torch.device) -> tuple[Tensor, Tensor]:
     [3, 2] from H(m), H(c), H(m,c); [7, 4] from those of (m, j, c), once for (m; c | j) and once for
     (j; c | m). One product costs less than the sums one by one.
     """
-    pair = [[2, 1], [2, 1], [-2, 0]]
-    triple = [
-        [0, 0, -2, -2],  # H(m)
-        [-2, -2, 0, 0],  # H(j)
-        [2, 1, 2, 1],  # H(m, j)
-        [0, 0, 0, 0],  # H(c)
-        [0, 0, 2, 1],  # H(m, c)
-        [2, 1, 0, 0],  # H(j, c)
-        [-2, 0, -2, 0],  # H(m, j, c)
-    ]
     return (
-        torch.tensor(pair, dtype=torch.float64, device=device),
-        torch.tensor(triple, dtype=torch.float64, device=device),
+        kept_tensor(_OF_PAIRS, (3, 2), torch.float64, device),
+        kept_tensor(_OF_TRIPLES, (7, 4), torch.float64, device),
     )
 
 
-_kept_combinations = lru_cache(maxsize=16)(_combinations)
+# fmt: off
+_OF_PAIRS = (2, 1,  2, 1,  -2, 0)
+_OF_TRIPLES = (
+    0, 0, -2, -2,  # H(m)
+    -2, -2, 0, 0,  # H(j)
+    2, 1, 2, 1,  # H(m, j)
+    0, 0, 0, 0,  # H(c)
+    0, 0, 2, 1,  # H(m, c)
+    2, 1, 0, 0,  # H(j, c)
+    -2, 0, -2, 0,  # H(m, j, c)
+)
+# fmt: on
 
 
 def _mean_of_pairs(others: Sequence[tuple[int, int]], forth: Tensor, back: Tensor) -> Tensor:

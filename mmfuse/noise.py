@@ -198,7 +198,12 @@ def default_stream(device: torch.device) -> NoiseStream:
     """
     seed = torch.initial_seed()
     known = _default_streams.get(device)
-    if known is None or known[0] != seed:
-        known = (seed, NoiseStream(seed, device))
-        _default_streams[device] = known
-    return known[1]
+    if known is not None and known[0] == seed:
+        return known[1]
+    stream = NoiseStream(seed, device)
+    if known is not None:
+        # In place: a captured CUDA graph goes on reading the state that it has seen.
+        known[1].load_state_dict(stream.state_dict())
+        stream = known[1]
+    _default_streams[device] = (seed, stream)
+    return stream

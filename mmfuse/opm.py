@@ -30,6 +30,7 @@ from ._ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
 from ._state import in_backward
 from .modalities import check_names, named_features
 from .noise import NoiseStream
+from .ops._tensors import kept_tensor
 from .ops.discrepancy_ratios import discrepancy_ratios
 from .ops.drop_modalities import named_drop
 from .ops.modality_scores import named_scores
@@ -284,7 +285,8 @@ class OPM(EpochWindow, nn.Module):
         with torch.no_grad():
             drawn = self._stream().uniform(1, stream_id=self.num_modalities)[0]
             q = torch.where(drawn >= 1 - self._p_exe, q, 0.0)
-            widths = torch.tensor([math.prod(f.shape[1:]) for f in features]).to(q)
+            sizes = tuple(math.prod(f.shape[1:]) for f in features)
+            widths = kept_tensor(sizes, (len(sizes),), q.dtype, q.device)
             scale = 1 / (1 - (widths * q).sum() / widths.sum())
         dropped = self._drop(names, features, q, scale)
         rows = dropped.keep.any(0).nonzero().squeeze(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,15 +23,31 @@ class _NoReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _set_sync_debug_mode(mode: int | str) -> None:
+    with warnings.catch_warnings():
+        # The first call of a process warns after it has set the mode: as an error, the mode stays.
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype", UserWarning)
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@contextmanager
+def sync_debug_mode(mode: int | str) -> Iterator[None]:
+    """PyTorch's debug mode for waits, of the whole process; always put back to what it was."""
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        _set_sync_debug_mode(mode)
+        yield
+    finally:
+        _set_sync_debug_mode(before)
+
+
 @contextmanager
 def no_host_sync(device: str) -> Iterator[None]:
     """Fails on an operator that reads a value on the host; on a GPU also on any other wait."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    if device != "cuda":
         with _NoReads():
             yield
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
+        return
+    torch.cuda.synchronize()
+    with sync_debug_mode("error"), _NoReads():
+        yield

@@ -7,6 +7,8 @@ put in a new tensor, a number that is kept in Python, and a copy from the host.
 from __future__ import annotations
 
 import copy
+import importlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,11 +19,14 @@ from networks import AudioVisual, batch, start_third_epoch
 from no_sync import no_host_sync
 from replay import Captured
 from test_amp import differences
+from test_contract import samples
 from torch import Tensor
 from torch.nn import functional as F
 
 import mmfuse
 from mmfuse import ARM, OGM, OPM, InfoReg, NoiseStream, RedReg, ogm_backward
+from mmfuse.ops import _tensors
+from mmfuse.ops._registry import OPS
 
 REPLAYS = 3
 Data = tuple[Tensor, Tensor, Tensor]
@@ -269,6 +274,54 @@ def test_every_replay_draws_fresh_noise(cell: Cell) -> None:
         expected = torch.cat([fresh.normal(37, 0), 2 * fresh.normal(15, 1)])
         torch.testing.assert_close(noise, expected, atol=2e-5, rtol=2e-5)
         fresh.advance()
+
+
+@pytest.mark.usefixtures("_repeatable")
+@pytest.mark.parametrize(
+    "kind", [WithoutNoise, WithInfoReg, WithARM], ids=lambda kind: kind.__name__
+)
+def test_what_is_kept_on_the_device_may_be_missing(
+    cell: Cell, kind: type[Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the first step with these gradients is the one that is captured."""
+    cell.skip_slow()
+    model = AudioVisual().to(cell.device)
+    torch.manual_seed(1)
+    eager = warmed(kind, model, cell)
+    torch.manual_seed(1)
+    replayed = warmed(kind, model, cell)
+    for training in (eager, replayed):
+        training.model.audio_net.conv1.weight.requires_grad_(False)
+    expected = eager.step()
+    monkeypatch.setattr(_tensors, "_kept", OrderedDict())
+    monkeypatch.setattr(_tensors, "_kept_for_graphs", {})
+    if cell.device == "cpu":
+        monkeypatch.setattr(_tensors, "_capturing", lambda device: True)
+    replayed.optimizer.zero_grad()
+    found = Captured(replayed.step, cell.device).result
+    assert not _tensors._kept and not _tensors._kept_for_graphs
+    assert torch.equal(found[0], expected[0])
+    assert differences(vars(found[1]), vars(expected[1])) == []
+
+
+def test_opm_as_released_copies_nothing_from_the_host() -> None:
+    """It cannot be captured, since the number of rows that are left is read on the host."""
+    features = {"audio": torch.randn(6, 2, 5), "visual": torch.randn(6, 3)}
+    logits = {name: torch.randn(6, 4) for name in features}
+    labels = torch.randint(0, 4, (6,))
+    opm = OPM.official(stream=NoiseStream(3))
+    opm(features, logits, labels)
+    Captured(lambda: opm(features, logits, labels), "cpu")
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+@torch.no_grad()
+def test_the_reference_can_be_captured(op: str) -> None:
+    """The recording does not see into an op; here it looks at the reference itself."""
+    module = importlib.import_module(f"mmfuse.reference.{OPS[op].module}")
+    for arguments in samples("cpu")[op]:
+        with no_host_sync("cpu"):
+            Captured(lambda given=arguments: getattr(module, op)(*given), "cpu")
 
 
 class TestTheRecording:

@@ -199,6 +199,7 @@ def test_torch_manual_seed_controls_the_default_stream() -> None:
     torch.manual_seed(6)
     second = default_stream(cpu)
     assert second.state.tolist() == [6, 0]
+    assert first.state.tolist() == [6, 0]  # in place: a captured graph reads the same memory
     assert NoiseStream().state.tolist() == [6, 0]
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -190,14 +192,80 @@ def check_writable(name: str, tensors: Sequence[Tensor]) -> None:
 
 
 def index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
-    """The index as a tensor; kept, so that a steady training loop copies nothing from the host."""
-    # A compiled graph keeps its constants itself.
-    make = _index_tensor if torch.compiler.is_compiling() else _kept_index_tensor
-    return make(index, device)
+    """The index as an int64 tensor; see `kept_tensor`."""
+    return kept_tensor(index, (len(index),), torch.int64, device)
 
 
-def _index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(index, dtype=torch.int64, device=device)
+def kept_tensor(
+    values: tuple[float, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Numbers of the host as a tensor on a device; nobody must write to it.
+
+    It is kept there, so that a steady training loop copies nothing from the host: such a copy waits
+    for the device and cannot be captured in a CUDA graph.
+
+    Args:
+        values: All elements, in order.
+        shape: Of the tensor.
+        dtype: Of the tensor.
+        device: Where it is.
+    """
+    if torch.compiler.is_compiling():  # a compiled graph keeps its constants itself
+        return _copied(values, shape, dtype, device)
+    capturing = _capturing(device)
+    key = (values, shape, dtype, device)
+    with _kept_lock:
+        found = _kept_for_graphs.get(key)
+        if found is not None:
+            return found
+        found = _kept.get(key)
+        if found is not None:
+            if capturing:  # the graph reads it whenever it is replayed
+                _kept_for_graphs[key] = _kept.pop(key)
+            else:
+                _kept.move_to_end(key)
+            return found
+    if capturing:
+        # In the memory of the graph, which alone fills it, at each replay: not for anyone else.
+        return _filled(values, shape, dtype, device)
+    made = _copied(values, shape, dtype, device)
+    with _kept_lock:
+        _kept[key] = made
+        while len(_kept) > _MOST_KEPT:
+            _kept.popitem(last=False)
+    return made
 
 
-_kept_index_tensor = lru_cache(maxsize=128)(_index_tensor)
+def _capturing(device: torch.device) -> bool:
+    """Whether what is done on the device now is recorded in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _copied(
+    values: Sequence[float], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device).view(shape)
+
+
+def _filled(
+    values: Sequence[float], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """By kernels that carry the numbers as their arguments, one for each run of equal numbers.
+
+    Slower than a copy, but a graph can capture it, and needs no memory of the host that would have
+    to outlive it.
+    """
+    runs = [
+        torch.full((len(list(run)),), value, dtype=dtype, device=device)
+        for value, run in groupby(values)
+    ]
+    return torch.cat(runs or [torch.empty(0, dtype=dtype, device=device)]).view(shape)
+
+
+_Key = tuple[tuple[float, ...], tuple[int, ...], torch.dtype, torch.device]
+
+# The tensors used last, and those of captured graphs, which are never dropped.
+_MOST_KEPT = 128
+_kept: OrderedDict[_Key, Tensor] = OrderedDict()
+_kept_for_graphs: dict[_Key, Tensor] = {}
+_kept_lock = threading.Lock()

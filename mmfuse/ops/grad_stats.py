@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._registry import Op
-from ._tensors import by_device, check_list, check_pairs, contiguous_layout
+from ._tensors import by_device, check_list, check_pairs, contiguous_layout, index_tensor
 
 
 class GradStats(NamedTuple):
@@ -136,11 +136,13 @@ def _on_several_devices(
         pick = [[row[i] for i in index] if row else None for row in (grads, params, anchors)]
         parts.append(grad_stats(pick[0] or [], pick[1], pick[2], backend=backend))
         order += index
-    back = torch.tensor(order).argsort().to(home)
+    places = sorted(range(len(order)), key=order.__getitem__)
+    back = index_tensor(tuple(places), home)
     columns = []
     for fields in zip(*parts, strict=True):
         present = [f for f in fields if f is not None]
-        columns.append(torch.cat([f.to(home) for f in present])[back] if present else None)
+        together = torch.cat([f.to(home) for f in present]) if present else None
+        columns.append(None if together is None else together.index_select(0, back))
     numel, mean, m2, dot, disp_sq = columns
     assert numel is not None and mean is not None and m2 is not None
     return GradStats(numel, mean, m2, dot, disp_sq)

@@ -16,6 +16,7 @@ from ._tensors import (
     check_vector,
     check_writable,
     contiguous_layout,
+    index_tensor,
 )
 
 
@@ -106,7 +107,8 @@ def update_grads_(
                 device, index, grads, params, anchors, vectors, stream, finite, squares, backend
             )
             if sq_norm is not None and squares is not None:
-                sq_norm[torch.tensor(index).to(sq_norm.device)] = squares.to(sq_norm.device)
+                at = index_tensor(tuple(index), sq_norm.device)
+                sq_norm.index_copy_(0, at, squares.to(sq_norm.device))
         return
     device = next(iter(groups))
     wide = any(g.dtype == torch.float64 for g in grads)
@@ -161,9 +163,10 @@ def _update_part(
     backend: str | None,
 ) -> None:
     """Updates the gradients on one of several devices, each with its own id in the stream."""
-    rows = torch.tensor(index)
+    rows = tuple(index)
     scale, pull, noise_std = (
-        None if v is None else v[rows.to(v.device)].to(device) for v in vectors
+        None if v is None else v.index_select(0, index_tensor(rows, v.device)).to(device)
+        for v in vectors
     )
     assert scale is not None
     placed = None

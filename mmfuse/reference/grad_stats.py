@@ -15,8 +15,11 @@ def grad_stats(
 ) -> tuple[Tensor, Tensor]:
     """See `mmfuse.ops.grad_stats`; moments are [2, T], or [4, T] with anchors."""
     dtype = accumulator(*grads)
-    device = grads[0].device if grads else None
-    numel = torch.tensor([g.numel() for g in grads], dtype=torch.int64, device=device)
+    if not grads:
+        return torch.empty(0, dtype=torch.int64), torch.empty(4 if params else 2, 0, dtype=dtype)
+    device = grads[0].device
+    # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+    numel = [torch.full((), g.numel(), dtype=torch.int64, device=device) for g in grads]
     columns = []
     for t, grad in enumerate(grads):
         # float64 throughout: a mean rounded to float32 would leave n·(its error)² in m2.
@@ -27,6 +30,4 @@ def grad_stats(
             d = params[t].double() - anchors[t].double()
             column += [(d * g).sum(), d.square().sum()]
         columns.append(torch.stack(column).to(dtype))
-    if not columns:
-        return numel, torch.empty(4 if params else 2, 0, dtype=dtype, device=device)
-    return numel, torch.stack(columns, dim=1)
+    return torch.stack(numel), torch.stack(columns, dim=1)

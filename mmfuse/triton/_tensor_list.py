@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -34,8 +34,10 @@ _ROW_WIDTH = tl.constexpr(8)
 # What 128-bit loads and stores need, in bytes.
 _ALIGNMENT = tl.constexpr(16)
 _CACHED_TABLES = 32
-# Page-locked entries kept for tables that are made while a CUDA graph is captured: 4 MiB.
-_CAPTURE_ENTRIES = 1 << 19
+# What a capture finds page-locked for its tables: this many entries (2 MiB) at least, and room for
+# this many of the largest table that was made outside of one.
+_CAPTURE_ENTRIES = 1 << 18
+_CAPTURE_TABLES = 8
 
 TRITON_DTYPES = {
     torch.float16: tl.float16,
@@ -58,6 +60,22 @@ class Group(NamedTuple):
     dtypes: tuple[torch.dtype, ...]
     aligned: bool
     first_chunk: int
+    n_chunks: int
+
+
+class HostTable(NamedTuple):
+    """What is copied to the device.
+
+    Attributes:
+        entries: int64: the rows, and then the int32 of the chunks; page-locked for a GPU.
+        row_entries: How many of them are rows: T * 8.
+        groups: What to launch.
+        n_chunks: Number of chunks of all groups together.
+    """
+
+    entries: Tensor
+    row_entries: int
+    groups: tuple[Group, ...]
     n_chunks: int
 
 
@@ -125,14 +143,73 @@ def launch_on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+# The dtypes of all tensors; addresses of the grads, params and anchors, sizes, offsets and ids.
+_Contents = tuple[tuple[torch.dtype, ...], tuple[tuple[int, ...], ...]]
+_Key = tuple[torch.device, int | None, _Contents]
+
+
+class CaptureMemory:
+    """Page-locked memory for tables that are made while a CUDA graph is captured.
+
+    None can be allocated during a capture, where cudaHostAlloc is an unsafe call: whenever a table
+    is looked up outside of one, room is made for the next. A graph copies its tables from here at
+    each replay and does not say when it is gone, so that nothing is taken back.
+    """
+
+    def __init__(self) -> None:
+        self._room: Tensor | None = None
+        self._last_size = 0
+        self._needed = _CAPTURE_ENTRIES
+        self._lock = threading.Lock()
+
+    @property
+    def left(self) -> int:
+        """How many entries can be taken."""
+        return 0 if self._room is None else self._room.numel()
+
+    def prepare(self, entries: int) -> None:
+        """Makes room for a capture, outside of one; a table of this size is in use."""
+        self._needed = max(self._needed, _CAPTURE_TABLES * entries)
+        if self.left >= self._needed:
+            return
+        with self._lock:
+            if self.left < self._needed:
+                # Twice as much each time, so that few allocations serve any number of captures.
+                self._last_size = 2 * max(self._last_size, self._needed)
+                self._room = _page_locked(self._last_size)
+
+    def take(self, entries: int, what: str) -> Tensor:
+        """Hands out memory during a capture; whoever takes it keeps it.
+
+        Raises:
+            RuntimeError: there is not enough; `what` says for what.
+        """
+        with self._lock:
+            if self._room is None or self._room.numel() < entries:
+                self._needed = 2 * max(self._needed, entries)
+                raise RuntimeError(
+                    f"capturing this CUDA graph takes {8 * entries} bytes of page-locked memory "
+                    f"for {what}; mmfuse has {8 * self.left} left, and none can be allocated "
+                    "during a capture: run the same step once more outside of the capture, which "
+                    "makes room, and then capture again"
+                )
+            taken, self._room = self._room[:entries], self._room[entries:]
+        return taken
+
+
+_capture_memory = CaptureMemory()
+
+
 class TableCache:
     """Tables by what they were made of; use inside `launch_on`, whose stream the copies join."""
 
     def __init__(self, chunk_size: int) -> None:
         self._chunk_size = chunk_size
-        self._tables: OrderedDict[Any, TensorTable] = OrderedDict()
-        # A captured graph reads its tables whenever it is replayed: these are never dropped.
-        self._captured: list[TensorTable] = []
+        self._tables: OrderedDict[_Key, TensorTable] = OrderedDict()
+        # A captured graph reads these, or copies its own from these, whenever it is replayed: they
+        # are never dropped.
+        self._read_by_graphs: dict[_Key, TensorTable] = {}
+        self._copied_by_graphs: dict[_Contents, HostTable] = {}
         self._lock = threading.Lock()
 
     def get(
@@ -152,35 +229,64 @@ class TableCache:
             tuple(noise_ids),
         )
         dtypes = tuple([t.dtype for tensors in (grads, params, anchors) for t in tensors])
-        stream, capturing = None, False
-        if device.type == "cuda":
-            # Another stream would have to wait for the copy, so each has tables of its own.
-            stream = torch.cuda.current_stream(device).cuda_stream
-            capturing = torch.cuda.is_current_stream_capturing()
-        key = (device, stream, dtypes, columns)
+        # Another stream would have to wait for the copy, so each has tables of its own.
+        stream, capturing = _stream(device)
+        contents = (dtypes, columns)
+        key = (device, stream, contents)
         with self._lock:
+            if capturing:
+                return self._get_for_graph(key, contents, device)
             table = self._tables.get(key)
             if table is not None:
                 self._tables.move_to_end(key)
-                if capturing:
-                    self._captured.append(table)
-                return table
-            table = _make_table(columns, dtypes, device, self._chunk_size, capturing)
-            # A table made during a capture belongs to the graph, which refills it at each replay.
-            if not capturing:
-                self._tables[key] = table
+            else:
+                table = self._read_by_graphs.get(key)
+            if table is None:
+                table = self._tables[key] = self._made(contents, device, stream)
                 if len(self._tables) > _CACHED_TABLES:
                     self._tables.popitem(last=False)
+        if stream is not None:
+            _capture_memory.prepare(table.host.numel())
         return table
 
+    def _made(self, contents: _Contents, device: torch.device, stream: int | None) -> TensorTable:
+        def allocate(entries: int) -> Tensor:
+            if stream is None:
+                return torch.empty(entries, dtype=torch.int64, device="cpu")
+            return _page_locked(entries)
 
-def _make_table(
-    columns: tuple[tuple[int, ...], ...],
-    dtypes: tuple[torch.dtype, ...],
-    device: torch.device,
-    chunk_size: int,
-    capturing: bool,
-) -> TensorTable:
+        return _on_device(_host_table(contents, self._chunk_size, allocate), device)
+
+    def _get_for_graph(self, key: _Key, contents: _Contents, device: torch.device) -> TensorTable:
+        table = self._tables.pop(key, None)
+        if table is not None:
+            self._read_by_graphs[key] = table
+        if key in self._read_by_graphs:
+            return self._read_by_graphs[key]
+        # Graphs with the same contents share their source. The copy on the device is in the memory
+        # of each one, which may use it for something else after the kernels have read it.
+        source = self._copied_by_graphs.get(contents)
+        if source is None:
+            what = f"the addresses of {len(contents[1][0])} tensors"
+            source = _host_table(
+                contents, self._chunk_size, lambda entries: _capture_memory.take(entries, what)
+            )
+            self._copied_by_graphs[contents] = source
+        return _on_device(source, device)
+
+
+def _stream(device: torch.device) -> tuple[int | None, bool]:
+    """A GPU's current stream, and whether it is captured."""
+    if device.type != "cuda":
+        return None, False
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return stream, torch.cuda.is_current_stream_capturing()
+
+
+def _host_table(
+    contents: _Contents, chunk_size: int, allocate: Callable[[int], Tensor]
+) -> HostTable:
+    dtypes, columns = contents
     addresses = [column for column in columns[:3] if column]
     numels, offsets, ids = columns[3:]
     count = len(numels)
@@ -211,36 +317,19 @@ def _make_table(
     padded = [column or zeros for column in (*columns[:4], first_chunks, offsets, ids, zeros)]
     rows = torch.tensor(padded, dtype=torch.int64, device="cpu").t().reshape(-1)
     row_entries = rows.numel()
-    host = _host_buffer(row_entries + -(-total // 2), device, capturing)
-    host[:row_entries] = rows
+    entries = allocate(row_entries + -(-total // 2))
+    entries[:row_entries] = rows
     slots, repeats = torch.tensor([order, n_chunks], dtype=torch.int64, device="cpu")
-    host[row_entries:].view(torch.int32)[:total] = slots.repeat_interleave(repeats)
-    table = host.to(device, non_blocking=True)
+    entries[row_entries:].view(torch.int32)[:total] = slots.repeat_interleave(repeats)
+    return HostTable(entries, row_entries, tuple(groups), total)
+
+
+def _on_device(source: HostTable, device: torch.device) -> TensorTable:
+    table = source.entries.to(device, non_blocking=True)
+    rows, chunks = table[: source.row_entries], table[source.row_entries :]
     return TensorTable(
-        table[:row_entries], table[row_entries:].view(torch.int32), tuple(groups), total, host
+        rows, chunks.view(torch.int32), source.groups, source.n_chunks, source.entries
     )
-
-
-_capture_buffer: Tensor | None = None
-
-
-def _host_buffer(entries: int, device: torch.device, capturing: bool) -> Tensor:
-    """int64 memory to copy a table from; page-locked for a GPU, so that the copy does not wait."""
-    global _capture_buffer
-    if device.type != "cuda":
-        return torch.empty(entries, dtype=torch.int64, device="cpu")
-    if not capturing:
-        if _capture_buffer is None:
-            _capture_buffer = _page_locked(_CAPTURE_ENTRIES)
-        return _page_locked(entries)
-    # A graph repeats the copy whenever it is replayed, so its source is handed out only once.
-    if _capture_buffer is None or _capture_buffer.numel() < entries:
-        raise RuntimeError(
-            "mmfuse has no page-locked memory left for this CUDA graph, and cannot allocate any "
-            "during the capture; run the step once before the first capture"
-        )
-    buffer, _capture_buffer = _capture_buffer[:entries], _capture_buffer[entries:]
-    return buffer
 
 
 def _page_locked(entries: int) -> Tensor:

@@ -266,7 +266,7 @@ def test_the_gpu_plan_from_end_to_end(tmp_path: Path) -> None:
         for provider in ("official", "foreach", "cpu")
     ]
     assert not list(tmp_path.glob("*.png"))
-    assert "Not measured" not in (tmp_path / "results.md").read_text()
+    assert "## Not measured" not in (tmp_path / "results.md").read_text()
 
 
 def test_the_order_of_the_gpu_plan() -> None:

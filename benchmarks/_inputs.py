@@ -238,11 +238,24 @@ def new_optimizer(model: AudioVisual) -> torch.optim.SGD:
     return torch.optim.SGD(model.parameters(), lr=2e-3, momentum=0.9, weight_decay=1e-4)
 
 
+def in_format(tensor: Tensor, channels_last: bool) -> Tensor:
+    """In the memory format that `.to(memory_format=...)` gives a network's parameters."""
+    if channels_last and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """A flat view of a dense tensor's memory."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,), tensor.storage_offset())
+
+
 class GradientInputs(Inputs):
     """Parameters of all encoders with their gradients, and the vectors that say what to do.
 
     `grads` are the buffers that providers update in place; `official` puts new tensors in the
-    parameters' `.grad`. `results` finds both. `pieces` are views that cut large gradients.
+    parameters' `.grad`. `results` finds both. `flat_grads` and the like hold the elements as they
+    lie in memory; `pieces` are views that cut large gradients.
     """
 
     def __init__(
@@ -264,20 +277,25 @@ class GradientInputs(Inputs):
         shapes = [shape for encoder in encoders for shape in encoder]
         # Every tensor has its own spread, so that a mixed-up index shows.
         spreads = [1e-3 * (1 + t % 7) for t in range(len(shapes))]
-        self.pristine = [self._randn(s, std) for s, std in zip(shapes, spreads, strict=True)]
+        last = workload.channels_last
+        self.pristine = [
+            in_format(self._randn(s, std), last) for s, std in zip(shapes, spreads, strict=True)
+        ]
         self.grads = [torch.empty_like(g) for g in self.pristine]
         # Weights are written only where a case reads them; else their pages cost no memory.
         self.params = [
-            self._randn(s, 0.02) if anchored else torch.empty(s, dtype=dtype, device=device)
-            for s in shapes
+            in_format(self._randn(g.shape, 0.02), last) if anchored else torch.empty_like(g)
+            for g in self.pristine
         ]
-        self.anchors = [p + self._randn(p.shape, 1e-3) for p in self.params if anchored]
+        self.anchors = [
+            p + in_format(self._randn(p.shape, 1e-3), last) for p in self.params if anchored
+        ]
         for p in self.params:
             p.requires_grad_()
         self.encoder_params = self.by_encoder(self.params)
         self.encoder_grads = self.by_encoder(self.grads)
         self.flat_grads, self.flat_params, self.flat_anchors = (
-            [t.detach().view(-1) for t in row] for row in (self.grads, self.params, self.anchors)
+            [in_memory(t) for t in row] for row in (self.grads, self.params, self.anchors)
         )
         cut = [(t, piece) for t, g in enumerate(self.flat_grads) for piece in g.split(_NORM_PIECE)]
         self.pieces = [piece for _, piece in cut]

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import json
+import math
 import os
 import random
 import tempfile
@@ -45,11 +46,14 @@ class Prepared:
         call: What is timed.
         restore: Undoes what the call has changed; not timed.
         compiled: Whether it runs code of torch.compile.
+        queued: Whether the device's time alone is wanted: the clock then starts when the whole call
+            is in the device's queue.
     """
 
     call: Call
     restore: Call = lambda: None
     compiled: bool = False
+    queued: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,21 +78,31 @@ class Clock:
 
     On a GPU by events. What was written before, to empty the caches, keeps the device busy while
     the host prepares the first launches, as a backward pass would.
+
+    Args:
+        device: Where the calls run.
+        shrink: By how much the data is smaller than it should be, in a rehearsal.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, shrink: int = 1) -> None:
         self._cuda = device.type == "cuda"
         # Larger than any last-level cache.
-        self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self._flush = torch.empty(_FLUSH_BYTES // shrink, dtype=torch.uint8, device=device)
         if self._cuda:
             self._start, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            self._flush_seconds = self(self._flush.zero_, cold=True).device
 
-    def __call__(self, call: Call, *, cold: bool, repeats: int = 1) -> Sample:
-        """Mean time of `repeats` calls, with nothing of their data in the caches if `cold`."""
+    def __call__(self, call: Call, *, cold: bool, repeats: int = 1, lead: float = 0.0) -> Sample:
+        """Mean time of `repeats` calls, with nothing of their data in the caches if `cold`.
+
+        A GPU is then kept busy for at least `lead` seconds before the clock starts.
+        """
         if self._cuda:
             torch.cuda.synchronize()
         if cold:
-            self._flush.zero_()
+            for _ in range(flushes(lead, self._flush_seconds) if self._cuda and lead else 1):
+                self._flush.zero_()
         if self._cuda:
             self._start.record()
         start = time.perf_counter()
@@ -100,6 +114,11 @@ class Clock:
         self._end.record()
         self._end.synchronize()
         return Sample(self._start.elapsed_time(self._end) / 1e3 / repeats, host)
+
+
+def flushes(lead: float, seconds: float) -> int:
+    """How many flushes of so many seconds take as long as the host needs, and one more."""
+    return 1 + math.ceil(lead / seconds)
 
 
 @contextlib.contextmanager
@@ -121,6 +140,7 @@ def interleaved(
     *,
     cold: bool,
     in_rows: bool = False,
+    most: int = MAX_SAMPLES,
 ) -> dict[str, list[Sample]]:
     """Samples of all calls in turns, so that a slow spell of the machine hits all of them.
 
@@ -131,15 +151,24 @@ def interleaved(
         cold: Whether to empty the caches before each call.
         in_rows: Whether to time rows of calls that take about a millisecond together. A short call
             on its own mostly shows what the provider before it has left in the caches.
+        most: Samples of each call.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in providers}
-    repeats = dict.fromkeys(providers, 1)
-    if in_rows:
-        for name, prepared in providers.items():
+    repeats, leads = dict.fromkeys(providers, 1), dict.fromkeys(providers, 0.0)
+    for name, prepared in providers.items():
+        if not (in_rows or prepared.queued):
+            continue
+        warm = []
+        for _ in range(3):
             prepared.restore()
-            # The first of them warms up: by its time alone rows would be of one call.
-            once = min(clock(prepared.call, cold=False).host for _ in range(3))
+            warm.append(clock(prepared.call, cold=False))
+        # The first of them warms up: by its time alone rows would be of one call.
+        if in_rows:
+            once = min(max(sample.host, sample.device) for sample in warm)
             repeats[name] = max(1, round(_ROW_SECONDS / max(once, 1e-9)))
+        if prepared.queued:
+            # The host is now and then slower than it was in the best of three calls.
+            leads[name] = 2 * min(sample.host for sample in warm)
     spent = dict.fromkeys(providers, 0.0)
     share = seconds / max(1, len(providers))
     active = list(providers)
@@ -151,9 +180,11 @@ def interleaved(
             for name in active:
                 began = time.perf_counter()
                 providers[name].restore()
-                samples[name].append(clock(providers[name].call, cold=cold, repeats=repeats[name]))
+                samples[name].append(
+                    clock(providers[name].call, cold=cold, repeats=repeats[name], lead=leads[name])
+                )
                 spent[name] += time.perf_counter() - began
-            active = [n for n in active if not _enough(len(samples[n]), spent[n], share)]
+            active = [n for n in active if not _enough(len(samples[n]), spent[n], share, most)]
             # Nobody always runs after the same neighbour.
             order.shuffle(active)
     finally:
@@ -161,8 +192,8 @@ def interleaved(
     return samples
 
 
-def _enough(count: int, spent: float, share: float) -> bool:
-    return count >= MIN_SAMPLES and (spent >= share or count >= MAX_SAMPLES)
+def _enough(count: int, spent: float, share: float, most: int) -> bool:
+    return count >= MIN_SAMPLES and (spent >= share or count >= most)
 
 
 def quantile(values: Sequence[float], q: float) -> float:
@@ -178,8 +209,8 @@ class BigCopy:
         nbytes: Bytes read plus bytes written.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        source = torch.randn(COPY_ELEMENTS[device.type], device=device)
+    def __init__(self, device: torch.device, shrink: int = 1) -> None:
+        source = torch.randn(COPY_ELEMENTS[device.type] // shrink, device=device)
         target = torch.empty_like(source)
         self.nbytes = 2 * source.nbytes
         self.prepared = Prepared(lambda: target.copy_(source))
@@ -228,23 +259,36 @@ def _cost_on_cuda(prepared: Prepared) -> Cost:
     torch.cuda.synchronize()
     extra = torch.cuda.max_memory_allocated() - before
     prepared.restore()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            prepared.call()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    with sync_warnings() as caught:
+        prepared.call()
     syncs = sum(_SYNC_WARNING in str(warning.message) for warning in caught)
     prepared.restore()
     torch.cuda.synchronize()
-    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    # Without the accumulation PyTorch 2.11 warns that there is none.
-    with profile(activities=kinds, acc_events=True) as profiler:
+    # As PyTorch sets them where it uses graphs itself: a profiler that ends and starts again can
+    # crash beside them.
+    os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    # The host's operators would be most of the trace, and are not counted. Without the accumulation
+    # PyTorch 2.11 warns that there is none.
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         prepared.call()
         torch.cuda.synchronize()
     launches = sum(event.get("cat") in _DEVICE_EVENTS for event in _trace(profiler))
     return Cost(launches, syncs, extra)
+
+
+@contextlib.contextmanager
+def sync_warnings() -> Iterator[list[warnings.WarningMessage]]:
+    """Collects PyTorch's warnings about waits of the host; the mode is then what it was."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            # Warns, once in a process, that the mode is a prototype.
+            torch.cuda.set_sync_debug_mode("warn")
+            yield caught
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
 
 def _trace(profiler: profile) -> list[dict[str, Any]]:

@@ -1,11 +1,14 @@
 """The gate: every provider's result against the reference in float64, before it is timed.
 
 Whole tensors where that is cheap. The reference's noise costs a microsecond an element, so updates
-are compared on windows of every tensor: the counter-based stream gives the noise of any window.
+are compared on windows of every tensor: the counter-based stream gives the noise of any window. On
+a GPU what counts is the launches, so all windows' noise and all comparisons are formed at once.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from collections.abc import Sequence
 
@@ -48,6 +51,8 @@ _UPDATE_TOLERANCE = {
     torch.bfloat16: 2.0**-5,
 }
 _WINDOWS = 2**17
+# Tensor, start, end.
+Window = tuple[int, int, int]
 
 
 class ParityError(AssertionError):
@@ -258,35 +263,83 @@ def check_update(
     rows = torch.tensor([t for t, _, _ in places], device=inputs.device)
 
     def cut(tensors: Sequence[Tensor]) -> list[Tensor]:
-        flat = [t.detach().view(-1) for t in tensors]
+        flat = [t.detach().flatten() for t in tensors]
         return [flat[t][start:end].double() for t, start, end in places]
 
     want = [w.clone() for w in cut(inputs.pristine)]
-    drawn = noise_std is not None and provider not in OWN_NOISE
     reference_update.update_grads_(
         want,
         scale[rows].double(),
         cut(inputs.params) if pull is not None else (),
         cut(inputs.anchors) if pull is not None else (),
         pull[rows].double() if pull is not None else None,
-        noise_std[rows].double() if drawn else None,
-        inputs.state if drawn else None,
-        [t for t, _, _ in places],
-        [start for _, start, _ in places],
+        None,
+        None,
+        (),
+        (),
         None,
         None,
     )
     got = cut(inputs.results())
-    if noise_std is not None and not drawn:
-        _check_noise(inputs, cut(inputs.pristine), got, want, noise_std[rows].double())
+    if noise_std is not None:
+        spreads = noise_std[rows].double()
+        if provider in OWN_NOISE:
+            _check_noise(inputs, cut(inputs.pristine), got, want, spreads)
+            return
+        noise = standard_normals(inputs.state, places)
+        torch._foreach_add_(want, torch._foreach_mul(noise, list(spreads.unbind())))
+    _check_windows(places, got, want, _UPDATE_TOLERANCE[inputs.dtype] + rounding)
+
+
+def _check_windows(
+    places: Sequence[Window], got: Sequence[Tensor], want: Sequence[Tensor], tolerance: float
+) -> None:
+    """Compares all windows, each to the size of its own numbers, and names the first wrong one."""
+    lengths = [end - start for _, start, end in places]
+    sizes = torch.stack([w.square().mean() for w in want]).sqrt()
+    flat, exact = torch.cat(list(got)), torch.cat(list(want))
+    limit = tolerance * (exact.abs() + sizes.repeat_interleave(_index(lengths, exact.device)))
+    # So that a NaN is wrong as well.
+    wrong = ~((flat - exact).abs() <= limit)
+    if not wrong.any():
         return
-    tolerance = _UPDATE_TOLERANCE[inputs.dtype] + rounding
-    for (t, start, end), g, w in zip(places, got, want, strict=True):
-        atol = tolerance * float(w.square().mean().sqrt())
-        close(f"gradient {t}, elements {start} to {end}", g, w, tolerance, atol)
+    first = next(n for n, part in enumerate(wrong.split(lengths)) if part.any())
+    t, start, end = places[first]
+    what = f"gradient {t}, elements {start} to {end}"
+    close(what, got[first], want[first], tolerance, tolerance * float(sizes[first]))
 
 
-def _windows(sizes: Sequence[int]) -> list[tuple[int, int, int]]:
+def standard_normals(state: Tensor, places: Sequence[Window]) -> list[Tensor]:
+    """The reference's `standard_normal` of all windows, in as many launches as of one."""
+    firsts = [start // 4 for _, start, _ in places]
+    counts = [(end + 3) // 4 - first for (_, _, end), first in zip(places, firsts, strict=True)]
+    of_window = _index(range(len(places)), state.device).repeat_interleave(
+        _index(counts, state.device)
+    )
+    before = [0, *itertools.accumulate(counts)][:-1]
+    shift = _index([f - b for f, b in zip(firsts, before, strict=True)], state.device)
+    block = torch.arange(sum(counts), device=state.device) + shift[of_window]
+    stream = _index([t for t, _, _ in places], state.device)[of_window]
+    word = 2**32 - 1
+    seed, step = state.unbind()
+    counter = torch.stack([block & word, block >> 32, stream, (step & word).expand_as(block)], -1)
+    bits = reference_noise.philox4x32(counter, torch.stack([seed, seed >> 32]) & word)
+    u = reference_noise.uniform_from_bits(bits).double()
+    radius = (-2 * u[:, 0::2].log()).sqrt()
+    angle = 2 * math.pi * u[:, 1::2]
+    z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1).flatten()
+    parts = z.split([4 * count for count in counts])
+    return [
+        part[start - 4 * first : end - 4 * first]
+        for part, first, (_, start, end) in zip(parts, firsts, places, strict=True)
+    ]
+
+
+def _index(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _windows(sizes: Sequence[int]) -> list[Window]:
     """(tensor, start, end): both ends of every tensor and a place between, chosen at random."""
     pick = random.Random(SEED)
     length = max(256, _WINDOWS // (3 * len(sizes)))

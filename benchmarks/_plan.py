@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from _case import Case
-from _workloads import Workload
+from _cases import CASES
+from _workloads import WORKLOADS, Workload, shrunk
 
 # What a run that has to be short measures first, and gives more time.
 MAIN = (
@@ -24,6 +25,61 @@ MAIN = (
 _MAIN_SHARE = 4
 # Of a limited time; compiling can take a minute and cannot be stopped.
 _COMPILING_SHARE = 0.25
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A list of measurements, in the order of their worth.
+
+    Attributes:
+        about: What it is for.
+        units: Case, workload and dtype of each.
+        without: Providers that are left out unless they are named.
+        samples: Of each provider and of its replays, at most.
+    """
+
+    about: str
+    units: tuple[tuple[str, str, str], ...]
+    without: tuple[str, ...]
+    samples: int
+
+
+_LARGE = tuple((case, "single_256m") for case in ("update_scale", "ogm_ge", "inforeg", "redreg"))
+_TWO_RESNETS = (("ogm_ge", "resnet18"), ("ogm_ge_step", "resnet18"))
+PLANS = {
+    # An estimate, not a measurement, of what a unit takes on an H200: 2²⁸ elements 1.5 s, two
+    # ResNet-18 and ViT-B/16 1 to 2 s, 1,000 tensors 3 s (5,000 launches a call of `official`), the
+    # rest 1 s: 40 s, and 10 s for the start. Of that 20 samples are less than half, as a pass over
+    # 2²⁸ elements takes 1 ms; the other half is the checks, the graphs and the profiler.
+    "gpu": Plan(
+        "what the targets for a GPU are about",
+        (
+            *((*unit, "float32") for unit in (*_LARGE, *_TWO_RESNETS)),
+            ("ogm_ge", "vit_b16", "float32"),
+            ("ogm_ge_step", "vit_b16", "float32"),
+            ("ogm_ge", "thousand", "float32"),
+            ("ogm_ge_step", "thousand", "float32"),
+            ("update_scale", "thousand", "float32"),
+            ("update_scale", "resnet18", "float32"),
+            ("update_scale", "resnet18_channels_last", "float32"),
+            ("ogm_ge", "resnet18_channels_last", "float32"),
+            ("noisy_views", "images", "float32"),
+            ("mutual_information", "pairs_10m", "float32"),
+            ("info_nce", "contrast_8192", "float32"),
+            *((*unit, "bfloat16") for unit in (*_LARGE, *_TWO_RESNETS)),
+            ("ogm_ge", "vit_b16", "bfloat16"),
+            ("ogm_ge", "thousand", "bfloat16"),
+        ),
+        without=("plain", "compile", "reference"),
+        samples=20,
+    ),
+    "gpu-training": Plan(
+        "OGM-GE's training step on CREMA-D's shapes, with and without the method",
+        (("ogm_ge_training", "crema_d", "float32"),),
+        without=("foreach", "compile", "reference", "triton"),
+        samples=60,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -80,6 +136,14 @@ def units(
     if main_first:
         found.sort(key=lambda row: row[0])
     return [unit for _, unit in found]
+
+
+def planned(plan: Plan, shrink: int = 1) -> list[Unit]:
+    """The measurements of a plan; none is a main one, as they are in order already."""
+    return [
+        Unit(CASES[case], shrunk(WORKLOADS[workload], shrink), getattr(torch, dtype), False)
+        for case, workload, dtype in plan.units
+    ]
 
 
 class Budget:

@@ -50,6 +50,8 @@ def why_not(name: str, case: Case, workload: Workload, device: torch.device) -> 
     if name in _OTHERS:
         if function_of(name, case) is None:
             return "has no such function"
+        if name == "compile" and workload.channels_last and case.noisy:
+            return "its noise goes by the order in memory"
         return _compile.why_missing(device) if name == "compile" else None
     reason = why_no_backend(name, case.ops, device)
     if reason is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from _measure import Cost, Sample, quantile
+from _replay import name_of as replay_of
 from rich import box
 from rich.table import Table
 
@@ -20,7 +22,11 @@ NO_NUMBER = "—"
 
 @dataclass(frozen=True)
 class Row:
-    """One provider in one case; times in milliseconds, None where a number means nothing."""
+    """One provider in one case; None where a number means nothing.
+
+    Times are in milliseconds, but the host's, which is in microseconds. Bandwidth, its share of the
+    copy's and the multiple of the floor are a replay's where there is one.
+    """
 
     case: str
     title: str
@@ -31,10 +37,13 @@ class Row:
     median_ms: float
     p20_ms: float
     p80_ms: float
-    host_ms: float
+    host_us: float
     samples: int
+    replay_ms: float | None
+    replay_p80_ms: float | None
     vs_official: float | None
     vs_foreach: float | None
+    replay_vs_foreach: float | None
     of_plain: float | None
     gb_per_s: float | None
     copy_gb_per_s: float | None
@@ -57,7 +66,8 @@ def make_rows(
 
     Args:
         labels: The fields case, title, workload, dtype and device.
-        samples: Provider → samples; "copy", where bandwidth matters, is the yardstick.
+        samples: Provider → samples; "copy", where bandwidth matters, is the yardstick; samples of
+            replays are under `_replay.name_of`.
         costs: Provider → cost.
         floor_bytes: The fewest bytes that the case must move.
         copy_bytes: The bytes that the copy moves.
@@ -69,7 +79,9 @@ def make_rows(
     for provider, cost in costs.items():
         times = [s.device for s in samples[provider]]
         median = statistics.median(times)
-        gb = floor_bytes / median / 1e9 if copy_gb else None
+        replays = [s.device for s in samples.get(replay_of(provider), ())]
+        replay = statistics.median(replays) if replays else None
+        gb = floor_bytes / (replay or median) / 1e9 if copy_gb else None
         rows.append(
             Row(
                 **labels,
@@ -77,10 +89,15 @@ def make_rows(
                 median_ms=median * 1e3,
                 p20_ms=quantile(times, 0.2) * 1e3,
                 p80_ms=quantile(times, 0.8) * 1e3,
-                host_ms=statistics.median(s.host for s in samples[provider]) * 1e3,
+                host_us=statistics.median(s.host for s in samples[provider]) * 1e6,
                 samples=len(times),
+                replay_ms=None if replay is None else replay * 1e3,
+                replay_p80_ms=quantile(replays, 0.8) * 1e3 if replays else None,
                 vs_official=_ratio(samples.get("official"), samples[provider]),
                 vs_foreach=_ratio(samples.get("foreach"), samples[provider]),
+                replay_vs_foreach=_ratio(
+                    samples.get(replay_of("foreach")), samples.get(replay_of(provider))
+                ),
                 of_plain=_ratio(samples[provider], samples.get("plain")),
                 gb_per_s=gb,
                 copy_gb_per_s=copy_gb,
@@ -132,7 +149,10 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "median": lambda r: show_time(r.median_ms),
     "p20": lambda r: show_time(r.p20_ms),
     "p80": lambda r: show_time(r.p80_ms),
-    "host": lambda r: show_time(r.host_ms),
+    "host": lambda r: show_time(r.host_us / 1e3),
+    "replay": lambda r: NO_NUMBER if r.replay_ms is None else show_time(r.replay_ms),
+    "replay p80": lambda r: NO_NUMBER if r.replay_p80_ms is None else show_time(r.replay_p80_ms),
+    "×foreach, replay": lambda r: show_ratio(r.replay_vs_foreach),
     "GB/s": lambda r: NO_NUMBER if r.gb_per_s is None else _digits(r.gb_per_s),
     "of copy": lambda r: NO_NUMBER if r.copy_share is None else f"{r.copy_share:.0%}",
     "×floor": lambda r: show_ratio(r.times_floor),
@@ -150,6 +170,7 @@ _NARROW = (
     "×foreach",
     "of plain",
     "median",
+    "replay",
     "of copy",
     "launches",
     "syncs",
@@ -188,20 +209,29 @@ def terminal_table(rows: Sequence[Row], *, wide: bool) -> Table:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """All rows with all numbers."""
-    with path.open("w", newline="") as file:
+    """All rows with all numbers; a run that is killed meanwhile leaves the file as it was."""
+    draft = path.with_suffix(".part")
+    with draft.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(field.name for field in fields(Row))
         writer.writerows(astuple(row) for row in rows)
+    os.replace(draft, path)
 
 
 _NOTES = """\
 - *×official*, *×foreach*: how many times faster than that provider, the median over the rounds in
   which both ran; below 1 is slower. Providers take turns, so that a slow spell hits all of them.
 - *of plain*: how many times as long as the same training step without the method, likewise.
-- *GB/s*: the fewest bytes that the case must move, over the median. *of copy*: its share of the
-  bandwidth of a large `copy_` in the same rounds, bytes read plus bytes written. *×floor*: the
-  median over the time that the copy would take for those bytes. On a CPU a copy also fetches the
+- *median*, *p20*, *p80*: of a call as Python makes it. On a GPU that is the time between two
+  events around it, in which the device also waits for the host. *host*: until the call returns.
+- *replay*, *replay p80*: on a GPU, of the call recorded in a CUDA graph and replayed with empty
+  caches, when it is already in the device's queue: the device's own time. *×foreach, replay*: how
+  many times faster than that provider's. A dash where a call cannot be recorded; the reason is
+  under *Not measured*.
+- *GB/s*: the fewest bytes that the case must move, over the replay, or the median where there is
+  none. *of copy*: its share of the
+  bandwidth of a large `copy_` in the same rounds, bytes read plus bytes written. *×floor*: that
+  time over what the copy would take for those bytes. On a CPU a copy also fetches the
   lines that it overwrites, so that reading, or updating in place, can pass 100 %. A dash: under
   1 MiB, where the time is that of the launches, and for whole training steps. A column without a
   number is left out.

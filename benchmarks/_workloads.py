@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Shape = tuple[int, ...]
+
+# What a rehearsal leaves of a dimension, of an image's side and of paired values: enough for the
+# gate's statistics, and for the strides of an encoder.
+_LEAST, _LEAST_SIDE, _LEAST_VALUES = 8, 33, 1000
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Workload:
         frames: How many images a sample of a training step has.
         bins: Of a histogram, for each variable.
         gpu: Whether it asks too much of a CPU to be measured there unasked.
+        channels_last: Whether the four-dimensional parameters lie in memory in that format.
+        named_only: Whether it is measured only where a plan or `--workloads` names it.
     """
 
     name: str
@@ -44,6 +50,8 @@ class Workload:
     frames: int = 1
     bins: int = 30
     gpu: bool = False
+    channels_last: bool = False
+    named_only: bool = False
 
     @property
     def tensors(self) -> int:
@@ -98,6 +106,14 @@ _ALL = (
         classes=6,
     ),
     Workload(
+        "resnet18_channels_last",
+        "two ResNet-18 in channels_last (22.3 M parameters, 120 tensors)",
+        encoders=(tuple(_resnet18(1)), tuple(_resnet18(3))),
+        classes=6,
+        channels_last=True,
+        named_only=True,
+    ),
+    Workload(
         "resnet18_one",
         "one ResNet-18 (11.2 M parameters, 60 tensors)",
         encoders=(tuple(_resnet18(3)),),
@@ -150,3 +166,37 @@ _ALL = (
 )
 
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
+
+
+def shrunk(workload: Workload, by: int) -> Workload:
+    """The same with sizes, and the numbers of tensors, divided by a number: for a rehearsal."""
+    if by == 1:
+        return workload
+    shape, batch = workload.shape, workload.batch
+    audio_shape = workload.audio_shape
+    if workload.kind == "training":
+        shape, audio_shape = (
+            tuple(_less(side, by, _LEAST_SIDE) for side in sides) for sides in (shape, audio_shape)
+        )
+    elif workload.kind == "pairs":
+        shape = (shape[0], _less(shape[1], by, _LEAST_VALUES))
+    elif shape:
+        shape = (_less(shape[0], by, _LEAST), *shape[1:])
+    if workload.kind in ("training", "contrast", "features"):
+        batch = _less(batch, by, _LEAST)
+    encoders = tuple(
+        tuple(
+            (_less(first, by, _LEAST), *rest)
+            for first, *rest in shapes[: _less(len(shapes), by, _LEAST)]
+        )
+        for shapes in workload.encoders
+    )
+    # First of all, so that nobody takes it for the whole one.
+    title = f"1/{by} of {workload.title}"
+    return replace(
+        workload, title=title, encoders=encoders, shape=shape, audio_shape=audio_shape, batch=batch
+    )
+
+
+def _less(size: int, by: int, least: int) -> int:
+    return min(size, max(least, size // by))

@@ -1,6 +1,9 @@
 """Calls mmfuse's kernels a few times and nothing else, for a profiler: see `make gpu`.
 
-Run by itself it shows nothing: `ncu python benchmarks/profile_kernels.py`.
+Run by itself it shows nothing: `ncu python benchmarks/profile_kernels.py`, or with the calls that
+are wanted, `--calls ogm_ge noisy_views`. Without any it is four kernels of weight: the update that
+scales, the statistics and the update with noise (`ogm_ge`) on 2²⁸ elements, and the joint histogram
+of 10⁷ pairs.
 """
 
 from __future__ import annotations
@@ -12,19 +15,19 @@ from collections.abc import Sequence
 import _mmfuse
 import torch
 from _cases import CASES
-from _workloads import WORKLOADS
+from _workloads import WORKLOADS, shrunk
 
-# What the targets are about.
-CALLS = (
-    ("update_scale", "single_256m"),
-    ("ogm_ge", "single_256m"),
-    ("inforeg", "single_256m"),
-    ("redreg", "single_256m"),
-    ("ogm_ge_step", "resnet18"),
-    ("update_scale", "thousand"),
-    ("mutual_information", "pairs_10m"),
-    ("noisy_views", "images"),
-)
+# What the targets are about: case → workload.
+CALLS = {
+    "update_scale": "single_256m",
+    "ogm_ge": "single_256m",
+    "mutual_information": "pairs_10m",
+    "noisy_views": "images",
+    "inforeg": "single_256m",
+    "redreg": "single_256m",
+    "ogm_ge_step": "resnet18",
+}
+DEFAULT = ("update_scale", "ogm_ge", "mutual_information")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,14 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     parser.add_argument("--backend", default="cuda")
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, help="only on these")
+    parser.add_argument("--calls", nargs="+", choices=CALLS, default=DEFAULT, metavar="NAME")
     parser.add_argument("--repeats", type=int, default=2, help="the first call warms up")
+    parser.add_argument("--shrink", type=int, default=1, metavar="N", help="divide all sizes by N")
     options = parser.parse_args(argv)
-    for name, workload in CALLS:
-        if options.workloads and workload not in options.workloads:
-            continue
-        case = CASES[name]
-        inputs = case.make(WORKLOADS[workload], torch.float32, options.device)
+    for name in options.calls:
+        case, workload = CASES[name], shrunk(WORKLOADS[CALLS[name]], options.shrink)
+        inputs = case.make(workload, torch.float32, options.device)
         with torch.set_grad_enabled(case.autograd):
             for _ in range(options.repeats):
                 inputs.restore()

@@ -127,6 +127,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     ("name", "tensors", "elements"),
     [
         ("resnet18", 120, 22_346_752),
+        ("resnet18_channels_last", 120, 22_346_752),
         ("resnet18_one", 60, 11_176_512),
         ("training", 120, 22_346_752),
         ("crema_d", 120, 22_346_752),
@@ -926,7 +927,7 @@ def test_short_calls_are_timed_in_rows() -> None:
     log: list[str] = []
 
     def ten_microseconds(
-        call: Callable[[], object], *, cold: bool, repeats: int = 1
+        call: Callable[[], object], *, cold: bool, repeats: int = 1, lead: float = 0.0
     ) -> _measure.Sample:
         seconds = 1e-5 if "a" in log else 1e-3  # the first call takes much longer
         for _ in range(repeats):
@@ -936,7 +937,7 @@ def test_short_calls_are_timed_in_rows() -> None:
     providers = {"a": _measure.Prepared(lambda: log.append("a"), lambda: log.append("restore"))}
     _measure.interleaved(providers, ten_microseconds, 0.0, cold=False, in_rows=True)
     # Three calls to see how long a warm one takes, then rows of a millisecond.
-    assert log.count("restore") == 1 + _measure.MIN_SAMPLES
+    assert log.count("restore") == 3 + _measure.MIN_SAMPLES
     assert log.count("a") == 3 + 100 * _measure.MIN_SAMPLES
 
 
@@ -1098,7 +1099,8 @@ def test_quick_run_writes_table_csv_and_plot(
         small = row["case"] in ("modality_scores", "decision")
         for name, value in row.items():
             dash = small and name in ("gb_per_s", "copy_gb_per_s", "copy_share", "times_floor")
-            dash |= name == "of_plain"
+            # There are no plain steps, and no CUDA graphs on a CPU.
+            dash |= name == "of_plain" or name.startswith("replay")
             assert (value == "") == dash, (row["case"], name)
     text = (tmp_path / "results.md").read_text()
     for needed in (

@@ -138,18 +138,18 @@ def test_without_a_step_before(gpu: Played, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_way_out_when_there_is_not_enough(gpu: Played) -> None:
-    """One graph with more tables than was thought of: the eager step makes more and more room."""
-    cache, step, failures, i = tables.TableCache(4096), Step(10**8, 1), 0, 0
-    while i < 1000:
+    """One graph with more tables than was thought of, whose addresses differ in each attempt."""
+    cache, step, failures = tables.TableCache(4096), Step(10**8, 1), 0
+    for attempt in range(6):
         step(cache)
         try:
-            while i < 1000:  # the tables of the failed capture are found again
-                step.captured(gpu, cache, i)
-                i += 1
+            for i in range(100):
+                step.captured(gpu, cache, 1000 * attempt + i)
+            break
         except RuntimeError as error:
             assert "run the same step once more" in str(error)  # noqa: PT017
             failures += 1
-    assert 2 <= failures <= 6
+    assert 1 <= failures <= 3
 
 
 def test_a_table_that_graphs_read_is_kept_once(gpu: Played) -> None:

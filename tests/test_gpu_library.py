@@ -87,6 +87,8 @@ def test_both_libraries_are_built(toy: Path, script: ModuleType) -> None:
     assert "built for 9.0 in " in done.stdout.splitlines()[2]
     entries = "\n".join(script.lines("readelf", "-d", output / "libmmfuse_cuda.so"))
     assert "[libtorch_cuda.so]" in entries
+    stub = toy / "build" / "gpu_library_objects" / "libtorch_cuda.so"
+    assert "SONAME" in "\n".join(script.lines("readelf", "-d", stub))
     assert "RPATH" not in entries and "RUNPATH" not in entries
     entries = "\n".join(script.lines("readelf", "-d", output / "libmmfuse_cpu.so"))
     assert "libtorch_cuda" not in entries

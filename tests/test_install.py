@@ -38,12 +38,13 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def small(source: Path) -> Path:
-    """The same with no kernels but one that is never compiled, so that a build takes seconds."""
+    """The same with one kernel, never compiled, and an empty _C, so that a build takes seconds."""
     for kernels in (source / "csrc" / "cpu", source / "csrc" / "cuda"):
         for file in kernels.iterdir():
             if file.name not in ("simd.cpp", "simd.h"):
                 file.unlink()
     (source / "csrc" / "cuda" / "kernel.cu").touch()
+    (source / "csrc" / "module.cpp").write_text("")
     return source
 
 
@@ -190,6 +191,16 @@ def test_a_compiler_error_is_shown(small: Path) -> None:
     assert "this command failed" in done.stderr
     assert "not C++" in done.stderr or "error:" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_build_without_pythons_headers_costs_the_facts_only(small: Path) -> None:
+    (small / "csrc" / "module.cpp").write_text('#include "Python_is_not_here.h"\n')
+    library = installed_without(small, MMFUSE_CUDA="0")
+    assert not list(library.glob("mmfuse/_C*"))
+    text = report(library)
+    assert "has_cpu              True" in text
+    assert "compiler             unknown: it did not build: " in text
+    assert "Python_is_not_here.h" in text
 
 
 def bare_python(tmp_path: Path) -> tuple[Path, str]:

@@ -160,6 +160,7 @@ class CaptureMemory:
         self._room: Tensor | None = None
         self._last_size = 0
         self._needed = _CAPTURE_ENTRIES
+        self._asked = 0  # since the last look-up outside of a capture
         self._lock = threading.Lock()
 
     @property
@@ -169,7 +170,8 @@ class CaptureMemory:
 
     def prepare(self, entries: int) -> None:
         """Makes room for a capture, outside of one; a table of this size is in use."""
-        self._needed = max(self._needed, _CAPTURE_TABLES * entries)
+        self._needed = max(self._needed, _CAPTURE_TABLES * entries, 2 * self._asked)
+        self._asked = 0
         if self.left >= self._needed:
             return
         with self._lock:
@@ -185,8 +187,8 @@ class CaptureMemory:
             RuntimeError: there is not enough; `what` says for what.
         """
         with self._lock:
+            self._asked += entries
             if self._room is None or self._room.numel() < entries:
-                self._needed = 2 * max(self._needed, entries)
                 raise RuntimeError(
                     f"capturing this CUDA graph takes {8 * entries} bytes of page-locked memory "
                     f"for {what}; mmfuse has {8 * self.left} left, and none can be allocated "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,8 @@ class Captured:
 
     def __init__(self, step: Callable[[], Any], device: str) -> None:
         if device == "cuda":
+            # An earlier test's graphs and memory must not be given back in the midst of a capture.
+            gc.collect()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 self.result = step()

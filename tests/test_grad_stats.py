@@ -145,10 +145,12 @@ def test_same_numbers_for_any_number_of_threads() -> None:
     grads = gradients([300_000, 5, 70_001], torch.float32, "cpu")
     before = torch.get_num_threads()
     results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(ops.grad_stats(grads, like(grads, torch.float32)[:0] or None))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(ops.grad_stats(grads, like(grads, torch.float32)[:0] or None))
+    finally:
+        torch.set_num_threads(before)
     for other in results[1:]:
         assert torch.equal(other.mean, results[0].mean)
         assert torch.equal(other.m2, results[0].m2)

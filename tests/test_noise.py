@@ -154,12 +154,14 @@ def test_any_split_of_a_tensor_gives_the_same_numbers(cell: Cell, splits: list[i
 def test_same_bits_for_any_number_of_threads() -> None:
     before = torch.get_num_threads()
     results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        grads = [torch.zeros(200_001), torch.zeros(3), torch.zeros(70_000)]
-        ops.update_grads_(grads, torch.ones(3), noise_std=torch.ones(3), stream=NoiseStream(1))
-        results.append(torch.cat(grads))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            grads = [torch.zeros(200_001), torch.zeros(3), torch.zeros(70_000)]
+            ops.update_grads_(grads, torch.ones(3), noise_std=torch.ones(3), stream=NoiseStream(1))
+            results.append(torch.cat(grads))
+    finally:
+        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 

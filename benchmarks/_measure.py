@@ -96,7 +96,7 @@ class Clock:
     def __call__(self, call: Call, *, cold: bool, repeats: int = 1, lead: float = 0.0) -> Sample:
         """Mean time of `repeats` calls, with nothing of their data in the caches if `cold`.
 
-        A GPU is then kept busy for at least `lead` seconds before the clock starts.
+        If so, a GPU is kept busy for at least `lead` seconds before the clock starts.
         """
         if self._cuda:
             torch.cuda.synchronize()

@@ -255,7 +255,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             options.left_out.append("reference: too slow for a run with --minutes")
         options.providers = [name for name in known if name not in slow]
     options.cases = options.cases or quick.get("cases", list(CASES))
-    if options.workloads is None:
+    if options.workloads is None and plan is None:
         everything = [name for name in WORKLOADS if not WORKLOADS[name].named_only]
         options.workloads = quick.get("workloads", everything)
         if options.device.type == "cpu":

@@ -18,6 +18,8 @@ from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
+# Poisoned outputs take deterministic algorithms, and with these cuBLAS wants a fixed workspace.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from cuda_on_cpu.build import build_kernels
 from gpu_session import replace_worker_with_a_lost_device, turn

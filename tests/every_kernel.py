@@ -535,7 +535,8 @@ def load_shim() -> None:
     """Compiles the CUDA kernels for the CPU, where there is no GPU."""
     from cuda_on_cpu.build import build_kernels
 
-    if _native.why_missing("cuda") is not None:
+    # Also where a real CUDA library is loaded: it has no kernels for tensors of the CPU.
+    if OPS["grad_stats"].why_missing("cuda", "cpu") is not None:
         _native.load_library(build_kernels(), "cuda")
 
 

@@ -273,3 +273,56 @@ def test_on_this_machine_without_a_gpu(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("make gpu: ") and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_scripts_take_what_the_plan_gives_them(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rehearsal: bool, cuda: bool
+) -> None:
+    """On a GPU a misspelt option would cost a stage."""
+    for folder in (CI, ROOT / "benchmarks"):
+        monkeypatch.syspath_prepend(str(folder))
+    import every_kernel
+    import gpu_plan
+    import profile_kernels
+    import run as benchmark
+
+    setting = gpu_plan.Setting("python", tmp_path, "" if rehearsal else "9.0", rehearsal, cuda)
+    groups = [gpu_plan.prepare(setting), *gpu_plan.groups(setting)]
+    stages = [stage for group in groups for stage in group.stages]
+    parsed = set()
+    for stage in stages:
+        (tmp_path / stage.name).mkdir(exist_ok=True)
+        (tmp_path / stage.name / "failed.json").write_text('["something"]')
+        for command in filter(None, (stage.command, stage.again(tmp_path))):
+            interpreter, script, *words = command
+            assert interpreter == "python"
+            if script == "tests/every_kernel.py":
+                parsed.add(stage.name)
+                assert every_kernel.parse(words).workers == gpu_plan.PROCESSES
+            elif script == "benchmarks/run.py":
+                parsed.add(stage.name)
+                assert benchmark.parse(words).plan.startswith("gpu")
+            elif script not in ("-m", "-c"):
+                assert (ROOT / script).is_file(), script
+    kernels = {"kernels-triton", *(["kernels-cuda", "sanitizer"] if cuda else [])}
+    assert parsed == {"speed", *kernels, *([] if rehearsal else ["training"])}
+    assert set(gpu_plan.PROFILED) <= set(profile_kernels.CALLS)
+    # Times grow, and leave a minute of a call of ten.
+    times = [group.until for group in groups] + [gpu_plan.END]
+    assert times == sorted(times) and times[-1] <= 560
+
+
+def test_pytest_takes_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(CI))
+    import gpu_plan
+
+    (tmp_path / "test_it.py").write_text("def test_one():\n    pass\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    setting = gpu_plan.Setting(sys.executable, tmp_path, "9.0")
+    stage = next(s for g in gpu_plan.groups(setting) for s in g.stages if s.name == "tests")
+    for command, code in ((stage.command, 5), (stage.again(tmp_path), 5)):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "no tests ran" in done.stdout

@@ -1,17 +1,14 @@
-"""`make gpu`: what it does where there is no GPU, and what is made of its stages and results."""
+"""What is made of a GPU's results: targets, the choice of backends; and what is profiled there."""
 
 from __future__ import annotations
 
 import csv
 import importlib.util
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from mmfuse.ops._preference import TRITON_FIRST, preferred
 
@@ -27,11 +24,6 @@ def load(path: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
-    return load(".ci/gpu.py", monkeypatch)
-
-
-@pytest.fixture
 def benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
@@ -44,41 +36,6 @@ def targets(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def choose(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     return load("benchmarks/choose.py", monkeypatch)
-
-
-def stage(gpu: Any, name: str, program: str, seconds: float = 60.0) -> Any:
-    return gpu.Stage(
-        name, [sys.executable, "-c", program], seconds, {"MARK": "7"}, gpu.last_match("line")
-    )
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ".ci/gpu.py", "--output", str(tmp_path / "out")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("make gpu needs an NVIDIA GPU: PyTorch ")
-    assert len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("profiler", [None, "/opt/ncu"])
-def test_every_command_names_a_file_that_exists(
-    gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profiler: str | None
-) -> None:
-    monkeypatch.setattr(gpu.shutil, "which", lambda _: profiler)
-    found = [one for group in gpu.stages(tmp_path, 4.0) for one in group]
-    names = ["build", "tests", "sanitizer", "benchmark", "targets", "profile"]
-    assert [one.name for one in found] == (names if profiler else names[:-1])
-    for one in found:
-        script = one.command[one.command.index(sys.executable) + 1]
-        assert script == "-m" or (ROOT / script).is_file(), script
-        assert (one.command[0] == profiler) == (one.name == "profile")
 
 
 @pytest.mark.usefixtures("benchmarks")
@@ -105,53 +62,6 @@ def test_the_profiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert script.main([*small, "--calls", *chosen, "--repeats", "1"]) == 0
     assert [case for case, _ in called] == chosen
     assert all(title.startswith("1/65536 of ") for _, title in called)
-
-
-def test_a_stage_leaves_its_log(gpu: Any, tmp_path: Path) -> None:
-    program = "import os, sys; print('line', os.environ['MARK']); print('more', file=sys.stderr)"
-    outcome = gpu.run(stage(gpu, "good", program), tmp_path, time.monotonic() + 60)
-    assert (outcome.code, outcome.word, outcome.gist) == (0, "passed", "line 7")
-    assert (tmp_path / "good.log").read_text().split() == ["line", "7", "more"]
-    failed = gpu.run(stage(gpu, "bad", "raise SystemExit(3)"), tmp_path, time.monotonic() + 60)
-    assert (failed.code, failed.word) == (3, "failed (exit code 3)")
-
-
-@pytest.mark.parametrize(("seconds", "left"), [(0.5, 60.0), (60.0, 0.5)])
-def test_a_stage_is_stopped(gpu: Any, tmp_path: Path, seconds: float, left: float) -> None:
-    slow = stage(gpu, "slow", "print('line 1', flush=True); import time; time.sleep(60)", seconds)
-    outcome = gpu.run(slow, tmp_path, time.monotonic() + left)
-    assert outcome.code is None and outcome.seconds < 30
-    assert outcome.word.startswith("stopped after")
-
-
-@pytest.fixture
-def planned(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs `main` with other stages: name → program."""
-
-    def call(output: Path, *groups: dict[str, str]) -> int:
-        plan = [[stage(gpu, *item) for item in group.items()] for group in groups]
-        monkeypatch.setattr(gpu, "stages", lambda *_: plan)
-        monkeypatch.setattr(gpu, "describe", lambda: {"GPU": "none"})
-        return gpu.main(["--output", str(output)])
-
-    return call
-
-
-def test_the_summary_and_the_exit_code(planned: Any, tmp_path: Path, capsys: Any) -> None:
-    out = tmp_path / "deep" / "out"
-    good, bad = "print('line')", "print('the reason'); raise SystemExit(1)"
-    assert planned(out, {"build": good}, {"tests": bad, "sanitizer": good}, {"last": good}) == 1
-    summary = (out / "summary.md").read_text()
-    assert "| tests | failed (exit code 1) |" in summary
-    # A failure among the tests does not keep the benchmark from running.
-    assert "| last | passed |" in summary
-    assert "the reason" in capsys.readouterr().out
-    assert planned(out, {"build": good}, {"last": good}) == 0
-
-
-def test_nothing_runs_on_a_failed_build(planned: Any, tmp_path: Path) -> None:
-    assert planned(tmp_path, {"build": "raise SystemExit(1)"}, {"tests": "print('line')"}) == 1
-    assert "tests" not in (tmp_path / "summary.md").read_text()
 
 
 def row(case: str, workload: str, provider: str, **numbers: object) -> dict[str, object]:

@@ -188,7 +188,7 @@ class Recipe:
 
     def cpu(self) -> Library:
         """libmmfuse_cpu.so."""
-        sources = [*sorted((CSRC / "cpu").glob("*.cpp")), CSRC / "cpu_facts.cpp"]
+        sources = [*sorted((CSRC / "cpu").rglob("*.cpp")), CSRC / "facts" / "cpu.cpp"]
         return self._torch_library("cpu", sources, [], [], [])
 
     def cuda(self, nvcc: str) -> Library:
@@ -197,7 +197,7 @@ class Recipe:
         archs = architectures(nvcc)
         command = [nvcc, *NVCC_FLAGS, *gencode_flags(archs), f"-I{CSRC}"]
         kernels = self._compile("cuda", command, sorted((CSRC / "cuda").glob("*.cu")))
-        glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "cuda_facts.cpp"]
+        glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "facts" / "cuda.cpp"]
         options = ["-DUSE_CUDA", f'-DMMFUSE_CUDA_ARCHS="{archs}"', f"-isystem{home / 'include'}"]
         runtime = [f"-L{home / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         return self._torch_library("cuda", glue, options, kernels, ["-ltorch_cuda", *runtime])
@@ -210,7 +210,7 @@ class Recipe:
         flags = self._flags()
         described = [*flags, f"-DMMFUSE_FLAGS={json.dumps(' '.join(flags))}"]
         command = [*shlex.split(self.compiler), *described, *(f"-isystem{f}" for f in folders)]
-        compile_ = self._compile("_C", command, [CSRC / "module.cpp"])
+        compile_ = self._compile("_C", command, [CSRC / "facts" / "module.cpp"])
         return Library("_C", compile_, self._link(compile_, [], output))
 
     def _torch_library(

@@ -19,7 +19,7 @@ rm -rf "$out"
 mkdir -p "$out"
 
 compile() {
-  "$nvcc" -std=c++17 -O3 -Icsrc -Icsrc/cuda -Werror all-warnings \
+  "$nvcc" -std=c++17 -O3 -Icsrc -Werror all-warnings \
     -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=sm_90 \
     -gencode=arch=compute_100,code=sm_100 \
     -Xcompiler=-fPIC,-Wall,-Wno-unknown-pragmas -Xptxas=-v \

@@ -1,6 +1,6 @@
 """Counts the machine instructions of each loop of compiled CUDA kernels; needs no GPU.
 
-    nvcc -std=c++17 -O3 -Icsrc -Icsrc/cuda -arch=sm_90 -cubin \
+    nvcc -std=c++17 -O3 -Icsrc -arch=sm_90 -cubin \
         csrc/cuda/update_grads_kernel.cu -o /tmp/update.cubin
     python .ci/sass.py /tmp/update.cubin 'update_grads_kernel<float'
 

@@ -9,8 +9,8 @@
 #include <cstdlib>
 #include <vector>
 
-#include "launch.h"
-#include "noise_key.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/noise_key.h"
 
 namespace mmfuse::cuda {
 namespace {

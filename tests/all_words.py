@@ -63,8 +63,8 @@ def on_gpu(output: Path, stride: int) -> Found | None:
         return None
     output.mkdir(parents=True, exist_ok=True)
     program = output / "all_words"
-    include = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cuda'}"]
-    build = [nvcc, "-O3", "-std=c++17", "-arch=native", *include, str(SOURCE), "-o", str(program)]
+    include = f"-I{ROOT / 'csrc'}"
+    build = [nvcc, "-O3", "-std=c++17", "-arch=native", include, str(SOURCE), "-o", str(program)]
     subprocess.run(build, check=True)
     done = subprocess.run([program, str(stride)], check=True, stdout=subprocess.PIPE, text=True)
     return Found(*map(float, done.stdout.split()))

@@ -61,7 +61,7 @@ def test_every_cuda_kernel_is_launched(
     assert [name for name, tensors in written.items() if not_written(tensors)] == []
     # Under a sanitizer each launch takes long.
     assert launches.total() < 1500
-    # What has to be asked for, see csrc/cuda/launch.h.
+    # What has to be asked for, see csrc/cuda/device/launch.h.
     most = shim.most_shared()
     large = {name.split("<")[0] for name, shared in most.items() if shared > 48 * 1024}
     assert large == {"joint_histogram_kernel", "soft_histogram_kernel"}
@@ -81,7 +81,7 @@ def test_the_shim_has_every_kernel_that_nvcc_compiles(shim: Shim, tmp_path: Path
 
     # Only the names matter: without its optimiser, the compiler takes a quarter of the time.
     options = ["-std=c++17", "-arch=compute_80", "-Xcicc", "-O0", "-ptx"]
-    options += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc/cuda'}"]
+    options += [f"-I{ROOT / 'csrc'}"]
 
     def entries(source: Path) -> list[str]:
         ptx = tmp_path / f"{source.name}.ptx"

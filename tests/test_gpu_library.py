@@ -45,13 +45,13 @@ def script() -> ModuleType:
 def toy(tmp_path: Path) -> Path:
     """A checkout with one line of glue and an empty kernel, and beside it a toolkit."""
     checkout = tmp_path / "checkout"
-    for name in ("setup.py", ".ci/gpu_library.py", "csrc/cpu_facts.cpp", "csrc/cuda_facts.cpp"):
+    for name in ("setup.py", ".ci/gpu_library.py", "csrc/facts/cpu.cpp", "csrc/facts/cuda.cpp"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
-    for name in ("cpu", "cuda"):
-        (checkout / "csrc" / name).mkdir()
+    for name in ("cpu/simd", "cuda"):
+        (checkout / "csrc" / name).mkdir(parents=True)
     for name in ("simd.h", "simd.cpp"):
-        shutil.copy(CSRC / "cpu" / name, checkout / "csrc" / "cpu")
+        shutil.copy(CSRC / "cpu" / "simd" / name, checkout / "csrc" / "cpu" / "simd")
     (checkout / "csrc" / "cuda" / "empty_kernel.cu").touch()
     (checkout / "csrc" / "cuda" / "glue.cpp").write_text(GLUE)
     toolkit = tmp_path / "toolkit"

@@ -40,11 +40,11 @@ def source(tmp_path: Path) -> Path:
 def small(source: Path) -> Path:
     """The same with one kernel, never compiled, and an empty _C, so that a build takes seconds."""
     for kernels in (source / "csrc" / "cpu", source / "csrc" / "cuda"):
-        for file in kernels.iterdir():
+        for file in kernels.rglob("*.*"):
             if file.name not in ("simd.cpp", "simd.h"):
                 file.unlink()
     (source / "csrc" / "cuda" / "kernel.cu").touch()
-    (source / "csrc" / "module.cpp").write_text("")
+    (source / "csrc" / "facts" / "module.cpp").write_text("")
     return source
 
 
@@ -185,7 +185,7 @@ def test_a_library_that_does_not_load_costs_its_backend_only(broken: str, source
 
 
 def test_a_compiler_error_is_shown(small: Path) -> None:
-    (small / "csrc" / "cpu" / "simd.cpp").write_text("this is not C++\n")
+    (small / "csrc" / "cpu" / "simd" / "simd.cpp").write_text("this is not C++\n")
     done = run([sys.executable, "setup.py", "build"], small, MMFUSE_CUDA="0")
     assert done.returncode != 0
     assert "this command failed" in done.stderr
@@ -194,7 +194,7 @@ def test_a_compiler_error_is_shown(small: Path) -> None:
 
 
 def test_a_build_without_pythons_headers_costs_the_facts_only(small: Path) -> None:
-    (small / "csrc" / "module.cpp").write_text('#include "Python_is_not_here.h"\n')
+    (small / "csrc" / "facts" / "module.cpp").write_text('#include "Python_is_not_here.h"\n')
     library = installed_without(small, MMFUSE_CUDA="0")
     assert not list(library.glob("mmfuse/_C*"))
     text = report(library)

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "philox.h"
+#include "host_device.h"
 
 namespace mmfuse {
 

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "philox.h"
+#include "host_device.h"
 
 namespace mmfuse {
 

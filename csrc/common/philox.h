@@ -6,11 +6,7 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define MMFUSE_HD __host__ __device__ __forceinline__
-#else
-#define MMFUSE_HD inline
-#endif
+#include "host_device.h"
 
 namespace mmfuse {
 

@@ -1,4 +1,4 @@
-#include "coefficients.h"
+#include "glue/coefficients.h"
 #include "paired_cosine.h"
 
 namespace mmfuse::cpu {

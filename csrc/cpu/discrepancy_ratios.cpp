@@ -1,4 +1,4 @@
-#include "glue.h"
+#include "glue/tensors.h"
 
 namespace mmfuse::cpu {
 

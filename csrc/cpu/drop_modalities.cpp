@@ -1,10 +1,10 @@
 #include "drop_modalities.h"
 
-#include "chunks.h"
-#include "coefficients.h"
+#include "cpu/simd/chunks.h"
+#include "glue/coefficients.h"
 
-#define MMFUSE_KERNEL "drop_modalities_kernel.h"
-#include "foreach_simd.h"
+#define MMFUSE_KERNEL "cpu/drop_modalities_kernel.h"
+#include "cpu/simd/foreach_simd.h"
 
 namespace mmfuse::cpu {
 namespace {

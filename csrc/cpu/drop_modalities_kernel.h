@@ -1,5 +1,5 @@
 // Draws which samples are kept, and writes these; no include guard, see foreach_simd.h.
-#include "noise_kernel.h"
+#include "cpu/simd/noise_kernel.h"
 
 // keep[i] = not (u <= q): a q that is NaN keeps everything.
 inline void draw_keep(const KeepSlice& slice) {

@@ -1,10 +1,10 @@
 #include "grad_stats.h"
 
-#include "chunks.h"
-#include "glue.h"
+#include "cpu/simd/chunks.h"
+#include "glue/tensors.h"
 
-#define MMFUSE_KERNEL "grad_stats_kernel.h"
-#include "foreach_simd.h"
+#define MMFUSE_KERNEL "cpu/grad_stats_kernel.h"
+#include "cpu/simd/foreach_simd.h"
 
 namespace mmfuse::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // Moments of one stretch of a gradient; no include guard, see foreach_simd.h.
-#include "widen.h"
+#include "cpu/simd/widen.h"
 
 // Few enough elements to stay in L1 with both buffers, and to sum in single precision.
 constexpr int64_t kStatsTile = 4096;

@@ -1,11 +1,11 @@
 #include "info_nce.h"
 
-#include "chunks.h"
-#include "coefficients.h"
-#include "common/info_nce_tiles.h"
+#include "cpu/simd/chunks.h"
+#include "glue/coefficients.h"
+#include "glue/info_nce_tiles.h"
 
-#define MMFUSE_KERNEL "info_nce_kernel.h"
-#include "foreach_simd.h"
+#define MMFUSE_KERNEL "cpu/info_nce_kernel.h"
+#include "cpu/simd/foreach_simd.h"
 
 namespace mmfuse::cpu {
 namespace {

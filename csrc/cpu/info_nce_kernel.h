@@ -1,6 +1,6 @@
 // Log-sum-exp of rows and columns at once, and slopes; no include guard, see foreach_simd.h.
 
-#include "exp.h"
+#include "cpu/simd/exp.h"
 
 template <typename acc_t>
 constexpr acc_t kNothing = -std::numeric_limits<acc_t>::infinity();

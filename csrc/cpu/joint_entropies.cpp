@@ -6,11 +6,11 @@
 #include <mutex>
 #include <numeric>
 
-#include "chunks.h"
-#include "glue.h"
+#include "cpu/simd/chunks.h"
+#include "glue/tensors.h"
 
-#define MMFUSE_KERNEL "joint_entropies_kernel.h"
-#include "foreach_simd.h"
+#define MMFUSE_KERNEL "cpu/joint_entropies_kernel.h"
+#include "cpu/simd/foreach_simd.h"
 
 namespace mmfuse::cpu {
 namespace {

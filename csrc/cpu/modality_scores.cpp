@@ -2,11 +2,11 @@
 
 #include <limits>
 
-#include "chunks.h"
-#include "coefficients.h"
+#include "cpu/simd/chunks.h"
+#include "glue/coefficients.h"
 
-#define MMFUSE_KERNEL "modality_scores_kernel.h"
-#include "foreach_simd.h"
+#define MMFUSE_KERNEL "cpu/modality_scores_kernel.h"
+#include "cpu/simd/foreach_simd.h"
 
 namespace mmfuse::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // Softmax of the true class, row by row; no include guard, see foreach_simd.h.
 
-#include "exp.h"
+#include "cpu/simd/exp.h"
 
 // The largest logit; NaN may be passed over, for the exponentials pass it on.
 template <typename scalar_t>

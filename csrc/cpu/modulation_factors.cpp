@@ -1,5 +1,5 @@
-#include "coefficients.h"
 #include "common/modulation.h"
+#include "glue/coefficients.h"
 
 namespace mmfuse::cpu {
 

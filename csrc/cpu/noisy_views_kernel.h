@@ -1,6 +1,6 @@
 // Two noisy views of one stretch of a tensor; no include guard, see foreach_simd.h.
-#include "noise_kernel.h"
-#include "squared_difference.h"
+#include "cpu/simd/noise_kernel.h"
+#include "cpu/simd/squared_difference.h"
 
 template <typename scalar_t>
 inline void write_view(const scalar_t* x, const float* normals, acc_type<scalar_t> sigma, int64_t n,

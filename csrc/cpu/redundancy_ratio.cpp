@@ -1,10 +1,10 @@
 #include "redundancy_ratio.h"
 
-#include "chunks.h"
-#include "coefficients.h"
+#include "cpu/simd/chunks.h"
+#include "glue/coefficients.h"
 
-#define MMFUSE_KERNEL "redundancy_ratio_kernel.h"
-#include "foreach_simd.h"
+#define MMFUSE_KERNEL "cpu/redundancy_ratio_kernel.h"
+#include "cpu/simd/foreach_simd.h"
 
 namespace mmfuse::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // How far one stretch of two representations is apart; no include guard, see foreach_simd.h.
-#include "squared_difference.h"
+#include "cpu/simd/squared_difference.h"
 
 inline double representation_distance(const RepresentationSlice& slice) {
   return visit_dtype(slice.dtype, [&](auto* type) {

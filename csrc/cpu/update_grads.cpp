@@ -1,5 +1,5 @@
-#include "coefficients.h"
-#include "update.h"
+#include "cpu/simd/update.h"
+#include "glue/coefficients.h"
 
 namespace mmfuse::cpu {
 

@@ -1,6 +1,6 @@
 #include "co_information_gate.h"
 
-#include "cuda_glue.h"
+#include "glue/cuda_tensors.h"
 
 namespace mmfuse::cuda {
 

@@ -1,5 +1,5 @@
 #include "co_information_gate.h"
-#include "partial_sums.h"
+#include "cuda/device/partial_sums.h"
 
 namespace mmfuse::cuda {
 namespace {

@@ -1,5 +1,5 @@
+#include "cuda/device/launch.h"
 #include "discrepancy_ratios.h"
-#include "launch.h"
 
 namespace mmfuse::cuda {
 namespace {

@@ -1,6 +1,6 @@
+#include "cuda/device/noise_key.h"
+#include "cuda/device/tensor_table.h"
 #include "drop_modalities.h"
-#include "noise_key.h"
-#include "tensor_table.h"
 
 namespace mmfuse::cuda {
 namespace {

@@ -1,10 +1,10 @@
 #include <algorithm>
 
 #include "common/moments.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/pack_batch.h"
+#include "cuda/device/reduce.h"
 #include "grad_stats.h"
-#include "launch.h"
-#include "pack_batch.h"
-#include "reduce.h"
 
 namespace mmfuse::cuda {
 namespace {

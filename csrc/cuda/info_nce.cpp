@@ -1,7 +1,7 @@
 #include "info_nce.h"
 
-#include "common/info_nce_tiles.h"
-#include "cuda_glue.h"
+#include "glue/cuda_tensors.h"
+#include "glue/info_nce_tiles.h"
 
 namespace mmfuse::cuda {
 namespace {

@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
+#include "cuda/device/partial_sums.h"
 #include "info_nce.h"
-#include "partial_sums.h"
 
 namespace mmfuse::cuda {
 namespace {

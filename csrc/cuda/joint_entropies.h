@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "params.h"
+#include "cuda/device/params.h"
 
 namespace mmfuse::cuda {
 

@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "element.h"
-#include "launch.h"
+#include "cuda/device/element.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/reduce.h"
 #include "modality_scores.h"
-#include "reduce.h"
 
 namespace mmfuse::cuda {
 namespace {

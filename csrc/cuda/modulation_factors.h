@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "common/modulation.h"
-#include "params.h"
+#include "cuda/device/params.h"
 
 namespace mmfuse::cuda {
 

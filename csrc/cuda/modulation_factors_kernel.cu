@@ -1,5 +1,5 @@
-#include "element.h"
-#include "launch.h"
+#include "cuda/device/element.h"
+#include "cuda/device/launch.h"
 #include "modulation_factors.h"
 
 namespace mmfuse::cuda {

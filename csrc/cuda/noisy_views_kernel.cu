@@ -1,6 +1,6 @@
-#include "noise_key.h"
+#include "cuda/device/noise_key.h"
+#include "cuda/device/partial_sums.h"
 #include "noisy_views.h"
-#include "partial_sums.h"
 
 namespace mmfuse::cuda {
 namespace {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/device/partial_sums.h"
 #include "paired_cosine.h"
-#include "partial_sums.h"
 
 namespace mmfuse::cuda {
 namespace {

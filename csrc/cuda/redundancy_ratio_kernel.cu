@@ -1,4 +1,4 @@
-#include "partial_sums.h"
+#include "cuda/device/partial_sums.h"
 #include "redundancy_ratio.h"
 
 namespace mmfuse::cuda {

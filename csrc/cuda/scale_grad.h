@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "params.h"
+#include "cuda/device/params.h"
 
 namespace mmfuse::cuda {
 

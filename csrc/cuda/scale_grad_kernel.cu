@@ -1,6 +1,6 @@
-#include "launch.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/update_tensor.h"
 #include "scale_grad.h"
-#include "update_tensor.h"
 
 namespace mmfuse::cuda {
 namespace {

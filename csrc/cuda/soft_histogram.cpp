@@ -1,6 +1,6 @@
 #include "soft_histogram.h"
 
-#include "cuda_glue.h"
+#include "glue/cuda_tensors.h"
 
 namespace mmfuse::cuda {
 namespace {

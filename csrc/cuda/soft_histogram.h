@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "params.h"
+#include "cuda/device/params.h"
 
 namespace mmfuse::cuda {
 

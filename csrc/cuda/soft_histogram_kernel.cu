@@ -2,9 +2,9 @@
 
 #include <type_traits>
 
-#include "histogram_bins.h"
-#include "reduce.h"
-#include "row_part.h"
+#include "cuda/device/histogram_bins.h"
+#include "cuda/device/reduce.h"
+#include "cuda/device/row_part.h"
 #include "soft_histogram.h"
 
 namespace mmfuse::cuda {

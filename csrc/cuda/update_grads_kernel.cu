@@ -1,10 +1,10 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "launch.h"
-#include "reduce.h"
+#include "cuda/device/launch.h"
+#include "cuda/device/reduce.h"
+#include "cuda/device/update_tensor.h"
 #include "update_grads.h"
-#include "update_tensor.h"
 
 namespace mmfuse::cuda {
 namespace {

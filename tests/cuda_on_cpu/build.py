@@ -51,7 +51,7 @@ def _compile(source: Path, headers: list[Path]) -> Path:
     if _is_current(target, [source, *headers]):
         return target
     # The shim's folder comes first, so that its cuda_runtime.h is the one that is found.
-    include = [f"-I{folder}" for folder in (HERE, CSRC, CSRC / "cuda")]
+    include = [f"-I{folder}" for folder in (HERE, CSRC)]
     for folder in cpp_extension.include_paths():
         include += ["-isystem", folder]
     # Two processes may build at once; each renames a complete file.
@@ -64,9 +64,7 @@ def _compile(source: Path, headers: list[Path]) -> Path:
 
 def _build(name: str, sources: list[Path]) -> Path:
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    headers = [
-        p for folder in (HERE, CSRC, CSRC / "cuda", CSRC / "common") for p in folder.glob("*.h")
-    ]
+    headers = [*HERE.glob("*.h"), *CSRC.rglob("*.h")]
     headers.append(Path(__file__))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda source: _compile(source, headers), sources))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .build import CSRC, build_kernels
 
-SOURCES = tuple(sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").glob("*.h")]))
+SOURCES = tuple(sorted([*(CSRC / "cuda").glob("*.cu"), *(CSRC / "cuda").rglob("*.h")]))
 
 # Within the parentheses of __launch_bounds__ there may be another pair.
 _KERNEL = re.compile(

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/philox.h"
-#include "glue.h"
+#include "tensors.h"
 
 namespace mmfuse::cpu {
 

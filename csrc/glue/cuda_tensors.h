@@ -3,8 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
-#include "glue.h"
-#include "params.h"
+#include "cuda/device/params.h"
+#include "tensors.h"
 
 // tests/cuda_on_cpu defines MMFUSE_CUDA_ON_CPU and runs the same kernels on CPU tensors.
 #ifdef MMFUSE_CUDA_ON_CPU

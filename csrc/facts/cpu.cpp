@@ -2,7 +2,7 @@
 #include <exception>
 #include <string>
 
-#include "cpu/simd.h"
+#include "cpu/simd/simd.h"
 
 namespace {
 

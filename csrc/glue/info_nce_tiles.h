@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <array>
 
-#include "glue.h"
+#include "tensors.h"
 
 namespace mmfuse {
 

@@ -19,7 +19,7 @@ from _parity_information import exact_arm
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmfuse.opm import drop_probabilities
+from mmfuse.methods.opm import drop_probabilities
 from mmfuse.reference import paired_cosine as reference_cosine
 
 

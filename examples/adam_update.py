@@ -47,7 +47,7 @@ OPTIMIZERS: dict[str, Callable[[Iterator[Tensor]], Optimizer]] = {
     "SGD": lambda parameters: SGD(parameters, lr=0.01, momentum=0.9),
     "Adam": lambda parameters: Adam(parameters, lr=1e-3),
 }
-APPLY_TO: tuple[mmfuse.ogm.ApplyTo, ...] = ("gradient", "update")
+APPLY_TO: tuple[mmfuse.methods.ogm.ApplyTo, ...] = ("gradient", "update")
 
 
 class Follower:
@@ -57,7 +57,7 @@ class Follower:
     the run's own by the factor alone.
     """
 
-    def __init__(self, model: Model, optimizer: str, apply_to: mmfuse.ogm.ApplyTo) -> None:
+    def __init__(self, model: Model, optimizer: str, apply_to: mmfuse.methods.ogm.ApplyTo) -> None:
         self.model = copy.deepcopy(model)
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
         encoders = dict(self.model.encoders)

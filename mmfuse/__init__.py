@@ -2,16 +2,17 @@
 
 from . import amp, ops
 from ._version import __version__
-from .adapters.parameters import match_parameters
-from .arm import ARM, ARMResult, sample_contributions
-from .heads import unimodal_logits
-from .inforeg import InfoReg, InfoRegResult
+from .loop.heads import unimodal_logits
+from .loop.matching import match_parameters
+from .loop.resampling import ContributionSampler
+from .loop.scalars import ScalarLog, scalars_of
+from .methods.arm import ARM, ARMResult, sample_contributions
+from .methods.inforeg import InfoReg, InfoRegResult
+from .methods.ogm import OGM, OGMResult, ogm_backward, ogm_coefficients
+from .methods.opm import OPM, OPMResult, drop_probabilities
+from .methods.redreg import RedReg, RedRegResult
 from .noise import NoiseStream
-from .ogm import OGM, OGMResult, ogm_backward, ogm_coefficients
-from .opm import OPM, OPMResult, drop_probabilities
 from .ops import use_backend
-from .redreg import RedReg, RedRegResult
-from .resampling import ContributionSampler
 
 __all__ = [
     "ARM",
@@ -26,6 +27,7 @@ __all__ = [
     "OPMResult",
     "RedReg",
     "RedRegResult",
+    "ScalarLog",
     "__version__",
     "amp",
     "drop_probabilities",
@@ -34,6 +36,7 @@ __all__ = [
     "ogm_coefficients",
     "ops",
     "sample_contributions",
+    "scalars_of",
     "unimodal_logits",
     "use_backend",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import mmfuse
 from mmfuse import ARM, ops
-from mmfuse.arm import modality_weights, normalised_information, released_ncmi
+from mmfuse.methods.arm import modality_weights, normalised_information, released_ncmi
 
 NAMES = ["audio", "visual", "text"]
 Batch = tuple[dict[str, Tensor], Tensor, dict[str, Tensor], Tensor, Tensor]

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.nn import functional as F
 
 import mmfuse
-from mmfuse import _shards
-from mmfuse.modalities import Modalities
+from mmfuse.loop import shards
+from mmfuse.loop.modalities import Modalities
 from mmfuse.ops import grad_stats
 
 
@@ -400,10 +400,10 @@ def test_fsdp1_is_refused() -> None:
 def merged(rank: int, wholes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     parameters = [nn.Parameter(distribute_tensor(w, mesh, [Shard(0)])) for w in wholes]
-    places = [_shards.shard_of(str(i), p) for i, p in enumerate(parameters)]
-    parts = [_shards.local_part(p.detach()) for p in parameters]
+    places = [shards.shard_of(str(i), p) for i, p in enumerate(parameters)]
+    parts = [shards.local_part(p.detach()) for p in parameters]
     zeros = [torch.zeros_like(p) for p in parts]
-    stats = _shards.merge_stats(grad_stats(parts, parts, zeros), places)
+    stats = shards.merge_stats(grad_stats(parts, parts, zeros), places)
     return list(stats), [stats.std]
 
 
@@ -431,18 +431,18 @@ def test_runs_cover_a_part_in_order() -> None:
     boxes += [((0, 2), (0, 5), (2, 4)), ((1, 2), (1, 2), (3, 6)), ((2, 2), (0, 5), (0, 6))]
     for box in boxes:
         part = whole_tensor[tuple(slice(a, b) for a, b in box)]
-        place = _shards.Shard((2, 5, 6), tuple(part.shape), tuple(a for a, _ in box), groups=())
+        place = shards.Shard((2, 5, 6), tuple(part.shape), tuple(a for a, _ in box), groups=())
         found = [
-            run.offset + i for run in _shards.runs(part, place) for i in range(run.tensor.numel())
+            run.offset + i for run in shards.runs(part, place) for i in range(run.tensor.numel())
         ]
         assert found == part.flatten().tolist()
-        values = [x for run in _shards.runs(part, place) for x in run.tensor.flatten().tolist()]
+        values = [x for run in shards.runs(part, place) for x in run.tensor.flatten().tolist()]
         assert values == found
 
 
 def test_a_plain_tensor_is_one_run() -> None:
     tensor = torch.randn(3, 4)
-    assert [(r.tensor is tensor, r.offset) for r in _shards.runs(tensor, None)] == [(True, 0)]
-    assert _shards.shard_of("p", tensor) is None
-    assert _shards.local_part(tensor) is tensor
+    assert [(r.tensor is tensor, r.offset) for r in shards.runs(tensor, None)] == [(True, 0)]
+    assert shards.shard_of("p", tensor) is None
+    assert shards.local_part(tensor) is tensor
     assert not Modalities({"a": [tensor], "b": [torch.ones(2)]}).active().shards

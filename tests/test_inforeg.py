@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import mmfuse
 from mmfuse import InfoReg
-from mmfuse.inforeg import information_gap
+from mmfuse.methods.inforeg import information_gap
 
 NAMES = ["audio", "visual", "text", "depth"]
 Step = tuple[dict[str, Tensor], Tensor]
@@ -224,7 +224,7 @@ def test_anchors_in_another_dtype(cell: Cell, dtype: torch.dtype | None) -> None
 @pytest.mark.gpu
 @pytest.mark.parametrize("chunk", [1, 2**30])
 def test_anchors_on_the_cpu(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("mmfuse.anchors._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("mmfuse.loop.anchors._CHUNK_BYTES", chunk)
     nets = networks(2, "cuda")
     other = copy.deepcopy(nets)
     step = batches(2, 1, "cuda")[0]
@@ -465,7 +465,7 @@ def test_the_trace_comes_with_the_pull(
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("InfoReg has read the gradients twice")
 
-    monkeypatch.setattr("mmfuse.inforeg.grad_stats", refused)
+    monkeypatch.setattr("mmfuse.methods.inforeg.grad_stats", refused)
     if parts == 2:
         monkeypatch.setattr(inforeg.anchors, "_parts", cut)
     found_pull = False

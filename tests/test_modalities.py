@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mmfuse
-from mmfuse.modalities import Modalities, per_tensor
+from mmfuse.loop.modalities import Modalities, per_tensor
 from mmfuse.ops._tensors import by_device
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import mmfuse
-from mmfuse.adapters.parameters import match_parameters
+from mmfuse.loop.matching import match_parameters
 
 
 @pytest.fixture

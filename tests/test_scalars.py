@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
 import mmfuse
-from mmfuse.adapters.scalars import ScalarLog, scalars_of
+from mmfuse.loop.scalars import ScalarLog, scalars_of
 
 NAMES = ("audio", "visual")
 

@@ -17,8 +17,9 @@ from no_sync import no_host_sync
 from replay import Captured
 from torch import Tensor
 
-from mmfuse import NoiseStream, anchors, ops
-from mmfuse.modalities import Active
+from mmfuse import NoiseStream, ops
+from mmfuse.loop import anchors
+from mmfuse.loop.modalities import Active
 from mmfuse.ops import GradStats, _tensors
 
 SIZES = [5, 0, 70, 9]

@@ -25,8 +25,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._shards import whole_state
 from ..amp import grad_scale
+from ..loop.shards import whole_state
 
 try:
     from accelerate import Accelerator

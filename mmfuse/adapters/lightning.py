@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import amp
-from .._shards import whole_state
-from ..modalities import Encoder
-from .parameters import Named, match_parameters
-from .scalars import ScalarLog, scalars_of
+from ..loop.matching import Named, match_parameters
+from ..loop.modalities import Encoder
+from ..loop.scalars import ScalarLog, scalars_of
+from ..loop.shards import whole_state
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer

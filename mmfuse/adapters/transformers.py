@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._shards import whole_state
-from ..opm import OPM
-from .scalars import scalars_of
+from ..loop.scalars import scalars_of
+from ..loop.shards import whole_state
+from ..methods.opm import OPM
 
 try:
     import accelerate as _accelerate  # noqa: F401

@@ -50,9 +50,9 @@ def update_grads_(
     """G ← scale[t]·g + pull[t]·(w − w₀) + noise_std[t]·N(0, 1), for T tensors, in place.
 
     One read and one write of every gradient; a tensor for which nothing would change is not
-    written. OGM, OGM-GE, InfoReg and RedReg are choices of the three vectors (see `mmfuse.ogm`).
-    With `sq_norm` the same read also gives Σg² of what the gradient was before: the trace of the
-    Fisher information of InfoReg (Huang et al., CVPR 2025).
+    written. OGM, OGM-GE, InfoReg and RedReg are choices of the three vectors (see
+    `mmfuse.methods`). With `sq_norm` the same read also gives Σg² of what the gradient was before:
+    the trace of the Fisher information of InfoReg (Huang et al., CVPR 2025).
 
     Equivalent to, for each tensor::
 

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .reference.modality_scores import IGNORED_LABEL
+from ..reference.modality_scores import IGNORED_LABEL
 
 if TYPE_CHECKING:
-    from .noise import NoiseStream
+    from ..noise import NoiseStream
 
 # None: all ranks of torch.distributed, where it is initialized. False: this rank alone.
 Group = Union["dist.ProcessGroup", Literal[False], None]

@@ -28,10 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._ranks import Group, Observations, Observed
-from ._state import State
-from .anchors import Anchors
-from .modalities import (
+from ..loop.anchors import Anchors
+from ..loop.modalities import (
     Active,
     Encoder,
     Modalities,
@@ -39,8 +37,10 @@ from .modalities import (
     given,
     per_tensor,
 )
-from .ops import ModalityScores, grad_stats
-from .ops._tensors import index_tensor
+from ..loop.ranks import Group, Observations, Observed
+from ..loop.state import State
+from ..ops import ModalityScores, grad_stats
+from ..ops._tensors import index_tensor
 
 # Epochs that the released code averages over; their list of traces starts with as many zeros.
 _OFFICIAL_WINDOW = 10

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .noise import NoiseStream
+from ..noise import NoiseStream
 
 
 class ContributionSampler(Sampler[int]):

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .ops import GradStats
-from .ops._tensors import index_tensor
+from ..ops import GradStats
+from ..ops._tensors import index_tensor
 
 
 class Shard(NamedTuple):

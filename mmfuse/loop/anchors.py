@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._shards import like_shard, local_part, own_part
+from ..ops import GradStats, grad_stats, update_grads_
 from .modalities import Active, Modalities
-from .ops import GradStats, grad_stats, update_grads_
+from .shards import like_shard, local_part, own_part
 
 # How much of the anchors is on the gradients' device at a time when they are kept elsewhere.
 _CHUNK_BYTES = 64 * 2**20

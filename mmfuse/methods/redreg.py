@@ -32,16 +32,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._monitor import Forward, Monitor, Noise
-from ._ranks import Group, Observations, Observed, agree, rank_and_size, several
-from ._state import State
-from .anchors import Anchors
-from .modalities import Active, Encoder, Modalities, Select, per_modality, per_tensor
-from .noise import NoiseStream, saved_state
-from .ops import GradStats
-from .ops._tensors import check_named
-from .ops.co_information_gate import named_gate
-from .ops.paired_cosine import aligned, paired_cosine
+from ..loop.anchors import Anchors
+from ..loop.modalities import Active, Encoder, Modalities, Select, per_modality, per_tensor
+from ..loop.ranks import Group, Observations, Observed, agree, rank_and_size, several
+from ..loop.state import State
+from ..noise import NoiseStream, saved_state
+from ..ops import GradStats
+from ..ops._tensors import check_named
+from ..ops.co_information_gate import named_gate
+from ..ops.paired_cosine import aligned, paired_cosine
+from .redreg_monitor import Forward, Monitor, Noise
 
 Projection = Literal["tensor", "encoder"]
 

@@ -9,12 +9,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
-from .noise import NoiseStream
-from .ops._tensors import check_named, index_tensor, why_unsupported
-from .ops.drop_modalities import check_batches
-from .ops.grad_stats import GradStats
-from .ops.modality_scores import ModalityScores, named_scores
+from ..noise import NoiseStream
+from ..ops._tensors import check_named, index_tensor, why_unsupported
+from ..ops.drop_modalities import check_batches
+from ..ops.grad_stats import GradStats
+from ..ops.modality_scores import ModalityScores, named_scores
+from .shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
 
 Encoder = nn.Module | Iterable[Tensor]
 Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..noise import NoiseStream
+from ..ops import grad_stats, update_grads_
 from .modalities import Modalities, per_tensor
-from .noise import NoiseStream
-from .ops import grad_stats, update_grads_
 
 
 class Decided(NamedTuple):

@@ -22,13 +22,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._epochs import EpochWindow
-from ._ranks import Group, Observations, agree, mean_over_ranks
-from ._updates import Decided, ScaledUpdates
-from .modalities import Active, Encoder, Modalities, Select, given
-from .noise import NoiseStream, default_stream
-from .ops import grad_stats, modulation_factors, update_grads_
-from .ops.modulation_factors import Formula, check_strength
+from ..loop.epochs import EpochWindow
+from ..loop.modalities import Active, Encoder, Modalities, Select, given
+from ..loop.ranks import Group, Observations, agree, mean_over_ranks
+from ..loop.updates import Decided, ScaledUpdates
+from ..noise import NoiseStream, default_stream
+from ..ops import grad_stats, modulation_factors, update_grads_
+from ..ops.modulation_factors import Formula, check_strength
 
 Noise = bool | Callable[[Tensor], Tensor]
 ApplyTo = Literal["gradient", "update"]
@@ -92,9 +92,9 @@ def ogm_backward(
 ) -> OGMResult:
     """Takes the place of ``loss.backward()``: back-propagates, then modulates the gradients.
 
-    OGM-GE by default, OGM with ``noise=False``; see `mmfuse.ogm` for the formulas. Gradients
-    end up in ``.grad``. The scale of the loss does not matter, so that the loss may come from a
-    `GradScaler`; clip gradients afterwards.
+    OGM-GE by default, OGM with ``noise=False``; see `mmfuse.methods.ogm` for the formulas.
+    Gradients end up in ``.grad``. The scale of the loss does not matter, so that the loss may come
+    from a `GradScaler`; clip gradients afterwards.
 
     Equivalent to::
 

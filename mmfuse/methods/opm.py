@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._epochs import EpochWindow
-from ._ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
-from ._state import in_backward
-from .modalities import check_names, named_features
-from .noise import NoiseStream
-from .ops._tensors import kept_tensor
-from .ops.discrepancy_ratios import discrepancy_ratios
-from .ops.drop_modalities import named_drop
-from .ops.modality_scores import named_scores
+from ..loop.epochs import EpochWindow
+from ..loop.modalities import check_names, named_features
+from ..loop.ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
+from ..loop.state import in_backward
+from ..noise import NoiseStream
+from ..ops._tensors import kept_tensor
+from ..ops.discrepancy_ratios import discrepancy_ratios
+from ..ops.drop_modalities import named_drop
+from ..ops.modality_scores import named_scores
 
 
 @dataclass(frozen=True)

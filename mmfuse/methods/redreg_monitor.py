@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from .modalities import Encoder
-from .noise import NoiseStream
-from .ops.noisy_views import noisy_views
-from .ops.redundancy_ratio import redundancy_ratio
+from ..loop.modalities import Encoder
+from ..noise import NoiseStream
+from ..ops.noisy_views import noisy_views
+from ..ops.redundancy_ratio import redundancy_ratio
 
 Noise = Callable[[Tensor], Tensor]
 Forward = Callable[[Tensor], Tensor]

@@ -28,13 +28,13 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from ._ranks import Group, check_group, mean_over_ranks
-from ._state import in_backward
-from .modalities import check_names, named_features
-from .ops._tensors import kept_tensor
-from .ops.joint_entropies import MAX_BINS, check_bins, joint_entropies
-from .ops.modality_scores import named_scores
-from .ops.mutual_information import normalised
+from ..loop.modalities import check_names, named_features
+from ..loop.ranks import Group, check_group, mean_over_ranks
+from ..loop.state import in_backward
+from ..ops._tensors import kept_tensor
+from ..ops.joint_entropies import MAX_BINS, check_bins, joint_entropies
+from ..ops.modality_scores import named_scores
+from ..ops.mutual_information import normalised
 
 # Below it a contribution counts as this much, so that no weight is infinite or negative.
 _LEAST = 1e-6

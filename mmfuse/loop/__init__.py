@@ -1,0 +1,1 @@
+"""Everything around a training step in which no paper occurs."""

@@ -1,0 +1,1 @@
+"""Decide: one paper in each file, its equations executed there."""

@@ -6,12 +6,13 @@ import pytest
 import torch
 from conftest import Cell
 from torch.nn import functional as F
-from trajectory import Golden, Network, Replay, sgd
+from trajectory import Golden, Network, Replay, free_and_forced, on_every_backend, sgd
 
 import mmfuse
 
 
-@pytest.mark.parametrize("forced", [True, False], ids=["forced", "free"])
+@on_every_backend
+@free_and_forced
 @pytest.mark.parametrize(
     ("name", "negative", "tolerance"),
     # Large weights amplify rounding.
@@ -20,8 +21,9 @@ import mmfuse
 def test_official_reproduces_the_released_code(
     cell: Cell, name: str, negative: int, tolerance: float, forced: bool
 ) -> None:
+    cell.skip_slow(name != "arm_official_relu" or not forced)
     mmfuse.use_backend(cell.backend)
-    golden = Golden(name, cell.device)
+    golden = Golden(name)
     model = Network(golden, relu=name.endswith("relu"))
     arm = mmfuse.ARM.official()
     run = Replay(golden, model, sgd(golden, model), forced)

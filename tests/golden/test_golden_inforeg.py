@@ -6,20 +6,24 @@ import pytest
 import torch
 from conftest import Cell
 from torch.nn import functional as F
-from trajectory import Golden, Network, Replay, difference, sgd
+from trajectory import Golden, Network, Replay, difference, free_and_forced, on_every_backend, sgd
 
 import mmfuse
 
 
-@pytest.mark.parametrize("forced", [True, False], ids=["forced", "free"])
+@on_every_backend
+@free_and_forced
 @pytest.mark.parametrize(
-    ("release", "acts"), [("november", [11, 9, 4]), ("march", [5, 0, 19])], ids=["november", "march"]
+    ("release", "acts"),
+    [("november", [11, 9, 4]), ("march", [5, 0, 19])],
+    ids=["november", "march"],
 )
 def test_official_reproduces_the_released_code(
     cell: Cell, release: str, acts: list[int], forced: bool
 ) -> None:
+    cell.skip_slow()
     mmfuse.use_backend(cell.backend)
-    golden = Golden(f"inforeg_{release}", cell.device)
+    golden = Golden(f"inforeg_{release}")
     model = Network(golden)
     inforeg = mmfuse.InfoReg.official(model.encoders, release=release)
     run = Replay(golden, model, sgd(golden, model), forced)

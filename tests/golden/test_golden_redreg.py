@@ -9,7 +9,7 @@ import torch
 from conftest import Cell
 from torch import Tensor
 from torch.nn import functional as F
-from trajectory import TOLERANCE, Golden, Network, Replay, sgd
+from trajectory import TOLERANCE, Golden, Network, Replay, free_and_forced, on_every_backend, sgd
 
 import mmfuse
 
@@ -21,15 +21,17 @@ def draws(golden: Golden) -> Iterator[Tensor]:
         yield from (golden[name][t] for name in names)
 
 
-@pytest.mark.parametrize("forced", [True, False], ids=["forced", "free"])
+@on_every_backend
+@free_and_forced
 @pytest.mark.parametrize(
     ("name", "acts"), [("redreg_r015", [20, 4, 0]), ("redreg_r08", [15, 4, 5])]
 )
 def test_official_reproduces_the_released_code(
     cell: Cell, name: str, acts: list[int], forced: bool
 ) -> None:
+    cell.skip_slow()
     mmfuse.use_backend(cell.backend)
-    golden = Golden(name, cell.device)
+    golden = Golden(name)
     model = Network(golden)
     noise = draws(golden)
     redreg = mmfuse.RedReg.official(
@@ -47,7 +49,7 @@ def test_official_reproduces_the_released_code(
                 redreg.start_epoch()
         inputs, labels = run.batch()
         seen = redreg.drop_inputs(inputs, golden["u.input_drop"][t])
-        # The probability itself is not shown: it lies where the second modality stops being dropped.
+        # The probability is not shown; it is where the second modality is no longer dropped.
         p = golden["input_drop_probability"][t]
         for uniform, is_dropped in ((p * (1 - TOLERANCE), True), (p * (1 + TOLERANCE), False)):
             at_the_border = redreg.drop_inputs(inputs, uniform)
@@ -82,3 +84,7 @@ def test_official_reproduces_the_released_code(
     regulated = run["coefficient"] != 0
     none = int((~regulated.any(1)).sum())
     assert [*regulated.sum(0).tolist(), none] == acts, "audio, visual, none"
+    dominant = run["score"].argmax(1, keepdim=True)
+    below = (run["phase"].gather(1, dominant) <= redreg.threshold).squeeze(1)
+    shut = (run["gate"] == 0) & ~below
+    assert [int(below.sum()), int(shut.sum())] == ([3, 2] if acts[2] else [0, 0])

@@ -7,11 +7,13 @@ test, unless the test names it, with a reason, as one that mmfuse does not show.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
+from conftest import Cell
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,22 +22,30 @@ DATA = Path(__file__).parent / "data"
 # Relative to the largest entry of an array; the format's own promise, see data/README.md.
 TOLERANCE = 1e-9
 
+# The numbers are a CPU's; what a GPU makes of the same kernels is compared with the CPU elsewhere.
+on_every_backend = pytest.mark.parametrize(
+    "cell",
+    [Cell(backend, "cpu") for backend in ("reference", "cpu", "cuda", "triton")],
+    ids=lambda cell: cell.backend,
+    indirect=True,
+)
+free_and_forced = pytest.mark.parametrize("forced", [True, False], ids=["forced", "free"])
+
 # What goes in; everything else comes out.
 _INPUTS = ("x.", "y", "init.", "hp.", "noise.", "u.", "epoch")
 
 
 class Golden:
-    """The arrays of one file, on a device.
+    """The arrays of one file.
 
     Args:
         name: Of the file, without its ending.
-        device: Where the arrays are put.
     """
 
-    def __init__(self, name: str, device: str = "cpu") -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         with np.load(DATA / f"{name}.npz") as file:
-            self.arrays = {key: torch.from_numpy(file[key]).to(device) for key in file.files}
+            self.arrays = {key: torch.from_numpy(file[key]) for key in file.files}
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.arrays:
@@ -120,7 +130,7 @@ class Network(nn.Module):
         for name, value in init.items():
             if name.count(".") == 1 and name.endswith(".weight"):
                 self.add_module(name.removesuffix(".weight"), nn.Linear(*value.T.shape))
-        self.double().to(golden["y"].device)
+        self.double()
         # Statistics of batch norm are in a file only where evaluation mode matters.
         statistics = {name: b for name, b in self.named_buffers() if f"init.{name}" not in golden}
         self.load_state_dict({**statistics, **init})
@@ -178,7 +188,7 @@ class Replay:
         for name, parameter in model.named_parameters():
             parameter.register_post_accumulate_grad_hook(self._keep_raw(name))
 
-    def _keep_raw(self, name: str):
+    def _keep_raw(self, name: str) -> Callable[[Tensor], None]:
         def keep(parameter: Tensor) -> None:
             self._compare_later(f"grad.{name}", parameter.grad)
 
@@ -193,11 +203,17 @@ class Replay:
             tensor.copy_(self.golden[given][self._t])
 
     def steps(self) -> Iterator[int]:
-        for t in range(self.golden.steps):
-            self._t = t
-            self.optimizer.zero_grad(set_to_none=True)
-            yield t
-            assert self._stepped == t + 1, "the body of the loop must call step()"
+        threads = torch.get_num_threads()
+        # As the files were made; several would wait for each other longer than they work.
+        torch.set_num_threads(1)
+        try:
+            for t in range(self.golden.steps):
+                self._t = t
+                self.optimizer.zero_grad(set_to_none=True)
+                yield t
+                assert self._stepped == t + 1, "the body of the loop must call step()"
+        finally:
+            torch.set_num_threads(threads)
 
     def batch(self) -> tuple[dict[str, Tensor], Tensor]:
         """Inputs by modality, and labels."""
@@ -207,7 +223,7 @@ class Replay:
     def record(self, **values: Tensor | float | bool) -> None:
         """Keeps what came out, to be compared with the arrays of these names."""
         for key, value in values.items():
-            made = torch.as_tensor(value, dtype=torch.float64, device=self.golden["y"].device)
+            made = torch.as_tensor(value, dtype=torch.float64)
             self.recorded[key].append(made.detach().clone())
 
     def step(self) -> None:
@@ -240,7 +256,7 @@ class Replay:
             hidden: Arrays that mmfuse does not show, and which the test has looked at in another
                 way.
             tolerance: Relative to the largest entry of an array.
-            only: Compare these names alone, and neither less nor more.
+            only: Compare the numbers of these arrays alone; there must still be all of them.
 
         Raises:
             AssertionError: a number is off, or something was recorded too little or too much.

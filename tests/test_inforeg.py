@@ -402,6 +402,11 @@ def test_official_wants_two_encoders() -> None:
         InfoReg.official(dict(networks(3)))
 
 
+def test_official_wants_a_release_that_there_is() -> None:
+    with pytest.raises(ValueError, match="release must be 'november' or 'march', got 'april'"):
+        InfoReg.official(dict(networks(2)), release="april")
+
+
 def test_official_counts_layers_of_bare_parameters() -> None:
     nets = networks(2)
     modules = InfoReg.official(dict(nets))

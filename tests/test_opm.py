@@ -190,6 +190,55 @@ def test_official_is_the_released_code(cell: Cell, dtype: torch.dtype) -> None:
     assert executed == {True, False}
 
 
+def test_official_gives_the_features_thetas_gradient(cell: Cell) -> None:
+    """As the loss plus θ²/2, with a head that is detached for the scores; three unequal widths."""
+    widths = {"audio": 6, "visual": 3, "text": 5}
+    head = torch.nn.Linear(14, 5, device=cell.device).double()
+    labels = torch.randint(0, 5, (16,), device=cell.device)
+    inputs = {
+        n: torch.randn(16, w, device=cell.device, dtype=torch.float64) for n, w in widths.items()
+    }
+    inputs["audio"] += 3 * head.weight[labels, :6].detach()
+
+    def train(theta_gradient: bool, detached: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        opm = OPM.official(
+            p_exe=1.0,
+            theta_gradient=theta_gradient,
+            num_modalities=3,
+            starts=0,
+            stream=NoiseStream(2),
+            backend=cell.backend,
+        )
+        opm.to(cell.device).double()
+        head.zero_grad()
+        features = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+        logits = mmfuse.unimodal_logits(head, features)
+        if detached:
+            logits = {n: z.detach() for n, z in logits.items()}
+        out = opm(features, logits, labels)
+        F.cross_entropy(
+            head(torch.cat(list(out.features.values()), 1)), labels[out.rows]
+        ).backward()
+        return {n: f.grad for n, f in features.items()}, head.weight.grad.clone()
+
+    without, of_head = train(False)
+    features = {n: x.clone().requires_grad_() for n, x in inputs.items()}
+    logits = mmfuse.unimodal_logits(head, features)
+    s = torch.stack([z.softmax(1)[range(16), labels].mean() for z in logits.values()])
+    ratios = torch.stack([(s[m] / s).sum() - 1 for m in range(3)]) / 2
+    q = drop_probabilities(ratios)
+    theta = sum(w * r for w, r in zip(widths.values(), q, strict=True)) / 14
+    extra = torch.autograd.grad(theta.square() / 2, list(features.values()))
+    assert theta > 0 and all(e.abs().max() > 1e-4 for e in extra)
+
+    for detached in (False, True):
+        got, got_of_head = train(True, detached)
+        for (name, grad), more in zip(got.items(), extra, strict=True):
+            want = without[name] if detached else without[name] + more
+            torch.testing.assert_close(grad, want, rtol=1e-12, atol=1e-14)
+        assert torch.equal(got_of_head, of_head)
+
+
 def test_official_removes_samples_that_have_lost_everything(cell: Cell) -> None:
     """Which takes both probabilities above 0: only scores that are not a ratio's could do that."""
     opm = OPM.official(p_exe=1.0, backend=cell.backend, starts=0).to(cell.device)

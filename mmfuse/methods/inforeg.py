@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,25 @@ from ..loop.state import State
 from ..ops import ModalityScores, grad_stats
 from ..ops._tensors import index_tensor
 
+Release = Literal["november", "march"]
+
 # Epochs that the released code averages over; their list of traces starts with as many zeros.
 _OFFICIAL_WINDOW = 10
+
+
+class _Constants(NamedTuple):
+    """What differs between the authors' releases."""
+
+    threshold: float
+    #: Of exp(tanh Δ), for the first and the second modality.
+    multipliers: tuple[float, float]
+
+
+_RELEASES: dict[str, _Constants] = {
+    "november": _Constants(0.05, (0.95, 0.1)),
+    # Its second branch repeats the first one's condition, so that it is never reached.
+    "march": _Constants(0.04, (0.95, 0.0)),
+}
 
 
 @dataclass(frozen=True)
@@ -145,6 +162,7 @@ class InfoReg:
         cls,
         encoders: Mapping[str, Encoder],
         *,
+        release: Release = "november",
         process_group: Group = None,
         backend: str | None = None,
     ) -> InfoReg:
@@ -158,14 +176,32 @@ class InfoReg:
         with g as the pull has left it. The gradient is that of the sum of the joint and the two
         unimodal losses, which is yours to form: one backward pass of their sum.
 
+        Args:
+            encoders: As in `InfoReg`; audio first.
+            release: Which of the two. "november" (2025-11-05, the authors' correction) is what is
+                described here; its unimodal logits are the joint head's (`mmfuse.unimodal_logits`).
+                "march" (2025-03-31, that of the paper) has unimodal heads of its own, a threshold
+                of 0.04, and never pulls the second encoder.
+            process_group: As in `InfoReg`.
+            backend: As in `InfoReg`.
+
         Raises:
             TypeError: as `InfoReg`.
-            ValueError: as `InfoReg`, or there are not two encoders.
+            ValueError: as `InfoReg`, or there are not two encoders, or no such release.
         """
+        if release not in _RELEASES:
+            raise ValueError(f"release must be 'november' or 'march', got {release!r}")
         if isinstance(encoders, (Mapping, nn.ModuleDict)) and len(encoders) != 2:
             raise ValueError(f"the released code knows two modalities, got {list(encoders)}")
-        made = cls(encoders, beta=1.0, threshold=0.05, process_group=process_group, backend=backend)
-        made._rules = _Official(_weights_of_layers(encoders, made.modalities))
+        threshold, multipliers = _RELEASES[release]
+        made = cls(
+            encoders,
+            beta=1.0,
+            threshold=threshold,
+            process_group=process_group,
+            backend=backend,
+        )
+        made._rules = _Official(_weights_of_layers(encoders, made.modalities), multipliers)
         made._make_state()
         return made
 
@@ -408,14 +444,15 @@ class _Official:
     Args:
         weights: [T] one over the number of elements for the weights of convolutional and linear
             layers, 0 for all else.
+        multipliers: Of exp(tanh Δ), for the first and the second modality.
     """
 
     history = _OFFICIAL_WINDOW + 1
     trace_before_pull = False
-    multipliers = (0.95, 0.1)
 
-    def __init__(self, weights: Tensor) -> None:
+    def __init__(self, weights: Tensor, multipliers: tuple[float, float]) -> None:
         self.weights = weights
+        self.multipliers = multipliers
 
     def performance(self, scores: ModalityScores, seen: Observed) -> Tensor:
         return scores.prob * seen.count.to(scores.prob)

@@ -141,6 +141,7 @@ class OPM(EpochWindow, nn.Module):
         self.backend = backend
         self._agreed = False
         self._p_exe: float | None = None
+        self._theta_gradient = False
         self.register_buffer("q", torch.zeros(num_modalities))
         self.register_buffer("noise_state", (stream or NoiseStream()).state)
 
@@ -151,6 +152,7 @@ class OPM(EpochWindow, nn.Module):
         lam: float = 0.5,
         p_exe: float = 0.7,
         *,
+        theta_gradient: bool = False,
         num_modalities: int = 2,
         starts: int = 6,
         process_group: Group = None,
@@ -162,12 +164,21 @@ class OPM(EpochWindow, nn.Module):
         q is that of the same step; features are dropped in a share `p_exe` of the steps only; all
         that is left, gradients included, is divided by 1 − θ with θ = Σ d_m q_m / Σ d_m over the
         features' widths d_m; samples that have lost everything are removed, which makes shapes
-        dynamic and waits for the device; epochs 0 to 5 are left alone (call `set_epoch`).
+        dynamic and waits for the device; epochs 0 to 5 are left alone (call `set_epoch`). q is of
+        the dtype of the module, which a float64 network wants to be ``.double()``.
+
+        The released code's division has a backward pass of its own, which passes θ itself back to
+        θ, and from there to the features through their scores: the gradient of an additional loss
+        θ²/2, whatever the loss is scaled by. It has been seen to change an encoder's gradient by a
+        tenth. With ``theta_gradient=True`` the features get it too; the head does not.
 
         Args:
             q_base: As in `OPM`.
             lam: As in `OPM`.
             p_exe: Share of the steps in which features are dropped, in [0, 1].
+            theta_gradient: Whether the features get θ's gradient, as they do in the released code.
+                It takes one more pass, forth and back, between features and scores; `logits` that
+                do not come from `features` pass nothing back.
             num_modalities: As in `OPM`.
             starts: As in `OPM`.
             process_group: As in `OPM`.
@@ -190,6 +201,7 @@ class OPM(EpochWindow, nn.Module):
             backend=backend,
         )
         made._p_exe = p_exe
+        made._theta_gradient = theta_gradient
         return made
 
     def forward(
@@ -237,6 +249,9 @@ class OPM(EpochWindow, nn.Module):
         if self._p_exe is None:
             result = self._drop(names, values, q, None)
         else:
+            q = self._executed(q)
+            if self._theta_gradient and self.modulating and torch.is_grad_enabled():
+                values = self._with_theta_gradient(names, values, logits, labels, scores, q)
             result = self._drop_as_released(names, values, q)
         with torch.no_grad():
             self.q.copy_(current)
@@ -280,14 +295,47 @@ class OPM(EpochWindow, nn.Module):
         kept = dict(zip(names, out.features, strict=True))
         return OPMResult(kept, out.keep, q, None, None)
 
-    def _drop_as_released(self, names: list[str], features: list[Tensor], q: Tensor) -> OPMResult:
+    @torch.no_grad()
+    def _executed(self, q: Tensor) -> Tensor:
+        """Q in a share of the steps, 0 in the others."""
         assert self._p_exe is not None
+        drawn = self._stream().uniform(1, stream_id=self.num_modalities)[0]
+        return torch.where(drawn >= 1 - self._p_exe, q, 0.0)
+
+    def _with_theta_gradient(
+        self,
+        names: list[str],
+        features: list[Tensor],
+        logits: Mapping[str, Tensor],
+        labels: Tensor,
+        scores: Tensor,
+        q: Tensor,
+    ) -> list[Tensor]:
+        """The features; in the backward pass they also get the gradient of θ²/2, θ that of `q`."""
+        wanted = [m for m, feature in enumerate(features) if feature.requires_grad]
+        own = named_scores(
+            [f"logits[{n!r}]" for n in names], [logits[n] for n in names], labels, self.backend
+        ).prob
+        if not wanted or not own.requires_grad:
+            return features
+        # All ranks' scores, through which this rank's pass their gradients.
+        s = scores + (own - own.detach())
+        ratios = ((s.unsqueeze(1) / s).sum(1) - 1) / (len(names) - 1)
+        # Where q is 0, nothing is dropped in this step, and nothing depends on the ratio.
+        probabilities = drop_probabilities(ratios, self.q_base, self.lam).to(q)
+        half_square = _theta(features, torch.where(q > 0, probabilities, 0.0)).square() / 2
+        found = torch.autograd.grad(
+            half_square, [features[m] for m in wanted], retain_graph=True, allow_unused=True
+        )
+        out = list(features)
+        for m, gradient in zip(wanted, found, strict=True):
+            if gradient is not None:
+                out[m] = _AddToGradient.apply(features[m], gradient)
+        return out
+
+    def _drop_as_released(self, names: list[str], features: list[Tensor], q: Tensor) -> OPMResult:
         with torch.no_grad():
-            drawn = self._stream().uniform(1, stream_id=self.num_modalities)[0]
-            q = torch.where(drawn >= 1 - self._p_exe, q, 0.0)
-            sizes = tuple(math.prod(f.shape[1:]) for f in features)
-            widths = kept_tensor(sizes, (len(sizes),), q.dtype, q.device)
-            scale = 1 / (1 - (widths * q).sum() / widths.sum())
+            scale = 1 / (1 - _theta(features, q))
         dropped = self._drop(names, features, q, scale)
         rows = dropped.keep.any(0).nonzero().squeeze(1)
         left = {name: feature[rows] for name, feature in dropped.features.items()}
@@ -305,3 +353,24 @@ class OPM(EpochWindow, nn.Module):
     def extra_repr(self) -> str:
         """The hyper-parameters."""
         return f"q_base={self.q_base}, lam={self.lam}, num_modalities={self.num_modalities}"
+
+
+def _theta(features: list[Tensor], q: Tensor) -> Tensor:
+    """0-d θ = Σ d_m q_m / Σ d_m, d_m the widths of the features."""
+    sizes = tuple(math.prod(f.shape[1:]) for f in features)
+    widths = kept_tensor(sizes, (len(sizes),), q.dtype, q.device)
+    return (widths * q).sum() / widths.sum()
+
+
+class _AddToGradient(torch.autograd.Function):
+    """x; the backward pass adds a given tensor to its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grads[0] + gradient, None

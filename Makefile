@@ -61,21 +61,21 @@ demo: build
 
 test: build $(TESTING)
 	MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
-		$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --ignore tests/test_soak.py
+		$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --ignore tests/loop/test_soak.py
 
 soak: build $(TESTING)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/test_soak.py
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/loop/test_soak.py
 
 lint: $(TESTING)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format --dry-run -Werror
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(TESTING)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*' 'tests/*.h' 'tests/*.cpp' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format -i
+	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format -i
 
 bench: build
 	$(BIN)/python benchmarks/run.py

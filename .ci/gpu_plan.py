@@ -139,7 +139,7 @@ def _limits(seconds: float, each: float) -> list[str]:
 
 def _kernels(setting: Setting) -> list[Stage]:
     """Each case against the CPU, in a process of its own."""
-    script = [setting.python, "tests/every_kernel.py", "--each", "--device", setting.device]
+    script = [setting.python, "tests/kernels/every_kernel.py", "--each", "--device", setting.device]
     cases = ["--case", "discrepancy_ratios"] if setting.rehearsal else []
     found = []
     for backend in ("cuda", "triton") if setting.cuda else ("triton",):
@@ -154,7 +154,7 @@ def _kernels(setting: Setting) -> list[Stage]:
 
 def _words(setting: Setting) -> Stage:
     """The fast functions of the noise."""
-    command = [setting.python, "tests/all_words.py", "--device", setting.device]
+    command = [setting.python, "tests/kernels/all_words.py", "--device", setting.device]
     command += ["--stride", "262145"] if setting.rehearsal else []
     command += ["--output", str(setting.scratch / "words")]
     return Stage("words", command, last_match(r"^all_words: "))
@@ -177,7 +177,7 @@ def _tests(setting: Setting) -> Stage:
     # Small shares, so that the order is kept.
     pytest += ["--maxschedchunk", "4"]
     # Tensors of 2^31 elements take the time of many small tests.
-    which = ["-m", "gpu", "--ignore", "tests/test_large.py"]
+    which = ["-m", "gpu", "--ignore", "tests/kernels/test_large.py"]
     if setting.rehearsal:
         which = ["tests/test_main.py"]
     backends = ["reference", "triton", *(["cuda"] if setting.cuda else [])]
@@ -197,7 +197,7 @@ def _sanitizer(setting: Setting) -> Stage:
     gist = last_match(r"^sanitizer: ")
     if not setting.cuda:
         return Stage("sanitizer", [setting.python, "-c", f"exit({SKIPPED})"], gist)
-    command = [setting.python, "tests/every_kernel.py", "--sanitizer", *_limits(95, 60)]
+    command = [setting.python, "tests/kernels/every_kernel.py", "--sanitizer", *_limits(95, 60)]
     output = ["--output", str(setting.scratch / "sanitizer")]
     return Stage("sanitizer", [*command, *output], gist, again=_repeated(command, "sanitizer"))
 

@@ -1,7 +1,7 @@
 """Backends under test, the device each runs on, and poisoned outputs.
 
 Without a GPU all four backends run on the CPU: Triton in its interpreter, the CUDA kernels compiled
-against the host shim of tests/cuda_on_cpu. With one, the tests marked `gpu` run there too.
+against the host shim of tests/kernels/cuda_on_cpu. With one, the tests marked `gpu` run there too.
 MMFUSE_REQUIRE_BACKENDS (a comma-separated list, set by `make test`; `cuda@gpu` is on a GPU) turns a
 missing backend from a skip into a failure.
 """
@@ -9,8 +9,6 @@ missing backend from a skip into a failure.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ if not torch.cuda.is_available():
 # Poisoned outputs take deterministic algorithms, and with these cuBLAS wants a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from cells import CELLS, Cell
 from cuda_on_cpu.build import build_kernels
 from gpu_session import replace_worker_with_a_lost_device, turn
 from ranks import close_all
@@ -36,7 +35,7 @@ if os.environ.get("CI"):
 
 REQUIRED = set(filter(None, os.environ.get("MMFUSE_REQUIRE_BACKENDS", "").split(",")))
 
-NO_GPU = "needs an NVIDIA GPU; torch.cuda.is_available() is False"
+NO_GPU = "GPU tests are left out: no NVIDIA GPU here. `make gpu OUT=folder` runs them where one is."
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -57,40 +56,19 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     replace_worker_with_a_lost_device(nodeid)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         items.sort(key=turn)
         return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason=NO_GPU))
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
 
 
-class Cell(NamedTuple):
-    """One column of the grid on one kind of device."""
-
-    backend: str
-    device: str
-
-    @property
-    def slow(self) -> bool:
-        """Triton's interpreter: large inputs would take minutes."""
-        return self == Cell("triton", "cpu")
-
-    def affordable(self, sizes: Sequence[int]) -> list[int]:
-        """Without those that take the interpreter long; Triton's chunks are at most 8,192."""
-        return [n for n in sizes if n < 9_000] if self.slow else list(sizes)
-
-    def skip_slow(self, variant: bool = True) -> None:
-        """Skips a variant in the interpreter, where others show the same."""
-        if self.slow and variant:
-            pytest.skip("takes the interpreter long; other variants or backends show the same")
-
-
-CELLS = [
-    *(Cell(b, "cpu") for b in ("reference", "cpu", "triton", "cuda")),
-    *(Cell(b, "cuda") for b in ("reference", "triton", "cuda")),
-]
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not torch.cuda.is_available():
+        terminalreporter.write_line(NO_GPU)
 
 
 def _require(cell: Cell) -> None:

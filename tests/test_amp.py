@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Cell
+from cells import Cell
 from networks import AudioVisual, batch
+from states import differences
 from tolerances import (
     UNIT_ROUNDOFF,
     assert_within,
@@ -140,21 +141,6 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """The method's whole state, copied."""
         return copy.deepcopy(self.method.state_dict())
-
-
-def differences(a: Any, b: Any, path: str = "state") -> list[str]:
-    """Where two state dicts differ in a single bit; NaN equals NaN."""
-    if isinstance(a, dict):
-        assert list(a) == list(b)
-        return [d for key in a for d in differences(a[key], b[key], f"{path}.{key}")]
-    if isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        pairs = zip(a, b, strict=True)
-        return [d for i, (x, y) in enumerate(pairs) for d in differences(x, y, f"{path}[{i}]")]
-    if isinstance(a, Tensor):
-        same = torch.equal(a, b) or bool(((a == b) | (a.isnan() & b.isnan())).all())
-        return [] if same else [path]
-    return [] if a == b else [path]
 
 
 def assert_same(a: Trainer, b: Trainer) -> None:

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 import tolerances
 import torch
-from conftest import Cell
+from cells import Cell
 
 from mmfuse import NoiseStream, ops
 from mmfuse.noise import default_stream

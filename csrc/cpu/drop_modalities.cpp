@@ -1,6 +1,6 @@
 #include "drop_modalities.h"
 
-#include "cpu/simd/chunks.h"
+#include "glue/chunks.h"
 #include "glue/coefficients.h"
 
 #define MMFUSE_KERNEL "cpu/drop_modalities_kernel.h"

@@ -1,6 +1,6 @@
 #include "grad_stats.h"
 
-#include "cpu/simd/chunks.h"
+#include "glue/chunks.h"
 #include "glue/tensors.h"
 
 #define MMFUSE_KERNEL "cpu/grad_stats_kernel.h"

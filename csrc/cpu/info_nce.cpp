@@ -1,6 +1,6 @@
 #include "info_nce.h"
 
-#include "cpu/simd/chunks.h"
+#include "glue/chunks.h"
 #include "glue/coefficients.h"
 #include "glue/info_nce_tiles.h"
 

@@ -6,7 +6,7 @@
 #include <mutex>
 #include <numeric>
 
-#include "cpu/simd/chunks.h"
+#include "glue/chunks.h"
 #include "glue/tensors.h"
 
 #define MMFUSE_KERNEL "cpu/joint_entropies_kernel.h"

@@ -1,6 +1,6 @@
 #include "noisy_views.h"
 
-#include "cpu/simd/chunks.h"
+#include "glue/chunks.h"
 #include "glue/coefficients.h"
 
 #define MMFUSE_KERNEL "cpu/noisy_views_kernel.h"

@@ -1,6 +1,6 @@
 #include "paired_cosine.h"
 
-#include "cpu/simd/chunks.h"
+#include "glue/chunks.h"
 #include "glue/coefficients.h"
 
 #define MMFUSE_KERNEL "cpu/paired_cosine_kernel.h"

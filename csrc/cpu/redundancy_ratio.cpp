@@ -1,6 +1,6 @@
 #include "redundancy_ratio.h"
 
-#include "cpu/simd/chunks.h"
+#include "glue/chunks.h"
 #include "glue/coefficients.h"
 
 #define MMFUSE_KERNEL "cpu/redundancy_ratio_kernel.h"

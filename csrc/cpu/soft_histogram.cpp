@@ -2,7 +2,7 @@
 
 #include <limits>
 
-#include "cpu/simd/chunks.h"
+#include "glue/chunks.h"
 #include "glue/coefficients.h"
 
 #define MMFUSE_KERNEL "cpu/soft_histogram_kernel.h"

@@ -6,7 +6,7 @@
 #include "cuda/device/params.h"
 #include "tensors.h"
 
-// tests/cuda_on_cpu defines MMFUSE_CUDA_ON_CPU and runs the same kernels on CPU tensors.
+// tests/kernels/cuda_on_cpu defines MMFUSE_CUDA_ON_CPU and runs the same kernels on CPU tensors.
 #ifdef MMFUSE_CUDA_ON_CPU
 #define MMFUSE_CUDA_KEY CPU
 #else

@@ -41,7 +41,7 @@ from ..ops import GradStats
 from ..ops._tensors import check_named
 from ..ops.co_information_gate import named_gate
 from ..ops.paired_cosine import aligned, paired_cosine
-from .redreg_monitor import Forward, Monitor, Noise
+from ._redreg_monitor import Forward, Monitor, Noise
 
 Projection = Literal["tensor", "encoder"]
 

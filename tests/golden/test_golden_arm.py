@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Cell
+from cells import Cell
 from torch.nn import functional as F
 from trajectory import Golden, Network, Replay, free_and_forced, on_every_backend, sgd
 

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import Cell
+from cells import Cell
 from torch import Tensor
 from torch.nn import functional as F
 from trajectory import Golden, Network, Replay, difference, free_and_forced, on_every_backend

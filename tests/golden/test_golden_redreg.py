@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import Cell
+from cells import Cell
 from torch import Tensor
 from torch.nn import functional as F
 from trajectory import TOLERANCE, Golden, Network, Replay, free_and_forced, on_every_backend, sgd

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Cell
+from cells import Cell
 from torch import Tensor, nn
 from torch.nn import functional as F
 

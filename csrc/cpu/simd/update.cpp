@@ -4,7 +4,7 @@
 #include <atomic>
 #include <vector>
 
-#include "chunks.h"
+#include "glue/chunks.h"
 
 #define MMFUSE_KERNEL "update_kernel.h"
 #include "foreach_simd.h"

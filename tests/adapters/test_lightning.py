@@ -1,0 +1,709 @@
+"""The Lightning callback against training loops written by hand, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from networks import AudioVisual, batch
+from torch import Tensor, nn
+
+import mmfuse
+from mmfuse import NoiseStream, amp
+from mmfuse.adapters.lightning import Balance
+
+pytestmark = [
+    # Advice of Lightning's about data loaders and logging, which these runs are too small for.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    # Lightning's own calls.
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated"),
+]
+
+ENCODERS = {"audio": "net.audio_net", "visual": "net.visual_net"}
+EPOCHS, STEPS = 4, 3
+Data = tuple[Tensor, ...]
+
+
+class Batches:
+    """The same batches in every epoch; an interrupted pass can be gone on with."""
+
+    def __init__(self, count: int = STEPS) -> None:
+        self.batches = [batch() for _ in range(count)]
+        self.next = 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Data]:
+        first, self.next = self.next, 0
+        for i in range(first, len(self.batches)):
+            self.next = (i + 1) % len(self.batches)
+            yield self.batches[i]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.next = state["next"]
+
+
+def forward(net: AudioVisual, data: Data) -> tuple[Tensor, tuple[Any, ...]]:
+    """The loss, and all that a method may want to know."""
+    audio, visual, labels = data
+    a, v, out = net(audio, visual)
+    features = {"audio": a, "visual": v}
+    logits = mmfuse.unimodal_logits(net.fc, features)
+    inputs = {"audio": audio, "visual": visual}
+    return nn.functional.cross_entropy(out, labels), (logits, labels, features, inputs)
+
+
+def seen_by(make: Any, seen: tuple[Any, ...]) -> tuple[Any, ...]:
+    return seen if make is mmfuse.RedReg else seen[:2]
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+
+
+class Module(LightningModule):
+    """An audio-visual network that tells the callback what its method wants to know."""
+
+    def __init__(
+        self,
+        net: AudioVisual,
+        balance: Balance,
+        make_optimizer: Callable[..., torch.optim.Optimizer] = sgd,
+    ) -> None:
+        super().__init__()
+        self.net = net
+        self.balance = balance
+        self.make_optimizer = make_optimizer
+        self.results: list[Any] = []
+
+    def training_step(self, data: Data, batch_idx: int) -> Tensor:
+        loss, seen = forward(self.net, data)
+        self.balance.observe(*seen_by(self.balance._make, seen))
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.results.append(self.balance.result)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.make_optimizer(self.parameters())
+
+
+class Sharing(Module):
+    """Validation shares the code of training."""
+
+    def validation_step(self, data: Data, batch_idx: int) -> None:
+        Module.training_step(self, data, batch_idx)
+
+
+def trainer(folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": EPOCHS,
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": folder,
+        "callbacks": list(callbacks),
+    }
+    return Trainer(**{**settings, **options})
+
+
+def fit(
+    folder: Path, net: AudioVisual, data: Any, balance: Balance, *others: Callback, **options: Any
+) -> Module:
+    module = Module(net, balance, options.pop("make_optimizer", sgd))
+    ckpt_path = options.pop("ckpt_path", None)
+    trainer(folder, balance, *others, **options).fit(module, data, ckpt_path=ckpt_path)
+    return module
+
+
+def by_hand(
+    net: AudioVisual,
+    data: Any,
+    make: Callable[..., Any],
+    *,
+    epochs: int = EPOCHS,
+    make_optimizer: Callable[..., torch.optim.Optimizer] = sgd,
+    accumulate: int = 1,
+    after: Callable[[], None] = lambda: None,
+    autocast: torch.dtype | None = None,
+) -> Any:
+    """Trains `net` with the method that `make` makes; `after` runs before the optimizer's step."""
+    method = make(net.encoders)
+    kind = type(method)
+    optimizer = make_optimizer(net.parameters())
+    if getattr(method, "apply_to", "") == "update":
+        method.attach(optimizer)
+    for epoch in range(epochs):
+        if hasattr(method, "set_epoch"):
+            method.set_epoch(epoch)
+        if hasattr(method, "start_epoch"):
+            method.start_epoch()
+        for i, each in enumerate(data.batches):
+            if i % accumulate == 0:
+                optimizer.zero_grad()
+            with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
+                loss, seen = forward(net, each)
+                method.observe(*seen_by(kind, seen))
+            (loss / accumulate).backward()
+            if i % accumulate == accumulate - 1:
+                method.step()
+                after()
+                optimizer.step()
+        if hasattr(method, "end_epoch"):
+            method.end_epoch()
+    return method
+
+
+def assert_same(a: Any, b: Any, at: str = "") -> None:
+    """Nested states are equal, bit for bit."""
+    if isinstance(a, Tensor):
+        assert torch.equal(torch.nan_to_num(a, 12.5), torch.nan_to_num(b, 12.5)), at
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), at
+        for key in a:
+            assert_same(a[key], b[key], f"{at}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), at
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{at}[{i}]")
+    else:
+        assert a == b, at
+
+
+def assert_same_training(module: Module, net: AudioVisual, method: Any) -> None:
+    assert_same(dict(module.net.state_dict()), dict(net.state_dict()))
+    assert_same(module.balance.method.state_dict(), method.state_dict())
+
+
+METHODS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
+    "ogm-ge": (mmfuse.OGM, lambda: {"stream": NoiseStream(3), "starts": 1, "ends": 2}),
+    # Below any growth, so that regulation begins in the third epoch.
+    "inforeg": (mmfuse.InfoReg, lambda: {"threshold": -1e9}),
+    "redreg": (
+        mmfuse.RedReg,
+        lambda: {
+            "stream": NoiseStream(3),
+            "epochs": EPOCHS,
+            "window": 2,
+            "threshold": -1e9,
+            "agreement": (-1.0, -0.9),
+        },
+    ),
+}
+
+
+def balance_for(name: str, **options: Any) -> Balance:
+    make, hyperparameters = METHODS[name]
+    return Balance(make, ENCODERS, **{**hyperparameters(), **options})
+
+
+def maker(name: str) -> Callable[[Any], Any]:
+    make, hyperparameters = METHODS[name]
+    return lambda encoders: make(encoders, **hyperparameters())
+
+
+def acted(results: list[Any], name: str) -> bool:
+    """Whether a step has modulated anything."""
+    idle = 1.0 if name == "ogm-ge" else 0.0
+    return any(bool((r.coefficients != idle).any()) for r in results)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_training_is_that_of_a_loop_by_hand(tmp_path: Path, name: str) -> None:
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+    module = fit(tmp_path, net, data, balance_for(name))
+    method = by_hand(expected, data, maker(name))
+    assert len(module.results) == EPOCHS * STEPS
+    assert acted(module.results, name)
+    assert_same_training(module, expected, method)
+
+
+def test_a_factory_makes_the_method(tmp_path: Path) -> None:
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+
+    def make(encoders: Any) -> mmfuse.OGM:
+        return mmfuse.OGM.official(encoders, noise=False)
+
+    module = fit(tmp_path, net, data, Balance(make, ENCODERS))
+    assert_same_training(module, expected, by_hand(expected, data, make))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_accumulated_gradients_are_modulated_once(tmp_path: Path, name: str) -> None:
+    net, data = AudioVisual(), Batches(4)
+    expected = copy.deepcopy(net)
+    module = fit(tmp_path, net, data, balance_for(name), accumulate_grad_batches=2)
+    method = by_hand(expected, data, maker(name), accumulate=2)
+    assert len(module.results) == EPOCHS * 2
+    assert_same_training(module, expected, method)
+
+
+def test_clipping_comes_after_modulation(tmp_path: Path) -> None:
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+    module = fit(tmp_path, net, data, balance_for("ogm-ge"), gradient_clip_val=0.05)
+
+    def clip() -> None:
+        nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
+
+    method = by_hand(expected, data, maker("ogm-ge"), after=clip)
+    assert acted(module.results, "ogm-ge")
+    assert_same_training(module, expected, method)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_bfloat16(tmp_path: Path, name: str) -> None:
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+    module = fit(tmp_path, net, data, balance_for(name), precision="bf16-mixed")
+    method = by_hand(expected, data, maker(name), autocast=torch.bfloat16)
+    assert_same_training(module, expected, method)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["unscaled", "fused"])
+@pytest.mark.parametrize("name", METHODS)
+def test_grad_scaler(tmp_path: Path, name: str, fused: bool) -> None:
+    """The first scale overflows float16, so that steps are skipped."""
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+
+    def make_optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.05, fused=fused)
+
+    def make_scaler() -> torch.amp.GradScaler:
+        return torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
+
+    plugin = MixedPrecision("16-mixed", "cpu", make_scaler())
+    options = {"plugins": [plugin], "make_optimizer": make_optimizer}
+    module = fit(tmp_path, net, data, balance_for(name), **options)
+
+    make, _ = METHODS[name]
+    method, scaler = maker(name)(expected.encoders), make_scaler()
+    optimizer = make_optimizer(expected.parameters())
+    skipped = 0
+    for epoch in range(EPOCHS):
+        if name == "ogm-ge":
+            method.set_epoch(epoch)
+        else:
+            method.start_epoch()
+        for each in data.batches:
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.float16, cache_enabled=False):
+                loss, seen = forward(expected, each)
+                method.observe(*seen_by(make, seen))
+            scaler.scale(loss).backward()
+            known = {}
+            if not fused:
+                scaler.unscale_(optimizer)
+                known = {"found_inf": amp.found_inf(scaler, optimizer)}
+            elif name != "ogm-ge":
+                known = {"grad_scale": amp.grad_scale(scaler, "cpu")}
+            method.step(**known)
+            before = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            skipped += scaler.get_scale() < before
+        if name == "inforeg":
+            method.end_epoch()
+    assert 0 < skipped < EPOCHS * STEPS
+    assert_same_training(module, expected, method)
+    assert plugin.scaler.get_scale() == scaler.get_scale()
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=0.01)
+
+
+def test_updates_of_the_attached_optimizer_are_scaled(tmp_path: Path) -> None:
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+
+    def make(encoders: Any) -> mmfuse.OGM:
+        return mmfuse.OGM(encoders, apply_to="update", stream=NoiseStream(3))
+
+    module = fit(tmp_path, net, data, Balance(make, ENCODERS), make_optimizer=adam)
+    method = by_hand(expected, data, make, make_optimizer=adam)
+    assert acted(module.results, "ogm-ge")
+    assert method.stream.state[1] == EPOCHS * STEPS
+    assert_same_training(module, expected, method)
+
+
+SAVED = {
+    "epoch-end": ({}, STEPS),
+    "validation-end": ({"save_on_train_epoch_end": False}, STEPS),
+    "within": ({"every_n_train_steps": STEPS + 1}, STEPS + 1),
+    "last-batch": ({"every_n_train_steps": 2 * STEPS}, 2 * STEPS),
+}
+
+
+@pytest.mark.parametrize("saved", SAVED)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path: Path, name: str, saved: str) -> None:
+    options, at = SAVED[saved]
+    net, data = AudioVisual(), Batches()
+    fresh = copy.deepcopy(net)
+
+    def saving() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **options)
+
+    def run(net: AudioVisual, path: Path | None = None) -> Module:
+        balance = balance_for(name)
+        module = Sharing(net, balance)
+        batches = Batches()
+        batches.batches = data.batches
+        trainer(tmp_path, balance, saving()).fit(module, batches, Batches(1), ckpt_path=path)
+        return module
+
+    whole = run(net)
+    for parameter in fresh.parameters():  # all must come from the checkpoint
+        nn.init.zeros_(parameter)
+    resumed = run(fresh, tmp_path / f"step={at}.ckpt")
+    assert len(resumed.results) == EPOCHS * STEPS - at
+    assert_same_training(resumed, whole.net, whole.balance.method)
+    for a, b in zip(resumed.results, whole.results[at:], strict=True):
+        assert_same(vars(a), vars(b))
+
+
+def test_a_second_fit_goes_on(tmp_path: Path) -> None:
+    """Of one Trainer, with more epochs: the method and its state are kept."""
+    net, data = AudioVisual(), Batches()
+    balance = balance_for("inforeg")
+    module = Module(net, balance)
+    runs = trainer(tmp_path, balance, max_epochs=2)
+    runs.fit(module, data)
+    method = balance.method
+    runs.fit_loop.max_epochs = EPOCHS
+    runs.fit(module, data)
+    assert balance.method is method
+    assert len(module.results) == EPOCHS * STEPS
+    assert int(method.state_dict()["epochs"]) == EPOCHS
+    other = Module(AudioVisual(), balance)
+    trainer(tmp_path, balance, max_epochs=1).fit(other, data)
+    assert balance.method is not method
+    assert int(balance.method.state_dict()["epochs"]) == 1
+
+
+class Manual(Module):
+    """Two optimizers, each with parameters of its own."""
+
+    def __init__(self, net: AudioVisual, balance: Balance, split: bool) -> None:
+        super().__init__(net, balance)
+        self.automatic_optimization = False
+        self.split = split
+
+    def training_step(self, data: Data, batch_idx: int) -> None:
+        both = self.optimizers()
+        for optimizer in both:
+            optimizer.zero_grad()
+        loss, seen = forward(self.net, data)
+        self.balance.observe(*seen[:2])
+        self.manual_backward(loss)
+        for optimizer in both:
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        audio = list(self.net.audio_net.parameters())
+        visual = list(self.net.visual_net.parameters())
+        head = list(self.net.fc.parameters())
+        if self.split:
+            return [sgd(audio + head), sgd(visual)], []
+        return [sgd(head), sgd(audio + visual)], []
+
+
+@pytest.mark.parametrize("split", [False, True], ids=["head-apart", "encoders-apart"])
+def test_several_optimizers(tmp_path: Path, split: bool) -> None:
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+    balance = balance_for("ogm-ge")
+    module = Manual(net, balance, split)
+    trainer(tmp_path, balance).fit(module, data)
+    method = by_hand(expected, data, maker("ogm-ge"))
+    # The first optimizer's step is that of the head alone, or of audio and head.
+    assert (module.results[0] is None) == (not split)
+    assert_same_training(module, expected, method)
+
+
+def test_several_optimizers_with_encoders_and_a_scaler_are_refused(tmp_path: Path) -> None:
+    balance = balance_for("inforeg")
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    with pytest.raises(ValueError, match=r"InfoReg with a GradScaler .* one optimizer, found 2"):
+        trainer(tmp_path, balance, plugins=[plugin]).fit(
+            Manual(AudioVisual(), balance, True), Batches()
+        )
+
+
+def test_encoders_that_no_optimizer_holds(tmp_path: Path) -> None:
+    def elsewhere(parameters: Any) -> torch.optim.Optimizer:
+        return sgd(nn.Linear(1, 1).parameters())
+
+    with pytest.raises(ValueError, match="no optimizer holds a parameter of the encoders"):
+        fit(tmp_path, AudioVisual(), Batches(), balance_for("ogm-ge"), make_optimizer=elsewhere)
+
+
+def test_unknown_encoders(tmp_path: Path) -> None:
+    balance = Balance(mmfuse.OGM, {"audio": "net.audio_nt", "visual": "net.visual_net"})
+    with pytest.raises(ValueError, match=r"'net.audio_nt' is no .* did you mean 'net.audio_net'"):
+        fit(tmp_path, AudioVisual(), Batches(), balance)
+
+
+class Forgetful(Module):
+    def training_step(self, data: Data, batch_idx: int) -> Tensor:
+        return forward(self.net, data)[0]
+
+
+def test_a_training_step_without_observe(tmp_path: Path) -> None:
+    balance = balance_for("ogm-ge")
+    with pytest.raises(
+        RuntimeError, match=r"training_step of Forgetful has not called Balance.obs"
+    ):
+        trainer(tmp_path, balance).fit(Forgetful(AudioVisual(), balance), Batches())
+
+
+def test_a_callback_that_the_trainer_does_not_know(tmp_path: Path) -> None:
+    module = Module(AudioVisual(), balance_for("ogm-ge"))
+    with pytest.raises(RuntimeError, match=r"no fit has been started with this callback"):
+        trainer(tmp_path).fit(module, Batches())
+
+
+class Skipping(Module):
+    """Leaves out the second of three batches, after it has been observed."""
+
+    def training_step(self, data: Data, batch_idx: int) -> Tensor | None:
+        loss = super().training_step(data, batch_idx)
+        return None if batch_idx == 1 else loss
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_a_batch_that_is_left_out_modulates_nothing(tmp_path: Path) -> None:
+    """What it has shown joins the next step."""
+    balance = balance_for("ogm-ge", starts=0, ends=None)
+    module = Skipping(AudioVisual(), balance)
+    trainer(tmp_path, balance, max_epochs=1).fit(module, Batches())
+    first, left_out, last = module.results
+    assert left_out is first is not last
+    assert balance.method.stream.state[1] == 2
+
+
+def test_validation_is_not_taken_in(tmp_path: Path) -> None:
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+    balance = balance_for("ogm-ge")
+    module = Sharing(net, balance)
+    runs = trainer(tmp_path, balance)
+    runs.fit(module, data, Batches())
+    runs.validate(module, Batches(), verbose=False)
+    assert_same_training(module, expected, by_hand(expected, data, maker("ogm-ge")))
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(TypeError, match="method must be callable on encoders, got OGM"):
+        Balance(mmfuse.OGM(AudioVisual().encoders), ENCODERS)
+    with pytest.raises(TypeError, match="encoders must map names to patterns, got list"):
+        Balance(mmfuse.OGM, list(ENCODERS))
+    with pytest.raises(ValueError, match="log_every must be at least 0 or None, got -1"):
+        Balance(mmfuse.OGM, ENCODERS, log_every=-1)
+
+
+def test_a_method_without_step(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"ModuleDict has no observe\(\)"):
+        fit(tmp_path, AudioVisual(), Batches(), Balance(nn.ModuleDict, ENCODERS))
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_scalars_go_to_all_loggers(tmp_path: Path, every: int) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path)]
+    balance = balance_for("inforeg", log_every=every)
+    module = fit(tmp_path, AudioVisual(), Batches(), balance, logger=loggers)
+    steps = list(range(0, EPOCHS * STEPS, every))
+    events = EventAccumulator(loggers[0].log_dir).Reload()
+    for field in ("coefficients", "scores", "information_gap"):
+        for m, name in enumerate(ENCODERS):
+            found = events.Scalars(f"{field}/{name}")
+            assert [e.step for e in found] == steps
+            values = [getattr(module.results[i], field)[m] for i in steps]
+            assert [e.value for e in found] == torch.stack(values).float().tolist()
+    assert [e.value for e in events.Scalars("finite")] == [1.0] * len(steps)
+    rows = Path(loggers[1].log_dir, "metrics.csv").read_text().splitlines()
+    assert "scores/visual" in rows[0] and len(rows) == 1 + len(steps)
+
+
+@pytest.mark.parametrize("never", [0, None])
+def test_no_scalars(tmp_path: Path, never: int | None) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(tmp_path, AudioVisual(), Batches(), balance_for("ogm-ge", log_every=never), logger=logger)
+    assert not Path(logger.log_dir, "metrics.csv").exists()
+
+
+class Keep(Callback):
+    """Every rank writes down what it has trained, and what it has decided."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        kept = {
+            "world": trainer.world_size,
+            "net": pl_module.net.state_dict(),
+            "scores": torch.stack([r.scores for r in pl_module.results]),
+            "own": torch.stack(pl_module.own),
+            "stream": pl_module.balance.method.stream.state,
+        }
+        torch.save(kept, self.folder / f"rank{trainer.global_rank}.pt")
+
+
+class Ranked(Module):
+    def __init__(self, net: AudioVisual, balance: Balance) -> None:
+        super().__init__(net, balance)
+        self.own: list[Tensor] = []
+
+    def training_step(self, data: Data, batch_idx: int) -> Tensor:
+        loss, (logits, labels, _, _) = forward(self.net, data)
+        self.own.append(mmfuse.ops.modality_scores(list(logits.values()), labels).prob.detach())
+        self.balance.observe(logits, labels)
+        return loss
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*sync_dist")
+def test_two_ranks_decide_the_same(tmp_path: Path) -> None:
+    samples = torch.utils.data.TensorDataset(*batch(24))
+    loader = torch.utils.data.DataLoader(samples, batch_size=4)
+    balance = Balance(mmfuse.OGM, ENCODERS)  # each rank would have a seed of its own
+    module = Ranked(AudioVisual(), balance)
+    trainer(tmp_path, balance, Keep(tmp_path), devices=2, strategy="ddp_spawn", max_epochs=2).fit(
+        module, loader
+    )
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first["world"] == 2
+    for kind in ("audio_net", "visual_net", "fc"):
+        for key in first["net"]:
+            if key.startswith(kind) and "running" not in key:  # batch norm sees its rank alone
+                assert torch.equal(first["net"][key], second["net"][key]), key
+    assert_same(first["stream"], second["stream"])
+    assert first["stream"][1] == 6  # 24 samples in batches of 4 on two ranks, twice
+    assert torch.equal(first["scores"], second["scores"])
+    # Both batches have 4 samples: float64 sums of 2 float32 means, rounded to float32 once.
+    mean = (first["own"].double() + second["own"].double()) / 2
+    torch.testing.assert_close(first["scores"], mean.float(), rtol=2**-22, atol=0)
+    assert not torch.equal(first["own"], second["own"])
+
+
+class Sharded(Module):
+    """Its parameters are replaced by shards when the fit starts."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for part in (self.net.audio_net, self.net.visual_net, self.net):
+            fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def train_sharded(folder: Path) -> None:
+    """A run on two ranks, and one that is resumed from a checkpoint within its second epoch."""
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    def run(path: Path | None) -> Module:
+        torch.manual_seed(0)
+        balance = balance_for("inforeg")
+        module = Sharded(AudioVisual(), balance)
+        strategy = ModelParallelStrategy(
+            data_parallel_size=2,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend="gloo",
+        )
+        saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=STEPS + 1)
+        trainer(folder, balance, saving, devices=2, strategy=strategy).fit(
+            module, Batches(), ckpt_path=path
+        )
+        return module
+
+    whole, resumed = run(None), run(folder / f"step={STEPS + 1}.ckpt")
+    assert acted(whole.results, "inforeg")
+    assert len(resumed.results) == EPOCHS * STEPS - STEPS - 1
+    for a, b in zip(resumed.net.parameters(), whole.net.parameters(), strict=True):
+        assert torch.equal(a.full_tensor(), b.full_tensor())
+    state = whole.balance.state_dict()
+    assert_same(resumed.balance.state_dict(), state)
+    anchors = state["method"]["anchors"]["tensors"]
+    modulated = whole.balance.method.modalities.parameters
+    assert [type(t) for t in anchors] == [Tensor] * len(modulated)
+    assert [t.shape for t in anchors] == [p.shape for p in modulated]
+    (folder / f"rank{whole.global_rank}").touch()
+
+
+@pytest.mark.slow
+def test_sharded_parameters_and_their_checkpoints(tmp_path: Path) -> None:
+    """In a script of its own, which Lightning starts once more for the second rank."""
+    tests = Path(__file__).parent
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        f"sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
+        "from test_lightning import train_sharded\n"
+        "train_sharded(Path(__file__).parent)\n"
+    )
+    ended = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "rank0").exists() and (tmp_path / "rank1").exists()
+
+
+def test_mmfuse_does_not_need_lightning_and_the_adapter_says_what_to_install() -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['lightning'] = sys.modules['pytorch_lightning'] = None\n"
+        "import mmfuse, mmfuse.adapters\n"
+        "print('imported')\n"
+        "import mmfuse.adapters.lightning\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (1, "imported\n")
+    assert ended.stderr.splitlines()[-1] == (
+        'ImportError: mmfuse.adapters.lightning needs Lightning: pip install "mmfuse[lightning]"'
+    )
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "lightning_ogm.py"
+    ended = subprocess.run(
+        [sys.executable, str(script), "--epochs", "3", "--logs", str(tmp_path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert ended.returncode == 0, ended.stderr
+    last = ended.stdout.splitlines()[-1]
+    assert last.startswith("test accuracy ")
+    # Ten classes: guessing gives 0.1.
+    assert float(last.split()[2].rstrip("%,")) > 50.0
+    assert list(tmp_path.rglob("events.out.tfevents.*"))

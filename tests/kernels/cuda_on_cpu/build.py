@@ -1,0 +1,99 @@
+"""Builds csrc/cuda, and the self-check of the shim, as plain C++ that runs on the CPU.
+
+`python tests/kernels/cuda_on_cpu/build.py` prints the library; a test calls `build_kernels()`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.utils import cpp_extension
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
+OUTPUT = ROOT / "build" / "cuda_on_cpu"
+
+FLAGS = (
+    "-std=c++17",
+    "-O2",
+    "-fPIC",
+    # Its check of longjmp takes a jump to another stack for an error.
+    "-U_FORTIFY_SOURCE",
+    "-Wall",
+    "-Wno-unknown-pragmas",
+    "-DMMFUSE_CUDA_ON_CPU",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000",
+)
+
+
+def _run(command: list[str]) -> None:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise RuntimeError(f"{command[0]}: {error}") from error
+    if result.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+    sys.stderr.write(result.stderr)
+
+
+def _is_current(target: Path, inputs: list[Path]) -> bool:
+    return target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in inputs)
+
+
+def _compile(source: Path, headers: list[Path]) -> Path:
+    target = OUTPUT / f"{source.name}.o"
+    if _is_current(target, [source, *headers]):
+        return target
+    # The shim's folder comes first, so that its cuda_runtime.h is the one that is found.
+    include = [f"-I{folder}" for folder in (HERE, CSRC)]
+    for folder in cpp_extension.include_paths():
+        include += ["-isystem", folder]
+    # Two processes may build at once; each renames a complete file.
+    partial = target.with_suffix(f".{os.getpid()}")
+    compiler = os.environ.get("CXX", "g++")
+    _run([compiler, *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", str(partial)])
+    partial.replace(target)
+    return target
+
+
+def _build(name: str, sources: list[Path]) -> Path:
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    headers = [*HERE.glob("*.h"), *CSRC.rglob("*.h")]
+    headers.append(Path(__file__))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda source: _compile(source, headers), sources))
+    library = OUTPUT / name
+    if not _is_current(library, objects):
+        partial = library.with_suffix(f".{os.getpid()}")
+        folder = Path(torch.__file__).parent / "lib"
+        link = ["-shared", f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_cpu", "-lc10"]
+        _run([os.environ.get("CXX", "g++"), *map(str, objects), *link, "-o", str(partial)])
+        partial.replace(library)
+    return library
+
+
+def build_kernels() -> Path:
+    """Returns the library that registers every op's `cuda` overload for CPU tensors."""
+    cuda = CSRC / "cuda"
+    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), HERE / "runtime.cpp"]
+    return _build("libmmfuse_cuda_on_cpu.so", sorted(sources))
+
+
+def build_self_check() -> Path:
+    """Returns the library with the shim's own kernels, see test_shim.py."""
+    return _build("libshim_self_check.so", [HERE / "self_check.cu", HERE / "runtime.cpp"])
+
+
+def build_all_words() -> Path:
+    """Returns the library that all_words.py looks at the noise with."""
+    return _build("liball_words.so", [HERE.parent / "all_words.cu", HERE / "runtime.cpp"])
+
+
+if __name__ == "__main__":
+    print(build_kernels())

@@ -1,0 +1,354 @@
+"""Every method's step recorded once and replayed gives what it gives step by step.
+
+On a GPU by a CUDA graph; on the CPU by a recording of the operators, which finds a state that is
+put in a new tensor, a number that is kept in Python, and a copy from the host.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from cells import Cell
+from networks import AudioVisual, batch, start_third_epoch
+from no_sync import no_host_sync
+from replay import Captured
+from samples import samples
+from states import differences
+from torch import Tensor
+from torch.nn import functional as F
+
+import mmfuse
+from mmfuse import ARM, OGM, OPM, InfoReg, NoiseStream, RedReg, ogm_backward
+from mmfuse.ops import _tensors
+from mmfuse.ops._registry import OPS
+
+REPLAYS = 3
+Data = tuple[Tensor, Tensor, Tensor]
+Outcome = tuple[Tensor, Any]
+
+
+class Training:
+    """A network with one method on it, whose steps see the same three tensors."""
+
+    def __init__(self, model: AudioVisual, cell: Cell) -> None:
+        self.model = copy.deepcopy(model)
+        self.cell = cell
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05, momentum=0.9)
+        self.stream = NoiseStream(5, cell.device)
+        self.data: Data = tuple(x.to(cell.device) for x in batch())
+        self.method = self.make()
+
+    def make(self) -> Any:
+        raise NotImplementedError
+
+    def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
+        """Backward pass and method: the loss, and what the method has returned."""
+        raise NotImplementedError
+
+    def loss_of(self, features: dict[str, Tensor]) -> Tensor:
+        joint = self.model.fc(torch.cat(list(features.values()), 1))
+        return F.cross_entropy(joint, self.data[2])
+
+    def step(self) -> Outcome:
+        self.optimizer.zero_grad()
+        a, v, out = self.model(*self.data[:2])
+        features = {"audio": a, "visual": v}
+        logits = mmfuse.unimodal_logits(self.model.fc, features)
+        loss, result = self.act(logits, features, out)
+        self.optimizer.step()
+        return loss.detach(), result
+
+    def show(self, data: Data) -> None:
+        for tensor, new in zip(self.data, data, strict=True):
+            tensor.copy_(new)
+
+    def state(self) -> dict[str, Any]:
+        method = {} if self.method is None else dict(self.method.state_dict())
+        # What RedReg counts in Python belongs to the recording.
+        method.pop("step", None)
+        state = {"model": dict(self.model.state_dict()), "method": method}
+        return copy.deepcopy({**state, "stream": self.stream.state})
+
+
+class WithOGM(Training):
+    noise = True
+
+    def make(self) -> OGM:
+        return OGM(
+            self.model.encoders, noise=self.noise, stream=self.stream, backend=self.cell.backend
+        )
+
+    def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
+        loss = F.cross_entropy(out, self.data[2])
+        return loss, self.method.backward(loss, logits, self.data[2])
+
+
+class WithoutNoise(WithOGM):
+    noise = False
+
+
+class WithOGMBackward(Training):
+    def make(self) -> None:
+        return None
+
+    def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
+        loss = F.cross_entropy(out, self.data[2])
+        result = ogm_backward(
+            loss,
+            self.model.encoders,
+            logits,
+            self.data[2],
+            stream=self.stream,
+            backend=self.cell.backend,
+        )
+        return loss, result
+
+
+class OnUpdates(WithOGM):
+    def make(self) -> OGM:
+        ogm = OGM(
+            self.model.encoders, apply_to="update", stream=self.stream, backend=self.cell.backend
+        )
+        ogm.attach(self.optimizer)
+        return ogm
+
+
+class WithInfoReg(Training):
+    def make(self) -> InfoReg:
+        made = InfoReg(self.model.encoders, threshold=-1e30, backend=self.cell.backend)
+        start_third_epoch(made)
+        return made
+
+    def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
+        loss = F.cross_entropy(out, self.data[2])
+        loss.backward()
+        return loss, self.method.step(logits, self.data[2])
+
+
+class WithRedReg(Training):
+    def make(self) -> RedReg:
+        made = RedReg(
+            self.model.encoders,
+            threshold=-100.0,
+            agreement=(-1.0, -1.0),
+            window=2,
+            stream=self.stream,
+            backend=self.cell.backend,
+        )
+        made.start_epoch()
+        return made
+
+    def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
+        loss = F.cross_entropy(out, self.data[2])
+        loss.backward()
+        inputs = {"audio": self.data[0], "visual": self.data[1]}
+        return loss, self.method.step(logits, self.data[2], features, inputs)
+
+
+class WithOPM(Training):
+    def make(self) -> OPM:
+        return OPM(stream=self.stream, backend=self.cell.backend).to(self.cell.device)
+
+    def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
+        result = self.method(features, logits, self.data[2])
+        loss = self.loss_of(result.features)
+        loss.backward()
+        return loss, result
+
+
+class WithARM(Training):
+    def make(self) -> ARM:
+        return ARM(backend=self.cell.backend).to(self.cell.device)
+
+    def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
+        fused = features["audio"] + features["visual"]
+        joint = self.model.fc(torch.cat([fused, fused], 1))
+        result = self.method(features, fused, logits, joint, self.data[2])
+        loss = self.loss_of(result.features)
+        loss.backward()
+        return loss, result
+
+
+KINDS = [
+    WithOGM,
+    WithoutNoise,
+    WithOGMBackward,
+    OnUpdates,
+    WithInfoReg,
+    WithRedReg,
+    WithOPM,
+    WithARM,
+]
+
+
+@pytest.fixture
+def _repeatable() -> Iterator[None]:
+    """Convolutions that give the same bits again."""
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    yield
+    torch.backends.cudnn.deterministic = before
+
+
+def warmed(make: Callable[..., Training], model: AudioVisual, cell: Cell) -> Training:
+    """After steps on a stream of their own, as CUDA graphs want them."""
+    training = make(model, cell)
+    steps = 2  # the second finds the optimizer's state, and no gradient of a first step
+    if cell.device == "cpu":
+        for _ in range(steps):
+            training.step()
+        return training
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(steps):
+            training.step()
+    torch.cuda.current_stream().wait_stream(side)
+    return training
+
+
+@pytest.mark.usefixtures("_repeatable")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_replay_is_a_step(cell: Cell, kind: type[Training]) -> None:
+    cell.skip_slow()
+    model = AudioVisual().to(cell.device)
+    torch.manual_seed(1)
+    eager = warmed(kind, model, cell)
+    torch.manual_seed(1)
+    replayed = warmed(kind, model, cell)
+    assert differences(replayed.state(), eager.state()) == []
+    shown = [batch() for _ in range(REPLAYS + 1)]
+    # The last batch is shown twice: what differs then is the noise, or the state.
+    for i, data in enumerate([*shown, shown[-1]]):
+        for training in (eager, replayed):
+            training.show(data)
+        expected = eager.step()
+        if i == 0:
+            replayed.optimizer.zero_grad()
+            captured = Captured(replayed.step, cell.device)
+        else:
+            captured.replay()
+        found = captured.result
+        assert torch.equal(found[0], expected[0])
+        assert differences(vars(found[1]), vars(expected[1])) == []
+        assert differences(replayed.state(), eager.state()) == []
+
+
+@pytest.mark.usefixtures("_repeatable")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_no_host_synchronisation(cell: Cell, kind: type[Training]) -> None:
+    """The whole step, its backward pass included."""
+    cell.skip_slow()
+    training = warmed(kind, AudioVisual().to(cell.device), cell)
+    with no_host_sync(cell.device):
+        training.step()
+
+
+def test_every_replay_draws_fresh_noise(cell: Cell) -> None:
+    grads = [torch.zeros(37, device=cell.device), torch.zeros(5, 3, device=cell.device)]
+    stream = NoiseStream(9, cell.device)
+    scale, std = (torch.tensor(x, device=cell.device) for x in ([1.0, 1.0], [1.0, 2.0]))
+
+    def step() -> None:
+        for grad in grads:
+            grad.zero_()
+        mmfuse.ops.update_grads_(grads, scale, noise_std=std, stream=stream, backend=cell.backend)
+        stream.advance()
+
+    step()
+    captured = Captured(step, cell.device)
+    seen = [torch.cat([g.flatten().clone() for g in grads])]
+    for _ in range(REPLAYS):
+        captured.replay()
+        seen.append(torch.cat([g.flatten().clone() for g in grads]))
+    assert stream.state.tolist() == [9, 2 + REPLAYS]
+    fresh = NoiseStream(9, cell.device)
+    fresh.advance()
+    for noise in seen:
+        expected = torch.cat([fresh.normal(37, 0), 2 * fresh.normal(15, 1)])
+        torch.testing.assert_close(noise, expected, atol=2e-5, rtol=2e-5)
+        fresh.advance()
+
+
+@pytest.mark.usefixtures("_repeatable")
+@pytest.mark.parametrize(
+    "kind", [WithoutNoise, WithInfoReg, WithARM], ids=lambda kind: kind.__name__
+)
+def test_what_is_kept_on_the_device_may_be_missing(
+    cell: Cell, kind: type[Training], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the first step with these gradients is the one that is captured."""
+    cell.skip_slow()
+    model = AudioVisual().to(cell.device)
+    torch.manual_seed(1)
+    eager = warmed(kind, model, cell)
+    torch.manual_seed(1)
+    replayed = warmed(kind, model, cell)
+    for training in (eager, replayed):
+        training.model.audio_net.conv1.weight.requires_grad_(False)
+    expected = eager.step()
+    monkeypatch.setattr(_tensors, "_kept", OrderedDict())
+    monkeypatch.setattr(_tensors, "_kept_for_graphs", {})
+    if cell.device == "cpu":
+        monkeypatch.setattr(_tensors, "_capturing", lambda device: True)
+    replayed.optimizer.zero_grad()
+    found = Captured(replayed.step, cell.device).result
+    assert not _tensors._kept and not _tensors._kept_for_graphs
+    assert torch.equal(found[0], expected[0])
+    assert differences(vars(found[1]), vars(expected[1])) == []
+
+
+def test_opm_as_released_copies_nothing_from_the_host() -> None:
+    """It cannot be captured, since the number of rows that are left is read on the host."""
+    features = {"audio": torch.randn(6, 2, 5), "visual": torch.randn(6, 3)}
+    logits = {name: torch.randn(6, 4) for name in features}
+    labels = torch.randint(0, 4, (6,))
+    opm = OPM.official(stream=NoiseStream(3))
+    opm(features, logits, labels)
+    Captured(lambda: opm(features, logits, labels), "cpu")
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+@torch.no_grad()
+def test_the_reference_can_be_captured(op: str) -> None:
+    """The recording does not see into an op; here it looks at the reference itself."""
+    module = importlib.import_module(f"mmfuse.reference.{OPS[op].module}")
+    for arguments in samples("cpu")[op]:
+        with no_host_sync("cpu"):
+            Captured(lambda given=arguments: getattr(module, op)(*given), "cpu")
+
+
+class TestTheRecording:
+    """The stand-in finds what a CUDA graph would not replay."""
+
+    def test_a_new_tensor_as_state(self) -> None:
+        state = {"sum": torch.zeros(())}
+
+        def step() -> Tensor:
+            state["sum"] = state["sum"] + 1.0
+            return state["sum"]
+
+        captured = Captured(step, "cpu")
+        captured.replay()
+        captured.replay()
+        assert captured.result == 1.0
+
+    def test_in_place(self) -> None:
+        total = torch.zeros(())
+
+        def step() -> Tensor:
+            return total.add_(1.0) * 2.0
+
+        captured = Captured(step, "cpu")
+        captured.replay()
+        assert (total, captured.result) == (2.0, 4.0)
+
+    def test_values_of_the_host(self) -> None:
+        with pytest.raises(AssertionError, match="values of the host"):
+            Captured(lambda: torch.tensor([1.0, 2.0]), "cpu")

@@ -1,0 +1,161 @@
+"""How many kernels a step of OGM launches on a GPU: two large ones and six tiny ones at most."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from cells import Cell
+from cuda_on_cpu.launches import counted_launches
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmfuse import OGM, NoiseStream, ogm_backward
+from mmfuse.ops._registry import OPS
+
+# In the limit are grad_stats and update_grads_, which read and write the gradients; modality_scores
+# and what finishes it for a large batch, what finishes grad_stats, the factors, `finite`, and the
+# stream's next step.
+LIMITS = {False: 5, True: 8}
+
+# Ops that are two kernels: the parts of a large batch, or of a tensor, are added in a second one.
+TWO_KERNELS = ("modality_scores", "grad_stats")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something, by name; views and allocations do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "empty" not in func._opname:
+            self.operators[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def kernels(self) -> int:
+        """Of all the operators, each of mmfuse's with as many as it has at most."""
+        return self.operators.total() + sum(self.operators[name] for name in TWO_KERNELS)
+
+
+def launches_of(call: Callable[[], object]) -> Launches:
+    with Launches() as counted:
+        call()
+    return counted
+
+
+class Nets:
+    """M small encoders after a forward pass, with each one's logits."""
+
+    def __init__(self, count: int, device: str, rows: int = 9) -> None:
+        self.encoders = {
+            f"m{i}": nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4)).to(device)
+            for i in range(count)
+        }
+        x = torch.randn(rows, 6, device=device)
+        self.labels = torch.randint(0, 4, (rows,), device=device)
+        self.attached = {n: (i + 1) * net(x) for i, (n, net) in enumerate(self.encoders.items())}
+        self.loss = nn.functional.cross_entropy(sum(self.attached.values()), self.labels)
+
+    @property
+    def logits(self) -> Mapping[str, Tensor]:
+        return {name: z.detach() for name, z in self.attached.items()}
+
+    def backward(self) -> None:
+        for net in self.encoders.values():
+            net.zero_grad()
+        self.loss.backward(retain_graph=True)
+
+
+@pytest.fixture
+def gpu_like(cell: Cell) -> Cell:
+    if cell.backend == "reference":
+        pytest.skip("the reference is many operators behind one name")
+    return cell
+
+
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("formula", ["tpami", "cvpr"])
+@pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])
+def test_a_step(gpu_like: Cell, noise: bool, formula: str, count: int) -> None:
+    nets = Nets(count, gpu_like.device)
+    ogm = OGM(nets.encoders, noise=noise, formula=formula, ends=0, backend=gpu_like.backend)
+    nets.backward()
+    logits, labels = nets.logits, nets.labels
+
+    def step() -> None:
+        ogm.step(logits, labels)
+
+    step()  # the first one puts on the device what is kept there
+    for _ in range(2):
+        found = launches_of(step)
+        assert found.kernels <= LIMITS[noise], found.operators
+        # It did work, and it was this library's.
+        assert found.operators["update_grads_"] == found.operators["modality_scores"] == 1
+        assert found.operators["grad_stats"] == noise
+    ogm.set_epoch(1)
+    outside = launches_of(step)
+    assert not ogm.modulating
+    assert outside.kernels <= LIMITS[False], outside.operators
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not in the shim")
+@pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])
+def test_the_kernels_that_were_really_launched(noise: bool) -> None:
+    """In the host shim, where a batch of 700 needs every kernel that a step can."""
+    nets = Nets(2, "cpu", rows=700)
+    ogm = OGM(nets.encoders, noise=noise, backend="cuda")
+    nets.backward()
+    logits, labels = nets.logits, nets.labels
+    ogm.step(logits, labels)
+    with counted_launches() as kernels:
+        found = launches_of(lambda: ogm.step(logits, labels))
+    names = {kernel.split("<")[0] for kernel in kernels}
+    assert {"modality_scores_kernel", "update_grads_kernel"} <= names
+    assert ("grad_stats_kernel" in names) == noise
+    of_pytorch = sum(n for name, n in found.operators.items() if name not in OPS)
+    assert kernels.total() == found.kernels - of_pytorch
+    assert kernels.total() + of_pytorch <= LIMITS[noise]
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])
+def test_what_ogm_backward_adds_to_the_backward_pass(gpu_like: Cell, noise: bool) -> None:
+    nets, stream = Nets(2, gpu_like.device), NoiseStream(3, gpu_like.device)
+
+    def modulated() -> None:
+        for net in nets.encoders.values():
+            net.zero_grad()
+        ogm_backward(
+            nets.loss,
+            nets.encoders,
+            nets.attached,
+            nets.labels,
+            noise=noise,
+            stream=stream,
+            retain_graph=True,
+            backend=gpu_like.backend,
+        )
+
+    modulated()
+    added = launches_of(modulated).kernels - launches_of(nets.backward).kernels
+    assert 0 < added <= LIMITS[noise]
+
+
+@pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])
+def test_micro_batches_change_the_scores_alone(gpu_like: Cell, noise: bool) -> None:
+    """The step after two `observe` takes as many launches as one with one batch's scores."""
+    nets = Nets(2, gpu_like.device)
+    ogm = OGM(nets.encoders, noise=noise, backend=gpu_like.backend)
+    nets.backward()
+    for _ in range(2):
+        ogm.observe(nets.logits, nets.labels)
+        ogm.observe(nets.logits, nets.labels)
+        step = launches_of(ogm.step)
+    assert step.operators["modulation_factors"] == 1
+    assert step.operators["update_grads_"] == 1
+    assert step.operators["index_select"] == 0

@@ -1,0 +1,205 @@
+"""InfoReg.official and RedReg.official against the released training, over 30 steps in 3 epochs.
+
+The tolerance of the float32 runs is measured, not chosen: both runs are compared with the released
+code in float64, and ours may be off by as much as the released code itself, four times (two
+independent roundings differ by up to twice either, and the few hundred parameters are a sample).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from cells import Cell
+from networks import AudioVisual, batch
+from released import (
+    Batch,
+    InfoRegTraining,
+    RedRegTraining,
+    ThreeHeads,
+    buffers,
+    draw,
+    parameters,
+)
+from torch import nn
+from torch.nn import functional as F
+
+import mmfuse
+
+EPOCHS, STEPS = 3, 10
+# RedReg's schedules are those of a longer run, of which these are the first epochs.
+PLANNED = 10
+
+# Coefficients of every step, and what else the method keeps track of.
+Ours = tuple[list[list[float]], list[list[float]]]
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+
+
+def data(dtype: torch.dtype, steps: int) -> list[list[Batch]]:
+    generator = torch.Generator().manual_seed(5)
+    epochs = []
+    for _ in range(EPOCHS):
+        batches = []
+        for _ in range(steps):
+            with torch.random.fork_rng():
+                torch.manual_seed(int(torch.randint(1 << 30, (), generator=generator)))
+                audio, visual, labels = batch()
+            batches.append((audio.to(dtype), (4 * visual).sigmoid().to(dtype), labels))
+        epochs.append(batches)
+    return epochs
+
+
+def released_inforeg(
+    model: AudioVisual, dtype: torch.dtype, steps: int = STEPS, logging: bool = False
+) -> InfoRegTraining:
+    training = InfoRegTraining(model, sgd(model), logging)
+    for batches in data(dtype, steps):
+        training.train_epoch(batches)
+    return training
+
+
+def our_inforeg(model: AudioVisual, dtype: torch.dtype, steps: int, backend: str) -> Ours:
+    inforeg = mmfuse.InfoReg.official(model.encoders, backend=backend)
+    optimizer, coefficients, traces = sgd(model), [], []
+    for batches in data(dtype, steps):
+        inforeg.start_epoch()
+        for audio, visual, labels in batches:
+            optimizer.zero_grad()
+            a, v, out = model(audio, visual)
+            logits = mmfuse.unimodal_logits(model.fc, {"audio": a, "visual": v})
+            sum(F.cross_entropy(z, labels) for z in (out, *logits.values())).backward()
+            coefficients.append(inforeg.step(logits, labels).coefficients.tolist())
+            optimizer.step()
+        inforeg.end_epoch()
+        traces.append(inforeg.fisher_trace[:1].tolist())
+    return coefficients, traces
+
+
+def released_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int) -> RedRegTraining:
+    torch.manual_seed(11)
+    training = RedRegTraining(model, sgd(model), PLANNED)
+    for batches in data(dtype, steps):
+        training.train_epoch(batches)
+    return training
+
+
+def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) -> Ours:
+    torch.manual_seed(11)
+    redreg = mmfuse.RedReg.official(model.encoders, epochs=PLANNED, noise=draw, backend=backend)
+    optimizer, coefficients, monitored = sgd(model), [], []
+    for batches in data(dtype, steps):
+        redreg.start_epoch()
+        for audio, visual, labels in batches:
+            optimizer.zero_grad()
+            inputs = {"audio": audio, "visual": visual}
+            seen = redreg.drop_inputs(inputs, torch.rand(()))
+            a, v, out = model(seen["audio"], seen["visual"])
+            logits = {"audio": model.head_audio(a), "visual": model.head_visual(v)}
+            sum(F.cross_entropy(z, labels) for z in (out, *logits.values())).backward()
+            result = redreg.step(logits, labels, {"audio": a, "visual": v}, inputs)
+            coefficients.append(result.coefficients.tolist())
+            monitored.append(torch.cat([result.redundancy, result.phase]).tolist())
+            optimizer.step()
+    return coefficients, monitored
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("network", "released", "ours"),
+    [(AudioVisual, released_inforeg, our_inforeg), (ThreeHeads, released_redreg, our_redreg)],
+    ids=["inforeg", "redreg"],
+)
+def test_official_reproduces_the_released_training(
+    cell: Cell,
+    network: type[AudioVisual],
+    released: Callable,
+    ours: Callable,
+    dtype: torch.dtype,
+) -> None:
+    if cell.device != "cpu":
+        pytest.skip("the released draws come from the CPU's generator")
+    cell.skip_slow(dtype == torch.float64)
+    if network is ThreeHeads:
+        # So that they also agree, and the gate opens.
+        torch.manual_seed(3)
+    plain = network().to(dtype)
+    exact, mine = copy.deepcopy(plain).double(), copy.deepcopy(plain)
+    steps = 2 if cell.slow else STEPS
+    coefficients, watched = ours(mine, dtype, steps, cell.backend)
+    done = released(plain, dtype, steps)
+
+    regulated = torch.tensor(done.regulated, dtype=torch.float64)
+    if not cell.slow:
+        assert (regulated != 0).any() and (regulated == 0).any(), "must regulate now and then"
+    if isinstance(done, InfoRegTraining):
+        released_watched = [[trace] for trace in done.audio_traces[10:]]
+    else:
+        released_watched = done.monitored
+    # Coefficients of zero must be zero in both; a phase is a difference of two numbers around one.
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-8
+    for what, expected, atol in (
+        (coefficients, regulated, 0.0),
+        (watched, torch.tensor(released_watched, dtype=torch.float64), tolerance),
+    ):
+        got = torch.tensor(what, dtype=torch.float64)
+        torch.testing.assert_close(got, expected, rtol=tolerance, atol=atol)
+    if dtype == torch.float64:
+        # Thirty steps amplify rounding errors of 1e-16; a quirk left out would show at 1e-3.
+        torch.testing.assert_close(parameters(mine), parameters(plain), rtol=1e-9, atol=1e-10)
+        for b, c in zip(buffers(mine), buffers(plain), strict=True):
+            torch.testing.assert_close(b, c, rtol=1e-9, atol=1e-10)
+        return
+    released(exact, torch.float64, steps)
+    error = (parameters(mine) - parameters(exact)).norm()
+    released_error = (parameters(plain) - parameters(exact)).norm()
+    assert error <= 4 * released_error
+
+
+def test_nothing_depends_on_the_logging_backward_passes() -> None:
+    model = AudioVisual()
+    other = copy.deepcopy(model)
+    released_inforeg(model, torch.float32, logging=False)
+    released_inforeg(other, torch.float32, logging=True)
+    assert torch.equal(parameters(model), parameters(other))
+    for b, c in zip(buffers(model), buffers(other), strict=True):
+        assert torch.equal(b, c)
+
+
+@pytest.mark.parametrize("kind", ["flat", "random", "growing", "falling"])
+def test_the_official_window(kind: str) -> None:
+    """Fifteen epochs with made-up traces, next to the released lists."""
+    model = AudioVisual()
+    inforeg = mmfuse.InfoReg.official(model.encoders)
+    traces = [0.0] * 10
+    made_up = {
+        "flat": torch.ones(15),
+        "random": torch.rand(15),
+        "growing": 1.5 ** torch.arange(15),
+        "falling": 0.8 ** torch.arange(15),
+    }[kind]
+    opened = []
+    for epoch, trace in enumerate(made_up.double().tolist()):
+        if epoch == 0:
+            k = 1.0
+        else:
+            now, before = sum(traces[-10:]) / 10, sum(traces[-11:-1]) / 10
+            k = (now - before) / now
+        inforeg.start_epoch()
+        assert inforeg.window_open.tolist() == [k > 0.05] * 2, f"epoch {epoch}"
+        opened.append(k > 0.05)
+        # The first convolution alone holds the trace; the visual one must not matter.
+        state = inforeg.state_dict()
+        state["squares"][0] = trace * model.audio_net.conv1.weight.numel()
+        state["squares"][-2] = torch.rand(())
+        state["steps"].fill_(1)
+        inforeg.end_epoch()
+        traces.append(trace)
+    if kind == "flat":
+        assert opened == [True] * 11 + [False] * 4
+    if kind == "growing":
+        assert all(opened)

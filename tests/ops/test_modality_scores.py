@@ -1,0 +1,189 @@
+"""modality_scores: every backend against float64, and their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import tolerances
+import torch
+from cells import Cell
+from inputs import DTYPES
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmfuse import ops
+
+SHAPES = [(1, 1), (1, 2), (2, 6), (3, 31), (64, 6), (64, 309), (65, 33), (257, 10), (5, 1025)]
+
+
+def expected_scores(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """P and log p of every row that counts, in float64."""
+    z, labels = z.detach().cpu().double(), labels.cpu()
+    keep = labels != -100
+    log_p = F.log_softmax(z[keep], dim=1).gather(1, labels[keep].unsqueeze(1)).squeeze(1)
+    return log_p.exp(), log_p
+
+
+def check(cell: Cell, logits: list[Tensor], labels: Tensor) -> None:
+    scores = ops.modality_scores(logits, labels, backend=cell.backend)
+    result_dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
+    assert scores.prob.dtype == scores.log_prob.dtype == result_dtype
+    for m, z in enumerate(logits):
+        p, log_p = expected_scores(z, labels)
+        dtype = z.dtype if result_dtype == torch.float64 else torch.float32
+        classes = z.shape[1]
+        sensitivity = 1 + log_p.abs()
+        for name, actual, expected, per_row in (
+            ("prob", scores.prob[m], p.mean(), p * sensitivity),
+            ("log_prob", scores.log_prob[m], log_p.mean(), sensitivity),
+        ):
+            bound = tolerances.softmax_score(dtype, per_row, classes)
+            tolerances.assert_within(actual, expected, bound, f"{name} of modality {m}")
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_parity(cell: Cell, dtype: torch.dtype, shape: tuple[int, int], count: int) -> None:
+    logits = [(3 * torch.randn(shape)).to(dtype).to(cell.device) for _ in range(count)]
+    check(cell, logits, torch.randint(0, shape[1], (shape[0],)).to(cell.device))
+
+
+@pytest.mark.parametrize("labels_dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_other_label_types(cell: Cell, labels_dtype: torch.dtype) -> None:
+    labels = torch.randint(0, 5, (9,)).to(labels_dtype).to(cell.device)
+    scores = ops.modality_scores(
+        [torch.randn(9, 5).to(cell.device)] * 2, labels, backend=cell.backend
+    )
+    assert bool(scores.prob.isfinite().all())
+
+
+def test_modalities_of_different_widths_and_dtypes(cell: Cell) -> None:
+    logits = [
+        torch.randn(20, c).to(d).to(cell.device)
+        for c, d in zip((4, 9, 300, 5), DTYPES, strict=True)
+    ]
+    check(cell, logits, torch.randint(0, 4, (20,)).to(cell.device))
+
+
+def test_many_modalities(cell: Cell) -> None:
+    logits = [torch.randn(8, 5).to(cell.device) for _ in range(40)]
+    check(cell, logits, torch.randint(0, 5, (8,)).to(cell.device))
+
+
+def test_strided_logits(cell: Cell) -> None:
+    logits = [torch.randn(7, 20).t().to(cell.device), torch.randn(20, 14)[:, ::2].to(cell.device)]
+    check(cell, logits, torch.randint(0, 7, (20,)).to(cell.device))
+
+
+def test_large_logits_do_not_overflow(cell: Cell) -> None:
+    logits = [torch.tensor([[1e4, -1e4, 0.0], [3e38, 0.0, -3e38]]).to(cell.device)]
+    scores = ops.modality_scores(logits, torch.tensor([0, 0]).to(cell.device), backend=cell.backend)
+    assert float(scores.prob) == 1.0
+    assert float(scores.log_prob) == 0.0
+
+
+def test_minus_infinity_masks_a_class(cell: Cell) -> None:
+    z = torch.randn(6, 4)
+    z[:, 2] = float("-inf")
+    check(cell, [z.to(cell.device)], torch.tensor([0, 1, 3, 0, 1, 3]).to(cell.device))
+
+
+def test_ignored_labels_do_not_count(cell: Cell) -> None:
+    z = torch.randn(10, 4).to(cell.device)
+    labels = torch.randint(0, 4, (10,)).to(cell.device)
+    labels[[0, 3, 9]] = -100
+    check(cell, [z, z.flip(0)], labels)
+
+
+@pytest.mark.parametrize("batch", [0, 5])
+def test_no_row_that_counts_gives_nan(cell: Cell, batch: int) -> None:
+    labels = torch.full((batch,), -100, dtype=torch.int64, device=cell.device)
+    z = torch.randn(batch, 3, device=cell.device)
+    scores = ops.modality_scores([z, z], labels, backend=cell.backend)
+    assert bool(scores.prob.isnan().all() and scores.log_prob.isnan().all())
+
+
+def test_nan_logits_stay_in_their_modality(cell: Cell) -> None:
+    good, bad = torch.randn(6, 3).to(cell.device), torch.randn(6, 3).to(cell.device)
+    bad[4, 1] = float("nan")
+    labels = torch.randint(0, 3, (6,)).to(cell.device)
+    scores = ops.modality_scores([good, bad], labels, backend=cell.backend)
+    assert bool(scores.prob[0].isfinite()) and bool(scores.prob[1].isnan())
+    assert bool(scores.log_prob[0].isfinite()) and bool(scores.log_prob[1].isnan())
+
+
+def test_an_impossible_label_gives_nan_in_the_kernel(cell: Cell) -> None:
+    """The public op raises on the CPU; where it cannot look, the kernel must not read outside."""
+    labels = torch.tensor([0, 3, 1], device=cell.device)
+    narrow, broad = torch.randn(3, 3, device=cell.device), torch.randn(3, 4, device=cell.device)
+    overload = getattr(torch.ops.mmfuse.modality_scores, cell.backend)
+    prob, log_prob = overload([narrow, broad], labels)
+    assert prob.isnan().tolist() == log_prob.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (64, 6), (65, 309)], ids=str)
+def test_gradient_parity(cell: Cell, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    logits = [(3 * torch.randn(shape)).to(dtype).to(cell.device).requires_grad_() for _ in range(3)]
+    labels = torch.randint(0, shape[1], (shape[0],))
+    if shape[0] > 2:
+        labels[1] = -100
+    labels = labels.to(cell.device)
+    a, b = torch.randn(3), torch.randn(3)
+    scores = ops.modality_scores(logits, labels, backend=cell.backend)
+    weights = [w.to(cell.device, scores.prob.dtype) for w in (a, b)]
+    (weights[0] * scores.prob + weights[1] * scores.log_prob).sum().backward()
+    for m, z in enumerate(logits):
+        exact = z.detach().cpu().double().requires_grad_()
+        p, log_p = expected_scores_differentiable(exact, labels.cpu())
+        (a[m].double() * p.mean() + b[m].double() * log_p.mean()).backward()
+        weight = (a[m].abs() + b[m].abs()).double() / len(p) * torch.ones_like(exact)
+        bound = tolerances.softmax_gradient(dtype, weight, shape[1])
+        # log p enters the weight p through exp: its error is relative to 1 + |log p|.
+        factor = 1 + log_p.detach().abs().max()
+        assert z.grad.dtype == dtype
+        tolerances.assert_within(z.grad, exact.grad, bound * factor, f"gradient of modality {m}")
+
+
+def expected_scores_differentiable(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    keep = labels != -100
+    log_p = F.log_softmax(z[keep], dim=1).gather(1, labels[keep].unsqueeze(1)).squeeze(1)
+    return log_p.exp(), log_p
+
+
+def test_gradcheck(cell: Cell) -> None:
+    labels = torch.tensor([0, 2, -100, 1], device=cell.device)
+    logits = [
+        torch.randn(4, c, dtype=torch.float64, device=cell.device, requires_grad=True)
+        for c in (3, 5)
+    ]
+
+    def scores(*z: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(ops.modality_scores(z, labels, backend=cell.backend))
+
+    assert torch.autograd.gradcheck(scores, logits)
+
+
+class TestBadInput:
+    def test_names_the_modality(self) -> None:
+        z = torch.zeros(3, 2)
+        cases = [
+            ([], torch.zeros(3).long(), ValueError, "at least one modality"),
+            ([z, z.long()], torch.zeros(3).long(), TypeError, r"logits\[1\] has dtype torch.int64"),
+            (
+                [z, z[:2]],
+                torch.zeros(3).long(),
+                ValueError,
+                r"logits\[1\] must have shape \[B, C\]",
+            ),
+            ([z, z[0]], torch.zeros(3).long(), ValueError, r"logits\[1\] must have shape \[B, C\]"),
+            ([z[:, :0]], torch.zeros(3).long(), ValueError, r"C > 0"),
+            ([z], torch.zeros(3), TypeError, "labels must be an integer"),
+            ([z], torch.zeros(3, 1).long(), ValueError, r"labels must have shape \[B\]"),
+            ([z], torch.tensor([0, 2, 1]), ValueError, r"labels\[1\] = 2 is out of range for logi"),
+            ([z], torch.tensor([0, 1, -1]), ValueError, r"labels\[2\] = -1 is out of range"),
+        ]
+        for logits, labels, error, match in cases:
+            with pytest.raises(error, match=match):
+                ops.modality_scores(logits, labels)

@@ -1,0 +1,323 @@
+"""update_grads_: every backend against the formula in float64."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import tolerances
+import torch
+from cells import Cell
+from inputs import CHUNK_EDGES, DTYPES, SIZES, gradients, like, strided_views, wide
+from torch import Tensor
+
+from mmfuse import NoiseStream, ops
+
+
+def check(
+    cell: Cell,
+    grads: list[Tensor],
+    *,
+    params: list[Tensor] | None = None,
+    anchors: list[Tensor] | None = None,
+    pull: Tensor | None = None,
+    noise_std: Tensor | None = None,
+    stream: NoiseStream | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """Runs one update and compares every element with scale·g + pull·(w − w₀) + noise_std·z."""
+    scale = torch.rand(len(grads)) + 0.1 if scale is None else scale
+    before = wide(grads)
+    finite = torch.ones((), dtype=torch.bool, device=cell.device)
+    on_device = [None if v is None else v.to(cell.device) for v in (pull, noise_std)]
+    ops.update_grads_(
+        grads,
+        scale.to(cell.device),
+        params=params,
+        anchors=anchors,
+        pull=on_device[0],
+        noise_std=on_device[1],
+        stream=stream,
+        finite=finite,
+        backend=cell.backend,
+    )
+    ids, offsets = stream.counters(len(grads)) if stream else ([], [])
+    for t, (g, g0) in enumerate(zip(grads, before, strict=True)):
+        # The coefficients reach the kernels in float32, or in float64 if a gradient is float64.
+        precision = tolerances.accumulation_dtype(
+            torch.float64 if any(x.dtype == torch.float64 for x in grads) else torch.float32
+        )
+        s = scale[t].to(precision).double()
+        expected = s * g0
+        pulled = torch.zeros_like(g0)
+        if pull is not None:
+            p, w, w0 = pull[t].to(precision).double(), wide([params[t]])[0], wide([anchors[t]])[0]
+            expected = expected + p * (w - w0)
+            pulled = p.abs() * (w.abs() + w0.abs())
+        z, sigma = torch.zeros_like(g0), torch.zeros(())
+        if noise_std is not None:
+            z = stream.normal(g0.numel(), ids[t], offsets[t], dtype=torch.float64).cpu()
+            z = z.view_as(g0)
+            sigma = noise_std[t].to(precision).double()
+            expected = expected + sigma * z
+        bound = tolerances.updated_grad(g.dtype, expected, s * g0, pulled, sigma, z)
+        tolerances.assert_within(g, expected, bound, f"tensor {t} of {g.numel()} elements")
+    assert bool(finite)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("pulling", "noisy"), list(itertools.product([False, True], repeat=2)), ids=str
+)
+def test_parity(cell: Cell, dtype: torch.dtype, pulling: bool, noisy: bool) -> None:
+    sizes = cell.affordable(SIZES + CHUNK_EDGES)
+    grads = gradients(sizes, dtype, cell.device)
+    extra = {}
+    if pulling:
+        extra |= {"params": like(grads), "anchors": like(grads), "pull": torch.randn(len(grads))}
+    if noisy:
+        stream = NoiseStream(1234, cell.device)
+        stream.advance(3)
+        extra |= {"noise_std": torch.rand(len(grads)), "stream": stream}
+    check(cell, grads, **extra)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_odd_addresses(cell: Cell, dtype: torch.dtype) -> None:
+    grads = gradients([1, 5, 64, 1027], dtype, cell.device, odd_address=True)
+    check(
+        cell,
+        grads,
+        params=like(grads),
+        anchors=gradients([1, 5, 64, 1027], dtype, cell.device, odd_address=True),
+        pull=torch.randn(4),
+        noise_std=torch.rand(4),
+        stream=NoiseStream(5, cell.device),
+    )
+
+
+def test_chunk_boundaries(cell: Cell) -> None:
+    sizes = cell.affordable([*CHUNK_EDGES, 200_003])
+    grads = gradients([n for size in sizes for n in (size, 3)], torch.float32, cell.device)
+    check(cell, grads, noise_std=torch.rand(len(grads)), stream=NoiseStream(1, cell.device))
+
+
+def test_mixed_dtypes_in_one_call(cell: Cell) -> None:
+    grads = [gradients([n], d, cell.device)[0] for n in (5, 1000) for d in DTYPES]
+    check(
+        cell,
+        grads,
+        params=like(grads),
+        anchors=like(grads),
+        pull=torch.randn(len(grads)),
+        noise_std=torch.rand(len(grads)),
+        stream=NoiseStream(2, cell.device),
+    )
+
+
+@pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("anchor_dtype", DTYPES, ids=str)
+def test_params_and_anchors_of_other_dtypes(
+    cell: Cell, param_dtype: torch.dtype, anchor_dtype: torch.dtype
+) -> None:
+    grads = gradients([7, 1030], torch.float32, cell.device)
+    check(
+        cell,
+        grads,
+        params=like(grads, param_dtype),
+        anchors=like(grads, anchor_dtype),
+        pull=torch.randn(2),
+    )
+
+
+def test_a_coefficient_of_zero_adds_nothing(cell: Cell) -> None:
+    grads = gradients([9, 2000], torch.float32, cell.device)
+    expected = [0.5 * g for g in grads]
+    infinite = [torch.full_like(g, float("inf")) for g in grads]
+    zeros = torch.zeros(2, device=cell.device)
+    ops.update_grads_(
+        grads,
+        torch.full((2,), 0.5, device=cell.device),
+        params=infinite,
+        anchors=like(grads),
+        pull=zeros,
+        noise_std=zeros,
+        stream=NoiseStream(3, cell.device),
+        backend=cell.backend,
+    )
+    for g, e in zip(grads, expected, strict=True):
+        assert torch.equal(g, e)
+
+
+def test_many_tensors(cell: Cell) -> None:
+    count = 100 if cell.slow else 1300
+    sizes = [i % 7 for i in range(count)]
+    grads = gradients(sizes, torch.float32, cell.device)
+    check(cell, grads, noise_std=torch.rand(len(grads)), stream=NoiseStream(4, cell.device))
+
+
+def test_no_tensors(cell: Cell) -> None:
+    finite = torch.ones((), dtype=torch.bool)
+    ops.update_grads_([], torch.empty(0), finite=finite, backend=cell.backend)
+    assert bool(finite)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("where", [0, 500, 1001], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.5], ids=["unchanged", "scaled"])
+def test_non_finite_stays_and_is_reported(
+    cell: Cell, dtype: torch.dtype, value: float, where: int, scale: float
+) -> None:
+    grads = gradients([1002, 1002, 1002], dtype, cell.device)
+    others = [grads[0] * scale, grads[2] * scale]
+    grads[1][where] = value
+    finite = torch.ones((), dtype=torch.bool, device=cell.device)
+    ops.update_grads_(
+        grads,
+        torch.full((3,), scale, device=cell.device, dtype=torch.float64),
+        finite=finite,
+        backend=cell.backend,
+    )
+    assert not bool(finite)
+    assert not bool(grads[1][where].isfinite())
+    for g, e in zip((grads[0], grads[2]), others, strict=True):
+        assert torch.equal(g, e)
+
+
+def test_overflow_of_the_stored_type_is_reported(cell: Cell) -> None:
+    grads = [torch.full((100,), 60000.0, dtype=torch.float16, device=cell.device)]
+    finite = torch.ones((), dtype=torch.bool, device=cell.device)
+    ops.update_grads_(
+        grads, torch.full((1,), 2.0, device=cell.device), finite=finite, backend=cell.backend
+    )
+    assert bool(grads[0].isinf().all())
+    assert not bool(finite)
+
+
+def test_extreme_values(cell: Cell) -> None:
+    extremes = torch.tensor([3.4e38, -3.4e38, 1e-45, -1e-45, 1e-38, 0.0, -0.0, 1.0])
+    grads = [extremes.repeat(40).to(cell.device)]
+    check(cell, grads, scale=torch.tensor([0.75]))
+
+
+def test_identity_leaves_the_bits_alone(cell: Cell) -> None:
+    """Scale 1 without pull or noise: signalling NaNs, signed zeros and subnormals survive."""
+    bits = torch.tensor([0x7F800001, -(2**31), 1, 0x7FC00000], dtype=torch.int32)
+    grad = bits.repeat(300).view(torch.float32).to(cell.device)
+    before = grad.view(torch.int32).clone()
+    ops.update_grads_([grad], torch.ones(1, device=cell.device), backend=cell.backend)
+    if cell.backend != "reference":  # PyTorch's arithmetic may quieten a signalling NaN
+        assert torch.equal(grad.view(torch.int32), before)
+    version = torch.zeros(5, device=cell.device)
+    ops.update_grads_([version], torch.ones(1, device=cell.device), backend=cell.backend)
+    assert torch.equal(version, torch.zeros_like(version))
+
+
+@pytest.mark.parametrize("view", list(strided_views("cpu")))
+@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
+def test_strided_gradients_in_place(cell: Cell, view: str, noisy: bool) -> None:
+    grad = strided_views(cell.device)[view]
+    stride, address = grad.stride(), grad.data_ptr()
+    extra = {"noise_std": torch.rand(1), "stream": NoiseStream(6, cell.device)} if noisy else {}
+    check(cell, [grad], **extra)
+    assert (grad.stride(), grad.data_ptr()) == (stride, address)
+
+
+def test_strided_params_and_anchors(cell: Cell) -> None:
+    grad = torch.randn(6, 5, 4, 3).to(cell.device)
+    check(
+        cell,
+        [grad],
+        params=[torch.randn(6, 5, 4, 3).to(cell.device, memory_format=torch.channels_last)],
+        anchors=[torch.randn(3, 4, 5, 6).to(cell.device).permute(3, 2, 1, 0)],
+        pull=torch.tensor([0.7]),
+    )
+
+
+class TestBadInput:
+    """Each error names its culprit, and nothing has been changed."""
+
+    def raises(self, error: type[Exception], match: str, grads: list[Tensor], *args, **kw) -> None:
+        before = [g.clone() for g in grads if isinstance(g, Tensor) and not g.is_sparse]
+        with pytest.raises(error, match=match):
+            ops.update_grads_(grads, *args, **kw)
+        after = [g for g in grads if isinstance(g, Tensor) and not g.is_sparse]
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+    def test_sparse(self) -> None:
+        grads = [torch.ones(3), torch.eye(3).to_sparse()]
+        self.raises(TypeError, r"grads\[1\] has layout torch.sparse_coo", grads, torch.zeros(2))
+
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.bool], ids=str)
+    def test_dtype(self, dtype: torch.dtype) -> None:
+        grads = [torch.ones(3), torch.ones(3).to(dtype)]
+        self.raises(TypeError, rf"grads\[1\] has dtype {dtype}", grads, torch.zeros(2))
+
+    def test_not_a_tensor(self) -> None:
+        self.raises(TypeError, r"grads\[0\] is not a tensor but NoneType", [None], torch.zeros(1))
+
+    def test_lengths(self) -> None:
+        self.raises(ValueError, r"scale must have shape \[1\]", [torch.ones(3)], torch.zeros(2))
+
+    def test_scale_type(self) -> None:
+        self.raises(TypeError, "scale must be a floating", [torch.ones(3)], torch.zeros(1).long())
+
+    def test_expanded(self) -> None:
+        grads = [torch.ones(1).expand(5)]
+        self.raises(ValueError, r"grads\[0\] is an expanded view", grads, torch.zeros(1))
+
+    def test_noise_without_stream(self) -> None:
+        g = [torch.ones(3)]
+        self.raises(
+            ValueError, "noise_std needs a stream", g, torch.zeros(1), noise_std=torch.ones(1)
+        )
+
+    def test_pull_without_anchors(self) -> None:
+        g = [torch.ones(3)]
+        self.raises(ValueError, "pull needs params", g, torch.zeros(1), pull=torch.ones(1))
+        self.raises(
+            ValueError,
+            "params and anchors go together",
+            g,
+            torch.zeros(1),
+            pull=torch.ones(1),
+            params=g,
+        )
+
+    def test_anchor_shape(self) -> None:
+        g = [torch.ones(3)]
+        self.raises(
+            ValueError,
+            r"anchors\[0\] has shape \(4,\)",
+            g,
+            torch.zeros(1),
+            pull=torch.ones(1),
+            params=[torch.ones(3)],
+            anchors=[torch.ones(4)],
+        )
+
+    def test_stream_for_other_tensors(self) -> None:
+        g = [torch.ones(3)]
+        self.raises(
+            ValueError,
+            "placed for 2 tensors, not 1",
+            g,
+            torch.zeros(1),
+            noise_std=torch.ones(1),
+            stream=NoiseStream(0).place([0, 1]),
+        )
+
+    def test_finite_flag(self) -> None:
+        self.raises(
+            ValueError,
+            "finite must be a 0-d bool",
+            [torch.ones(3)],
+            torch.zeros(1),
+            finite=torch.ones(1),
+        )
+
+    def test_backend_name(self) -> None:
+        self.raises(
+            ValueError, "backend must be one of", [torch.ones(3)], torch.zeros(1), backend="cpp"
+        )

@@ -1,0 +1,440 @@
+"""A long run of all methods in turn, on several ranks, that watches itself.
+
+    python tests/support/soak.py --ranks 2 --steps 5000
+
+Every rank trains the same small network in DistributedDataParallel on its own batches, of other
+sizes than the other ranks'. Each method has two epochs, then comes the next; after the last one the
+first goes on. The ranks compare all of their state after every such visit, save it every 50 steps,
+and count their memory at the end of every cycle, always at the same place. The run goes on from the
+last checkpoint in its folder, if there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import mmfuse
+
+KINDS = ("ogm", "ogm-ge", "ogm-update", "opm+ogm-ge", "inforeg", "redreg", "arm")
+STEPS_PER_EPOCH = 17
+VISIT = 2 * STEPS_PER_EPOCH
+CYCLE = VISIT * len(KINDS)
+# No divisor of an epoch: most checkpoints lie within one.
+SAVE_EVERY = 50
+TELL_EVERY = 10
+# Cycles until every buffer has its size: InfoReg's window opens in the third of its epochs.
+WARM_UP = 3
+# The heap is not compacted, and the pages of a process come and go: 0.2 MiB in the 18 cycles after
+# the warm-up. One number kept in every step takes some 600 bytes, 2.4 MiB in those 4,284 steps.
+RSS_NOISE = 2**20
+
+
+class Encoder(nn.Module):
+    """A convolution, batch norm and a linear layer: weights of four, one and two dimensions."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, width, 3, bias=False)
+        self.norm = nn.BatchNorm2d(width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(F.relu(self.norm(self.conv(x))).mean(dim=(2, 3)))
+
+
+class Network(nn.Module):
+    """An audio and a visual encoder, a fused representation and the heads of all of them."""
+
+    def __init__(self, width: int = 8, classes: int = 5) -> None:
+        super().__init__()
+        self.audio_net = Encoder(1, width)
+        self.visual_net = Encoder(3, width)
+        self.neck = nn.Linear(2 * width, width)
+        self.classifier = nn.Linear(width, classes)
+        self.head = nn.Linear(2 * width, classes)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"audio": self.audio_net, "visual": self.visual_net}
+
+    def forward(
+        self,
+        audio: Tensor,
+        visual: Tensor,
+        labels: Tensor,
+        between: mmfuse.OPM | mmfuse.ARM | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Any]:
+        """The loss, features, each modality's logits, and what the method in between has said."""
+        features = {"audio": self.audio_net(audio), "visual": self.visual_net(visual)}
+        fused = self.neck(torch.cat(list(features.values()), 1))
+        fused_logits = self.classifier(fused)
+        logits = mmfuse.unimodal_logits(self.head, features)
+        passed, out = features, None
+        if isinstance(between, mmfuse.OPM):
+            out = between(features, logits, labels)
+        elif between is not None:
+            own = {name: self.classifier(f) for name, f in features.items()}
+            out = between(features, fused, own, fused_logits, labels)
+        if out is not None:
+            passed = out.features
+        joint = self.head(torch.cat(list(passed.values()), 1))
+        loss = F.cross_entropy(joint, labels) + F.cross_entropy(fused_logits, labels)
+        return loss, features, logits, out
+
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def batch(step: int, rank: int, size: int, classes: int = 5) -> Batch:
+    """Audio that gives the class away, and an image that hardly does; the same at every call."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    labels = torch.randint(0, classes, (size,), generator=generator)
+    audio = torch.randn(size, 1, 8, 6, generator=generator) + labels.view(-1, 1, 1, 1)
+    return audio, torch.randn(size, 3, 6, 6, generator=generator), labels
+
+
+def make_methods(
+    kind: str, encoders: Mapping[str, nn.Module], anchor_dtype: torch.dtype | None = None
+) -> dict[str, Any]:
+    """The objects of one method, with thresholds at which it acts in every network."""
+    # OPM and OGM begin in epoch 1: which epoch it is has to come out of a checkpoint.
+    if kind == "opm":
+        return {"opm": mmfuse.OPM(starts=1)}
+    if kind == "opm+ogm-ge":
+        return {"opm": mmfuse.OPM(starts=1), "ogm": mmfuse.OGM(encoders)}
+    if kind == "inforeg":
+        return {"inforeg": mmfuse.InfoReg(encoders, threshold=-1e9, anchor_dtype=anchor_dtype)}
+    if kind == "redreg":
+        made = mmfuse.RedReg(
+            encoders,
+            epochs=8,
+            threshold=0.8,
+            window=4,
+            monitor_every=3,
+            agreement=(-2.0, -1.5),
+            anchor_dtype=anchor_dtype,
+        )
+        return {"redreg": made}
+    if kind == "arm":
+        return {"arm": mmfuse.ARM(bins=8)}
+    apply_to = "update" if kind == "ogm-update" else "gradient"
+    return {"ogm": mmfuse.OGM(encoders, noise=kind != "ogm", apply_to=apply_to, starts=1)}
+
+
+class Training:
+    """A network, its optimizers, and the methods of the given kinds.
+
+    Args:
+        kinds: Of `KINDS`, or "opm".
+        network: The network.
+        wrapped: What to call instead, such as DistributedDataParallel around it.
+        anchor_dtype: Of InfoReg and RedReg.
+        fused: Whether the optimizers are; PyTorch has no such kernels for DTensors on the CPU.
+    """
+
+    def __init__(
+        self,
+        kinds: Sequence[str],
+        network: Network,
+        wrapped: nn.Module | None = None,
+        anchor_dtype: torch.dtype | None = None,
+        fused: bool = False,
+    ) -> None:
+        parameters = list(network.parameters())
+        self.network = network
+        self.wrapped = network if wrapped is None else wrapped
+        self.methods = {k: make_methods(k, network.encoders, anchor_dtype) for k in kinds}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        if set(kinds) - {"ogm-update"}:
+            sgd = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, fused=fused)
+            self.optimizers["sgd"] = sgd
+        if "ogm-update" in kinds:
+            adamw = torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
+            self.optimizers["adamw"] = adamw
+            self.methods["ogm-update"]["ogm"].attach(adamw)
+
+    def begin_epoch(self, kind: str, epoch: int) -> None:
+        for method in self.methods[kind].values():
+            if isinstance(method, (mmfuse.InfoReg, mmfuse.RedReg)):
+                method.start_epoch()
+            elif not isinstance(method, mmfuse.ARM):
+                method.set_epoch(epoch)
+
+    def end_epoch(self, kind: str) -> None:
+        if kind == "inforeg":
+            self.methods[kind]["inforeg"].end_epoch()
+
+    def step(self, kind: str, batches: Sequence[Batch]) -> list[Any]:
+        """One step on one or several micro-batches; what the methods have said."""
+        methods = self.methods[kind]
+        optimizer = self.optimizers["adamw" if kind == "ogm-update" else "sgd"]
+        between = methods.get("opm", methods.get("arm"))
+        results = []
+        optimizer.zero_grad()
+        for i, (audio, visual, labels) in enumerate(batches, start=1):
+            loss, features, logits, out = self.wrapped(audio, visual, labels, between)
+            (loss / len(batches)).backward()
+            results += [loss.detach()] if out is None else [loss.detach(), out]
+            for name, method in methods.items():
+                if name in ("opm", "arm"):
+                    continue
+                arguments = [logits, labels]
+                if name == "redreg":
+                    arguments += [features, {"audio": audio, "visual": visual}]
+                if i < len(batches):
+                    method.observe(*arguments)
+                else:
+                    results.append(method.step(*arguments))
+        optimizer.step()
+        return results
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "methods": {
+                kind: {name: method.state_dict() for name, method in methods.items()}
+                for kind, methods in self.methods.items()
+            },
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        for kind, methods in self.methods.items():
+            for name, method in methods.items():
+                method.load_state_dict(state["methods"][kind][name])
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested containers and dataclasses, with where it is."""
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from leaves(item, f"{path}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from leaves(item, f"{path}[{i}]")
+    else:
+        yield path, value
+
+
+def bits(value: Any) -> Any:
+    """What two values have in common only if they are equal bit for bit, NaN included."""
+    if not isinstance(value, Tensor):
+        return repr(value)
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return str(value.dtype), tuple(value.shape), raw.numpy().tobytes()
+
+
+def differences(a: Any, b: Any) -> list[str]:
+    """Where two nested values are not equal bit for bit."""
+    ours, theirs = ({path: bits(leaf) for path, leaf in leaves(x)} for x in (a, b))
+    return sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    found = sorted(folder.glob("step-*.pt"))
+    return found[-1] if found else None
+
+
+def _save(folder: Path, step: int, training: Training) -> None:
+    partial = folder / "partial"
+    torch.save({"step": step, **training.state_dict()}, partial)
+    # A rank that is killed while it writes leaves the last checkpoint whole.
+    partial.rename(folder / f"step-{step:06d}.pt")
+
+
+def _compare_ranks(training: Training, seen: Collection[str]) -> None:
+    """Raises an AssertionError if the ranks' states differ.
+
+    Batch norm's statistics are those of each rank's own batches until the next forward pass, where
+    DistributedDataParallel gives everybody the first rank's. Streams are agreed upon where they are
+    first drawn from: not before a method's first visit, and never by OGM without noise.
+    """
+    state = training.state_dict()
+    state["methods"] = {k: v for k, v in state["methods"].items() if k in seen and k != "ogm"}
+    digest = hashlib.sha256()
+    for path, leaf in leaves(state):
+        if not path.endswith(("running_mean", "running_var")):
+            digest.update(f"{path}{bits(leaf)}".encode())
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, digest.hexdigest())
+    if len(set(found)) != 1:
+        raise AssertionError(f"the ranks' states differ: {found}")
+
+
+def _acts(kind: str, out: Any) -> bool:
+    factors = out.weights if kind == "arm" else out.coefficients
+    neutral = 0.0 if kind in ("inforeg", "redreg") else 1.0
+    return bool((factors != neutral).any())
+
+
+def _memory() -> dict[str, int]:
+    gc.collect()
+    # isinstance would ask an object for its __class__, at which some modules warn.
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return {
+        "tensors": len(tensors),
+        "bytes": sum(storages.values()),
+        "rss": pages * resource.getpagesize(),
+    }
+
+
+def run_rank(rank: int, size: int, steps: int, folder: Path, timeout: float, leak: bool) -> None:
+    """One rank of the soak."""
+
+    def tell(**what: Any) -> None:
+        print(json.dumps(what), flush=True)
+
+    torch.set_num_threads(1)
+    # Other networks and streams on every rank: what must be equal has to be made so.
+    torch.manual_seed(rank)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder / 'store'}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+    )
+    network = Network()
+    training = Training(KINDS, network, DistributedDataParallel(network), fused=True)
+    first = 0
+    checkpoint = last_checkpoint(folder)
+    if checkpoint is not None:
+        saved = torch.load(checkpoint, weights_only=True)
+        first = saved.pop("step")
+        training.load_state_dict(saved)
+    acted = dict.fromkeys(KINDS, 0)
+    kept = []
+    for step in range(first, steps):
+        kind = KINDS[step % CYCLE // VISIT]
+        within = step % STEPS_PER_EPOCH
+        if within == 0:
+            training.begin_epoch(kind, 2 * (step // CYCLE) + step % VISIT // STEPS_PER_EPOCH)
+        # Uneven, and in every step another ratio; the same at the end of every cycle.
+        rows = 6 + within % 5 if rank % 2 == 0 else 3 + within % 7
+        *_, out = training.step(kind, [batch(step, rank, rows)])
+        if leak:
+            kept.append(torch.zeros(()))
+        if within == STEPS_PER_EPOCH - 1:
+            training.end_epoch(kind)
+        done = step + 1
+        if done % TELL_EVERY == 0:
+            tell(step=done)
+            acted[kind] += _acts(kind, out)
+        if done % VISIT == 0 or done == steps:
+            _compare_ranks(training, KINDS[: step // VISIT + 1])
+        if rank == 0 and (done % SAVE_EVERY == 0 or done == steps):
+            _save(folder, done, training)
+        if done % CYCLE == 0:
+            tell(memory=_memory())
+    tell(acted=acted)
+    dist.destroy_process_group()
+
+
+def start(
+    folder: Path, ranks: int, steps: int, *, timeout: float = 60.0, leak: bool = False
+) -> list[subprocess.Popen[bytes]]:
+    """Starts the ranks; rank r writes to rank-r.out and rank-r.err in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "store").unlink(missing_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = []
+    for rank in range(ranks):
+        command = [sys.executable, __file__, "--ranks", str(ranks), "--steps", str(steps)]
+        command += ["--folder", str(folder), "--timeout", str(timeout), "--rank", str(rank)]
+        command += ["--leak"] * leak
+        with (
+            (folder / f"rank-{rank}.out").open("wb") as out,
+            (folder / f"rank-{rank}.err").open("wb") as err,
+        ):
+            processes.append(
+                subprocess.Popen(command, stdout=out, stderr=err, env=environment, cwd=folder)
+            )
+    return processes
+
+
+def told(folder: Path, rank: int, what: str) -> list[Any]:
+    """All that a rank has said about something so far."""
+    lines = (folder / f"rank-{rank}.out").read_bytes().split(b"\n")[:-1]
+    said = map(json.loads, lines)
+    return [line[what] for line in said if what in line]
+
+
+def growth(folder: Path, rank: int) -> dict[str, int]:
+    """By how much a rank's memory has grown since the warm-up, at most."""
+    seen = told(folder, rank, "memory")
+    if len(seen) <= WARM_UP:
+        raise ValueError(f"{len(seen)} cycles are too few: a cycle has {CYCLE} steps")
+    warm, later = seen[WARM_UP - 1], seen[WARM_UP:]
+    return {key: max(m[key] for m in later) - warm[key] for key in warm}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--folder", type=Path, help="of checkpoints and logs; a new one if not set")
+    parser.add_argument("--timeout", type=float, default=60.0, help="of a collective, in seconds")
+    parser.add_argument("--leak", action="store_true", help="keep one number of every step")
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank is not None:
+        run_rank(
+            options.rank,
+            options.ranks,
+            options.steps,
+            options.folder,
+            options.timeout,
+            options.leak,
+        )
+        return 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (options.folder or Path(temporary)).resolve()
+        processes = start(
+            folder, options.ranks, options.steps, timeout=options.timeout, leak=options.leak
+        )
+        codes = [process.wait() for process in processes]
+        for rank in range(options.ranks):
+            sys.stderr.write((folder / f"rank-{rank}.err").read_text())
+        if any(codes):
+            print(f"exit codes {codes}")
+            return 1
+        failed = False
+        for rank in range(options.ranks):
+            print(f"rank {rank}: acted in {told(folder, rank, 'acted')[-1]}")
+            for seen in told(folder, rank, "memory"):
+                print("  ", seen)
+            grown = growth(folder, rank)
+            failed |= grown["tensors"] > 0 or grown["bytes"] > 0 or grown["rss"] > RSS_NOISE
+            print(f"   grown by {grown}")
+    print("memory has grown" if failed else "the ranks stayed equal, memory did not grow")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

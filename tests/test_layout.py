@@ -1,0 +1,133 @@
+"""The floor plan: where things are, what may import what, and how long a file may be."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "mmfuse"
+TESTS = ROOT / "tests"
+
+# From the top down: nobody imports from a folder before its own.
+ORDER = ("adapters", "methods", "loop", "ops", "triton", "reference")
+# What users import, and how the package starts. Nothing else lies beside the folders.
+IN_THE_ROOT = {"__init__", "__main__", "_native", "_version", "amp", "noise"}
+# Folders of op × backend: their tests are those of the ops.
+GRID = ("ops", "reference", "triton")
+MOST_LINES = 400
+
+
+def tracked(*patterns: str) -> list[Path]:
+    """Files of the repository; those that were removed but not yet committed are left out."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    found = [ROOT / name for name in listed]
+    return [path for path in found if path.is_file()]
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Names of the modules of mmfuse that a file imports, without "mmfuse."."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = package[: len(package) - node.level + 1] if node.level else ()
+        module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+        names = [f"{module}.{alias.name}" for alias in node.names]
+        yield from (n.removeprefix("mmfuse.") for n in names if n.startswith("mmfuse."))
+
+
+def test_nothing_imports_from_above() -> None:
+    seen = set()
+    for place, folder in enumerate(ORDER):
+        for path in sorted((PACKAGE / folder).glob("*.py")):
+            for name in imported(path):
+                target = name.split(".")[0]
+                seen.add((folder, target))
+                assert target not in ORDER[:place], f"{path.relative_to(ROOT)} imports {name}"
+    # Each folder is used by one above it, so that the walk has seen real imports.
+    assert {("adapters", "loop"), ("methods", "loop"), ("methods", "ops"), ("loop", "ops")} <= seen
+    assert ("adapters", "methods") in seen
+
+
+def test_nobody_imports_an_adapter() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name != "adapters":
+            names = [name for name in imported(path) if name.split(".")[0] == "adapters"]
+            assert names == [], path
+
+
+def test_what_lies_in_the_root() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == IN_THE_ROOT
+
+
+def modules() -> list[Path]:
+    """Public modules, but the folders' own files."""
+    found = [path for path in PACKAGE.rglob("*.py") if not path.stem.startswith("_")]
+    return sorted(path.relative_to(PACKAGE) for path in found)
+
+
+@pytest.mark.parametrize("module", modules(), ids=str)
+def test_every_module_has_a_test_file_of_its_name(module: Path) -> None:
+    folder = module.parent.name
+    if folder in GRID[1:]:
+        # The noise is the package's own module, of which these are the halves.
+        of_op = TESTS / "ops" / f"test_{module.stem}.py"
+        assert of_op.is_file() or module.stem == "noise"
+    else:
+        assert (TESTS / folder / f"test_{module.stem}.py").is_file()
+
+
+def test_no_test_imports_a_test() -> None:
+    tests = tracked("tests/*.py")
+    assert len(tests) > 60
+    for path in tests:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            bad = [name for name in names if re.match(r"(tests\.|test_|conftest)", name)]
+            assert bad == [], path.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("folder", ["mmfuse", "csrc"])
+def test_files_are_short_enough_to_read(folder: str) -> None:
+    sources = [p for p in tracked(folder) if p.suffix in (".py", ".h", ".cpp", ".cu")]
+    assert len(sources) > 40
+    long = {p.name: n for p in sources if (n := len(p.read_text().splitlines())) > MOST_LINES}
+    assert long == {}
+
+
+def test_csrc_shows_op_by_backend() -> None:
+    """What is no op's, or a helper of one op, lies in a folder below."""
+    ops = {path.stem for path in (PACKAGE / "reference").glob("[a-z]*.py")}
+    for backend in ("cpu", "cuda"):
+        for path in (ROOT / "csrc" / backend).glob("*.*"):
+            assert path.stem.removesuffix("_kernel") in ops, path.name
+
+
+def test_kernels_know_no_pytorch() -> None:
+    """What kernels are made of includes neither a header of PyTorch nor the glue."""
+    kernels = [
+        path
+        for path in tracked("csrc")
+        if path.suffix == ".cu"
+        or path.parent.name in ("common", "device")
+        or path.name.endswith("_kernel.h")
+    ]
+    assert len(kernels) > 30
+    for path in kernels:
+        assert not re.search(r"#include [<\"](torch|ATen|glue)/", path.read_text()), path

@@ -13,11 +13,12 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test soak lint format bench cuda triton gpu gpu-library gpu-rehearsal clean
+.PHONY: help setup build demo test check soak lint format bench cuda triton gpu gpu-library gpu-rehearsal clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
-	@echo "make test    set up, build, run every test but the soak"
+	@echo "make test    set up, build, run the tests; those that take long are left out"
+	@echo "make check   make test, and the tests that take long, but for the soak"
 	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"
 	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/"
 	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
@@ -59,9 +60,15 @@ demo: build
 	$(BIN)/python examples/handwritten.py
 	$(BIN)/python benchmarks/run.py --quick --output build/benchmark
 
+PYTEST := MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
+
 test: build $(TESTING)
-	MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
-		$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --ignore tests/loop/test_soak.py
+	$(PYTEST) -m "not slow"
+
+# What make test leaves out because it takes longer; the soak has a target of its own.
+check: test
+	$(PYTEST) -m slow --ignore tests/loop/test_soak.py
 
 soak: build $(TESTING)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/loop/test_soak.py

@@ -310,6 +310,7 @@ def test_an_import_without_the_library_says_what_to_install(
         importlib.import_module("mmfuse.adapters.accelerate")
 
 
+@pytest.mark.slow
 def test_mmfuse_itself_imports_no_framework() -> None:
     names = "{'accelerate', 'transformers'}"
     code = f"import sys, mmfuse; print(sorted({names} & set(sys.modules)))"
@@ -375,6 +376,7 @@ def ddp_by_hand(model: AudioVisual, data: list[Batch]) -> None:
             optimizer.zero_grad()
 
 
+@pytest.mark.slow
 def test_two_processes_are_ddp_by_hand_and_stay_replicas() -> None:
     first, second = ranks(2).run(ddp)
     for end, other in zip(first, second, strict=True):

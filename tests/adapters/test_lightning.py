@@ -659,12 +659,14 @@ def train_sharded(folder: Path) -> None:
 @pytest.mark.slow
 def test_sharded_parameters_and_their_checkpoints(tmp_path: Path) -> None:
     """In a script of its own, which Lightning starts once more for the second rank."""
-    tests = Path(__file__).parent
+    adapters = Path(__file__).parent
+    tests = adapters.parent
+    paths = [str(path) for path in (adapters, tests / "support", tests.parent)]
     script = tmp_path / "train.py"
     script.write_text(
         "import sys\n"
         "from pathlib import Path\n"
-        f"sys.path[:0] = [{str(tests)!r}, {str(tests.parent)!r}]\n"
+        f"sys.path[:0] = {paths!r}\n"
         "from test_lightning import train_sharded\n"
         "train_sharded(Path(__file__).parent)\n"
     )
@@ -693,6 +695,7 @@ def test_mmfuse_does_not_need_lightning_and_the_adapter_says_what_to_install() -
     )
 
 
+@pytest.mark.slow
 def test_the_example_runs(tmp_path: Path) -> None:
     script = Path(__file__).parents[2] / "examples" / "lightning_ogm.py"
     ended = subprocess.run(

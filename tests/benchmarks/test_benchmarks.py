@@ -536,6 +536,7 @@ def test_training_steps_pass_the_gate(case: Case, workload: Workload, provider: 
             case.check(provider, i, prepared.call())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TRAININGS, ids=named)
 def test_mmfuse_waits_in_no_training_step_but_for_opms_samples(case: Case) -> None:
     i = inputs_of(case)
@@ -1006,6 +1007,7 @@ def test_numbers_are_shown_with_their_unit_also_below_one() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_machine")
 def test_training_steps_are_reported_without_bandwidth(tmp_path: Path) -> None:
     arguments = ["--cases", "inforeg_training", "noisy_views", "--dtype", "float32", "bfloat16"]
@@ -1024,6 +1026,7 @@ def test_training_steps_are_reported_without_bandwidth(tmp_path: Path) -> None:
     assert int(rows[1]["host_syncs"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_machine")
 def test_a_short_run_compares_training_steps_and_nothing_else_with_plain_ones(
     tmp_path: Path,
@@ -1045,6 +1048,7 @@ def test_a_short_run_compares_training_steps_and_nothing_else_with_plain_ones(
     assert "## Not measured" not in text
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_machine")
 def test_monitor_cost_prints_a_ratio_for_every_interval(
     capsys: pytest.CaptureFixture[str],
@@ -1079,6 +1083,7 @@ def test_the_system_says_how_busy_it_is() -> None:
     assert share is None or 0 <= share <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_machine")
 def test_quick_run_writes_table_csv_and_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -81,6 +81,7 @@ def read(folder: Path) -> list[dict[str, str]]:
 # Replays
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("recorded")
 def test_replays_have_columns_and_what_cannot_be_replayed_a_reason(tmp_path: Path) -> None:
     rows = measure(tmp_path, "ogm_ge", "update_scale")

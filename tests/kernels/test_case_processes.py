@@ -36,7 +36,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
     monkeypatch.setattr(case_processes, "case_command", command)
 
-    def call(*cases: str, seconds: float = 60.0, again: Path | None = None) -> int:
+    def call(
+        *cases: str, seconds: float = 60.0, limit_s: float = 30.0, again: Path | None = None
+    ) -> int:
         return case_processes.main(
             "cuda",
             ["cuda"],
@@ -44,7 +46,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
             tmp_path / "out",
             workers=2,
             seconds=seconds,
-            limit_s=3.0,
+            limit_s=limit_s,
             again=again,
         )
 
@@ -59,7 +61,7 @@ def test_all_agree(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_some_fail(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("dies", "hangs", "differs", "good") == 1
+    assert run("dies", "differs", "good", "hangs", limit_s=5.0) == 1
     out = capsys.readouterr().out
     assert "cuda-dies: killed by SIGSEGV\n    dies None\n" in out
     assert "cuda-hangs: stopped after " in out
@@ -67,7 +69,7 @@ def test_some_fail(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert out.endswith("kernels: 1 of 4 cases agree with the reference\n")
     failed = tmp_path / "out" / "failed.json"
     assert json.loads(failed.read_text()) == ["cuda-dies", "cuda-differs", "cuda-hangs"]
-    assert run("dies", "hangs", "differs", "good", again=failed) == 1
+    assert run("dies", "hangs", "differs", "good", limit_s=5.0, again=failed) == 1
     out = capsys.readouterr().out
     assert "differs 1\n" in out  # every launch is waited for
     assert out.endswith("kernels: 0 of 3 cases agree with the reference\n")

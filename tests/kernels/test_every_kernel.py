@@ -98,6 +98,7 @@ def test_the_shim_has_every_kernel_that_nvcc_compiles(shim: Shim, tmp_path: Path
     assert sorted(found) == sorted(shim.kernels().values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("order", "seed"), [("reverse", 0), ("random", 1)])
 def test_no_result_depends_on_which_thread_goes_first(
     shim: Shim,
@@ -146,6 +147,7 @@ def _triton_kernels() -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 def test_every_triton_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU `test_on_the_gpu` runs the same cases, which are many kernels to compile."""
     pytest.importorskip("triton")

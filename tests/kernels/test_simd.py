@@ -45,6 +45,7 @@ def levels() -> list[str]:
     return [] if info is None else list(info["simd_built"])
 
 
+@pytest.mark.slow
 def test_levels_agree() -> None:
     results = {}
     for level in levels():
@@ -82,6 +83,7 @@ def test_generic_code_passes_the_parity_tests() -> None:
     assert " passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_an_impossible_level_is_an_error() -> None:
     done = run("sse9", "-c", "import mmfuse, torch; mmfuse.ops.grad_stats([torch.ones(3)])")
     assert done.returncode == 1

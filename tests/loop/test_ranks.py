@@ -141,13 +141,17 @@ def train(
 
 
 METHODS = ["OGM-GE", "InfoReg", "RedReg", "OPM", "OPM+OGM-GE", "ARM"]
+SIZES = [
+    pytest.param((7, 4), id="2 ranks"),
+    pytest.param((5, 3, 8, 2), id="4 ranks", marks=pytest.mark.slow),
+]
 
 
 def assert_equal(actual: Any, expected: Any, **tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, **(tolerance or {"rtol": 0, "atol": 0}))
 
 
-@pytest.mark.parametrize("sizes", [(7, 4), (5, 3, 8, 2)], ids=["2 ranks", "4 ranks"])
+@pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", METHODS)
 def test_replicas_are_bit_equal_after_50_steps(name: str, sizes: tuple[int, ...]) -> None:
     found = ranks(len(sizes)).run(train_50, name, sizes)
@@ -172,7 +176,7 @@ def train_50(rank: int, name: str, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["OGM-GE", "InfoReg"])
-@pytest.mark.parametrize("sizes", [(7, 4), (5, 3, 8, 2)], ids=["2 ranks", "4 ranks"])
+@pytest.mark.parametrize("sizes", SIZES)
 def test_ranks_equal_one_process_with_the_whole_batch(name: str, sizes: tuple[int, ...]) -> None:
     expected = train(0, name, sizes, 6)
     found = ranks(len(sizes)).run(train, name, sizes, 6)

@@ -186,7 +186,9 @@ class TestCompile:
             (os.path.relpath(reason.user_stack[-1].filename, PACKAGE), reason.user_stack[-1].line)
             for reason in found.break_reasons
         ]
-        assert {(file, "fork_rng" in line) for file, line in lines} == {("_monitor.py", True)}
+        assert {(file, "fork_rng" in line) for file, line in lines} == {
+            ("methods/_redreg_monitor.py", True)
+        }
         assert differences(traced.state(), eager.state()) == []
         assert differences(traced.gradients(), eager.gradients()) == []
 

@@ -33,6 +33,7 @@ def test_one(n):
 """
 
 
+@pytest.mark.slow
 def test_one_bad_kernel_costs_two_tests(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text(CONFTEST)
     (tmp_path / "test_it.py").write_text(TESTS)

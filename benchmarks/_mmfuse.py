@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 import mmfuse
 from mmfuse import ops
-from mmfuse.methods.arm import normalised_information
+from mmfuse.methods._arm_information import normalised_information
 
 
 def modality_scores(i: LogitsInputs, backend: str) -> Tensor:

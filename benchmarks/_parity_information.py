@@ -17,7 +17,7 @@ from _information_inputs import (
 from _parity import ParityError, as_vector, close
 from torch import Tensor
 
-from mmfuse.methods.arm import released_ncmi
+from mmfuse.methods._arm_information import released_ncmi
 from mmfuse.reference import joint_entropies as reference_entropies
 from mmfuse.reference import soft_histogram as reference_soft
 

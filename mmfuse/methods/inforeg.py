@@ -23,44 +23,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..loop.anchors import Anchors
-from ..loop.modalities import (
-    Active,
-    Encoder,
-    Modalities,
-    Select,
-    given,
-    per_tensor,
-)
-from ..loop.ranks import Group, Observations, Observed
+from ..loop.modalities import Active, Encoder, Modalities, Select, given
+from ..loop.ranks import Group, Observations
 from ..loop.state import State
-from ..ops import ModalityScores, grad_stats
+from ..ops import ModalityScores
 from ..ops._tensors import index_tensor
-
-Release = Literal["november", "march"]
-
-# Epochs that the released code averages over; their list of traces starts with as many zeros.
-_OFFICIAL_WINDOW = 10
-
-
-class _Constants(NamedTuple):
-    """What differs between the authors' releases."""
-
-    threshold: float
-    #: Of exp(tanh Δ), for the first and the second modality.
-    multipliers: tuple[float, float]
-
-
-_RELEASES: dict[str, _Constants] = {
-    "november": _Constants(0.05, (0.95, 0.1)),
-    # Its second branch repeats the first one's condition, so that it is never reached.
-    "march": _Constants(0.04, (0.95, 0.0)),
-}
+from ._inforeg_regulation import regulate
+from ._inforeg_rules import RELEASES, Official, Paper, Release, weights_of_layers
 
 
 @dataclass(frozen=True)
@@ -153,7 +128,7 @@ class InfoReg:
         self.backend = backend
         self.anchors = Anchors(anchor_dtype, anchor_device)
         self._observations = Observations("InfoReg", process_group)
-        self._rules: _Paper | _Official = _Paper()
+        self._rules: Paper | Official = Paper()
         self._running = False
         self._make_state()
 
@@ -189,11 +164,11 @@ class InfoReg:
             TypeError: as `InfoReg`.
             ValueError: as `InfoReg`, or there are not two encoders, or no such release.
         """
-        if release not in _RELEASES:
+        if release not in RELEASES:
             raise ValueError(f"release must be 'november' or 'march', got {release!r}")
         if isinstance(encoders, (Mapping, nn.ModuleDict)) and len(encoders) != 2:
             raise ValueError(f"the released code knows two modalities, got {list(encoders)}")
-        threshold, multipliers = _RELEASES[release]
+        threshold, multipliers = RELEASES[release]
         made = cls(
             encoders,
             beta=1.0,
@@ -201,7 +176,7 @@ class InfoReg:
             process_group=process_group,
             backend=backend,
         )
-        made._rules = _Official(_weights_of_layers(encoders, made.modalities), multipliers)
+        made._rules = Official(weights_of_layers(encoders, made.modalities), multipliers)
         made._make_state()
         return made
 
@@ -325,45 +300,25 @@ class InfoReg:
         regulated = state["window_open"].to(gap.device) & (gap > 0)
         coefficients = torch.where(regulated, strength, 0.0)
 
-        device = active.grads[0].device if active.grads else coefficients.device
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        counts = finite.clone() if found_inf is None else (found_inf == 0).all().to(device)
+        before = self._rules.trace_before_pull
+        finite, squares = regulate(
+            active, self.anchors, coefficients, before, grad_scale, self.backend
+        )
+        counts = torch.ones_like(finite)
+        if found_inf is not None:
+            counts = (found_inf == 0).all().to(finite.device)
         if active.grads:
-            pull = per_tensor(coefficients.to(device), active)
-            if grad_scale is not None:
-                pull = pull * grad_scale.to(pull)
-            counts = self._regulate(active, pull, finite, counts, grad_scale)
+            counts = self._add_to_trace(active, squares, counts)
         counts = counts.to(gap.device)
         state["information_gap"].copy_(torch.where(counts, gap, state["information_gap"]))
         return InfoRegResult(coefficients, log_prob, gap, finite)
 
-    def _regulate(
-        self,
-        active: Active,
-        pull: Tensor,
-        finite: Tensor,
-        counts: Tensor,
-        grad_scale: Tensor | None,
-    ) -> Tensor:
-        """Pulls, and adds |g|² to the epoch's trace; whether the step counts."""
-        before = self._rules.trace_before_pull
-        sq_norm = None
-        if before and active.shards:  # merged over the ranks
-            sq_norm = self._sq_norm(active)
-        elif before:  # by the pull's own read
-            sq_norm = torch.empty(len(active.grads), dtype=torch.float64, device=pull.device)
-        fused = None if active.shards else sq_norm
-        self.anchors.update_(active, torch.ones_like(pull), pull, finite, self.backend, fused)
-        if sq_norm is None:
-            sq_norm = self._sq_norm(active)
-        squares = sq_norm.to(self._state["squares"])
-        if grad_scale is not None:
-            squares = squares / grad_scale.to(squares).square()
-        if active.shards:  # what another rank's part holds shows in the sum alone
-            finite.logical_and_(squares.isfinite().all().to(finite.device))
+    def _add_to_trace(self, active: Active, squares: Tensor, counts: Tensor) -> Tensor:
+        """Adds |g|² to the epoch's trace; whether the step counts."""
+        state = self._state
+        squares = squares.to(state["squares"])
         counts = counts.to(squares.device) & squares.isfinite().all()
         squares = torch.where(counts, squares, 0.0)
-        state = self._state
         if len(active.ids) == len(self.modalities.parameters):
             state["squares"].add_(squares)
         else:
@@ -371,9 +326,6 @@ class InfoReg:
             state["squares"].index_add_(0, index, squares)
         state["steps"].add_(counts)
         return counts
-
-    def _sq_norm(self, active: Active) -> Tensor:
-        return active.whole(grad_stats(active.grads, backend=self.backend)).sq_norm
 
     @torch.no_grad()
     def end_epoch(self) -> None:
@@ -414,80 +366,3 @@ class InfoReg:
         self._follow().load(state_dict)
         self._running = bool(state_dict["running"])
         self._observations.clear()
-
-
-class _Paper:
-    """The rules of the paper."""
-
-    #: Epochs whose traces are kept.
-    history = 2
-    trace_before_pull = True
-
-    def performance(self, scores: ModalityScores, seen: Observed) -> Tensor:
-        return scores.log_prob
-
-    def strength(self, exponent: Tensor) -> Tensor:
-        return torch.exp(exponent)
-
-    def trace(self, squares: Tensor, steps: Tensor, modalities: Modalities) -> Tensor:
-        return modalities.sums(squares) / steps
-
-    def window_open(self, traces: Tensor, epochs: Tensor, threshold: float) -> Tensor:
-        before, last = traces.unbind(1)
-        # A trace of zero gives NaN, which is above nothing.
-        return ((last - before) / last > threshold) & (epochs >= 2)
-
-
-class _Official:
-    """The rules of the released code, for two modalities.
-
-    Args:
-        weights: [T] one over the number of elements for the weights of convolutional and linear
-            layers, 0 for all else.
-        multipliers: Of exp(tanh Δ), for the first and the second modality.
-    """
-
-    history = _OFFICIAL_WINDOW + 1
-    trace_before_pull = False
-
-    def __init__(self, weights: Tensor, multipliers: tuple[float, float]) -> None:
-        self.weights = weights
-        self.multipliers = multipliers
-
-    def performance(self, scores: ModalityScores, seen: Observed) -> Tensor:
-        return scores.prob * seen.count.to(scores.prob)
-
-    def strength(self, exponent: Tensor) -> Tensor:
-        first, second = torch.exp(exponent).unbind()
-        return torch.stack([self.multipliers[0] * first, self.multipliers[1] * second])
-
-    def trace(self, squares: Tensor, steps: Tensor, modalities: Modalities) -> Tensor:
-        self.weights = self.weights.to(squares.device)  # copies only after a move
-        # A sum over the steps, where the paper has a mean.
-        return torch.where(steps > 0, modalities.sums(squares * self.weights), torch.nan)
-
-    def window_open(self, traces: Tensor, epochs: Tensor, threshold: float) -> Tensor:
-        first = traces[0]
-        growth = (first[-1] - first[0]) / first[1:].sum()
-        return ((growth > threshold) | (epochs == 0)).expand(len(traces))
-
-
-def _weights_of_layers(encoders: Mapping[str, Encoder], modalities: Modalities) -> Tensor:
-    layers = {
-        id(module.weight)
-        for encoder in encoders.values()
-        if isinstance(encoder, nn.Module)
-        for module in encoder.modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-    }
-    # Bare parameters do not say which layer they are from.
-    bare = [not isinstance(encoder, nn.Module) for encoder in encoders.values()]
-    counted = [
-        id(p) in layers or (bare[m] and p.dim() in (2, 4))
-        for p, m in zip(modalities.parameters, modalities.modality, strict=True)
-    ]
-    return torch.tensor(
-        [c / max(1, p.numel()) for c, p in zip(counted, modalities.parameters, strict=True)],
-        dtype=torch.float64,
-        device=modalities.device,
-    )

@@ -15,9 +15,9 @@ encoder's gradient scaled down by k_m; GE adds noise of the gradient's own stand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,15 +26,12 @@ from ..loop.epochs import EpochWindow
 from ..loop.modalities import Active, Encoder, Modalities, Select, given
 from ..loop.ranks import Group, Observations, agree, mean_over_ranks
 from ..loop.updates import Decided, ScaledUpdates
-from ..noise import NoiseStream, default_stream
-from ..ops import grad_stats, modulation_factors, update_grads_
+from ..noise import NoiseStream
+from ..ops import modulation_factors
 from ..ops.modulation_factors import Formula, check_strength
+from ._ogm_modulation import Noise, Rule, modulate
 
-Noise = bool | Callable[[Tensor], Tensor]
 ApplyTo = Literal["gradient", "update"]
-
-# The released code adds this to the standard deviation of the noise.
-_STD_EPS = 1e-8
 
 # A number to PyTorch's kernels, wherever the other operand is.
 _ONE = torch.tensor(1.0)
@@ -134,8 +131,10 @@ def ogm_backward(
     scores = modalities.scores(logits, labels, backend).prob.detach()
     seen = mean_over_ranks(scores, labels, process_group)
     loss.backward(retain_graph=retain_graph)
-    rule = _Rule(alpha, formula, noise)
-    return _modulate(modalities.active(), seen, rule, stream, process_group, None, backend)
+    rule = Rule(alpha, formula, noise)
+    active = modalities.active()
+    decided, finite = modulate(active, seen, rule, stream, process_group, None, backend)
+    return OGMResult(decided.coefficients, seen, decided.ratios, finite)
 
 
 class OGM(EpochWindow):
@@ -328,10 +327,11 @@ class OGM(EpochWindow):
         if self.stream.device != device:  # the encoders were moved after this object was made
             self.stream = self.stream.to(device)
         on = self.modulating
-        rule = _Rule(self.alpha if on else 0.0, self.formula, self.noise if on else False)
+        rule = Rule(self.alpha if on else 0.0, self.formula, self.noise if on else False)
         group, backend = self.process_group, self.backend
         if active is not None:
-            return _modulate(active, scores, rule, self.stream, group, found_inf, backend)
+            decided, finite = modulate(active, scores, rule, self.stream, group, found_inf, backend)
+            return OGMResult(decided.coefficients, scores, decided.ratios, finite)
         decided = modulation_factors(scores, rule.alpha, rule.formula, backend=backend)
         if rule.noise:
             agree(self.stream, group)
@@ -365,61 +365,3 @@ class OGM(EpochWindow):
         self._observations.clear()
         for update in self._updates:
             update.decided = None
-
-
-class _Rule(NamedTuple):
-    """How a step modulates; alpha = 0 makes every coefficient 1."""
-
-    alpha: float
-    formula: Formula
-    noise: Noise
-
-
-@torch.no_grad()
-def _modulate(
-    active: Active,
-    scores: Tensor,
-    rule: _Rule,
-    stream: NoiseStream | None,
-    process_group: Group,
-    found_inf: Tensor | None,
-    backend: str | None,
-) -> OGMResult:
-    grads, noise = active.grads, rule.noise
-    device = grads[0].device if grads else scores.device
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    stats = active.whole(grad_stats(grads, backend=backend)) if noise and grads else None
-    decided = modulation_factors(
-        scores.to(device),
-        rule.alpha,
-        rule.formula,
-        owner=active.modality,
-        stats=stats,
-        eps=_STD_EPS,
-        backend=backend,
-    )
-    result = OGMResult(decided.coefficients, scores, decided.ratios, finite)
-    if stats is None or decided.noise_std is None:
-        update_grads_(grads, decided.scale, finite=finite, backend=backend)
-        return result
-    if active.shards:  # what another rank's part holds shows in the sum alone
-        finite.copy_(stats.m2.isfinite().all())
-    if callable(noise):
-        external = [noise(g) for g in grads]
-        update_grads_(grads, decided.scale, finite=finite, backend=backend)
-        for grad, z, std in zip(grads, external, decided.noise_std.unbind(), strict=True):
-            grad.addcmul_(z, std.to(grad.device, grad.dtype))
-        return result
-    stream = default_stream(device) if stream is None else stream
-    agree(stream, process_group)
-    update_grads_(
-        active.cut(grads),
-        active.spread(decided.scale),
-        noise_std=active.spread(decided.noise_std),
-        stream=active.place(stream),
-        finite=finite,
-        backend=backend,
-    )
-    # A step that a GradScaler skips has not been.
-    stream.advance(finite if found_inf is None else finite & (found_inf == 0).all())
-    return result

@@ -23,29 +23,22 @@ w0 are the parameters at the start of the epoch.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..loop.anchors import Anchors
-from ..loop.modalities import Active, Encoder, Modalities, Select, per_modality, per_tensor
-from ..loop.ranks import Group, Observations, Observed, agree, rank_and_size, several
+from ..loop.modalities import Encoder, Modalities, Select
+from ..loop.ranks import Group, Observations
 from ..loop.state import State
 from ..noise import NoiseStream, saved_state
-from ..ops import GradStats
-from ..ops._tensors import check_named
-from ..ops.co_information_gate import named_gate
-from ..ops.paired_cosine import aligned, paired_cosine
+from . import _redreg_equations as equations
 from ._redreg_monitor import Forward, Monitor, Noise
-
-Projection = Literal["tensor", "encoder"]
-
-_EPS = 1e-12
+from ._redreg_regulation import Projection, regulate
+from ._redreg_sensing import Sensing
 
 
 @dataclass(frozen=True)
@@ -71,35 +64,7 @@ class RedRegResult:
     finite: Tensor
 
 
-class _Seen(NamedTuple):
-    """One micro-batch.
-
-    Attributes:
-        scores: [M].
-        names: What errors call the features.
-        features: M tensors [B, D].
-        redundancy: [M]; None in a step without a monitor.
-        input_sq: [M] mean squares of the differences between the views; None likewise.
-    """
-
-    scores: Tensor
-    names: list[str]
-    features: list[Tensor]
-    redundancy: Tensor | None
-    input_sq: Tensor | None
-
-    @property
-    def rows(self) -> int:
-        return len(self.features[0])
-
-
-def _mean_cosine(features: Sequence[Tensor], backend: str | None) -> Tensor:
-    """0-d: mean over all pairs of modalities of the paired cosine."""
-    pairs = [paired_cosine(a, b, backend=backend) for a, b in combinations(features, 2)]
-    return torch.stack(pairs).mean()
-
-
-class RedReg:
+class RedReg(Sensing):
     """RedReg for a whole training run.
 
     ::
@@ -183,9 +148,9 @@ class RedReg:
         stream: NoiseStream | None = None,
         backend: str | None = None,
     ) -> None:
-        _check_hyperparameters(epochs, beta, window, momentum, projection, monitor_every)
-        if input_dropout is not None and not all(0 <= p <= 1 for p in input_dropout):
-            raise ValueError(f"input_dropout must hold numbers in [0, 1], got {input_dropout}")
+        equations.check_hyperparameters(
+            epochs, beta, window, momentum, projection, monitor_every, input_dropout
+        )
         self.modalities = Modalities(encoders, select)
         self._monitor = Monitor(encoders, forward or {}, sigma, clamp, noise, backend)
         self.epochs = epochs
@@ -278,65 +243,11 @@ class RedReg:
         self._follow()
         state = self._state
         self.epoch += 1
-        first, last = self.agreement
-        state["gate_threshold"].fill_(first + (last - first) * self._progress(self.epochs - 1))
+        threshold = equations.gate_threshold(self.agreement, self.epoch, self.epochs)
+        state["gate_threshold"].fill_(threshold)
         if self._resets:
             for key in ("scores", "steps", "average", "average_weight"):
                 state[key].zero_()
-
-    def _progress(self, length: float) -> float:
-        """How much of the first `length` epochs is over, in [0, 1]."""
-        return min(1.0, max(0, self.epoch) / max(1.0, length))
-
-    def drop_inputs(
-        self, inputs: Mapping[str, Tensor], uniform: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """Sets one modality's whole input to zero, or none; for the forward pass of training.
-
-        Give the inputs as they were to `step`, whose monitor looks at those. Nothing is read on the
-        host: which modality is dropped is decided on the device.
-
-        Args:
-            inputs: Name → tensor.
-            uniform: 0-d number in [0, 1) that decides; None draws it from the stream.
-
-        Returns:
-            Name → tensor like the input.
-
-        Raises:
-            ValueError: names do not fit.
-        """
-        tensors = self.modalities.ordered("inputs", inputs)
-        if self.input_dropout is None:
-            return dict(zip(self.modalities.names, tensors, strict=True))
-        first, last, share = self.input_dropout
-        p = first + (last - first) * self._progress(int(self.epochs * share))
-        if uniform is None:
-            self._follow()
-            agree(self.stream, self.process_group)
-            uniform = self.stream.uniform(1, stream_id=2 * len(tensors)).squeeze(0)
-        out = {}
-        for m, (name, x) in enumerate(zip(self.modalities.names, tensors, strict=True)):
-            u = uniform.to(x.device)
-            low, high = p * m / len(tensors), p * (m + 1) / len(tensors)
-            out[name] = torch.where((u >= low) & (u < high), 0.0, x)
-        return out
-
-    @torch.no_grad()
-    def observe(
-        self,
-        logits: Mapping[str, Tensor],
-        labels: Tensor,
-        features: Mapping[str, Tensor],
-        inputs: Mapping[str, Tensor],
-    ) -> None:
-        """Takes in what one micro-batch shows; `step` then uses all since the last step.
-
-        The arguments and errors are those of `step`.
-        """
-        seen = self._see(logits, labels, features, inputs)
-        self._observations.add(seen.scores, labels, self._sums(seen))
-        self._rows += seen.rows
 
     @torch.no_grad()
     def step(
@@ -383,22 +294,17 @@ class RedReg:
             if labels is None or features is None or inputs is None:
                 raise TypeError("logits, labels, features and inputs go together: give all or none")
             seen = self._see(logits, labels, features, inputs)
-        if seen is not None and not self._observations and several(self.process_group) is None:
-            h, redundancy = seen.scores, seen.redundancy
-            gate = named_gate(
-                seen.names, seen.features, self._state["gate_threshold"], self.backend
-            )
-        else:
-            if seen is not None and labels is not None:
-                self._observations.add(seen.scores, labels, self._sums(seen))
-            h, redundancy, gate = self._together(self._observations.take())
-        self._rows = 0
+        h, redundancy, gate = self._all_seen(seen, labels)
 
-        new = self._history(h, redundancy)
-        growth = self._growth(new)
-        phase = self._phase(new, growth)
-        coefficients = self._strength(h, phase) * gate.to(h)
-        finite, counts = self._act(active, coefficients, grad_scale)
+        new = equations.history(self._state, h, redundancy, self.momentum)
+        growth = equations.growth(new["scores"], new["steps"])
+        average = new["average"] / new["average_weight"] if self._corrects else new["average"]
+        phase = equations.phase(new["redundancy"], average, growth, self.gamma)
+        strength = equations.strength(h, phase, self.beta, self.threshold)
+        coefficients = strength * gate.to(h)
+        finite, counts = regulate(
+            active, self.anchors, coefficients, self.projection, grad_scale, self.backend
+        )
         if found_inf is not None:
             counts = counts & (found_inf == 0).all().to(counts.device)
 
@@ -410,159 +316,6 @@ class RedReg:
         self.stream.advance(counts)
         redundancy = new["redundancy"].clone()
         return RedRegResult(coefficients, h, growth, redundancy, phase, gate, finite)
-
-    def _check_started(self) -> None:
-        if self.epoch < 0:
-            raise RuntimeError(
-                "RedReg.step: call start_epoch() first; it copies the parameters that gradients "
-                "are compared with"
-            )
-
-    def _see(
-        self,
-        logits: Mapping[str, Tensor],
-        labels: Tensor,
-        features: Mapping[str, Tensor],
-        inputs: Mapping[str, Tensor],
-    ) -> _Seen:
-        """Scores of one micro-batch, its features, and its redundancy in a step with a monitor."""
-        self._check_started()
-        self._follow()
-        names = self.modalities.names
-        xs = self.modalities.ordered("inputs", inputs)
-        check_named(xs, lambda m: f"inputs[{names[m]!r}]")
-        h = self.modalities.scores(logits, labels, self.backend).prob
-        labelled = [f"features[{name!r}]" for name in names]
-        flat = [
-            f.flatten(1) if isinstance(f, Tensor) and f.dim() > 2 else f
-            for f in self.modalities.ordered("features", features)
-        ]
-        flat = aligned(labelled, flat)
-        if self._steps % self.monitor_every:
-            return _Seen(h, labelled, flat, None, None)
-        agree(self.stream, self.process_group)
-        rank, size = rank_and_size(self.process_group)
-        first_row = self._rows * size + rank * len(flat[0])
-        ratios, input_sq = self._monitor(xs, self.stream, first_row)
-        to = self._state["average"]
-        return _Seen(
-            h,
-            labelled,
-            flat,
-            torch.stack([ratio.to(to) for ratio in ratios]),
-            torch.stack([square.to(to) for square in input_sq]),
-        )
-
-    def _sums(self, seen: _Seen) -> Tensor:
-        """[2M + 1] of this micro-batch, which add up over micro-batches and ranks.
-
-        The numerators and the denominators of the redundancy, and by how much the cosine is above
-        the gate's threshold, each times the number of samples.
-        """
-        rows, count = seen.rows, len(seen.features)
-        if not rows:
-            return self._state["average"].new_zeros(2 * count + 1)
-        above = _mean_cosine(seen.features, self.backend) - self._state["gate_threshold"]
-        if seen.redundancy is None or seen.input_sq is None:
-            return torch.cat([above.new_zeros(2 * count), rows * above.unsqueeze(0)])
-        square = seen.input_sq + _EPS
-        parts = [seen.redundancy * square, square, above.to(square).unsqueeze(0)]
-        return rows * torch.cat(parts)
-
-    def _together(self, seen: Observed) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Scores, redundancy and gate of all micro-batches and ranks."""
-        assert seen.sums is not None
-        count = len(self.modalities.names)
-        numerator, denominator, above = seen.sums.split([count, count, 1])
-        monitored = self._steps % self.monitor_every == 0
-        redundancy = numerator / denominator if monitored else None
-        return seen.means, redundancy, (above[0] > 0).to(seen.means)
-
-    def _history(self, h: Tensor, redundancy: Tensor | None) -> dict[str, Tensor]:
-        """What of the state changes with this step, as new tensors."""
-        old = self._state
-        h = h.to(old["scores"])
-        counts = h.isfinite().all()
-        later = torch.cat([old["scores"][:, 1:], h.unsqueeze(1)], dim=1)
-        new = {
-            "scores": torch.where(counts, later, old["scores"]),
-            "steps": old["steps"] + counts,
-        }
-        if redundancy is None:
-            return {**new, **{key: old[key] for key in ("redundancy", "average", "average_weight")}}
-        average = self.momentum * old["average"] + (1.0 - self.momentum) * redundancy
-        weight = self.momentum * old["average_weight"] + (1.0 - self.momentum)
-        usable = redundancy.isfinite()
-        new["redundancy"] = redundancy
-        new["average"] = torch.where(usable, average, old["average"])
-        new["average_weight"] = torch.where(usable, weight, old["average_weight"])
-        return new
-
-    def _growth(self, seen: Mapping[str, Tensor]) -> Tensor:
-        """s_m; 1 until the window is full."""
-        scores = seen["scores"]
-        rate = (scores[:, -1] - scores[:, 0]) / (
-            scores[:, :-1].sum(dim=1).abs() + self.window * _EPS
-        )
-        return torch.where(seen["steps"] > self.window, rate, 1.0)
-
-    def _phase(self, seen: Mapping[str, Tensor], growth: Tensor) -> Tensor:
-        """r_m."""
-        average = seen["average"]
-        if self._corrects:
-            average = average / seen["average_weight"]
-        ratio = seen["redundancy"] / (average + _EPS)
-        return ratio - self.gamma * growth.clamp(min=0.0)
-
-    def _strength(self, h: Tensor, phase: Tensor) -> Tensor:
-        """beta_m before the gate: of the one modality that is ahead of all others, if redundant."""
-        count = len(h)
-        others = ~torch.eye(count, dtype=torch.bool, device=h.device)
-        ahead = (h.unsqueeze(1) - h.unsqueeze(0)).masked_fill(~others, 0.0)
-        dominant = ((ahead > 0) | ~others).all(dim=1)
-        delta = ahead.sum(dim=1) / (count - 1)
-        regulated = dominant & (phase.to(h.device) > self.threshold)
-        return torch.where(regulated, torch.exp(self.beta * torch.tanh(delta)), 0.0)
-
-    def _act(
-        self, active: Active, coefficients: Tensor, grad_scale: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Updates the gradients; whether they are finite, and whether they were."""
-        device = active.grads[0].device if active.grads else coefficients.device
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        if not active.grads:
-            return finite, finite
-        stats = self.anchors.stats(active, self.backend)
-        were = stats.m2.isfinite().all()
-        share = self._share(stats, active, grad_scale)
-        pull = per_tensor(coefficients.to(device), active).to(share)
-        # 1 outright where nothing is pulled: there the share may be anything.
-        scale = torch.where(pull == 0, 1.0, 1.0 - pull * share)
-        if grad_scale is not None:
-            pull = pull * grad_scale.to(pull)
-        self.anchors.update_(active, scale, pull, finite, self.backend)
-        if active.shards:  # what another rank's part holds shows in the sum alone
-            finite.logical_and_(were.to(device))
-        return finite, were & finite.to(were.device)
-
-    def _share(self, stats: GradStats, active: Active, grad_scale: Tensor | None) -> Tensor:
-        """[T] c, the displacement's share along the gradient; 0 for a gradient of zero."""
-        dot, square = stats.dot, stats.sq_norm
-        assert dot is not None
-        if grad_scale is not None:
-            dot, square = dot / grad_scale.to(dot), square / grad_scale.to(square).square()
-        if self.projection == "tensor":
-            return dot / (square + _EPS)
-        count = len(self.modalities.names)
-        dot, square = (per_modality(x, active.modality, count) for x in (dot, square))
-        return per_tensor(dot / (square + _EPS), active)
-
-    def _follow(self) -> None:
-        """Moves state and stream to where the encoders are now."""
-        device = self.modalities.device
-        self._state.follow(device)
-        if self.stream.device != device:
-            self.stream = self.stream.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs to go on with the same numbers, also within an epoch.
@@ -595,17 +348,3 @@ class RedReg:
         self._steps = int(state_dict["step"])
         self._observations.clear()
         self._rows = 0
-
-
-def _check_hyperparameters(
-    epochs: int, beta: float, window: int, momentum: float, projection: str, monitor_every: int
-) -> None:
-    for name, value in (("epochs", epochs), ("window", window), ("monitor_every", monitor_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    if not (math.isfinite(beta) and beta >= 0):
-        raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-    if projection not in ("tensor", "encoder"):
-        raise ValueError(f"projection must be 'tensor' or 'encoder', got {projection!r}")

@@ -14,7 +14,8 @@ from torch import Tensor
 
 import mmfuse
 from mmfuse import ARM, ops
-from mmfuse.methods.arm import modality_weights, normalised_information, released_ncmi
+from mmfuse.methods._arm_information import normalised_information, released_ncmi
+from mmfuse.methods.arm import modality_weights
 
 NAMES = ["audio", "visual", "text"]
 Batch = tuple[dict[str, Tensor], Tensor, dict[str, Tensor], Tensor, Tensor]

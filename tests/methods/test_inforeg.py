@@ -470,7 +470,7 @@ def test_the_trace_comes_with_the_pull(
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("InfoReg has read the gradients twice")
 
-    monkeypatch.setattr("mmfuse.methods.inforeg.grad_stats", refused)
+    monkeypatch.setattr("mmfuse.methods._inforeg_regulation.grad_stats", refused)
     if parts == 2:
         monkeypatch.setattr(inforeg.anchors, "_parts", cut)
     found_pull = False

@@ -13,7 +13,7 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test check soak lint format bench cuda triton gpu gpu-library gpu-rehearsal clean
+.PHONY: help setup build demo test check soak lint format bench cuda triton sanitize gpu gpu-library gpu-rehearsal clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -23,6 +23,7 @@ help:
 	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/"
 	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
+	@echo "make sanitize  the kernels under ASan and UBSan, on the CPU"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
 	@echo "make gpu-library  on any machine with nvcc: the libraries for one, into build/gpu_library"
 	@echo "make gpu-rehearsal  what make gpu does, small, on the CPU"
@@ -92,6 +93,9 @@ cuda:
 
 triton: build
 	$(BIN)/python .ci/compile_triton.py
+
+sanitize: $(TESTING)
+	$(BIN)/python .ci/sanitize.py
 
 # Uses the Python that is there, with its CUDA build of PyTorch, and installs nothing.
 gpu:

@@ -107,6 +107,7 @@ inline void cosine_grad_row(const scalar_t* a, const scalar_t* b, int64_t n, dou
       store_first(grad_b + i, rest, dy);
     }
   }
+  if (n == 0) return;  // there is no memory, and memset must not be given null
   if (row.norm_a <= kMinNorm) std::memset(grad_a, 0, n * sizeof(scalar_t));
   if (row.norm_b <= kMinNorm) std::memset(grad_b, 0, n * sizeof(scalar_t));
 }

@@ -40,6 +40,7 @@ from mmfuse.ops._registry import OPS
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WIDE = (torch.float32, torch.float64)
 SEED = 20_26
+CONTROLS = ("memcheck", "initcheck", "alignment")
 
 
 class Inputs:
@@ -133,7 +134,7 @@ def update_grads(inputs: Inputs) -> list[Tensor]:
     for offset in (0, 1):
         for grads, params, anchors in _mirrors(inputs, sizes, offset):
             count = len(grads)
-            factors = inputs.normal(3, count).unbind()
+            factors = [inputs.normal(count) for _ in range(3)]
             for with_anchors in (False, True):
                 for with_noise in (False, True):
                     flag = torch.ones((), dtype=torch.bool, device=inputs.device)
@@ -518,18 +519,23 @@ def poison(on: bool = True) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def control(tool: str, backend: str) -> None:
+def control(tool: str, backend: str, device: str = "cuda") -> None:
     """Lets a kernel do what a tool must report, if it looks at mmfuse's kernels at all.
 
     For initcheck it reads memory that nobody has written; for memcheck the tensor has lost most of
-    its memory.
+    its memory, or on the CPU, where each byte counts, its last element. For alignment, on the CPU,
+    the tensor starts where no float may.
     """
-    grad = torch.empty(4096, device="cuda")
+    grad = torch.empty(4096, device=device)
     if tool == "memcheck":
         grad.zero_()
-        grad.untyped_storage().resize_(1024)
+        grad.untyped_storage().resize_(1024 if device == "cuda" else 4 * 4095)
+    if tool == "alignment":
+        scores = torch.frombuffer(bytearray(4 * 2 + 1), dtype=torch.float32, offset=1)
+        ops.discrepancy_ratios(scores, backend=backend)
     ops.grad_stats([grad], backend=backend)
-    torch.cuda.synchronize()
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def load_shim() -> None:
@@ -545,11 +551,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--backend", action="append", default=[], choices=("cuda", "triton"))
+    parser.add_argument("--backend", action="append", default=[], choices=("cuda", "triton", "cpu"))
     parser.add_argument("--case", action="append", default=[], choices=list(CASES))
     parser.add_argument("--poison", action="store_true", help="check that all outputs are written")
     parser.add_argument("--compare", action="store_true", help="with the reference, on the CPU")
-    parser.add_argument("--control", choices=("memcheck", "initcheck"), help="provoke an error")
+    parser.add_argument("--control", choices=CONTROLS, help="provoke an error")
     several = parser.add_argument_group("several processes")
     several.add_argument("--each", action="store_true", help="compare each case in its own")
     several.add_argument("--sanitizer", action="store_true", help="run under compute-sanitizer")
@@ -583,7 +589,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cpu" and backend == "cuda":
         load_shim()
     if options.control:
-        control(options.control, backend)
+        control(options.control, backend, options.device)
         return 0
     if options.poison:
         poison()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,8 @@ FLAGS = (
     "-Wno-unknown-pragmas",
     "-DMMFUSE_CUDA_ON_CPU",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
+    # Into a folder of their own only: what is there counts as built with the flags of now.
+    *shlex.split(os.environ.get("MMFUSE_SHIM_FLAGS", "")),
 )
 
 
@@ -73,7 +76,8 @@ def _build(name: str, sources: list[Path]) -> Path:
         partial = library.with_suffix(f".{os.getpid()}")
         folder = Path(torch.__file__).parent / "lib"
         link = ["-shared", f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_cpu", "-lc10"]
-        _run([os.environ.get("CXX", "g++"), *map(str, objects), *link, "-o", str(partial)])
+        compiler = [os.environ.get("CXX", "g++"), *FLAGS]
+        _run([*compiler, *map(str, objects), *link, "-o", str(partial)])
         partial.replace(library)
     return library
 

@@ -2,6 +2,10 @@
 // happened. Fibers and their stacks live as long as the process and serve one block after another.
 #include <setjmp.h>
 #include <ucontext.h>
+#if defined(__SANITIZE_ADDRESS__)
+#include <dlfcn.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
 
 #include <algorithm>
 #include <cstdlib>
@@ -23,10 +27,38 @@ dim3 gridDim;
 namespace cuda_on_cpu {
 namespace {
 
+// Where a stack lies, for a sanitizer, and the frames that it keeps elsewhere.
+struct Stack {
+  const void* bottom = nullptr;
+  size_t bytes = 0;
+  void* frames = nullptr;
+};
+
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t kStackBytes = 256 * 1024;  // its frames are larger
+
+// glibc's own. The sanitizer's would take it that the frames on the stack are left for good, and
+// would no longer see what goes beyond their variables.
+using Jump = void (*)(jmp_buf, int);
+const Jump jump = reinterpret_cast<Jump>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
+
+void leave(Stack& stack, const Stack& next) {
+  __sanitizer_start_switch_fiber(&stack.frames, next.bottom, next.bytes);
+}
+void arrive(const Stack& stack, Stack& last) {
+  __sanitizer_finish_switch_fiber(stack.frames, &last.bottom, &last.bytes);
+}
+#else
 constexpr size_t kStackBytes = 64 * 1024;
 
+[[noreturn]] void jump(jmp_buf state, int value) { _longjmp(state, value); }
+void leave(Stack&, const Stack&) {}
+void arrive(const Stack&, Stack&) {}
+#endif
+
 struct Fiber {
-  std::unique_ptr<char[]> stack{new char[kStackBytes]};
+  std::unique_ptr<char[]> memory{new char[kStackBytes]};
+  Stack stack{memory.get(), kStackBytes};
   ucontext_t start;
   jmp_buf state;
   bool started = false;
@@ -84,12 +116,18 @@ const std::function<void()>* kernel = nullptr;
 std::string error;
 size_t shared_bytes = 0;
 // The size that a kernel asked for and no more, so that a sanitizer sees what lies beyond.
-std::unique_ptr<double[]> shared_memory;
+std::unique_ptr<char[]> shared_memory;
 jmp_buf scheduler;
+Stack scheduler_stack;
 
 // ucontext only makes a fiber's first step; the jumps spare its two system calls per switch.
 void yield() {
-  if (_setjmp(fibers[running]->state) == 0) _longjmp(scheduler, 1);
+  Fiber& fiber = *fibers[running];
+  if (_setjmp(fiber.state) == 0) {
+    leave(fiber.stack, scheduler_stack);
+    jump(scheduler, 1);
+  }
+  arrive(fiber.stack, scheduler_stack);
 }
 
 void wait_for(const unsigned& event, unsigned seen) {
@@ -112,6 +150,7 @@ void arrange(std::vector<size_t>& turns, size_t count) {
 }
 
 void fiber_main() {
+  arrive(fibers[running]->stack, scheduler_stack);
   for (;;) {
     (*kernel)();
     fibers[running]->done = true;
@@ -124,14 +163,18 @@ void resume(size_t index) {
   Fiber& fiber = *fibers[index];
   fiber.event = nullptr;
   threadIdx = fiber.thread;
-  if (_setjmp(scheduler) != 0) return;
-  if (fiber.started) _longjmp(fiber.state, 1);
-  fiber.started = true;
-  getcontext(&fiber.start);
-  fiber.start.uc_stack.ss_sp = fiber.stack.get();
-  fiber.start.uc_stack.ss_size = kStackBytes;
-  makecontext(&fiber.start, fiber_main, 0);
-  setcontext(&fiber.start);
+  if (_setjmp(scheduler) == 0) {
+    leave(scheduler_stack, fiber.stack);
+    if (fiber.started) jump(fiber.state, 1);
+    fiber.started = true;
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.memory.get();
+    fiber.start.uc_stack.ss_size = kStackBytes;
+    makecontext(&fiber.start, fiber_main, 0);
+    setcontext(&fiber.start);
+  }
+  Stack left;
+  arrive(scheduler_stack, left);
 }
 
 void prepare_block() {
@@ -209,7 +252,7 @@ bool run(const void* function, dim3 grid, dim3 block, size_t bytes,
   if (bytes > kSharedBytes) error = "more shared memory than a block may have";
   if (!error.empty()) return false;
   shared_bytes = bytes;
-  shared_memory.reset(new double[(bytes + sizeof(double) - 1) / sizeof(double)]);
+  shared_memory.reset(new char[bytes]);
   gridDim = grid;
   blockDim = block;
   threads = block.x * block.y * block.z;

@@ -1,14 +1,22 @@
-// Kernels that check the shim itself; test_shim.py calls run_<kernel>.
+// Kernels that check the shim itself; test_shim.py calls run_<kernel>, .ci/sanitize.py those at the
+// end, which do what a sanitizer must report.
 #include <cuda_runtime.h>
 
 namespace {
 
 template <typename... KernelArgs, typename... Args>
-const char* run(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, const Args&... args) {
+const char* run_shared(size_t bytes, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
+                       const Args&... args) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
+  config.dynamicSmemBytes = bytes;
   return cudaGetErrorString(cudaLaunchKernelEx(&config, kernel, args...));
+}
+
+template <typename... KernelArgs, typename... Args>
+const char* run(void (*kernel)(KernelArgs...), dim3 grid, dim3 block, const Args&... args) {
+  return run_shared(0, kernel, grid, block, args...);
 }
 
 __global__ void reverse_warps_kernel(int* out) {
@@ -71,6 +79,30 @@ __global__ void unwritten_kernel(int* out) {
   out[blockIdx.x] = value;
 }
 
+// Pointers, because the sanitizer of undefined behaviour knows an array's size without memory's.
+__global__ void beyond_static_kernel(int* out) {
+  __shared__ int few[64];
+  few[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  const int* const first = few;
+  out[threadIdx.x] = first[threadIdx.x + 1];
+}
+
+__global__ void beyond_dynamic_kernel(int* out) {
+  const int* const first = static_cast<const int*>(cuda_on_cpu::dynamic_shared());
+  out[threadIdx.x] = first[threadIdx.x + 1];
+}
+
+// What lies beyond the variable must still be known after other threads have run.
+__global__ void beyond_local_kernel(int* out) {
+  int few[4] = {1, 2, 3, 4};
+  const int* volatile first = few;
+  __syncthreads();
+  out[threadIdx.x] = first[threadIdx.x % 5];
+}
+
+__global__ void overflow_kernel(int* out) { out[threadIdx.x] += 0x7FFFFFFF; }
+
 }  // namespace
 
 extern "C" {
@@ -87,4 +119,10 @@ const char* run_unwritten(int* out) { return run(unwritten_kernel, 3, 32, out); 
 const char* run_skipped_barrier() { return run(skipped_barrier_kernel, 1, 64); }
 const char* run_skipped_shuffle() { return run(skipped_shuffle_kernel, 1, 64); }
 const char* run_wrong_mask() { return run(wrong_mask_kernel, 1, 32); }
+const char* run_beyond_static(int* out) { return run(beyond_static_kernel, 1, 64, out); }
+const char* run_beyond_dynamic(int* out) {
+  return run_shared(64 * sizeof(int), beyond_dynamic_kernel, 1, 64, out);
+}
+const char* run_beyond_local(int* out) { return run(beyond_local_kernel, 1, 64, out); }
+const char* run_overflow(int* out) { return run(overflow_kernel, 1, 64, out); }
 }

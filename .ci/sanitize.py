@@ -1,0 +1,230 @@
+"""Runs the C++ kernels, and the CUDA kernels in the host shim, under ASan and UBSan.
+
+`make sanitize`. Both are compiled again, into build/sanitize, and run in a copy of the checkout
+there, whose package has the library with the checks in place of the usual one. PyTorch asks for
+exactly the bytes that a tensor has, so that the sanitizer knows where each ends; the job
+`placement` makes sure. First, kernels that are misused on purpose have to be reported; then all of
+every_kernel.py runs, with each instruction set and with new memory as it is and poisoned, and every
+test that takes a backend. Exit code 1 if something was found, 2 without git or GCC's sanitizers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
+
+sys.path[1:1] = [
+    str(Path(__file__).resolve().parents[1] / "tests" / d) for d in ("kernels", "support")
+]
+
+from case_processes import Job, describe, run_jobs
+from gpu_library import setup_script
+from processes import Ended
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "build" / "sanitize"
+COPY = OUTPUT / "checkout"
+CHECKS = "-fsanitize=address,undefined"
+# -g1 has the lines, and compiles in half the time of -g; the warnings are for the usual build.
+FLAGS = f"-O1 -g1 -w {CHECKS} -fno-sanitize-recover=undefined -ffile-prefix-map={COPY}={ROOT}"
+# Where, and only then the function, whose name may be long.
+TRACE = 'stack_trace_format="    #%n %L %f"'
+OPTIONS = {
+    # What Python and PyTorch keep until the end is no concern here. The frames that GCC 12 sets
+    # aside to find a use after return are not aligned for AVX-512 (its bug 110027).
+    "ASAN_OPTIONS": f"detect_leaks=0:detect_stack_use_after_return=0:{TRACE}",
+    "UBSAN_OPTIONS": f"halt_on_error=1:print_stacktrace=1:{TRACE}",
+}
+LEVELS = ("generic", "avx2", "avx512")
+BACKENDS = "cpu-cpu or cuda-cpu"
+# Of test_every_kernel.py: all CUDA kernels are reached; poison, and in other orders that of shared
+# memory.
+ORDERS = "every_cuda_kernel_is_launched or which_thread_goes_first"
+SECONDS = 1500.0
+REPORT = re.compile(r"(?:/\S+: runtime error: |==ERROR: AddressSanitizer).*(?:\n.+){0,12}")
+
+PLACEMENT = """
+import ctypes, torch
+poisoned = ctypes.CDLL(None).__asan_address_is_poisoned
+for size in [*range(1, 200), 4097, 1000003]:
+    tensor = torch.empty(size, dtype=torch.uint8)
+    around = [poisoned(ctypes.c_void_p(tensor.data_ptr() + i)) for i in (-1, 0, size - 1, size)]
+    assert around == [1, 0, 0, 1], (size, around)
+"""
+SELF_CHECK = """
+import ctypes, sys
+getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])((ctypes.c_int * 64)(*[1] * 64))
+"""
+# What is misused, and what the report says.
+CONTROLS = {
+    # A vector's read that begins within and ends beyond has no other name.
+    "cpu-memcheck": "AddressSanitizer: (unknown-crash|heap-buffer-overflow)",
+    "cuda-memcheck": "AddressSanitizer: heap-buffer-overflow",
+    "cpu-alignment": "misaligned address",
+    "cuda-alignment": "misaligned address",
+    "run_beyond_static": "insufficient space|global-buffer-overflow",
+    "run_beyond_dynamic": "heap-buffer-overflow",
+    "run_beyond_local": "stack-buffer-overflow",
+    "run_overflow": "signed integer overflow",
+}
+
+
+def runtimes(compiler: str) -> list[str]:
+    """The libraries that have to be loaded first; fewer than two where GCC's are not there."""
+    answers = []
+    for name in ("libasan.so", "libubsan.so"):
+        command = [*shlex.split(compiler), f"-print-file-name={name}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        answers.append(done.stdout.strip())
+    # Without such a file the answer is the name alone; Clang's runtimes have others.
+    return [path for path in answers if Path(path).is_absolute() and Path(path).exists()]
+
+
+def copy_checkout() -> None:
+    """What git tracks or would track, with its times, beside what was built in the copy."""
+    for entry in COPY.iterdir() if COPY.exists() else ():
+        if entry.is_dir() and entry.name != "build":
+            shutil.rmtree(entry)
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, COPY / name)
+
+
+def stale(target: Path, sources: Iterable[Path]) -> bool:
+    """Whether a file is not there, or is older than one that it is made of."""
+    made = target.stat().st_mtime if target.exists() else 0.0
+    return any(not source.exists() or source.stat().st_mtime >= made for source in sources)
+
+
+def made_of(target: Path) -> list[Path]:
+    """The sources of an object; -MMD has left a list beside it."""
+    listed = target.with_suffix(".d")
+    words = listed.read_text().replace("\\\n", " ").split()[1:] if listed.exists() else []
+    return [ROOT / "setup.py", *map(Path, words)]
+
+
+def build_cpu(script: ModuleType, compiler: str) -> None:
+    """libmmfuse_cpu.so, with setup.py's recipe; what has not changed is kept."""
+    os.environ["CXXFLAGS"] = f"{FLAGS} -MMD"
+    recipe = script.Recipe(f"{compiler} {CHECKS}", script.find_torch(), OUTPUT, OUTPUT)
+    library = recipe.cpu()
+    objects = [Path(command[-1]) for command in library.compile]
+    library.compile = [c for c in library.compile if stale(Path(c[-1]), made_of(Path(c[-1])))]
+    built = OUTPUT / "libmmfuse_cpu.so"
+    if library.compile or stale(built, objects):
+        script.build_all([library], optional=set())
+    shutil.copy2(built, COPY / "mmfuse")
+
+
+def build(script: ModuleType, compiler: str) -> str:
+    """Builds everything, on all cores, and returns the path of the shim's self-check."""
+    stamp = OUTPUT / "flags.txt"
+    if not stamp.exists() or stamp.read_text() != f"{compiler} {FLAGS}":
+        shutil.rmtree(OUTPUT, ignore_errors=True)
+    copy_checkout()
+    stamp.write_text(f"{compiler} {FLAGS}")
+    program = "import cuda_on_cpu.build as b; b.build_kernels(); print(b.build_self_check())"
+    (folder,) = COPY.glob("tests/**/cuda_on_cpu")
+    environment = {"PYTHONPATH": str(folder.parent), "MMFUSE_SHIM_FLAGS": FLAGS, "CXX": compiler}
+    command = [sys.executable, "-c", program]
+    shim = subprocess.Popen(
+        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+    )
+    build_cpu(script, compiler)
+    printed = shim.communicate()[0]
+    if shim.returncode:
+        raise SystemExit("make sanitize: the host shim does not build")
+    return printed.strip()
+
+
+def jobs_of(self_check: str, environment: dict[str, str]) -> list[Job]:
+    """The controls, each instruction set and the shim, and the tests."""
+    files = {path.stem: str(path) for path in COPY.glob("tests/**/*.py")}
+    cells = [path for path in files.values() if "cell: Cell" in Path(path).read_text()]
+    kernels = [sys.executable, files["every_kernel"], "--device", "cpu"]
+    commands: dict[str, list[str]] = {"placement": [sys.executable, "-c", PLACEMENT]}
+    for name in CONTROLS:
+        backend, _, kind = name.partition("-")
+        own = [sys.executable, "-c", SELF_CHECK, self_check, name]
+        commands[name] = [*kernels, "--backend", backend, "--control", kind] if kind else own
+    commands["cuda"] = [*kernels, "--backend", "cuda"]
+    for level in LEVELS:
+        commands[level] = [*kernels, "--backend", "cpu"]
+        commands[f"{level}-poison"] = [*commands[level], "--poison"]
+    # Without capturing, or a report would be lost with the process that it ends.
+    pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
+    commands["cuda-orders"] = [*pytest, "-k", ORDERS, files["test_every_kernel"]]
+    commands["shim"] = [*pytest, files["test_shim"]]
+    commands["tests"] = [*pytest, "-n", "2", "-k", BACKENDS, *cells]
+    jobs = []
+    for name, command in commands.items():
+        level = name.removesuffix("-poison")
+        simd = {"MMFUSE_SIMD": level} if level in LEVELS else {}
+        jobs.append(Job(name, command, {**environment, **simd}))
+    return jobs
+
+
+def main() -> int:
+    """Builds, runs, prints a line for each job, and returns the exit code."""
+    began = time.monotonic()
+    # So that the processes of a run that is cut off end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    script = setup_script()
+    compiler = script.find_compiler()
+    preloaded = runtimes(compiler) if compiler and shutil.which("git") else []
+    if len(preloaded) < 2:
+        print("make sanitize needs git, and GCC with libasan and libubsan", file=sys.stderr)
+        return 2
+    self_check = build(script, compiler)
+    print(f"built in {time.monotonic() - began:.0f} s", flush=True)
+    logs = OUTPUT / "logs"
+    shutil.rmtree(logs, ignore_errors=True)
+    os.chdir(COPY)
+    environment = {
+        **OPTIONS,
+        "LD_PRELOAD": " ".join(preloaded),
+        "MMFUSE_SHIM_FLAGS": FLAGS,
+        "MMFUSE_REQUIRE_BACKENDS": "cpu,cuda",
+        "OMP_WAIT_POLICY": "passive",
+    }
+    failed = []
+
+    def done(job: Job, ended: Ended) -> None:
+        log = (logs / f"{job.name}.log").read_text()
+        reports = REPORT.findall(log)
+        if job.name in CONTROLS:
+            well = bool(ended.code) and any(re.search(CONTROLS[job.name], r) for r in reports)
+            said = "reported, as it must be" if well else "NOT REPORTED"
+        elif "cannot run here" in log and not reports:
+            well, said = True, "skipped: this machine has no such instructions"
+        else:
+            well = ended.code == 0 and not reports
+            said = describe(ended)
+        print(f"{job.name}: {said}, {ended.seconds:.0f} s", flush=True)
+        if not well:
+            failed.append(job.name)
+            lines = [*"\n".join(reports[:3]).splitlines(), *log.splitlines()[-12:]]
+            print("\n".join(f"    {line[:200]}" for line in lines), flush=True)
+
+    end = time.monotonic() + SECONDS
+    jobs = jobs_of(self_check, environment)
+    run_jobs(jobs, logs, workers=2, end=end, limit_s=SECONDS, done=done)
+    what = f"FAILED: {', '.join(failed)}; the logs are in {logs}" if failed else "nothing was found"
+    print(f"sanitize: {what}, {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

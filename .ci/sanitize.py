@@ -22,9 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-sys.path[1:1] = [
-    str(Path(__file__).resolve().parents[1] / "tests" / d) for d in ("kernels", "support")
-]
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from case_processes import Job, describe, run_jobs
 from gpu_library import setup_script

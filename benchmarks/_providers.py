@@ -14,7 +14,6 @@ import _foreach
 import _mmfuse
 import _official
 import _official_information
-import _official_modulation
 import _official_training
 import _plain
 import torch
@@ -30,7 +29,7 @@ from mmfuse.triton import INTERPRETED
 
 _OTHERS = {
     PLAIN: (_plain,),
-    "official": (_official, _official_information, _official_modulation, _official_training),
+    "official": (_official, _official_information, _official_training),
     "foreach": (_foreach,),
     "compile": (_compile,),
 }

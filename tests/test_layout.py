@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "mmfuse"
 TESTS = ROOT / "tests"
+RELEASED = ROOT / "released"
 
 # From the top down: nobody imports from a folder before its own.
 ORDER = ("adapters", "methods", "loop", "ops", "triton", "reference")
@@ -87,6 +89,29 @@ def test_every_module_has_a_test_file_of_its_name(module: Path) -> None:
         assert of_op.is_file() or module.stem == "noise"
     else:
         assert (TESTS / folder / f"test_{module.stem}.py").is_file()
+
+
+def imported_packages(path: Path) -> set[str]:
+    """What a file imports from elsewhere, by the first of its names."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            names.append(node.module or "")
+    return {name.split(".")[0] for name in names}
+
+
+def test_the_released_sequences_stand_alone_and_are_replayed() -> None:
+    """Nothing of mmfuse, tests or benchmarks in them, nor they in mmfuse."""
+    methods = {path.stem for path in RELEASED.glob("*.py")} - {"__init__", "networks"}
+    assert methods and methods <= {path.stem for path in (PACKAGE / "methods").glob("*.py")}
+    for path in RELEASED.glob("*.py"):
+        assert imported_packages(path) - sys.stdlib_module_names <= {"numpy", "torch"}, path
+    for path in PACKAGE.rglob("*.py"):
+        assert "released" not in imported_packages(path), path
+    for name in methods:
+        assert (TESTS / "golden" / f"test_released_{name}.py").is_file(), name
 
 
 def test_no_test_imports_a_test() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import dataclasses
 import math
@@ -15,10 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import networks
 import pytest
-import released
-import released_forward
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,7 +27,6 @@ import _environment
 import _foreach
 import _measure
 import _official
-import _official_information
 import _parity
 import _parity_information
 import _plan
@@ -40,20 +35,22 @@ import _report
 import monitor_cost
 import run
 from _cases import CASES, Case
-from _information_inputs import TEMPERATURE
+from _information_inputs import CONDITIONAL_BINS, TEMPERATURE
 from _inputs import (
+    AGREEMENT,
     ALPHA,
     BETA,
     COSINE,
+    DROP,
     EPOCHS,
-    PULL,
+    LAMBDA,
+    Q_BASE,
     SIGMA,
     DropInputs,
     GradientInputs,
     LogitsInputs,
     TrainingInputs,
     ViewInputs,
-    new_optimizer,
 )
 from _networks import ResNet18
 from _workloads import WORKLOADS, Workload
@@ -66,6 +63,7 @@ from mmfuse.reference import info_nce as reference_nce
 from mmfuse.reference import modality_scores as reference_scores
 from mmfuse.reference import noise as reference_noise
 from mmfuse.reference import update_grads as reference_update
+from released import arm, ogm, opm, redreg
 
 CPU = torch.device("cpu")
 SHAPES = ((7, 3, 3, 3), (5,), (64, 33))
@@ -248,9 +246,9 @@ def test_select_keeps_the_convolutions() -> None:
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_official_decision_is_the_references(ahead: int) -> None:
     i = LogitsInputs(LOGITS, torch.float64, CPU)
-    logits = i.logits if ahead == 0 else i.logits[::-1]
-    coefficients, ratios = _official.decide(*logits, i.labels, ALPHA)
-    prob, _ = reference_scores.modality_scores(logits, i.labels)
+    i.logits = i.logits if ahead == 0 else i.logits[::-1]
+    coefficients, ratios = _official.decision(i)
+    prob, _ = reference_scores.modality_scores(i.logits, i.labels)
     want = reference_ratios.discrepancy_ratios(prob)
     torch.testing.assert_close(_parity.as_vector(ratios, CPU), want)
     want_coefficients = ogm_coefficients(want, ALPHA, "cvpr")
@@ -281,7 +279,7 @@ def test_official_update_with_the_same_noise_is_the_references() -> None:
 
     i.restore(replaced=True)
     for params, k in zip(i.encoder_params, i.coefficients, strict=True):
-        _official.scale_with_noise(params, k, draw)
+        ogm.scale_with_noise(params, k, draw)
     numel, moments = reference_stats.grad_stats(i.pristine, [], [])
     std = GradStats(numel, *moments.unbind()).std + 1e-8
     torch.testing.assert_close(i.results(), updated(i, i.scale, noise_std=std))
@@ -291,10 +289,10 @@ def test_official_pulls_are_the_references() -> None:
     i = GradientInputs(TINY, torch.float64, CPU, anchored=True)
     with torch.no_grad():
         i.restore(replaced=True)
-        _official.pull(i.params, i.anchors, PULL)
+        _official.update_pull(i)
         torch.testing.assert_close(i.results(), updated(i, i.ones, pull=i.pull))
         i.restore(replaced=True)
-        _official.pull_orthogonally(i.params, i.anchors, BETA)
+        _official.redreg(i)
         scale = 1 - BETA * i.exact_stats.dot / i.exact_stats.sq_norm
         torch.testing.assert_close(i.results(), updated(i, scale, pull=BETA * i.ones))
 
@@ -332,43 +330,6 @@ def test_official_drop_costs_what_the_specification_counted() -> None:
     assert 15 <= cost.launches <= 21
 
 
-def test_official_drop_is_the_tests_transcription(monkeypatch: pytest.MonkeyPatch) -> None:
-    i = inputs_of(CASES["drop_modalities_grad"], torch.float64)
-    q = torch.tensor([0.5, 0.4], dtype=torch.float64)
-    uniform = torch.rand((2, len(i.features[0])), dtype=torch.float64)
-    uniform[:, 3] = 0.0  # loses both
-    rows = iter(uniform)
-
-    def draw(keep: Tensor) -> Tensor:
-        return (next(rows).unsqueeze(1) > 1 - keep).to(keep.dtype)
-
-    monkeypatch.setattr(torch, "bernoulli", draw)
-    want, left = released_forward.opm_drop(i.features, q, True, uniform)
-    got, still = _official.drop(i.features, q)
-    assert not left[3]
-    assert torch.equal(still.squeeze(1), left)
-    for mine, theirs in zip(got, want, strict=True):
-        torch.testing.assert_close(mine, theirs)
-    grads = [
-        torch.autograd.grad(out, i.features, [g[left] for g in i.grad_outputs])
-        for out in (got, want)
-    ]
-    for mine, theirs in zip(*grads, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
-def test_official_information_is_the_tests_transcription() -> None:
-    i = inputs_of(CASES["arm_information"], torch.float64)
-    a, v, c = (feature.flatten().numpy() for feature in i.features)
-    want = [
-        released_forward.arm_nmi(a, c, i.bins),
-        released_forward.arm_nmi(v, c, i.bins),
-        released_forward.arm_ncmi(a, c, v),
-        released_forward.arm_ncmi(v, c, a),
-    ]
-    assert _official_information.arm_information(i) == pytest.approx(want, rel=1e-12)
-
-
 def test_official_information_copies_and_counts_as_often_as_released(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -383,107 +344,19 @@ def test_official_information_copies_and_counts_as_often_as_released(
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(_official_information, "host")
-    counted(_official_information.np, "histogramdd")  # histogram2d calls it
-    _official_information.arm_information(inputs_of(CASES["arm_information"]))
+    counted(arm, "host")
+    counted(arm.np, "histogramdd")  # histogram2d calls it
+    case = CASES["arm_information"]
+    _providers.prepare("official", case, inputs_of(case)).call()
     assert calls == {"host": 10, "histogramdd": 8}
 
 
-class Steps:
-    """Four steps from the start of an epoch, by the benchmark's transcription and by the tests'."""
-
-    def __init__(self, name: str) -> None:
-        self.i = CASES[name].make(TINY_OF["training"], torch.float64, CPU)
-        self.i.start = [p.detach().clone() for p in self.i.parameters]
-        self.i.restore()
-        self.model = copy.deepcopy(self.i.model)
-        call = _providers.function_of("official", CASES[name])
-        for _ in range(4):
-            call(self.i)
-        self.i.seed()
-        self.batches = [(self.i.audio, self.i.visual, self.i.labels)] * 4
-
-    def check(self) -> None:
-        for p, q in zip(self.i.model.parameters(), self.model.parameters(), strict=True):
-            # The released strength is float32, which the tests' transcription leaves out.
-            torch.testing.assert_close(p, q, rtol=1e-7, atol=1e-10)
-
-
-def test_official_inforeg_training_is_the_tests_transcription() -> None:
-    steps = Steps("inforeg_training")
-    training = released.InfoRegTraining(steps.model, new_optimizer(steps.model), logging=True)
-    training.train_epoch(steps.batches)
-    # In the first step there is no displacement yet.
-    assert any(map(any, training.regulated[1:]))
-    steps.check()
-
-
-def test_official_redreg_training_is_the_tests_transcription(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # Its own draws float32 for float64 too, after which the generator is elsewhere.
-    monkeypatch.setattr(released, "draw", torch.randn_like)
-    steps = Steps("redreg_training")
-    training = released.RedRegTraining(steps.model, new_optimizer(steps.model), EPOCHS)
-    training.train_epoch(steps.batches)
-    # In the first step there is no displacement yet.
-    assert any(map(any, training.regulated[1:]))
-    steps.check()
-
-
-@pytest.mark.parametrize("noise", [False, True])
-def test_official_ogm_training_is_the_tests_transcription(noise: bool) -> None:
-    steps = Steps("ogm_ge_training" if noise else "ogm_training")
-    draw = (lambda name, grad, std: torch.zeros_like(grad).normal_(0, std)) if noise else None
-    optimizer = new_optimizer(steps.model)
-    modulated = set()
-    for batch in steps.batches:
-        optimizer.zero_grad()
-        k = networks.released_step(steps.model, *batch, alpha=ALPHA, noise=draw)
-        modulated |= {name for name, factor in k.items() if factor < 1}
-        optimizer.step()
-    assert modulated
-    steps.check()
-
-
-def test_official_opm_training_is_the_tests_transcription() -> None:
-    steps = Steps("opm_training")
-    model, optimizer, dropped = steps.model, new_optimizer(steps.model), 0
-    for audio, visual, labels in steps.batches:
-        optimizer.zero_grad()
-        a, v, _ = model(audio, visual)
-        own = [
-            F.linear(x, w, model.fc.bias / 2).detach()
-            for x, w in zip((a, v), model.fc.weight.chunk(2, dim=1), strict=True)
-        ]
-        q = released_forward.opm_probabilities(*released_forward.opm_scores(own, labels))
-        # A sample is dropped where its number is below q.
-        keep = torch.stack([torch.bernoulli((1 - r).expand(len(labels), 1)) for r in q])
-        uniform = 2 * keep.squeeze(2) - 0.5
-        features, left = released_forward.opm_drop([a, v], q, True, uniform)
-        dropped += int((keep == 0).sum())
-        F.cross_entropy(model.fc(torch.cat(features, dim=1)), labels[left]).backward()
-        optimizer.step()
-    assert dropped > 0
-    steps.check()
-
-
-def test_official_arm_training_is_the_tests_transcription() -> None:
-    steps = Steps("arm_training")
-    model, optimizer = steps.model, new_optimizer(steps.model)
-    weights = []
-    for audio, visual, labels in steps.batches:
-        optimizer.zero_grad()
-        a, v = model.features(audio, visual)
-        c = model.neck(torch.cat([v, a], dim=1))
-        own = [model.fc(x).detach() for x in (a, v, c)]
-        *_, weight_a, weight_v = released_forward.arm_weights(a, v, c, own, labels)
-        weights += [weight_a, weight_v]
-        joint = torch.cat([weight_v * v, weight_a * a], dim=1)
-        F.cross_entropy(model.fc(model.fc_out(joint)), labels).backward()
-        optimizer.step()
-    assert all(abs(weight - 1) > 1e-3 for weight in weights)
-    steps.check()
+def test_what_is_measured_has_the_released_hyper_parameters() -> None:
+    assert (Q_BASE, LAMBDA) == (opm.Q_BASE, opm.LAMBDA)
+    assert CONDITIONAL_BINS == arm.CONDITIONAL_BINS
+    assert SIGMA == redreg.SIGMA
+    assert redreg.agreement_threshold(0, EPOCHS) == AGREEMENT
+    assert redreg.drop_probability(0, EPOCHS) == DROP
 
 
 @pytest.mark.parametrize(

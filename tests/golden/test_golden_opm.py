@@ -9,7 +9,15 @@ import torch
 from cells import Cell
 from torch import Tensor
 from torch.nn import functional as F
-from trajectory import Golden, Network, Replay, difference, free_and_forced, on_every_backend
+from trajectory import (
+    Golden,
+    Network,
+    Replay,
+    adamw,
+    difference,
+    free_and_forced,
+    on_every_backend,
+)
 
 import mmfuse
 from mmfuse.reference.noise import philox4x32, uniform_from_bits
@@ -74,14 +82,7 @@ def replay(name: str, *, theta_gradient: bool, forced: bool) -> Replay:
             starts=opm.starts,
             ends=int(golden.hp("ogm_last_epoch")),
         )
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=golden.hp("learning_rate"),
-        betas=(golden.hp("beta1"), golden.hp("beta2")),
-        eps=golden.hp("adam_eps"),
-        weight_decay=golden.hp("weight_decay"),
-    )
-    run = Replay(golden, model, optimizer, forced)
+    run = Replay(golden, model, adamw(golden, model), forced)
     for t in run.steps():
         epoch = int(golden["epoch"][t])
         opm.set_epoch(epoch)

@@ -1,13 +1,14 @@
-"""Trajectories of the authors' code: reading one, and replaying it step by step with mmfuse.
+"""Trajectories of the authors' code: reading one, and replaying it step by step.
 
 `Replay` compares everything that a file holds: an array that a test has not recorded fails the
-test, unless the test names it, with a reason, as one that mmfuse does not show.
+test, unless the test names it, with a reason, as one that mmfuse does not show. The same files are
+replayed with mmfuse's `official()` and with the sequences in `released/`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -143,10 +144,77 @@ class Network(nn.Module):
         return {name: encoder(inputs[name]) for name, encoder in self.encoders.items()}
 
 
+class Maps(nn.Module):
+    """An encoder, which gives what it would average."""
+
+    def __init__(self, encoder: ConvEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder.maps(x)
+
+
+class AsReleased(Network):
+    """The network under the names that `released/` asks for; its parameters keep the file's.
+
+    Args:
+        golden: As in `Network`.
+        relu: As in `Network`.
+        maps: Whether an encoder that is called by itself gives maps.
+    """
+
+    def __init__(self, golden: Golden, relu: bool = False, maps: bool = False) -> None:
+        super().__init__(golden, relu)
+        # In a tuple, where PyTorch looks for no module.
+        self._called = tuple(Maps(e) if maps else e for e in self.encoders.values())
+
+    @property
+    def audio_net(self) -> nn.Module:
+        return self._called[0]
+
+    @property
+    def visual_net(self) -> nn.Module:
+        return self._called[1]
+
+    @property
+    def fc(self) -> nn.Linear:
+        return self.classifier if hasattr(self, "classifier") else self.head
+
+    @property
+    def fc_out(self) -> nn.Linear:
+        return self.fusion
+
+    def features(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        return self.audio(audio), self.visual(visual)
+
+    def forward(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, v = self.features(audio, visual)
+        if hasattr(self, "head"):
+            return a, v, self.head(torch.cat([a, v], 1))
+        return a, v, self.head_audio(a) + self.head_visual(v)
+
+
 def sgd(golden: Golden, model: nn.Module) -> torch.optim.SGD:
     """The releases' optimizer."""
     names = {"lr": "learning_rate", "momentum": "momentum", "weight_decay": "weight_decay"}
     return torch.optim.SGD(model.parameters(), **{k: golden.hp(v) for k, v in names.items()})
+
+
+def adamw(golden: Golden, model: nn.Module) -> torch.optim.AdamW:
+    """OPM's."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=golden.hp("learning_rate"),
+        betas=(golden.hp("beta1"), golden.hp("beta2")),
+        eps=golden.hp("adam_eps"),
+        weight_decay=golden.hp("weight_decay"),
+    )
+
+
+def numbers(values: Iterable[Tensor | float]) -> Tensor:
+    """0-d tensors and numbers as one vector."""
+    return torch.stack([torch.as_tensor(v, dtype=torch.float64).detach() for v in values])
 
 
 class Replay:
@@ -168,15 +236,24 @@ class Replay:
     method's gradients before the optimizer does, and the parameters after it; what remains the
     replay's own is the state of the method.
 
+    A step of `released/` makes the optimizer's step itself: it gets the replay as its optimizer.
+
     Args:
         golden: The file.
         model: Holds the file's initial parameters.
         optimizer: Of all parameters.
         forced: Whether to go on from the file's numbers.
+        backwards: 1 if each step has one backward pass. With more the test calls `raw()` after the
+            last.
     """
 
     def __init__(
-        self, golden: Golden, model: nn.Module, optimizer: torch.optim.Optimizer, forced: bool
+        self,
+        golden: Golden,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        forced: bool,
+        backwards: int = 1,
     ) -> None:
         self.golden = golden
         self.model = model
@@ -185,14 +262,21 @@ class Replay:
         self.recorded: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._t = 0
         self._stepped = 0
-        for name, parameter in model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(self._keep_raw(name))
+        if backwards == 1:
+            for name, parameter in model.named_parameters():
+                parameter.register_post_accumulate_grad_hook(self._keep_raw(name))
 
     def _keep_raw(self, name: str) -> Callable[[Tensor], None]:
         def keep(parameter: Tensor) -> None:
             self._compare_later(f"grad.{name}", parameter.grad)
 
         return keep
+
+    def raw(self) -> None:
+        """Keeps the gradients as they are now."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                self._compare_later(f"grad.{name}", parameter.grad)
 
     @torch.no_grad()
     def _compare_later(self, key: str, tensor: Tensor, fallback: str | None = None) -> None:
@@ -225,6 +309,15 @@ class Replay:
         for key, value in values.items():
             made = torch.as_tensor(value, dtype=torch.float64)
             self.recorded[key].append(made.detach().clone())
+
+    @property
+    def param_groups(self) -> list[dict[str, object]]:
+        """The optimizer's."""
+        return self.optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        """The optimizer's."""
+        self.optimizer.zero_grad()
 
     def step(self) -> None:
         """The optimizer's step."""

@@ -1,4 +1,4 @@
-"""ARM against its formulas, and against a NumPy transcription of the released arithmetic."""
+"""ARM against its formulas, and against the released arithmetic in NumPy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 
 import numpy as np
 import pytest
-import released_forward
 import torch
 from cells import Cell
 from no_sync import no_host_sync
@@ -16,6 +15,7 @@ import mmfuse
 from mmfuse import ARM, ops
 from mmfuse.methods._arm_information import normalised_information, released_ncmi
 from mmfuse.methods.arm import modality_weights
+from released import arm as released_arm
 
 NAMES = ["audio", "visual", "text"]
 Batch = tuple[dict[str, Tensor], Tensor, dict[str, Tensor], Tensor, Tensor]
@@ -81,16 +81,27 @@ def test_is_the_formula_of_the_docstring(cell: Cell, count: int) -> None:
     assert len(set(out.weights.tolist())) == count
 
 
+def theirs(
+    features: dict[str, Tensor],
+    fused: Tensor,
+    logits: dict[str, Tensor],
+    fused_logits: Tensor,
+    labels: Tensor,
+) -> list[float]:
+    """The released contributions and weights."""
+    scores = released_arm.mean_scores([*logits.values(), fused_logits], labels)
+    found = released_arm.contributions(features["audio"], features["visual"], fused, scores)
+    return [*found.gains, *found.weights]
+
+
 def test_official_is_the_released_arithmetic(cell: Cell) -> None:
     features, fused, logits, fused_logits, labels = batch(cell, dtype=torch.float64)
     arm = ARM.official(backend=cell.backend).to(cell.device)
     out = arm(features, fused, logits, fused_logits, labels)
-    p_a, p_v, weight_a, weight_v = released_forward.arm_weights(
-        features["audio"], features["visual"], fused, [*logits.values(), fused_logits], labels
-    )
+    expected = theirs(features, fused, logits, fused_logits, labels)
     # The scores are float32, all else is float64.
     got = [*out.contributions.tolist(), *out.weights.tolist()]
-    np.testing.assert_allclose(got, [p_a, p_v, weight_a, weight_v], rtol=1e-5)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
 def test_official_also_where_a_contribution_is_negative(cell: Cell) -> None:
@@ -100,9 +111,7 @@ def test_official_also_where_a_contribution_is_negative(cell: Cell) -> None:
     features = dict(zip(features, values, strict=True))
     fused = torch.randn_like(features["audio"])
     out = ARM.official(backend=cell.backend)(features, fused, logits, fused_logits, labels)
-    expected = released_forward.arm_weights(
-        features["audio"], features["visual"], fused, [*logits.values(), fused_logits], labels
-    )
+    expected = theirs(features, fused, logits, fused_logits, labels)
     np.testing.assert_allclose(
         [*out.contributions.tolist(), *out.weights.tolist()], expected, rtol=1e-5
     )
@@ -116,7 +125,7 @@ def test_released_ncmi_is_the_numpy_code(shape: str) -> None:
     if shape != "usual":
         z = np.full_like(z, 3.0)
     counts = torch.from_numpy(np.histogramdd(np.stack([x, y, z], 1), 2)[0])
-    expected = released_forward.arm_ncmi(x, y, z)
+    expected = released_arm.ncmi(*map(torch.from_numpy, (x, y, z)))
     np.testing.assert_allclose(released_ncmi(counts).item(), expected, rtol=1e-12)
 
 

@@ -8,32 +8,28 @@ independent roundings differ by up to twice either, and the few hundred paramete
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
 from cells import Cell
-from networks import AudioVisual, batch
-from released import (
-    Batch,
-    InfoRegTraining,
-    RedRegTraining,
-    ThreeHeads,
-    buffers,
-    draw,
-    parameters,
-)
-from torch import nn
+from networks import AudioVisual, ThreeHeads, batch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmfuse
+from released import inforeg as released_inforeg
+from released import redreg as released_redreg
+
+Batch = tuple[Tensor, Tensor, Tensor]
 
 EPOCHS, STEPS = 3, 10
 # RedReg's schedules are those of a longer run, of which these are the first epochs.
 PLANNED = 10
 
 # Coefficients of every step, and what else the method keeps track of.
-Ours = tuple[list[list[float]], list[list[float]]]
+Watched = tuple[list[list[float]], list[list[float]]]
 
 
 def sgd(model: nn.Module) -> torch.optim.SGD:
@@ -54,16 +50,51 @@ def data(dtype: torch.dtype, steps: int) -> list[list[Batch]]:
     return epochs
 
 
-def released_inforeg(
-    model: AudioVisual, dtype: torch.dtype, steps: int = STEPS, logging: bool = False
-) -> InfoRegTraining:
-    training = InfoRegTraining(model, sgd(model), logging)
+def draw(x: Tensor) -> Tensor:
+    """`torch.randn_like`, the same numbers for every dtype."""
+    return torch.randn_like(x.float()).to(x)
+
+
+def uniform() -> Tensor:
+    """`torch.rand`, the same number whatever the default dtype is."""
+    return torch.rand((), dtype=torch.float32)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def parameters(model: nn.Module) -> Tensor:
+    """All parameters as one float64 vector."""
+    return torch.cat([p.detach().double().flatten() for p in model.parameters()])
+
+
+def buffers(model: nn.Module) -> Iterator[Tensor]:
+    """Batch norm's statistics."""
+    yield from (b for b in model.buffers() if b.is_floating_point())
+
+
+def floats(values: tuple[Tensor | float, ...]) -> list[float]:
+    return [torch.as_tensor(v).item() for v in values]
+
+
+def their_inforeg(model: AudioVisual, dtype: torch.dtype, steps: int = STEPS) -> Watched:
+    training = released_inforeg.Training(model, sgd(model))
+    strengths = []
     for batches in data(dtype, steps):
-        training.train_epoch(batches)
-    return training
+        training.start_epoch()
+        strengths += [floats(training.step(*each).strengths) for each in batches]
+        training.end_epoch()
+    return strengths, [[trace] for trace in training.traces["audio"][released_inforeg.HISTORY :]]
 
 
-def our_inforeg(model: AudioVisual, dtype: torch.dtype, steps: int, backend: str) -> Ours:
+def our_inforeg(model: AudioVisual, dtype: torch.dtype, steps: int, backend: str) -> Watched:
     inforeg = mmfuse.InfoReg.official(model.encoders, backend=backend)
     optimizer, coefficients, traces = sgd(model), [], []
     for batches in data(dtype, steps):
@@ -80,15 +111,23 @@ def our_inforeg(model: AudioVisual, dtype: torch.dtype, steps: int, backend: str
     return coefficients, traces
 
 
-def released_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int) -> RedRegTraining:
+def their_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int) -> Watched:
     torch.manual_seed(11)
-    training = RedRegTraining(model, sgd(model), PLANNED)
-    for batches in data(dtype, steps):
-        training.train_epoch(batches)
-    return training
+    training = released_redreg.Training(model, sgd(model), PLANNED, uniform=uniform, noise=draw)
+    strengths, monitored = [], []
+    for epoch, batches in enumerate(data(dtype, steps)):
+        training.start_epoch(epoch)
+        for each in batches:
+            # The released strength has the default dtype.
+            with default_dtype(dtype):
+                seen = training.step(*each)
+            strengths.append(floats(seen.strengths))
+            rows = seen.monitored.values()
+            monitored.append([*(m.redundancy for m in rows), *(m.phase for m in rows)])
+    return strengths, monitored
 
 
-def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) -> Ours:
+def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) -> Watched:
     torch.manual_seed(11)
     redreg = mmfuse.RedReg.official(model.encoders, epochs=PLANNED, noise=draw, backend=backend)
     optimizer, coefficients, monitored = sgd(model), [], []
@@ -97,7 +136,7 @@ def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) 
         for audio, visual, labels in batches:
             optimizer.zero_grad()
             inputs = {"audio": audio, "visual": visual}
-            seen = redreg.drop_inputs(inputs, torch.rand(()))
+            seen = redreg.drop_inputs(inputs, uniform())
             a, v, out = model(seen["audio"], seen["visual"])
             logits = {"audio": model.head_audio(a), "visual": model.head_visual(v)}
             sum(F.cross_entropy(z, labels) for z in (out, *logits.values())).backward()
@@ -110,14 +149,14 @@ def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    ("network", "released", "ours"),
-    [(AudioVisual, released_inforeg, our_inforeg), (ThreeHeads, released_redreg, our_redreg)],
+    ("network", "theirs", "ours"),
+    [(AudioVisual, their_inforeg, our_inforeg), (ThreeHeads, their_redreg, our_redreg)],
     ids=["inforeg", "redreg"],
 )
 def test_official_reproduces_the_released_training(
     cell: Cell,
     network: type[AudioVisual],
-    released: Callable,
+    theirs: Callable,
     ours: Callable,
     dtype: torch.dtype,
 ) -> None:
@@ -131,15 +170,11 @@ def test_official_reproduces_the_released_training(
     exact, mine = copy.deepcopy(plain).double(), copy.deepcopy(plain)
     steps = 2 if cell.slow else STEPS
     coefficients, watched = ours(mine, dtype, steps, cell.backend)
-    done = released(plain, dtype, steps)
+    strengths, released_watched = theirs(plain, dtype, steps)
 
-    regulated = torch.tensor(done.regulated, dtype=torch.float64)
+    regulated = torch.tensor(strengths, dtype=torch.float64)
     if not cell.slow:
         assert (regulated != 0).any() and (regulated == 0).any(), "must regulate now and then"
-    if isinstance(done, InfoRegTraining):
-        released_watched = [[trace] for trace in done.audio_traces[10:]]
-    else:
-        released_watched = done.monitored
     # Coefficients of zero must be zero in both; a phase is a difference of two numbers around one.
     tolerance = 1e-3 if dtype == torch.float32 else 1e-8
     for what, expected, atol in (
@@ -154,17 +189,18 @@ def test_official_reproduces_the_released_training(
         for b, c in zip(buffers(mine), buffers(plain), strict=True):
             torch.testing.assert_close(b, c, rtol=1e-9, atol=1e-10)
         return
-    released(exact, torch.float64, steps)
+    theirs(exact, torch.float64, steps)
     error = (parameters(mine) - parameters(exact)).norm()
     released_error = (parameters(plain) - parameters(exact)).norm()
     assert error <= 4 * released_error
 
 
-def test_nothing_depends_on_the_logging_backward_passes() -> None:
+def test_nothing_depends_on_the_logging_backward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = AudioVisual()
     other = copy.deepcopy(model)
-    released_inforeg(model, torch.float32, logging=False)
-    released_inforeg(other, torch.float32, logging=True)
+    their_inforeg(model, torch.float32)
+    monkeypatch.setattr(released_inforeg, "log_gradients", lambda *_: None)
+    their_inforeg(other, torch.float32)
     assert torch.equal(parameters(model), parameters(other))
     for b, c in zip(buffers(model), buffers(other), strict=True):
         assert torch.equal(b, c)
@@ -184,11 +220,7 @@ def test_the_official_window(kind: str) -> None:
     }[kind]
     opened = []
     for epoch, trace in enumerate(made_up.double().tolist()):
-        if epoch == 0:
-            k = 1.0
-        else:
-            now, before = sum(traces[-10:]) / 10, sum(traces[-11:-1]) / 10
-            k = (now - before) / now
+        k = released_inforeg.growth(traces) if epoch else 1.0
         inforeg.start_epoch()
         assert inforeg.window_open.tolist() == [k > 0.05] * 2, f"epoch {epoch}"
         opened.append(k > 0.05)

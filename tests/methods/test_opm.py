@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import released_forward
 import torch
 from cells import Cell
 from no_sync import no_host_sync
@@ -14,6 +13,8 @@ from torch.nn import functional as F
 
 import mmfuse
 from mmfuse import OPM, NoiseStream, drop_probabilities
+from released import ogm as released_ogm
+from released import opm as released_opm
 
 NAMES = ["audio", "visual", "text"]
 Batch = tuple[dict[str, Tensor], dict[str, Tensor], Tensor]
@@ -173,13 +174,18 @@ def test_official_is_the_released_code(cell: Cell, dtype: torch.dtype) -> None:
         theirs = [f.detach().cpu().clone().requires_grad_() for f in features.values()]
         stream = NoiseStream(11)
         stream.advance(step)
-        scores = released_forward.opm_scores([z.cpu() for z in logits.values()], labels.cpu())
-        q = released_forward.opm_probabilities(*scores)
-        execute = bool(stream.uniform(1, 2)[0] >= 1 - 0.7)
+        own = [z.detach().cpu() for z in logits.values()]
+        q = released_opm.drop_rates(*released_ogm.batch_scores(own, labels.cpu()))
+        execute = released_opm.executes(float(stream.uniform(1, 2)[0]))
         executed.add(execute)
-        u = torch.stack([stream.uniform(32, m) for m in range(2)])
-        expected, left = released_forward.opm_drop(theirs, q, execute, u)
-        assert torch.equal(out.rows.cpu(), left.nonzero().squeeze(1))
+        u = iter([stream.uniform(32, m).unsqueeze(1) for m in range(2)])
+        expected, left = theirs, torch.ones(32, 1)
+        if execute:
+            # A sample is kept where its number is above q.
+            expected, left, *_ = released_opm.drop(
+                theirs, q, lambda keep, u=u: (next(u) > 1 - keep).to(keep)
+            )
+        assert torch.equal(out.rows.cpu(), left.squeeze(1).nonzero().squeeze(1))
         # q is formed from scores of 32 rows in float32; one step of 1 - theta from it.
         for got, want in zip(out.features.values(), expected, strict=True):
             torch.testing.assert_close(got.detach().cpu(), want.detach(), rtol=1e-5, atol=0)

@@ -1,9 +1,8 @@
-"""A small convolutional audio-visual network, and the released training step in our own words."""
+"""A small convolutional audio-visual network, which the released sequences can train too."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +36,24 @@ class AudioVisual(nn.Module):
         self.fc = nn.Linear(2 * width, classes)
 
     def forward(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, v = self.audio_net(audio), self.visual_net(visual)
+        a, v = self.features(audio, visual)
         return a, v, self.fc(torch.cat([a, v], dim=1))
+
+    def features(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+        return self.audio_net(audio), self.visual_net(visual)
 
     @property
     def encoders(self) -> dict[str, nn.Module]:
         return {"audio": self.audio_net, "visual": self.visual_net}
+
+
+class ThreeHeads(AudioVisual):
+    """A head on both features, and one of its own for each modality, as in RedReg's."""
+
+    def __init__(self, width: int = 6, classes: int = 5) -> None:
+        super().__init__(width, classes)
+        self.head_audio = nn.Linear(width, classes)
+        self.head_visual = nn.Linear(width, classes)
 
 
 def batch(size: int = 12, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,49 +70,3 @@ def start_third_epoch(inforeg: InfoReg) -> None:
     state["traces"].fill_(1.0)
     inforeg.load_state_dict(state)
     inforeg.start_epoch()
-
-
-def released_step(
-    model: AudioVisual,
-    audio: Tensor,
-    visual: Tensor,
-    labels: Tensor,
-    *,
-    alpha: float,
-    noise: Callable[[str, Tensor, float], Tensor] | None,
-    conv_only: bool = True,
-    formula: str = "cvpr",
-) -> dict[str, float]:
-    """One step of the released code: two modalities, found by name, sample by sample."""
-    a, v, out = model(audio, visual)
-    half = model.fc.weight.shape[1] // 2
-    out_a = a @ model.fc.weight[:, :half].t() + model.fc.bias / 2
-    out_v = v @ model.fc.weight[:, half:].t() + model.fc.bias / 2
-    F.cross_entropy(out, labels).backward()
-
-    out_a, out_v = out_a.detach(), out_v.detach()
-    score_a = sum(torch.softmax(out_a, dim=1)[i][labels[i]] for i in range(len(labels)))
-    score_v = sum(torch.softmax(out_v, dim=1)[i][labels[i]] for i in range(len(labels)))
-    ratio = {"audio": float(score_a / score_v), "visual": float(score_v / score_a)}
-    k = {}
-    for name, rho in ratio.items():
-        if rho <= 1:
-            k[name] = 1.0
-        elif formula == "cvpr":
-            k[name] = 1 - float(torch.tanh(torch.tensor(alpha * rho)))
-        else:
-            k[name] = max(0.0, 1 - alpha * float(torch.tanh(torch.tensor(rho - 1))))
-
-    for name, parameter in model.named_parameters():
-        modality = name.split("_")[0]
-        if modality not in k or (conv_only and parameter.dim() != 4):
-            continue
-        grad = parameter.grad
-        if noise is None:
-            parameter.grad = grad * k[modality]
-        elif grad.numel() > 1:
-            std = grad.std().item() + 1e-8
-            parameter.grad = grad * k[modality] + noise(name, grad, std)
-        else:
-            parameter.grad = grad * k[modality]
-    return k

@@ -73,3 +73,9 @@ def test_the_sequence_is_the_authors(
         )
     run.check()
     assert next(drawn, None) is None and next(uniform, None) is None, "not all was asked for"
+
+
+def test_inputs_are_dropped_less_and_less_for_three_tenths_of_the_epochs() -> None:
+    """Of which the files show the first epoch and one after them."""
+    drawn = [redreg.drop_probability(epoch, 80) for epoch in (0, 12, 24, 79)]
+    assert drawn == pytest.approx([0.6, 0.35, 0.1, 0.1])

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "sanitize"
 COPY = OUTPUT / "checkout"
 CHECKS = "-fsanitize=address,undefined"
-# -g1 has the lines, and compiles in half the time of -g; the warnings are for the usual build.
+# -g1 has the lines, which are all that a report needs; warnings are for the usual build.
 FLAGS = f"-O1 -g1 -w {CHECKS} -fno-sanitize-recover=undefined -ffile-prefix-map={COPY}={ROOT}"
 # Where, and only then the function, whose name may be long.
 TRACE = 'stack_trace_format="    #%n %L %f"'
@@ -108,10 +108,10 @@ def stale(target: Path, sources: Iterable[Path]) -> bool:
 
 
 def made_of(target: Path) -> list[Path]:
-    """The sources of an object; -MMD has left a list beside it."""
+    """The sources of an object, and the list of them that -MMD has left beside it."""
     listed = target.with_suffix(".d")
     words = listed.read_text().replace("\\\n", " ").split()[1:] if listed.exists() else []
-    return [ROOT / "setup.py", *map(Path, words)]
+    return [ROOT / "setup.py", listed, *map(Path, words)]
 
 
 def build_cpu(script: ModuleType, compiler: str) -> None:

@@ -1,0 +1,16 @@
+"""make sanitize says what it needs; all else of it runs in CI."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[1] / ".ci" / "sanitize.py"
+
+
+def test_without_the_sanitizers_there_is_one_sentence() -> None:
+    environment = {**os.environ, "CXX": "true"}
+    command = [sys.executable, str(SCRIPT)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "make sanitize needs git, and GCC with libasan and libubsan\n"

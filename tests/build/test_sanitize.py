@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[1] / ".ci" / "sanitize.py"
+SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "sanitize.py"
 
 
 def test_without_the_sanitizers_there_is_one_sentence() -> None:

@@ -266,8 +266,11 @@ def _save(folder: Path, step: int, training: Training) -> None:
     partial.rename(folder / f"step-{step:06d}.pt")
 
 
-def _compare_ranks(training: Training, seen: Collection[str]) -> None:
+def _compare_ranks(training: Training, seen: Collection[str], digests: Tensor) -> None:
     """Raises an AssertionError if the ranks' states differ.
+
+    `digests` is [ranks, 32] in uint8 and written to. It is the same one at every call: gloo's thread
+    lets go of its tensors only after the others go on, so that new ones would still be counted.
 
     Batch norm's statistics are those of each rank's own batches until the next forward pass, where
     DistributedDataParallel gives everybody the first rank's. Streams are agreed upon where they are
@@ -279,8 +282,10 @@ def _compare_ranks(training: Training, seen: Collection[str]) -> None:
     for path, leaf in leaves(state):
         if not path.endswith(("running_mean", "running_var")):
             digest.update(f"{path}{bits(leaf)}".encode())
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, digest.hexdigest())
+    digests.zero_()
+    digests[dist.get_rank()] = torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+    dist.all_reduce(digests)
+    found = [bytes(row.tolist()).hex() for row in digests]
     if len(set(found)) != 1:
         raise AssertionError(f"the ranks' states differ: {found}")
 
@@ -329,6 +334,7 @@ def run_rank(rank: int, size: int, steps: int, folder: Path, timeout: float, lea
         first = saved.pop("step")
         training.load_state_dict(saved)
     acted = dict.fromkeys(KINDS, 0)
+    digests = torch.zeros(size, hashlib.sha256().digest_size, dtype=torch.uint8)
     kept = []
     for step in range(first, steps):
         kind = KINDS[step % CYCLE // VISIT]
@@ -347,7 +353,7 @@ def run_rank(rank: int, size: int, steps: int, folder: Path, timeout: float, lea
             tell(step=done)
             acted[kind] += _acts(kind, out)
         if done % VISIT == 0 or done == steps:
-            _compare_ranks(training, KINDS[: step // VISIT + 1])
+            _compare_ranks(training, KINDS[: step // VISIT + 1], digests)
         if rank == 0 and (done % SAVE_EVERY == 0 or done == steps):
             _save(folder, done, training)
         if done % CYCLE == 0:
@@ -412,7 +418,10 @@ def main() -> int:
             options.timeout,
             options.leak,
         )
-        return 0
+        sys.stdout.flush()
+        # As torch.multiprocessing.spawn ends its ranks. Where gloo's thread is the last to hold a
+        # tensor, it asks for the lock of an interpreter that has gone, and the process aborts.
+        os._exit(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).resolve()
         processes = start(

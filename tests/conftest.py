@@ -56,7 +56,28 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     replace_worker_with_a_lost_device(nodeid)
 
 
+def _is_slow(item: pytest.Item) -> bool:
+    """Whether a test on the CPU is for `make check` because of the backend that it runs on.
+
+    Triton's interpreter is slow, and in float16 and float64 it runs the same kernels with other casts
+    than in float32 and bfloat16. `slow_except_on` says it for a single test.
+    """
+    parameters = getattr(item, "callspec", None)
+    parameters = {} if parameters is None else parameters.params
+    cell = parameters.get("cell")
+    if not isinstance(cell, Cell) or cell.device != "cpu":
+        return False
+    if cell.slow and {torch.float16, torch.float64} & {
+        value for value in parameters.values() if isinstance(value, torch.dtype)
+    }:
+        return True
+    return any(cell.backend not in mark.args for mark in item.iter_markers("slow_except_on"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_slow(item):
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         items.sort(key=turn)
         return

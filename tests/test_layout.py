@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,16 @@ def imported_packages(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.append(node.module or "")
     return {name.split(".")[0] for name in names}
+
+
+def test_pytest_collects_every_folder_of_tests(pytestconfig: pytest.Config) -> None:
+    """It leaves out folders by their names, without a word."""
+    left_out = pytestconfig.getini("norecursedirs")
+    folders = {path.parent.relative_to(ROOT) for path in tracked("tests/*.py")}
+    assert len(folders) > 8
+    for folder in folders:
+        assert folder.parts[0] in pytestconfig.getini("testpaths")
+        assert not any(fnmatch(part, name) for part in folder.parts for name in left_out), folder
 
 
 def test_the_released_sequences_stand_alone_and_are_replayed() -> None:

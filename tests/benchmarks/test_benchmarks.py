@@ -398,7 +398,11 @@ def test_providers_pass_the_gate(case: Case, provider: str, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("provider", ["plain", "official", "reference"])
-@pytest.mark.parametrize("workload", [TINY_OF["training"], CLIPS], ids=lambda w: w.name)
+@pytest.mark.parametrize(
+    "workload",
+    [TINY_OF["training"], pytest.param(CLIPS, marks=pytest.mark.slow)],
+    ids=lambda w: w.name,
+)
 @pytest.mark.parametrize("case", TRAININGS, ids=named)
 def test_training_steps_pass_the_gate(case: Case, workload: Workload, provider: str) -> None:
     for dtype in (torch.float32, torch.float64):

@@ -147,6 +147,7 @@ def test_everything_fails(rehearsal: Rehearsal) -> None:
     assert small(rehearsal.output)
 
 
+@pytest.mark.slow
 def test_everything_hangs(rehearsal: Rehearsal) -> None:
     """And ignores that it is interrupted, as do the processes that it has started."""
     parts = ("kernels", "pytest", "benchmark", "nvcc", "compute_sanitizer", "ncu")
@@ -165,6 +166,7 @@ def test_everything_hangs(rehearsal: Rehearsal) -> None:
     assert "speed/results.csv" in rehearsal.archive()
 
 
+@pytest.mark.slow
 def test_everything_floods(rehearsal: Rehearsal) -> None:
     parts = ("kernels", "pytest", "benchmark", "ncu")
     done = rehearsal(**dict.fromkeys(parts, "flood"))
@@ -314,6 +316,7 @@ def test_the_scripts_take_what_the_plan_gives_them(
     assert times == sorted(times) and times[-1] <= 560
 
 
+@pytest.mark.slow
 def test_pytest_takes_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(CI))
     import gpu_plan

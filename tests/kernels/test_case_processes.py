@@ -61,7 +61,7 @@ def test_all_agree(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_some_fail(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("dies", "differs", "good", "hangs", limit_s=5.0) == 1
+    assert run("dies", "differs", "good", "hangs", limit_s=2.0) == 1
     out = capsys.readouterr().out
     assert "cuda-dies: killed by SIGSEGV\n    dies None\n" in out
     assert "cuda-hangs: stopped after " in out
@@ -69,7 +69,7 @@ def test_some_fail(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert out.endswith("kernels: 1 of 4 cases agree with the reference\n")
     failed = tmp_path / "out" / "failed.json"
     assert json.loads(failed.read_text()) == ["cuda-dies", "cuda-differs", "cuda-hangs"]
-    assert run("dies", "hangs", "differs", "good", limit_s=5.0, again=failed) == 1
+    assert run("dies", "hangs", "differs", "good", limit_s=2.0, again=failed) == 1
     out = capsys.readouterr().out
     assert "differs 1\n" in out  # every launch is waited for
     assert out.endswith("kernels: 0 of 3 cases agree with the reference\n")

@@ -452,6 +452,7 @@ def _mixed(device: str) -> nn.ModuleDict:
     return nets
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 @pytest.mark.parametrize("parts", [1, 2], ids=["whole", "in parts"])
 @pytest.mark.parametrize("opened_window", [False, True], ids=["closed", "open"])
 def test_the_trace_comes_with_the_pull(

@@ -147,6 +147,8 @@ def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) 
     return coefficients, monitored
 
 
+# The golden numbers are compared on every backend in `make test`.
+@pytest.mark.slow_except_on("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
     ("network", "theirs", "ours"),

@@ -74,6 +74,7 @@ def displace(model: Network) -> None:
             p += 0.3 * torch.randn_like(p)
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 @pytest.mark.parametrize("projection", ["tensor", "encoder"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_training_follows_the_formulas(cell: Cell, count: int, projection: str) -> None:

@@ -60,6 +60,7 @@ def test_lists_of_small_tensors(cell: Cell, sizes, dtype, seed, offset) -> None:
     run(cell, sizes, dtype, seed, offset)
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 @settings(max_examples=12, **COMMON)
 @given(sizes=large_lists, dtype=dtypes, seed=seeds, offset=st.integers(0, 9))
 def test_lists_of_large_tensors(cell: Cell, sizes, dtype, seed, offset) -> None:

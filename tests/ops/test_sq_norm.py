@@ -64,6 +64,7 @@ def test_parity(cell: Cell, dtype: torch.dtype, kind: str) -> None:
     assert float(check(cell, grads, **terms(cell, kind, grads))[0]) == 0.0
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 @pytest.mark.parametrize("kind", TERMS)
 def test_odd_addresses(cell: Cell, kind: str) -> None:
     sizes = [1, 5, 64, 1027, 8191, 8197]

@@ -149,6 +149,7 @@ def test_a_coefficient_of_zero_adds_nothing(cell: Cell) -> None:
         assert torch.equal(g, e)
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 def test_many_tensors(cell: Cell) -> None:
     count = 100 if cell.slow else 1300
     sizes = [i % 7 for i in range(count)]

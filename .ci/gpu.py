@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -93,8 +92,7 @@ def describe(python: str, *, rehearsal: bool) -> dict[str, str]:
         )
     if not available:
         raise CannotBegin(f"PyTorch {found['PyTorch']} of {python} sees no NVIDIA GPU")
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=home / "bin")
+    nvcc = processes.cuda_tool("nvcc")
     if nvcc is None:
         raise CannotBegin("nvcc is neither on PATH nor in the CUDA toolkit that CUDA_HOME names")
     found["nvcc"] = last_line([nvcc, "--version"])
@@ -133,8 +131,7 @@ class Runner:
         self._scratch = scratch
         self._scale = scale
         self._began = time.monotonic()
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        self._environment = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": path}
+        self._environment = {"PYTHONUNBUFFERED": "1", **processes.importing_checkout()}
 
     def left(self, until: float) -> float:
         """Seconds until then."""
@@ -175,7 +172,7 @@ class Runner:
 
 
 def runs_cuda(scratch: Path) -> bool:
-    """Whether the first stage has left a CUDA library that loads."""
+    """True if the first stage has left a CUDA library that loads."""
     try:
         reasons = json.loads((scratch / "backends.json").read_text())
     except (OSError, ValueError):

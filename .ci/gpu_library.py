@@ -61,7 +61,7 @@ def newest_glibc(symbols: Sequence[str]) -> tuple[int, ...]:
 
 
 def faults(path: Path, backend: str) -> list[str]:
-    """What would keep a library from being loaded on another machine, in a sentence each."""
+    """The reasons why a library cannot be loaded on another machine, in a sentence each."""
     symbols = lines("nm", "-D", "--undefined-only", path)
     needed = re.findall(r"NEEDED.*\[(.+)\]", "\n".join(lines("readelf", "-d", path)))
     found = []

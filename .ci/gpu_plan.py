@@ -14,7 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-SKIPPED = 77
+from processes import SKIPPED
+
 # Side by side; each holds a context on the GPU.
 PROCESSES = min(12, os.cpu_count() or 1)
 # What says whether a kernel waits for memory, for instructions or for neither; in one pass.
@@ -53,7 +54,7 @@ class Setting:
 
     @property
     def device(self) -> str:
-        """What the scripts' --device says."""
+        """The value of the scripts' --device."""
         return "cpu" if self.rehearsal else "cuda"
 
 
@@ -169,7 +170,7 @@ def _speed(setting: Setting, name: str, plan: str, seconds: float) -> Stage:
 
 
 def _tests(setting: Setting) -> Stage:
-    """What is marked `gpu`; conftest.py knows which of them come first."""
+    """The tests marked `gpu`; conftest.py knows which of them come first."""
     cache = f"cache_dir={setting.scratch / 'tests' / 'cache'}"
     pytest = [setting.python, "-m", "pytest", "-q", "-o", cache, "-n", str(PROCESSES)]
     # A kernel that hangs can only be ended with its process.

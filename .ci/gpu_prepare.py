@@ -16,6 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from processes import importing_checkout
+
 ROOT = Path(__file__).resolve().parent.parent
 BROUGHT = ROOT / "build" / "gpu_library"
 NATIVE = ("cpu", "cuda")
@@ -45,11 +49,10 @@ def library(backend: str, folder: Path = ROOT / "mmfuse") -> Path:
 
 def python(*words: str, **environment: str) -> tuple[int, str]:
     """Runs Python with this interpreter, and shows what it prints."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *words],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, **environment},
+        env={**os.environ, **importing_checkout(), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

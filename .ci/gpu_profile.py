@@ -13,7 +13,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-SKIPPED = 77
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from processes import SKIPPED
+
 PROBE_S = 5.0
 
 

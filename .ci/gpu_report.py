@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_plan import SKIPPED
+from processes import SKIPPED
 from rich.console import Console
 from rich.table import Table
 
@@ -31,7 +31,7 @@ LEFT_OUT = ("cache", "all_words")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a stage; `code` is None where it did not end in time."""
+    """How a stage ended; `code` is None where it did not end in time."""
 
     name: str
     code: int | None
@@ -53,7 +53,7 @@ class Outcome:
 
 
 def targets(scratch: Path) -> list[str]:
-    """What was to be reached, and was; no line before there are results."""
+    """The targets and the figures reached; no line before there are results."""
     results = [scratch / name / "results.csv" for name in ("speed", "training")]
     found = [str(path) for path in results if path.is_file()]
     if not found:

@@ -89,7 +89,7 @@ def runtimes(compiler: str) -> list[str]:
 
 
 def copy_checkout() -> None:
-    """What git tracks or would track, with its times, beside what was built in the copy."""
+    """Copies what git tracks or would track, with its times, beside what was built in the copy."""
     for entry in COPY.iterdir() if COPY.exists() else ():
         if entry.is_dir() and entry.name != "build":
             shutil.rmtree(entry)

@@ -57,10 +57,10 @@ def pytest_runtest_logstart(nodeid: str) -> None:
 
 
 def _is_slow(item: pytest.Item) -> bool:
-    """Whether a test on the CPU is for `make check` because of the backend that it runs on.
+    """True for a test on the CPU that `make check` runs because of its backend.
 
-    Triton's interpreter is slow, and in float16 and float64 it runs the same kernels with other casts
-    than in float32 and bfloat16. `slow_except_on` says it for a single test.
+    Triton's interpreter is slow, and in float16 and float64 it runs the same kernels with other
+    casts than in float32 and bfloat16. `slow_except_on` says it for a single test.
     """
     parameters = getattr(item, "callspec", None)
     parameters = {} if parameters is None else parameters.params

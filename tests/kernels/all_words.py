@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "support"))
+
+from processes import SKIPPED, cuda_tool
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path(__file__).with_suffix(".cu")
 WORDS = 2**32
-SKIPPED = 77
 
 
 class Found(NamedTuple):
@@ -57,8 +58,7 @@ class Found(NamedTuple):
 
 def on_gpu(output: Path, stride: int) -> Found | None:
     """Builds the program with nvcc and runs it; None without nvcc."""
-    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=toolkit)
+    nvcc = cuda_tool("nvcc")
     if nvcc is None:
         return None
     output.mkdir(parents=True, exist_ok=True)

@@ -24,19 +24,14 @@ The other two have no such control.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from case_processes import Failed, Job, case_command, describe, last_lines, run_jobs
-from processes import Ended
-
-# What a Makefile or a script may take for "there was nothing to do it with".
-SKIPPED = 77
+from processes import SKIPPED, Ended, cuda_tool
 
 
 class Tool(NamedTuple):
@@ -88,12 +83,6 @@ class Outcome(NamedTuple):
     def __str__(self) -> str:
         errors = "no summary" if self.errors is None else f"{self.errors} errors"
         return f"{errors}, {describe(self.ended)}"
-
-
-def find_sanitizer() -> str | None:
-    """The path of compute-sanitizer, from PATH or the CUDA toolkit's folder."""
-    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
-    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=toolkit)
 
 
 def jobs_of(sanitizer: str, backend: str, cases: Sequence[str]) -> list[Job]:
@@ -181,7 +170,7 @@ def main(
         0 if nothing was found, 1 if something was or a tool did not come to its end, 77 without
         compute-sanitizer.
     """
-    sanitizer = find_sanitizer()
+    sanitizer = cuda_tool("compute-sanitizer")
     if sanitizer is None:
         print(
             "sanitizer: skipped, because compute-sanitizer is neither on PATH nor in the CUDA "

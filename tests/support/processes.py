@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -16,6 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+# Exit code of a command that has nothing to do its work with.
+SKIPPED = 77
 # How long an interrupted command may take to say what it has found.
 GRACE_S = 10.0
 # Of each log; a command that floods its output fills neither the disk nor an archive.
@@ -146,6 +150,17 @@ def run(
         reader.join(timeout=2.0)
         output.write()
     return Ended(code, time.monotonic() - began)
+
+
+def cuda_tool(name: str) -> str | None:
+    """The path of a program from PATH or the CUDA toolkit's folder."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which(name) or shutil.which(name, path=toolkit)
+
+
+def importing_checkout() -> dict[str, str]:
+    """The environment in which Python imports this checkout's package first."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
 
 
 def end_all() -> None:

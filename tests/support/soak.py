@@ -269,8 +269,8 @@ def _save(folder: Path, step: int, training: Training) -> None:
 def _compare_ranks(training: Training, seen: Collection[str], digests: Tensor) -> None:
     """Raises an AssertionError if the ranks' states differ.
 
-    `digests` is [ranks, 32] in uint8 and written to. It is the same one at every call: gloo's thread
-    lets go of its tensors only after the others go on, so that new ones would still be counted.
+    `digests` is [ranks, 32] in uint8 and written to. It is the same one at every call: gloo's
+    thread lets go of a tensor after its caller has gone on, so that a new one would be counted.
 
     Batch norm's statistics are those of each rank's own batches until the next forward pass, where
     DistributedDataParallel gives everybody the first rank's. Streams are agreed upon where they are

@@ -2,6 +2,7 @@
 
 from . import amp, ops
 from ._version import __version__
+from .loop.gradients import GradientMethod
 from .loop.heads import unimodal_logits
 from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
@@ -20,6 +21,7 @@ __all__ = [
     "OPM",
     "ARMResult",
     "ContributionSampler",
+    "GradientMethod",
     "InfoReg",
     "InfoRegResult",
     "NoiseStream",

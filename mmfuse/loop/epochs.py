@@ -1,6 +1,8 @@
-"""EpochWindow: the epochs in which a method acts."""
+"""EpochWindow: which epoch it is, and in which of them a method acts."""
 
 from __future__ import annotations
+
+import operator
 
 
 class EpochWindow:
@@ -8,7 +10,10 @@ class EpochWindow:
 
     starts: int
     ends: int | None
+    #: The epoch that runs, counted from 0; 0 before `set_epoch`.
     epoch: int
+    # Whether `set_epoch` has been called in this run.
+    _told: bool
 
     def _set_window(self, starts: int, ends: int | None) -> None:
         """Begins in epoch 0.
@@ -21,6 +26,7 @@ class EpochWindow:
         self.starts = starts
         self.ends = ends
         self.epoch = 0
+        self._told = False
 
     @property
     def modulating(self) -> bool:
@@ -28,5 +34,22 @@ class EpochWindow:
         return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, counted from 0."""
-        self.epoch = epoch
+        """Says which epoch begins, counted from 0; the same number again changes nothing.
+
+        Raises:
+            TypeError: it is no integer.
+            ValueError: it is negative.
+        """
+        try:
+            number = operator.index(epoch)
+        except TypeError as error:
+            raise TypeError(f"epoch must be an integer, got {type(epoch).__name__}") from error
+        if number < 0:
+            raise ValueError(f"epoch must be at least 0, got {number}")
+        self.epoch = number
+        self._told = True
+
+    def begin(self) -> None:
+        """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number."""
+        self.epoch = 0
+        self._told = False

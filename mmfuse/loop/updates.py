@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
-from ..ops import grad_stats, update_grads_
+from ..ops import grad_stats
+from .act import act_on
+from .contract import Act
 from .modalities import Modalities, per_tensor
 
 
@@ -123,28 +125,18 @@ class ScaledUpdates:
         (coefficients, stream, state, finite), self.decided = self.decided, None
         held = self._held()
         before = [self._before[i] for i in held.ids]
-        pull = per_tensor(coefficients.to(finite.device), held) - 1.0
+        pull = per_tensor(coefficients.to(finite.device), held.modality) - 1.0
         std = noise = None
         if state is not None:
             updates = torch._foreach_sub(held.params, before)
             stats = held.whole(grad_stats(updates, backend=self.backend))
             del updates
             std = stats.std
-            noise = held.place(NoiseStream.from_state(state.to(finite.device)))
+            noise = NoiseStream.from_state(state.to(finite.device))
             if held.shards:  # what another rank's part holds shows in the sum alone
                 finite.logical_and_(stats.m2.isfinite().all().to(finite.device))
-        pieces = held.cut(held.params)
-        update_grads_(
-            pieces,
-            held.spread(torch.ones_like(pull)),
-            params=pieces,
-            anchors=held.cut(before),
-            pull=held.spread(pull),
-            noise_std=None if std is None else held.spread(std),
-            stream=noise,
-            finite=finite,
-            backend=self.backend,
-        )
+        act = Act(pull=pull, noise_std=std)
+        act_on(held, act, finite, second=before, noise=noise, backend=self.backend)
         if stream is not None and state is not None and std is not None:
             # A step that the optimizer has skipped has moved nothing: it gets no noise either.
             moved = (std > 0).any().to(finite.device) & finite

@@ -33,6 +33,7 @@ def test_the_sequence_is_the_authors(name: str, behind: list[int], forced: bool)
             alpha=golden.hp("alpha"),
             beta=golden.hp("beta") if "hp.beta" in golden else None,
             regression=name.endswith("regression"),
+            epoch=0,
         )
         run.record(
             loss=numbers(seen.losses),

@@ -277,7 +277,7 @@ def inforeg_training(i: TrainingInputs, backend: str) -> None:
     def start() -> mmfuse.InfoReg:
         method = mmfuse.InfoReg.official(i.model.encoders, backend=backend)
         with i.at_start():
-            method.start_epoch()
+            method.set_epoch(0)
         return method
 
     method = i.cached(("InfoReg", backend), start)
@@ -300,7 +300,7 @@ def redreg_training(i: TrainingInputs, backend: str) -> None:
             backend=backend,
         )
         with i.at_start():
-            method.start_epoch()
+            method.set_epoch(0)
         return method
 
     method = i.cached(("RedReg", backend), start)

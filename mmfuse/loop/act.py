@@ -1,4 +1,8 @@
-"""The act stage of every method on gradients or updates: one read and one write of each tensor."""
+"""The act stage of every method on gradients or updates: one read and one write of each tensor.
+
+`act_on` does it to any tensors; `carry_out` to gradients, with what a `GradScaler`, shards and the
+sums of squares add.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
-from ..ops import grad_stats, update_grads_
+from ..ops import GradStats, update_grads_
 from .anchors import Anchors
-from .contract import Act, MakesNoise
+from .contract import Act, MakesNoise, Need
 from .modalities import Active
 
 
@@ -37,10 +41,10 @@ def act_on(
     """
     scale, pull, noise_std = act
     if scale is None:
-        like = next((v for v in (pull, noise_std) if v is not None), None)
-        scale = torch.ones(len(active.grads), device=finite.device) if like is None else None
-        scale = torch.ones_like(like) if like is not None else scale
-    assert scale is not None
+        like = pull if pull is not None else noise_std
+        if like is None:
+            like = finite.new_empty(len(active.grads), dtype=torch.float32)
+        scale = torch.ones_like(like)
     if isinstance(second, Anchors) and pull is not None:
         assert noise_std is None
         second.update_(active, scale, pull, finite, backend, sq_norm)
@@ -69,6 +73,49 @@ def act_on(
     )
 
 
-def squares_of(active: Active, backend: str | None) -> Tensor:
+def carry_out(
+    active: Active,
+    act: Act,
+    finite: Tensor,
+    *,
+    need: Need,
+    anchors: Anchors | None,
+    stream: NoiseStream,
+    grad_scale: Tensor | None,
+    backend: str | None,
+) -> Tensor | None:
+    """`act_on` the gradients; each one's Σg², float64 [T] and unscaled, if the rule needs it."""
+    squares = fused = None
+    if need.squares == "before" and active.grads:
+        if active.shards:  # merged over the ranks
+            squares = _squares(active, backend)
+        else:  # by the update's own read
+            squares = fused = finite.new_empty(len(active.grads), dtype=torch.float64)
+    if act.pull is not None and grad_scale is not None:
+        act = act._replace(pull=act.pull * grad_scale.to(act.pull))
+    noise = need.noise or stream
+    act_on(active, act, finite, second=anchors, noise=noise, sq_norm=fused, backend=backend)
+    if need.squares == "after" and active.grads:
+        squares = _squares(active, backend)
+    if squares is not None and grad_scale is not None:
+        squares = squares / grad_scale.to(squares).square()
+    return squares
+
+
+def stats_of(
+    active: Active, anchors: Anchors | None, grad_scale: Tensor | None, backend: str | None
+) -> GradStats:
+    """Statistics of whole tensors; unscaled where there are anchors, which are not scaled."""
+    if anchors is None:
+        return active.stats(backend)
+    stats = anchors.stats(active, backend)
+    if grad_scale is None:
+        return stats
+    scale = grad_scale.to(stats.mean)
+    dot = None if stats.dot is None else stats.dot / scale
+    return stats._replace(mean=stats.mean / scale, m2=stats.m2 / scale.square(), dot=dot)
+
+
+def _squares(active: Active, backend: str | None) -> Tensor:
     """Σg² of each whole tensor: float64 [T]."""
-    return active.whole(grad_stats(active.grads, backend=backend)).sq_norm.double()
+    return active.stats(backend).sq_norm.double()

@@ -29,6 +29,7 @@ from .modalities import Modalities, per_modality, per_tensor
 from .ranks import Group, Observed, agree, rank_and_size
 
 State = Mapping[str, Tensor]
+ApplyTo = Literal["gradient", "update"]
 #: Makes standard normal noise like a gradient.
 MakesNoise = Callable[[Tensor], Tensor]
 
@@ -43,8 +44,10 @@ class Need(NamedTuple):
         anchors: Whether the loop keeps the parameters as they were at the start of the epoch, the
             w₀ of `Act.pull`.
         squares: Whether `settle` gets each gradient's Σg², before the update or after it.
+        stream: Whether noise is drawn from the stream, in `sense` or for `Act.noise_std`.
         noise: A callable that makes the noise of `Act.noise_std`; None for the stream.
-        draws: Whether `sense` draws from the stream, so that it advances in every step.
+        draws: Whether `sense` draws from the stream: then it advances, and `Clock.step` counts, in
+            every step.
         neutral: The coefficient of a modality that nothing is done to.
     """
 
@@ -52,6 +55,7 @@ class Need(NamedTuple):
     stats: bool = False
     anchors: bool = False
     squares: Literal["before", "after"] | None = None
+    stream: bool = False
     noise: MakesNoise | None = None
     draws: bool = False
     neutral: float = 1.0
@@ -98,7 +102,7 @@ class Sensed(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """Where training is: numbers of the host, counted from 0."""
+    """Where training is: numbers of the host, counted from 0; `step` with `Need.draws` only."""
 
     epoch: int
     step: int
@@ -192,6 +196,12 @@ class Rule(Protocol):
     def result(self) -> Callable[..., Any]:
         """The dataclass that a step returns."""
 
+    def idle(self) -> Rule | None:
+        """The rule outside of the epochs in which the method acts, with the same state.
+
+        None lets the loop leave out what this rule decides.
+        """
+
     def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
         """The state before training, on the CPU; every tensor that it will ever have."""
 
@@ -217,6 +227,10 @@ class Rule(Protocol):
 class Stateless:
     """For rules without a state, or without some of the stages."""
 
+    def idle(self) -> Rule | None:
+        """Leaves it to the loop."""
+        return None
+
     def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
         """No state."""
         return {}
@@ -232,3 +246,28 @@ class Stateless:
     def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
         """Nothing changes."""
         return {}
+
+
+def check_fits(method: str, need: Need, apply_to: str, anchored: bool, streamed: bool) -> None:
+    """Checks that a method can use its arguments.
+
+    Args:
+        method: Its name.
+        need: What its rule needs.
+        apply_to: "gradient" or "update".
+        anchored: Whether there are arguments for anchors.
+        streamed: Whether there is a stream.
+
+    Raises:
+        ValueError: it has no use for one of them.
+    """
+    if apply_to not in ("gradient", "update"):
+        raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
+    if apply_to == "update" and (need.anchors or need.squares):
+        raise ValueError(f'{method} acts on gradients only; use apply_to="gradient"')
+    if apply_to == "update" and need.noise is not None:
+        raise ValueError('noise from a callable is for gradients; use apply_to="gradient"')
+    if anchored and not need.anchors:
+        raise ValueError(f"{method} keeps no anchors; leave out anchor_dtype and anchor_device")
+    if streamed and not need.stream:
+        raise ValueError(f"{method} draws no random numbers; leave out stream")

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from ..noise import NoiseStream, saved_state
-from ..ops import GradStats
-from .act import act_on, squares_of
+from ..noise import NoiseStream
 from .anchors import Anchors
-from .contract import Act, Batch, Clock, Decision, Rule, Sensed, Tensors
+from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
 from .epochs import EpochWindow
-from .modalities import Active, Encoder, Modalities, Select, given
-from .ranks import Group, Observations, Observed, agree, several
-from .state import FORMAT, State, check_format
-from .updates import Decided, ScaledUpdates
-
-ApplyTo = Literal["gradient", "update"]
+from .modalities import Active, Encoder, Modalities, Select
+from .ranks import Group
+from .sense import Senses
+from .stage import take_step
+from .state import State, check_saved, saved_method
+from .updates import AttachedOptimizers
 
 
 class Common(TypedDict, total=False):
@@ -102,36 +100,26 @@ class GradientMethod(EpochWindow):
         self.name = type(self).__name__
         self.rule = rule
         self._set_window(starts, ends)
-        self._check_fits(apply_to, anchor_dtype, anchor_device)
+        anchored = anchor_dtype is not None or anchor_device is not None
+        check_fits(self.name, rule.need, apply_to, anchored, stream is not None)
         self.apply_to: ApplyTo = apply_to
         self.modalities = Modalities(encoders, select)
         self.process_group = process_group
         self.backend = backend
         self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
         self.stream = stream or self._new_stream()
-        self._observations = Observations(self.name, process_group)
-        self._updates: list[ScaledUpdates] = []
+        self._updates = AttachedOptimizers(self.name, self.modalities, backend)
         self._warned = False
         self._steps = 0
-        self._rows = 0  # of this step's earlier micro-batches
         self._adopt(rule)
 
     def _adopt(self, rule: Rule) -> None:
         """Takes a rule of the same needs, and begins its state anew."""
         self.rule = rule
+        group, backend = self.process_group, self.backend
+        self._senses = Senses(self.name, rule, self.modalities, group, backend)
         count, tensors = len(self.modalities.names), len(self.modalities.parameters)
         self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
-
-    def _check_fits(self, apply_to: str, dtype: torch.dtype | None, device: Any) -> None:
-        need = self.rule.need
-        if apply_to not in ("gradient", "update"):
-            raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
-        if apply_to == "update" and (need.anchors or need.squares):
-            raise ValueError(f'{self.name} acts on gradients only; use apply_to="gradient"')
-        if apply_to == "update" and need.noise is not None:
-            raise ValueError('noise from a callable is for gradients; use apply_to="gradient"')
-        if not need.anchors and (dtype is not None or device is not None):
-            raise ValueError(f"{self.name} keeps no anchors; leave out anchor_dtype, anchor_device")
 
     def _new_stream(self) -> NoiseStream:
         return NoiseStream(device=self.modalities.device)
@@ -171,10 +159,8 @@ class GradientMethod(EpochWindow):
         self._forget()
 
     def _forget(self) -> None:
-        self._observations.clear()
-        self._rows = 0
-        for update in self._updates:
-            update.decided = None
+        self._senses.clear()
+        self._updates.decide(None)
 
     # Sense ----------------------------------------------------------------------------------------
 
@@ -200,53 +186,12 @@ class GradientMethod(EpochWindow):
         """
         self._check_told()
         sensed = self._sense(logits, labels, features, inputs)
-        self._add(sensed, labels)
-        self._rows += sensed.rows
+        self._senses.add(self._state, sensed, labels)
 
     @torch.no_grad()
-    def _sense(
-        self,
-        logits: Mapping[str, Tensor],
-        labels: Tensor | None,
-        features: Mapping[str, Tensor] | None,
-        inputs: Mapping[str, Tensor] | None,
-    ) -> Sensed:
+    def _sense(self, *given: Any) -> Sensed:
         self._follow()
-        more = {"features": features, "inputs": inputs}
-        needed = self.rule.need.inputs
-        if labels is None or any(more[name] is None for name in needed):
-            if needed:
-                every = ", ".join(["logits", "labels", *needed[:-1]])
-                raise TypeError(f"{every} and {needed[-1]} go together: give all or none")
-            labels = given(labels)
-        found = {name: self.modalities.ordered(name, more[name] or {}) for name in needed}
-        batch = Batch(
-            logits,
-            labels,
-            found,
-            self.modalities,
-            self._state,
-            Clock(self.epoch, self._steps),
-            self.stream,
-            self.process_group,
-            self._rows,
-            self.backend,
-        )
-        return self.rule.sense(batch)
-
-    @torch.no_grad()
-    def _add(self, sensed: Sensed, labels: Tensor) -> None:
-        sums = self.rule.sums(sensed, self._state)
-        self._observations.add(sensed.means, labels, sums)
-
-    def _take(self, sensed: Sensed | None, labels: Tensor | None) -> Observed:
-        """Everything that was seen since the last step; the last micro-batch may still be new."""
-        if sensed is not None and labels is not None:
-            if not self._observations and several(self.process_group) is None:
-                return Observed(sensed.means, None, None, labels, sensed.parts)
-            self._add(sensed, labels)
-        self._rows = 0
-        return self._observations.take()
+        return self._senses(self._state, self.stream, Clock(self.epoch, self._steps), *given)
 
     # Decide and act -------------------------------------------------------------------------------
 
@@ -266,18 +211,19 @@ class GradientMethod(EpochWindow):
 
         Args:
             loss: The scalar loss.
-            logits: As in `step`, and so are the others.
-            labels: See `step`.
-            features: See `step`.
-            inputs: See `step`.
+            logits: As in `step`, and so are the four others that it has.
+            labels: See there.
+            features: See there.
+            inputs: See there.
             retain_graph: As for ``loss.backward``.
-            grad_scale: See `step`.
-            found_inf: See `step`.
+            grad_scale: See there.
+            found_inf: See there.
         """
         self._check_ready()
         sensed = self._sense(logits, labels, features, inputs)
         loss.backward(retain_graph=retain_graph)
-        return self._step(sensed, labels, self._active(), grad_scale, found_inf)
+        seen = self._senses.take(self._state, sensed, labels)
+        return take_step(self, seen, self._active(), grad_scale, found_inf)
 
     def step(
         self,
@@ -319,7 +265,8 @@ class GradientMethod(EpochWindow):
         self._check_ready()
         active = self._active()
         sensed = None if logits is None else self._sense(logits, labels, features, inputs)
-        return self._step(sensed, labels, active, grad_scale, found_inf)
+        seen = self._senses.take(self._state, sensed, labels)
+        return take_step(self, seen, active, grad_scale, found_inf)
 
     def _check_ready(self) -> None:
         self._check_told()
@@ -353,132 +300,10 @@ class GradientMethod(EpochWindow):
             self.anchors.check(active, self.modalities.parameter_names)
         return active
 
-    @torch.no_grad()
-    def _step(
-        self,
-        sensed: Sensed | None,
-        labels: Tensor | None,
-        active: Active | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> Any:
-        seen = self._take(sensed, labels)
-        self._follow()
-        if active is None:
-            return self._postpone(seen)
-        need, on = self.rule.need, self.modulating
-        device = active.grads[0].device if active.grads else self.modalities.device
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        stats = None
-        if need.stats and on and active.grads:
-            stats = self._stats(active, grad_scale)
-        tensors = self._tensors(active, device, stats)
-        clock = Clock(self.epoch, self._steps)
-        decision = self._decide(seen, tensors, clock)
-        drawn, squares = self._act(active, decision.act, finite, grad_scale)
-        if active.shards:  # what another rank's part holds shows in the sums alone
-            sums = squares if squares is not None else None if stats is None else stats.m2
-            if sums is not None:
-                finite.logical_and_(sums.isfinite().all().to(finite.device))
-        counts = self._counts(finite, squares, found_inf)
-        if squares is not None:
-            settled = self.rule.settle(self._state, squares.to(self._state.device), tensors)
-            decision = decision._replace(state={**decision.state, **settled})
-        self._state.set(decision.state, counts)
-        self._steps += 1
-        if drawn or need.draws:
-            self.stream.advance(counts)
-        return self.rule.result(*decision.report, finite=finite)
-
-    def _decide(self, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
-        decision = self.rule.decide(self._state, seen, tensors, clock)
-        if self.modulating:
-            return decision
-        neutral = torch.full_like(decision.report[0], self.rule.need.neutral)
-        return Decision(Act(), (neutral, *decision.report[1:]), decision.state)
-
-    def _stats(self, active: Active, grad_scale: Tensor | None) -> GradStats:
-        """Of whole tensors; unscaled where there are anchors, which are not scaled."""
-        if self.anchors is None:
-            return active.stats(self.backend)
-        stats = self.anchors.stats(active, self.backend)
-        if grad_scale is None:
-            return stats
-        scale = grad_scale.to(stats.mean)
-        dot = None if stats.dot is None else stats.dot / scale
-        return stats._replace(mean=stats.mean / scale, m2=stats.m2 / scale.square(), dot=dot)
-
-    def _act(
-        self, active: Active, act: Act, finite: Tensor, grad_scale: Tensor | None
-    ) -> tuple[bool, Tensor | None]:
-        """Changes the gradients; whether the stream was drawn from, and Σg² if it is needed."""
-        need = self.rule.need
-        squares = fused = None
-        if need.squares == "before" and active.grads:
-            if active.shards:  # merged over the ranks
-                squares = squares_of(active, self.backend)
-            else:  # by the update's own read
-                fused = squares = torch.empty(
-                    len(active.grads), dtype=torch.float64, device=finite.device
-                )
-        if act.pull is not None and grad_scale is not None:
-            act = act._replace(pull=act.pull * grad_scale.to(act.pull))
-        noise: Any = None
-        if act.noise_std is not None:
-            noise = need.noise or self.stream
-        drawn = noise is not None and need.noise is None
-        if drawn:
-            agree(self.stream, self.process_group)
-        act_on(
-            active,
-            act,
-            finite,
-            second=self.anchors,
-            noise=noise,
-            sq_norm=fused,
-            backend=self.backend,
-        )
-        if need.squares == "after" and active.grads:
-            squares = squares_of(active, self.backend)
-        if squares is not None and grad_scale is not None:
-            squares = squares / grad_scale.to(squares).square()
-        return drawn, squares
-
-    def _counts(self, finite: Tensor, squares: Tensor | None, found_inf: Tensor | None) -> Tensor:
-        """Whether the step counts: not if a GradScaler skips it, nor if a sum overflows."""
-        counts = finite
-        if squares is not None:
-            counts = counts & squares.isfinite().all()
-        if found_inf is not None:
-            counts = counts & (found_inf == 0).all().to(counts.device)
-        return counts
-
-    def _postpone(self, seen: Observed) -> Any:
-        """Decides about updates that are to come."""
-        device = self.modalities.device
-        tensors = Tensors((), len(self.modalities.names), device, None, None, self.backend)
-        decision = self._decide(seen, tensors, Clock(self.epoch, self._steps))
-        self._state.set(decision.state)
-        self._steps += 1
-        finite = torch.ones((), dtype=torch.bool, device=device)
-        stream = self.stream if self.rule.need.stats and self.modulating else None
-        if stream is not None:
-            agree(stream, self.process_group)
-        state = None if stream is None else stream.state.clone()
-        for update in self._updates:
-            update.decided = Decided(decision.report[0], stream, state, finite)
-        return self.rule.result(*decision.report, finite=finite)
-
-    def _tensors(self, active: Active, device: torch.device, stats: GradStats | None) -> Tensors:
-        whole = len(active.ids) == len(self.modalities.parameters)
-        place = None if whole else tuple(active.ids)
-        count = len(self.modalities.names)
-        return Tensors(active.modality, count, device, stats, place, self.backend)
-
     def _all_tensors(self) -> Tensors:
-        modalities = self.modalities
-        owner, count = tuple(modalities.modality), len(modalities.names)
-        return Tensors(owner, count, modalities.device, None, None, self.backend)
+        owner = tuple(self.modalities.modality)
+        device, count = self.modalities.device, len(self.modalities.names)
+        return Tensors(owner, count, device, None, None, self.backend)
 
     def _follow(self) -> None:
         """Moves state and stream to where the encoders are now."""
@@ -501,9 +326,7 @@ class GradientMethod(EpochWindow):
         """
         if self.apply_to != "update":
             raise ValueError(f'attach is for {self.name}(..., apply_to="update")')
-        if any(known.optimizer is optimizer for known in self._updates):
-            raise ValueError(f"this {type(optimizer).__name__} is attached already")
-        self._updates.append(ScaledUpdates(self.name, self.modalities, optimizer, self.backend))
+        self._updates.attach(optimizer)
 
     def detach(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves this optimizer's updates alone from now on, and frees the copy of the parameters.
@@ -511,11 +334,7 @@ class GradientMethod(EpochWindow):
         Raises:
             ValueError: it is not attached.
         """
-        found = [known for known in self._updates if known.optimizer is optimizer]
-        if not found:
-            raise ValueError(f"this {type(optimizer).__name__} is not attached")
-        found[0].remove()
-        self._updates.remove(found[0])
+        self._updates.detach(optimizer)
 
     # State ----------------------------------------------------------------------------------------
 
@@ -524,17 +343,12 @@ class GradientMethod(EpochWindow):
 
         As with an optimizer the tensors are the object's own: save them, or copy them.
         """
-        found: dict[str, Any] = {
-            "format": FORMAT,
-            "method": self.name,
-            "epoch": self.epoch if self._told else None,
-            "step": self._steps,
-            "stream": self.stream.state_dict(),
-            "state": dict(self._state),
-        }
+        stream = self.stream if self.rule.need.stream else None
+        anchors = None
         if self.anchors is not None:
-            found["anchors"] = self.anchors.state_dict(self.modalities)
-        return found
+            anchors = self.anchors.state_dict(self.modalities)
+        epoch = self.epoch if self._told else None
+        return saved_method(self.name, epoch, self._steps, self._state, stream, anchors)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -544,17 +358,15 @@ class GradientMethod(EpochWindow):
             ValueError: it is of another method or version, or an entry is missing or does not fit;
                 nothing has been changed then.
         """
-        others = ["anchors"] if self.anchors is not None else []
-        check_format(self.name, state_dict, ["epoch", "step", "stream", "state", *others])
-        self._state.check(state_dict["state"])
-        saved_state(state_dict["stream"])
+        stream = self.stream if self.rule.need.stream else None
+        check_saved(self.name, state_dict, self._state, stream, self.anchors is not None)
         if self.anchors is not None:
             self.anchors.load_state_dict(state_dict["anchors"], self.modalities)
         self._follow()
         self._state.load(state_dict["state"])
-        self.stream.load_state_dict(state_dict["stream"])
+        if stream is not None:
+            self.stream.load_state_dict(state_dict["stream"])
         epoch = state_dict["epoch"]
-        self._told = epoch is not None
-        self.epoch = 0 if epoch is None else int(epoch)
+        self._told, self.epoch = epoch is not None, int(epoch or 0)
         self._steps = int(state_dict["step"])
         self._forget()

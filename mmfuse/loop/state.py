@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..noise import NoiseStream, saved_state
+
 #: Of what `state_dict` returns; a state of another format is refused.
 FORMAT = 1
 
@@ -85,6 +87,39 @@ def check_format(method: str, saved: Mapping[str, Any], entries: Sequence[str]) 
     if named != method:
         raise ValueError(f"this is the state of {named}, not of {method}")
     _check_entries(method, saved, entries)
+
+
+def saved_method(
+    method: str,
+    epoch: int | None,
+    step: int,
+    state: State,
+    stream: NoiseStream | None,
+    anchors: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """A method's `state_dict`; None stands for what it does not have."""
+    found: dict[str, Any] = {"format": FORMAT, "method": method, "epoch": epoch, "step": step}
+    found["state"] = dict(state)
+    if stream is not None:
+        found["stream"] = stream.state_dict()
+    if anchors is not None:
+        found["anchors"] = anchors
+    return found
+
+
+def check_saved(
+    method: str, saved: Mapping[str, Any], state: State, stream: NoiseStream | None, anchored: bool
+) -> None:
+    """Checks all but the anchors of what `saved_method` has returned.
+
+    Raises:
+        ValueError: something is missing or does not fit.
+    """
+    others = ["anchors"] * anchored + ["stream"] * (stream is not None)
+    check_format(method, saved, ["epoch", "step", "state", *others])
+    state.check(saved["state"])
+    if stream is not None:
+        saved_state(saved["stream"])
 
 
 def _check_entries(method: str, saved: Mapping[str, Any], entries: Sequence[str]) -> None:

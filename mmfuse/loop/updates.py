@@ -144,6 +144,46 @@ class ScaledUpdates:
             stream.state[1].copy_(torch.maximum(stream.state[1], state[1] + moved))
 
 
+class AttachedOptimizers:
+    """The optimizers whose updates a method scales.
+
+    Args:
+        method: Its name, for error texts.
+        modalities: The encoders.
+        backend: Name of a backend; None for the best one.
+    """
+
+    def __init__(self, method: str, modalities: Modalities, backend: str | None) -> None:
+        self.method = method
+        self.modalities = modalities
+        self.backend = backend
+        self._known: list[ScaledUpdates] = []
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._known)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scales this optimizer's updates from now on; see `GradientMethod.attach`."""
+        if any(known.optimizer is optimizer for known in self._known):
+            raise ValueError(f"this {type(optimizer).__name__} is attached already")
+        made = ScaledUpdates(self.method, self.modalities, optimizer, self.backend)
+        self._known.append(made)
+
+    def detach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves this optimizer's updates alone from now on; see `GradientMethod.detach`."""
+        found = [known for known in self._known if known.optimizer is optimizer]
+        if not found:
+            raise ValueError(f"this {type(optimizer).__name__} is not attached")
+        found[0].remove()
+        self._known.remove(found[0])
+
+    def decide(self, decided: Decided | None) -> None:
+        """Says what is done to every optimizer's next update; None forgets it."""
+        for known in self._known:
+            known.decided = decided
+
+
 def _alike(kept: Tensor, part: Tensor) -> bool:
     """Whether a copy can hold the part; not where a model was moved or cast in between."""
     return (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device)

@@ -82,7 +82,12 @@ class RedRegRule(Stateless):
 
     result = RedRegResult
     need: ClassVar[Need] = Need(
-        inputs=("features", "inputs"), stats=True, anchors=True, draws=True, neutral=0.0
+        inputs=("features", "inputs"),
+        stats=True,
+        anchors=True,
+        stream=True,
+        draws=True,
+        neutral=0.0,
     )
 
     def __post_init__(self) -> None:

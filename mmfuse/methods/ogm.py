@@ -16,7 +16,7 @@ encoder's gradient scaled down by k_m; GE adds noise of the gradient's own stand
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,7 +92,12 @@ class OGMRule(Stateless):
     @property
     def need(self) -> Need:
         """Statistics of the gradients, for GE's noise."""
-        return Need(stats=bool(self.noise), noise=self.noise if callable(self.noise) else None)
+        made = self.noise if callable(self.noise) else None
+        return Need(stats=bool(self.noise), stream=True, noise=made)
+
+    def idle(self) -> OGMRule:
+        """Every coefficient is 1, and there is no noise: as many launches as OGM, none more."""
+        return replace(self, alpha=0.0, noise=False)
 
     def sense(self, batch: Batch) -> Sensed:
         """S_m."""

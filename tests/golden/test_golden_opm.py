@@ -130,7 +130,7 @@ def coefficients(ogm: mmfuse.OGM, result: mmfuse.OGMResult) -> Tensor:
     assert result.coefficients.tolist() == [1, 1]
     if ogm.epoch < ogm.starts:
         return result.coefficients
-    return mmfuse.ogm_coefficients(result.ratios, ogm.alpha, "cvpr")
+    return mmfuse.ogm_coefficients(result.ratios, ogm.rule.alpha, "cvpr")
 
 
 def of_encoders(golden: Golden) -> set[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cells import Cell
+from epochs import next_epoch
 from networks import AudioVisual, batch, start_third_epoch
 from no_sync import no_host_sync
 from replay import Captured
@@ -141,7 +142,7 @@ class WithRedReg(Training):
             stream=self.stream,
             backend=self.cell.backend,
         )
-        made.start_epoch()
+        next_epoch(made)
         return made
 
     def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:

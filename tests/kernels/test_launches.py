@@ -87,6 +87,7 @@ def test_a_step(gpu_like: Cell, noise: bool, formula: str, count: int) -> None:
     ogm = OGM(nets.encoders, noise=noise, formula=formula, ends=0, backend=gpu_like.backend)
     nets.backward()
     logits, labels = nets.logits, nets.labels
+    ogm.set_epoch(0)
 
     def step() -> None:
         ogm.step(logits, labels)

@@ -121,7 +121,8 @@ class BalanceMixin(_Base):  # type: ignore[misc]
                 f"'modality_logits', got {type(outputs).__name__}; return one, or override "
                 "balance_inputs"
             )
-        needed = [f"modality_{name}" for name in ("logits", *method.rule.need.inputs)]
+        more = method.rule.need.inputs
+        needed = [f"modality_{name}" for name in ("logits", *more)]
         for what, names, given in (("outputs", needed, outputs), ("inputs", ["labels"], inputs)):
             missing = [name for name in names if given.get(name) is None]
             if missing:
@@ -129,8 +130,10 @@ class BalanceMixin(_Base):  # type: ignore[misc]
                     f"{type(method).__name__} needs {missing} in the model's {what}, which have "
                     f"{list(given)}; add them, or override balance_inputs"
                 )
-        logits, *others = (outputs[name] for name in needed)
-        return (logits, inputs["labels"], *others)
+        others = (
+            [outputs.get(f"modality_{name}") for name in ("features", "inputs")] if more else []
+        )
+        return (outputs["modality_logits"], inputs["labels"], *others)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any

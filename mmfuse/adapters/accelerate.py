@@ -46,7 +46,8 @@ class Balance:
 
     Calls nothing but `observe` in a micro-batch that only accumulates, and `step` once before the
     optimizer's step, under DDP and FSDP2 after the gradients have been reduced. Epochs are yours:
-    call the method's ``set_epoch`` in each; in a resumed run after ``load_state``, also within one.
+    call the method's ``set_epoch`` in each. A run that is resumed within one calls it with the same
+    number after ``load_state``; another run with the same method calls ``begin`` before.
 
     With ``mixed_precision="fp16"`` the gradients are still scaled in `backward`: methods that mix
     parameters into gradients are given the scale. The scaler has not looked for an Inf yet, so that

@@ -57,7 +57,8 @@ class Balance(Callback):
     parallelism by those of all ranks. With a GradScaler the method gets to know whether the step
     will be skipped and, for fused optimizers, how the gradients are scaled still. Epochs are told
     to the method. Its state is saved in the Trainer's checkpoints; a resumed run goes on with the
-    same numbers, also within an epoch where the data loader does.
+    same numbers, also within an epoch where the data loader does. A second fit of the same module
+    keeps the method and what it has learned, and takes new anchors.
 
     With several optimizers (manual optimization) those that hold no parameter of an encoder are
     left alone. If the encoders are spread over several, all of their gradients are modulated

@@ -202,6 +202,7 @@ def test_updates_of_adamw_are_scaled(tmp_path: Path) -> None:
     kept = trainer.balance_method
     trainer.train()
     assert trainer.balance_method is kept
+    assert kept.epoch == 0
     assert not torch.equal(model.fc.weight, plain.fc.weight)
 
 
@@ -407,6 +408,9 @@ def test_a_checkpoint_of_something_else_is_not_taken_for_ones_own(tmp_path: Path
         return trainer
 
     with pytest.raises(ValueError, match=r"mmfuse.pt holds the state of OGM, not of InfoReg"):
+        resume(InfoReg)
+    torch.save({"method": "InfoReg", "epoch": 0, "state": {}}, checkpoint / "mmfuse.pt")
+    with pytest.raises(ValueError, match=r"state of InfoReg has no format number.* version"):
         resume(InfoReg)
     (checkpoint / "mmfuse.pt").unlink()
     with pytest.warns(RuntimeWarning, match=r"checkpoint-3 has no mmfuse.pt: InfoReg begins anew"):

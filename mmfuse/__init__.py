@@ -8,7 +8,9 @@ from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
 from .loop.scalars import ScalarLog, scalars_of
 from .methods.arm import ARM, ARMResult, sample_contributions
+from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
+from .methods.mlb import MLB, MLBResult
 from .methods.ogm import OGM, OGMResult, ogm_backward, ogm_coefficients
 from .methods.opm import OPM, OPMResult, drop_probabilities
 from .methods.redreg import RedReg, RedRegResult
@@ -17,6 +19,8 @@ from .ops import use_backend
 
 __all__ = [
     "ARM",
+    "METHODS",
+    "MLB",
     "OGM",
     "OPM",
     "ARMResult",
@@ -24,6 +28,7 @@ __all__ = [
     "GradientMethod",
     "InfoReg",
     "InfoRegResult",
+    "MLBResult",
     "NoiseStream",
     "OGMResult",
     "OPMResult",

@@ -34,6 +34,22 @@ ApplyTo = Literal["gradient", "update"]
 MakesNoise = Callable[[Tensor], Tensor]
 
 
+class Card(NamedTuple):
+    """What the catalogue says of a method, beside what its rule needs.
+
+    Attributes:
+        paper: Authors, place and year.
+        acts: Where it acts: on "gradient" or "feature".
+        official: The repository and the commit that `official()` follows.
+        golden: Whether numbers from the authors' code prove it.
+    """
+
+    paper: str
+    acts: Literal["gradient", "feature"]
+    official: str
+    golden: bool
+
+
 class Need(NamedTuple):
     """What a rule needs from the loop.
 

@@ -23,16 +23,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..loop.contract import Card
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group, mean_over_ranks
 from ..loop.state import in_backward
 from ..ops.joint_entropies import MAX_BINS, check_bins
 from ..ops.modality_scores import named_scores
 from ._arm_information import normalised_information
+from ._means import mean_of_others
 
 # Below it a contribution counts as this much, so that no weight is infinite or negative.
 _LEAST = 1e-6
@@ -90,6 +93,9 @@ class ARM(nn.Module):
         ValueError: a hyper-parameter is out of range.
     """
 
+    card: ClassVar[Card] = Card(
+        "Gao et al., AAAI 2025", "feature", "Gao-xiyuan/ARM at a96d0ad", golden=True
+    )
     average: Tensor
     average_weight: Tensor
 
@@ -245,24 +251,13 @@ def modality_contributions(
     Returns:
         [M, …]; may be negative.
     """
-    found: Tensor = fused_score * nmi + _mean_of_others(scores) * (nmi - ncmi)
+    found: Tensor = fused_score * nmi + mean_of_others(scores) * (nmi - ncmi)
     return found
 
 
 def modality_weights(contributions: Tensor) -> Tensor:
     """Mean over j ≠ m of P_j / P_m: [M] to [M]."""
-    return _mean_of_others(contributions) / contributions
-
-
-def _mean_of_others(values: Tensor) -> Tensor:
-    """Mean over the first dimension without the entry itself."""
-    count = len(values)
-    if count == 2:
-        return values.flip(0)
-    # Sums without the entry, not a difference from the whole sum, which would cancel.
-    others = 1 - torch.eye(count, dtype=values.dtype, device=values.device)
-    sums: Tensor = (others @ values.reshape(count, -1)).view_as(values)
-    return sums / (count - 1)
+    return mean_of_others(contributions) / contributions
 
 
 @torch.no_grad()
@@ -313,4 +308,4 @@ def sample_contributions(
     nmi, ncmi = normalised_information(rows, bins, conditional_bins, backend=backend)
     index = labels.to(torch.int64).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
     p = torch.stack([z.double().softmax(1).gather(1, index).squeeze(1) for z in rows])
-    return (p[-1] * nmi + p[:-1] * _mean_of_others(nmi - ncmi)).T.contiguous()
+    return (p[-1] * nmi + p[:-1] * mean_of_others(nmi - ncmi)).T.contiguous()

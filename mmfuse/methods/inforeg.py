@@ -29,7 +29,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..loop.contract import Act, Batch, Clock, Decision, Need, Sensed, State, Stateless, Tensors
+from ..loop.contract import (
+    Act,
+    Batch,
+    Card,
+    Clock,
+    Decision,
+    Need,
+    Sensed,
+    State,
+    Stateless,
+    Tensors,
+)
 from ..loop.gradients import Common, GradientMethod
 from ..loop.modalities import Encoder, Modalities
 from ..loop.ranks import Observed
@@ -219,6 +230,12 @@ class InfoReg(GradientMethod):
         ValueError: as `mmfuse.GradientMethod`, or a hyper-parameter is out of range.
     """
 
+    card: ClassVar[Card] = Card(
+        "Huang et al., CVPR 2025",
+        "gradient",
+        "GeWu-Lab/InfoReg_CVPR2025 at 939b2ed",
+        golden=True,
+    )
     rule: InfoRegRule
 
     def __init__(

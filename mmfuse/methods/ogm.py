@@ -17,12 +17,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..loop.contract import Act, Batch, Clock, Decision, Need, Sensed, State, Stateless, Tensors
+from ..loop.contract import (
+    Act,
+    Batch,
+    Card,
+    Clock,
+    Decision,
+    Need,
+    Sensed,
+    State,
+    Stateless,
+    Tensors,
+)
 from ..loop.gradients import Common, GradientMethod
 from ..loop.modalities import Encoder, Select
 from ..loop.ranks import Group, Observed
@@ -145,6 +157,12 @@ class OGM(GradientMethod):
         ValueError: as `mmfuse.GradientMethod`, or a hyper-parameter is out of range.
     """
 
+    card: ClassVar[Card] = Card(
+        "Peng et al., CVPR 2022; Wei et al., TPAMI 2024",
+        "gradient",
+        "GeWu-Lab/OGM-GE_CVPR2022 at 343dc1d",
+        golden=True,
+    )
     rule: OGMRule
 
     def __init__(

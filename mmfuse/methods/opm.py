@@ -20,15 +20,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..loop.contract import Card
 from ..loop.epochs import EpochWindow
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
-from ..loop.state import in_backward
+from ..loop.state import FORMAT, check_format, in_backward
 from ..noise import NoiseStream
 from ..ops._tensors import kept_tensor
 from ..ops.discrepancy_ratios import discrepancy_ratios
@@ -111,6 +112,9 @@ class OPM(EpochWindow, nn.Module):
         ValueError: a hyper-parameter is out of range.
     """
 
+    card: ClassVar[Card] = Card(
+        "Wei et al., TPAMI 2024", "feature", "GeWu-Lab/BML_TPAMI2024 at 4b3aa4f", golden=True
+    )
     q: Tensor
     noise_state: Tensor
 
@@ -342,12 +346,18 @@ class OPM(EpochWindow, nn.Module):
         return OPMResult(left, dropped.keep, q, None, None, rows)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The epoch, which is no tensor: reading it must not wait for the device."""
-        return {"epoch": self.epoch}
+        """Format and epoch, which is no tensor: reading it must not wait for the device."""
+        return {"format": FORMAT, "epoch": self.epoch if self._told else None}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Goes on in the epoch in which the state was taken."""
-        self.epoch = int(state["epoch"])
+        """Goes on in the epoch in which the state was taken.
+
+        Raises:
+            ValueError: the state is of another format.
+        """
+        check_format("OPM", state, ["epoch"])
+        epoch = state["epoch"]
+        self._told, self.epoch = epoch is not None, int(epoch or 0)
         self._agreed = False
 
     def extra_repr(self) -> str:

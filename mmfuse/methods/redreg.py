@@ -25,12 +25,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..loop.contract import Card
 from ..loop.gradients import Common, GradientMethod
 from ..loop.modalities import Encoder
 from ..loop.ranks import agree
@@ -96,6 +97,9 @@ class RedReg(GradientMethod):
         ValueError: as `mmfuse.GradientMethod`, or a hyper-parameter is out of range.
     """
 
+    card: ClassVar[Card] = Card(
+        "Yang et al., 2025", "gradient", "xia-zhe/RedReg at b620a46", golden=True
+    )
     rule: RedRegRule
 
     def __init__(

@@ -136,7 +136,8 @@ def update_grads(inputs: Inputs) -> list[Tensor]:
     for offset in (0, 1):
         for grads, params, anchors in _mirrors(inputs, sizes, offset):
             count = len(grads)
-            factors = [inputs.normal(count) for _ in range(3)]
+            # A scale below 1, so that no float16 overflows in the course of the updates.
+            factors = [inputs.normal(count).tanh(), inputs.normal(count), inputs.normal(count)]
             for beside in ((), (params,), (params, anchors)):
                 for with_noise in (False, True):
                     flag = torch.ones((), dtype=torch.bool, device=inputs.device)

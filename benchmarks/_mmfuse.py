@@ -243,7 +243,13 @@ def opm_training(i: TrainingInputs, backend: str) -> tuple[Tensor, ...]:
 
     def start() -> mmfuse.OPM:
         made = mmfuse.OPM.official(
-            Q_BASE, LAMBDA, p_exe=1.0, starts=0, stream=i.stream, backend=backend
+            Q_BASE,
+            LAMBDA,
+            p_exe=1.0,
+            theta_gradient=False,  # as in `_official_training.opm_training`
+            starts=0,
+            stream=i.stream,
+            backend=backend,
         )
         return made.to(i.device)
 

@@ -11,6 +11,7 @@ from .methods.arm import ARM, ARMResult, sample_contributions
 from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.mlb import MLB, MLBResult
+from .methods.mmpareto import MMPareto, MMParetoResult
 from .methods.ogm import OGM, OGMResult, ogm_backward, ogm_coefficients
 from .methods.opm import OPM, OPMResult, drop_probabilities
 from .methods.redreg import RedReg, RedRegResult
@@ -29,6 +30,8 @@ __all__ = [
     "InfoReg",
     "InfoRegResult",
     "MLBResult",
+    "MMPareto",
+    "MMParetoResult",
     "NoiseStream",
     "OGMResult",
     "OPMResult",

@@ -55,10 +55,11 @@ class Need(NamedTuple):
 
     Attributes:
         inputs: What `observe` and `step` must be given beside logits and labels.
-        stats: Whether `decide` gets `grad_stats` of every tensor, of gradient and displacement
-            where there are anchors.
-        anchors: Whether the loop keeps the parameters as they were at the start of the epoch, the
-            w₀ of `Act.pull`.
+        stats: Whether `decide` gets `grad_stats` of every tensor, of both lists if there are two.
+        second: The second list of tensors that `Act.pull` multiplies. "anchor" are displacements
+            w − w₀ from the parameters at the start of the epoch, which the loop keeps. "unimodal"
+            are gradients of the unimodal losses, while the first list has the joint loss's.
+        logits: Whether the rule senses logits and labels.
         squares: Whether `settle` gets each gradient's Σg², before the update or after it.
         stream: Whether noise is drawn from the stream, in `sense` or for `Act.noise_std`.
         noise: A callable that makes the noise of `Act.noise_std`; None for the stream.
@@ -69,16 +70,22 @@ class Need(NamedTuple):
 
     inputs: tuple[str, ...] = ()
     stats: bool = False
-    anchors: bool = False
+    second: Literal["anchor", "unimodal"] | None = None
+    logits: bool = True
     squares: Literal["before", "after"] | None = None
     stream: bool = False
     noise: MakesNoise | None = None
     draws: bool = False
     neutral: float = 1.0
 
+    @property
+    def anchors(self) -> bool:
+        """Whether the second list is of displacements."""
+        return self.second == "anchor"
+
 
 class Act(NamedTuple):
-    """What becomes of each tensor's gradient: g ← scale·g + pull·(w − w₀) + noise_std·N(0, 1).
+    """What becomes of each tensor's gradient: g ← scale·g + pull·second + noise_std·N(0, 1).
 
     [T] each, on the gradients' device; None leaves the term out, or the gradient its size.
     """
@@ -279,7 +286,7 @@ def check_fits(method: str, need: Need, apply_to: str, anchored: bool, streamed:
     """
     if apply_to not in ("gradient", "update"):
         raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
-    if apply_to == "update" and (need.anchors or need.squares):
+    if apply_to == "update" and (need.second or need.squares):
         raise ValueError(f'{method} acts on gradients only; use apply_to="gradient"')
     if apply_to == "update" and need.noise is not None:
         raise ValueError('noise from a callable is for gradients; use apply_to="gradient"')

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import operator
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .state import FORMAT, check_format
 
 
 class EpochWindow:
@@ -14,6 +19,7 @@ class EpochWindow:
     epoch: int
     # Whether `set_epoch` has been called in this run.
     _told: bool
+    _warned: bool
 
     def _set_window(self, starts: int, ends: int | None) -> None:
         """Begins in epoch 0.
@@ -27,6 +33,7 @@ class EpochWindow:
         self.ends = ends
         self.epoch = 0
         self._told = False
+        self._warned = False
 
     @property
     def modulating(self) -> bool:
@@ -53,3 +60,24 @@ class EpochWindow:
         """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number."""
         self.epoch = 0
         self._told = False
+
+    def _warn_if_untold(self, method: str) -> None:
+        """Warns once where a window was given, but no epoch."""
+        if self._told or self._warned or (self.ends is None and self.starts == 0):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{method} was made with starts={self.starts}, ends={self.ends}, but set_epoch was "
+            "never called: every epoch counts as the first; call set_epoch(epoch) in each",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _extra_state(self) -> dict[str, Any]:
+        """Of a module: what is no buffer."""
+        return {"format": FORMAT, "epoch": self.epoch if self._told else None}
+
+    def _set_extra_state(self, method: str, state: Mapping[str, Any]) -> None:
+        check_format(method, state, ["epoch"])
+        epoch = state["epoch"]
+        self._told, self.epoch = epoch is not None, int(epoch or 0)

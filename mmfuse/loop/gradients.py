@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
@@ -13,11 +12,12 @@ from ..noise import NoiseStream
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
 from .epochs import EpochWindow
-from .modalities import Active, Encoder, Modalities, Select
-from .ranks import Group
+from .modalities import Active, Encoder, Modalities, Select, check_names
+from .ranks import NOTHING, Group
 from .sense import Senses
 from .stage import take_step
 from .state import State, check_saved, saved_method
+from .two_gradients import checked_losses, two_gradients
 from .updates import AttachedOptimizers
 
 
@@ -109,7 +109,6 @@ class GradientMethod(EpochWindow):
         self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
         self.stream = stream or self._new_stream()
         self._updates = AttachedOptimizers(self.name, self.modalities, backend)
-        self._warned = False
         self._steps = 0
         self._adopt(rule)
 
@@ -184,6 +183,7 @@ class GradientMethod(EpochWindow):
             TypeError: logits or labels have an unsupported type, or something is missing.
             ValueError: names, shapes or labels do not fit.
         """
+        self._check_one_list()
         self._check_told()
         sensed = self._sense(logits, labels, features, inputs)
         self._senses.add(self._state, sensed, labels)
@@ -198,11 +198,12 @@ class GradientMethod(EpochWindow):
     def backward(
         self,
         loss: Tensor,
-        logits: Mapping[str, Tensor],
-        labels: Tensor,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         *,
+        unimodal_losses: Mapping[str, Tensor] | None = None,
         retain_graph: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
@@ -215,15 +216,29 @@ class GradientMethod(EpochWindow):
             labels: See there.
             features: See there.
             inputs: See there.
+            unimodal_losses: Name → scalar loss of each modality alone, for methods that compare its
+                gradient with the joint loss's; `loss` is then the joint one alone. Others ignore
+                them. With several ranks the model must be in DistributedDataParallel or FSDP2.
             retain_graph: As for ``loss.backward``.
             grad_scale: See there.
             found_inf: See there.
         """
         self._check_ready()
-        sensed = self._sense(logits, labels, features, inputs)
-        loss.backward(retain_graph=retain_graph)
-        seen = self._senses.take(self._state, sensed, labels)
-        return take_step(self, seen, self._active(), grad_scale, found_inf)
+        need = self.rule.need
+        if need.second != "unimodal":
+            if logits is None:
+                raise TypeError(f"{self.name}.backward needs logits and labels")
+            sensed = self._sense(logits, labels, features, inputs)
+            loss.backward(retain_graph=retain_graph)
+            seen = self._senses.take(self._state, sensed, labels)
+            return take_step(self, seen, self._active(), grad_scale, found_inf)
+        if unimodal_losses is None:
+            raise TypeError(f"{self.name}.backward needs unimodal_losses, one for each modality")
+        check_names("unimodal_losses", unimodal_losses, self.modalities.names, "encoders")
+        losses = checked_losses(self.modalities.names, unimodal_losses)
+        group = self.process_group
+        unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
+        return take_step(self, NOTHING, self._active(), grad_scale, found_inf, unimodal)
 
     def step(
         self,
@@ -262,11 +277,19 @@ class GradientMethod(EpochWindow):
             ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
                 device since `set_epoch`. Nothing has been changed then.
         """
+        self._check_one_list()
         self._check_ready()
         active = self._active()
         sensed = None if logits is None else self._sense(logits, labels, features, inputs)
         seen = self._senses.take(self._state, sensed, labels)
         return take_step(self, seen, active, grad_scale, found_inf)
+
+    def _check_one_list(self) -> None:
+        if self.rule.need.second == "unimodal":
+            raise TypeError(
+                f"{self.name} needs two gradients of each encoder: call {self.name}.backward(loss, "
+                "unimodal_losses=...) in place of loss.backward()"
+            )
 
     def _check_ready(self) -> None:
         self._check_told()
@@ -282,14 +305,7 @@ class GradientMethod(EpochWindow):
                 f"{self.name}: call set_epoch(epoch) first, in every epoch; it copies the "
                 "parameters that gradients are compared with"
             )
-        if not self._warned and (self.ends is not None or self.starts > 0):
-            self._warned = True
-            warnings.warn(
-                f"{self.name} was made with starts={self.starts}, ends={self.ends}, but set_epoch "
-                "was never called: every epoch counts as the first; call set_epoch(epoch) in each",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        self._warn_if_untold(self.name)
 
     def _active(self) -> Active | None:
         """The gradients; None if updates are changed. Its errors come before anything changes."""
@@ -324,6 +340,9 @@ class GradientMethod(EpochWindow):
             ValueError: ``apply_to`` is "gradient", or the optimizer has no parameter of the
                 encoders, or is attached already.
         """
+        need = self.rule.need
+        if need.second is not None or need.squares is not None:
+            raise ValueError(f"{self.name} acts on gradients only; there is nothing to attach")
         if self.apply_to != "update":
             raise ValueError(f'attach is for {self.name}(..., apply_to="update")')
         self._updates.attach(optimizer)

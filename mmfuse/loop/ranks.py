@@ -86,6 +86,10 @@ class Observed:
         return self._count
 
 
+#: For rules that sense nothing.
+NOTHING = Observed(torch.empty(0), None, None, None)
+
+
 class Observations:
     """Collects what the micro-batches of a step have seen, until the step takes it.
 

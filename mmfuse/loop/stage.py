@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .act import carry_out, stats_of
+from .act import Second, carry_out, stats_of
 from .contract import Act, Clock, Decision, Tensors
 from .modalities import Active
 from .ranks import Observed, agree
+from .shards import local_part
 from .updates import Decided
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ def take_step(
     active: Active | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
+    unimodal: Sequence[Tensor | None] | None = None,
 ) -> Any:
     """Changes the gradients, or decides about the updates to come; the rule's result.
 
@@ -33,6 +36,7 @@ def take_step(
         active: The gradients; None if updates are changed.
         grad_scale: As in `GradientMethod.step`.
         found_inf: As there.
+        unimodal: The gradient of the unimodal losses for every parameter of the encoders.
     """
     method._follow()
     if active is None:
@@ -41,9 +45,10 @@ def take_step(
     need, modalities = rule.need, method.modalities
     device = active.grads[0].device if active.grads else modalities.device
     finite = torch.ones((), dtype=torch.bool, device=device)
+    second = method.anchors if unimodal is None else _second(active, unimodal)
     stats = None
     if need.stats and method.modulating and active.grads:
-        stats = stats_of(active, method.anchors, grad_scale, backend)
+        stats = stats_of(active, second, grad_scale, backend)
     place = None if len(active.ids) == len(modalities.parameters) else tuple(active.ids)
     count = len(modalities.names)
     tensors = Tensors(active.modality, count, device, stats, place, backend)
@@ -56,7 +61,7 @@ def take_step(
         decision.act,
         finite,
         need=need,
-        anchors=method.anchors,
+        second=second,
         stream=stream,
         grad_scale=grad_scale,
         backend=backend,
@@ -77,6 +82,15 @@ def take_step(
     if drawn or need.draws:
         stream.advance(counts)
     return rule.result(*decision.report, finite=finite)
+
+
+def _second(active: Active, unimodal: Sequence[Tensor | None]) -> Second:
+    """The unimodal gradients of the active tensors; zero where there are none."""
+    found = []
+    for i, grad in zip(active.ids, active.grads, strict=True):
+        given = unimodal[i]
+        found.append(torch.zeros_like(grad) if given is None else local_part(given))
+    return Second(found)
 
 
 def _decide(method: GradientMethod, seen: Observed, tensors: Tensors) -> Decision:

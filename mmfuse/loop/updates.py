@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..noise import NoiseStream
 from ..ops import grad_stats
-from .act import act_on
+from .act import Second, act_on
 from .contract import Act
 from .modalities import Modalities, per_tensor
 
@@ -136,7 +136,8 @@ class ScaledUpdates:
             if held.shards:  # what another rank's part holds shows in the sum alone
                 finite.logical_and_(stats.m2.isfinite().all().to(finite.device))
         act = Act(pull=pull, noise_std=std)
-        act_on(held, act, finite, second=before, noise=noise, backend=self.backend)
+        second = Second(held.params, before)
+        act_on(held, act, finite, second=second, noise=noise, backend=self.backend)
         if stream is not None and state is not None and std is not None:
             # A step that the optimizer has skipped has moved nothing: it gets no noise either.
             moved = (std > 0).any().to(finite.device) & finite

@@ -84,7 +84,7 @@ class RedRegRule(Stateless):
     need: ClassVar[Need] = Need(
         inputs=("features", "inputs"),
         stats=True,
-        anchors=True,
+        second="anchor",
         stream=True,
         draws=True,
         neutral=0.0,

@@ -87,7 +87,7 @@ class InfoRegRule(Stateless):
     threshold: float = 0.04
 
     result = InfoRegResult
-    need: ClassVar[Need] = Need(anchors=True, squares="before", neutral=0.0)
+    need: ClassVar[Need] = Need(second="anchor", squares="before", neutral=0.0)
     #: Epochs whose traces are kept.
     history: ClassVar[int] = 2
 

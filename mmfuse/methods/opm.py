@@ -29,7 +29,7 @@ from ..loop.contract import Card
 from ..loop.epochs import EpochWindow
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
-from ..loop.state import FORMAT, check_format, in_backward
+from ..loop.state import in_backward
 from ..noise import NoiseStream
 from ..ops._tensors import kept_tensor
 from ..ops.discrepancy_ratios import discrepancy_ratios
@@ -156,7 +156,7 @@ class OPM(EpochWindow, nn.Module):
         lam: float = 0.5,
         p_exe: float = 0.7,
         *,
-        theta_gradient: bool = False,
+        theta_gradient: bool = True,
         num_modalities: int = 2,
         starts: int = 6,
         process_group: Group = None,
@@ -174,7 +174,7 @@ class OPM(EpochWindow, nn.Module):
         The released code's division has a backward pass of its own, which passes θ itself back to
         θ, and from there to the features through their scores: the gradient of an additional loss
         θ²/2, whatever the loss is scaled by. It has been seen to change an encoder's gradient by a
-        tenth. With ``theta_gradient=True`` the features get it too; the head does not.
+        tenth. The features get it as well, the head does not.
 
         Args:
             q_base: As in `OPM`.
@@ -245,6 +245,7 @@ class OPM(EpochWindow, nn.Module):
             )
         if logits is None or labels is None:
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
+        self._warn_if_untold("OPM")
         scores, ratios = self._sense(names, values, logits, labels)
         current = drop_probabilities(ratios, self.q_base, self.lam).to(self.q)
         with torch.no_grad():
@@ -347,7 +348,7 @@ class OPM(EpochWindow, nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Format and epoch, which is no tensor: reading it must not wait for the device."""
-        return {"format": FORMAT, "epoch": self.epoch if self._told else None}
+        return self._extra_state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Goes on in the epoch in which the state was taken.
@@ -355,9 +356,7 @@ class OPM(EpochWindow, nn.Module):
         Raises:
             ValueError: the state is of another format.
         """
-        check_format("OPM", state, ["epoch"])
-        epoch = state["epoch"]
-        self._told, self.epoch = epoch is not None, int(epoch or 0)
+        self._set_extra_state("OPM", state)
         self._agreed = False
 
     def extra_repr(self) -> str:

@@ -307,7 +307,7 @@ def test_evaluation_and_label_smoothing_leave_the_method_alone(tmp_path: Path) -
     before = copy.deepcopy(trainer.balance_method.state_dict())
     assert before["stream"]["state"].tolist() == [3, 5]  # the seed, and a step for each batch
     assert trainer.evaluate()["eval_loss"] > 0
-    assert not trainer.balance_method._observations
+    assert not trainer.balance_method._senses._observations
     assert torch.equal(trainer.balance_method.state_dict()["stream"]["state"][1], torch.tensor(5))
 
 
@@ -416,7 +416,7 @@ def test_a_checkpoint_of_something_else_is_not_taken_for_ones_own(tmp_path: Path
     with pytest.warns(RuntimeWarning, match=r"checkpoint-3 has no mmfuse.pt: InfoReg begins anew"):
         trainer = resume(InfoReg)
     assert trainer.state.global_step == 5
-    assert trainer.balance_method.state_dict()["step"] == 2  # of the epoch's five
+    assert trainer.balance_method._state["steps"] == 2  # of the epoch's five
 
 
 def test_an_import_without_the_libraries_says_what_to_install(

@@ -310,7 +310,7 @@ def test_opm_as_released_copies_nothing_from_the_host() -> None:
     features = {"audio": torch.randn(6, 2, 5), "visual": torch.randn(6, 3)}
     logits = {name: torch.randn(6, 4) for name in features}
     labels = torch.randint(0, 4, (6,))
-    opm = OPM.official(stream=NoiseStream(3))
+    opm = OPM.official(stream=NoiseStream(3), starts=0)
     opm(features, logits, labels)
     Captured(lambda: opm(features, logits, labels), "cpu")
 

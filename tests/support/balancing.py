@@ -18,7 +18,8 @@ def ogm_ge(encoders: Encoders, **changes: Any) -> OGM:
 
 
 def inforeg(encoders: Encoders, **changes: Any) -> InfoReg:
-    # The window is open from the third epoch on.
+    # The window is open from the third epoch on. It draws no random numbers.
+    changes.pop("stream", None)
     return InfoReg(encoders, **{"threshold": -1e9, **changes})
 
 

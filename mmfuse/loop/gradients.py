@@ -163,6 +163,7 @@ class GradientMethod(EpochWindow):
 
     # Sense ----------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def observe(
         self,
         logits: Mapping[str, Tensor],
@@ -188,7 +189,6 @@ class GradientMethod(EpochWindow):
         sensed = self._sense(logits, labels, features, inputs)
         self._senses.add(self._state, sensed, labels)
 
-    @torch.no_grad()
     def _sense(self, *given: Any) -> Sensed:
         self._follow()
         return self._senses(self._state, self.stream, Clock(self.epoch, self._steps), *given)
@@ -228,18 +228,22 @@ class GradientMethod(EpochWindow):
         if need.second != "unimodal":
             if logits is None:
                 raise TypeError(f"{self.name}.backward needs logits and labels")
-            sensed = self._sense(logits, labels, features, inputs)
+            with torch.no_grad():
+                sensed = self._sense(logits, labels, features, inputs)
             loss.backward(retain_graph=retain_graph)
-            seen = self._senses.take(self._state, sensed, labels)
-            return take_step(self, seen, self._active(), grad_scale, found_inf)
+            with torch.no_grad():
+                seen = self._senses.take(self._state, sensed, labels)
+                return take_step(self, seen, self._active(), grad_scale, found_inf)
         if unimodal_losses is None:
             raise TypeError(f"{self.name}.backward needs unimodal_losses, one for each modality")
         check_names("unimodal_losses", unimodal_losses, self.modalities.names, "encoders")
         losses = checked_losses(self.modalities.names, unimodal_losses)
         group = self.process_group
         unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
-        return take_step(self, NOTHING, self._active(), grad_scale, found_inf, unimodal)
+        with torch.no_grad():
+            return take_step(self, NOTHING, self._active(), grad_scale, found_inf, unimodal)
 
+    @torch.no_grad()
     def step(
         self,
         logits: Mapping[str, Tensor] | None = None,

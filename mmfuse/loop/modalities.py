@@ -209,7 +209,7 @@ class Modalities:
         return self._parts(mine, mine, ids)
 
     def _parts(self, params: list[Tensor], grads: list[Tensor], ids: list[int]) -> Active:
-        modality = tuple(self.modality[i] for i in ids)
+        modality = tuple([self.modality[i] for i in ids])
         if not self._sharded:
             return Active(params, grads, ids, modality, [])
         shards = [self._place(i) for i in ids]

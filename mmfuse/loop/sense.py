@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
@@ -73,7 +72,6 @@ class Senses:
         )
         return self._rule.sense(batch)
 
-    @torch.no_grad()
     def add(self, state: State, sensed: Sensed, labels: Tensor) -> None:
         """Keeps a micro-batch for the step."""
         self._observations.add(sensed.means, labels, self._rule.sums(sensed, state))

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from .gradients import GradientMethod
 
 
-@torch.no_grad()
 def take_step(
     method: GradientMethod,
     seen: Observed,
@@ -28,7 +27,9 @@ def take_step(
     found_inf: Tensor | None,
     unimodal: Sequence[Tensor | None] | None = None,
 ) -> Any:
-    """Changes the gradients, or decides about the updates to come; the rule's result.
+    """Changes the gradients, or decides about updates to come; called without autograd.
+
+    Returns the rule's result.
 
     Args:
         method: The method.

@@ -149,7 +149,8 @@ def contiguous_layout(
             in another memory format (channels_last) can be read in storage order.
     """
     rows = [row for row in (grads, params, anchors) if row]
-    if all(t.is_contiguous() for row in rows for t in row):
+    # A list, not a generator: that would enter and leave a frame for each tensor.
+    if False not in [t.is_contiguous() for row in rows for t in row]:
         return Layout(list(grads), list(params), list(anchors), [])
     out: list[list[Tensor]] = [[], [], []]
     copied = []

@@ -116,7 +116,7 @@ def update_grads_(
                 sq_norm.index_copy_(0, at, squares.to(sq_norm.device))
         return
     device = next(iter(groups))
-    wide = any(g.dtype == torch.float64 for g in grads)
+    wide = torch.float64 in {g.dtype for g in grads}
     dtype = torch.float64 if wide else torch.float32
     layout = contiguous_layout(grads, params, anchors, any_order=noise_std is None)
     flag = finite.to(device) if finite is not None else None

@@ -38,7 +38,8 @@ cat "$out"/*.log | c++filt | awk '
     name = $0; sub(/.*entry function \x27(void )?/, "", name); sub(/\x27 for .*/, "", name)
     gsub(/mmfuse::cuda::|\(anonymous namespace\)::/, "", name)
     gsub(/\(Anchors\)0/, "none", name); gsub(/\(Anchors\)1/, "same", name)
-    gsub(/\(Anchors\)2/, "mixed", name); sub(/>\(.*/, ">", name); sub(/\(.*/, "", name)
+    gsub(/\(Anchors\)2/, "mixed", name); gsub(/\(Anchors\)3/, "zero", name)
+    sub(/>\(.*/, ">", name); sub(/\(.*/, "", name)
     if (!(name in seen)) { seen[name] = 1; order[++count] = name }
   }
   /bytes stack frame/ {

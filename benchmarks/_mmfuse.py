@@ -243,7 +243,13 @@ def opm_training(i: TrainingInputs, backend: str) -> tuple[Tensor, ...]:
 
     def start() -> mmfuse.OPM:
         made = mmfuse.OPM.official(
-            Q_BASE, LAMBDA, p_exe=1.0, starts=0, stream=i.stream, backend=backend
+            Q_BASE,
+            LAMBDA,
+            p_exe=1.0,
+            theta_gradient=False,  # as in `_official_training.opm_training`
+            starts=0,
+            stream=i.stream,
+            backend=backend,
         )
         return made.to(i.device)
 
@@ -277,7 +283,7 @@ def inforeg_training(i: TrainingInputs, backend: str) -> None:
     def start() -> mmfuse.InfoReg:
         method = mmfuse.InfoReg.official(i.model.encoders, backend=backend)
         with i.at_start():
-            method.start_epoch()
+            method.set_epoch(0)
         return method
 
     method = i.cached(("InfoReg", backend), start)
@@ -300,7 +306,7 @@ def redreg_training(i: TrainingInputs, backend: str) -> None:
             backend=backend,
         )
         with i.at_start():
-            method.start_epoch()
+            method.set_epoch(0)
         return method
 
     method = i.cached(("RedReg", backend), start)

@@ -39,7 +39,7 @@ def training(i: TrainingInputs, monitor_every: int | None, backend: str | None) 
         method = mmfuse.RedReg(
             model.encoders, epochs=EPOCHS, monitor_every=monitor_every, backend=backend
         )
-        method.start_epoch()
+        method.set_epoch(0)
 
     def turn() -> None:
         for _ in range(STEPS):

@@ -180,7 +180,7 @@ def make_method(name: str, encoders: Mapping[str, nn.Module]) -> Any:
     if name in ("ogm", "ogm-ge"):
         return mmfuse.OGM(encoders, noise=name == "ogm-ge")
     method = mmfuse.InfoReg(encoders) if name == "inforeg" else mmfuse.RedReg(encoders)
-    method.start_epoch()
+    method.set_epoch(0)
     return method
 
 

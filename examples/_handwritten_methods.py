@@ -58,11 +58,8 @@ class Joint:
     def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
         self.model = model
 
-    def start_epoch(self) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Called before the first step of an epoch."""
-
-    def end_epoch(self) -> None:
-        """Called after the last step of an epoch."""
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record | None:
         """Leaves the gradients in the model."""
@@ -104,13 +101,9 @@ class Regulated(Joint):
         super().__init__(model, seed, args)
         self.inforeg = mmfuse.InfoReg(dict(model.encoders), backend=args.backend)
 
-    def start_epoch(self) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Copies the encoders."""
-        self.inforeg.start_epoch()
-
-    def end_epoch(self) -> None:
-        """Keeps the epoch's Fisher trace."""
-        self.inforeg.end_epoch()
+        self.inforeg.set_epoch(epoch)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
         """Leaves the regulated gradients in the model."""
@@ -131,9 +124,9 @@ class RedundancyRegulated(Joint):
             dict(model.encoders), epochs=args.epochs, stream=stream, backend=args.backend
         )
 
-    def start_epoch(self) -> None:
+    def set_epoch(self, epoch: int) -> None:
         """Copies the encoders."""
-        self.redreg.start_epoch()
+        self.redreg.set_epoch(epoch)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
         """Leaves the regulated gradients in the model."""

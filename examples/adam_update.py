@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ class Follower:
             p.data.copy_(w)
             p.grad = g.clone()
         # The first view is infinitely far ahead: rho - 1 has the tanh 1, and k = 1 - alpha.
-        self.ogm.alpha = 1.0 - k
+        self.ogm.rule = replace(self.ogm.rule, alpha=1.0 - k)
         sure = torch.tensor([[100.0, 0.0]], dtype=torch.float64)
         logits = {VIEWS[0]: sure, VIEWS[1]: sure.flip(1)}
         self.ogm.step(logits, torch.tensor([0]))

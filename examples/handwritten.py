@@ -84,10 +84,9 @@ class Run:
     def train(self, progress: tqdm) -> Record:
         """Trains for `--epochs`; returns the records of all steps, each [steps, M]."""
         records = []
-        for _ in range(self.args.epochs):
-            self.backward.start_epoch()
+        for epoch in range(self.args.epochs):
+            self.backward.set_epoch(epoch)
             records += [self.step(*batch, record=True) for batch in self.batches()]
-            self.backward.end_epoch()
             progress.update()
         return Record(*(torch.stack(column).cpu() for column in zip(*records, strict=True)))
 
@@ -160,14 +159,13 @@ def steps_per_second(data: Split, args: argparse.Namespace) -> dict[str, float]:
     runs = {method: Run(method, data, 0, args) for method in args.methods}
     batches = {method: run.batches() for method, run in runs.items()}
     speeds: dict[str, list[float]] = {method: [] for method in runs}
-    for _ in range(3 if args.quick else SPEED_ROUNDS):
+    for epoch in range(3 if args.quick else SPEED_ROUNDS):
         for method, run in runs.items():
             synchronize(args.device)
             started = time.perf_counter()
-            run.backward.start_epoch()
+            run.backward.set_epoch(epoch)
             for i in range(SPEED_STEPS):
                 run.step(*batches[method][i % len(batches[method])])
-            run.backward.end_epoch()
             synchronize(args.device)
             speeds[method].append(SPEED_STEPS / (time.perf_counter() - started))
     return {method: statistics.median(values[1:]) for method, values in speeds.items()}

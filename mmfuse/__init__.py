@@ -2,12 +2,16 @@
 
 from . import amp, ops
 from ._version import __version__
+from .loop.gradients import GradientMethod
 from .loop.heads import unimodal_logits
 from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
 from .loop.scalars import ScalarLog, scalars_of
 from .methods.arm import ARM, ARMResult, sample_contributions
+from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
+from .methods.mlb import MLB, MLBResult
+from .methods.mmpareto import MMPareto, MMParetoResult
 from .methods.ogm import OGM, OGMResult, ogm_backward, ogm_coefficients
 from .methods.opm import OPM, OPMResult, drop_probabilities
 from .methods.redreg import RedReg, RedRegResult
@@ -16,12 +20,18 @@ from .ops import use_backend
 
 __all__ = [
     "ARM",
+    "METHODS",
+    "MLB",
     "OGM",
     "OPM",
     "ARMResult",
     "ContributionSampler",
+    "GradientMethod",
     "InfoReg",
     "InfoRegResult",
+    "MLBResult",
+    "MMPareto",
+    "MMParetoResult",
     "NoiseStream",
     "OGMResult",
     "OPMResult",

@@ -88,9 +88,9 @@ class NoiseStream:
         """
         if offsets is not None and len(offsets) != len(ids):
             raise ValueError(f"{len(ids)} ids but {len(offsets)} offsets")
-        if not all(0 <= i < 2**32 for i in ids):
+        if ids and not 0 <= min(ids) <= max(ids) < 2**32:
             raise ValueError("every stream id must be in [0, 2**32)")
-        if offsets is not None and any(o < 0 for o in offsets):
+        if offsets and min(offsets) < 0:
             raise ValueError("offsets must not be negative")
         placed = NoiseStream.__new__(NoiseStream)
         placed.state = self.state

@@ -1,9 +1,9 @@
-"""The released code of five methods: its sequence of PyTorch calls, in our own words.
+"""The released code of seven methods: its sequence of PyTorch calls, in our own words.
 
 Quirks are kept, with the Python loops, the reads of device values on the host, the new tensors and
 the backward passes that only a log looks at: tests compare `official()` with these numbers, and
 benchmarks measure these calls. TensorBoard, running losses and what else costs a step nothing is
-left out. Two modalities, found by their names, as there.
+left out. Two modalities, for MLB also three, found by their names, as there.
 
 | module | method | repository | commit |
 |---|---|---|---|
@@ -12,6 +12,8 @@ left out. Two modalities, found by their names, as there.
 | `inforeg` | InfoReg (CVPR 2025), both releases | GeWu-Lab/InfoReg_CVPR2025 | 939b2ed, b7524f8 |
 | `redreg` | RedReg (2025) | xia-zhe/RedReg | b620a46 |
 | `arm` | ARM (AAAI 2025) | Gao-xiyuan/ARM | a96d0ad |
+| `mlb` | MLB (BMVC 2024) | kkontras/MLB | 357b5ce |
+| `mmpareto` | MMPareto (ICML 2024) | GeWu-Lab/MMPareto_ICML2024 | a339db3 |
 
 `tests/golden/test_released_*.py` replay what the authors' own code has computed. Nothing here is
 installed with mmfuse, and nothing here imports it.

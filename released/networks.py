@@ -12,15 +12,16 @@ class Network(Protocol):
     """Two encoders and a head on both features.
 
     Names of parameters begin with what contains "audio" or "visual"; those of heads contain "head"
-    or neither. RedReg and the first release of InfoReg also want `head_audio` and `head_visual`,
-    ARM `neck` and `fc_out`.
+    or neither. RedReg, MMPareto and the first release of InfoReg also want `head_audio` and
+    `head_visual`; so does MLB, which asks for no joint head, and for a third encoder, of text, it
+    wants `head_text`; ARM `neck` and `fc_out`.
     """
 
     audio_net: nn.Module
     visual_net: nn.Module
     fc: nn.Linear
 
-    def features(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """One vector a sample from each encoder."""
 
     def __call__(self, audio: Tensor, visual: Tensor) -> tuple[Tensor, Tensor, Tensor]:

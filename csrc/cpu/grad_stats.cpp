@@ -10,12 +10,12 @@ namespace mmfuse::cpu {
 namespace {
 
 template <typename out_t>
-void write_moments(const std::vector<Moments<double>>& moments, bool anchored, out_t* out) {
+void write_moments(const std::vector<Moments<double>>& moments, bool displaced, out_t* out) {
   const size_t count = moments.size();
   for (size_t t = 0; t < count; ++t) {
     out[t] = static_cast<out_t>(moments[t].mean);
     out[count + t] = static_cast<out_t>(moments[t].m2);
-    if (!anchored) continue;
+    if (!displaced) continue;
     out[2 * count + t] = static_cast<out_t>(moments[t].dot);
     out[3 * count + t] = static_cast<out_t>(moments[t].disp_sq);
   }
@@ -46,10 +46,8 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   check_contiguous(grads, "gradients");
   check_contiguous(params, "parameters");
   check_contiguous(anchors, "anchors");
-  STD_TORCH_CHECK(params.size() == anchors.size(), "mmfuse: params need as many anchors");
-  const bool anchored = !params.empty();
-  STD_TORCH_CHECK(!anchored || params.size() == grads.size(),
-                  "mmfuse: params must be empty or match grads");
+  check_pairs(grads, params, anchors);
+  const bool displaced = !params.empty();
 
   const int64_t count = static_cast<int64_t>(grads.size());
   std::vector<StatsSlice> tensors(grads.size());
@@ -59,24 +57,25 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
     slice.grad_dtype = dtype_of(grads[t]);
     slice.grad = grads[t].const_data_ptr();
     slice.size = grads[t].numel();
-    if (!anchored) continue;
+    if (!displaced) continue;
     slice.param_dtype = dtype_of(params[t]);
-    slice.anchor_dtype = dtype_of(anchors[t]);
     slice.param = params[t].const_data_ptr();
+    if (anchors.empty()) continue;
+    slice.anchor_dtype = dtype_of(anchors[t]);
     slice.anchor = anchors[t].const_data_ptr();
   }
   const std::vector<Moments<double>> moments = all_moments(tensors);
 
   const ScalarType dtype = result_type(grads);
   Tensor numel = empty_on_cpu({count}, ScalarType::Long);
-  Tensor out = empty_on_cpu({anchored ? 4 : 2, count}, dtype);
+  Tensor out = empty_on_cpu({displaced ? 4 : 2, count}, dtype);
   for (size_t t = 0; t < grads.size(); ++t) {
     static_cast<int64_t*>(numel.mutable_data_ptr())[t] = tensors[t].size;
   }
   if (dtype == ScalarType::Double) {
-    write_moments(moments, anchored, static_cast<double*>(out.mutable_data_ptr()));
+    write_moments(moments, displaced, static_cast<double*>(out.mutable_data_ptr()));
   } else {
-    write_moments(moments, anchored, static_cast<float*>(out.mutable_data_ptr()));
+    write_moments(moments, displaced, static_cast<float*>(out.mutable_data_ptr()));
   }
   return {numel, out};
 }

@@ -6,7 +6,8 @@
 
 namespace mmfuse::cpu {
 
-// A stretch of one tensor; `param` and `anchor` are both null or start where `grad` does.
+// A stretch of one tensor; `param` and `anchor` start where `grad` does, or are null: both, or the
+// anchor alone, which then counts as zeros.
 struct StatsSlice {
   DType grad_dtype;
   DType param_dtype;

@@ -7,12 +7,12 @@ constexpr int64_t kPilot = 64;
 
 // One pass over x - shift. With the mean of kPilot of the elements as the shift, the squares sum to
 // at most 1 + n / kPilot times m2, whatever the data: so much is lost to cancellation, no more.
-template <bool kAnchored, typename scalar_t, typename param_t>
+template <Second kSecond, typename scalar_t, typename param_t>
 inline Moments<double> tile_moments(const scalar_t* grad, const param_t* param,
                                     const param_t* anchor, int64_t n) {
   using vec_t = vec_type<scalar_t>;
   constexpr int kWidth = lanes_of<scalar_t>;
-  constexpr int kUnroll = kAnchored ? 2 : 4;
+  constexpr int kUnroll = kSecond == Second::kNone ? 4 : 2;
   acc_type<scalar_t> shift = Element<scalar_t>::widen(grad[0]);
   if (n >= kPilot) {
     vec_t pilot{};
@@ -28,8 +28,8 @@ inline Moments<double> tile_moments(const scalar_t* grad, const param_t* param,
       const vec_t d = g - shift;
       sum[u] += d;
       squares[u] = multiply_add(d, d, squares[u]);
-      if constexpr (kAnchored) {
-        const vec_t moved = load(param + at) - load(anchor + at);
+      if constexpr (kSecond != Second::kNone) {
+        const vec_t moved = load_displacement<kSecond>(param, anchor, at);
         dot[u] = multiply_add(moved, g, dot[u]);
         disp_sq[u] = multiply_add(moved, moved, disp_sq[u]);
       }
@@ -48,9 +48,9 @@ inline Moments<double> tile_moments(const scalar_t* grad, const param_t* param,
     const double d = g - shift;
     total += d;
     total_squares += d * d;
-    if constexpr (kAnchored) {
-      const double moved = static_cast<double>(Element<param_t>::widen(param[i])) -
-                           Element<param_t>::widen(anchor[i]);
+    if constexpr (kSecond != Second::kNone) {
+      double moved = Element<param_t>::widen(param[i]);
+      if constexpr (kSecond == Second::kBoth) moved -= Element<param_t>::widen(anchor[i]);
       out.dot += moved * g;
       out.disp_sq += moved * moved;
     }
@@ -62,7 +62,7 @@ inline Moments<double> tile_moments(const scalar_t* grad, const param_t* param,
   return out;
 }
 
-template <bool kAnchored, typename scalar_t, typename param_t>
+template <Second kSecond, typename scalar_t, typename param_t>
 inline Moments<double> tiles_moments(const StatsSlice& slice) {
   param_t param_buffer[kStatsTile], anchor_buffer[kStatsTile];
   const param_t* param = nullptr;
@@ -71,12 +71,14 @@ inline Moments<double> tiles_moments(const StatsSlice& slice) {
   for (int64_t done = 0; done < slice.size; done += kStatsTile) {
     const int64_t begin = slice.begin + done;
     const int64_t n = std::min(kStatsTile, slice.size - done);
-    if constexpr (kAnchored) {
+    if constexpr (kSecond != Second::kNone) {
       param = tile_as(slice.param, slice.param_dtype, begin, n, param_buffer);
+    }
+    if constexpr (kSecond == Second::kBoth) {
       anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
     }
     const scalar_t* grad = static_cast<const scalar_t*>(slice.grad) + begin;
-    out = merge_moments(out, tile_moments<kAnchored>(grad, param, anchor, n));
+    out = merge_moments(out, tile_moments<kSecond>(grad, param, anchor, n));
   }
   return out;
 }
@@ -85,10 +87,13 @@ inline Moments<double> slice_moments(const StatsSlice& slice) {
   return visit_dtype(slice.grad_dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc_t = acc_type<scalar_t>;
-    if (slice.param == nullptr) return tiles_moments<false, scalar_t, acc_t>(slice);
-    const bool alike =
-        slice.param_dtype == slice.grad_dtype && slice.anchor_dtype == slice.grad_dtype;
-    if (alike) return tiles_moments<true, scalar_t, scalar_t>(slice);
-    return tiles_moments<true, scalar_t, acc_t>(slice);
+    const Second second = second_of(slice.param, slice.anchor);
+    if (second == Second::kNone) return tiles_moments<Second::kNone, scalar_t, acc_t>(slice);
+    const bool alike = slice.param_dtype == slice.grad_dtype &&
+                       (second == Second::kParams || slice.anchor_dtype == slice.grad_dtype);
+    return visit_params(second, [&](auto given) {
+      if (alike) return tiles_moments<given.value, scalar_t, scalar_t>(slice);
+      return tiles_moments<given.value, scalar_t, acc_t>(slice);
+    });
   });
 }

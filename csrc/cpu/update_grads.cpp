@@ -21,18 +21,19 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
     slice.scale = scales[t];
   }
   if (pull) {
-    STD_TORCH_CHECK(params.size() == count && anchors.size() == count,
-                    "mmfuse: pull needs one parameter and one anchor for each gradient");
+    STD_TORCH_CHECK(params.size() == count, "mmfuse: pull needs a parameter for each gradient");
+    check_pairs(grads, params, anchors);
     check_contiguous(params, "parameters");
     check_contiguous(anchors, "anchors");
     const Coefficients pulls(*pull, count, "pull");
     for (size_t t = 0; t < count; ++t) {
       UpdateSlice& slice = tensors[t];
-      slice.param_dtype = dtype_of(params[t]);
-      slice.anchor_dtype = dtype_of(anchors[t]);
-      slice.param = params[t].const_data_ptr();
-      slice.anchor = anchors[t].const_data_ptr();
       slice.pull = pulls[t];
+      slice.param_dtype = dtype_of(params[t]);
+      slice.param = params[t].const_data_ptr();
+      if (anchors.empty()) continue;
+      slice.anchor_dtype = dtype_of(anchors[t]);
+      slice.anchor = anchors[t].const_data_ptr();
     }
   }
   if (noise_std) {

@@ -9,12 +9,12 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   STD_TORCH_CHECK(!grads.empty(), "mmfuse: grad_stats needs at least one gradient");
   GradStatsParams call;
   call.tensors = grad_tensors(grads, params, anchors, false);
-  call.has_anchors = !params.empty();
+  call.has_params = !params.empty();
   const DeviceScope device(grads[0]);
   const int64_t count = static_cast<int64_t>(grads.size());
   const ScalarType dtype = result_type(grads);
   Tensor numel = new_empty(grads[0], {count}, ScalarType::Long);
-  Tensor moments = new_empty(grads[0], {call.has_anchors ? 4 : 2, count}, dtype);
+  Tensor moments = new_empty(grads[0], {call.has_params ? 4 : 2, count}, dtype);
   Tensor workspace = new_empty(grads[0], {stats_rows(call.tensors), kStatsRow}, ScalarType::Double);
   call.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   call.numel = static_cast<int64_t*>(numel.mutable_data_ptr());

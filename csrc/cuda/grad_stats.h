@@ -19,10 +19,10 @@ constexpr int kStatsRow = 5;
 
 struct GradStatsParams {
   std::vector<GradTensor> tensors;
-  bool has_anchors;
+  bool has_params;
   double* workspace;  // [stats_rows(tensors), kStatsRow]
   int64_t* numel;     // [T]
-  void* moments;      // [2, T], or [4, T] with anchors
+  void* moments;      // [2, T], or [4, T] with parameters
   bool wide;          // moments are float64
 };
 

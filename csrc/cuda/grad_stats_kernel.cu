@@ -14,8 +14,8 @@ constexpr int kBlocksPerSm = std::is_same_v<scalar_t, double> ? 2 : 4;
 
 constexpr int kFinaliseThreads = 256;
 
-template <bool kHasAnchors>
-using StatsTable = TensorTable<Entry<kHasAnchors, false>, double*>;
+template <bool kHasParams>
+using StatsTable = TensorTable<Entry<kHasParams, false>, double*>;
 
 // Moments of one batch of which `valid` packs exist, by two passes over registers.
 template <Anchors kAnchors, bool kVector, int kPacks, typename scalar_t>
@@ -87,7 +87,7 @@ __device__ __forceinline__ Moments<acc_type<scalar_t>> pack_moments(const scalar
 }
 
 // Merges the threads' moments, whose counts add up to n; the result is in every thread.
-template <bool kHasAnchors, typename acc_t>
+template <bool kHasParams, typename acc_t>
 __device__ __forceinline__ Moments<acc_t> block_moments(const Moments<acc_t>& mine, int64_t n) {
   const acc_t count = static_cast<acc_t>(mine.n);
   acc_t sum[1] = {count * mine.mean};
@@ -96,7 +96,7 @@ __device__ __forceinline__ Moments<acc_t> block_moments(const Moments<acc_t>& mi
   total.n = n;
   total.mean = sum[0] / static_cast<acc_t>(n);
   const acc_t delta = mine.mean - total.mean;
-  if constexpr (kHasAnchors) {
+  if constexpr (kHasParams) {
     acc_t sums[3] = {mine.m2 + count * delta * delta, mine.dot, mine.disp_sq};
     block_sum<kThreads>(sums);
     total.m2 = sums[0];
@@ -168,7 +168,7 @@ struct FinaliseTable {
   int64_t* numel;
   void* moments;
   bool wide;
-  bool has_anchors;
+  bool has_params;
   int64_t first_slot;
   int64_t tensors;
   FinaliseEntry entries[kCapacity];
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(kFinaliseThreads)
   table.numel[slot] = entry.numel;
   store_moment(table, slot, rows > 0 ? workspace[0] + mean : 0.0);
   store_moment(table, table.tensors + slot, sums[0]);
-  if (table.has_anchors) {
+  if (table.has_params) {
     store_moment(table, 2 * table.tensors + slot, sums[1]);
     store_moment(table, 3 * table.tensors + slot, sums[2]);
   }
@@ -224,10 +224,10 @@ __global__ void __launch_bounds__(kFinaliseThreads)
 
 template <typename scalar_t, Anchors kAnchors>
 void launch_chunks(const std::vector<GradTensor>& tensors, double* workspace, cudaStream_t stream) {
-  constexpr bool kHasAnchors = kAnchors != Anchors::kNone;
-  StatsTable<kHasAnchors> table;
+  constexpr bool kHasParams = kAnchors != Anchors::kNone;
+  StatsTable<kHasParams> table;
   table.common = workspace;
-  for_each_table<kHasAnchors, false>(tensors, kDType<scalar_t>, kAnchors, kStatsChunk, table, [&] {
+  for_each_table<kHasParams, false>(tensors, kDType<scalar_t>, kAnchors, kStatsChunk, table, [&] {
     launch("grad_stats_kernel", grad_stats_kernel<scalar_t, kAnchors>, table.chunks, kThreads,
            stream, table);
   });
@@ -239,7 +239,7 @@ void launch_finalise(const GradStatsParams& params, cudaStream_t stream) {
   table.numel = params.numel;
   table.moments = params.moments;
   table.wide = params.wide;
-  table.has_anchors = params.has_anchors;
+  table.has_params = params.has_params;
   table.tensors = static_cast<int64_t>(params.tensors.size());
   int64_t row = 0;
   for (table.first_slot = 0; table.first_slot < table.tensors;
@@ -266,7 +266,7 @@ void launch_grad_stats(const GradStatsParams& params, cudaStream_t stream) {
     tensor.slot = static_cast<int32_t>(row);
     row += chunk_count(tensor.numel, kStatsChunk);
   }
-  visit_groups(tensors, params.has_anchors, [&](auto* type, auto anchors) {
+  visit_groups(tensors, params.has_params, [&](auto* type, auto anchors) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     launch_chunks<scalar_t, anchors.value>(tensors, params.workspace, stream);
   });

@@ -14,7 +14,7 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
   call.tensors = grad_tensors(grads, params, anchors, true);
   call.common.scale = coefficients_of(scale, count, "scale");
   if (pull) {
-    STD_TORCH_CHECK(params.size() == count, "mmfuse: pull needs params and anchors");
+    STD_TORCH_CHECK(params.size() == count, "mmfuse: pull needs a parameter for each gradient");
     call.common.pull = coefficients_of(*pull, count, "pull");
   }
   if (noise_std) {

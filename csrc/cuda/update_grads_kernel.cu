@@ -12,13 +12,13 @@ namespace {
 // As many as the registers allow.
 template <typename scalar_t, Anchors kAnchors, bool kNoise>
 constexpr int kBlocksPerSm = kAnchors == Anchors::kNone ? (kNoise || sizeof(scalar_t) == 8 ? 4 : 5)
-                             : kAnchors == Anchors::kSame ? (kNoise ? 3 : 4)
-                                                          : (kNoise ? 2 : 4);
+                             : kAnchors == Anchors::kMixed ? (kNoise ? 2 : 4)
+                                                           : (kNoise ? 3 : 4);
 
 constexpr int kSumThreads = 256;
 
-template <bool kHasAnchors, bool kNoise>
-using UpdateTable = TensorTable<Entry<kHasAnchors, kNoise>, UpdateCommon>;
+template <bool kHasParams, bool kNoise>
+using UpdateTable = TensorTable<Entry<kHasParams, kNoise>, UpdateCommon>;
 
 // One block per chunk, from the last to the first: what grad_stats read last is still in the cache.
 template <typename scalar_t, Anchors kAnchors, bool kNoise>
@@ -63,8 +63,8 @@ template <typename scalar_t, Anchors kAnchors>
 constexpr int kSquaresBlocksPerSm =
     kBlocksPerSm<float, kAnchors, false> - (std::is_same_v<scalar_t, double> ? 1 : 0);
 
-template <bool kHasAnchors>
-using SquaresTable = TensorTable<Entry<kHasAnchors, false>, SquaresCommon>;
+template <bool kHasParams>
+using SquaresTable = TensorTable<Entry<kHasParams, false>, SquaresCommon>;
 
 // As update_grads_kernel without noise, and each block leaves the sum of the squares that it has
 // read. A kernel of its own, so that the other one stays as it was tuned.
@@ -132,10 +132,10 @@ struct PartialRows {
 
 template <typename scalar_t, Anchors kAnchors, bool kNoise>
 void launch_group(const UpdateGradsParams& params, cudaStream_t stream) {
-  constexpr bool kHasAnchors = kAnchors != Anchors::kNone;
-  UpdateTable<kHasAnchors, kNoise> table;
+  constexpr bool kHasParams = kAnchors != Anchors::kNone;
+  UpdateTable<kHasParams, kNoise> table;
   table.common = params.common;
-  for_each_table<kHasAnchors, kNoise>(
+  for_each_table<kHasParams, kNoise>(
       params.tensors, kDType<scalar_t>, kAnchors, kUpdateChunk, table, [&] {
         launch("update_grads_kernel", update_grads_kernel<scalar_t, kAnchors, kNoise>, table.chunks,
                kThreads, stream, table);
@@ -145,10 +145,10 @@ void launch_group(const UpdateGradsParams& params, cudaStream_t stream) {
 template <typename scalar_t, Anchors kAnchors>
 void launch_squares_group(const UpdateGradsParams& params, const SquaresCommon& common,
                           PartialRows& rows, cudaStream_t stream) {
-  constexpr bool kHasAnchors = kAnchors != Anchors::kNone;
-  SquaresTable<kHasAnchors> table;
+  constexpr bool kHasParams = kAnchors != Anchors::kNone;
+  SquaresTable<kHasParams> table;
   table.common = common;
-  for_each_table<kHasAnchors, false>(
+  for_each_table<kHasParams, false>(
       params.tensors, kDType<scalar_t>, kAnchors, kUpdateChunk, table, [&] {
         table.common.partials = params.partials + rows.next;
         for (int i = 0; i < table.count; ++i) {
@@ -196,10 +196,10 @@ void launch_squares(const UpdateGradsParams& params, bool has_noise, cudaStream_
 
 void launch_update_grads(const UpdateGradsParams& params, cudaStream_t stream) {
   const bool has_noise = params.common.noise_std.values != nullptr;
-  const bool has_anchors = params.common.pull.values != nullptr;
+  const bool has_params = params.common.pull.values != nullptr;
   if (params.sq_norm != nullptr) launch_squares(params, has_noise, stream);
   if (params.sq_norm != nullptr && !has_noise) return;
-  visit_groups(params.tensors, has_anchors, [&](auto* type, auto anchors) {
+  visit_groups(params.tensors, has_params, [&](auto* type, auto anchors) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     if (has_noise) {
       launch_group<scalar_t, anchors.value, true>(params, stream);

@@ -66,9 +66,7 @@ inline std::vector<GradTensor> grad_tensors(const TensorList& grads, const Tenso
   check_contiguous(grads, "gradients");
   check_contiguous(params, "parameters");
   check_contiguous(anchors, "anchors");
-  STD_TORCH_CHECK(
-      params.size() == anchors.size() && (params.empty() || params.size() == grads.size()),
-      "mmfuse: params and anchors must both be empty or match grads");
+  check_pairs(grads, params, anchors);
   std::vector<GradTensor> tensors(grads.size());
   for (size_t t = 0; t < grads.size(); ++t) {
     GradTensor& tensor = tensors[t];
@@ -79,8 +77,9 @@ inline std::vector<GradTensor> grad_tensors(const TensorList& grads, const Tenso
     tensor.grad_dtype = dtype_of(grads[t]);
     if (params.empty()) continue;
     tensor.param = params[t].const_data_ptr();
-    tensor.anchor = anchors[t].const_data_ptr();
     tensor.param_dtype = dtype_of(params[t]);
+    if (anchors.empty()) continue;
+    tensor.anchor = anchors[t].const_data_ptr();
     tensor.anchor_dtype = dtype_of(anchors[t]);
   }
   return tensors;

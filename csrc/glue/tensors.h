@@ -49,6 +49,15 @@ inline void check_contiguous(const TensorList& tensors, const char* what) {
   }
 }
 
+// The lists' lengths: no parameters, or one for each gradient, and as many anchors or none.
+inline void check_pairs(const TensorList& grads, const TensorList& params,
+                        const TensorList& anchors) {
+  STD_TORCH_CHECK(params.empty() || params.size() == grads.size(),
+                  "mmfuse: params must be empty or match grads");
+  STD_TORCH_CHECK(anchors.empty() || anchors.size() == params.size(),
+                  "mmfuse: anchors must be empty or match params");
+}
+
 // int64 numbers, one for each of `count` tensors.
 inline const int64_t* indices_of(const Tensor& tensor, int64_t count, const char* name) {
   STD_TORCH_CHECK(

@@ -6,27 +6,30 @@
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     encoders = {"audio": "audio_net", "visual": "visual_net"}
     balance = Balance(accelerator, mmfuse.OGM(mmfuse.match_parameters(model, encoders)))
-    for batch in loader:
-        with accelerator.accumulate(model):
-            loss, logits = ...
-            balance.backward(loss, logits, batch["labels"])  # or accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+    for epoch in range(epochs):
+        balance.method.set_epoch(epoch)
+        for batch in loader:
+            with accelerator.accumulate(model):
+                loss, logits = ...
+                balance.backward(loss, logits, batch["labels"])  # or accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..amp import grad_scale
+from ..loop.gradients import GradientMethod
 from ..loop.shards import whole_state
+from ._methods import checked
 
 try:
     from accelerate import Accelerator
@@ -38,30 +41,13 @@ except ImportError as error:
     ) from error
 
 
-class Method(Protocol):
-    """What acts on gradients: `mmfuse.OGM`, `InfoReg`, `RedReg`."""
-
-    def observe(
-        self, logits: Mapping[str, Tensor], labels: Tensor, *args: Any, **kwargs: Any
-    ) -> None:
-        """Takes in one micro-batch."""
-
-    def step(self, *args: Any, **kwargs: Any) -> Any:
-        """Modulates the gradients."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken."""
-
-
 class Balance:
     """Takes the place of ``accelerator.backward`` and steps a method where the optimizer steps.
 
     Calls nothing but `observe` in a micro-batch that only accumulates, and `step` once before the
     optimizer's step, under DDP and FSDP2 after the gradients have been reduced. Epochs are yours:
-    call the method's ``set_epoch``, ``start_epoch`` and ``end_epoch``.
+    call the method's ``set_epoch`` in each. A run that is resumed within one calls it with the same
+    number after ``load_state``; another run with the same method calls ``begin`` before.
 
     With ``mixed_precision="fp16"`` the gradients are still scaled in `backward`: methods that mix
     parameters into gradients are given the scale. The scaler has not looked for an Inf yet, so that
@@ -74,29 +60,28 @@ class Balance:
             ``accelerator.prepare``; after it under FSDP2, which replaces the parameters.
 
     Raises:
-        TypeError: the method has no `observe` and `step`, as those that act in the forward pass.
+        TypeError: the method does not act on gradients, but in the forward pass.
         ValueError: the Accelerator runs DeepSpeed, Megatron-LM or the first FSDP, whose gradients
             are not in the encoders' parameters.
     """
 
-    def __init__(self, accelerator: Accelerator, method: Method) -> None:
+    def __init__(self, accelerator: Accelerator, method: GradientMethod) -> None:
         check_supported(accelerator)
-        check_method(method)
         self.accelerator = accelerator
-        self.method = method
+        self.method = checked(method)
         accelerator.register_for_checkpointing(self)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scales this optimizer's updates, for ``OGM(apply_to="update")``; see `OGM.attach`.
+        """Scales this optimizer's updates, for ``apply_to="update"``; see `GradientMethod.attach`.
 
         Args:
             optimizer: The optimizer, before or after ``accelerator.prepare``.
 
         Raises:
-            TypeError: it is no optimizer, or the method scales no updates.
-            ValueError: as `OGM.attach`.
+            TypeError: it is no optimizer.
+            ValueError: as `GradientMethod.attach`.
         """
-        attach(self.method, optimizer)
+        self.method.attach(unwrapped(optimizer))
 
     def backward(
         self,
@@ -115,8 +100,8 @@ class Balance:
             loss: The scalar loss of this micro-batch.
             logits: Name → [B, C] logits of each modality alone.
             labels: [B] integer class indices; rows labelled −100 do not count.
-            features: Name → [B, …] features, for `RedReg`.
-            inputs: Name → input of each encoder, for `RedReg`.
+            features: Name → [B, …] features, for methods that need them, such as `RedReg`.
+            inputs: Name → input of each encoder, likewise.
             sync: Whether the optimizer steps after this micro-batch; None for what
                 ``accelerator.accumulate`` says. Inside ``accelerator.no_sync``, which says nothing
                 and would have gradients modulated that are this rank's alone, pass False.
@@ -131,9 +116,7 @@ class Balance:
             ValueError: as the method's `observe`. Nothing has been changed then.
         """
         steps = self.accelerator.sync_gradients if sync is None else sync
-        more = {"features": features, "inputs": inputs}
-        given = {name: value for name, value in more.items() if value is not None}
-        self.method.observe(logits, labels, **given)
+        self.method.observe(logits, labels, features, inputs)
         self.accelerator.backward(loss, **kwargs)
         return step(self.accelerator, self.method) if steps else None
 
@@ -171,31 +154,6 @@ def check_supported(accelerator: Accelerator) -> None:
         )
 
 
-def check_method(method: object) -> None:
-    """Checks that it acts on gradients.
-
-    Raises:
-        TypeError: it does not.
-    """
-    if not all(callable(getattr(method, name, None)) for name in ("observe", "step")):
-        raise TypeError(
-            "expected a method that acts on gradients (OGM, InfoReg, RedReg), got "
-            f"{type(method).__name__}"
-        )
-
-
-def attach(method: Method, optimizer: torch.optim.Optimizer) -> None:
-    """Attaches the optimizer that Accelerate has wrapped.
-
-    Raises:
-        TypeError: it is no optimizer, or the method scales no updates.
-        ValueError: as `OGM.attach`.
-    """
-    if not hasattr(method, "attach"):
-        raise TypeError(f"{type(method).__name__} scales no updates; nothing is to be attached")
-    method.attach(unwrapped(optimizer))
-
-
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that Accelerate has wrapped; hooks on the wrapper are never called."""
     while isinstance(optimizer, AcceleratedOptimizer):
@@ -203,9 +161,8 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def step(accelerator: Accelerator, method: Method) -> Any:
+def step(accelerator: Accelerator, method: GradientMethod) -> Any:
     """Modulates the gradients that the backward pass has left: reduced, maybe scaled still."""
     scaler = accelerator.scaler
-    if scaler is None or "grad_scale" not in inspect.signature(method.step).parameters:
-        return method.step()
-    return method.step(grad_scale=grad_scale(scaler, accelerator.device))
+    scale = None if scaler is None else grad_scale(scaler, accelerator.device)
+    return method.step(grad_scale=scale)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +12,9 @@ from torch import Tensor, nn
 
 from .. import amp
 from ..loop.matching import Named, match_parameters
-from ..loop.modalities import Encoder
 from ..loop.scalars import ScalarLog, scalars_of
 from ..loop.shards import whole_state
+from ._methods import checked
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -59,7 +57,8 @@ class Balance(Callback):
     parallelism by those of all ranks. With a GradScaler the method gets to know whether the step
     will be skipped and, for fused optimizers, how the gradients are scaled still. Epochs are told
     to the method. Its state is saved in the Trainer's checkpoints; a resumed run goes on with the
-    same numbers, also within an epoch where the data loader does.
+    same numbers, also within an epoch where the data loader does. A second fit of the same module
+    keeps the method and what it has learned, and takes new anchors.
 
     With several optimizers (manual optimization) those that hold no parameter of an encoder are
     left alone. If the encoders are spread over several, all of their gradients are modulated
@@ -67,7 +66,7 @@ class Balance(Callback):
 
     Args:
         method: `mmfuse.OGM`, `mmfuse.InfoReg`, `mmfuse.RedReg` or one of their ``official``, or
-            another callable that makes an object with `observe` and `step` from encoders.
+            another callable that makes a `mmfuse.GradientMethod` from encoders.
         encoders: As in `match_parameters`; names are looked up in the LightningModule when the
             fit starts, after ``configure_model``.
         log_every: Steps between two whose coefficients, scores and the like are sent to the
@@ -79,7 +78,8 @@ class Balance(Callback):
         result: What its last step has returned; None before.
 
     Raises:
-        TypeError: `method` is not callable or `encoders` no mapping.
+        TypeError: `method` is not callable or `encoders` no mapping; when the fit starts, `method`
+            makes nothing that acts on gradients.
         ValueError: `log_every` is negative.
     """
 
@@ -114,10 +114,6 @@ class Balance(Callback):
         self._saved: Mapping[str, Any] | None = None
         self._fitting = False
         self._training = False
-        #: The epoch that the method is in; None between epochs.
-        self._epoch: int | None = None
-        self._step_takes: frozenset[str] = frozenset()
-        self._parameters: list[Tensor] = []
         # Ids of the optimizers that hold encoders' parameters, of those to come in this step, and
         # of those that are attached.
         self._holders: frozenset[int] | None = None
@@ -132,15 +128,22 @@ class Balance(Callback):
         """Under which the state is saved: callbacks for other modalities have their own."""
         return self._generate_state_key(modalities=list(self._encoders))
 
-    def observe(self, *args: Any, **kwargs: Any) -> None:
+    def observe(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Tensor,
+        features: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Takes in one micro-batch; for ``training_step``.
 
-        Args:
-            args: Those of the method's ``observe``: ``logits, labels``, and for RedReg also
-                ``features, inputs``.
-            kwargs: Likewise.
-
         Outside of training, as where validation shares the code, nothing is done.
+
+        Args:
+            logits: Name → [B, C] logits of each modality alone.
+            labels: [B] integer class indices; rows labelled −100 do not count.
+            features: Name → [B, …] features, for methods that need them, such as `RedReg`.
+            inputs: Name → input of each encoder, likewise.
 
         Raises:
             RuntimeError: this callback is not among the Trainer's.
@@ -148,7 +151,7 @@ class Balance(Callback):
             ValueError: as the method's ``observe``.
         """
         if self._training:
-            self.method.observe(*args, **kwargs)
+            self.method.observe(logits, labels, features, inputs)
             self._observed = True
         elif torch.is_grad_enabled() and not self._fitting:
             raise RuntimeError(
@@ -168,9 +171,10 @@ class Balance(Callback):
         self._to_come.clear()
         self._holders = None
         self._fitting = True
+        self.method.begin()
         saved, self._saved = self._saved, None
         if saved is not None:
-            self._load(saved)
+            self.method.load_state_dict(saved)
         self._log = None
         if self._log_every and trainer.is_global_zero and trainer.loggers:
             every = max(1, _STEPS_PER_COPY // self._log_every)
@@ -178,19 +182,13 @@ class Balance(Callback):
 
     def _build(self, module: LightningModule) -> None:
         encoders = match_parameters(module, self._encoders)
-        self.method = self._make(encoders, **self._hyperparameters)
-        for needed in ("observe", "step"):
-            if not callable(getattr(self.method, needed, None)):
-                raise TypeError(f"{type(self.method).__name__} has no {needed}()")
+        self.method = checked(self._make(encoders, **self._hyperparameters))
         self._module = module
-        self._epoch = None
         self._attached.clear()
-        self._step_takes = frozenset(inspect.signature(self.method.step).parameters)
-        self._parameters = [p for encoder in encoders.values() for p in _parameters(encoder)]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells the method which epoch begins."""
-        self._begin(trainer.current_epoch)
+        self.method.set_epoch(trainer.current_epoch)
         self._holders = None  # another callback may have changed the optimizers
 
     def on_train_batch_start(
@@ -198,44 +196,30 @@ class Balance(Callback):
     ) -> None:
         """Finds the optimizers with encoders' parameters, once in an epoch."""
         self._training = True
-        self._begin(trainer.current_epoch)  # for a run that is resumed within an epoch
         if self._holders is None:
+            self.method.set_epoch(trainer.current_epoch)  # for a run that is resumed within it
             self._find_optimizers(trainer)
 
-    def _begin(self, epoch: int) -> None:
-        if self._epoch == epoch:
-            return
-        self._end()  # of a checkpoint that was saved after the last step of an epoch
-        if hasattr(self.method, "set_epoch"):
-            self.method.set_epoch(epoch)
-        if hasattr(self.method, "start_epoch"):
-            self.method.start_epoch()
-        self._epoch = epoch
-
-    def _end(self) -> None:
-        if self._epoch is not None and hasattr(self.method, "end_epoch"):
-            self.method.end_epoch()
-        self._epoch = None
-
     def _find_optimizers(self, trainer: Trainer) -> None:
-        mine = {id(p) for p in self._parameters}
+        mine = {id(p) for p in self.method.modalities.parameters}
         holders = [
             optimizer
             for optimizer in trainer.optimizers
             if any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
         ]
-        if not holders and any(p.requires_grad for p in self._parameters):
+        if not holders and any(p.requires_grad for p in self.method.modalities.parameters):
             raise ValueError(
                 "no optimizer holds a parameter of the encoders: make them in "
                 "configure_optimizers() from the LightningModule's own parameters"
             )
-        if len(holders) > 1 and "grad_scale" in self._step_takes and _scaler(trainer) is not None:
+        anchors = self.method.anchors is not None
+        if len(holders) > 1 and anchors and _scaler(trainer) is not None:
             raise ValueError(
                 f"{type(self.method).__name__} with a GradScaler needs all encoders in one "
                 f"optimizer, found {len(holders)}: when the first of them steps, the gradients of "
                 "the others are scaled still"
             )
-        if getattr(self.method, "apply_to", "gradient") == "update":
+        if self.method.apply_to == "update":
             for optimizer in holders:
                 if id(optimizer) not in self._attached:
                     self.method.attach(optimizer)
@@ -265,32 +249,30 @@ class Balance(Callback):
                     "Balance.observe(logits, labels) since the last optimizer step"
                 )
             return
-        updates = bool(self._attached)
-        if not (updates or self._has_gradients()):
+        if self.method.apply_to == "gradient" and not self._has_gradients():
             return  # training_step has returned None; what it has observed joins the next step
         self.result = self.method.step(**self._scaling(trainer, optimizer))
         self._observed = self._backward = False
         self._to_come = set(self._holders) - {id(optimizer)}
         if self._log is not None:
             self._count += 1
-            if (self._count - 1) % self._log_every == 0 and is_dataclass(self.result):
+            if (self._count - 1) % self._log_every == 0:
                 self._log.add(trainer.global_step, scalars_of(self.result, list(self._encoders)))
 
     def _has_gradients(self) -> bool:
         """Whether a backward pass was run; the gradients tell where Lightning did not run it."""
-        return self._backward or any(p.grad is not None for p in self._parameters)
+        return self._backward or any(p.grad is not None for p in self.method.modalities.parameters)
 
-    def _scaling(self, trainer: Trainer, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    def _scaling(
+        self, trainer: Trainer, optimizer: torch.optim.Optimizer
+    ) -> dict[str, Tensor | None]:
         """What the method's step has to know of the GradScaler."""
         scaler = _scaler(trainer)
         if scaler is None or not self._has_gradients():
             return {}
         if getattr(optimizer, "_step_supports_amp_scaling", False):
-            if "grad_scale" not in self._step_takes:
-                return {}  # the scale does not matter to it
-            return {"grad_scale": amp.grad_scale(scaler, self._parameters[0].device)}
-        found = amp.found_inf(scaler, optimizer) if "found_inf" in self._step_takes else None
-        return {} if found is None else {"found_inf": found}
+            return {"grad_scale": amp.grad_scale(scaler, self.method.modalities.device)}
+        return {"found_inf": amp.found_inf(scaler, optimizer)}
 
     def on_train_batch_end(
         self,
@@ -302,10 +284,6 @@ class Balance(Callback):
     ) -> None:
         """Ends what `observe` takes in."""
         self._training = False
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tells the method that the epoch is over."""
-        self._end()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sends what is left to the loggers."""
@@ -326,32 +304,22 @@ class Balance(Callback):
             self._log.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """The method's state and the epoch that it is in; sharded tensors as whole ones."""
+        """The method's state; sharded tensors as whole ones."""
         if self.method is None or self._saved is not None:
             return dict(self._saved or {})
-        if not hasattr(self.method, "state_dict"):
-            return {"epoch": self._epoch}
-        return {"epoch": self._epoch, "method": whole_state(self.method.state_dict())}
+        found: dict[str, Any] = whole_state(self.method.state_dict())
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken, as soon as there is a method."""
         if self._fitting:
-            self._load(state_dict)
+            self.method.load_state_dict(state_dict)
         else:
             self._saved = state_dict
-
-    def _load(self, saved: Mapping[str, Any]) -> None:
-        if "method" in saved:
-            self.method.load_state_dict(saved["method"])
-        self._epoch = saved["epoch"]
 
 
 def _kept(value: Any) -> Any:
     return list(value) if isinstance(value, Iterable) and not isinstance(value, Tensor) else value
-
-
-def _parameters(encoder: Encoder) -> list[Tensor]:
-    return list(encoder.parameters() if isinstance(encoder, nn.Module) else encoder)
 
 
 def _scaler(trainer: Trainer) -> Any:

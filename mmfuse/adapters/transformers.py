@@ -16,7 +16,6 @@ name of each modality → [B, C] logits of it alone::
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -25,9 +24,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..loop.gradients import GradientMethod
 from ..loop.scalars import scalars_of
 from ..loop.shards import whole_state
 from ..methods.opm import OPM
+from ._methods import checked
 
 try:
     import accelerate as _accelerate  # noqa: F401
@@ -38,7 +39,7 @@ except ImportError as error:
         'pip install "mmfuse[transformers]"'
     ) from error
 
-from .accelerate import Method, attach, check_method, check_supported, step, unwrapped
+from .accelerate import check_supported, step, unwrapped
 
 #: The file of the method's state in a checkpoint folder.
 STATE_NAME = "mmfuse.pt"
@@ -75,10 +76,13 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         ValueError: in `train`, under DeepSpeed or the first FSDP, as `mmfuse.adapters.accelerate`.
     """
 
-    balance_method: Method | None = None
+    balance_method: GradientMethod | None = None
 
     def __init__(
-        self, *args: Any, balance: Callable[[nn.Module], Method] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        balance: Callable[[nn.Module], GradientMethod] | None = None,
+        **kwargs: Any,
     ) -> None:
         if balance is not None and not callable(balance):
             raise TypeError(
@@ -90,7 +94,6 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         self._balance_result: Any = None
         self._balance_seen = False
         self._balance_epoch: int | None = None
-        self._balance_first_epoch = True
         self._balance_checkpoint: str | None = None
         self._balance_attached: torch.optim.Optimizer | None = None
         super().__init__(*args, **kwargs)
@@ -104,8 +107,8 @@ class BalanceMixin(_Base):  # type: ignore[misc]
             inputs: The batch that the model was called with, labels included.
 
         Returns:
-            ``(outputs["modality_logits"], inputs["labels"])``, and for `RedReg` also
-            ``outputs["modality_features"]`` and ``outputs["modality_inputs"]``.
+            ``(outputs["modality_logits"], inputs["labels"])``, then for methods that need them,
+            such as `RedReg`, ``outputs["modality_features"]`` and ``outputs["modality_inputs"]``.
 
         Raises:
             ValueError: one of them is missing; it is named, with what there is.
@@ -118,9 +121,8 @@ class BalanceMixin(_Base):  # type: ignore[misc]
                 f"'modality_logits', got {type(outputs).__name__}; return one, or override "
                 "balance_inputs"
             )
-        needed = ["modality_logits"]
-        if "features" in inspect.signature(method.observe).parameters:
-            needed += ["modality_features", "modality_inputs"]
+        more = method.rule.need.inputs
+        needed = [f"modality_{name}" for name in ("logits", *more)]
         for what, names, given in (("outputs", needed, outputs), ("inputs", ["labels"], inputs)):
             missing = [name for name in names if given.get(name) is None]
             if missing:
@@ -128,8 +130,10 @@ class BalanceMixin(_Base):  # type: ignore[misc]
                     f"{type(method).__name__} needs {missing} in the model's {what}, which have "
                     f"{list(given)}; add them, or override balance_inputs"
                 )
-        logits, *others = (outputs[name] for name in needed)
-        return (logits, inputs["labels"], *others)
+        others = (
+            [outputs.get(f"modality_{name}") for name in ("features", "inputs")] if more else []
+        )
+        return (outputs["modality_logits"], inputs["labels"], *others)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
@@ -175,12 +179,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         method = self.balance_method
         if method is None:
             return
-        # On all ranks, since sharded tensors are gathered.
-        state = {
-            "method": type(method).__name__,
-            "epoch": self._balance_epoch,
-            "state": whole_state(method.state_dict()),
-        }
+        state = whole_state(method.state_dict())  # on all ranks, since sharded tensors are gathered
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, STATE_NAME))
 
@@ -190,27 +189,26 @@ class BalanceMixin(_Base):  # type: ignore[misc]
 
     def _balance_begin_training(self) -> None:
         checkpoint, self._balance_checkpoint = self._balance_checkpoint, None
-        self._balance_epoch, self._balance_first_epoch = None, True
-        self._balance_result = None
+        self._balance_epoch = self._balance_result = None
         if self._balance is None:
             return
         check_supported(self.accelerator)
         optimizer = unwrapped(self.optimizer)
         # An optimizer that is trained on with a second time keeps the method that scales it.
         if self._balance_attached is None or self._balance_attached is not optimizer:
-            method = self._balance(self.accelerator.unwrap_model(self.model_wrapped))
-            check_method(method)
+            method = checked(self._balance(self.accelerator.unwrap_model(self.model_wrapped)))
             self._balance_attached = None
-            if getattr(method, "apply_to", None) == "update":
-                attach(method, optimizer)
+            if method.apply_to == "update":
+                method.attach(optimizer)
                 self._balance_attached = optimizer
             self.balance_method = method
+        assert self.balance_method is not None
+        self.balance_method.begin()
         if checkpoint is not None:
-            self._balance_resume(checkpoint)
+            self._balance_resume(self.balance_method, checkpoint)
 
-    def _balance_resume(self, checkpoint: str) -> None:
-        method, path = self.balance_method, os.path.join(checkpoint, STATE_NAME)
-        assert method is not None
+    def _balance_resume(self, method: GradientMethod, checkpoint: str) -> None:
+        path = os.path.join(checkpoint, STATE_NAME)
         kind = type(method).__name__
         if not os.path.isfile(path):
             warnings.warn(
@@ -222,28 +220,18 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["method"] != kind:
             raise ValueError(f"{path} holds the state of {saved['method']}, not of {kind}")
-        method.load_state_dict(saved["state"])
-        self._balance_epoch = saved["epoch"]
+        method.load_state_dict(saved)
 
     def _balance_begin_epoch(self) -> None:
         last = self._balance_epoch
-        first, self._balance_first_epoch = self._balance_first_epoch, False
-        # The Trainer counts epochs where it resumes, in a fraction; an epoch may be cut short.
-        epoch = int(self.state.epoch or 0) if first or last is None else last + 1
+        # In a fraction, where the Trainer resumes; counted on, since an epoch may be cut short.
+        epoch = int(self.state.epoch or 0) if last is None else last + 1
         self._balance_epoch = epoch
         for module in self.model.modules():
             if isinstance(module, OPM):
                 module.set_epoch(epoch)
-        _tell(self.balance_method, "set_epoch", epoch)
-        if last == epoch:  # resumed within it
-            return
-        if last is not None:
-            _tell(self.balance_method, "end_epoch")
-        _tell(self.balance_method, "start_epoch")
-
-    def _balance_end_training(self) -> None:
-        if self._balance_epoch is not None:
-            _tell(self.balance_method, "end_epoch")
+        if self.balance_method is not None:
+            self.balance_method.set_epoch(epoch)
 
 
 class BalancedTrainer(BalanceMixin, Trainer):  # type: ignore[misc]
@@ -251,11 +239,7 @@ class BalancedTrainer(BalanceMixin, Trainer):  # type: ignore[misc]
 
 
 class _Epochs(TrainerCallback):  # type: ignore[misc]
-    """Passes the Trainer's events on.
-
-    An epoch is ended when the next one begins, so that a checkpoint from an epoch's end is one from
-    within it, whether the Trainer writes it before or after its own event.
-    """
+    """Passes the Trainer's events on."""
 
     def __init__(self, trainer: BalanceMixin) -> None:
         self.trainer = trainer
@@ -265,13 +249,3 @@ class _Epochs(TrainerCallback):  # type: ignore[misc]
 
     def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
         self.trainer._balance_begin_epoch()
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.trainer._balance_end_training()
-
-
-def _tell(method: Method | None, event: str, *args: Any) -> None:
-    """Calls what only some of the methods have."""
-    function = getattr(method, event, None)
-    if function is not None:
-        function(*args)

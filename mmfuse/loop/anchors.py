@@ -73,12 +73,12 @@ class Anchors:
             anchor = self.tensors[i]
             if anchor.shape != parameter.shape:
                 raise ValueError(
-                    f"{names[i]} had shape {list(anchor.shape)} at start_epoch and now has "
+                    f"{names[i]} had shape {list(anchor.shape)} at set_epoch and now has "
                     f"{list(parameter.shape)}"
                 )
             if self.device is None and anchor.device != parameter.device:
                 raise ValueError(
-                    f"{names[i]} was on {anchor.device} at start_epoch and now is on "
+                    f"{names[i]} was on {anchor.device} at set_epoch and now is on "
                     f"{parameter.device}; move encoders between epochs"
                 )
 

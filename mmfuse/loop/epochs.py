@@ -1,6 +1,13 @@
-"""EpochWindow: the epochs in which a method acts."""
+"""EpochWindow: which epoch it is, and in which of them a method acts."""
 
 from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from .state import FORMAT, check_format
 
 
 class EpochWindow:
@@ -8,7 +15,11 @@ class EpochWindow:
 
     starts: int
     ends: int | None
+    #: The epoch that runs, counted from 0; 0 before `set_epoch`.
     epoch: int
+    # Whether `set_epoch` has been called in this run.
+    _told: bool
+    _warned: bool
 
     def _set_window(self, starts: int, ends: int | None) -> None:
         """Begins in epoch 0.
@@ -21,6 +32,8 @@ class EpochWindow:
         self.starts = starts
         self.ends = ends
         self.epoch = 0
+        self._told = False
+        self._warned = False
 
     @property
     def modulating(self) -> bool:
@@ -28,5 +41,43 @@ class EpochWindow:
         return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
 
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, counted from 0."""
-        self.epoch = epoch
+        """Says which epoch begins, counted from 0; the same number again changes nothing.
+
+        Raises:
+            TypeError: it is no integer.
+            ValueError: it is negative.
+        """
+        try:
+            number = operator.index(epoch)
+        except TypeError as error:
+            raise TypeError(f"epoch must be an integer, got {type(epoch).__name__}") from error
+        if number < 0:
+            raise ValueError(f"epoch must be at least 0, got {number}")
+        self.epoch = number
+        self._told = True
+
+    def begin(self) -> None:
+        """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number."""
+        self.epoch = 0
+        self._told = False
+
+    def _warn_if_untold(self, method: str) -> None:
+        """Warns once where a window was given, but no epoch."""
+        if self._told or self._warned or (self.ends is None and self.starts == 0):
+            return
+        self._warned = True
+        warnings.warn(
+            f"{method} was made with starts={self.starts}, ends={self.ends}, but set_epoch was "
+            "never called: every epoch counts as the first; call set_epoch(epoch) in each",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _extra_state(self) -> dict[str, Any]:
+        """Of a module: what is no buffer."""
+        return {"format": FORMAT, "epoch": self.epoch if self._told else None}
+
+    def _set_extra_state(self, method: str, state: Mapping[str, Any]) -> None:
+        check_format(method, state, ["epoch"])
+        epoch = state["epoch"]
+        self._told, self.epoch = epoch is not None, int(epoch or 0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..noise import NoiseStream
 from ..ops._tensors import check_named, index_tensor, why_unsupported
 from ..ops.drop_modalities import check_batches
-from ..ops.grad_stats import GradStats
+from ..ops.grad_stats import GradStats, grad_stats
 from ..ops.modality_scores import ModalityScores, named_scores
 from .shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
 
@@ -37,6 +37,10 @@ class Active(NamedTuple):
     modality: tuple[int, ...]
     #: Where each one's part lies; empty if no parameter is sharded.
     shards: list[Shard | None]
+
+    def stats(self, backend: str | None) -> GradStats:
+        """Statistics of the gradients, of whole tensors."""
+        return self.whole(grad_stats(self.grads, backend=backend))
 
     def whole(self, stats: GradStats) -> GradStats:
         """Statistics of the whole tensors from those of the parts."""
@@ -205,7 +209,7 @@ class Modalities:
         return self._parts(mine, mine, ids)
 
     def _parts(self, params: list[Tensor], grads: list[Tensor], ids: list[int]) -> Active:
-        modality = tuple(self.modality[i] for i in ids)
+        modality = tuple([self.modality[i] for i in ids])
         if not self._sharded:
             return Active(params, grads, ids, modality, [])
         shards = [self._place(i) for i in ids]
@@ -293,9 +297,9 @@ def named_features(
     return names, values
 
 
-def per_tensor(coefficients: Tensor, active: Active) -> Tensor:
-    """Spreads [M] over the active tensors: [T], on the coefficients' device."""
-    return coefficients.index_select(0, index_tensor(active.modality, coefficients.device))
+def per_tensor(values: Tensor, owner: tuple[int, ...]) -> Tensor:
+    """Each tensor's value of its modality: [M] to [T], on the values' device."""
+    return values.index_select(0, index_tensor(owner, values.device))
 
 
 def per_modality(values: Tensor, modality: Sequence[int], count: int) -> Tensor:

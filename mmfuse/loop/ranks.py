@@ -8,7 +8,7 @@ the micro-batches of a step and then over the ranks, in one all-reduce.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, Union
 
 import torch
 import torch.distributed as dist
@@ -67,12 +67,15 @@ class Observed:
     Attributes:
         means: [K] means over the labelled samples.
         sums: [E] sums, if there are any.
+        parts: What the only micro-batch has shown beside the means; None if there are several, or
+            several ranks.
     """
 
     means: Tensor
     sums: Tensor | None
     _count: Tensor | None
     _labels: Tensor | None
+    parts: Any = None
 
     @property
     def count(self) -> Tensor:
@@ -81,6 +84,10 @@ class Observed:
             assert self._labels is not None
             return _labelled(self._labels)
         return self._count
+
+
+#: For rules that sense nothing.
+NOTHING = Observed(torch.empty(0), None, None, None)
 
 
 class Observations:

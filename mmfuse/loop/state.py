@@ -8,23 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..noise import NoiseStream, saved_state
+
+#: Of what `state_dict` returns; a state of another format is refused.
+FORMAT = 1
+
 
 class State(dict[str, Tensor]):
     """Named tensors of fixed shape on one device, changed in place only.
 
     Args:
         method: Whose state it is, for error texts.
-        device: Where the tensors are made.
+        device: Where the tensors are kept.
+        tensors: Their first values.
     """
 
-    def __init__(self, method: str, device: torch.device) -> None:
-        super().__init__()
+    def __init__(
+        self, method: str, device: torch.device, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        super().__init__({name: t.to(device) for name, t in (tensors or {}).items()})
         self.method = method
         self.device = device
-
-    def add(self, name: str, *size: int, dtype: torch.dtype = torch.float64) -> None:
-        """Adds a tensor of zeros."""
-        self[name] = torch.zeros(size, dtype=dtype, device=self.device)
 
     def follow(self, device: torch.device) -> None:
         """Moves to where the encoders are now."""
@@ -32,15 +36,25 @@ class State(dict[str, Tensor]):
             self.device = device
             self.update({name: tensor.to(device) for name, tensor in self.items()})
 
-    def check(self, saved: Mapping[str, Any], others: Sequence[str]) -> None:
-        """Checks that `saved` holds these tensors and the entries `others`.
+    def set(self, new: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
+        """Takes over new values, where the 0-d bool `counts` is true."""
+        if counts is not None and new:
+            counts = counts.to(self.device)
+        for name, value in new.items():
+            old = self[name]
+            value = value.to(old)
+            if counts is None:
+                old.copy_(value)
+            else:
+                torch.where(counts, value, old, out=old)
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Checks that `saved` holds these tensors.
 
         Raises:
             ValueError: an entry is missing or has another shape; it is named.
         """
-        missing = [name for name in (*self, *others) if name not in saved]
-        if missing:
-            raise ValueError(f"the state of {self.method} lacks {missing}")
+        _check_entries(self.method, saved, list(self))
         for name, tensor in self.items():
             loaded = saved[name]
             if not isinstance(loaded, Tensor) or loaded.shape != tensor.shape:
@@ -54,6 +68,64 @@ class State(dict[str, Tensor]):
         """Takes over the values."""
         for name, tensor in self.items():
             tensor.copy_(saved[name])
+
+
+def check_format(method: str, saved: Mapping[str, Any], entries: Sequence[str]) -> None:
+    """Checks that a method's `state_dict` is one of this version, and holds these entries.
+
+    Raises:
+        ValueError: it is not, or does not.
+    """
+    found = saved.get("format")
+    if found != FORMAT:
+        kind = "has no format number" if found is None else f"has format {found}"
+        raise ValueError(
+            f"the state of {method} {kind}, but this version of mmfuse reads format {FORMAT}: it "
+            "was saved by another version, which has to be installed to go on with it"
+        )
+    named = saved.get("method", method)
+    if named != method:
+        raise ValueError(f"this is the state of {named}, not of {method}")
+    _check_entries(method, saved, entries)
+
+
+def saved_method(
+    method: str,
+    epoch: int | None,
+    step: int,
+    state: State,
+    stream: NoiseStream | None,
+    anchors: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """A method's `state_dict`; None stands for what it does not have."""
+    found: dict[str, Any] = {"format": FORMAT, "method": method, "epoch": epoch, "step": step}
+    found["state"] = dict(state)
+    if stream is not None:
+        found["stream"] = stream.state_dict()
+    if anchors is not None:
+        found["anchors"] = anchors
+    return found
+
+
+def check_saved(
+    method: str, saved: Mapping[str, Any], state: State, stream: NoiseStream | None, anchored: bool
+) -> None:
+    """Checks all but the anchors of what `saved_method` has returned.
+
+    Raises:
+        ValueError: something is missing or does not fit.
+    """
+    others = ["anchors"] * anchored + ["stream"] * (stream is not None)
+    check_format(method, saved, ["epoch", "step", "state", *others])
+    state.check(saved["state"])
+    if stream is not None:
+        saved_state(saved["stream"])
+
+
+def _check_entries(method: str, saved: Mapping[str, Any], entries: Sequence[str]) -> None:
+    missing = [name for name in entries if name not in saved]
+    if missing:
+        raise ValueError(f"the state of {method} lacks {missing}")
 
 
 def in_backward() -> bool:

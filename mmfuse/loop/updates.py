@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
-from ..ops import grad_stats, update_grads_
+from ..ops import grad_stats
+from .act import Second, act_on
+from .contract import Act
 from .modalities import Modalities, per_tensor
 
 
@@ -123,33 +125,64 @@ class ScaledUpdates:
         (coefficients, stream, state, finite), self.decided = self.decided, None
         held = self._held()
         before = [self._before[i] for i in held.ids]
-        pull = per_tensor(coefficients.to(finite.device), held) - 1.0
+        pull = per_tensor(coefficients.to(finite.device), held.modality) - 1.0
         std = noise = None
         if state is not None:
             updates = torch._foreach_sub(held.params, before)
             stats = held.whole(grad_stats(updates, backend=self.backend))
             del updates
             std = stats.std
-            noise = held.place(NoiseStream.from_state(state.to(finite.device)))
+            noise = NoiseStream.from_state(state.to(finite.device))
             if held.shards:  # what another rank's part holds shows in the sum alone
                 finite.logical_and_(stats.m2.isfinite().all().to(finite.device))
-        pieces = held.cut(held.params)
-        update_grads_(
-            pieces,
-            held.spread(torch.ones_like(pull)),
-            params=pieces,
-            anchors=held.cut(before),
-            pull=held.spread(pull),
-            noise_std=None if std is None else held.spread(std),
-            stream=noise,
-            finite=finite,
-            backend=self.backend,
-        )
+        act = Act(pull=pull, noise_std=std)
+        second = Second(held.params, before)
+        act_on(held, act, finite, second=second, noise=noise, backend=self.backend)
         if stream is not None and state is not None and std is not None:
             # A step that the optimizer has skipped has moved nothing: it gets no noise either.
             moved = (std > 0).any().to(finite.device) & finite
             # One step, however many optimizers take part in it.
             stream.state[1].copy_(torch.maximum(stream.state[1], state[1] + moved))
+
+
+class AttachedOptimizers:
+    """The optimizers whose updates a method scales.
+
+    Args:
+        method: Its name, for error texts.
+        modalities: The encoders.
+        backend: Name of a backend; None for the best one.
+    """
+
+    def __init__(self, method: str, modalities: Modalities, backend: str | None) -> None:
+        self.method = method
+        self.modalities = modalities
+        self.backend = backend
+        self._known: list[ScaledUpdates] = []
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._known)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scales this optimizer's updates from now on; see `GradientMethod.attach`."""
+        if any(known.optimizer is optimizer for known in self._known):
+            raise ValueError(f"this {type(optimizer).__name__} is attached already")
+        made = ScaledUpdates(self.method, self.modalities, optimizer, self.backend)
+        self._known.append(made)
+
+    def detach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves this optimizer's updates alone from now on; see `GradientMethod.detach`."""
+        found = [known for known in self._known if known.optimizer is optimizer]
+        if not found:
+            raise ValueError(f"this {type(optimizer).__name__} is not attached")
+        found[0].remove()
+        self._known.remove(found[0])
+
+    def decide(self, decided: Decided | None) -> None:
+        """Says what is done to every optimizer's next update; None forgets it."""
+        for known in self._known:
+            known.decided = decided
 
 
 def _alike(kept: Tensor, part: Tensor) -> bool:

@@ -124,7 +124,6 @@ def check_hyperparameters(
     momentum: float,
     projection: str,
     monitor_every: int,
-    input_dropout: tuple[float, float, float] | None,
 ) -> None:
     """Raises a ValueError that names the first that is out of range."""
     for name, value in (("epochs", epochs), ("window", window), ("monitor_every", monitor_every)):
@@ -136,5 +135,9 @@ def check_hyperparameters(
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if projection not in ("tensor", "encoder"):
         raise ValueError(f"projection must be 'tensor' or 'encoder', got {projection!r}")
+
+
+def check_input_dropout(input_dropout: tuple[float, float, float] | None) -> None:
+    """Raises a ValueError for probabilities or a share out of range."""
     if input_dropout is not None and not all(0 <= p <= 1 for p in input_dropout):
         raise ValueError(f"input_dropout must hold numbers in [0, 1], got {input_dropout}")

@@ -23,16 +23,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..loop.contract import Card
+from ..loop.epochs import EpochWindow
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group, mean_over_ranks
 from ..loop.state import in_backward
 from ..ops.joint_entropies import MAX_BINS, check_bins
 from ..ops.modality_scores import named_scores
 from ._arm_information import normalised_information
+from ._means import mean_of_others
 
 # Below it a contribution counts as this much, so that no weight is infinite or negative.
 _LEAST = 1e-6
@@ -60,7 +64,7 @@ class ARMResult:
     ncmi: Tensor | None = None
 
 
-class ARM(nn.Module):
+class ARM(EpochWindow, nn.Module):
     """ARM, between the encoders and the head.
 
     ::
@@ -80,6 +84,8 @@ class ARM(nn.Module):
         conditional_bins: Of the conditional mutual information, from 1 to 32.
         num_modalities: M ≥ 2.
         momentum: Of the weights' moving average, in [0, 1).
+        starts: First epoch in which features are weighted; see `set_epoch`.
+        ends: Last such epoch; None for no end.
         process_group: The ranks over which scores and information, which each rank estimates from
             its own samples, are averaged in training: None for all where torch.distributed is
             initialized, False for this rank alone.
@@ -90,6 +96,9 @@ class ARM(nn.Module):
         ValueError: a hyper-parameter is out of range.
     """
 
+    card: ClassVar[Card] = Card(
+        "Gao et al., AAAI 2025", "feature", "Gao-xiyuan/ARM at a96d0ad", golden=True
+    )
     average: Tensor
     average_weight: Tensor
 
@@ -100,10 +109,13 @@ class ARM(nn.Module):
         *,
         num_modalities: int = 2,
         momentum: float = 0.9,
+        starts: int = 0,
+        ends: int | None = None,
         process_group: Group = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
+        self._set_window(starts, ends)
         check_bins(bins, MAX_BINS[2])
         check_bins(conditional_bins, MAX_BINS[3], name="conditional_bins")
         if num_modalities < 2:
@@ -168,6 +180,8 @@ class ARM(nn.Module):
             return ARMResult(_weighted(features, average), average)
         if fused is None or logits is None or fused_logits is None or labels is None:
             raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
+        if self.training:
+            self._warn_if_untold("ARM")
         check_names("logits", logits, names, "features")
         with torch.no_grad():
             nmi, ncmi = self._information(names, values, fused)
@@ -185,6 +199,8 @@ class ARM(nn.Module):
             weights = modality_weights(
                 contributions if self._released else contributions.clamp(min=_LEAST)
             )
+            if self.training and not self.modulating:
+                weights = torch.ones_like(weights)
             # A checkpointed forward pass is repeated in the backward pass; it counts once.
             if self.training and not in_backward():
                 # One weight that is not finite would stay in the average for ever.
@@ -214,6 +230,18 @@ class ARM(nn.Module):
     def _average(self) -> Tensor:
         started = self.average_weight > 0
         return torch.where(started, self.average / self.average_weight, 1.0)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Format and epoch, which are no tensors."""
+        return self._extra_state()
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Goes on in the epoch in which the state was taken.
+
+        Raises:
+            ValueError: the state is of another format.
+        """
+        self._set_extra_state("ARM", state)
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""
@@ -245,24 +273,13 @@ def modality_contributions(
     Returns:
         [M, …]; may be negative.
     """
-    found: Tensor = fused_score * nmi + _mean_of_others(scores) * (nmi - ncmi)
+    found: Tensor = fused_score * nmi + mean_of_others(scores) * (nmi - ncmi)
     return found
 
 
 def modality_weights(contributions: Tensor) -> Tensor:
     """Mean over j ≠ m of P_j / P_m: [M] to [M]."""
-    return _mean_of_others(contributions) / contributions
-
-
-def _mean_of_others(values: Tensor) -> Tensor:
-    """Mean over the first dimension without the entry itself."""
-    count = len(values)
-    if count == 2:
-        return values.flip(0)
-    # Sums without the entry, not a difference from the whole sum, which would cancel.
-    others = 1 - torch.eye(count, dtype=values.dtype, device=values.device)
-    sums: Tensor = (others @ values.reshape(count, -1)).view_as(values)
-    return sums / (count - 1)
+    return mean_of_others(contributions) / contributions
 
 
 @torch.no_grad()
@@ -313,4 +330,4 @@ def sample_contributions(
     nmi, ncmi = normalised_information(rows, bins, conditional_bins, backend=backend)
     index = labels.to(torch.int64).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
     p = torch.stack([z.double().softmax(1).gather(1, index).squeeze(1) for z in rows])
-    return (p[-1] * nmi + p[:-1] * _mean_of_others(nmi - ncmi)).T.contiguous()
+    return (p[-1] * nmi + p[:-1] * mean_of_others(nmi - ncmi)).T.contiguous()

@@ -23,19 +23,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from ..loop.anchors import Anchors
-from ..loop.modalities import Active, Encoder, Modalities, Select, given
-from ..loop.ranks import Group, Observations
-from ..loop.state import State
-from ..ops import ModalityScores
-from ..ops._tensors import index_tensor
-from ._inforeg_regulation import regulate
-from ._inforeg_rules import RELEASES, Official, Paper, Release, weights_of_layers
+from ..loop.contract import (
+    Act,
+    Batch,
+    Card,
+    Clock,
+    Decision,
+    Need,
+    Sensed,
+    State,
+    Stateless,
+    Tensors,
+)
+from ..loop.gradients import Common, GradientMethod
+from ..loop.modalities import Encoder, Modalities
+from ..loop.ranks import Observed
+
+Release = Literal["november", "march"]
 
 
 @dataclass(frozen=True)
@@ -69,68 +79,174 @@ def information_gap(performance: Tensor) -> Tensor:
     return torch.where(behind, ahead, 0.0).sum(dim=1) / behind.sum(dim=1).clamp_(min=1)
 
 
-class InfoReg:
+@dataclass(frozen=True)
+class InfoRegRule(Stateless):
+    """The rule of the paper."""
+
+    beta: float = 0.9
+    threshold: float = 0.04
+
+    result = InfoRegResult
+    need: ClassVar[Need] = Need(second="anchor", squares="before", neutral=0.0)
+    #: Epochs whose traces are kept.
+    history: ClassVar[int] = 2
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.beta) and self.beta >= 0):
+            raise ValueError(f"beta must be a finite number of at least 0, got {self.beta}")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"threshold must be a finite number, got {self.threshold}")
+
+    def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
+        """The epoch's sums, the traces of the last epochs, and what was decided."""
+        return {
+            # Sum over the epoch's steps of |g|^2, one number for each tensor.
+            "squares": torch.zeros(tensors, dtype=torch.float64),
+            "steps": torch.zeros((), dtype=torch.int64),
+            # The latest in the last column.
+            "traces": torch.zeros(modalities, self.history, dtype=torch.float64),
+            "epochs": torch.zeros((), dtype=torch.int64),
+            "window_open": torch.zeros(modalities, dtype=torch.bool),
+            "information_gap": torch.zeros(modalities, dtype=torch.float64),
+        }
+
+    def sense(self, batch: Batch) -> Sensed:
+        """Mean probabilities and mean log-probabilities."""
+        return Sensed(torch.cat(batch.scores()))
+
+    def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
+        """Delta_m and alpha_m."""
+        prob, log_prob = seen.means.chunk(2)
+        gap = information_gap(self.performance(prob, log_prob, seen))
+        strength = self.strength(self.beta * torch.tanh(gap))
+        regulated = state["window_open"].to(gap.device) & (gap > 0)
+        alpha = torch.where(regulated, strength, 0.0)
+        act = Act(pull=tensors.each(alpha))
+        return Decision(act, (alpha, log_prob, gap), {"information_gap": gap})
+
+    def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
+        """Adds |g|² to the epoch's sums."""
+        added = tensors.added_to(state["squares"], squares)
+        return {"squares": added, "steps": state["steps"] + 1}
+
+    def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
+        """Ends an epoch that has had steps, and decides whether the next is in the window."""
+        counts = state["steps"] > 0
+        later = torch.cat([state["traces"][:, 1:], self.trace(state, tensors).unsqueeze(1)], dim=1)
+        traces = torch.where(counts, later, state["traces"])
+        epochs = state["epochs"] + counts
+        return {
+            "squares": torch.zeros_like(state["squares"]),
+            "steps": torch.zeros_like(state["steps"]),
+            "traces": traces,
+            "epochs": epochs,
+            "window_open": self.window_open(traces, epochs),
+        }
+
+    def performance(self, prob: Tensor, log_prob: Tensor, seen: Observed) -> Tensor:
+        """[M] s_m, the mean log-probability."""
+        return log_prob
+
+    def strength(self, exponent: Tensor) -> Tensor:
+        """[M] alpha_m = exp(beta * tanh(Delta_m)), of its exponent."""
+        return torch.exp(exponent)
+
+    def trace(self, state: State, tensors: Tensors) -> Tensor:
+        """[M] T_m of the epoch so far; NaN before its first step."""
+        return tensors.sums(state["squares"]) / state["steps"]
+
+    def window_open(self, traces: Tensor, epochs: Tensor) -> Tensor:
+        """[M] bool: T grows by more than the threshold, from the third epoch on."""
+        before, last = traces.unbind(1)
+        # A trace of zero gives NaN, which is above nothing.
+        return ((last - before) / last > self.threshold) & (epochs >= 2)
+
+
+# The threshold, and the multipliers of exp(tanh Δ) for the first and the second modality. March's
+# second branch repeats the first one's condition, so that it is never reached.
+RELEASES = {"november": (0.05, (0.95, 0.1)), "march": (0.04, (0.95, 0.0))}
+
+
+@dataclass(frozen=True)
+class InfoRegReleased(InfoRegRule):
+    """The rule of the released code, for two modalities; `InfoReg.official` says how it differs."""
+
+    multipliers: tuple[float, float] = (0.95, 0.1)
+    #: [T] one over the number of elements for weights of convolutional and linear layers, else 0.
+    weights: Tensor | None = None
+
+    need: ClassVar[Need] = InfoRegRule.need._replace(squares="after")
+    # The list of ten traces that the released code averages over starts with as many zeros.
+    history: ClassVar[int] = 11
+
+    def performance(self, prob: Tensor, log_prob: Tensor, seen: Observed) -> Tensor:
+        """[M] s_m, the sum of the probabilities."""
+        return prob * seen.count.to(prob)
+
+    def strength(self, exponent: Tensor) -> Tensor:
+        """[M] alpha_m, with the release's multipliers."""
+        first, second = torch.exp(exponent).unbind()
+        return torch.stack([self.multipliers[0] * first, self.multipliers[1] * second])
+
+    def trace(self, state: State, tensors: Tensors) -> Tensor:
+        """[M] T_m of layers' weights, a sum over the steps; NaN before the first."""
+        assert self.weights is not None
+        weighted = state["squares"] * self.weights.to(state["squares"].device)
+        return torch.where(state["steps"] > 0, tensors.sums(weighted), torch.nan)
+
+    def window_open(self, traces: Tensor, epochs: Tensor) -> Tensor:
+        """[M] bool, of the first modality's trace for both."""
+        first = traces[0]
+        growth = (first[-1] - first[0]) / first[1:].sum()
+        return ((growth > self.threshold) | (epochs == 0)).expand(len(traces))
+
+
+class InfoReg(GradientMethod):
     """InfoReg for a whole training run.
 
     ::
 
         inforeg = mmfuse.InfoReg({"audio": model.audio_net, "visual": model.visual_net})
         for epoch in range(epochs):
-            inforeg.start_epoch()
+            inforeg.set_epoch(epoch)
             for batch, labels in loader:
                 loss, logits = ...
                 loss.backward()
                 inforeg.step(logits, labels)
                 optimizer.step()
-            inforeg.end_epoch()
 
-    `step` comes after AMP's unscaling and before clipping. It costs one read of the gradients, and
-    while a window is open also one of parameters and anchors and one write. All state
-    is on the encoders' device; the anchors are the only part of it that is as large as they are.
+    A step costs one read of the gradients, and while a window is open also one of parameters and
+    anchors and one write. All state is on the encoders' device; the anchors are the only part of it
+    that is as large as they are.
 
     Args:
-        encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities. Parameters are
-            collected once; freezing and unfreezing them later is seen.
+        encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
         beta: Strength β of the regulation, at least 0.
         threshold: Growth K of the Fisher trace above which the prime learning window is open.
-        select: Which parameters take part, as in `ogm_backward`.
-        process_group: The ranks whose samples the scores are averaged over, as in `ogm_backward`.
-        anchor_dtype: Of the epoch-start copies; ``torch.bfloat16`` halves them, at the cost of
-            w₀'s rounding in every displacement.
-        anchor_device: Where they are; "cpu" frees the GPU of them and copies them there in every
-            step.
-        backend: Name of a backend; None for the best one.
+        **common: As in `mmfuse.GradientMethod`.
 
     Raises:
-        TypeError: as `ogm_backward`, or `anchor_dtype` is not a floating dtype.
-        ValueError: as `ogm_backward`, or a hyper-parameter is out of range.
+        TypeError: as `mmfuse.GradientMethod`.
+        ValueError: as `mmfuse.GradientMethod`, or a hyper-parameter is out of range.
     """
+
+    card: ClassVar[Card] = Card(
+        "Huang et al., CVPR 2025",
+        "gradient",
+        "GeWu-Lab/InfoReg_CVPR2025 at 939b2ed",
+        golden=True,
+    )
+    rule: InfoRegRule
 
     def __init__(
         self,
         encoders: Mapping[str, Encoder],
+        *,
         beta: float = 0.9,
         threshold: float = 0.04,
-        *,
-        select: Select = "all",
-        process_group: Group = None,
-        anchor_dtype: torch.dtype | None = None,
-        anchor_device: torch.device | str | None = None,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        if not (math.isfinite(beta) and beta >= 0):
-            raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
-        if not math.isfinite(threshold):
-            raise ValueError(f"threshold must be a finite number, got {threshold}")
-        self.modalities = Modalities(encoders, select)
-        self.beta = beta
-        self.threshold = threshold
-        self.backend = backend
-        self.anchors = Anchors(anchor_dtype, anchor_device)
-        self._observations = Observations("InfoReg", process_group)
-        self._rules: Paper | Official = Paper()
-        self._running = False
-        self._make_state()
+        super().__init__(InfoRegRule(beta, threshold), encoders, **common)
 
     @classmethod
     def official(
@@ -138,8 +254,9 @@ class InfoReg:
         encoders: Mapping[str, Encoder],
         *,
         release: Release = "november",
-        process_group: Group = None,
-        backend: str | None = None,
+        beta: float = 1.0,
+        threshold: float | None = None,
+        **common: Unpack[Common],
     ) -> InfoReg:
         """What the authors' released code runs, for two encoders in the order audio, visual.
 
@@ -157,8 +274,9 @@ class InfoReg:
                 described here; its unimodal logits are the joint head's (`mmfuse.unimodal_logits`).
                 "march" (2025-03-31, that of the paper) has unimodal heads of its own, a threshold
                 of 0.04, and never pulls the second encoder.
-            process_group: As in `InfoReg`.
-            backend: As in `InfoReg`.
+            beta: As in `InfoReg`; the released code has none.
+            threshold: As in `InfoReg`; None for the release's.
+            **common: As in `mmfuse.GradientMethod`.
 
         Raises:
             TypeError: as `InfoReg`.
@@ -168,40 +286,17 @@ class InfoReg:
             raise ValueError(f"release must be 'november' or 'march', got {release!r}")
         if isinstance(encoders, (Mapping, nn.ModuleDict)) and len(encoders) != 2:
             raise ValueError(f"the released code knows two modalities, got {list(encoders)}")
-        threshold, multipliers = RELEASES[release]
-        made = cls(
-            encoders,
-            beta=1.0,
-            threshold=threshold,
-            process_group=process_group,
-            backend=backend,
-        )
-        made._rules = Official(weights_of_layers(encoders, made.modalities), multipliers)
-        made._make_state()
+        released, multipliers = RELEASES[release]
+        threshold = released if threshold is None else threshold
+        made = cls(encoders, beta=beta, threshold=threshold, **common)
+        weights = weights_of_layers(encoders, made.modalities)
+        made._adopt(InfoRegReleased(beta, threshold, multipliers, weights))
         return made
-
-    def _make_state(self) -> None:
-        count = len(self.modalities.names)
-        state = self._state = State("InfoReg", self.modalities.device)
-        # Sum over the epoch's steps of |g|^2, one scalar for each tensor.
-        state.add("squares", len(self.modalities.parameters))
-        state.add("steps", dtype=torch.int64)
-        # Traces of the last epochs, the latest in the last column.
-        state.add("traces", count, self._rules.history)
-        state.add("epochs", dtype=torch.int64)
-        state.add("window_open", count, dtype=torch.bool)
-        state.add("information_gap", count)
-
-    def _follow(self) -> State:
-        """The state, on the device where the encoders are now."""
-        self._state.follow(self.modalities.device)
-        return self._state
 
     @property
     def fisher_trace(self) -> Tensor:
-        """[M] Fisher trace of the epoch so far, and of the last one between epochs; NaN before."""
-        state = self._state
-        return self._rules.trace(state["squares"], state["steps"], self.modalities)
+        """[M] Fisher trace of the epoch so far; NaN before its first step."""
+        return self.rule.trace(self._state, self._all_tensors())
 
     @property
     def window_open(self) -> Tensor:
@@ -213,156 +308,24 @@ class InfoReg:
         """[M] Delta_m of the last step."""
         return self._state["information_gap"].clone()
 
-    @torch.no_grad()
-    def start_epoch(self) -> None:
-        """Copies the encoders and decides whether this epoch lies in the prime learning window.
 
-        Raises:
-            RuntimeError: the last epoch was not ended.
-            ValueError: the encoders have other parameters than when this object was made.
-        """
-        if self._running:
-            raise RuntimeError("InfoReg.start_epoch: call end_epoch() at the end of an epoch first")
-        self.modalities.check_unchanged()
-        self.anchors.take(self.modalities.parameters)
-        state = self._follow()
-        state["squares"].zero_()
-        state["steps"].zero_()
-        is_open = self._rules.window_open(state["traces"], state["epochs"], self.threshold)
-        state["window_open"].copy_(is_open)
-        self._running = True
-
-    @torch.no_grad()
-    def observe(self, logits: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Takes in the scores of one micro-batch; `step` then uses all since the last step.
-
-        Args:
-            logits: Name → [B, C] logits of each modality alone.
-            labels: [B] integer class indices; rows labelled −100 do not count.
-
-        Raises:
-            TypeError: logits or labels have an unsupported type.
-            ValueError: names, shapes or labels do not fit.
-        """
-        scores = self.modalities.scores(logits, labels, self.backend)
-        self._observations.add(torch.cat(scores), labels)
-
-    @torch.no_grad()
-    def step(
-        self,
-        logits: Mapping[str, Tensor] | None = None,
-        labels: Tensor | None = None,
-        *,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> InfoRegResult:
-        """Regulates the gradients that a backward pass has left, before the optimizer's step.
-
-        A step with a NaN or an Inf in a gradient leaves the state as it was, since a GradScaler
-        skips it.
-
-        Args:
-            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`), of
-                the last micro-batch; None if all were given to `observe`.
-            labels: [B] integer class indices; rows labelled −100 do not count.
-            grad_scale: 0-d factor by which the gradients are scaled still, where they cannot be
-                unscaled before (see `mmfuse.amp.grad_scale`).
-            found_inf: Not zero where a GradScaler will skip this step for another reason than the
-                encoders' gradients, which are looked at here (see `mmfuse.amp.found_inf`).
-
-        Returns:
-            `InfoRegResult`.
-
-        Raises:
-            RuntimeError: `start_epoch` was not called, or nothing was observed.
-            TypeError: a gradient, logits or labels have an unsupported type.
-            ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
-                device since `start_epoch`. Nothing has been changed then.
-        """
-        if not self._running:
-            raise RuntimeError(
-                "InfoReg.step: call start_epoch() first; it copies the parameters that gradients "
-                "are compared with"
-            )
-        scores = None
-        if logits is not None:
-            scores = self.modalities.scores(logits, given(labels), self.backend)
-        active = self.modalities.active()
-        self.anchors.check(active, self.modalities.parameter_names)
-        if scores is not None and labels is not None:
-            self._observations.add(torch.cat(scores), labels)
-        seen = self._observations.take()
-        state = self._follow()
-
-        prob, log_prob = seen.means.chunk(2)
-        gap = information_gap(self._rules.performance(ModalityScores(prob, log_prob), seen))
-        strength = self._rules.strength(self.beta * torch.tanh(gap))
-        regulated = state["window_open"].to(gap.device) & (gap > 0)
-        coefficients = torch.where(regulated, strength, 0.0)
-
-        before = self._rules.trace_before_pull
-        finite, squares = regulate(
-            active, self.anchors, coefficients, before, grad_scale, self.backend
-        )
-        counts = torch.ones_like(finite)
-        if found_inf is not None:
-            counts = (found_inf == 0).all().to(finite.device)
-        if active.grads:
-            counts = self._add_to_trace(active, squares, counts)
-        counts = counts.to(gap.device)
-        state["information_gap"].copy_(torch.where(counts, gap, state["information_gap"]))
-        return InfoRegResult(coefficients, log_prob, gap, finite)
-
-    def _add_to_trace(self, active: Active, squares: Tensor, counts: Tensor) -> Tensor:
-        """Adds |g|² to the epoch's trace; whether the step counts."""
-        state = self._state
-        squares = squares.to(state["squares"])
-        counts = counts.to(squares.device) & squares.isfinite().all()
-        squares = torch.where(counts, squares, 0.0)
-        if len(active.ids) == len(self.modalities.parameters):
-            state["squares"].add_(squares)
-        else:
-            index = index_tensor(tuple(active.ids), squares.device)
-            state["squares"].index_add_(0, index, squares)
-        state["steps"].add_(counts)
-        return counts
-
-    @torch.no_grad()
-    def end_epoch(self) -> None:
-        """Writes the epoch's Fisher trace into the history. An epoch without steps leaves it alone.
-
-        Raises:
-            RuntimeError: `start_epoch` was not called.
-        """
-        if not self._running:
-            raise RuntimeError("InfoReg.end_epoch: call start_epoch() at the start of an epoch")
-        state = self._follow()
-        counts = state["steps"] > 0
-        later = torch.cat([state["traces"][:, 1:], self.fisher_trace.unsqueeze(1)], dim=1)
-        state["traces"].copy_(torch.where(counts, later, state["traces"]))
-        state["epochs"].add_(counts)
-        self._running = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on with the same numbers, also within an epoch.
-
-        As with an optimizer the tensors are the object's own: save them, or copy them.
-        """
-        return {
-            **self._state,
-            "running": self._running,
-            "anchors": self.anchors.state_dict(self.modalities),
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
-
-        Raises:
-            ValueError: an entry is missing or does not fit; nothing has been changed then.
-        """
-        self._state.check(state_dict, ("running", "anchors"))
-        self.anchors.load_state_dict(state_dict["anchors"], self.modalities)
-        self._follow().load(state_dict)
-        self._running = bool(state_dict["running"])
-        self._observations.clear()
+def weights_of_layers(encoders: Mapping[str, Encoder], known: Modalities) -> Tensor:
+    """[T] the weights of the released trace."""
+    layers = {
+        id(module.weight)
+        for encoder in encoders.values()
+        if isinstance(encoder, nn.Module)
+        for module in encoder.modules()
+        if isinstance(module, (nn.Conv2d, nn.Linear))
+    }
+    # Bare parameters do not say which layer they are from.
+    bare = [not isinstance(encoder, nn.Module) for encoder in encoders.values()]
+    counted = [
+        id(p) in layers or (bare[m] and p.dim() in (2, 4))
+        for p, m in zip(known.parameters, known.modality, strict=True)
+    ]
+    return torch.tensor(
+        [c / max(1, p.numel()) for c, p in zip(counted, known.parameters, strict=True)],
+        dtype=torch.float64,
+        device=known.device,
+    )

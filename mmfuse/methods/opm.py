@@ -20,11 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..loop.contract import Card
 from ..loop.epochs import EpochWindow
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
@@ -111,6 +112,9 @@ class OPM(EpochWindow, nn.Module):
         ValueError: a hyper-parameter is out of range.
     """
 
+    card: ClassVar[Card] = Card(
+        "Wei et al., TPAMI 2024", "feature", "GeWu-Lab/BML_TPAMI2024 at 4b3aa4f", golden=True
+    )
     q: Tensor
     noise_state: Tensor
 
@@ -152,7 +156,7 @@ class OPM(EpochWindow, nn.Module):
         lam: float = 0.5,
         p_exe: float = 0.7,
         *,
-        theta_gradient: bool = False,
+        theta_gradient: bool = True,
         num_modalities: int = 2,
         starts: int = 6,
         process_group: Group = None,
@@ -170,7 +174,7 @@ class OPM(EpochWindow, nn.Module):
         The released code's division has a backward pass of its own, which passes θ itself back to
         θ, and from there to the features through their scores: the gradient of an additional loss
         θ²/2, whatever the loss is scaled by. It has been seen to change an encoder's gradient by a
-        tenth. With ``theta_gradient=True`` the features get it too; the head does not.
+        tenth. The features get it as well, the head does not.
 
         Args:
             q_base: As in `OPM`.
@@ -241,6 +245,7 @@ class OPM(EpochWindow, nn.Module):
             )
         if logits is None or labels is None:
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
+        self._warn_if_untold("OPM")
         scores, ratios = self._sense(names, values, logits, labels)
         current = drop_probabilities(ratios, self.q_base, self.lam).to(self.q)
         with torch.no_grad():
@@ -342,12 +347,16 @@ class OPM(EpochWindow, nn.Module):
         return OPMResult(left, dropped.keep, q, None, None, rows)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The epoch, which is no tensor: reading it must not wait for the device."""
-        return {"epoch": self.epoch}
+        """Format and epoch, which is no tensor: reading it must not wait for the device."""
+        return self._extra_state()
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Goes on in the epoch in which the state was taken."""
-        self.epoch = int(state["epoch"])
+        """Goes on in the epoch in which the state was taken.
+
+        Raises:
+            ValueError: the state is of another format.
+        """
+        self._set_extra_state("OPM", state)
         self._agreed = False
 
     def extra_repr(self) -> str:

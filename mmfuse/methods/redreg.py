@@ -24,47 +24,25 @@ w0 are the parameters at the start of the epoch.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from ..loop.anchors import Anchors
-from ..loop.modalities import Encoder, Modalities, Select
-from ..loop.ranks import Group, Observations
-from ..loop.state import State
-from ..noise import NoiseStream, saved_state
-from . import _redreg_equations as equations
+from ..loop.contract import Card
+from ..loop.gradients import Common, GradientMethod
+from ..loop.modalities import Encoder
+from ..loop.ranks import agree
+from ._redreg_equations import check_input_dropout, drop_probability, dropped
 from ._redreg_monitor import Forward, Monitor, Noise
-from ._redreg_regulation import Projection, regulate
-from ._redreg_sensing import Sensing
+from ._redreg_rule import Projection, RedRegReleased, RedRegResult, RedRegRule
+
+__all__ = ["RedReg", "RedRegResult"]
 
 
-@dataclass(frozen=True)
-class RedRegResult:
-    """What was seen and decided in one step; nothing here has waited for the device.
-
-    Attributes:
-        coefficients: [M] beta_m after the gate, in the order of `encoders`.
-        scores: [M] h_m, batch mean of the true class's probability.
-        growth: [M] s_m, the gain's growth rate.
-        redundancy: [M] red_m, of this step or of the last one that was monitored.
-        phase: [M] r_m; above `threshold` the modality is taken to be redundant.
-        gate: 0-d, 0 or 1, whether the modalities agree.
-        finite: 0-d bool, False if a gradient holds a NaN or an Inf after the step.
-    """
-
-    coefficients: Tensor
-    scores: Tensor
-    growth: Tensor
-    redundancy: Tensor
-    phase: Tensor
-    gate: Tensor
-    finite: Tensor
-
-
-class RedReg(Sensing):
+class RedReg(GradientMethod):
     """RedReg for a whole training run.
 
     ::
@@ -73,22 +51,24 @@ class RedReg(Sensing):
             {"audio": model.audio_net, "visual": model.visual_net}, epochs=80
         )
         for epoch in range(80):
-            redreg.start_epoch()
+            redreg.set_epoch(epoch)
             for inputs, labels in loader:        # inputs = {"audio": ..., "visual": ...}
                 features, logits, loss = ...
                 loss.backward()
                 redreg.step(logits, labels, features, inputs)
                 optimizer.step()
 
-    `step` comes after AMP's unscaling and before clipping. The monitor costs two forward passes of
-    every encoder, without gradients. By the passes alone a step of training takes 5/3 of its time,
-    and 1 + 2/(3k) with ``monitor_every=k``; measured on two ResNet-18, with the regulation, are
-    1.52, 1.29 (k = 2) and 1.16 (k = 4). It runs in evaluation mode and leaves batch norm's
-    statistics, training flags and PyTorch's random state as they were.
+    A step needs features, of one shape (flattened to [B, D] for the gate), and floating inputs. The
+    monitor costs two forward passes of every encoder, without gradients. By the passes alone a step
+    of training takes 5/3 of its time, and 1 + 2/(3k) with ``monitor_every=k``; measured on two
+    ResNet-18, with the regulation, are 1.52, 1.29 (k = 2) and 1.16 (k = 4). It runs in evaluation
+    mode and leaves batch norm's statistics, training flags and PyTorch's random state as they were.
+
+    A step whose scores are not finite does not enter the history, a redundancy that is not finite
+    does not enter the moving average; neither regulates anything.
 
     Args:
-        encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities. Parameters are
-            collected once; freezing and unfreezing them later is seen.
+        encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
         epochs: Length E of the training run, over which the gate's threshold rises.
         threshold: R, the phase r_m above which a dominant modality is regulated.
         gamma: γ, how much a growing gain counts against redundancy.
@@ -110,18 +90,17 @@ class RedReg(Sensing):
             for never.
         noise: A callable that gets an input and returns standard normal noise of its shape, such as
             ``torch.randn_like``; it is used instead of the stream.
-        select: Which parameters take part, as in `ogm_backward`.
-        process_group: The ranks whose samples scores, redundancy and agreement are averaged over,
-            as in `ogm_backward`.
-        anchor_dtype: Of the epoch-start copies, as in `InfoReg`.
-        anchor_device: Where they are, as in `InfoReg`.
-        stream: The random stream of the views; None makes one from `torch.initial_seed()`.
-        backend: Name of a backend; None for the best one.
+        **common: As in `mmfuse.GradientMethod`.
 
     Raises:
-        TypeError: as `ogm_backward`, or an encoder that is no module has no `forward`.
-        ValueError: as `ogm_backward`, or a hyper-parameter is out of range.
+        TypeError: as `mmfuse.GradientMethod`, or an encoder that is no module has no `forward`.
+        ValueError: as `mmfuse.GradientMethod`, or a hyper-parameter is out of range.
     """
+
+    card: ClassVar[Card] = Card(
+        "Yang et al., 2025", "gradient", "xia-zhe/RedReg at b620a46", golden=True
+    )
+    rule: RedRegRule
 
     def __init__(
         self,
@@ -141,63 +120,27 @@ class RedReg(Sensing):
         clamp: Collection[str] = (),
         input_dropout: tuple[float, float, float] | None = None,
         noise: Noise | None = None,
-        select: Select = "all",
-        process_group: Group = None,
-        anchor_dtype: torch.dtype | None = None,
-        anchor_device: torch.device | str | None = None,
-        stream: NoiseStream | None = None,
-        backend: str | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        equations.check_hyperparameters(
-            epochs, beta, window, momentum, projection, monitor_every, input_dropout
-        )
-        self.modalities = Modalities(encoders, select)
-        self._monitor = Monitor(encoders, forward or {}, sigma, clamp, noise, backend)
-        self.epochs = epochs
-        self.threshold = threshold
-        self.gamma = gamma
-        self.beta = beta
-        self.window = window
-        self.momentum = momentum
-        self.agreement = agreement
-        self.projection: Projection = projection
-        self.monitor_every = monitor_every
+        check_input_dropout(input_dropout)
         self.input_dropout = input_dropout
-        self.backend = backend
-        self.anchors = Anchors(anchor_dtype, anchor_device)
-        device = self.modalities.device
-        self.stream = stream or NoiseStream(device=device)
-        self.process_group = process_group
-        self._observations = Observations("RedReg", process_group)
-        self._rows = 0  # of this step's earlier micro-batches
-        #: The epoch that runs, counted from 0; −1 before the first.
-        self.epoch = -1
-        self._resets = False
-        self._corrects = True
-        self._steps = 0
-        count = len(self.modalities.names)
-        state = self._state = State("RedReg", device)
-        # h_m of the last W + 1 steps, the latest in the last column.
-        state.add("scores", count, window + 1)
-        state.add("steps", dtype=torch.int64)
-        state.add("redundancy", count)
-        state.add("average", count)
-        state.add("average_weight", count)  # what the average's coefficients add up to
-        state.add("gate_threshold")
+        rule = RedRegRule(
+            epochs=epochs,
+            threshold=threshold,
+            gamma=gamma,
+            beta=beta,
+            window=window,
+            momentum=momentum,
+            agreement=agreement,
+            projection=projection,
+            monitor_every=monitor_every,
+        )
+        super().__init__(rule, encoders, **common)
+        monitor = Monitor(encoders, forward or {}, sigma, clamp, noise, self.backend)
+        self._adopt(replace(rule, monitor=monitor))
 
     @classmethod
-    def official(
-        cls,
-        encoders: Mapping[str, Encoder],
-        *,
-        epochs: int = 80,
-        clamp: Collection[str] = ("visual",),
-        noise: Noise | None = torch.randn_like,
-        forward: Mapping[str, Forward] | None = None,
-        process_group: Group = None,
-        stream: NoiseStream | None = None,
-        backend: str | None = None,
-    ) -> RedReg:
+    def official(cls, encoders: Mapping[str, Encoder], **keywords: Any) -> RedReg:
         """What the authors' released code runs.
 
         Its differences: the history of gains and the moving average begin anew in every epoch, and
@@ -209,142 +152,46 @@ class RedReg(Sensing):
 
         Args:
             encoders: As in `RedReg`.
-            epochs: As in `RedReg`.
-            clamp: Names of the modalities whose inputs are images.
-            noise: As in `RedReg`; by default PyTorch's generator, as there.
-            forward: As in `RedReg`.
-            process_group: As in `RedReg`.
-            stream: As in `RedReg`; for `drop_inputs`, and for the views if `noise` is None.
-            backend: As in `RedReg`.
+            **keywords: As in `RedReg`, but by default ``clamp`` is ("visual",), ``noise`` comes
+                from ``torch.randn_like``, and ``input_dropout`` is (0.6, 0.1, 0.3).
         """
-        made = cls(
-            encoders,
-            epochs=epochs,
-            clamp=clamp,
-            noise=noise,
-            forward=forward,
-            process_group=process_group,
-            stream=stream,
-            input_dropout=(0.6, 0.1, 0.3),
-            backend=backend,
-        )
-        made._resets, made._corrects = True, False
+        released: dict[str, Any] = {
+            "clamp": ("visual",),
+            "noise": torch.randn_like,
+            "input_dropout": (0.6, 0.1, 0.3),
+        }
+        made = cls(encoders, **{**released, **keywords})
+        made._adopt(RedRegReleased(**vars(made.rule)))
         return made
 
-    @torch.no_grad()
-    def start_epoch(self) -> None:
-        """Copies the encoders and sets the gate's threshold for the epoch.
+    def drop_inputs(
+        self, inputs: Mapping[str, Tensor], uniform: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Sets one modality's whole input to zero, or none; for the forward pass of training.
 
-        Raises:
-            ValueError: the encoders have other parameters than when this object was made.
-        """
-        self.modalities.check_unchanged()
-        self.anchors.take(self.modalities.parameters)
-        self._follow()
-        state = self._state
-        self.epoch += 1
-        threshold = equations.gate_threshold(self.agreement, self.epoch, self.epochs)
-        state["gate_threshold"].fill_(threshold)
-        if self._resets:
-            for key in ("scores", "steps", "average", "average_weight"):
-                state[key].zero_()
-
-    @torch.no_grad()
-    def step(
-        self,
-        logits: Mapping[str, Tensor] | None = None,
-        labels: Tensor | None = None,
-        features: Mapping[str, Tensor] | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
-        *,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
-    ) -> RedRegResult:
-        """Regulates the gradients that a backward pass has left, before the optimizer's step.
-
-        A step whose scores are not finite does not enter the history, a redundancy that is not
-        finite does not enter the moving average; neither regulates anything. A step with a NaN or
-        an Inf in a gradient leaves the state as it was, since a GradScaler skips it.
+        Give the inputs as they were to `step`, whose monitor looks at those. Nothing is read on the
+        host: which modality is dropped is decided on the device.
 
         Args:
-            logits: Name → [B, C] logits of each modality alone, of the last micro-batch; None, as
-                the next three, if all were given to `observe`.
-            labels: [B] integer class indices; rows labelled −100 do not count.
-            features: Name → [B, …] features of one shape, flattened to [B, D] for the gate.
-            inputs: Name → floating input of each encoder, of any shape.
-            grad_scale: 0-d factor by which the gradients are scaled still, where they cannot be
-                unscaled before (see `mmfuse.amp.grad_scale`).
-            found_inf: Not zero where a GradScaler will skip this step for another reason than the
-                encoders' gradients, which are looked at here (see `mmfuse.amp.found_inf`).
+            inputs: Name → tensor.
+            uniform: 0-d number in [0, 1) that decides; None draws it from the stream.
 
         Returns:
-            `RedRegResult`.
+            Name → tensor like the input.
 
         Raises:
-            RuntimeError: `start_epoch` was not called, or nothing was observed.
-            TypeError: a tensor has an unsupported type, or an encoder returns no tensor.
-            ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
-                device since `start_epoch`. Nothing has been changed then.
+            ValueError: names do not fit.
         """
-        self._check_started()
-        active = self.modalities.active()
-        self.anchors.check(active, self.modalities.parameter_names)
-        seen = None
-        if logits is not None:
-            if labels is None or features is None or inputs is None:
-                raise TypeError("logits, labels, features and inputs go together: give all or none")
-            seen = self._see(logits, labels, features, inputs)
-        h, redundancy, gate = self._all_seen(seen, labels)
-
-        new = equations.history(self._state, h, redundancy, self.momentum)
-        growth = equations.growth(new["scores"], new["steps"])
-        average = new["average"] / new["average_weight"] if self._corrects else new["average"]
-        phase = equations.phase(new["redundancy"], average, growth, self.gamma)
-        strength = equations.strength(h, phase, self.beta, self.threshold)
-        coefficients = strength * gate.to(h)
-        finite, counts = regulate(
-            active, self.anchors, coefficients, self.projection, grad_scale, self.backend
-        )
-        if found_inf is not None:
-            counts = counts & (found_inf == 0).all().to(counts.device)
-
-        state = self._state
-        counts = counts.to(self._state.device)
-        for key, value in new.items():
-            state[key].copy_(torch.where(counts, value, state[key]))
-        self._steps += 1
-        self.stream.advance(counts)
-        redundancy = new["redundancy"].clone()
-        return RedRegResult(coefficients, h, growth, redundancy, phase, gate, finite)
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on with the same numbers, also within an epoch.
-
-        As with an optimizer the tensors are the object's own: save them, or copy them.
-        """
-        return {
-            **self._state,
-            "epoch": self.epoch,
-            "step": self._steps,
-            "stream": self.stream.state_dict(),
-            "anchors": self.anchors.state_dict(self.modalities),
-        }
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
-
-        Raises:
-            ValueError: an entry is missing or does not fit; nothing has been changed then.
-        """
-        others = ("epoch", "step", "stream", "anchors")
-        self._state.check(state_dict, others)
-        saved_state(state_dict["stream"])
-        self.anchors.load_state_dict(state_dict["anchors"], self.modalities)
-        self._follow()
-        self._state.load(state_dict)
-        self.stream.load_state_dict(state_dict["stream"])
-        self.epoch = int(state_dict["epoch"])
-        self._steps = int(state_dict["step"])
-        self._observations.clear()
-        self._rows = 0
+        tensors = self.modalities.ordered("inputs", inputs)
+        if self.input_dropout is None:
+            return dict(zip(self.modalities.names, tensors, strict=True))
+        p = drop_probability(self.input_dropout, self.epoch, self.rule.epochs)
+        if uniform is None:
+            self._follow()
+            agree(self.stream, self.process_group)
+            uniform = self.stream.uniform(1, stream_id=2 * len(tensors)).squeeze(0)
+        out = {}
+        for m, (name, x) in enumerate(zip(self.modalities.names, tensors, strict=True)):
+            here = dropped(uniform.to(x.device), p, m, len(tensors))
+            out[name] = torch.where(here, 0.0, x)
+        return out

@@ -46,11 +46,14 @@ def check_pairs(
     grads: Sequence[Tensor], params: Sequence[Tensor] | None, anchors: Sequence[Tensor] | None
 ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
     """Checks that params and anchors mirror grads; returns them, empty where not given."""
-    if (params is None) != (anchors is None):
-        raise ValueError("params and anchors go together: give both or neither")
-    if params is None or anchors is None:
+    if params is None:
+        if anchors is not None:
+            raise ValueError("anchors need params: give both, or params alone, or neither")
         return (), ()
-    for name, tensors in (("params", params), ("anchors", anchors)):
+    given = [("params", params)]
+    if anchors is not None:
+        given.append(("anchors", anchors))
+    for name, tensors in given:
         if len(tensors) != len(grads):
             raise ValueError(f"{len(grads)} grads but {len(tensors)} {name}")
         check_list(name, tensors)
@@ -63,7 +66,7 @@ def check_pairs(
                 raise ValueError(
                     f"{name}[{i}] is on {tensor.device}, its gradient on {grad.device}"
                 )
-    return params, anchors
+    return params, () if anchors is None else anchors
 
 
 def promoted(
@@ -141,12 +144,13 @@ def contiguous_layout(
     Args:
         grads: T tensors.
         params: T tensors, or none.
-        anchors: T tensors, or none.
+        anchors: T tensors, or none; none without params.
         any_order: The result does not depend on which element comes first, so that a dense tensor
             in another memory format (channels_last) can be read in storage order.
     """
-    rows = [grads, params, anchors] if params else [grads]
-    if all(t.is_contiguous() for row in rows for t in row):
+    rows = [row for row in (grads, params, anchors) if row]
+    # A list, not a generator: that would enter and leave a frame for each tensor.
+    if False not in [t.is_contiguous() for row in rows for t in row]:
         return Layout(list(grads), list(params), list(anchors), [])
     out: list[list[Tensor]] = [[], [], []]
     copied = []

@@ -19,8 +19,8 @@ class GradStats(NamedTuple):
         numel: int64, number of elements n.
         mean: Mean of g; 0 for an empty tensor.
         m2: Σ(g − mean)².
-        dot: ⟨w − w₀, g⟩, or None when no anchors were given.
-        disp_sq: ‖w − w₀‖², or None when no anchors were given.
+        dot: ⟨w − w₀, g⟩, or ⟨w, g⟩ without anchors; None when no params were given.
+        disp_sq: ‖w − w₀‖², or ‖w‖² without anchors; None when no params were given.
     """
 
     numel: Tensor
@@ -54,10 +54,10 @@ class GradStats(NamedTuple):
         m2 = self.m2 + other.m2 + delta * delta * (self.numel * share)
         if self.dot is None or self.disp_sq is None:
             if other.dot is not None:
-                raise ValueError("cannot merge statistics with and without anchors")
+                raise ValueError("cannot merge statistics with and without params")
             return GradStats(numel, mean, m2)
         if other.dot is None or other.disp_sq is None:
-            raise ValueError("cannot merge statistics with and without anchors")
+            raise ValueError("cannot merge statistics with and without params")
         return GradStats(numel, mean, m2, self.dot + other.dot, self.disp_sq + other.disp_sq)
 
 
@@ -84,7 +84,7 @@ def grad_stats(
     *,
     backend: str | None = None,
 ) -> GradStats:
-    """Mean, centred second moment and, with anchors, displacement products of T gradients.
+    """Mean, centred second moment and, with params, displacement products of T gradients.
 
     One read of every tensor. The sums are formed blockwise and merged pairwise (Chan, Golub &
     LeVeque 1979), so that a large mean does not cancel the variance; they do not depend on the
@@ -95,10 +95,15 @@ def grad_stats(
         g.numel(), g.mean(), (g - g.mean()).square().sum(), ((w - w0) * g).sum(),
         (w - w0).square().sum()
 
+    Without anchors w₀ is 0, and nothing is read for it. Of two gradients of the same tensors,
+    `grad_stats(g1, g2)` gives ⟨g₂, g₁⟩ as `dot` and ‖g₂‖² as `disp_sq`, and ‖g₁‖² as `sq_norm`: the
+    Gram matrix of MMPareto (Wei & Hu, ICML 2024).
+
     Args:
         grads: T tensors of any shapes; float16, bfloat16, float32 and float64 may be mixed.
-        params: T tensors w, shaped like `grads`.
+        params: T tensors w, shaped like `grads`, e.g. second gradients; their dtype may differ.
         anchors: T tensors w₀, shaped like `grads`; their dtype may differ, e.g. bfloat16 snapshots.
+            They need params. None for 0.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -108,7 +113,7 @@ def grad_stats(
 
     Raises:
         TypeError: a tensor is sparse, integer or complex.
-        ValueError: params or anchors do not mirror grads.
+        ValueError: params or anchors do not mirror grads, or anchors come without params.
     """
     check_list("grads", grads)
     params, anchors = check_pairs(grads, params, anchors)

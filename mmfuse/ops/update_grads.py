@@ -59,11 +59,16 @@ def update_grads_(
         sq_norm[t] = g.square().sum()
         g.mul_(scale[t]).add_(pull[t] * (w - w0)).add_(noise_std[t] * torch.randn_like(g))
 
+    Without anchors w₀ is 0, and nothing is read for it: with second gradients as params the result
+    is scale[t]·g₁ + pull[t]·g₂, a weighted sum of two gradients as in MMPareto (Wei & Hu, ICML
+    2024).
+
     Args:
         grads: T tensors of any shapes; float16, bfloat16, float32 and float64 may be mixed.
         scale: [T] floating, on the gradients' device, as are `pull` and `noise_std`.
-        params: T tensors w shaped like `grads`; needed with `pull`.
-        anchors: T tensors w₀ shaped like `grads`; needed with `pull`; any floating dtype.
+        params: T tensors w shaped like `grads`; needed with `pull`; any floating dtype.
+        anchors: T tensors w₀ shaped like `grads`; they need `params`; any floating dtype. None for
+            0.
         pull: [T]; an entry of 0 adds nothing, even to a displacement that is not finite.
         noise_std: [T]; an entry of 0 adds nothing.
         stream: The random stream; needed with `noise_std`. Tensor t draws from the stream's t-th
@@ -85,7 +90,7 @@ def update_grads_(
     check_writable("grads", grads)
     check_vector("scale", scale, len(grads))
     if (pull is None) != (params is None and anchors is None):
-        raise ValueError("pull needs params and anchors, and they need pull")
+        raise ValueError("pull needs params, and params and anchors need pull")
     params, anchors = check_pairs(grads, params, anchors)
     if pull is not None:
         check_vector("pull", pull, len(grads))
@@ -111,7 +116,7 @@ def update_grads_(
                 sq_norm.index_copy_(0, at, squares.to(sq_norm.device))
         return
     device = next(iter(groups))
-    wide = any(g.dtype == torch.float64 for g in grads)
+    wide = torch.float64 in {g.dtype for g in grads}
     dtype = torch.float64 if wide else torch.float32
     layout = contiguous_layout(grads, params, anchors, any_order=noise_std is None)
     flag = finite.to(device) if finite is not None else None

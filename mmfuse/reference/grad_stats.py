@@ -13,7 +13,7 @@ from ._dtype import accumulator
 def grad_stats(
     grads: Sequence[Tensor], params: Sequence[Tensor], anchors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """See `mmfuse.ops.grad_stats`; moments are [2, T], or [4, T] with anchors."""
+    """See `mmfuse.ops.grad_stats`; moments are [2, T], or [4, T] with params."""
     dtype = accumulator(*grads)
     if not grads:
         return torch.empty(0, dtype=torch.int64), torch.empty(4 if params else 2, 0, dtype=dtype)
@@ -27,7 +27,9 @@ def grad_stats(
         mean = g.mean() if g.numel() else g.sum()
         column = [mean, (g - mean).square().sum()]
         if params:
-            d = params[t].double() - anchors[t].double()
+            d = params[t].double()
+            if anchors:
+                d = d - anchors[t].double()
             column += [(d * g).sum(), d.square().sum()]
         columns.append(torch.stack(column).to(dtype))
     return torch.stack(numel), torch.stack(columns, dim=1)

@@ -31,7 +31,9 @@ def update_grads_(
             sq_norm[t] = grad.double().square().sum()
         out = scale[t].to(dtype) * grad.to(dtype)
         if pull is not None:
-            d = params[t].to(dtype) - anchors[t].to(dtype)
+            d = params[t].to(dtype)
+            if anchors:
+                d = d - anchors[t].to(dtype)
             # A factor of 0 adds nothing, even to a displacement that is not finite.
             out = torch.where(pull[t] == 0, out, out + pull[t].to(dtype) * d)
         if noise_std is not None and noise_state is not None:

@@ -51,7 +51,7 @@ class Group(NamedTuple):
     """Consecutive chunks that one launch handles.
 
     Attributes:
-        dtypes: Of the grads and, when given, of the params and the anchors.
+        dtypes: Of the grads and, where given, of the params, and of the anchors.
         aligned: All addresses are multiples of 16 bytes and no chunk starts inside a noise block.
         first_chunk: Position of the first chunk among all chunks.
         n_chunks: How many chunks.
@@ -125,7 +125,7 @@ def group_constants(dtypes: list[tl.dtype], aligned: bool) -> dict[str, Any]:
     return {
         "GRAD_DTYPE": dtypes[0],
         "PARAM_DTYPE": dtypes[1] if len(dtypes) > 1 else None,
-        "ANCHOR_DTYPE": dtypes[2] if len(dtypes) > 1 else None,
+        "ANCHOR_DTYPE": dtypes[2] if len(dtypes) > 2 else None,
         "ACC": tl.float64 if dtypes[0] == tl.float64 else tl.float32,
         "ALIGNED": aligned,
     }

@@ -37,8 +37,10 @@ def _update_tile(
     y = scale * g
     # By value, because 0 times a displacement that is not finite would not be 0.
     if param_ptr is not None and pull != 0:
-        w = widen(tl.load(param_ptr + offsets, mask=mask), ACC)
-        y += pull * (w - widen(tl.load(anchor_ptr + offsets, mask=mask), ACC))
+        displacement = widen(tl.load(param_ptr + offsets, mask=mask), ACC)
+        if anchor_ptr is not None:
+            displacement -= widen(tl.load(anchor_ptr + offsets, mask=mask), ACC)
+        y += pull * displacement
     if noise_std is not None and noise_std != 0:
         z = normal_tile(seed, noise_id, step, noise_block, BLOCK_SIZE // NOISE_BLOCK)
         y += noise_std * z.to(ACC)
@@ -90,7 +92,7 @@ def update_chunk(
         out_ptr: Where to write; may be grad_ptr.
         grad_ptr: The tensor g.
         param_ptr: The tensor w, or None with `pull`.
-        anchor_ptr: The tensor w0, or None with `pull`.
+        anchor_ptr: The tensor w0, or None for 0 and with `pull`.
         chunk: int64 scalar.
         numel: int64 scalar.
         write: Whether to write; if not, only finiteness is looked at.
@@ -121,6 +123,7 @@ def update_chunk(
     grad_ptr += start
     if param_ptr is not None:
         param_ptr += start
+    if anchor_ptr is not None:
         anchor_ptr += start
     count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
     if finite_ptr is None and square_ptr is None:

@@ -74,9 +74,10 @@ def _chunk_moments(
     tl.store(partial_ptr + 1, tl.where(m2 < 0, 0.0, m2))
     if PARAM_DTYPE is not None:
         param = load_pointer(row_ptr, PARAM, PARAM_DTYPE, ALIGNED) + start
-        anchor = load_pointer(row_ptr, ANCHOR, ANCHOR_DTYPE, ALIGNED) + start
-        w = _load(param, offsets, count, ACC, MASKED)
-        displacement = w - _load(anchor, offsets, count, ACC, MASKED)
+        displacement = _load(param, offsets, count, ACC, MASKED)
+        if ANCHOR_DTYPE is not None:
+            anchor = load_pointer(row_ptr, ANCHOR, ANCHOR_DTYPE, ALIGNED) + start
+            displacement -= _load(anchor, offsets, count, ACC, MASKED)
         tl.store(partial_ptr + 2, tl.sum(displacement * g, axis=0).to(tl.float64))
         tl.store(partial_ptr + 3, tl.sum(displacement * displacement, axis=0).to(tl.float64))
 
@@ -119,7 +120,7 @@ def _grad_stats_merge_kernel(
     numel_ptr,
     moments_ptr,
     n_tensors,
-    WITH_ANCHORS: tl.constexpr,
+    WITH_PARAMS: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -128,7 +129,7 @@ def _grad_stats_merge_kernel(
     row_ptr = row_of(rows_ptr, slot)
     numel = tl.load(row_ptr + NUMEL)
     n_chunks = tl.cdiv(numel, CHUNK_SIZE)
-    WIDTH: tl.constexpr = 4 if WITH_ANCHORS else 2
+    WIDTH: tl.constexpr = 4 if WITH_PARAMS else 2
     first_ptr = partials_ptr + tl.load(row_ptr + FIRST_CHUNK) * WIDTH
     lane = tl.arange(0, BLOCK_SIZE).to(tl.int64)
     total = tl.maximum(numel, 1).to(tl.float64)
@@ -152,7 +153,7 @@ def _grad_stats_merge_kernel(
         delta = tl.load(partial_ptr, mask=used, other=0.0) - mean_all
         m2 = tl.load(partial_ptr + 1, mask=used, other=0.0)
         m2_sum += tl.where(used, m2 + size * delta * delta, 0.0)
-        if WITH_ANCHORS:
+        if WITH_PARAMS:
             dot_sum += tl.load(partial_ptr + 2, mask=used, other=0.0)
             disp_sum += tl.load(partial_ptr + 3, mask=used, other=0.0)
 
@@ -160,7 +161,7 @@ def _grad_stats_merge_kernel(
     tl.store(numel_ptr + slot, numel)
     tl.store(moments_ptr + slot, mean_all.to(out))
     tl.store(moments_ptr + n_tensors + slot, tl.sum(m2_sum, axis=0).to(out))
-    if WITH_ANCHORS:
+    if WITH_PARAMS:
         tl.store(moments_ptr + 2 * n_tensors + slot, tl.sum(dot_sum, axis=0).to(out))
         tl.store(moments_ptr + 3 * n_tensors + slot, tl.sum(disp_sum, axis=0).to(out))
 
@@ -172,14 +173,14 @@ def _chunk_constants(dtypes: list[tl.dtype], aligned: bool) -> dict[str, Any]:
     }
 
 
-def _merge_constants(with_anchors: bool) -> dict[str, Any]:
-    return {"WITH_ANCHORS": with_anchors, "CHUNK_SIZE": CHUNK_SIZE, "BLOCK_SIZE": MERGE_BLOCK}
+def _merge_constants(with_params: bool) -> dict[str, Any]:
+    return {"WITH_PARAMS": with_params, "CHUNK_SIZE": CHUNK_SIZE, "BLOCK_SIZE": MERGE_BLOCK}
 
 
 def grad_stats(
     grads: Sequence[Tensor], params: Sequence[Tensor], anchors: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """See `mmfuse.ops.grad_stats`; moments are [2, T], or [4, T] with anchors."""
+    """See `mmfuse.ops.grad_stats`; moments are [2, T], or [4, T] with params."""
     width = 4 if params else 2
     wide = any(g.dtype == torch.float64 for g in grads)
     dtype = torch.float64 if wide else torch.float32
@@ -228,7 +229,7 @@ def _chunk_spec(*dtypes: str, aligned: bool = True) -> AotSpec:
     return AotSpec(_grad_stats_chunk_kernel, label, types, constants, CHUNK_WARPS)
 
 
-def _merge_spec(dtype: str, with_anchors: bool) -> AotSpec:
+def _merge_spec(dtype: str, with_params: bool) -> AotSpec:
     types = {
         "rows_ptr": "*i64!",
         "partials_ptr": "*fp64!",
@@ -236,8 +237,8 @@ def _merge_spec(dtype: str, with_anchors: bool) -> AotSpec:
         "moments_ptr": f"*{dtype}!",
         "n_tensors": "i32",
     }
-    label = dtype + (" anchors" if with_anchors else "")
-    constants = _merge_constants(with_anchors)
+    label = dtype + (" params" if with_params else "")
+    constants = _merge_constants(with_params)
     return AotSpec(_grad_stats_merge_kernel, label, types, constants, MERGE_WARPS)
 
 
@@ -250,6 +251,10 @@ AOT_SPECS = [
     _chunk_spec("bf16", "fp32", "bf16"),
     _chunk_spec("fp16", "fp16", "fp16", aligned=False),
     _chunk_spec("fp64", "fp64", "fp64"),
+    _chunk_spec("fp32", "fp32"),
+    _chunk_spec("bf16", "fp32"),
+    _chunk_spec("fp16", "fp16", aligned=False),
+    _chunk_spec("fp64", "fp64"),
     _merge_spec("fp32", False),
     _merge_spec("fp64", True),
 ]

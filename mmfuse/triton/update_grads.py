@@ -71,7 +71,8 @@ def _update_grads_kernel(
     pull = None
     if pull_ptr is not None:
         param_ptr = load_pointer(row_ptr, PARAM, PARAM_DTYPE, ALIGNED)
-        anchor_ptr = load_pointer(row_ptr, ANCHOR, ANCHOR_DTYPE, ALIGNED)
+        if ANCHOR_DTYPE is not None:
+            anchor_ptr = load_pointer(row_ptr, ANCHOR, ANCHOR_DTYPE, ALIGNED)
         pull = tl.load(pull_ptr + slot).to(ACC)
         write = write | (pull != 0)
     noise_std = None
@@ -236,12 +237,18 @@ AOT_SPECS = [
     _spec("bf16", "fp32", "bf16", finite=True),
     _spec("fp32", "fp32", "fp32", noise=True, finite=True),
     _spec("fp64", "fp64", "fp64", noise=True, finite=True, aligned=False),
+    _spec("fp32", "fp32"),
+    _spec("bf16", "fp32", finite=True),
+    _spec("fp32", "fp32", noise=True, finite=True),
+    _spec("fp64", "fp64", noise=True, finite=True, aligned=False),
     _spec("fp32", finite=True, squares=True),
     _spec("fp32", "fp32", "fp32", finite=True, squares=True),
     _spec("bf16", "fp32", "bf16", finite=True, squares=True),
     _spec("fp16", "fp16", "fp16", finite=True, squares=True, aligned=False),
     _spec("fp32", noise=True, finite=True, squares=True),
     _spec("fp64", "fp64", "fp64", noise=True, finite=True, squares=True),
+    _spec("fp32", "fp32", finite=True, squares=True),
+    _spec("fp16", "fp16", finite=True, squares=True, aligned=False),
     _sq_norm_spec("fp32"),
     _sq_norm_spec("fp64"),
 ]

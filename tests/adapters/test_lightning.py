@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from balancing import MAKERS, Make, acted, needed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -60,18 +61,18 @@ class Batches:
         self.next = state["next"]
 
 
-def forward(net: AudioVisual, data: Data) -> tuple[Tensor, tuple[Any, ...]]:
+def forward(net: AudioVisual, data: Data) -> tuple[Tensor, dict[str, Any]]:
     """The loss, and all that a method may want to know."""
     audio, visual, labels = data
     a, v, out = net(audio, visual)
     features = {"audio": a, "visual": v}
-    logits = mmfuse.unimodal_logits(net.fc, features)
-    inputs = {"audio": audio, "visual": visual}
-    return nn.functional.cross_entropy(out, labels), (logits, labels, features, inputs)
-
-
-def seen_by(make: Any, seen: tuple[Any, ...]) -> tuple[Any, ...]:
-    return seen if make is mmfuse.RedReg else seen[:2]
+    seen = {
+        "logits": mmfuse.unimodal_logits(net.fc, features),
+        "labels": labels,
+        "features": features,
+        "inputs": {"audio": audio, "visual": visual},
+    }
+    return nn.functional.cross_entropy(out, labels), seen
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -95,7 +96,9 @@ class Module(LightningModule):
 
     def training_step(self, data: Data, batch_idx: int) -> Tensor:
         loss, seen = forward(self.net, data)
-        self.balance.observe(*seen_by(self.balance._make, seen))
+        # Of a callback that the Trainer does not know, the method is None.
+        method = self.balance.method
+        self.balance.observe(**(seen if method is None else needed(method, seen)))
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
@@ -139,7 +142,7 @@ def fit(
 def by_hand(
     net: AudioVisual,
     data: Any,
-    make: Callable[..., Any],
+    make: Make,
     *,
     epochs: int = EPOCHS,
     make_optimizer: Callable[..., torch.optim.Optimizer] = sgd,
@@ -149,28 +152,22 @@ def by_hand(
 ) -> Any:
     """Trains `net` with the method that `make` makes; `after` runs before the optimizer's step."""
     method = make(net.encoders)
-    kind = type(method)
     optimizer = make_optimizer(net.parameters())
-    if getattr(method, "apply_to", "") == "update":
+    if method.apply_to == "update":
         method.attach(optimizer)
     for epoch in range(epochs):
-        if hasattr(method, "set_epoch"):
-            method.set_epoch(epoch)
-        if hasattr(method, "start_epoch"):
-            method.start_epoch()
+        method.set_epoch(epoch)
         for i, each in enumerate(data.batches):
             if i % accumulate == 0:
                 optimizer.zero_grad()
             with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
                 loss, seen = forward(net, each)
-                method.observe(*seen_by(kind, seen))
+                method.observe(**needed(method, seen))
             (loss / accumulate).backward()
             if i % accumulate == accumulate - 1:
                 method.step()
                 after()
                 optimizer.step()
-        if hasattr(method, "end_epoch"):
-            method.end_epoch()
     return method
 
 
@@ -195,47 +192,29 @@ def assert_same_training(module: Module, net: AudioVisual, method: Any) -> None:
     assert_same(module.balance.method.state_dict(), method.state_dict())
 
 
-METHODS: dict[str, tuple[Any, Callable[[], dict[str, Any]]]] = {
-    "ogm-ge": (mmfuse.OGM, lambda: {"stream": NoiseStream(3), "starts": 1, "ends": 2}),
-    # Below any growth, so that regulation begins in the third epoch.
-    "inforeg": (mmfuse.InfoReg, lambda: {"threshold": -1e9}),
-    "redreg": (
-        mmfuse.RedReg,
-        lambda: {
-            "stream": NoiseStream(3),
-            "epochs": EPOCHS,
-            "window": 2,
-            "threshold": -1e9,
-            "agreement": (-1.0, -0.9),
-        },
-    ),
+# So that each method's numbers depend on the epoch.
+CHANGES: dict[str, dict[str, Any]] = {
+    "ogm-ge": {"starts": 1, "ends": 2},
+    "redreg": {"epochs": EPOCHS, "agreement": (-1.0, -0.9)},
 }
 
 
 def balance_for(name: str, **options: Any) -> Balance:
-    make, hyperparameters = METHODS[name]
-    return Balance(make, ENCODERS, **{**hyperparameters(), **options})
+    return Balance(MAKERS[name], ENCODERS, **{**CHANGES.get(name, {}), **options})
 
 
-def maker(name: str) -> Callable[[Any], Any]:
-    make, hyperparameters = METHODS[name]
-    return lambda encoders: make(encoders, **hyperparameters())
+def maker(name: str) -> Make:
+    return lambda encoders: MAKERS[name](encoders, **CHANGES.get(name, {}))
 
 
-def acted(results: list[Any], name: str) -> bool:
-    """Whether a step has modulated anything."""
-    idle = 1.0 if name == "ogm-ge" else 0.0
-    return any(bool((r.coefficients != idle).any()) for r in results)
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", MAKERS)
 def test_training_is_that_of_a_loop_by_hand(tmp_path: Path, name: str) -> None:
     net, data = AudioVisual(), Batches()
     expected = copy.deepcopy(net)
     module = fit(tmp_path, net, data, balance_for(name))
     method = by_hand(expected, data, maker(name))
     assert len(module.results) == EPOCHS * STEPS
-    assert acted(module.results, name)
+    assert acted(method, module.results)
     assert_same_training(module, expected, method)
 
 
@@ -250,7 +229,7 @@ def test_a_factory_makes_the_method(tmp_path: Path) -> None:
     assert_same_training(module, expected, by_hand(expected, data, make))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", MAKERS)
 def test_accumulated_gradients_are_modulated_once(tmp_path: Path, name: str) -> None:
     net, data = AudioVisual(), Batches(4)
     expected = copy.deepcopy(net)
@@ -269,11 +248,11 @@ def test_clipping_comes_after_modulation(tmp_path: Path) -> None:
         nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
 
     method = by_hand(expected, data, maker("ogm-ge"), after=clip)
-    assert acted(module.results, "ogm-ge")
+    assert acted(method, module.results)
     assert_same_training(module, expected, method)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", MAKERS)
 def test_bfloat16(tmp_path: Path, name: str) -> None:
     net, data = AudioVisual(), Batches()
     expected = copy.deepcopy(net)
@@ -283,7 +262,7 @@ def test_bfloat16(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["unscaled", "fused"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", MAKERS)
 def test_grad_scaler(tmp_path: Path, name: str, fused: bool) -> None:
     """The first scale overflows float16, so that steps are skipped."""
     net, data = AudioVisual(), Batches()
@@ -299,34 +278,26 @@ def test_grad_scaler(tmp_path: Path, name: str, fused: bool) -> None:
     options = {"plugins": [plugin], "make_optimizer": make_optimizer}
     module = fit(tmp_path, net, data, balance_for(name), **options)
 
-    make, _ = METHODS[name]
     method, scaler = maker(name)(expected.encoders), make_scaler()
     optimizer = make_optimizer(expected.parameters())
     skipped = 0
     for epoch in range(EPOCHS):
-        if name == "ogm-ge":
-            method.set_epoch(epoch)
-        else:
-            method.start_epoch()
+        method.set_epoch(epoch)
         for each in data.batches:
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.float16, cache_enabled=False):
                 loss, seen = forward(expected, each)
-                method.observe(*seen_by(make, seen))
+                method.observe(**needed(method, seen))
             scaler.scale(loss).backward()
-            known = {}
-            if not fused:
+            if fused:
+                method.step(grad_scale=amp.grad_scale(scaler, "cpu"))
+            else:
                 scaler.unscale_(optimizer)
-                known = {"found_inf": amp.found_inf(scaler, optimizer)}
-            elif name != "ogm-ge":
-                known = {"grad_scale": amp.grad_scale(scaler, "cpu")}
-            method.step(**known)
+                method.step(found_inf=amp.found_inf(scaler, optimizer))
             before = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
             skipped += scaler.get_scale() < before
-        if name == "inforeg":
-            method.end_epoch()
     assert 0 < skipped < EPOCHS * STEPS
     assert_same_training(module, expected, method)
     assert plugin.scaler.get_scale() == scaler.get_scale()
@@ -345,7 +316,7 @@ def test_updates_of_the_attached_optimizer_are_scaled(tmp_path: Path) -> None:
 
     module = fit(tmp_path, net, data, Balance(make, ENCODERS), make_optimizer=adam)
     method = by_hand(expected, data, make, make_optimizer=adam)
-    assert acted(module.results, "ogm-ge")
+    assert acted(method, module.results)
     assert method.stream.state[1] == EPOCHS * STEPS
     assert_same_training(module, expected, method)
 
@@ -359,7 +330,7 @@ SAVED = {
 
 
 @pytest.mark.parametrize("saved", SAVED)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path: Path, name: str, saved: str) -> None:
     options, at = SAVED[saved]
     net, data = AudioVisual(), Batches()
@@ -394,15 +365,30 @@ def test_a_second_fit_goes_on(tmp_path: Path) -> None:
     runs = trainer(tmp_path, balance, max_epochs=2)
     runs.fit(module, data)
     method = balance.method
+    assert method.epoch == 1
     runs.fit_loop.max_epochs = EPOCHS
     runs.fit(module, data)
     assert balance.method is method
     assert len(module.results) == EPOCHS * STEPS
-    assert int(method.state_dict()["epochs"]) == EPOCHS
+    assert method.epoch == EPOCHS - 1
+    assert (method._state["epochs"], method._state["steps"]) == (EPOCHS - 1, STEPS)
     other = Module(AudioVisual(), balance)
     trainer(tmp_path, balance, max_epochs=1).fit(other, data)
     assert balance.method is not method
-    assert int(balance.method.state_dict()["epochs"]) == 1
+    assert (balance.method._state["epochs"], balance.method._state["steps"]) == (0, STEPS)
+
+
+def test_a_second_fit_of_the_same_epoch_takes_new_anchors(tmp_path: Path) -> None:
+    """Both Trainers count from 0; the parameters have moved on."""
+    balance = balance_for("inforeg")
+    module = Module(AudioVisual(), balance)
+    for _ in range(2):
+        before = [p.detach().clone() for p in module.net.encoders["audio"].parameters()]
+        trainer(tmp_path, balance, max_epochs=1).fit(module, Batches())
+        assert balance.method.epoch == 0
+        pairs = zip(balance.method.anchors.tensors, before, strict=False)
+        assert all(torch.equal(anchor, parameter) for anchor, parameter in pairs)
+    assert (balance.method._state["epochs"], balance.method._state["steps"]) == (1, STEPS)
 
 
 class Manual(Module):
@@ -418,7 +404,7 @@ class Manual(Module):
         for optimizer in both:
             optimizer.zero_grad()
         loss, seen = forward(self.net, data)
-        self.balance.observe(*seen[:2])
+        self.balance.observe(seen["logits"], seen["labels"])
         self.manual_backward(loss)
         for optimizer in both:
             optimizer.step()
@@ -526,9 +512,10 @@ def test_bad_arguments() -> None:
         Balance(mmfuse.OGM, ENCODERS, log_every=-1)
 
 
-def test_a_method_without_step(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"ModuleDict has no observe\(\)"):
-        fit(tmp_path, AudioVisual(), Batches(), Balance(nn.ModuleDict, ENCODERS))
+@pytest.mark.parametrize("make", [nn.ModuleDict, lambda encoders: mmfuse.OPM()])
+def test_a_method_that_does_not_act_on_gradients(tmp_path: Path, make: Any) -> None:
+    with pytest.raises(TypeError, match=r"acts on gradients .*, got (ModuleDict|OPM)"):
+        fit(tmp_path, AudioVisual(), Batches(), Balance(make, ENCODERS))
 
 
 @pytest.mark.parametrize("every", [1, 5])
@@ -581,7 +568,8 @@ class Ranked(Module):
         self.own: list[Tensor] = []
 
     def training_step(self, data: Data, batch_idx: int) -> Tensor:
-        loss, (logits, labels, _, _) = forward(self.net, data)
+        loss, seen = forward(self.net, data)
+        logits, labels = seen["logits"], seen["labels"]
         self.own.append(mmfuse.ops.modality_scores(list(logits.values()), labels).prob.detach())
         self.balance.observe(logits, labels)
         return loss
@@ -643,13 +631,13 @@ def train_sharded(folder: Path) -> None:
         return module
 
     whole, resumed = run(None), run(folder / f"step={STEPS + 1}.ckpt")
-    assert acted(whole.results, "inforeg")
+    assert acted(whole.balance.method, whole.results)
     assert len(resumed.results) == EPOCHS * STEPS - STEPS - 1
     for a, b in zip(resumed.net.parameters(), whole.net.parameters(), strict=True):
         assert torch.equal(a.full_tensor(), b.full_tensor())
     state = whole.balance.state_dict()
     assert_same(resumed.balance.state_dict(), state)
-    anchors = state["method"]["anchors"]["tensors"]
+    anchors = state["anchors"]["tensors"]
     modulated = whole.balance.method.modalities.parameters
     assert [type(t) for t in anchors] == [Tensor] * len(modulated)
     assert [t.shape for t in anchors] == [p.shape for p in modulated]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cells import Cell
+from epochs import next_epoch
 from torch import Tensor
 from torch.nn import functional as F
 from trajectory import Golden, Network, Replay, difference, free_and_forced, on_every_backend, sgd
@@ -14,7 +15,7 @@ import mmfuse
 
 def growth_of(inforeg: mmfuse.InfoReg) -> Tensor:
     """What the window goes by: InfoReg shows its traces, and whether they grow enough."""
-    traces = inforeg.state_dict()["traces"][0]
+    traces = inforeg.state_dict()["state"]["traces"][0]
     if not traces.any():
         return torch.ones(())
     return (traces[-1] - traces[0]) / traces[1:].sum()
@@ -35,12 +36,12 @@ def test_official_reproduces_the_released_code(
     golden = Golden(f"inforeg_{release}")
     model = Network(golden)
     inforeg = mmfuse.InfoReg.official(model.encoders, release=release)
-    assert inforeg.threshold == golden.hp("threshold")
+    assert inforeg.rule.threshold == golden.hp("threshold")
     run = Replay(golden, model, sgd(golden, model), forced)
     per_epoch, window_open = int(golden.hp("steps_per_epoch")), []
     for t in run.steps():
         if t % per_epoch == 0:
-            inforeg.start_epoch()
+            next_epoch(inforeg)
             growth = growth_of(inforeg)
         inputs, labels = run.batch()
         features = model.features(inputs)
@@ -66,13 +67,13 @@ def test_official_reproduces_the_released_code(
         window_open.append(inforeg.window_open)
         run.step()
         if t % per_epoch == per_epoch - 1:
-            inforeg.end_epoch()
             run.record(trace=inforeg.fisher_trace)
 
     run.check()
     is_open = golden["window"] > golden.hp("threshold")
     assert torch.equal(torch.stack(window_open), is_open.unsqueeze(1).expand(-1, 2))
-    traces = inforeg.state_dict()["traces"]
+    next_epoch(inforeg)  # ends the last one
+    traces = inforeg.state_dict()["state"]["traces"]
     history = torch.cat([golden["trace"].new_zeros(10, 2), golden["trace"]])
     assert difference(traces.T, history[-traces.shape[1] :]) is None
 

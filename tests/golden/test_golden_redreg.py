@@ -36,17 +36,16 @@ def test_official_reproduces_the_released_code(
     noise = draws(golden)
     redreg = mmfuse.RedReg.official(
         model.encoders,
+        threshold=golden.hp("threshold"),
         epochs=int(golden.hp("epochs")),
         noise=lambda x: next(noise),
         # The released monitor looks at the maps before they are averaged.
         forward={name: encoder.maps for name, encoder in model.encoders.items()},
     )
-    redreg.threshold = golden.hp("threshold")
     run = Replay(golden, model, sgd(golden, model), forced)
     for t in run.steps():
         if t % int(golden.hp("steps_per_epoch")) == 0:
-            while redreg.epoch < golden["epoch"][t]:
-                redreg.start_epoch()
+            redreg.set_epoch(int(golden["epoch"][t]))
         inputs, labels = run.batch()
         seen = redreg.drop_inputs(inputs, golden["u.input_drop"][t])
         # The probability is not shown; it is where the second modality is no longer dropped.
@@ -63,7 +62,7 @@ def test_official_reproduces_the_released_code(
         losses = [F.cross_entropy(z, labels) for z in (out, *logits.values())]
         sum(losses).backward()
         result = redreg.step(logits, labels, features, inputs)
-        state = redreg.state_dict()
+        state = redreg.state_dict()["state"]
         run.record(
             loss=torch.stack(losses),
             score=result.scores,
@@ -85,6 +84,6 @@ def test_official_reproduces_the_released_code(
     none = int((~regulated.any(1)).sum())
     assert [*regulated.sum(0).tolist(), none] == acts, "audio, visual, none"
     dominant = run["score"].argmax(1, keepdim=True)
-    below = (run["phase"].gather(1, dominant) <= redreg.threshold).squeeze(1)
+    below = (run["phase"].gather(1, dominant) <= redreg.rule.threshold).squeeze(1)
     shut = (run["gate"] == 0) & ~below
     assert [int(below.sum()), int(shut.sum())] == ([3, 2] if acts[2] else [0, 0])

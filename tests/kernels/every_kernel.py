@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,22 +136,21 @@ def update_grads(inputs: Inputs) -> list[Tensor]:
     for offset in (0, 1):
         for grads, params, anchors in _mirrors(inputs, sizes, offset):
             count = len(grads)
-            factors = [inputs.normal(count) for _ in range(3)]
-            for with_anchors in (False, True):
+            # A scale below 1, so that no float16 overflows in the course of the updates.
+            factors = [inputs.normal(count).tanh(), inputs.normal(count), inputs.normal(count)]
+            for beside in ((), (params,), (params, anchors)):
                 for with_noise in (False, True):
                     flag = torch.ones((), dtype=torch.bool, device=inputs.device)
                     ops.update_grads_(
                         grads,
                         factors[0],
-                        params=params if with_anchors else None,
-                        anchors=anchors if with_anchors else None,
-                        pull=factors[1] if with_anchors else None,
+                        **_pulled(factors[1], *beside),
                         noise_std=factors[2].abs() if with_noise else None,
                         stream=inputs.stream(count if offset else None) if with_noise else None,
                         finite=flag,
                     )
                     written.append(flag)
-                    written.append(_sq_norms(grads, params, anchors, factors, with_anchors))
+                    written.append(_sq_norms(grads, factors, *beside))
             written += grads
     unchanged = [inputs.normal(n) for n in (5, 1027)]
     flag = torch.ones((), dtype=torch.bool, device=inputs.device)
@@ -178,21 +178,20 @@ def update_grads(inputs: Inputs) -> list[Tensor]:
     return [*written, squares, *unchanged, *many]
 
 
-def _sq_norms(
-    grads: list[Tensor],
-    params: list[Tensor],
-    anchors: list[Tensor],
-    factors: Sequence[Tensor],
-    with_anchors: bool,
-) -> Tensor:
+def _pulled(pull: Tensor, *beside: list[Tensor]) -> dict[str, Any]:
+    """Arguments for no params, for params alone, and for params and anchors."""
+    return (
+        {"pull": pull, **dict(zip(("params", "anchors"), beside, strict=False))} if beside else {}
+    )
+
+
+def _sq_norms(grads: list[Tensor], factors: Sequence[Tensor], *beside: list[Tensor]) -> Tensor:
     """Updates the gradients once more, with their sums of squares."""
     squares = torch.empty(len(grads), dtype=torch.float64, device=grads[0].device)
     ops.update_grads_(
         grads,
         factors[0],
-        params=params if with_anchors else None,
-        anchors=anchors if with_anchors else None,
-        pull=factors[1] if with_anchors else None,
+        **_pulled(factors[1], *beside),
         sq_norm=squares,
     )
     return squares
@@ -205,7 +204,8 @@ def grad_stats(inputs: Inputs) -> list[Tensor]:
     sizes = (37,) if inputs.interpreted else (1, 37, 47, 1027, 0, 32768 + 37)
     for offset in (0, 1):
         for grads, params, anchors in _mirrors(inputs, sizes, offset):
-            found += [ops.grad_stats(grads), ops.grad_stats(grads, params, anchors)]
+            for beside in ((), (params,), (params, anchors)):
+                found.append(ops.grad_stats(grads, *beside))
     # More than a table of the second kernel holds, which is 2,000.
     found.append(ops.grad_stats(inputs.many(40 if inputs.interpreted else 2001)))
     found.append(ops.grad_stats([inputs.normal(7)]))

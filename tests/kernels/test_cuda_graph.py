@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cells import Cell
+from epochs import next_epoch
 from networks import AudioVisual, batch, start_third_epoch
 from no_sync import no_host_sync
 from replay import Captured
@@ -141,7 +142,7 @@ class WithRedReg(Training):
             stream=self.stream,
             backend=self.cell.backend,
         )
-        made.start_epoch()
+        next_epoch(made)
         return made
 
     def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
@@ -309,7 +310,7 @@ def test_opm_as_released_copies_nothing_from_the_host() -> None:
     features = {"audio": torch.randn(6, 2, 5), "visual": torch.randn(6, 3)}
     logits = {name: torch.randn(6, 4) for name in features}
     labels = torch.randint(0, 4, (6,))
-    opm = OPM.official(stream=NoiseStream(3))
+    opm = OPM.official(stream=NoiseStream(3), starts=0)
     opm(features, logits, labels)
     Captured(lambda: opm(features, logits, labels), "cpu")
 

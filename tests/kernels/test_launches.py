@@ -13,7 +13,7 @@ from cuda_on_cpu.launches import counted_launches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmfuse import OGM, NoiseStream, ogm_backward
+from mmfuse import OGM, NoiseStream, ogm_backward, ops
 from mmfuse.ops._registry import OPS
 
 # In the limit are grad_stats and update_grads_, which read and write the gradients; modality_scores
@@ -87,6 +87,7 @@ def test_a_step(gpu_like: Cell, noise: bool, formula: str, count: int) -> None:
     ogm = OGM(nets.encoders, noise=noise, formula=formula, ends=0, backend=gpu_like.backend)
     nets.backward()
     logits, labels = nets.logits, nets.labels
+    ogm.set_epoch(0)
 
     def step() -> None:
         ogm.step(logits, labels)
@@ -159,3 +160,17 @@ def test_micro_batches_change_the_scores_alone(gpu_like: Cell, noise: bool) -> N
     assert step.operators["modulation_factors"] == 1
     assert step.operators["update_grads_"] == 1
     assert step.operators["index_select"] == 0
+
+
+def test_two_gradients_need_no_list_of_zeros(gpu_like: Cell) -> None:
+    """Each op is one operator, as it is with anchors: nothing is made in their place."""
+    g1, g2 = ([torch.ones(n, device=gpu_like.device) for n in (5, 700)] for _ in range(2))
+    factors = torch.full((2,), 0.5, device=gpu_like.device)
+    backend = gpu_like.backend
+    sensed = launches_of(lambda: ops.grad_stats(g1, g2, backend=backend))
+    assert sensed.operators == {"grad_stats": 1}
+    acted = launches_of(
+        lambda: ops.update_grads_(g1, factors, params=g2, pull=factors, backend=backend)
+    )
+    assert acted.operators == {"update_grads_": 1}
+    assert all(bool((g == 1).all()) for g in g1)

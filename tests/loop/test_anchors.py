@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match="the state holds 3 anchors, the encoders have 4"):
         kept.load_state_dict({"tensors": state["tensors"][:3]}, modalities)
     kept.tensors[0] = torch.zeros(5, 5)
-    with pytest.raises(ValueError, match=r"had shape \[5, 5\] at start_epoch and now has \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"had shape \[5, 5\] at set_epoch and now has \[2, 3\]"):
         kept.check(modalities.active(), modalities.parameter_names)
 
 

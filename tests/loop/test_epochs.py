@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import nn
 
+import mmfuse
 from mmfuse.loop.epochs import EpochWindow
 
 
@@ -25,6 +28,43 @@ def test_both_ends_are_included(starts: int, ends: int | None, acts: list[int]) 
         if method.modulating:
             found.append(epoch)
     assert found == acts
+
+
+def test_a_new_run_begins_before_its_first_epoch() -> None:
+    method = Method(1, None)
+    method.set_epoch(4)
+    method.begin()
+    assert (method.epoch, method.modulating) == (0, False)
+
+
+@pytest.mark.parametrize("made", [mmfuse.OPM, mmfuse.ARM])
+def test_the_epoch_of_a_module_is_in_its_state(made: type[nn.Module]) -> None:
+    one, other = made(), made()
+    one.set_epoch(3)
+    other.load_state_dict(one.state_dict())
+    assert other.epoch == 3
+    old = {**one.state_dict(), "_extra_state": {"epoch": 3}}
+    with pytest.raises(ValueError, match=f"the state of {made.__name__} has no format number"):
+        other.load_state_dict(old)
+
+
+def test_outside_of_its_epochs_arm_weights_nothing() -> None:
+    arm = mmfuse.ARM(bins=4, starts=1)
+    features = {name: torch.randn(5, 3) for name in ("audio", "visual")}
+    logits = {name: torch.randn(5, 2) for name in features}
+    arguments = (
+        features,
+        torch.randn(5, 3),
+        logits,
+        torch.randn(5, 2),
+        torch.tensor([0, 1] * 2 + [0]),
+    )
+    arm.set_epoch(0)
+    out = arm(*arguments)
+    assert out.weights.tolist() == [1.0, 1.0]
+    assert all(torch.equal(out.features[name], feature) for name, feature in features.items())
+    arm.set_epoch(1)
+    assert arm(*arguments).weights.tolist() != [1.0, 1.0]
 
 
 def test_a_window_that_ends_before_it_starts() -> None:

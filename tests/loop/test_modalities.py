@@ -44,7 +44,7 @@ def test_spreading_coefficients_over_tensors() -> None:
         p.grad = torch.ones_like(p)
     active = modalities.active()
     assert active.ids == [0, 1, 5]
-    assert per_tensor(torch.tensor([1.0, 2.0, 3.0]), active).tolist() == [1.0, 1.0, 3.0]
+    assert per_tensor(torch.tensor([1.0, 2.0, 3.0]), active.modality).tolist() == [1.0, 1.0, 3.0]
 
 
 def test_grouping_by_device() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from epochs import next_epoch
 from networks import AudioVisual, batch
 from no_sync import no_host_sync
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -215,8 +216,8 @@ def test_scalars_of_the_gradient_methods() -> None:
     logits = mmfuse.unimodal_logits(model.fc, made)
     out.sum().backward()
     inforeg, redreg = mmfuse.InfoReg(model.encoders), mmfuse.RedReg(model.encoders)
-    inforeg.start_epoch()
-    redreg.start_epoch()
+    next_epoch(inforeg)
+    next_epoch(redreg)
     inputs = {"audio": audio, "visual": visual}
     for result, fields, others in (
         (inforeg.step(logits, labels), ("coefficients", "scores", "information_gap"), ["finite"]),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from epochs import next_epoch
 from parallel import CLASSES, SAME, counted
 from ranks import ranks
 from torch import Tensor, nn
@@ -86,8 +87,8 @@ def train(
     results = []
     with counted(dist) as reductions:
         for step in range(steps):
-            if hasattr(method, "start_epoch") and step % 2 == 0:
-                method.start_epoch()
+            if step % 2 == 0:
+                next_epoch(method)
             optimizer.zero_grad()
             audio, visual, labels = (x[mine] for x in data(step, ROWS, dtype))
             a, v, out, out_a, out_v = model(audio, visual)
@@ -98,8 +99,6 @@ def train(
                 seen = (*seen, {"audio": a, "visual": v}, inputs)
             result = method.step(*seen)
             optimizer.step()
-            if name == "InfoReg" and step % 2 == 1:
-                method.end_epoch()
             results.append([result.coefficients, result.scores, result.finite])
     return {
         "parameters": [whole(p) for p in model.parameters()],
@@ -270,8 +269,7 @@ def one_inf(rank: int, name: str) -> tuple[bool, bool]:
     model = make()
     shard_by_rows(model, dist.get_world_size())
     method = method_for(name, model.encoders, None)
-    if hasattr(method, "start_epoch"):
-        method.start_epoch()
+    next_epoch(method)
     audio, visual, labels = data(0, ROWS)
     a, v, out, out_a, out_v = model(audio, visual)
     F.cross_entropy(out, labels).backward()

@@ -77,8 +77,6 @@ def train(
             training.begin_epoch(kind, step // per_epoch)
         batches = [batch(micro * step + i, 0, ROWS) for i in range(micro)]
         said.append(whole(training.step(kind, batches)))
-        if step % per_epoch == per_epoch - 1:
-            training.end_epoch(kind)
     arm = training.methods[kind].get("arm")
     if arm is not None:  # in training nothing depends on its average
         features = {"audio": torch.ones(1, 1), "visual": torch.ones(1, 1)}

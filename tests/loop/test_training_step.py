@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from epochs import next_epoch
 from networks import AudioVisual, batch, start_third_epoch
 from states import differences
 from tolerances import (
@@ -56,7 +58,7 @@ class Parts:
         self.opm = OPM(stream=NoiseStream(5))
         self.arm = ARM()
         start_third_epoch(self.inforeg)
-        self.redreg.start_epoch()
+        next_epoch(self.redreg)
 
     def forward(self, data: Data) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
         a, v, out = self.model(data[0], data[1])
@@ -244,9 +246,8 @@ class TestCompile:
             window=2,
             stream=NoiseStream(4),
         )
-        again.inforeg.end_epoch()
         again.inforeg.load_state_dict(compiled.inforeg.state_dict())
-        again.redreg.start_epoch()
+        next_epoch(again.redreg)
         with torch.no_grad():
             assert torch.equal(audio(results[0][1][0]), compiled.model.audio_net(results[0][1][0]))
         compiled.model.load_state_dict(model.state_dict())
@@ -399,7 +400,7 @@ class TestSharedParameters:
                 method = RedReg(encoders, forward=nets, stream=NoiseStream(1), threshold=-100.0)
             assert len(method.modalities.parameters) == 5
             if kind != "ogm":
-                method.start_epoch()
+                next_epoch(method)
             for p in parameters:
                 p.grad = None
             features = {n: net(x) for n, net in nets.items()}
@@ -506,7 +507,7 @@ def test_a_zero_gradient_gets_the_noise_beside_std() -> None:
     spare = parts.model.audio_net.spare = nn.Linear(6, 4)
     parts.ogm = OGM(parts.model.encoders, stream=NoiseStream(3))
     parts.redreg = RedReg(parts.model.encoders, stream=NoiseStream(4))
-    parts.redreg.start_epoch()
+    next_epoch(parts.redreg)
     index = [p is spare.weight for p in parts.ogm.modalities.parameters].index(True)
     for none in (True, False):
         spare.weight.grad = None if none else torch.zeros(4, 6)
@@ -539,9 +540,8 @@ class TestChannelsLast:
         last, plain = Parts(model), Parts(model)
         last.model.to(memory_format=torch.channels_last)
         for parts in (last, plain):
-            parts.inforeg.end_epoch()
-            parts.inforeg.start_epoch()
-            parts.redreg.start_epoch()
+            next_epoch(parts.inforeg)
+            next_epoch(parts.redreg)
         data = batch()
         data = (data[0], data[1].to(memory_format=torch.channels_last), data[2])
         loss, logits, _ = last.forward(data)
@@ -562,12 +562,12 @@ class TestChannelsLast:
     def test_without_noise_and_with_a_pull(self) -> None:
         last, plain, logits, data = self.twins()
         for parts in (last, plain):
-            parts.ogm.noise = False
+            parts.ogm.rule = replace(parts.ogm.rule, noise=False)
             assert float(parts.ogm.step(logits, data[2]).coefficients.min()) < 1
             assert float(parts.inforeg.step(logits, data[2]).coefficients.max()) > 0
         assert differences(last.gradients(), plain.gradients()) == []
         assert last.model.visual_net.conv2.weight.grad.stride()[1] == 1  # updated in place
-        squares = [p.inforeg.state_dict()["squares"] for p in (last, plain)]
+        squares = [p.inforeg._state["squares"] for p in (last, plain)]
         # Sums over the same numbers in another order, on either side.
         assert_within(squares[0], squares[1], 2 * 2 * sum_of_products(torch.float32, squares[1]))
 

@@ -11,6 +11,7 @@ import pytest
 import tolerances
 import torch
 from cells import Cell
+from epochs import next_epoch
 from no_sync import no_host_sync
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -59,11 +60,10 @@ def opened(nets: nn.ModuleDict, **options: object) -> InfoReg:
     """In its third epoch; the trace has grown a hundredfold from the first to the second."""
     inforeg = InfoReg(dict(nets), **options)
     for scale in (1.0, 10.0):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         step = batches(len(nets), 1, str(next(nets.parameters()).device))[0]
         inforeg.step(backward(nets, step, scale), step[1])
-        inforeg.end_epoch()
-    inforeg.start_epoch()
+    next_epoch(inforeg)
     assert inforeg.window_open.all()
     return inforeg
 
@@ -76,12 +76,12 @@ def test_training_follows_the_paper(cell: Cell, count: int, threshold: float) ->
     nets = networks(count, cell.device).double()
     plain = copy.deepcopy(nets)
     beta = 0.7
-    inforeg = InfoReg(dict(nets), beta, threshold, backend=cell.backend)
+    inforeg = InfoReg(dict(nets), beta=beta, threshold=threshold, backend=cell.backend)
     optimizers = [torch.optim.SGD(n.parameters(), lr=0.5) for n in (nets, plain)]
     traces: list[list[float]] = []
     pulled = []
     for _ in range(3 if cell.slow else 5):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         anchors = [p.detach().clone() for p in plain.parameters()]
         is_open = [
             len(traces) >= 2 and (traces[-1][m] - traces[-2][m]) / traces[-1][m] > threshold
@@ -117,7 +117,6 @@ def test_training_follows_the_paper(cell: Cell, count: int, threshold: float) ->
                 torch.testing.assert_close(p.grad, q.grad)
             for optimizer in optimizers:
                 optimizer.step()
-        inforeg.end_epoch()
         traces.append(torch.tensor(squares).mean(dim=0).tolist())
         torch.testing.assert_close(inforeg.fisher_trace.tolist(), traces[-1], rtol=1e-5, atol=0)
     assert max(pulled) > 0.0 or threshold > 0.0
@@ -140,13 +139,11 @@ def test_resumes_bit_for_bit_within_an_epoch(cell: Cell, through_file: bool) -> 
     def run(model: nn.ModuleDict, method: InfoReg, first: int, last: int) -> None:
         for i in range(first, last):
             if i % length == 0:
-                method.start_epoch()
+                next_epoch(method)
             method.step(backward(model, data[i]), data[i][1])
             with torch.no_grad():
                 for p in model.parameters():
                     p -= 0.1 * p.grad
-            if i % length == length - 1:
-                method.end_epoch()
 
     straight = InfoReg(dict(nets), threshold=-10.0, backend=cell.backend)
     other = copy.deepcopy(nets)
@@ -198,9 +195,8 @@ def test_the_anchor_is_the_only_memory_as_large_as_the_model() -> None:
     before = large()
     inforeg = InfoReg(dict(nets))
     for _ in range(3):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         inforeg.step(logits, labels)
-        inforeg.end_epoch()
     assert large() == before + 2
 
 
@@ -262,12 +258,10 @@ def test_a_step_that_is_not_finite_counts_for_nothing() -> None:
 def test_an_epoch_without_steps_leaves_the_history_alone() -> None:
     nets = networks(2)
     inforeg = opened(nets)
-    inforeg.end_epoch()  # the one that `opened` has begun
     for _ in range(2):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         assert inforeg.window_open.all(), "the window still follows from the last two epochs"
         assert inforeg.fisher_trace.isnan().all()
-        inforeg.end_epoch()
 
 
 def test_gradients_of_zero_close_the_window() -> None:
@@ -275,12 +269,11 @@ def test_gradients_of_zero_close_the_window() -> None:
     inforeg = InfoReg(dict(nets), threshold=-1e9)
     step = batches(2, 1)[0]
     for _ in range(4):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         assert not inforeg.window_open.any()  # 0 / 0 is above no threshold
         logits = backward(nets, step, 0.0)
         out = inforeg.step(logits, step[1])
         assert out.finite and all((p.grad == 0).all() for p in nets.parameters())
-        inforeg.end_epoch()
         assert inforeg.fisher_trace.tolist() == [0.0, 0.0]
 
 
@@ -315,32 +308,54 @@ def test_order_of_calls() -> None:
     inforeg = InfoReg(dict(nets))
     step = batches(2, 1)[0]
     logits = backward(nets, step)
-    with pytest.raises(RuntimeError, match=r"InfoReg.step: call start_epoch\(\) first"):
+    with pytest.raises(RuntimeError, match=r"InfoReg: call set_epoch\(epoch\) first"):
         inforeg.step(logits, step[1])
-    with pytest.raises(RuntimeError, match=r"InfoReg.end_epoch: call start_epoch\(\)"):
-        inforeg.end_epoch()
-    inforeg.start_epoch()
-    with pytest.raises(RuntimeError, match=r"call end_epoch\(\)"):
-        inforeg.start_epoch()
+    with pytest.raises(RuntimeError, match=r"InfoReg: call set_epoch\(epoch\) first"):
+        inforeg.observe(logits, step[1])
+    inforeg.set_epoch(0)
+    inforeg.step(logits, step[1])
+
+
+def test_the_same_epoch_again_changes_nothing_and_a_new_run_begins_it_anew() -> None:
+    nets = networks(2)
+    inforeg = InfoReg(dict(nets))
+    inforeg.set_epoch(3)
+    anchors = [a.clone() for a in inforeg.anchors.tensors]
+    step = batches(2, 1)[0]
+    inforeg.step(backward(nets, step), step[1])
+    trace = inforeg.fisher_trace
+    with torch.no_grad():
+        for p in nets.parameters():
+            p += 1.0
+    inforeg.set_epoch(3)
+    assert torch.equal(inforeg.fisher_trace, trace)
+    for ours, anchor in zip(inforeg.anchors.tensors, anchors, strict=True):
+        assert torch.equal(ours, anchor)
+    inforeg.begin()
+    with pytest.raises(RuntimeError, match="call set_epoch"):
+        inforeg.step(backward(nets, step), step[1])
+    inforeg.set_epoch(3)
+    assert inforeg.fisher_trace.isnan().all()
+    assert torch.equal(inforeg._state["traces"][:, -1], trace), "the epoch before has ended"
+    for ours, p in zip(inforeg.anchors.tensors, nets.parameters(), strict=True):
+        assert torch.equal(ours, p)
 
 
 def test_changed_encoders_are_named() -> None:
     nets = networks(2)
     inforeg = opened(nets)
-    inforeg.end_epoch()
     nets["visual"][0] = nn.Linear(5, 8)
     with pytest.raises(ValueError, match=r"encoders\['visual'\].0.weight is new .*2 such"):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
     nets["visual"] = networks(2)["visual"]  # another module than the one that is watched
     nets["audio"].append(nn.Linear(3, 3))
     with pytest.raises(ValueError, match=r"encoders\['audio'\].3.weight is new"):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
     nets = networks(2)
     inforeg = opened(nets)
-    inforeg.end_epoch()
     del nets["audio"][2]
     with pytest.raises(ValueError, match=r"encoders\['audio'\].2.weight is gone"):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
 
 
 def test_a_parameter_that_changes_its_shape_within_an_epoch_is_named() -> None:
@@ -356,7 +371,7 @@ def test_a_parameter_that_changes_its_shape_within_an_epoch_is_named() -> None:
     with pytest.raises(ValueError, match=r"encoders\['audio'\].2.weight had shape \[3, 8\]"):
         inforeg.step(logits, step[1])
     assert all(map(torch.equal, grads, (p.grad for p in nets["audio"].parameters())))
-    assert torch.equal(inforeg.state_dict()["squares"], state["squares"])
+    assert torch.equal(inforeg._state["squares"], state["state"]["squares"])
 
 
 @pytest.mark.parametrize(
@@ -379,7 +394,7 @@ def test_bad_input_changes_nothing(change: object, message: str) -> None:
         inforeg.step(*change(logits, step[1]))
     assert all(map(torch.equal, grads, (p.grad for p in nets.parameters())))
     for key in ("squares", "steps", "information_gap"):
-        assert torch.equal(inforeg.state_dict()[key], state[key])
+        assert torch.equal(inforeg._state[key], state["state"][key])
 
 
 @pytest.mark.parametrize(
@@ -413,7 +428,7 @@ def test_official_counts_layers_of_bare_parameters() -> None:
     bare = InfoReg.official({n: list(net.parameters()) for n, net in nets.items()})
     step = batches(2, 1)[0]
     for inforeg in (modules, bare):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         inforeg.step(backward(nets, step), step[1])
     assert torch.equal(modules.fisher_trace, bare.fisher_trace)
     assert modules.window_open.all(), "the released code regulates in its first epoch"
@@ -422,9 +437,9 @@ def test_official_counts_layers_of_bare_parameters() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: s.pop("traces"), r"the state of InfoReg lacks \['traces'\]"),
+        (lambda s: s["state"].pop("traces"), r"the state of InfoReg lacks \['traces'\]"),
         (
-            lambda s: s.update(traces=torch.zeros(2, 5)),
+            lambda s: s["state"].update(traces=torch.zeros(2, 5)),
             r"'traces' in the state of InfoReg must be a tensor of shape \[2, 2\], got \[2, 5\]",
         ),
         (lambda s: s["anchors"]["tensors"].pop(), "holds 7 anchors, the encoders have 8"),
@@ -471,12 +486,12 @@ def test_the_trace_comes_with_the_pull(
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("InfoReg has read the gradients twice")
 
-    monkeypatch.setattr("mmfuse.methods._inforeg_regulation.grad_stats", refused)
+    monkeypatch.setattr("mmfuse.loop.modalities.grad_stats", refused)
     if parts == 2:
         monkeypatch.setattr(inforeg.anchors, "_parts", cut)
     found_pull = False
     for _ in range(3):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         for step in range(2):
             x = {n: torch.randn(6, 5, device=cell.device) for n in nets}
             labels = torch.randint(0, 3, (6,), device=cell.device)
@@ -509,5 +524,4 @@ def test_the_trace_comes_with_the_pull(
             with torch.no_grad():
                 for p in parameters:
                     p -= 0.1 * p.grad
-        inforeg.end_epoch()
     assert found_pull == opened_window

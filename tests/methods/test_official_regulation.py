@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from cells import Cell
+from epochs import next_epoch
 from networks import AudioVisual, ThreeHeads, batch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -98,7 +99,7 @@ def our_inforeg(model: AudioVisual, dtype: torch.dtype, steps: int, backend: str
     inforeg = mmfuse.InfoReg.official(model.encoders, backend=backend)
     optimizer, coefficients, traces = sgd(model), [], []
     for batches in data(dtype, steps):
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         for audio, visual, labels in batches:
             optimizer.zero_grad()
             a, v, out = model(audio, visual)
@@ -106,7 +107,6 @@ def our_inforeg(model: AudioVisual, dtype: torch.dtype, steps: int, backend: str
             sum(F.cross_entropy(z, labels) for z in (out, *logits.values())).backward()
             coefficients.append(inforeg.step(logits, labels).coefficients.tolist())
             optimizer.step()
-        inforeg.end_epoch()
         traces.append(inforeg.fisher_trace[:1].tolist())
     return coefficients, traces
 
@@ -132,7 +132,7 @@ def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) 
     redreg = mmfuse.RedReg.official(model.encoders, epochs=PLANNED, noise=draw, backend=backend)
     optimizer, coefficients, monitored = sgd(model), [], []
     for batches in data(dtype, steps):
-        redreg.start_epoch()
+        next_epoch(redreg)
         for audio, visual, labels in batches:
             optimizer.zero_grad()
             inputs = {"audio": audio, "visual": visual}
@@ -223,15 +223,14 @@ def test_the_official_window(kind: str) -> None:
     opened = []
     for epoch, trace in enumerate(made_up.double().tolist()):
         k = released_inforeg.growth(traces) if epoch else 1.0
-        inforeg.start_epoch()
+        next_epoch(inforeg)
         assert inforeg.window_open.tolist() == [k > 0.05] * 2, f"epoch {epoch}"
         opened.append(k > 0.05)
         # The first convolution alone holds the trace; the visual one must not matter.
-        state = inforeg.state_dict()
+        state = inforeg.state_dict()["state"]
         state["squares"][0] = trace * model.audio_net.conv1.weight.numel()
         state["squares"][-2] = torch.rand(())
         state["steps"].fill_(1)
-        inforeg.end_epoch()
         traces.append(trace)
     if kind == "flat":
         assert opened == [True] * 11 + [False] * 4

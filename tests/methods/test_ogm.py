@@ -148,6 +148,7 @@ def test_official_reproduces_the_released_training(cell: Cell, noise: bool) -> N
     def train(net: AudioVisual, ours: bool) -> None:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
         ogm = OGM.official(net.encoders, noise=torch.randn_like if noise else False)
+        ogm.set_epoch(0)
         ogm.backend = cell.backend
         torch.manual_seed(77)
         for each in data:
@@ -169,7 +170,7 @@ def test_official_reproduces_the_released_training(cell: Cell, noise: bool) -> N
 
 def test_official_settings() -> None:
     ogm = OGM.official(AudioVisual().encoders)
-    assert (ogm.formula, ogm.alpha, ogm.starts, ogm.ends) == ("cvpr", 0.8, 0, 50)
+    assert (ogm.rule.formula, ogm.rule.alpha, ogm.starts, ogm.ends) == ("cvpr", 0.8, 0, 50)
     assert [p.dim() for p in ogm.modalities.parameters] == [4] * 4
 
 
@@ -253,8 +254,12 @@ def test_state_dict_resumes_bit_for_bit() -> None:
     run(resumed, second, data[3:])
     for p, q in zip(straight.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(p, q)
-    with pytest.raises(ValueError, match="lacks"):
-        second.load_state_dict({"epoch": 1})
+    with pytest.raises(ValueError, match=r"the state of OGM lacks \['step', 'state', 'stream'\]"):
+        second.load_state_dict({"format": 1, "epoch": 1})
+    with pytest.raises(ValueError, match="has no format number, but this version of mmfuse reads"):
+        second.load_state_dict({"epoch": 1, "stream": first.stream.state_dict()})
+    with pytest.raises(ValueError, match="this is the state of InfoReg, not of OGM"):
+        second.load_state_dict({**first.state_dict(), "method": "InfoReg"})
 
 
 def test_torch_manual_seed_repeats_a_run() -> None:

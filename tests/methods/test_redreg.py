@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cells import Cell
+from epochs import next_epoch
 from no_sync import no_host_sync
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -64,7 +65,7 @@ def always(model: Network, **options: object) -> RedReg:
     """Regulates whatever modality is ahead, in a started epoch."""
     options = {"threshold": -1e9, "agreement": (-2.0, -2.0), **options}
     redreg = RedReg(dict(model.encoders), **options)
-    redreg.start_epoch()
+    next_epoch(redreg)
     return redreg
 
 
@@ -102,7 +103,7 @@ def test_training_follows_the_formulas(cell: Cell, count: int, projection: str) 
     average, weight = [0.0] * count, 0.0
     regulated = []
     for epoch in range(2):
-        redreg.start_epoch()
+        next_epoch(redreg)
         anchors = [p.detach().clone() for p in plain.encoders.parameters()]
         for step in batches(count, steps, cell.device):
             step = ({n: x.double() for n, x in step[0].items()}, step[1])
@@ -226,9 +227,9 @@ def test_any_callable_is_watched_as_discreetly() -> None:
         {"audio": list(audio.parameters()), "visual": visual},
         forward={"audio": noisy, "visual": lambda x: visual(x)},
     )
-    redreg.start_epoch()
+    next_epoch(redreg)
     plain = RedReg(dict(model.encoders))
-    plain.start_epoch()
+    next_epoch(plain)
     step = batches(2, 1)[0]
     arguments = model.backward(step)
     flags = [m.training for m in model.modules()]
@@ -261,7 +262,7 @@ def test_an_encoder_that_fails_changes_nothing() -> None:
     assert flags == [m.training for m in model.modules()]
     assert all(map(torch.equal, grads, (p.grad for p in model.parameters())))
     for key, value in redreg._state.items():
-        assert torch.equal(value, state[key])
+        assert torch.equal(value, state["state"][key])
     assert torch.equal(redreg.stream.state, state["stream"]["state"])
 
 
@@ -301,8 +302,8 @@ def test_the_gate_rises_with_the_epochs() -> None:
     redreg = RedReg(dict(model.encoders), epochs=4, threshold=-1e9)
     limits = []
     for _ in range(6):
-        redreg.start_epoch()
-        limits.append(float(redreg.state_dict()["gate_threshold"]))
+        next_epoch(redreg)
+        limits.append(float(redreg._state["gate_threshold"]))
     torch.testing.assert_close(limits, [0.2, 0.3, 0.4, 0.5, 0.5, 0.5])
     displace(model)
     logits, labels, features, inputs = model.backward(batches(2, 1)[0])
@@ -319,7 +320,7 @@ def test_drop_inputs(cell: Cell) -> None:
     inputs = batches(3, 1, cell.device)[0][0]
     assert all(x is RedReg(dict(model.encoders)).drop_inputs(inputs)[n] for n, x in inputs.items())
     for epoch in range(8):
-        redreg.start_epoch()
+        next_epoch(redreg)
         p = 0.6 - 0.5 * min(1.0, epoch / 5)
         for u in torch.linspace(0, 0.999, 40, device=cell.device):
             out = redreg.drop_inputs(inputs, u)
@@ -355,7 +356,7 @@ def test_resumes_bit_for_bit_within_an_epoch(cell: Cell, every: int) -> None:
         seen = []
         for i in range(first, last):
             if i % length == 0:
-                redreg.start_epoch()
+                next_epoch(redreg)
             torch.manual_seed(i)
             seen += redreg.step(*net.backward(data[i])).coefficients.tolist()
             with torch.no_grad():
@@ -413,9 +414,9 @@ def test_what_is_not_finite_stays_out_of_the_history() -> None:
     assert out.coefficients.tolist() == [0.0, 0.0]
     assert all(map(torch.equal, grads, (p.grad for p in model.encoders.parameters())))
     for key in ("scores", "steps"):
-        assert torch.equal(redreg.state_dict()[key], state[key])
-    assert redreg.state_dict()["average"][1] == state["average"][1]
-    assert redreg.state_dict()["average"][0] != state["average"][0]
+        assert torch.equal(redreg._state[key], state["state"][key])
+    assert redreg._state["average"][1] == state["state"]["average"][1]
+    assert redreg._state["average"][0] != state["state"]["average"][0]
 
 
 def test_gradients_of_zero_get_the_whole_displacement(cell: Cell) -> None:
@@ -494,7 +495,7 @@ def test_bad_input_changes_nothing(change: object, error: type[Exception], messa
         redreg.step(*change(*arguments))
     assert all(map(torch.equal, grads, (p.grad for p in model.parameters())))
     for key, value in redreg._state.items():
-        assert torch.equal(value, state[key])
+        assert torch.equal(value, state["state"][key])
     assert torch.equal(redreg.stream.state, state["stream"]["state"])
 
 
@@ -509,12 +510,12 @@ def test_order_of_calls_and_changed_encoders() -> None:
     model = Network()
     redreg = RedReg(dict(model.encoders))
     arguments = model.backward(batches(2, 1)[0])
-    with pytest.raises(RuntimeError, match=r"RedReg.step: call start_epoch\(\) first"):
+    with pytest.raises(RuntimeError, match=r"RedReg: call set_epoch\(epoch\) first"):
         redreg.step(*arguments)
-    redreg.start_epoch()
+    next_epoch(redreg)
     model.encoders["audio"][3] = nn.Linear(8, 4)
     with pytest.raises(ValueError, match=r"encoders\['audio'\].3.weight is new"):
-        redreg.start_epoch()
+        next_epoch(redreg)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,8 @@ def check(
         )
         if params is None:
             continue
-        w, w0 = wide([params[t]])[0], wide([anchors[t]])[0]
+        w = wide([params[t]])[0]
+        w0 = torch.zeros_like(w) if anchors is None else wide([anchors[t]])[0]
         d = w - w0
         spread = w.abs() + w0.abs()
         tolerances.assert_within(
@@ -59,10 +60,10 @@ def check(
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("anchored", [False, True], ids=["plain", "anchored"])
-def test_parity(cell: Cell, dtype: torch.dtype, anchored: bool) -> None:
+@pytest.mark.parametrize("lists", [0, 1, 2], ids=["plain", "second", "anchored"])
+def test_parity(cell: Cell, dtype: torch.dtype, lists: int) -> None:
     grads = gradients(cell.affordable(SIZES + CHUNK_EDGES), dtype, cell.device)
-    check(cell, grads, *([like(grads), like(grads)] if anchored else []))
+    check(cell, grads, *(like(grads) for _ in range(lists)))
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -73,16 +74,64 @@ def test_chunk_boundaries(cell: Cell) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_odd_addresses(cell: Cell, dtype: torch.dtype) -> None:
-    grads = gradients([1, 5, 64, 1027], dtype, cell.device, odd_address=True)
-    check(
-        cell, grads, like(grads), gradients([1, 5, 64, 1027], dtype, cell.device, odd_address=True)
+    grads, odd = (
+        gradients([1, 5, 64, 1027], dtype, cell.device, odd_address=True) for _ in range(2)
     )
+    check(cell, grads, like(grads), odd)
+    check(cell, grads, odd)
+    check(cell, like(grads), odd)
 
 
 @pytest.mark.usefixtures("poisoned")
 def test_mixed_dtypes_in_one_call(cell: Cell) -> None:
     grads = [gradients([n], d, cell.device)[0] for n in (5, 1000) for d in DTYPES]
     check(cell, grads, like(grads), like(grads, torch.bfloat16))
+    check(cell, grads, like(grads, torch.bfloat16))
+
+
+def tensors_to_pair(cell: Cell, dtype: torch.dtype) -> list[Tensor]:
+    """Of several chunks, with a rest behind the vectors, and at an address between them."""
+    grads = gradients(cell.affordable([0, 7, 1030, 8197, 40_003]), dtype, cell.device)
+    return grads + gradients([1027], dtype, cell.device, odd_address=True)
+
+
+@pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_anchors_are_anchors_of_zero(
+    cell: Cell, dtype: torch.dtype, param_dtype: torch.dtype
+) -> None:
+    cell.skip_slow(dtype != param_dtype and torch.float64 in (dtype, param_dtype))
+    grads = tensors_to_pair(cell, dtype)
+    params = like(grads, param_dtype)
+    found = check(cell, grads, params)
+    zeros = [torch.zeros_like(w) for w in params]
+    expected = ops.grad_stats(grads, params, zeros, backend=cell.backend)
+    plain = ops.grad_stats(grads, backend=cell.backend)
+    for name in ("mean", "m2", "dot", "disp_sq"):
+        a, b = getattr(found, name), getattr(expected, name)
+        if cell == Cell("triton", "cuda"):  # its compiler chooses the order of a chunk's sums
+            u = torch.finfo(a.dtype).eps
+            bound = 4096**0.5 * u * (expected.disp_sq * found.sq_norm).sqrt().max()
+            torch.testing.assert_close(a, b, rtol=4096**0.5 * u, atol=float(bound))
+        else:
+            assert torch.equal(a, b), name
+        if name in ("mean", "m2"):  # to the last places: more lists may mean smaller batches
+            torch.testing.assert_close(a, getattr(plain, name), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_non_finite_params_stay_in_their_tensor(cell: Cell, value: float) -> None:
+    grads = gradients([1501, 1501, 1501], torch.float32, cell.device)
+    params = like(grads)
+    clean = ops.grad_stats(grads, params, backend=cell.backend)
+    params[1][700] = value
+    stats = ops.grad_stats(grads, params, backend=cell.backend)
+    assert not bool(stats.dot[1].isfinite())
+    assert not bool(stats.disp_sq[1].isfinite())
+    for a, b in zip(stats, clean, strict=True):
+        assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert torch.equal(stats.mean, clean.mean)
+    assert torch.equal(stats.m2, clean.m2)
 
 
 @pytest.mark.parametrize("size", [1000, 70_001])
@@ -127,7 +176,11 @@ def test_non_finite_stays_in_its_tensor(
 @pytest.mark.parametrize("view", list(strided_views("cpu")))
 def test_strided_gradients(cell: Cell, view: str) -> None:
     grad = strided_views(cell.device)[view]
-    check(cell, [grad], [torch.randn_like(grad)], [torch.randn(grad.shape).to(cell.device)])
+    other = torch.randn(grad.shape).to(cell.device)
+    check(cell, [grad], [torch.randn_like(grad)], [other])
+    check(cell, [grad], [torch.randn_like(grad)])
+    check(cell, [grad], [other])
+    check(cell, [other], [grad])
 
 
 def test_no_tensors(cell: Cell) -> None:
@@ -183,22 +236,38 @@ def test_std_of_fewer_than_two_elements_is_zero() -> None:
     assert ops.grad_stats([torch.ones(1), torch.ones(0)]).std.tolist() == [0.0, 0.0]
 
 
-def test_displacement_is_none_without_anchors() -> None:
+def test_displacement_is_none_without_params() -> None:
     stats = ops.grad_stats([torch.ones(3)])
     assert stats.dot is None
     assert stats.disp_sq is None
-    anchored = ops.grad_stats([torch.ones(3)], [torch.ones(3)], [torch.zeros(3)])
-    with pytest.raises(ValueError, match="with and without anchors"):
-        stats.merge(anchored)
-    with pytest.raises(ValueError, match="with and without anchors"):
-        anchored.merge(stats)
+    for anchors in (None, [torch.zeros(3)]):
+        displaced = ops.grad_stats([torch.ones(3)], [torch.ones(3)], anchors)
+        with pytest.raises(ValueError, match="with and without params"):
+            stats.merge(displaced)
+        with pytest.raises(ValueError, match="with and without params"):
+            displaced.merge(stats)
+
+
+def test_two_gradients_of_the_same_tensors(cell: Cell) -> None:
+    """The Gram matrix of two gradients, in numbers that are exact."""
+    g1, g2 = [torch.tensor([1.0, -2.0, 3.0])], [torch.tensor([4.0, 0.5, -1.0])]
+    g1, g2 = ([t.to(cell.device) for t in g] for g in (g1, g2))
+    stats = ops.grad_stats(g1, g2, backend=cell.backend)
+    assert (stats.dot.tolist(), stats.disp_sq.tolist()) == ([0.0], [17.25])
+    torch.testing.assert_close(stats.sq_norm, torch.tensor([14.0], device=cell.device))
 
 
 def test_bad_input() -> None:
     with pytest.raises(TypeError, match=r"grads\[1\] has dtype torch.int64"):
         ops.grad_stats([torch.ones(1), torch.ones(1).long()])
-    with pytest.raises(ValueError, match="params and anchors go together"):
-        ops.grad_stats([torch.ones(1)], [torch.ones(1)])
+    with pytest.raises(ValueError, match="anchors need params"):
+        ops.grad_stats([torch.ones(1)], None, [torch.ones(1)])
+    with pytest.raises(ValueError, match="1 grads but 2 params"):
+        ops.grad_stats([torch.ones(1)], [torch.ones(1)] * 2)
+    with pytest.raises(TypeError, match=r"params\[0\] has dtype torch.int64"):
+        ops.grad_stats([torch.ones(1)], [torch.ones(1).long()])
+    with pytest.raises(ValueError, match=r"params\[0\] has shape \(2,\), its gradient \(1,\)"):
+        ops.grad_stats([torch.ones(1)], [torch.ones(2)])
     with pytest.raises(ValueError, match="1 grads but 2 anchors"):
         ops.grad_stats([torch.ones(1)], [torch.ones(1)], [torch.ones(1)] * 2)
     with pytest.raises(ValueError, match=r"params\[0\] has shape \(2,\), its gradient \(1,\)"):

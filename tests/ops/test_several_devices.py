@@ -38,7 +38,7 @@ def two_devices(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
 class Lists:
     """Gradients, parameters and anchors, and one step with everything that update_grads_ takes."""
 
-    def __init__(self, cell: Cell) -> None:
+    def __init__(self, cell: Cell, anchored: bool = True) -> None:
         self.backend = cell.backend
         made = torch.Generator().manual_seed(4)
 
@@ -46,6 +46,8 @@ class Lists:
             return torch.randn(*size, generator=made).to(cell.device)
 
         self.sources, self.params, self.anchors = ([on_device(n) for n in SIZES] for _ in range(3))
+        if not anchored:
+            self.anchors = None
         self.grads = [torch.empty_like(g) for g in self.sources]
         self.scale, self.pull, self.std = on_device(3, len(SIZES)).unbind(0)
         self.stream = NoiseStream(7, cell.device).place([4, 0, 9, 2], [0, 0, 6, 1])
@@ -79,17 +81,20 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
         assert torch.equal(a, b)
 
 
-def expected_steps(cell: Cell, count: int) -> list[list[Tensor]]:
+def expected_steps(cell: Cell, count: int, anchored: bool) -> list[list[Tensor]]:
     """What each step gives on one device."""
-    lists = Lists(cell)
+    lists = Lists(cell, anchored)
     return [lists.seen(lists.step()) for _ in range(count)]
 
 
-def test_two_devices_give_what_one_gives(cell: Cell, request: pytest.FixtureRequest) -> None:
-    expected = expected_steps(cell, 4)
+@pytest.mark.parametrize("anchored", [False, True], ids=["second", "anchored"])
+def test_two_devices_give_what_one_gives(
+    cell: Cell, request: pytest.FixtureRequest, anchored: bool
+) -> None:
+    expected = expected_steps(cell, 4, anchored)
     assert not torch.equal(expected[0][2], expected[1][2])  # the noise is another in each step
     request.getfixturevalue("two_devices")
-    lists = Lists(cell)
+    lists = Lists(cell, anchored)
     assert_same(lists.seen(lists.step()), expected[0])
     captured = Captured(lists.step, cell.device)
     assert_same(lists.seen(captured.result), expected[1])

@@ -13,11 +13,13 @@ from mmfuse import NoiseStream, ops
 from mmfuse.ops import update_grads as op_module
 
 # Which terms an update has besides the scale.
-TERMS = ["scale", "pull", "noise", "all"]
+TERMS = ["scale", "second", "pull", "noise", "all"]
 
 
 def terms(cell: Cell, kind: str, grads: list[Tensor]) -> dict[str, object]:
     count, extra = len(grads), {}
+    if kind == "second":
+        extra |= {"params": like(grads), "pull": torch.randn(count, device=cell.device)}
     if kind in ("pull", "all"):
         pull = torch.randn(count, device=cell.device)
         extra |= {"params": like(grads), "anchors": like(grads), "pull": pull}

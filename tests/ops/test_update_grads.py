@@ -51,7 +51,8 @@ def check(
         expected = s * g0
         pulled = torch.zeros_like(g0)
         if pull is not None:
-            p, w, w0 = pull[t].to(precision).double(), wide([params[t]])[0], wide([anchors[t]])[0]
+            p, w = pull[t].to(precision).double(), wide([params[t]])[0]
+            w0 = torch.zeros_like(w) if anchors is None else wide([anchors[t]])[0]
             expected = expected + p * (w - w0)
             pulled = p.abs() * (w.abs() + w0.abs())
         z, sigma = torch.zeros_like(g0), torch.zeros(())
@@ -67,14 +68,17 @@ def check(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("pulling", "noisy"), list(itertools.product([False, True], repeat=2)), ids=str
+    ("lists", "noisy"), list(itertools.product([0, 1, 2], [False, True])), ids=str
 )
-def test_parity(cell: Cell, dtype: torch.dtype, pulling: bool, noisy: bool) -> None:
+def test_parity(cell: Cell, dtype: torch.dtype, lists: int, noisy: bool) -> None:
+    """Without params, with params alone, and with params and anchors."""
     sizes = cell.affordable(SIZES + CHUNK_EDGES)
     grads = gradients(sizes, dtype, cell.device)
     extra = {}
-    if pulling:
-        extra |= {"params": like(grads), "anchors": like(grads), "pull": torch.randn(len(grads))}
+    if lists >= 1:
+        extra |= {"params": like(grads), "pull": torch.randn(len(grads))}
+    if lists == 2:
+        extra["anchors"] = like(grads)
     if noisy:
         stream = NoiseStream(1234, cell.device)
         stream.advance(3)
@@ -83,13 +87,16 @@ def test_parity(cell: Cell, dtype: torch.dtype, pulling: bool, noisy: bool) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_odd_addresses(cell: Cell, dtype: torch.dtype) -> None:
-    grads = gradients([1, 5, 64, 1027], dtype, cell.device, odd_address=True)
+@pytest.mark.parametrize("anchored", [False, True], ids=["second", "anchored"])
+def test_odd_addresses(cell: Cell, dtype: torch.dtype, anchored: bool) -> None:
+    grads, odd = (
+        gradients([1, 5, 64, 1027], dtype, cell.device, odd_address=True) for _ in range(2)
+    )
     check(
         cell,
         grads,
-        params=like(grads),
-        anchors=gradients([1, 5, 64, 1027], dtype, cell.device, odd_address=True),
+        params=like(grads) if anchored else odd,
+        anchors=odd if anchored else None,
         pull=torch.randn(4),
         noise_std=torch.rand(4),
         stream=NoiseStream(5, cell.device),
@@ -102,13 +109,14 @@ def test_chunk_boundaries(cell: Cell) -> None:
     check(cell, grads, noise_std=torch.rand(len(grads)), stream=NoiseStream(1, cell.device))
 
 
-def test_mixed_dtypes_in_one_call(cell: Cell) -> None:
+@pytest.mark.parametrize("anchored", [False, True], ids=["second", "anchored"])
+def test_mixed_dtypes_in_one_call(cell: Cell, anchored: bool) -> None:
     grads = [gradients([n], d, cell.device)[0] for n in (5, 1000) for d in DTYPES]
     check(
         cell,
         grads,
         params=like(grads),
-        anchors=like(grads),
+        anchors=like(grads) if anchored else None,
         pull=torch.randn(len(grads)),
         noise_std=torch.rand(len(grads)),
         stream=NoiseStream(2, cell.device),
@@ -130,7 +138,57 @@ def test_params_and_anchors_of_other_dtypes(
     )
 
 
-def test_a_coefficient_of_zero_adds_nothing(cell: Cell) -> None:
+@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
+@pytest.mark.parametrize("param_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_anchors_are_anchors_of_zero(
+    cell: Cell, dtype: torch.dtype, param_dtype: torch.dtype, noisy: bool
+) -> None:
+    """Bit for bit, also the sign of a zero, at a chunk's end and at an odd address."""
+    cell.skip_slow(noisy and dtype != param_dtype)
+    sizes = cell.affordable([0, 7, 1030, 8197, 40_003])
+    grads = gradients(sizes, dtype, cell.device)
+    grads += gradients([1027], dtype, cell.device, odd_address=True)
+    params = like(grads, param_dtype)
+    grads[1][:4] = torch.tensor([0.0, -0.0, 0.0, -0.0])
+    params[1][:4] = torch.tensor([0.0, 0.0, -0.0, -0.0])
+    extra = {"params": params, "pull": torch.randn(len(grads))}
+    if noisy:
+        extra |= {"noise_std": torch.rand(len(grads)), "stream": NoiseStream(8, cell.device)}
+    scale = torch.rand(len(grads)) + 0.1
+    other = [g.clone() for g in grads]
+    check(cell, grads, scale=scale, **extra)
+    check(cell, other, scale=scale, anchors=[torch.zeros_like(w) for w in params], **extra)
+    for g, o in zip(grads, other, strict=True):
+        assert torch.equal(g, o)
+        assert torch.equal(g.signbit(), o.signbit())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_params_that_are_not_finite(cell: Cell, dtype: torch.dtype, value: float) -> None:
+    """A pull of 0 leaves them alone; another one takes them over, and says so."""
+    grads = gradients([1002, 1002], dtype, cell.device)
+    before = [g.to(tolerances.accumulation_dtype(dtype), copy=True) for g in grads]
+    params = [torch.full_like(grads[0], value), torch.ones_like(grads[1])]
+    for pull, finite in (((0.0, 2.0), True), ((1.0, 0.0), False)):
+        flag = torch.ones((), dtype=torch.bool, device=cell.device)
+        ops.update_grads_(
+            grads,
+            torch.ones(2, device=cell.device),
+            params=params,
+            pull=torch.tensor(pull, device=cell.device),
+            finite=flag,
+            backend=cell.backend,
+        )
+        assert bool(flag) == finite
+        assert bool(grads[0].isfinite().all()) == finite
+        assert torch.equal(grads[1], (before[1] + 2).to(dtype))
+        assert torch.equal(grads[0], before[0].to(dtype)) == finite
+
+
+@pytest.mark.parametrize("anchored", [False, True], ids=["second", "anchored"])
+def test_a_coefficient_of_zero_adds_nothing(cell: Cell, anchored: bool) -> None:
     grads = gradients([9, 2000], torch.float32, cell.device)
     expected = [0.5 * g for g in grads]
     infinite = [torch.full_like(g, float("inf")) for g in grads]
@@ -139,7 +197,7 @@ def test_a_coefficient_of_zero_adds_nothing(cell: Cell) -> None:
         grads,
         torch.full((2,), 0.5, device=cell.device),
         params=infinite,
-        anchors=like(grads),
+        anchors=like(grads) if anchored else None,
         pull=zeros,
         noise_std=zeros,
         stream=NoiseStream(3, cell.device),
@@ -225,15 +283,25 @@ def test_strided_gradients_in_place(cell: Cell, view: str, noisy: bool) -> None:
     assert (grad.stride(), grad.data_ptr()) == (stride, address)
 
 
-def test_strided_params_and_anchors(cell: Cell) -> None:
+@pytest.mark.parametrize("anchored", [False, True], ids=["second", "anchored"])
+def test_strided_params_and_anchors(cell: Cell, anchored: bool) -> None:
     grad = torch.randn(6, 5, 4, 3).to(cell.device)
+    anchors = [torch.randn(3, 4, 5, 6).to(cell.device).permute(3, 2, 1, 0)]
     check(
         cell,
         [grad],
         params=[torch.randn(6, 5, 4, 3).to(cell.device, memory_format=torch.channels_last)],
-        anchors=[torch.randn(3, 4, 5, 6).to(cell.device).permute(3, 2, 1, 0)],
+        anchors=anchors if anchored else None,
         pull=torch.tensor([0.7]),
     )
+
+
+@pytest.mark.parametrize("view", list(strided_views("cpu")))
+def test_strided_gradients_beside_params(cell: Cell, view: str) -> None:
+    """In another memory format than the params, and in the same one."""
+    grad = strided_views(cell.device)[view]
+    for params in (torch.randn(grad.shape).to(cell.device), torch.randn_like(grad)):
+        check(cell, [grad], params=[params], pull=torch.tensor([0.7]))
 
 
 class TestBadInput:
@@ -274,17 +342,19 @@ class TestBadInput:
             ValueError, "noise_std needs a stream", g, torch.zeros(1), noise_std=torch.ones(1)
         )
 
-    def test_pull_without_anchors(self) -> None:
+    def test_pull_without_params(self) -> None:
         g = [torch.ones(3)]
-        self.raises(ValueError, "pull needs params", g, torch.zeros(1), pull=torch.ones(1))
-        self.raises(
-            ValueError,
-            "params and anchors go together",
-            g,
-            torch.zeros(1),
-            pull=torch.ones(1),
-            params=g,
-        )
+        zero, one = torch.zeros(1), torch.ones(1)
+        self.raises(ValueError, "pull needs params", g, zero, pull=one)
+        self.raises(ValueError, "params and anchors need pull", g, zero, params=g)
+        self.raises(ValueError, "params and anchors need pull", g, zero, anchors=g)
+        self.raises(ValueError, "anchors need params", g, zero, pull=one, anchors=g)
+        self.raises(ValueError, "1 grads but 2 params", g, zero, pull=one, params=g * 2)
+
+    def test_param_shape(self) -> None:
+        g, w = [torch.ones(3)], [torch.ones(4)]
+        what = r"params\[0\] has shape \(4,\), its gradient \(3,\)"
+        self.raises(ValueError, what, g, torch.zeros(1), pull=torch.ones(1), params=w)
 
     def test_anchor_shape(self) -> None:
         g = [torch.ones(3)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from epochs import next_epoch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,7 +67,7 @@ def batch(size: int = 12, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 def start_third_epoch(inforeg: InfoReg) -> None:
     """As after two epochs of equal traces: the window opens in the third one at the earliest."""
     state = copy.deepcopy(inforeg.state_dict())
-    state["epochs"].fill_(2)
-    state["traces"].fill_(1.0)
+    state["state"]["epochs"].fill_(2)
+    state["state"]["traces"].fill_(1.0)
     inforeg.load_state_dict(state)
-    inforeg.start_epoch()
+    next_epoch(inforeg)

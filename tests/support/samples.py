@@ -38,7 +38,7 @@ def samples(device: str) -> dict[str, list[tuple]]:
             (two.double(), index, index + 1, three, 0.8, True, 1e-8),
             (two, index[:0], index[:0], three[:0].double(), 0.0, False, 1e-8),
         ],
-        "grad_stats": [(g, [], []), (g, w, w0), ([t.double() for t in g], [], [])],
+        "grad_stats": [(g, [], []), (g, w, w0), (g, w, []), ([t.double() for t in g], [], [])],
         "noisy_views": [
             (a, 0.1, state, [0, 1], [0, 0]),
             (leaves[0], 0.1, state, [7, 2], [5, 2**31 + 1]),
@@ -87,6 +87,7 @@ def samples(device: str) -> dict[str, list[tuple]]:
         "update_grads_": [
             (g, three, [], [], None, None, None, [], [], None, None),
             (g, three, w, w0, three, three, state, [0, 1, 2], [0, 0, 5], flag, None),
+            (g, three, w, [], three, three, state, [0, 1, 2], [0, 0, 5], flag, None),
             (g, three, w, w0, three, None, None, [], [], flag, torch.ones_like(three)),
             (g, three, [], [], None, three, state, [0, 1, 2], [0, 0, 5], None, three.double()),
         ],

@@ -174,14 +174,8 @@ class Training:
 
     def begin_epoch(self, kind: str, epoch: int) -> None:
         for method in self.methods[kind].values():
-            if isinstance(method, (mmfuse.InfoReg, mmfuse.RedReg)):
-                method.start_epoch()
-            elif not isinstance(method, mmfuse.ARM):
+            if not isinstance(method, mmfuse.ARM):
                 method.set_epoch(epoch)
-
-    def end_epoch(self, kind: str) -> None:
-        if kind == "inforeg":
-            self.methods[kind]["inforeg"].end_epoch()
 
     def step(self, kind: str, batches: Sequence[Batch]) -> list[Any]:
         """One step on one or several micro-batches; what the methods have said."""
@@ -346,8 +340,6 @@ def run_rank(rank: int, size: int, steps: int, folder: Path, timeout: float, lea
         *_, out = training.step(kind, [batch(step, rank, rows)])
         if leak:
             kept.append(torch.zeros(()))
-        if within == STEPS_PER_EPOCH - 1:
-            training.end_epoch(kind)
         done = step + 1
         if done % TELL_EVERY == 0:
             tell(step=done)

@@ -11,7 +11,7 @@
 namespace mmfuse::cpu {
 
 // A stretch of one tensor. The data pointers are those of the whole tensor, and a zero coefficient
-// switches its term off, whatever the data are.
+// switches its term off, whatever the data are. A null anchor counts as zeros.
 struct UpdateSlice {
   DType dtype;
   DType param_dtype;

@@ -39,11 +39,12 @@ struct UpdateTile {
   acc_t noise_std;
 };
 
-template <bool kPull, bool kNoise, typename scalar_t, typename param_t>
+template <Second kSecond, bool kNoise, typename scalar_t, typename param_t>
 inline vec_type<scalar_t> updated(const UpdateTile<scalar_t, param_t>& tile, int64_t i) {
   vec_type<scalar_t> x = load(tile.in + i) * tile.scale;
-  if constexpr (kPull) {
-    x = multiply_add(splat(tile.pull), load(tile.param + i) - load(tile.anchor + i), x);
+  if constexpr (kSecond != Second::kNone) {
+    const auto moved = load_displacement<kSecond>(tile.param, tile.anchor, i);
+    x = multiply_add(splat(tile.pull), moved, x);
   }
   if constexpr (kNoise) {
     x = multiply_add(splat(tile.noise_std), load_as(tile.normals + i, tile.noise_std), x);
@@ -52,7 +53,7 @@ inline vec_type<scalar_t> updated(const UpdateTile<scalar_t, param_t>& tile, int
 }
 
 // False when a stored value is NaN or infinite. By value, so that the stores cannot alias `tile`.
-template <bool kPull, bool kNoise, typename scalar_t, typename param_t>
+template <Second kSecond, bool kNoise, typename scalar_t, typename param_t>
 inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
   using Check = FiniteCheck<scalar_t>;
   constexpr int kWidth = kVectorBytes / sizeof(scalar_t);
@@ -61,10 +62,10 @@ inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
   for (; i + kWidth <= n; i += kWidth) {
     typename Check::Bits bits;
     if constexpr (sizeof(scalar_t) == 2) {
-      bits = pack(updated<kPull, kNoise>(tile, i), updated<kPull, kNoise>(tile, i + kLanes),
+      bits = pack(updated<kSecond, kNoise>(tile, i), updated<kSecond, kNoise>(tile, i + kLanes),
                   scalar_t());
     } else {
-      bits = (typename Check::Bits)updated<kPull, kNoise>(tile, i);
+      bits = (typename Check::Bits)updated<kSecond, kNoise>(tile, i);
     }
     std::memcpy(tile.out + i, &bits, sizeof bits);
     check.see(bits);
@@ -76,10 +77,8 @@ inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
   param_t param[kWidth]{}, anchor[kWidth]{};
   float normals[kWidth]{};
   std::copy(tile.in + i, tile.in + n, in);
-  if constexpr (kPull) {
-    std::copy(tile.param + i, tile.param + n, param);
-    std::copy(tile.anchor + i, tile.anchor + n, anchor);
-  }
+  if constexpr (kSecond != Second::kNone) std::copy(tile.param + i, tile.param + n, param);
+  if constexpr (kSecond == Second::kBoth) std::copy(tile.anchor + i, tile.anchor + n, anchor);
   if constexpr (kNoise) std::copy(tile.normals + i, tile.normals + n, normals);
   UpdateTile<scalar_t, param_t> rest = tile;
   rest.in = in;
@@ -87,12 +86,12 @@ inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
   rest.param = param;
   rest.anchor = anchor;
   rest.normals = normals;
-  const bool rest_finite = update_tile<kPull, kNoise>(rest, kWidth);
+  const bool rest_finite = update_tile<kSecond, kNoise>(rest, kWidth);
   std::copy(out, out + (n - i), tile.out + i);
   return check.passed() && rest_finite;
 }
 
-template <bool kPull, bool kNoise, typename scalar_t, typename param_t = acc_type<scalar_t>>
+template <Second kSecond, bool kNoise, typename scalar_t, typename param_t = acc_type<scalar_t>>
 inline bool update_tiles(const UpdateSlice& slice, double* squares) {
   using acc_t = acc_type<scalar_t>;
   param_t param_buffer[kUpdateTile], anchor_buffer[kUpdateTile];
@@ -110,14 +109,16 @@ inline bool update_tiles(const UpdateSlice& slice, double* squares) {
     tile.scale = static_cast<acc_t>(slice.scale);
     tile.pull = static_cast<acc_t>(slice.pull);
     tile.noise_std = static_cast<acc_t>(slice.noise_std);
-    if constexpr (kPull) {
+    if constexpr (kSecond != Second::kNone) {
       tile.param = tile_as(slice.param, slice.param_dtype, begin, n, param_buffer);
+    }
+    if constexpr (kSecond == Second::kBoth) {
       tile.anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
     }
     if constexpr (kNoise) tile.normals = normals.draw(element, n, tile.in);
     // A loop of its own leaves the update's as it is; what it has read is then in L1.
     if (squares != nullptr) *squares += tile_squares(tile.in, n);
-    all_finite &= update_tile<kPull, kNoise>(tile, n);
+    all_finite &= update_tile<kSecond, kNoise>(tile, n);
   }
   return all_finite;
 }
@@ -157,17 +158,22 @@ inline bool update_slice(const UpdateSlice& slice, double* squares) {
       const scalar_t* in = static_cast<const scalar_t*>(slice.in) + slice.begin;
       return look_at_tiles(in, slice.size, squares);
     }
-    const bool pull = slice.pull != 0, noise = slice.noise_std != 0;
-    const bool alike = slice.param_dtype == slice.dtype && slice.anchor_dtype == slice.dtype;
-    if (pull && noise) {
-      return alike ? update_tiles<true, true, scalar_t, scalar_t>(slice, squares)
-                   : update_tiles<true, true, scalar_t>(slice, squares);
+    const bool noise = slice.noise_std != 0;
+    if (slice.pull == 0) {
+      return noise ? update_tiles<Second::kNone, true, scalar_t>(slice, squares)
+                   : update_tiles<Second::kNone, false, scalar_t>(slice, squares);
     }
-    if (pull) {
-      return alike ? update_tiles<true, false, scalar_t, scalar_t>(slice, squares)
-                   : update_tiles<true, false, scalar_t>(slice, squares);
-    }
-    if (noise) return update_tiles<false, true, scalar_t>(slice, squares);
-    return update_tiles<false, false, scalar_t>(slice, squares);
+    const Second second = second_of(slice.param, slice.anchor);
+    const bool alike = slice.param_dtype == slice.dtype &&
+                       (second == Second::kParams || slice.anchor_dtype == slice.dtype);
+    return visit_params(second, [&](auto given) {
+      constexpr Second kSecond = given.value;
+      if (noise) {
+        return alike ? update_tiles<kSecond, true, scalar_t, scalar_t>(slice, squares)
+                     : update_tiles<kSecond, true, scalar_t>(slice, squares);
+      }
+      return alike ? update_tiles<kSecond, false, scalar_t, scalar_t>(slice, squares)
+                   : update_tiles<kSecond, false, scalar_t>(slice, squares);
+    });
   });
 }

@@ -1,4 +1,5 @@
-// Tiles of one element type read as another; no include guard, see foreach_simd.h.
+// Tiles of one element type read as another, and the displacement of two of them; no include guard,
+// see foreach_simd.h.
 
 template <typename to_t, typename from_t>
 inline void convert(const from_t* from, int64_t n, to_t* to) {
@@ -21,4 +22,29 @@ inline const to_t* tile_as(const void* data, DType dtype, int64_t begin, int64_t
     return buffer;
   }
   return nullptr;
+}
+
+// What a call has beside its gradients: nothing, parameters w, or also their anchors w0.
+enum class Second { kNone, kParams, kBoth };
+
+inline Second second_of(const void* param, const void* anchor) {
+  if (param == nullptr) return Second::kNone;
+  return anchor == nullptr ? Second::kParams : Second::kBoth;
+}
+
+// Calls f with `second`, which is not kNone, as a compile-time constant.
+template <typename F>
+inline auto visit_params(Second second, const F& f) {
+  if (second == Second::kBoth) return f(std::integral_constant<Second, Second::kBoth>());
+  return f(std::integral_constant<Second, Second::kParams>());
+}
+
+// A vector of w - w0, or of w where there are no anchors.
+template <Second kSecond, typename param_t>
+inline vec_type<param_t> load_displacement(const param_t* param, const param_t* anchor, int64_t i) {
+  if constexpr (kSecond == Second::kBoth) {
+    return load(param + i) - load(anchor + i);
+  } else {
+    return load(param + i);
+  }
 }

@@ -44,7 +44,7 @@ __device__ __forceinline__ void load_batch(const source_t* source, int stride, i
   }
 }
 
-// The parameter w and its anchor w0, of any dtype.
+// The parameter w and its anchor w0, of any dtype; a null anchor counts as zeros.
 struct AnchorPair {
   const void* param;
   const void* anchor;
@@ -55,7 +55,7 @@ struct AnchorPair {
 // Calls f with the pointer in its own type: the gradient's, or one found at run time.
 template <Anchors kAnchors, typename scalar_t, typename F>
 __device__ __forceinline__ void visit_source(const void* source, DType dtype, const F& f) {
-  if constexpr (kAnchors == Anchors::kSame) {
+  if constexpr (kAnchors != Anchors::kMixed) {
     f(static_cast<const scalar_t*>(source));
   } else {
     visit_dtype(dtype, [&](auto* type) {
@@ -64,16 +64,26 @@ __device__ __forceinline__ void visit_source(const void* source, DType dtype, co
   }
 }
 
+// As visit_source, for the anchor; does nothing where there is none.
+template <Anchors kAnchors, typename scalar_t, typename F>
+__device__ __forceinline__ void visit_anchor(const AnchorPair& pair, const F& f) {
+  if constexpr (kAnchors == Anchors::kSame) {
+    f(static_cast<const scalar_t*>(pair.anchor));
+  } else if constexpr (kAnchors == Anchors::kMixed) {
+    if (pair.anchor != nullptr) visit_source<kAnchors, scalar_t>(pair.anchor, pair.anchor_dtype, f);
+  }
+}
+
 // w - w0 of a batch whose first pack starts at element `first`.
 template <Anchors kAnchors, typename scalar_t, bool kVector, typename acc_t, int kPacks, int kPack>
 __device__ __forceinline__ void load_displacements(const AnchorPair& pair, int64_t first,
                                                    int stride, int valid,
                                                    acc_t (&displacement)[kPacks][kPack]) {
-  acc_t anchor[kPacks][kPack];
+  acc_t anchor[kPacks][kPack] = {};
   visit_source<kAnchors, scalar_t>(pair.param, pair.param_dtype, [&](const auto* source) {
     load_batch<kVector>(source + first, stride, valid, displacement);
   });
-  visit_source<kAnchors, scalar_t>(pair.anchor, pair.anchor_dtype, [&](const auto* source) {
+  visit_anchor<kAnchors, scalar_t>(pair, [&](const auto* source) {
     load_batch<kVector>(source + first, stride, valid, anchor);
   });
 #pragma unroll
@@ -87,13 +97,12 @@ template <Anchors kAnchors, typename scalar_t>
 __device__ __forceinline__ acc_type<scalar_t> load_displacement(const AnchorPair& pair,
                                                                 int64_t index) {
   using acc_t = acc_type<scalar_t>;
-  acc_t param, anchor;
+  acc_t param, anchor = 0;
   visit_source<kAnchors, scalar_t>(pair.param, pair.param_dtype, [&](const auto* source) {
     param = widen<acc_t>(source[index]);
   });
-  visit_source<kAnchors, scalar_t>(pair.anchor, pair.anchor_dtype, [&](const auto* source) {
-    anchor = widen<acc_t>(source[index]);
-  });
+  visit_anchor<kAnchors, scalar_t>(
+      pair, [&](const auto* source) { anchor = widen<acc_t>(source[index]); });
   return param - anchor;
 }
 
@@ -103,7 +112,7 @@ __device__ __forceinline__ bool is_aligned(const AnchorPair& pair, int64_t first
   bool aligned = true;
   const auto look = [&](const auto* source) { aligned = aligned && is_aligned(source + first); };
   visit_source<kAnchors, scalar_t>(pair.param, pair.param_dtype, look);
-  visit_source<kAnchors, scalar_t>(pair.anchor, pair.anchor_dtype, look);
+  visit_anchor<kAnchors, scalar_t>(pair, look);
   return aligned;
 }
 
@@ -111,6 +120,8 @@ template <Anchors kAnchors, typename entry_t>
 __device__ __forceinline__ AnchorPair anchor_pair(const entry_t& entry) {
   if constexpr (kAnchors == Anchors::kNone) {
     return {};
+  } else if constexpr (kAnchors == Anchors::kZero) {
+    return {entry.param, nullptr, entry.param_dtype, entry.param_dtype};
   } else {
     return {entry.param, entry.anchor, entry.param_dtype, entry.anchor_dtype};
   }

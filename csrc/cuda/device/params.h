@@ -12,7 +12,7 @@ namespace mmfuse::cuda {
 struct GradTensor {
   void* grad = nullptr;
   const void* param = nullptr;
-  const void* anchor = nullptr;
+  const void* anchor = nullptr;  // null where the tensor has parameters: zeros, read nowhere
   int64_t numel = 0;
   int64_t noise_offset = 0;
   uint32_t noise_id = 0;

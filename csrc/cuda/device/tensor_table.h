@@ -14,16 +14,18 @@
 
 namespace mmfuse::cuda {
 
-// kSame: parameters and anchors have the gradient's dtype, known when compiling.
-enum class Anchors { kNone, kSame, kMixed };
+// kNone: neither parameters nor anchors. kSame: both have the gradient's dtype, known when
+// compiling. kZero: the parameters have it, and no anchors are given. kMixed: any dtypes, with
+// anchors or without.
+enum class Anchors { kNone, kSame, kMixed, kZero };
 
 template <Anchors kAnchors>
 using AnchorsTag = std::integral_constant<Anchors, kAnchors>;
 
 inline Anchors anchors_of(const GradTensor& tensor) {
-  const bool same =
-      tensor.param_dtype == tensor.grad_dtype && tensor.anchor_dtype == tensor.grad_dtype;
-  return same ? Anchors::kSame : Anchors::kMixed;
+  if (tensor.param_dtype != tensor.grad_dtype) return Anchors::kMixed;
+  if (tensor.anchor == nullptr) return Anchors::kZero;
+  return tensor.anchor_dtype == tensor.grad_dtype ? Anchors::kSame : Anchors::kMixed;
 }
 
 constexpr int kThreads = 256;
@@ -48,9 +50,9 @@ struct NoiseFields<true> {
   uint32_t noise_id;
 };
 
-// A call without anchors or noise has small entries, so that more tensors share a launch.
-template <bool kHasAnchors, bool kHasNoise>
-struct Entry : AnchorFields<kHasAnchors>, NoiseFields<kHasNoise> {
+// A call without parameters or noise has small entries, so that more tensors share a launch.
+template <bool kHasParams, bool kHasNoise>
+struct Entry : AnchorFields<kHasParams>, NoiseFields<kHasNoise> {
   void* grad;
   int64_t numel;
   int32_t slot;
@@ -85,7 +87,7 @@ __device__ __forceinline__ int find_entry(const table_t& table, int chunk) {
 }
 
 // Fills the table with the tensors of one group and calls start() each time that it is full.
-template <bool kHasAnchors, bool kHasNoise, typename table_t, typename F>
+template <bool kHasParams, bool kHasNoise, typename table_t, typename F>
 void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors anchors,
                     int64_t chunk_elements, table_t& table, const F& start) {
   constexpr int64_t kMaxChunks = 1 << 30;  // a stride beyond the last chunk is still an int
@@ -98,7 +100,7 @@ void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors
   };
   for (const GradTensor& tensor : tensors) {
     if (tensor.numel == 0 || tensor.grad_dtype != dtype) continue;
-    if (kHasAnchors && anchors_of(tensor) != anchors) continue;
+    if (kHasParams && anchors_of(tensor) != anchors) continue;
     const int64_t chunks = chunk_count(tensor.numel, chunk_elements);
     if (table.count == table_t::kCapacity || table.chunks > kMaxChunks - chunks) flush();
     auto& entry = table.entries[table.count++];
@@ -106,7 +108,7 @@ void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors
     entry.numel = tensor.numel;
     entry.slot = tensor.slot;
     entry.first_chunk = table.chunks;
-    if constexpr (kHasAnchors) {
+    if constexpr (kHasParams) {
       entry.param = tensor.param;
       entry.anchor = tensor.anchor;
       entry.param_dtype = tensor.param_dtype;
@@ -123,17 +125,19 @@ void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors
 
 // Calls f(element type, Anchors) once for each group of tensors that one kernel serves.
 template <typename F>
-void visit_groups(const std::vector<GradTensor>& tensors, bool has_anchors, const F& f) {
-  bool present[4][2] = {};
+void visit_groups(const std::vector<GradTensor>& tensors, bool has_params, const F& f) {
+  bool present[4][4] = {};
   for (const GradTensor& tensor : tensors) {
-    const bool mixed = has_anchors && anchors_of(tensor) == Anchors::kMixed;
-    present[static_cast<int>(tensor.grad_dtype)][mixed] = true;
+    if (tensor.numel == 0) continue;
+    const Anchors anchors = has_params ? anchors_of(tensor) : Anchors::kNone;
+    present[static_cast<int>(tensor.grad_dtype)][static_cast<int>(anchors)] = true;
   }
   for (const DType dtype : {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16}) {
-    const auto [same, mixed] = present[static_cast<int>(dtype)];
-    visit_dtype(dtype, [&, same = same, mixed = mixed](auto* type) {
-      if (same && !has_anchors) f(type, AnchorsTag<Anchors::kNone>{});
-      if (same && has_anchors) f(type, AnchorsTag<Anchors::kSame>{});
+    const auto [none, same, mixed, zero] = present[static_cast<int>(dtype)];
+    visit_dtype(dtype, [&, none = none, same = same, mixed = mixed, zero = zero](auto* type) {
+      if (none) f(type, AnchorsTag<Anchors::kNone>{});
+      if (same) f(type, AnchorsTag<Anchors::kSame>{});
+      if (zero) f(type, AnchorsTag<Anchors::kZero>{});
       if (mixed) f(type, AnchorsTag<Anchors::kMixed>{});
     });
   }

@@ -1,0 +1,19 @@
+"""What the adapters share: which methods they take."""
+
+from __future__ import annotations
+
+from ..loop.gradients import GradientMethod
+
+
+def checked(method: object) -> GradientMethod:
+    """The method, if it acts on gradients.
+
+    Raises:
+        TypeError: it does not, as those that act in the forward pass.
+    """
+    if not isinstance(method, GradientMethod):
+        raise TypeError(
+            "expected a method that acts on gradients (OGM, InfoReg, RedReg), got "
+            f"{type(method).__name__}"
+        )
+    return method

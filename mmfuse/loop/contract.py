@@ -1,0 +1,296 @@
+"""The contract between a paper and the training loop: sense, decide, act.
+
+A *rule* is one paper: its hyper-parameters, and functions from small tensors to small tensors. It
+never sees an encoder, a gradient, another rank or an optimizer. `mmfuse.loop.gradients` has those,
+and calls the rule in this order:
+
+    sense     what one micro-batch shows: means and sums over its samples
+    decide    the paper's equations: what becomes of each tensor's gradient
+    settle    what the update has measured on the way, such as each gradient's square
+    epoch     what changes when a new epoch begins
+
+The state is a dictionary of tensors. A function returns those that change as new tensors; the loop
+puts them in place where the step counts: not where a GradScaler skips it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..noise import NoiseStream
+from ..ops import GradStats, ModalityScores
+from ..ops._tensors import index_tensor
+from .modalities import Modalities, per_modality, per_tensor
+from .ranks import Group, Observed, agree, rank_and_size
+
+State = Mapping[str, Tensor]
+ApplyTo = Literal["gradient", "update"]
+#: Makes standard normal noise like a gradient.
+MakesNoise = Callable[[Tensor], Tensor]
+
+
+class Card(NamedTuple):
+    """What the catalogue says of a method, beside what its rule needs.
+
+    Attributes:
+        paper: Authors, place and year.
+        acts: Where it acts: on "gradient" or "feature".
+        official: The repository and the commit that `official()` follows.
+        golden: Whether numbers from the authors' code prove it.
+    """
+
+    paper: str
+    acts: Literal["gradient", "feature"]
+    official: str
+    golden: bool
+
+
+class Need(NamedTuple):
+    """What a rule needs from the loop.
+
+    Attributes:
+        inputs: What `observe` and `step` must be given beside logits and labels.
+        stats: Whether `decide` gets `grad_stats` of every tensor, of both lists if there are two.
+        second: The second list of tensors that `Act.pull` multiplies. "anchor" are displacements
+            w − w₀ from the parameters at the start of the epoch, which the loop keeps. "unimodal"
+            are gradients of the unimodal losses, while the first list has the joint loss's.
+        logits: Whether the rule senses logits and labels.
+        squares: Whether `settle` gets each gradient's Σg², before the update or after it.
+        stream: Whether noise is drawn from the stream, in `sense` or for `Act.noise_std`.
+        noise: A callable that makes the noise of `Act.noise_std`; None for the stream.
+        draws: Whether `sense` draws from the stream: then it advances, and `Clock.step` counts, in
+            every step.
+        neutral: The coefficient of a modality that nothing is done to.
+    """
+
+    inputs: tuple[str, ...] = ()
+    stats: bool = False
+    second: Literal["anchor", "unimodal"] | None = None
+    logits: bool = True
+    squares: Literal["before", "after"] | None = None
+    stream: bool = False
+    noise: MakesNoise | None = None
+    draws: bool = False
+    neutral: float = 1.0
+
+    @property
+    def anchors(self) -> bool:
+        """Whether the second list is of displacements."""
+        return self.second == "anchor"
+
+
+class Act(NamedTuple):
+    """What becomes of each tensor's gradient: g ← scale·g + pull·second + noise_std·N(0, 1).
+
+    [T] each, on the gradients' device; None leaves the term out, or the gradient its size.
+    """
+
+    scale: Tensor | None = None
+    pull: Tensor | None = None
+    noise_std: Tensor | None = None
+
+
+class Decision(NamedTuple):
+    """What `decide` returns.
+
+    Attributes:
+        act: What becomes of the gradients.
+        report: The fields of the rule's `result` but the last, which is `finite`; the first is
+            the [M] coefficients.
+        state: The tensors of the state that change.
+    """
+
+    act: Act
+    report: tuple[Tensor, ...]
+    state: State = MappingProxyType({})
+
+
+class Sensed(NamedTuple):
+    """What one micro-batch shows.
+
+    Attributes:
+        means: [K] means over the labelled samples.
+        parts: What `Rule.sums` makes sums of, where there is more than one micro-batch or rank.
+        rows: The number of samples, for rules that number them.
+    """
+
+    means: Tensor
+    parts: Any = None
+    rows: int = 0
+
+
+class Clock(NamedTuple):
+    """Where training is: numbers of the host, counted from 0; `step` with `Need.draws` only."""
+
+    epoch: int
+    step: int
+
+
+class Batch(NamedTuple):
+    """One micro-batch, checked where the loop can.
+
+    Attributes:
+        logits: Name → logits of each modality alone.
+        labels: [B].
+        given: What `Need.inputs` names, each of M tensors in the order of the modalities.
+        modalities: The encoders' names.
+        state: The rule's.
+        clock: Of the step.
+        stream: The method's; `agreed_stream` to draw from it.
+        process_group: The ranks.
+        rows_before: Samples of this step's earlier micro-batches on this rank.
+        backend: Name of a backend; None for the best one.
+    """
+
+    logits: Mapping[str, Tensor]
+    labels: Tensor
+    given: Mapping[str, Sequence[Tensor]]
+    modalities: Modalities
+    state: State
+    clock: Clock
+    stream: NoiseStream
+    process_group: Group
+    rows_before: int
+    backend: str | None
+
+    def scores(self) -> ModalityScores:
+        """Each modality's scores of the true classes; errors call the logits by their names."""
+        return self.modalities.scores(self.logits, self.labels, self.backend)
+
+    def agreed_stream(self) -> NoiseStream:
+        """The stream, the same on all ranks."""
+        agree(self.stream, self.process_group)
+        return self.stream
+
+    def first_row(self, rows: int) -> int:
+        """The place of this batch's first sample among those of all ranks in this step."""
+        rank, size = rank_and_size(self.process_group)
+        return self.rows_before * size + rank * rows
+
+
+class Tensors(NamedTuple):
+    """T tensors with gradients, as a rule sees them: whose they are, and their statistics.
+
+    Attributes:
+        owner: Each one's modality.
+        modalities: M, how many there are.
+        device: Where the gradients, and so all [T] tensors, are.
+        stats: `grad_stats` of the T gradients, of whole tensors and unscaled; None if the rule
+            does not need them, or does nothing in this epoch.
+        place: Each one's index among all parameters of the method; None if T is all of them.
+        backend: Name of a backend; None for the best one.
+    """
+
+    owner: tuple[int, ...]
+    modalities: int
+    device: torch.device
+    stats: GradStats | None
+    place: tuple[int, ...] | None
+    backend: str | None
+
+    def each(self, values: Tensor) -> Tensor:
+        """Each tensor's value of its modality: [M] to [T], on the gradients' device."""
+        return per_tensor(values.to(self.device), self.owner)
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Sums over each modality's tensors: [T] to [M]."""
+        return per_modality(values, self.owner, self.modalities)
+
+    def added_to(self, total: Tensor, values: Tensor) -> Tensor:
+        """`total`, [one for every parameter of the method], with the [T] values added."""
+        if self.place is None:
+            return total + values
+        return total.index_add(0, index_tensor(self.place, values.device), values)
+
+
+class Rule(Protocol):
+    """One paper, or one release of its authors' code."""
+
+    @property
+    def need(self) -> Need:
+        """What it needs from the loop."""
+
+    @property
+    def result(self) -> Callable[..., Any]:
+        """The dataclass that a step returns."""
+
+    def idle(self) -> Rule | None:
+        """The rule outside of the epochs in which the method acts, with the same state.
+
+        None lets the loop leave out what this rule decides.
+        """
+
+    def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
+        """The state before training, on the CPU; every tensor that it will ever have."""
+
+    def sense(self, batch: Batch) -> Sensed:
+        """What one micro-batch shows."""
+
+    def sums(self, sensed: Sensed, state: State) -> Tensor | None:
+        """[E] sums over the samples beside the means, which add up over micro-batches and ranks."""
+
+    def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
+        """The paper's equations.
+
+        `seen` holds the parts of the one micro-batch on one rank, or else the sums of all.
+        """
+
+    def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
+        """What changes with each gradient's Σg², [T] float64 and unscaled."""
+
+    def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
+        """What changes before an epoch; `tensors` are all of the method's."""
+
+
+class Stateless:
+    """For rules without a state, or without some of the stages."""
+
+    def idle(self) -> Rule | None:
+        """Leaves it to the loop."""
+        return None
+
+    def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
+        """No state."""
+        return {}
+
+    def sums(self, sensed: Sensed, state: State) -> Tensor | None:
+        """No sums beside the means."""
+        return None
+
+    def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
+        """Nothing changes."""
+        return {}
+
+    def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
+        """Nothing changes."""
+        return {}
+
+
+def check_fits(method: str, need: Need, apply_to: str, anchored: bool, streamed: bool) -> None:
+    """Checks that a method can use its arguments.
+
+    Args:
+        method: Its name.
+        need: What its rule needs.
+        apply_to: "gradient" or "update".
+        anchored: Whether there are arguments for anchors.
+        streamed: Whether there is a stream.
+
+    Raises:
+        ValueError: it has no use for one of them.
+    """
+    if apply_to not in ("gradient", "update"):
+        raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
+    if apply_to == "update" and (need.second or need.squares):
+        raise ValueError(f'{method} acts on gradients only; use apply_to="gradient"')
+    if apply_to == "update" and need.noise is not None:
+        raise ValueError('noise from a callable is for gradients; use apply_to="gradient"')
+    if anchored and not need.anchors:
+        raise ValueError(f"{method} keeps no anchors; leave out anchor_dtype and anchor_device")
+    if streamed and not need.stream:
+        raise ValueError(f"{method} draws no random numbers; leave out stream")

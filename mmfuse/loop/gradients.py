@@ -1,0 +1,395 @@
+"""The loop around a rule that acts on gradients: everything in a training step but the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ..noise import NoiseStream
+from .anchors import Anchors
+from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
+from .epochs import EpochWindow
+from .modalities import Active, Encoder, Modalities, Select, check_names
+from .ranks import NOTHING, Group
+from .sense import Senses
+from .stage import take_step
+from .state import State, check_saved, saved_method
+from .two_gradients import checked_losses, two_gradients
+from .updates import AttachedOptimizers
+
+
+class Common(TypedDict, total=False):
+    """The arguments that every method on gradients takes; `GradientMethod` describes them."""
+
+    select: Select
+    starts: int
+    ends: int | None
+    apply_to: ApplyTo
+    process_group: Group
+    anchor_dtype: torch.dtype | None
+    anchor_device: torch.device | str | None
+    stream: NoiseStream | None
+    backend: str | None
+
+
+class GradientMethod(EpochWindow):
+    """A method that acts between ``loss.backward()`` and ``optimizer.step()``.
+
+    ::
+
+        for epoch in range(epochs):
+            method.set_epoch(epoch)
+            for batch, labels in loader:
+                loss, logits = ...
+                loss.backward()
+                method.step(logits, labels)      # or method.backward(loss, logits, labels)
+                optimizer.step()
+
+    `step` comes after AMP's unscaling and before clipping. With gradient accumulation, `observe`
+    every micro-batch and `step` once: the accumulated gradient is treated by what all of them have
+    shown. Under data parallelism (DDP, FSDP2) scores are averaged over the ranks, by their numbers
+    of samples, and the noise is the same everywhere.
+
+    Args:
+        rule: The paper.
+        encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities. Parameters are
+            collected once; freezing and unfreezing them later is seen. Make this object after
+            `fully_shard`, which replaces them.
+        select: Which parameters take part: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a
+            callable on a parameter.
+        starts: First epoch in which gradients are changed; see `set_epoch`.
+        ends: Last such epoch; None for no end.
+        apply_to: "gradient" (the papers), or "update" for adaptive optimizers, which divide a
+            factor on the gradient out again: then the optimizer's update of the parameters is
+            scaled, and gets noise of its own standard deviation. Pass every such optimizer to
+            `attach`. Not for methods with anchors.
+        process_group: The ranks whose samples the scores are averaged over; None for all ranks
+            where torch.distributed is initialized, False for this rank alone.
+        anchor_dtype: Of the epoch-start copies w₀ of methods that have them; ``torch.bfloat16``
+            halves them, at the cost of w₀'s rounding in every displacement.
+        anchor_device: Where they are; "cpu" frees the GPU of them and copies them there in every
+            step.
+        stream: The random stream; None makes one from `torch.initial_seed()`, at step 0. In a
+            distributed run the first rank's is taken over by all.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: a parameter has an unsupported type, or `anchor_dtype` is not a floating dtype.
+        ValueError: a modality has no parameter, a parameter is in two, `ends` is before `starts`,
+            or an argument does not go with the method.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        encoders: Mapping[str, Encoder],
+        *,
+        select: Select = "all",
+        starts: int = 0,
+        ends: int | None = None,
+        apply_to: ApplyTo = "gradient",
+        process_group: Group = None,
+        anchor_dtype: torch.dtype | None = None,
+        anchor_device: torch.device | str | None = None,
+        stream: NoiseStream | None = None,
+        backend: str | None = None,
+    ) -> None:
+        self.name = type(self).__name__
+        self.rule = rule
+        self._set_window(starts, ends)
+        anchored = anchor_dtype is not None or anchor_device is not None
+        check_fits(self.name, rule.need, apply_to, anchored, stream is not None)
+        self.apply_to: ApplyTo = apply_to
+        self.modalities = Modalities(encoders, select)
+        self.process_group = process_group
+        self.backend = backend
+        self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
+        self.stream = stream or self._new_stream()
+        self._updates = AttachedOptimizers(self.name, self.modalities, backend)
+        self._steps = 0
+        self._adopt(rule)
+
+    def _adopt(self, rule: Rule) -> None:
+        """Takes a rule of the same needs, and begins its state anew."""
+        self.rule = rule
+        group, backend = self.process_group, self.backend
+        self._senses = Senses(self.name, rule, self.modalities, group, backend)
+        count, tensors = len(self.modalities.names), len(self.modalities.parameters)
+        self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
+
+    def _new_stream(self) -> NoiseStream:
+        return NoiseStream(device=self.modalities.device)
+
+    # Epochs ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set_epoch(self, epoch: int) -> None:
+        """Says which epoch begins, counted from 0; that ends the one before.
+
+        Copies the encoders, for methods with anchors. Without effect if this epoch runs already, as
+        where a run is resumed within it.
+
+        Raises:
+            TypeError: it is no integer.
+            ValueError: it is negative, or the encoders have other parameters than when this object
+                was made.
+        """
+        before = self.epoch if self._told else None
+        if self.anchors is not None:
+            self.modalities.check_unchanged()
+        super().set_epoch(epoch)
+        if before == self.epoch:
+            return
+        if self.anchors is not None:
+            self.anchors.take(self.modalities.parameters)
+        self._follow()
+        self._state.set(self.rule.epoch(self._state, self.epoch, self._all_tensors()))
+
+    def begin(self) -> None:
+        """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number.
+
+        Forgets what an unfinished step has observed. What was learned of earlier epochs stays; make
+        a new object for a run that shall not know of them.
+        """
+        super().begin()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._senses.clear()
+        self._updates.decide(None)
+
+    # Sense ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Tensor,
+        features: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Takes in what one micro-batch shows; `step` then uses all since the last step.
+
+        Args:
+            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`).
+            labels: [B] integer class indices; rows labelled −100 do not count.
+            features: Name → [B, …] features, for methods that need them; others ignore them.
+            inputs: Name → input of each encoder, likewise.
+
+        Raises:
+            RuntimeError: `set_epoch` was not called, for methods with anchors.
+            TypeError: logits or labels have an unsupported type, or something is missing.
+            ValueError: names, shapes or labels do not fit.
+        """
+        self._check_one_list()
+        self._check_told()
+        sensed = self._sense(logits, labels, features, inputs)
+        self._senses.add(self._state, sensed, labels)
+
+    def _sense(self, *given: Any) -> Sensed:
+        self._follow()
+        return self._senses(self._state, self.stream, Clock(self.epoch, self._steps), *given)
+
+    # Decide and act -------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        loss: Tensor,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        *,
+        unimodal_losses: Mapping[str, Tensor] | None = None,
+        retain_graph: bool = False,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Any:
+        """Takes the place of ``loss.backward()``: back-propagates, then does what `step` does.
+
+        Args:
+            loss: The scalar loss.
+            logits: As in `step`, and so are the four others that it has.
+            labels: See there.
+            features: See there.
+            inputs: See there.
+            unimodal_losses: Name → scalar loss of each modality alone, for methods that compare its
+                gradient with the joint loss's; `loss` is then the joint one alone. Others ignore
+                them. With several ranks the model must be in DistributedDataParallel or FSDP2.
+            retain_graph: As for ``loss.backward``.
+            grad_scale: See there.
+            found_inf: See there.
+        """
+        self._check_ready()
+        need = self.rule.need
+        if need.second != "unimodal":
+            if logits is None:
+                raise TypeError(f"{self.name}.backward needs logits and labels")
+            with torch.no_grad():
+                sensed = self._sense(logits, labels, features, inputs)
+            loss.backward(retain_graph=retain_graph)
+            with torch.no_grad():
+                seen = self._senses.take(self._state, sensed, labels)
+                return take_step(self, seen, self._active(), grad_scale, found_inf)
+        if unimodal_losses is None:
+            raise TypeError(f"{self.name}.backward needs unimodal_losses, one for each modality")
+        check_names("unimodal_losses", unimodal_losses, self.modalities.names, "encoders")
+        losses = checked_losses(self.modalities.names, unimodal_losses)
+        group = self.process_group
+        unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
+        with torch.no_grad():
+            return take_step(self, NOTHING, self._active(), grad_scale, found_inf, unimodal)
+
+    @torch.no_grad()
+    def step(
+        self,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+        features: Mapping[str, Tensor] | None = None,
+        inputs: Mapping[str, Tensor] | None = None,
+        *,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Any:
+        """Changes the gradients that a backward pass has left, before the optimizer's step.
+
+        With ``apply_to="update"`` it only decides; the attached optimizers' next steps are scaled.
+        A step with a NaN or an Inf in a gradient leaves state and stream as they were, since a
+        GradScaler skips it.
+
+        Args:
+            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`), of
+                the last micro-batch; None, as the next three, if all were given to `observe`.
+            labels: [B] integer class indices; rows labelled −100 do not count.
+            features: Name → [B, …] features, for methods that need them; others ignore them.
+            inputs: Name → floating input of each encoder, likewise.
+            grad_scale: 0-d factor by which the gradients are scaled still, where they cannot be
+                unscaled before (see `mmfuse.amp.grad_scale`). It matters to methods with anchors.
+            found_inf: Not zero where a GradScaler will skip this step for another reason than the
+                encoders' gradients, which are looked at here (see `mmfuse.amp.found_inf`).
+
+        Returns:
+            The method's result, such as `OGMResult`.
+
+        Raises:
+            RuntimeError: nothing was observed, `set_epoch` was not called for a method with
+                anchors, or ``apply_to="update"`` without `attach`.
+            TypeError: a gradient, logits or labels have an unsupported type.
+            ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
+                device since `set_epoch`. Nothing has been changed then.
+        """
+        self._check_one_list()
+        self._check_ready()
+        active = self._active()
+        sensed = None if logits is None else self._sense(logits, labels, features, inputs)
+        seen = self._senses.take(self._state, sensed, labels)
+        return take_step(self, seen, active, grad_scale, found_inf)
+
+    def _check_one_list(self) -> None:
+        if self.rule.need.second == "unimodal":
+            raise TypeError(
+                f"{self.name} needs two gradients of each encoder: call {self.name}.backward(loss, "
+                "unimodal_losses=...) in place of loss.backward()"
+            )
+
+    def _check_ready(self) -> None:
+        self._check_told()
+        if self.apply_to == "update" and not self._updates:
+            name = self.name
+            raise RuntimeError(f'{name}(apply_to="update"): pass the optimizer to attach() first')
+
+    def _check_told(self) -> None:
+        if self._told:
+            return
+        if self.anchors is not None:
+            raise RuntimeError(
+                f"{self.name}: call set_epoch(epoch) first, in every epoch; it copies the "
+                "parameters that gradients are compared with"
+            )
+        self._warn_if_untold(self.name)
+
+    def _active(self) -> Active | None:
+        """The gradients; None if updates are changed. Its errors come before anything changes."""
+        if self.apply_to == "update":
+            return None
+        active = self.modalities.active()
+        if self.anchors is not None:
+            self.anchors.check(active, self.modalities.parameter_names)
+        return active
+
+    def _all_tensors(self) -> Tensors:
+        owner = tuple(self.modalities.modality)
+        device, count = self.modalities.device, len(self.modalities.names)
+        return Tensors(owner, count, device, None, None, self.backend)
+
+    def _follow(self) -> None:
+        """Moves state and stream to where the encoders are now."""
+        device = self.modalities.device
+        self._state.follow(device)
+        if self.stream.device != device:
+            self.stream = self.stream.to(device)
+
+    # Updates --------------------------------------------------------------------------------------
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scales this optimizer's updates of the encoders; for ``apply_to="update"``.
+
+        The optimizer's step then needs one more copy of the encoders' parameters.
+
+        Raises:
+            TypeError: it is no optimizer.
+            ValueError: ``apply_to`` is "gradient", or the optimizer has no parameter of the
+                encoders, or is attached already.
+        """
+        need = self.rule.need
+        if need.second is not None or need.squares is not None:
+            raise ValueError(f"{self.name} acts on gradients only; there is nothing to attach")
+        if self.apply_to != "update":
+            raise ValueError(f'attach is for {self.name}(..., apply_to="update")')
+        self._updates.attach(optimizer)
+
+    def detach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves this optimizer's updates alone from now on, and frees the copy of the parameters.
+
+        Raises:
+            ValueError: it is not attached.
+        """
+        self._updates.detach(optimizer)
+
+    # State ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs to go on with the same numbers, also within an epoch.
+
+        As with an optimizer the tensors are the object's own: save them, or copy them.
+        """
+        stream = self.stream if self.rule.need.stream else None
+        anchors = None
+        if self.anchors is not None:
+            anchors = self.anchors.state_dict(self.modalities)
+        epoch = self.epoch if self._told else None
+        return saved_method(self.name, epoch, self._steps, self._state, stream, anchors)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            ValueError: it is of another method or version, or an entry is missing or does not fit;
+                nothing has been changed then.
+        """
+        stream = self.stream if self.rule.need.stream else None
+        check_saved(self.name, state_dict, self._state, stream, self.anchors is not None)
+        if self.anchors is not None:
+            self.anchors.load_state_dict(state_dict["anchors"], self.modalities)
+        self._follow()
+        self._state.load(state_dict["state"])
+        if stream is not None:
+            self.stream.load_state_dict(state_dict["stream"])
+        epoch = state_dict["epoch"]
+        self._told, self.epoch = epoch is not None, int(epoch or 0)
+        self._steps = int(state_dict["step"])
+        self._forget()

@@ -1,0 +1,225 @@
+"""RedReg's rule: what it senses, and its equations in their order.
+
+`mmfuse.methods.redreg` has the paper; each equation is a function of `_redreg_equations`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import combinations
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..loop.contract import Act, Batch, Clock, Decision, Need, Sensed, State, Stateless, Tensors
+from ..loop.ranks import Observed
+from ..ops._tensors import check_named
+from ..ops.co_information_gate import named_gate
+from ..ops.paired_cosine import aligned, paired_cosine
+from . import _redreg_equations as equations
+from ._redreg_equations import EPS
+from ._redreg_monitor import Monitor
+
+Projection = Literal["tensor", "encoder"]
+
+
+@dataclass(frozen=True)
+class RedRegResult:
+    """What was seen and decided in one step; nothing here has waited for the device.
+
+    Attributes:
+        coefficients: [M] beta_m after the gate, in the order of `encoders`.
+        scores: [M] h_m, batch mean of the true class's probability.
+        growth: [M] s_m, the gain's growth rate.
+        redundancy: [M] red_m, of this step or of the last one that was monitored.
+        phase: [M] r_m; above `threshold` the modality is taken to be redundant.
+        gate: 0-d, 0 or 1, whether the modalities agree.
+        finite: 0-d bool, False if a gradient holds a NaN or an Inf after the step.
+    """
+
+    coefficients: Tensor
+    scores: Tensor
+    growth: Tensor
+    redundancy: Tensor
+    phase: Tensor
+    gate: Tensor
+    finite: Tensor
+
+
+class Seen(NamedTuple):
+    """The parts of one micro-batch.
+
+    Attributes:
+        names: What errors call the features.
+        features: M tensors [B, D].
+        backend: Name of a backend; None for the best one.
+        redundancy: [M]; None in a step without a monitor.
+        input_sq: [M] mean squares of the differences between the views; None likewise.
+    """
+
+    names: list[str]
+    features: list[Tensor]
+    backend: str | None
+    redundancy: Tensor | None = None
+    input_sq: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RedRegRule(Stateless):
+    """The rule of the paper; `mmfuse.RedReg` describes the hyper-parameters."""
+
+    epochs: int
+    threshold: float
+    gamma: float
+    beta: float
+    window: int
+    momentum: float
+    agreement: tuple[float, float]
+    projection: Projection
+    monitor_every: int
+    monitor: Monitor | None = None
+
+    result = RedRegResult
+    need: ClassVar[Need] = Need(
+        inputs=("features", "inputs"),
+        stats=True,
+        second="anchor",
+        stream=True,
+        draws=True,
+        neutral=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        equations.check_hyperparameters(
+            self.epochs,
+            self.beta,
+            self.window,
+            self.momentum,
+            self.projection,
+            self.monitor_every,
+        )
+
+    def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
+        """The history of gains, the redundancy and its average, and the gate's threshold."""
+
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.float64)
+
+        return {
+            # h_m of the last W + 1 steps, the latest in the last column.
+            "scores": zeros(modalities, self.window + 1),
+            "steps": torch.zeros((), dtype=torch.int64),
+            "redundancy": zeros(modalities),
+            "average": zeros(modalities),
+            "average_weight": zeros(modalities),  # what the average's coefficients add up to
+            "gate_threshold": zeros(),
+        }
+
+    def _monitored(self, clock: Clock) -> bool:
+        return clock.step % self.monitor_every == 0
+
+    def sense(self, batch: Batch) -> Sensed:
+        """h_m, the features, and in a step with a monitor the redundancy."""
+        names, xs = batch.modalities.names, batch.given["inputs"]
+        check_named(xs, lambda m: f"inputs[{names[m]!r}]")
+        h = batch.scores().prob
+        labelled = [f"features[{name!r}]" for name in names]
+        flat = [
+            f.flatten(1) if isinstance(f, Tensor) and f.dim() > 2 else f
+            for f in batch.given["features"]
+        ]
+        seen = Seen(labelled, aligned(labelled, flat), batch.backend)
+        rows = len(seen.features[0])
+        if self._monitored(batch.clock):
+            to = batch.state["average"]
+            assert self.monitor is not None
+            found = self.monitor(xs, batch.agreed_stream(), batch.first_row(rows))
+            redundancy, input_sq = (
+                torch.stack([number.to(to) for number in numbers]) for numbers in found
+            )
+            seen = seen._replace(redundancy=redundancy, input_sq=input_sq)
+        return Sensed(h, seen, rows)
+
+    def sums(self, sensed: Sensed, state: State) -> Tensor | None:
+        """[2M + 1], which add up over micro-batches and ranks; `_together` takes them apart.
+
+        The numerators and the denominators of the redundancy, and by how much the mean cosine of
+        all pairs of modalities is above the gate's threshold, each times the number of samples.
+        """
+        seen: Seen = sensed.parts
+        threshold, rows, count = state["gate_threshold"], sensed.rows, len(seen.features)
+        if not rows:
+            return threshold.new_zeros(2 * count + 1)
+        pairs = combinations(seen.features, 2)
+        cosine = torch.stack([paired_cosine(a, b, backend=seen.backend) for a, b in pairs]).mean()
+        above = cosine - threshold
+        if seen.redundancy is None or seen.input_sq is None:
+            return torch.cat([above.new_zeros(2 * count), rows * above.unsqueeze(0)])
+        square = seen.input_sq + EPS
+        parts = [seen.redundancy * square, square, above.to(square).unsqueeze(0)]
+        return rows * torch.cat(parts)
+
+    def _together(
+        self, seen: Observed, state: State, count: int, clock: Clock
+    ) -> tuple[Tensor | None, Tensor]:
+        """Redundancy and gate of all micro-batches and ranks."""
+        if seen.parts is not None:
+            only: Seen = seen.parts
+            threshold = state["gate_threshold"]
+            gate = named_gate(only.names, only.features, threshold, only.backend)
+            return only.redundancy, gate
+        assert seen.sums is not None
+        numerator, denominator, above = seen.sums.split([count, count, 1])
+        redundancy = numerator / denominator if self._monitored(clock) else None
+        return redundancy, (above[0] > 0).to(seen.means)
+
+    def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
+        """Growth, phase, strength and gate of each modality; c of each tensor."""
+        h = seen.means
+        redundancy, gate = self._together(seen, state, tensors.modalities, clock)
+        new = equations.history(state, h, redundancy, self.momentum)
+        growth = equations.growth(new["scores"], new["steps"])
+        phase = equations.phase(new["redundancy"], self.average(new), growth, self.gamma)
+        strength = equations.strength(h, phase, self.beta, self.threshold)
+        beta = strength * gate.to(h)
+        # A copy: the state is changed in place.
+        report = (beta, h, growth, new["redundancy"].clone(), phase, gate)
+        if tensors.stats is None:
+            return Decision(Act(), report, new)
+        c = self._share(tensors)
+        pull = tensors.each(beta).to(c)
+        # 1 outright where nothing is pulled: there the share may be anything.
+        scale = torch.where(pull == 0, 1.0, 1.0 - pull * c)
+        return Decision(Act(scale=scale, pull=pull), report, new)
+
+    def average(self, new: State) -> Tensor:
+        """[M] the redundancy's moving average, free of the bias of its beginning at 0."""
+        return new["average"] / new["average_weight"]
+
+    def _share(self, tensors: Tensors) -> Tensor:
+        """[T] c, of each tensor or of all tensors of its encoder together."""
+        assert tensors.stats is not None and tensors.stats.dot is not None
+        dot, square = tensors.stats.dot, tensors.stats.sq_norm
+        if self.projection == "tensor":
+            return equations.share(dot, square)
+        return tensors.each(equations.share(tensors.sums(dot), tensors.sums(square)))
+
+    def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
+        """The gate's threshold in this epoch."""
+        threshold = equations.gate_threshold(self.agreement, epoch, self.epochs)
+        return {"gate_threshold": torch.full_like(state["gate_threshold"], threshold)}
+
+
+class RedRegReleased(RedRegRule):
+    """The rule of the released code; `RedReg.official` says how it differs."""
+
+    def average(self, new: State) -> Tensor:
+        """[M] the redundancy's moving average as it is."""
+        return new["average"]
+
+    def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
+        """Every epoch has a history of its own."""
+        anew = ("scores", "steps", "average", "average_weight")
+        begins = {name: torch.zeros_like(state[name]) for name in anew}
+        return {**begins, **super().epoch(state, epoch, tensors)}

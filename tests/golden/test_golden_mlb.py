@@ -1,0 +1,58 @@
+"""MLB.official and the authors' code, for two modalities and for three."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cells import Cell
+from torch.nn import functional as F
+from trajectory import Golden, Network, Replay, free_and_forced, on_every_backend, sgd
+
+import mmfuse
+
+
+@on_every_backend
+@free_and_forced
+@pytest.mark.parametrize(
+    ("name", "behind"),
+    [
+        ("mlb_m2", [2, 8]),
+        ("mlb_m2_beta", [1, 9]),
+        ("mlb_m3", [2, 7, 8]),
+        ("mlb_m3_beta", [2, 8, 8]),
+        pytest.param(
+            "mlb_m3_regression",
+            [0, 4, 7],
+            marks=pytest.mark.xfail(strict=True, reason="issue 18: scores of a regression"),
+        ),
+    ],
+)
+def test_official_reproduces_the_released_code(
+    cell: Cell, name: str, behind: list[int], forced: bool
+) -> None:
+    cell.skip_slow(name != "mlb_m3_beta" or not forced)
+    mmfuse.use_backend(cell.backend)
+    golden = Golden(name)
+    model = Network(golden)
+    heads = {m: getattr(model, f"head_{m}") for m in model.encoders}
+    parts = {m: [*net.parameters(), heads[m].weight] for m, net in model.encoders.items()}
+    beta = golden.hp("beta") if "hp.beta" in golden else 2.0
+    mlb = mmfuse.MLB.official(parts, alpha=golden.hp("alpha"), beta=beta)
+    mlb.set_epoch(0)
+    run = Replay(golden, model, sgd(golden, model), forced)
+    for _ in run.steps():
+        inputs, labels = run.batch()
+        share = model.head_audio.bias / len(heads)
+        logits = {m: F.linear(f, heads[m].weight, share) for m, f in model.features(inputs).items()}
+        losses = [F.cross_entropy(z, labels) for z in (sum(logits.values()), *logits.values())]
+        sum(losses).backward()
+        result = mlb.step(logits, labels)
+        run.record(
+            loss=torch.stack(losses),
+            score=result.scores,
+            ratio=result.ratios,
+            coefficient=result.coefficients,
+        )
+        run.step()
+    run.check()
+    assert (run["coefficient"] > 1).sum(0).tolist() == behind

@@ -1,0 +1,161 @@
+"""Two gradients of each encoder: alone, under DDP and under FSDP2, where the mean is over ranks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import ranks
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import mmfuse
+from mmfuse.loop.shards import whole_state
+from mmfuse.loop.two_gradients import checked_losses
+
+ROWS, STEPS = 8, 3
+
+
+class Net(nn.Module):
+    """Two encoders, a joint head and one of its own for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio_net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+        self.visual_net = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4))
+        self.head = nn.Linear(8, 3)
+        self.own = nn.ModuleDict({"audio": nn.Linear(4, 3), "visual": nn.Linear(4, 3)})
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"audio": self.audio_net, "visual": self.visual_net}
+
+    def forward(
+        self, audio: Tensor, visual: Tensor, labels: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        features = {"audio": self.audio_net(audio), "visual": self.visual_net(visual)}
+        joint = F.cross_entropy(self.head(torch.cat(list(features.values()), 1)), labels)
+        # Against each other, so that there are conflicts.
+        signs = {"audio": 1.0, "visual": -1.0}
+        return joint, {
+            name: F.cross_entropy(signs[name] * self.own[name](f), labels)
+            for name, f in features.items()
+        }
+
+
+def make() -> Net:
+    torch.manual_seed(3)
+    return Net().double()
+
+
+def data(step: int) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(70 + step)
+    labels = torch.randint(0, 3, (ROWS,), generator=generator)
+    audio, visual = (torch.randn(ROWS, n, generator=generator).double() for n in (5, 7))
+    return audio + labels.unsqueeze(1), visual, labels
+
+
+def train(rank: int, how: str) -> dict[str, Any]:
+    """Parameters, gradients of the last step, and what was decided."""
+    model, size = make(), 1
+    wrapped: nn.Module = model
+    if how != "alone":
+        size = dist.get_world_size()
+    if how == "ddp":
+        wrapped = DistributedDataParallel(model)
+    if how == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (size,))
+        for part in (*model.encoders.values(), model):
+            fully_shard(part, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    method = mmfuse.MMPareto(model.encoders)
+    mine = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
+    said = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        joint, unimodal = wrapped(*(x[mine] for x in data(step)))
+        out = method.backward(joint, unimodal_losses=unimodal)
+        optimizer.step()
+        said.append([out.coefficients, out.cosines])
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    return {"said": said, **whole_state({"gradients": gradients, "parameters": parameters})}
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
+def test_two_ranks_are_one_with_the_whole_batch(how: str) -> None:
+    alone = train(0, "alone")
+    assert any((cosines < 0).any() for _, cosines in alone["said"]), "there are conflicts"
+    assert any((cosines > 0).any() for _, cosines in alone["said"])
+    for found in ranks(2).run(train, how):
+        torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
+
+
+def by_hand(model: Net, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """The formula, tensor by tensor, from gradients of each loss."""
+    joint, unimodal = model(*batch)
+    total = joint + sum(unimodal.values())
+    found = {}
+    for name, p in model.named_parameters():
+        (found[name],) = torch.autograd.grad(total, p, retain_graph=True)
+    for name, net in model.encoders.items():
+        parameters = list(net.parameters())
+        g1 = torch.autograd.grad(joint, parameters, retain_graph=True)
+        g2 = torch.autograd.grad(unimodal[name], parameters, retain_graph=True)
+        one, two = (torch.cat([g.flatten() for g in gs]) for gs in (g1, g2))
+        k = 0.5
+        if one @ two <= 0:
+            k = float((two @ two - one @ two) / (one - two).square().sum())
+        for key, a, b in zip(dict(net.named_parameters()), g1, g2, strict=True):
+            h = 2 * k * a + 2 * (1 - k) * b
+            found[f"{name}_net.{key}"] = 1.5 * h * max(1.0, float((a + b).norm() / h.norm()))
+    return found
+
+
+def test_the_formula() -> None:
+    model = make()
+    expected = by_hand(copy.deepcopy(model), data(0))
+    joint, unimodal = model(*data(0))
+    mmfuse.MMPareto(model.encoders).backward(joint, unimodal_losses=unimodal)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_that_were_there_belong_to_the_joint_loss() -> None:
+    """Of a penalty on the weights, say, that has had a backward pass of its own."""
+    models = [make(), make()]
+    joint, unimodal = models[0](*data(0))
+    mmfuse.MMPareto(models[0].encoders).backward(
+        joint + 0.1 * sum(p.square().sum() for p in models[0].parameters()),
+        unimodal_losses=unimodal,
+    )
+    (0.1 * sum(p.square().sum() for p in models[1].parameters())).backward()
+    joint, unimodal = models[1](*data(0))
+    mmfuse.MMPareto(models[1].encoders).backward(joint, unimodal_losses=unimodal)
+    for p, q in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_an_encoder_that_a_unimodal_loss_does_not_reach() -> None:
+    model = make()
+    joint, unimodal = model(*data(0))
+    (plain,) = torch.autograd.grad(joint, model.audio_net[0].weight, retain_graph=True)
+    silent = {**unimodal, "audio": torch.zeros((), dtype=torch.float64, requires_grad=True)}
+    out = mmfuse.MMPareto(model.encoders).backward(joint, unimodal_losses=silent)
+    assert out.coefficients[0] == 0.001 and out.cosines[0].isnan()
+    # h = 0.002 g1 is lengthened to |g1|.
+    torch.testing.assert_close(model.audio_net[0].weight.grad, 1.5 * plain)
+
+
+def test_losses_that_do_not_fit() -> None:
+    with pytest.raises(TypeError, match=r"unimodal_losses\['a'\] is not a tensor but float"):
+        checked_losses(["a"], {"a": 1.0})
+    with pytest.raises(ValueError, match=r"unimodal_losses\['a'\] must be a scalar, got shape \[2"):
+        checked_losses(["a"], {"a": torch.ones(2)})

@@ -1,0 +1,45 @@
+"""The catalogue has every method, and what it says of one is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+import mmfuse
+
+ROOT = Path(mmfuse.__file__).resolve().parents[1]
+FILES = {
+    path.stem
+    for path in (ROOT / "mmfuse" / "methods").glob("*.py")
+    if not path.stem.startswith("_") and path.stem != "catalogue"
+}
+
+
+def test_every_file_is_a_method_of_the_catalogue() -> None:
+    assert {name.lower() for name in mmfuse.METHODS} == FILES
+    for name, made in mmfuse.METHODS.items():
+        assert made.__module__ == f"mmfuse.methods.{name.lower()}"
+        assert getattr(mmfuse, name) is made
+        assert {name, f"{name}Result"} <= set(mmfuse.__all__)
+
+
+@pytest.mark.parametrize("name", mmfuse.METHODS)
+def test_a_card_is_true(name: str) -> None:
+    made = mmfuse.METHODS[name]
+    assert made.card.acts == ("gradient" if issubclass(made, mmfuse.GradientMethod) else "feature")
+    assert issubclass(made, nn.Module) == (made.card.acts == "feature")
+    golden = ROOT / "tests" / "golden" / f"test_golden_{name.lower()}.py"
+    assert golden.is_file() == made.card.golden
+    released = (ROOT / "released" / f"{name.lower()}.py").read_text()
+    repository, commit = made.card.official.split(" at ")
+    assert repository in released and re.search(rf"\b{commit}\b", released)
+    year = re.search(r"\d{4}", made.card.paper)
+    assert year is not None and year[0] in released.splitlines()[0]
+
+
+@pytest.mark.parametrize("name", mmfuse.METHODS)
+def test_the_readme_names_it(name: str) -> None:
+    assert re.search(rf"\b{name}\b", (ROOT / "README.md").read_text())

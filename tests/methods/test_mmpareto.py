@@ -1,0 +1,86 @@
+"""MMPareto's rule on numbers; its two gradients are in tests/loop/test_two_gradients.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cells import Cell
+from torch import Tensor, nn
+
+import mmfuse
+from mmfuse.methods.mmpareto import min_norm_weight
+
+
+def test_the_shortest_vector() -> None:
+    for _ in range(20):
+        g1, g2 = torch.randn(2, 4, dtype=torch.float64)
+        if g1 @ g2 > 0:
+            g2 = -g2
+        k = min_norm_weight(g1 @ g1, g1 @ g2, g2 @ g2)
+        shares = torch.linspace(0, 1, 1001, dtype=torch.float64)
+        lengths = (shares[:, None] * g1 + (1 - shares[:, None]) * g2).norm(dim=1)
+        assert (k * g1 + (1 - k) * g2).norm() <= lengths.min() + 1e-12
+        assert 0 < k < 1
+
+
+def test_a_gradient_of_zero_gives_all_the_weight_to_itself() -> None:
+    one, zero = torch.ones(()), torch.zeros(())
+    torch.testing.assert_close(min_norm_weight(zero, zero, one), torch.tensor(0.999))
+    torch.testing.assert_close(min_norm_weight(one, zero, zero), torch.tensor(0.001))
+
+
+def set_gradients(nets: dict[str, nn.Linear], joint: Tensor, unimodal: Tensor) -> Tensor:
+    """A joint loss with this gradient of both weights, and the unimodal losses."""
+    return sum((net.weight * joint).sum() for net in nets.values()), {
+        name: (net.weight * unimodal).sum() for name, net in nets.items()
+    }
+
+
+def made(cell: Cell, **options: object) -> tuple[mmfuse.MMPareto, dict[str, nn.Linear]]:
+    nets = {n: nn.Linear(3, 2, bias=False, device=cell.device) for n in ("a", "b")}
+    return mmfuse.MMPareto(nets, backend=cell.backend, **options), nets
+
+
+def test_gradients_that_agree_are_added(cell: Cell) -> None:
+    method, nets = made(cell, gamma=2.0)
+    joint, unimodal = torch.rand(2, 2, 3, device=cell.device)
+    loss, losses = set_gradients(nets, joint, unimodal)
+    out = method.backward(loss, unimodal_losses=losses)
+    assert out.coefficients.tolist() == [0.5, 0.5] and (out.cosines > 0).all()
+    for net in nets.values():
+        torch.testing.assert_close(net.weight.grad, 2.0 * (joint + unimodal))
+
+
+def test_opposite_gradients_cancel_and_nothing_is_made_of_the_rounding(cell: Cell) -> None:
+    """H is 0 up to rounding, g1 + g2 is not: the release divides the one by the other."""
+    method, nets = made(cell)
+    joint = torch.rand(2, 3, device=cell.device) + 0.5
+    loss, losses = set_gradients(nets, joint, -0.3 * joint)
+    out = method.backward(loss, unimodal_losses=losses)
+    torch.testing.assert_close(out.cosines.cpu(), -torch.ones(2, dtype=out.cosines.dtype))
+    for net in nets.values():
+        assert net.weight.grad.abs().max() < 1e-5
+    assert out.finite
+
+
+def test_three_modalities_and_a_frozen_one(cell: Cell) -> None:
+    nets = {n: nn.Linear(3, 2, bias=False, device=cell.device) for n in ("a", "b", "c")}
+    nets["c"].weight.requires_grad_(False)
+    method = mmfuse.MMPareto(nets, backend=cell.backend)
+    joint = torch.rand(2, 3, device=cell.device)
+    trained = {n: net for n, net in nets.items() if n != "c"}
+    loss, losses = set_gradients(trained, joint, joint)
+    zero = torch.zeros((), device=cell.device)
+    out = method.backward(loss, unimodal_losses={**losses, "c": zero})
+    assert out.coefficients.shape == (3,) and out.finite
+    assert nets["c"].weight.grad is None
+    for net in trained.values():
+        torch.testing.assert_close(net.weight.grad, 3.0 * joint)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan, math.inf])
+def test_bad_options(gamma: float) -> None:
+    with pytest.raises(ValueError, match="gamma must be a positive finite number"):
+        mmfuse.MMPareto({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}, gamma=gamma)

@@ -7,7 +7,8 @@ from .loop.heads import unimodal_logits
 from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
 from .loop.scalars import ScalarLog, scalars_of
-from .methods.arm import ARM, ARMResult, sample_contributions
+from .methods._arm_samples import sample_contributions
+from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.mlb import MLB, MLBResult

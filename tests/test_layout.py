@@ -24,6 +24,7 @@ IN_THE_ROOT = {"__init__", "__main__", "_native", "_version", "amp", "noise"}
 # Folders of op × backend: their tests are those of the ops.
 GRID = ("ops", "reference", "triton")
 MOST_LINES = 400
+MOST_LINES_OF_A_METHOD = 300
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -101,6 +102,12 @@ def imported_packages(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.append(node.module or "")
     return {name.split(".")[0] for name in names}
+
+
+def test_a_paper_is_a_short_file() -> None:
+    lengths = {p.name: len(p.read_text().splitlines()) for p in (PACKAGE / "methods").glob("*.py")}
+    assert len(lengths) > 10
+    assert {name: n for name, n in lengths.items() if n > MOST_LINES_OF_A_METHOD} == {}
 
 
 def test_pytest_collects_every_folder_of_tests(pytestconfig: pytest.Config) -> None:

@@ -73,11 +73,20 @@ class EpochWindow:
             stacklevel=4,
         )
 
-    def _extra_state(self) -> dict[str, Any]:
-        """Of a module: what is no buffer."""
+
+class EpochWindowModule(EpochWindow):
+    """The same for a `torch.nn.Module`, whose state then holds the epoch."""
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """Format and epoch, which are no tensors: reading them must not wait for the device."""
         return {"format": FORMAT, "epoch": self.epoch if self._told else None}
 
-    def _set_extra_state(self, method: str, state: Mapping[str, Any]) -> None:
-        check_format(method, state, ["epoch"])
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on in the epoch in which the state was taken.
+
+        Raises:
+            ValueError: the state is of another format.
+        """
+        check_format(type(self).__name__, state, ["epoch"])
         epoch = state["epoch"]
         self._told, self.epoch = epoch is not None, int(epoch or 0)

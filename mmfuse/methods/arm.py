@@ -23,13 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..loop.contract import Card
-from ..loop.epochs import EpochWindow
+from ..loop.epochs import EpochWindowModule
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group, mean_over_ranks
 from ..loop.state import in_backward
@@ -64,7 +64,7 @@ class ARMResult:
     ncmi: Tensor | None = None
 
 
-class ARM(EpochWindow, nn.Module):
+class ARM(EpochWindowModule, nn.Module):
     """ARM, between the encoders and the head.
 
     ::
@@ -231,18 +231,6 @@ class ARM(EpochWindow, nn.Module):
         started = self.average_weight > 0
         return torch.where(started, self.average / self.average_weight, 1.0)
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Format and epoch, which are no tensors."""
-        return self._extra_state()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Goes on in the epoch in which the state was taken.
-
-        Raises:
-            ValueError: the state is of another format.
-        """
-        self._set_extra_state("ARM", state)
-
     def extra_repr(self) -> str:
         """The hyper-parameters."""
         return (
@@ -280,54 +268,3 @@ def modality_contributions(
 def modality_weights(contributions: Tensor) -> Tensor:
     """Mean over j ≠ m of P_j / P_m: [M] to [M]."""
     return mean_of_others(contributions) / contributions
-
-
-@torch.no_grad()
-def sample_contributions(
-    logits: Mapping[str, Tensor],
-    fused_logits: Tensor,
-    labels: Tensor,
-    *,
-    bins: int = 30,
-    conditional_bins: int = 2,
-    backend: str | None = None,
-) -> Tensor:
-    """Each sample's own contributions, for re-sampling, as in the authors' first release.
-
-    P_m = p_c·nmi_m + p_m·(mean over j ≠ m of (nmi_j − ncmi_j)), where the paired values of a sample
-    are the logits of its C classes and p its own probability of the true class. One call for the
-    whole batch; see `mmfuse.ContributionSampler`.
-
-    Args:
-        logits: Name → [B, C] logits of each of M ≥ 2 modalities alone.
-        fused_logits: [B, C] logits of the fused representation.
-        labels: [B] integer class indices.
-        bins: As in `ARM`.
-        conditional_bins: As in `ARM`.
-        backend: Name of a backend; None for the best one.
-
-    Returns:
-        [B, M] float64; NaN for a sample whose logits are not finite.
-
-    Raises:
-        TypeError: an input has an unsupported type.
-        ValueError: fewer than two modalities, shapes that do not fit, an empty batch, or, on the
-            CPU, a label out of range.
-    """
-    if not isinstance(logits, Mapping):
-        raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
-    if len(logits) < 2:
-        raise ValueError(f"balancing needs at least two modalities, got {list(logits)}")
-    names = [*(f"logits[{name!r}]" for name in logits), "fused_logits"]
-    rows = [*logits.values(), fused_logits]
-    named_scores(names, rows, labels, backend)  # checks types, shapes and labels
-    for name, z in zip(names, rows, strict=True):
-        if z.shape != rows[0].shape:
-            raise ValueError(
-                f"all logits must have one shape: {names[0]} is {list(rows[0].shape)}, "
-                f"{name} {list(z.shape)}"
-            )
-    nmi, ncmi = normalised_information(rows, bins, conditional_bins, backend=backend)
-    index = labels.to(torch.int64).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
-    p = torch.stack([z.double().softmax(1).gather(1, index).squeeze(1) for z in rows])
-    return (p[-1] * nmi + p[:-1] * mean_of_others(nmi - ncmi)).T.contiguous()

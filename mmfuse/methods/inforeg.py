@@ -42,7 +42,7 @@ from ..loop.contract import (
     Tensors,
 )
 from ..loop.gradients import Common, GradientMethod
-from ..loop.modalities import Encoder, Modalities
+from ..loop.modalities import Encoder
 from ..loop.ranks import Observed
 
 Release = Literal["november", "march"]
@@ -162,45 +162,6 @@ class InfoRegRule(Stateless):
         return ((last - before) / last > self.threshold) & (epochs >= 2)
 
 
-# The threshold, and the multipliers of exp(tanh Δ) for the first and the second modality. March's
-# second branch repeats the first one's condition, so that it is never reached.
-RELEASES = {"november": (0.05, (0.95, 0.1)), "march": (0.04, (0.95, 0.0))}
-
-
-@dataclass(frozen=True)
-class InfoRegReleased(InfoRegRule):
-    """The rule of the released code, for two modalities; `InfoReg.official` says how it differs."""
-
-    multipliers: tuple[float, float] = (0.95, 0.1)
-    #: [T] one over the number of elements for weights of convolutional and linear layers, else 0.
-    weights: Tensor | None = None
-
-    need: ClassVar[Need] = InfoRegRule.need._replace(squares="after")
-    # The list of ten traces that the released code averages over starts with as many zeros.
-    history: ClassVar[int] = 11
-
-    def performance(self, prob: Tensor, log_prob: Tensor, seen: Observed) -> Tensor:
-        """[M] s_m, the sum of the probabilities."""
-        return prob * seen.count.to(prob)
-
-    def strength(self, exponent: Tensor) -> Tensor:
-        """[M] alpha_m, with the release's multipliers."""
-        first, second = torch.exp(exponent).unbind()
-        return torch.stack([self.multipliers[0] * first, self.multipliers[1] * second])
-
-    def trace(self, state: State, tensors: Tensors) -> Tensor:
-        """[M] T_m of layers' weights, a sum over the steps; NaN before the first."""
-        assert self.weights is not None
-        weighted = state["squares"] * self.weights.to(state["squares"].device)
-        return torch.where(state["steps"] > 0, tensors.sums(weighted), torch.nan)
-
-    def window_open(self, traces: Tensor, epochs: Tensor) -> Tensor:
-        """[M] bool, of the first modality's trace for both."""
-        first = traces[0]
-        growth = (first[-1] - first[0]) / first[1:].sum()
-        return ((growth > self.threshold) | (epochs == 0)).expand(len(traces))
-
-
 class InfoReg(GradientMethod):
     """InfoReg for a whole training run.
 
@@ -282,6 +243,8 @@ class InfoReg(GradientMethod):
             TypeError: as `InfoReg`.
             ValueError: as `InfoReg`, or there are not two encoders, or no such release.
         """
+        from ._inforeg_released import RELEASES, InfoRegReleased, weights_of_layers
+
         if release not in RELEASES:
             raise ValueError(f"release must be 'november' or 'march', got {release!r}")
         if isinstance(encoders, (Mapping, nn.ModuleDict)) and len(encoders) != 2:
@@ -307,25 +270,3 @@ class InfoReg(GradientMethod):
     def information_gap(self) -> Tensor:
         """[M] Delta_m of the last step."""
         return self._state["information_gap"].clone()
-
-
-def weights_of_layers(encoders: Mapping[str, Encoder], known: Modalities) -> Tensor:
-    """[T] the weights of the released trace."""
-    layers = {
-        id(module.weight)
-        for encoder in encoders.values()
-        if isinstance(encoder, nn.Module)
-        for module in encoder.modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear))
-    }
-    # Bare parameters do not say which layer they are from.
-    bare = [not isinstance(encoder, nn.Module) for encoder in encoders.values()]
-    counted = [
-        id(p) in layers or (bare[m] and p.dim() in (2, 4))
-        for p, m in zip(known.parameters, known.modality, strict=True)
-    ]
-    return torch.tensor(
-        [c / max(1, p.numel()) for c, p in zip(counted, known.parameters, strict=True)],
-        dtype=torch.float64,
-        device=known.device,
-    )

@@ -19,19 +19,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..loop.contract import Card
-from ..loop.epochs import EpochWindow
+from ..loop.epochs import EpochWindowModule
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
 from ..loop.state import in_backward
 from ..noise import NoiseStream
-from ..ops._tensors import kept_tensor
 from ..ops.discrepancy_ratios import discrepancy_ratios
 from ..ops.drop_modalities import named_drop
 from ..ops.modality_scores import named_scores
@@ -74,7 +73,38 @@ def drop_probabilities(ratios: Tensor, q_base: float = 0.5, lam: float = 0.5) ->
     return torch.where(ratios > 1, q, 0.0)
 
 
-class OPM(EpochWindow, nn.Module):
+class Given(NamedTuple):
+    """What a rule drops from: one batch, in the order of the modalities."""
+
+    names: list[str]
+    features: list[Tensor]
+    logits: list[Tensor]
+    labels: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class OPMRule:
+    """The rule of the paper."""
+
+    q_base: float = 0.5
+    lam: float = 0.5
+
+    #: Whether the probability is that of the same step, not that of the step before.
+    same_step: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.q_base <= 1:
+            raise ValueError(f"q_base must be a probability in [0, 1], got {self.q_base}")
+        if not (math.isfinite(self.lam) and self.lam >= 0):
+            raise ValueError(f"lam must be a finite number of at least 0, got {self.lam}")
+
+    def drop(self, opm: OPM, given: Given, q: Tensor) -> OPMResult:
+        """Drops with probability q; `OPM` fills in scores and ratios."""
+        return opm.drop(given, q)
+
+
+class OPM(EpochWindowModule, nn.Module):
     """OPM, between the encoders and the fusion.
 
     ::
@@ -90,9 +120,8 @@ class OPM(EpochWindow, nn.Module):
     Both OPM and OGM see the logits of the undropped features; together they are the paper's
     OPM + OGM. In `eval()` the features pass unchanged, and logits and labels are not looked at.
 
-    One launch reads and writes every feature once; the mask comes from the noise stream. The state
-    (q, the stream) is in buffers, so that it follows the module to its device and into its
-    `state_dict`.
+    One launch reads and writes every feature once; the mask comes from the noise stream. q and the
+    stream are in buffers, which follow the module to its device and into its `state_dict`.
 
     Args:
         q_base: Probability at which a modality that is just dominant is dropped, in [0, 1].
@@ -115,6 +144,7 @@ class OPM(EpochWindow, nn.Module):
     card: ClassVar[Card] = Card(
         "Wei et al., TPAMI 2024", "feature", "GeWu-Lab/BML_TPAMI2024 at 4b3aa4f", golden=True
     )
+    rule: OPMRule
     q: Tensor
     noise_state: Tensor
 
@@ -131,21 +161,14 @@ class OPM(EpochWindow, nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= q_base <= 1:
-            raise ValueError(f"q_base must be a probability in [0, 1], got {q_base}")
-        if not (math.isfinite(lam) and lam >= 0):
-            raise ValueError(f"lam must be a finite number of at least 0, got {lam}")
+        self.rule = OPMRule(q_base, lam)
         if num_modalities < 2:
             raise ValueError(f"balancing needs at least two modalities, got {num_modalities}")
         self._set_window(starts, ends)
-        self.q_base = q_base
-        self.lam = lam
         self.num_modalities = num_modalities
         self.process_group = check_group(process_group)
         self.backend = backend
         self._agreed = False
-        self._p_exe: float | None = None
-        self._theta_gradient = False
         self.register_buffer("q", torch.zeros(num_modalities))
         self.register_buffer("noise_state", (stream or NoiseStream()).state)
 
@@ -157,11 +180,8 @@ class OPM(EpochWindow, nn.Module):
         p_exe: float = 0.7,
         *,
         theta_gradient: bool = True,
-        num_modalities: int = 2,
         starts: int = 6,
-        process_group: Group = None,
-        stream: NoiseStream | None = None,
-        backend: str | None = None,
+        **keywords: Any,
     ) -> OPM:
         """What the authors' released code runs, to reproduce its tables.
 
@@ -183,29 +203,18 @@ class OPM(EpochWindow, nn.Module):
             theta_gradient: Whether the features get θ's gradient, as they do in the released code.
                 It takes one more pass, forth and back, between features and scores; `logits` that
                 do not come from `features` pass nothing back.
-            num_modalities: As in `OPM`.
             starts: As in `OPM`.
-            process_group: As in `OPM`.
-            stream: As in `OPM`. Whether a step drops is decided by the first number of the id
-                after the modalities'.
-            backend: As in `OPM`.
+            **keywords: As in `OPM`. Whether a step drops is decided by the first number of the
+                stream's id after the modalities'.
 
         Raises:
             ValueError: a hyper-parameter is out of range.
         """
-        if not 0 <= p_exe <= 1:
-            raise ValueError(f"p_exe must be a probability in [0, 1], got {p_exe}")
-        made = cls(
-            q_base,
-            lam,
-            num_modalities=num_modalities,
-            starts=starts,
-            process_group=process_group,
-            stream=stream,
-            backend=backend,
-        )
-        made._p_exe = p_exe
-        made._theta_gradient = theta_gradient
+        from ._opm_released import OPMReleased
+
+        rule = OPMReleased(q_base, lam, p_exe, theta_gradient)
+        made = cls(q_base, lam, starts=starts, **keywords)
+        made.rule = rule
         return made
 
     def forward(
@@ -220,23 +229,19 @@ class OPM(EpochWindow, nn.Module):
             features: Name → [B, …] for the M modalities.
             logits: Name → [B, C] logits of each modality alone, from the undropped features (see
                 `mmfuse.unimodal_logits`). Not needed in `eval()`.
-            labels: [B] integer class indices; rows labelled −100 do not count. Not needed in
-                `eval()`.
+            labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
 
         Returns:
             `OPMResult`, differentiable in the features.
 
         Raises:
             RuntimeError: it is called in a backward pass, by activation checkpointing.
-            TypeError: features, logits or labels have an unsupported type, or are missing.
-            ValueError: names, numbers or shapes do not fit, or a label is out of range. Nothing has
-                been changed then.
+            TypeError: an input has an unsupported type, or is missing; nothing has been changed.
+            ValueError: names, numbers, shapes or labels do not fit; nothing has been changed.
         """
         names, values = named_features("OPM", features, self.num_modalities)
         if not self.training:
-            keep = torch.ones(
-                len(names), values[0].shape[0], dtype=torch.bool, device=values[0].device
-            )
+            keep = values[0].new_ones(len(names), len(values[0]), dtype=torch.bool)
             return OPMResult(dict(features), keep, torch.zeros_like(self.q), None, None)
         if in_backward():
             raise RuntimeError(
@@ -246,140 +251,50 @@ class OPM(EpochWindow, nn.Module):
         if logits is None or labels is None:
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
         self._warn_if_untold("OPM")
-        scores, ratios = self._sense(names, values, logits, labels)
-        current = drop_probabilities(ratios, self.q_base, self.lam).to(self.q)
-        with torch.no_grad():
-            q = current if self._p_exe is not None else self.q.clone()
-            q = q if self.modulating else torch.zeros_like(q)
-        if self._p_exe is None:
-            result = self._drop(names, values, q, None)
-        else:
-            q = self._executed(q)
-            if self._theta_gradient and self.modulating and torch.is_grad_enabled():
-                values = self._with_theta_gradient(names, values, logits, labels, scores, q)
-            result = self._drop_as_released(names, values, q)
-        with torch.no_grad():
-            self.q.copy_(current)
-            self.noise_state[1].add_(1)
-        return OPMResult(
-            result.features, result.keep, result.drop_probability, scores, ratios, result.rows
-        )
+        check_names("logits", logits, names, "features")
+        given = Given(names, values, [logits[name] for name in names], labels, self.q)
+        scores, ratios = self._sense(given)
+        current = drop_probabilities(ratios, self.rule.q_base, self.rule.lam).to(self.q)
+        q = current.detach() if self.rule.same_step else self.q.clone()
+        q = q if self.modulating else torch.zeros_like(q)
+        result = self.rule.drop(self, given._replace(scores=scores), q)
+        self.q.copy_(current.detach())
+        self.noise_state[1].add_(1)
+        return replace(result, scores=scores, ratios=ratios)
 
     @torch.no_grad()
-    def _sense(
-        self,
-        names: list[str],
-        features: list[Tensor],
-        logits: Mapping[str, Tensor],
-        labels: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        check_names("logits", logits, names, "features")
-        if labels.dim() == 1 and len(labels) != features[0].shape[0]:
-            raise ValueError(
-                f"labels has {len(labels)} rows, features[{names[0]!r}] {features[0].shape[0]}"
-            )
-        ordered = [logits[name] for name in names]
-        scores = named_scores([f"logits[{n!r}]" for n in names], ordered, labels, self.backend)
+    def _sense(self, given: Given) -> tuple[Tensor, Tensor]:
+        """S_m and rho_m over all ranks."""
+        labels, rows = given.labels, given.features[0].shape[0]
+        if labels.dim() == 1 and len(labels) != rows:
+            raise ValueError(f"labels has {len(labels)} rows, features[{given.names[0]!r}] {rows}")
+        called = [f"logits[{name!r}]" for name in given.names]
+        scores = named_scores(called, given.logits, labels, self.backend)
         prob = mean_over_ranks(scores.prob, labels, self.process_group)
         return prob, discrepancy_ratios(prob, backend=self.backend)
 
-    def _stream(self) -> NoiseStream:
+    def agreed_stream(self) -> NoiseStream:
+        """The stream, the same on all ranks."""
         stream = NoiseStream.from_state(self.noise_state)
         stream.agreed = self._agreed
         agree(stream, self.process_group)
         self._agreed = stream.agreed
         return stream
 
-    def _drop(
-        self, names: list[str], features: list[Tensor], q: Tensor, scale: Tensor | None
-    ) -> OPMResult:
-        labels = [f"features[{name!r}]" for name in names]
-        first = rank_and_size(self.process_group)[0] * features[0].shape[0]
-        placed = self._stream().place(range(len(names)), [first] * len(names))
-        out = named_drop(labels, features, q, placed, scale, self.backend)
-        kept = dict(zip(names, out.features, strict=True))
+    def drop(self, given: Given, q: Tensor, scale: Tensor | None = None) -> OPMResult:
+        """Drops with probability q, and multiplies what is left by `scale`; one launch."""
+        labels = [f"features[{name!r}]" for name in given.names]
+        first = rank_and_size(self.process_group)[0] * given.features[0].shape[0]
+        placed = self.agreed_stream().place(range(len(labels)), [first] * len(labels))
+        out = named_drop(labels, given.features, q, placed, scale, self.backend)
+        kept = dict(zip(given.names, out.features, strict=True))
         return OPMResult(kept, out.keep, q, None, None)
 
-    @torch.no_grad()
-    def _executed(self, q: Tensor) -> Tensor:
-        """Q in a share of the steps, 0 in the others."""
-        assert self._p_exe is not None
-        drawn = self._stream().uniform(1, stream_id=self.num_modalities)[0]
-        return torch.where(drawn >= 1 - self._p_exe, q, 0.0)
-
-    def _with_theta_gradient(
-        self,
-        names: list[str],
-        features: list[Tensor],
-        logits: Mapping[str, Tensor],
-        labels: Tensor,
-        scores: Tensor,
-        q: Tensor,
-    ) -> list[Tensor]:
-        """The features; in the backward pass they also get the gradient of θ²/2, θ that of `q`."""
-        wanted = [m for m, feature in enumerate(features) if feature.requires_grad]
-        own = named_scores(
-            [f"logits[{n!r}]" for n in names], [logits[n] for n in names], labels, self.backend
-        ).prob
-        if not wanted or not own.requires_grad:
-            return features
-        # All ranks' scores, through which this rank's pass their gradients.
-        s = scores + (own - own.detach())
-        ratios = ((s.unsqueeze(1) / s).sum(1) - 1) / (len(names) - 1)
-        # Where q is 0, nothing is dropped in this step, and nothing depends on the ratio.
-        probabilities = drop_probabilities(ratios, self.q_base, self.lam).to(q)
-        half_square = _theta(features, torch.where(q > 0, probabilities, 0.0)).square() / 2
-        found = torch.autograd.grad(
-            half_square, [features[m] for m in wanted], retain_graph=True, allow_unused=True
-        )
-        out = list(features)
-        for m, gradient in zip(wanted, found, strict=True):
-            if gradient is not None:
-                out[m] = _AddToGradient.apply(features[m], gradient)
-        return out
-
-    def _drop_as_released(self, names: list[str], features: list[Tensor], q: Tensor) -> OPMResult:
-        with torch.no_grad():
-            scale = 1 / (1 - _theta(features, q))
-        dropped = self._drop(names, features, q, scale)
-        rows = dropped.keep.any(0).nonzero().squeeze(1)
-        left = {name: feature[rows] for name, feature in dropped.features.items()}
-        return OPMResult(left, dropped.keep, q, None, None, rows)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Format and epoch, which is no tensor: reading it must not wait for the device."""
-        return self._extra_state()
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Goes on in the epoch in which the state was taken.
-
-        Raises:
-            ValueError: the state is of another format.
-        """
-        self._set_extra_state("OPM", state)
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on in the epoch in which the state was taken."""
+        super().set_extra_state(state)
         self._agreed = False
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""
-        return f"q_base={self.q_base}, lam={self.lam}, num_modalities={self.num_modalities}"
-
-
-def _theta(features: list[Tensor], q: Tensor) -> Tensor:
-    """0-d θ = Σ d_m q_m / Σ d_m, d_m the widths of the features."""
-    sizes = tuple(math.prod(f.shape[1:]) for f in features)
-    widths = kept_tensor(sizes, (len(sizes),), q.dtype, q.device)
-    return (widths * q).sum() / widths.sum()
-
-
-class _AddToGradient(torch.autograd.Function):
-    """x; the backward pass adds a given tensor to its gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return grads[0] + gradient, None
+        return f"{self.rule}, num_modalities={self.num_modalities}"

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import mmfuse
 from mmfuse import OPM, NoiseStream, drop_probabilities
+from mmfuse.methods.opm import Given
 from released import ogm as released_ogm
 from released import opm as released_opm
 
@@ -248,9 +249,10 @@ def test_official_gives_the_features_thetas_gradient(cell: Cell) -> None:
 
 def test_official_removes_samples_that_have_lost_everything(cell: Cell) -> None:
     """Which takes both probabilities above 0: only scores that are not a ratio's could do that."""
-    opm = OPM.official(p_exe=1.0, backend=cell.backend, starts=0).to(cell.device)
-    features, _, _ = batch(cell)
-    out = opm._drop_as_released(NAMES[:2], list(features.values()), torch.full((2,), 0.5))
+    opm = OPM.official(p_exe=1.0, theta_gradient=False, backend=cell.backend, starts=0)
+    features, logits, labels = batch(cell)
+    given = Given(NAMES[:2], list(features.values()), list(logits.values()), labels, opm.q)
+    out = opm.to(cell.device).rule.drop(opm, given, torch.full((2,), 0.5, device=cell.device))
     left = out.keep.any(dim=0)
     assert 0 < left.sum() < 64
     assert torch.equal(out.rows, left.nonzero().squeeze(1))

@@ -1,0 +1,91 @@
+"""OPM as its authors' released code has it; `mmfuse.OPM.official` says how it differs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops._tensors import kept_tensor
+from ..ops.modality_scores import named_scores
+from .opm import OPM, Given, OPMResult, OPMRule, drop_probabilities
+
+
+@dataclass(frozen=True)
+class OPMReleased(OPMRule):
+    """The rule of the released code."""
+
+    p_exe: float = 0.7
+    theta_gradient: bool = True
+
+    same_step: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.p_exe <= 1:
+            raise ValueError(f"p_exe must be a probability in [0, 1], got {self.p_exe}")
+
+    def drop(self, opm: OPM, given: Given, q: Tensor) -> OPMResult:
+        """In a share of the steps; what is left is divided by 1 − θ, samples without any go."""
+        q = self._executed(opm, q)
+        if self.theta_gradient and opm.modulating and torch.is_grad_enabled():
+            given = given._replace(features=self._with_theta_gradient(opm, given, q))
+        with torch.no_grad():
+            scale = 1 / (1 - _theta(given.features, q))
+        dropped = opm.drop(given, q, scale)
+        rows = dropped.keep.any(0).nonzero().squeeze(1)
+        left = {name: feature[rows] for name, feature in dropped.features.items()}
+        return replace(dropped, features=left, rows=rows)
+
+    @torch.no_grad()
+    def _executed(self, opm: OPM, q: Tensor) -> Tensor:
+        """Q in a share of the steps, 0 in the others."""
+        drawn = opm.agreed_stream().uniform(1, stream_id=opm.num_modalities)[0]
+        return torch.where(drawn >= 1 - self.p_exe, q, 0.0)
+
+    def _with_theta_gradient(self, opm: OPM, given: Given, q: Tensor) -> list[Tensor]:
+        """The features; in the backward pass they also get the gradient of θ²/2, θ that of `q`."""
+        features = given.features
+        wanted = [m for m, feature in enumerate(features) if feature.requires_grad]
+        called = [f"logits[{name!r}]" for name in given.names]
+        own = named_scores(called, given.logits, given.labels, opm.backend).prob
+        if not wanted or not own.requires_grad:
+            return features
+        # All ranks' scores, through which this rank's pass their gradients.
+        s = given.scores + (own - own.detach())
+        ratios = ((s.unsqueeze(1) / s).sum(1) - 1) / (len(s) - 1)
+        # Where q is 0, nothing is dropped in this step, and nothing depends on the ratio.
+        probabilities = drop_probabilities(ratios, self.q_base, self.lam).to(q)
+        half_square = _theta(features, torch.where(q > 0, probabilities, 0.0)).square() / 2
+        found = torch.autograd.grad(
+            half_square, [features[m] for m in wanted], retain_graph=True, allow_unused=True
+        )
+        out = list(features)
+        for m, gradient in zip(wanted, found, strict=True):
+            if gradient is not None:
+                out[m] = _AddToGradient.apply(features[m], gradient)
+        return out
+
+
+def _theta(features: list[Tensor], q: Tensor) -> Tensor:
+    """0-d θ = Σ d_m q_m / Σ d_m, d_m the widths of the features."""
+    sizes = tuple(math.prod(f.shape[1:]) for f in features)
+    widths = kept_tensor(sizes, (len(sizes),), q.dtype, q.device)
+    return (widths * q).sum() / widths.sum()
+
+
+class _AddToGradient(torch.autograd.Function):
+    """x; the backward pass adds a given tensor to its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return grads[0] + gradient, None

@@ -40,12 +40,15 @@ class Card(NamedTuple):
     Attributes:
         paper: Authors, place and year.
         acts: Where it acts: on "gradient" or "feature".
+        needs: What the user has to give it in a step, beside labels: "logits", "features" and
+            "inputs" of each modality, "fused" representation and logits, "unimodal_losses".
         official: The repository and the commit that `official()` follows.
         golden: Whether numbers from the authors' code prove it.
     """
 
     paper: str
     acts: Literal["gradient", "feature"]
+    needs: tuple[str, ...]
     official: str
     golden: bool
 

@@ -97,7 +97,11 @@ class ARM(EpochWindowModule, nn.Module):
     """
 
     card: ClassVar[Card] = Card(
-        "Gao et al., AAAI 2025", "feature", "Gao-xiyuan/ARM at a96d0ad", golden=True
+        "Gao et al., AAAI 2025",
+        "feature",
+        ("features", "fused", "logits"),
+        "Gao-xiyuan/ARM at a96d0ad",
+        golden=True,
     )
     average: Tensor
     average_weight: Tensor

@@ -194,6 +194,7 @@ class InfoReg(GradientMethod):
     card: ClassVar[Card] = Card(
         "Huang et al., CVPR 2025",
         "gradient",
+        ("logits",),
         "GeWu-Lab/InfoReg_CVPR2025 at 939b2ed",
         golden=True,
     )

@@ -121,7 +121,11 @@ class MLB(GradientMethod):
     """
 
     card: ClassVar[Card] = Card(
-        "Kontras et al., BMVC 2024", "gradient", "kkontras/MLB at 357b5ce", golden=True
+        "Kontras et al., BMVC 2024",
+        "gradient",
+        ("logits",),
+        "kkontras/MLB at 357b5ce",
+        golden=True,
     )
     rule: MLBRule
 

@@ -179,7 +179,11 @@ class MMPareto(GradientMethod):
     """
 
     card: ClassVar[Card] = Card(
-        "Wei & Hu, ICML 2024", "gradient", "GeWu-Lab/MMPareto_ICML2024 at a339db3", golden=True
+        "Wei & Hu, ICML 2024",
+        "gradient",
+        ("unimodal_losses",),
+        "GeWu-Lab/MMPareto_ICML2024 at a339db3",
+        golden=True,
     )
     rule: MMParetoRule
 

@@ -160,6 +160,7 @@ class OGM(GradientMethod):
     card: ClassVar[Card] = Card(
         "Peng et al., CVPR 2022; Wei et al., TPAMI 2024",
         "gradient",
+        ("logits",),
         "GeWu-Lab/OGM-GE_CVPR2022 at 343dc1d",
         golden=True,
     )

@@ -46,8 +46,7 @@ class OPMResult:
         drop_probability: [M] q_m that this step has used.
         scores: [M] S_m of this step, batch mean of the true class's probability; None in `eval()`.
         ratios: [M] rho_m of this step; None in `eval()`.
-        rows: Indices of the samples that are left, to select their labels with; None if all are.
-            Only `OPM.official` removes samples.
+        rows: Indices of the samples that are left; None if all are. `OPM.official` removes some.
     """
 
     features: dict[str, Tensor]
@@ -133,8 +132,7 @@ class OPM(EpochWindowModule, nn.Module):
             torch.distributed is initialized, False for this rank alone. With ranks of one batch
             size B, sample i of rank r draws the number of sample r·B + i of the whole batch.
         stream: The random stream, whose state becomes a buffer; None makes one from
-            `torch.initial_seed()`, at step 0. In a distributed run the first rank's is taken over
-            by all.
+            `torch.initial_seed()`, at step 0. In a distributed run all take the first rank's.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -142,7 +140,11 @@ class OPM(EpochWindowModule, nn.Module):
     """
 
     card: ClassVar[Card] = Card(
-        "Wei et al., TPAMI 2024", "feature", "GeWu-Lab/BML_TPAMI2024 at 4b3aa4f", golden=True
+        "Wei et al., TPAMI 2024",
+        "feature",
+        ("features", "logits"),
+        "GeWu-Lab/BML_TPAMI2024 at 4b3aa4f",
+        golden=True,
     )
     rule: OPMRule
     q: Tensor
@@ -193,8 +195,7 @@ class OPM(EpochWindowModule, nn.Module):
 
         The released code's division has a backward pass of its own, which passes θ itself back to
         θ, and from there to the features through their scores: the gradient of an additional loss
-        θ²/2, whatever the loss is scaled by. It has been seen to change an encoder's gradient by a
-        tenth. The features get it as well, the head does not.
+        θ²/2, whatever the loss is scaled by. The features get it as well, the head does not.
 
         Args:
             q_base: As in `OPM`.
@@ -227,8 +228,7 @@ class OPM(EpochWindowModule, nn.Module):
 
         Args:
             features: Name → [B, …] for the M modalities.
-            logits: Name → [B, C] logits of each modality alone, from the undropped features (see
-                `mmfuse.unimodal_logits`). Not needed in `eval()`.
+            logits: Name → [B, C] logits of each undropped feature alone. Not needed in `eval()`.
             labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
 
         Returns:

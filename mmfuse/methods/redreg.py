@@ -98,7 +98,11 @@ class RedReg(GradientMethod):
     """
 
     card: ClassVar[Card] = Card(
-        "Yang et al., 2025", "gradient", "xia-zhe/RedReg at b620a46", golden=True
+        "Yang et al., 2025",
+        "gradient",
+        ("logits", "features", "inputs"),
+        "xia-zhe/RedReg at b620a46",
+        golden=True,
     )
     rule: RedRegRule
 

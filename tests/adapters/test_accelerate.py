@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import mmfuse
-from mmfuse import OGM, OPM, InfoReg, NoiseStream
+from mmfuse import OGM, OPM, InfoReg, MMPareto, NoiseStream
 
 pytest.importorskip("accelerate")
 
@@ -274,6 +274,8 @@ def test_what_does_not_fit_is_refused() -> None:
     model = AudioVisual()
     with pytest.raises(TypeError, match=r"acts on gradients .*, got OPM"):
         Balance(accelerator, OPM())
+    with pytest.raises(TypeError, match="MMPareto makes its two backward passes itself"):
+        Balance(accelerator, MMPareto(model.encoders))
     assert accelerator._custom_objects == []
     balance = Balance(accelerator, InfoReg(model.encoders))
     with pytest.raises(ValueError, match="InfoReg acts on gradients only; there is nothing to"):

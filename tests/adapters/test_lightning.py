@@ -194,8 +194,8 @@ def assert_same_training(module: Module, net: AudioVisual, method: Any) -> None:
 
 # So that each method's numbers depend on the epoch.
 CHANGES: dict[str, dict[str, Any]] = {
-    "ogm-ge": {"starts": 1, "ends": 2},
-    "redreg": {"epochs": EPOCHS, "agreement": (-1.0, -0.9)},
+    "OGM": {"starts": 1, "ends": 2},
+    "RedReg": {"epochs": EPOCHS, "agreement": (-1.0, -0.9)},
 }
 
 
@@ -242,12 +242,12 @@ def test_accumulated_gradients_are_modulated_once(tmp_path: Path, name: str) -> 
 def test_clipping_comes_after_modulation(tmp_path: Path) -> None:
     net, data = AudioVisual(), Batches()
     expected = copy.deepcopy(net)
-    module = fit(tmp_path, net, data, balance_for("ogm-ge"), gradient_clip_val=0.05)
+    module = fit(tmp_path, net, data, balance_for("OGM"), gradient_clip_val=0.05)
 
     def clip() -> None:
         nn.utils.clip_grad_norm_(expected.parameters(), 0.05)
 
-    method = by_hand(expected, data, maker("ogm-ge"), after=clip)
+    method = by_hand(expected, data, maker("OGM"), after=clip)
     assert acted(method, module.results)
     assert_same_training(module, expected, method)
 
@@ -360,7 +360,7 @@ def test_a_resumed_run_goes_on_with_the_same_numbers(tmp_path: Path, name: str, 
 def test_a_second_fit_goes_on(tmp_path: Path) -> None:
     """Of one Trainer, with more epochs: the method and its state are kept."""
     net, data = AudioVisual(), Batches()
-    balance = balance_for("inforeg")
+    balance = balance_for("InfoReg")
     module = Module(net, balance)
     runs = trainer(tmp_path, balance, max_epochs=2)
     runs.fit(module, data)
@@ -380,7 +380,7 @@ def test_a_second_fit_goes_on(tmp_path: Path) -> None:
 
 def test_a_second_fit_of_the_same_epoch_takes_new_anchors(tmp_path: Path) -> None:
     """Both Trainers count from 0; the parameters have moved on."""
-    balance = balance_for("inforeg")
+    balance = balance_for("InfoReg")
     module = Module(AudioVisual(), balance)
     for _ in range(2):
         before = [p.detach().clone() for p in module.net.encoders["audio"].parameters()]
@@ -422,17 +422,17 @@ class Manual(Module):
 def test_several_optimizers(tmp_path: Path, split: bool) -> None:
     net, data = AudioVisual(), Batches()
     expected = copy.deepcopy(net)
-    balance = balance_for("ogm-ge")
+    balance = balance_for("OGM")
     module = Manual(net, balance, split)
     trainer(tmp_path, balance).fit(module, data)
-    method = by_hand(expected, data, maker("ogm-ge"))
+    method = by_hand(expected, data, maker("OGM"))
     # The first optimizer's step is that of the head alone, or of audio and head.
     assert (module.results[0] is None) == (not split)
     assert_same_training(module, expected, method)
 
 
 def test_several_optimizers_with_encoders_and_a_scaler_are_refused(tmp_path: Path) -> None:
-    balance = balance_for("inforeg")
+    balance = balance_for("InfoReg")
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match=r"InfoReg with a GradScaler .* one optimizer, found 2"):
         trainer(tmp_path, balance, plugins=[plugin]).fit(
@@ -445,7 +445,7 @@ def test_encoders_that_no_optimizer_holds(tmp_path: Path) -> None:
         return sgd(nn.Linear(1, 1).parameters())
 
     with pytest.raises(ValueError, match="no optimizer holds a parameter of the encoders"):
-        fit(tmp_path, AudioVisual(), Batches(), balance_for("ogm-ge"), make_optimizer=elsewhere)
+        fit(tmp_path, AudioVisual(), Batches(), balance_for("OGM"), make_optimizer=elsewhere)
 
 
 def test_unknown_encoders(tmp_path: Path) -> None:
@@ -460,7 +460,7 @@ class Forgetful(Module):
 
 
 def test_a_training_step_without_observe(tmp_path: Path) -> None:
-    balance = balance_for("ogm-ge")
+    balance = balance_for("OGM")
     with pytest.raises(
         RuntimeError, match=r"training_step of Forgetful has not called Balance.obs"
     ):
@@ -468,7 +468,7 @@ def test_a_training_step_without_observe(tmp_path: Path) -> None:
 
 
 def test_a_callback_that_the_trainer_does_not_know(tmp_path: Path) -> None:
-    module = Module(AudioVisual(), balance_for("ogm-ge"))
+    module = Module(AudioVisual(), balance_for("OGM"))
     with pytest.raises(RuntimeError, match=r"no fit has been started with this callback"):
         trainer(tmp_path).fit(module, Batches())
 
@@ -484,7 +484,7 @@ class Skipping(Module):
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_a_batch_that_is_left_out_modulates_nothing(tmp_path: Path) -> None:
     """What it has shown joins the next step."""
-    balance = balance_for("ogm-ge", starts=0, ends=None)
+    balance = balance_for("OGM", starts=0, ends=None)
     module = Skipping(AudioVisual(), balance)
     trainer(tmp_path, balance, max_epochs=1).fit(module, Batches())
     first, left_out, last = module.results
@@ -495,12 +495,12 @@ def test_a_batch_that_is_left_out_modulates_nothing(tmp_path: Path) -> None:
 def test_validation_is_not_taken_in(tmp_path: Path) -> None:
     net, data = AudioVisual(), Batches()
     expected = copy.deepcopy(net)
-    balance = balance_for("ogm-ge")
+    balance = balance_for("OGM")
     module = Sharing(net, balance)
     runs = trainer(tmp_path, balance)
     runs.fit(module, data, Batches())
     runs.validate(module, Batches(), verbose=False)
-    assert_same_training(module, expected, by_hand(expected, data, maker("ogm-ge")))
+    assert_same_training(module, expected, by_hand(expected, data, maker("OGM")))
 
 
 def test_bad_arguments() -> None:
@@ -523,7 +523,7 @@ def test_scalars_go_to_all_loggers(tmp_path: Path, every: int) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     loggers = [TensorBoardLogger(tmp_path), CSVLogger(tmp_path)]
-    balance = balance_for("inforeg", log_every=every)
+    balance = balance_for("InfoReg", log_every=every)
     module = fit(tmp_path, AudioVisual(), Batches(), balance, logger=loggers)
     steps = list(range(0, EPOCHS * STEPS, every))
     events = EventAccumulator(loggers[0].log_dir).Reload()
@@ -541,7 +541,7 @@ def test_scalars_go_to_all_loggers(tmp_path: Path, every: int) -> None:
 @pytest.mark.parametrize("never", [0, None])
 def test_no_scalars(tmp_path: Path, never: int | None) -> None:
     logger = CSVLogger(tmp_path)
-    fit(tmp_path, AudioVisual(), Batches(), balance_for("ogm-ge", log_every=never), logger=logger)
+    fit(tmp_path, AudioVisual(), Batches(), balance_for("OGM", log_every=never), logger=logger)
     assert not Path(logger.log_dir, "metrics.csv").exists()
 
 
@@ -616,7 +616,7 @@ def train_sharded(folder: Path) -> None:
 
     def run(path: Path | None) -> Module:
         torch.manual_seed(0)
-        balance = balance_for("inforeg")
+        balance = balance_for("InfoReg")
         module = Sharded(AudioVisual(), balance)
         strategy = ModelParallelStrategy(
             data_parallel_size=2,

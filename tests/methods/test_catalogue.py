@@ -10,6 +10,7 @@ from torch import nn
 
 import mmfuse
 
+TWO = {"audio": nn.Linear(2, 2), "visual": nn.Linear(2, 2)}
 ROOT = Path(mmfuse.__file__).resolve().parents[1]
 FILES = {
     path.stem
@@ -31,6 +32,13 @@ def test_a_card_is_true(name: str) -> None:
     made = mmfuse.METHODS[name]
     assert made.card.acts == ("gradient" if issubclass(made, mmfuse.GradientMethod) else "feature")
     assert issubclass(made, nn.Module) == (made.card.acts == "feature")
+    if made.card.acts == "gradient":
+        need = made(TWO).rule.need
+        logits, losses = (
+            ("logits",) * need.logits,
+            ("unimodal_losses",) * (need.second == "unimodal"),
+        )
+        assert made.card.needs == (*logits, *need.inputs, *losses)
     golden = ROOT / "tests" / "golden" / f"test_golden_{name.lower()}.py"
     assert golden.is_file() == made.card.golden
     released = (ROOT / "released" / f"{name.lower()}.py").read_text()

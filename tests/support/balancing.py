@@ -1,4 +1,4 @@
-"""The methods that the adapters are tested with, such that they act in most of a few steps."""
+"""The methods of the catalogue that act on gradients, such that they act in most of a few steps."""
 
 from __future__ import annotations
 
@@ -7,29 +7,39 @@ from typing import Any
 
 from torch import nn
 
-from mmfuse import OGM, GradientMethod, InfoReg, NoiseStream, RedReg
+from mmfuse import METHODS, GradientMethod, NoiseStream
 
 Encoders = dict[str, nn.Module]
 Make = Callable[..., GradientMethod]
 
-
-def ogm_ge(encoders: Encoders, **changes: Any) -> OGM:
-    return OGM(encoders, **{"stream": NoiseStream(3), **changes})
-
-
-def inforeg(encoders: Encoders, **changes: Any) -> InfoReg:
-    # The window is open from the third epoch on. It draws no random numbers.
-    changes.pop("stream", None)
-    return InfoReg(encoders, **{"threshold": -1e9, **changes})
+# InfoReg's window is open from the third epoch on; RedReg regulates whoever is ahead.
+ACTING: dict[str, dict[str, Any]] = {
+    "InfoReg": {"threshold": -1e9},
+    "RedReg": {"epochs": 3, "threshold": -1e9, "agreement": (-2.0, -2.0)},
+}
 
 
-def redreg(encoders: Encoders, **changes: Any) -> RedReg:
-    # Whoever is ahead is regulated, in every step.
-    always = {"epochs": 3, "threshold": -1e9, "agreement": (-2.0, -2.0)}
-    return RedReg(encoders, **{**always, "stream": NoiseStream(4), **changes})
+def maker(name: str) -> Make:
+    """A callable that makes the method from encoders, with a stream of its own if it draws."""
+
+    def make(encoders: Encoders, **changes: Any) -> GradientMethod:
+        stream = changes.pop("stream", NoiseStream(3))
+        made = METHODS[name](encoders, **{**ACTING.get(name, {}), **changes})
+        if made.rule.need.stream:
+            made.stream = stream
+        return made
+
+    make.__name__ = name
+    return make
 
 
-MAKERS: dict[str, Make] = {"ogm-ge": ogm_ge, "inforeg": inforeg, "redreg": redreg}
+#: Those that a framework's own backward pass suffices for.
+MAKERS: dict[str, Make] = {
+    name: maker(name)
+    for name, made in METHODS.items()
+    if made.card.acts == "gradient" and "logits" in made.card.needs
+}
+ogm_ge, inforeg, redreg = MAKERS["OGM"], MAKERS["InfoReg"], MAKERS["RedReg"]
 
 
 def needed(method: GradientMethod, seen: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmfuse
 
-KINDS = ("ogm", "ogm-ge", "ogm-update", "opm+ogm-ge", "inforeg", "redreg", "arm")
+# Those of the catalogue that need nothing said about them here.
+PLAIN = {
+    name.lower(): made
+    for name, made in mmfuse.METHODS.items()
+    if made.card.needs == ("logits",) and name not in ("OGM", "InfoReg")
+}
+KINDS = ("ogm", "ogm-ge", "ogm-update", "opm+ogm-ge", "inforeg", "redreg", "arm", *PLAIN)
 STEPS_PER_EPOCH = 17
 VISIT = 2 * STEPS_PER_EPOCH
 CYCLE = VISIT * len(KINDS)
@@ -136,6 +142,8 @@ def make_methods(
         return {"redreg": made}
     if kind == "arm":
         return {"arm": mmfuse.ARM(bins=8)}
+    if kind in PLAIN:
+        return {kind: PLAIN[kind](encoders)}
     apply_to = "update" if kind == "ogm-update" else "gradient"
     return {"ogm": mmfuse.OGM(encoders, noise=kind != "ogm", apply_to=apply_to, starts=1)}
 
@@ -174,8 +182,7 @@ class Training:
 
     def begin_epoch(self, kind: str, epoch: int) -> None:
         for method in self.methods[kind].values():
-            if not isinstance(method, mmfuse.ARM):
-                method.set_epoch(epoch)
+            method.set_epoch(epoch)
 
     def step(self, kind: str, batches: Sequence[Batch]) -> list[Any]:
         """One step on one or several micro-batches; what the methods have said."""
@@ -188,11 +195,11 @@ class Training:
             loss, features, logits, out = self.wrapped(audio, visual, labels, between)
             (loss / len(batches)).backward()
             results += [loss.detach()] if out is None else [loss.detach(), out]
-            for name, method in methods.items():
-                if name in ("opm", "arm"):
+            for method in methods.values():
+                if isinstance(method, nn.Module):
                     continue
                 arguments = [logits, labels]
-                if name == "redreg":
+                if method.rule.need.inputs:
                     arguments += [features, {"audio": audio, "visual": visual}]
                 if i < len(batches):
                     method.observe(*arguments)
@@ -284,10 +291,11 @@ def _compare_ranks(training: Training, seen: Collection[str], digests: Tensor) -
         raise AssertionError(f"the ranks' states differ: {found}")
 
 
-def _acts(kind: str, out: Any) -> bool:
-    factors = out.weights if kind == "arm" else out.coefficients
-    neutral = 0.0 if kind in ("inforeg", "redreg") else 1.0
-    return bool((factors != neutral).any())
+def _acts(methods: Mapping[str, Any], out: Any) -> bool:
+    *_, last = methods.values()
+    if isinstance(last, mmfuse.ARM):
+        return bool((out.weights != 1).any())
+    return bool((out.coefficients != last.rule.need.neutral).any())
 
 
 def _memory() -> dict[str, int]:
@@ -343,7 +351,7 @@ def run_rank(rank: int, size: int, steps: int, folder: Path, timeout: float, lea
         done = step + 1
         if done % TELL_EVERY == 0:
             tell(step=done)
-            acted[kind] += _acts(kind, out)
+            acted[kind] += _acts(training.methods[kind], out)
         if done % VISIT == 0 or done == steps:
             _compare_ranks(training, KINDS[: step // VISIT + 1], digests)
         if rank == 0 and (done % SAVE_EVERY == 0 or done == steps):

@@ -20,12 +20,13 @@ from networks import AudioVisual, batch, start_third_epoch
 from no_sync import no_host_sync
 from replay import Captured
 from samples import samples
+from soak import PLAIN
 from states import differences
 from torch import Tensor
 from torch.nn import functional as F
 
 import mmfuse
-from mmfuse import ARM, OGM, OPM, InfoReg, NoiseStream, RedReg, ogm_backward
+from mmfuse import ARM, OGM, OPM, InfoReg, MMPareto, NoiseStream, RedReg, ogm_backward
 from mmfuse.ops import _tensors
 from mmfuse.ops._registry import OPS
 
@@ -176,7 +177,28 @@ class WithARM(Training):
         return loss, result
 
 
+def plain(name: str) -> type[Training]:
+    """A method of the catalogue that needs logits only."""
+
+    def make(self: Training) -> Any:
+        return PLAIN[name](self.model.encoders, backend=self.cell.backend)
+
+    return type(f"With{name}", (WithInfoReg,), {"make": make})
+
+
+class WithTwoGradients(Training):
+    def make(self) -> MMPareto:
+        return MMPareto(self.model.encoders, backend=self.cell.backend)
+
+    def act(self, logits: dict[str, Tensor], features: dict[str, Tensor], out: Tensor) -> Outcome:
+        losses = {name: F.cross_entropy(z, self.data[2]) for name, z in logits.items()}
+        loss = F.cross_entropy(out, self.data[2])
+        return loss, self.method.backward(loss, unimodal_losses=losses)
+
+
 KINDS = [
+    *map(plain, PLAIN),
+    WithTwoGradients,
     WithOGM,
     WithoutNoise,
     WithOGMBackward,

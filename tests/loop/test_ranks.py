@@ -13,6 +13,7 @@ from epochs import next_epoch
 from networks import AudioVisual
 from parallel import CLASSES, SAME, counted
 from ranks import ranks
+from soak import PLAIN
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
@@ -55,6 +56,8 @@ class Run:
             self.method = mmfuse.OGM(encoders, **options)
         if name == "InfoReg":
             self.method = mmfuse.InfoReg(encoders, threshold=-1e9, **options)
+        if name in PLAIN:
+            self.method = PLAIN[name](encoders, **options)
         if name == "RedReg":
             self.method = mmfuse.RedReg(
                 encoders, epochs=9, threshold=-1.0, agreement=(-1.0, -1.0), **options
@@ -142,7 +145,7 @@ def train(
     }
 
 
-METHODS = ["OGM-GE", "InfoReg", "RedReg", "OPM", "OPM+OGM-GE", "ARM"]
+METHODS = ["OGM-GE", "InfoReg", "RedReg", "OPM", "OPM+OGM-GE", "ARM", *PLAIN]
 SIZES = [
     pytest.param((7, 4), id="2 ranks"),
     pytest.param((5, 3, 8, 2), id="4 ranks", marks=pytest.mark.slow),
@@ -177,7 +180,7 @@ def train_50(rank: int, name: str, sizes: Sequence[int]) -> dict[str, Any]:
     return train(rank, name, sizes, 50, batch_norm=True, same_seed=False)
 
 
-@pytest.mark.parametrize("name", ["OGM-GE", "InfoReg"])
+@pytest.mark.parametrize("name", ["OGM-GE", "InfoReg", *PLAIN])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_ranks_equal_one_process_with_the_whole_batch(name: str, sizes: tuple[int, ...]) -> None:
     expected = train(0, name, sizes, 6)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from epochs import next_epoch
 from parallel import CLASSES, SAME, counted
 from ranks import ranks
+from soak import PLAIN
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -67,6 +68,8 @@ def method_for(name: str, encoders: dict[str, nn.Module], optimizer: Any) -> Any
         return method
     if name == "InfoReg":
         return mmfuse.InfoReg(encoders, threshold=-1e9)
+    if name in PLAIN:
+        return PLAIN[name](encoders)
     return mmfuse.RedReg(encoders, epochs=9, threshold=-1.0, agreement=(-1.0, -1.0))
 
 
@@ -153,7 +156,7 @@ def train_sharded(rank: int, name: str, layout: str, steps: int) -> dict[str, An
     return train(model, name, rank, size, steps)
 
 
-METHODS = ["OGM", "OGM-GE", "update", "InfoReg", "RedReg"]
+METHODS = ["OGM", "OGM-GE", "update", "InfoReg", "RedReg", *PLAIN]
 STEPS = 6
 
 
@@ -166,7 +169,7 @@ def unsharded() -> dict[str, dict[str, Any]]:
 # 5e-7 · (1 + |z|) of a deviate, times the standard deviations and rates of 6 steps, below 1. Adam
 # divides by the gradient's size, here by down to 1e-3 of the largest.
 NOISY = {"rtol": 1e-5, "atol": 5e-6}
-TOLERANCES = {"OGM": SAME, "InfoReg": SAME}
+TOLERANCES = {"OGM": SAME, "InfoReg": SAME} | dict.fromkeys(PLAIN, SAME)
 
 
 def assert_same_run(found: list[dict[str, Any]], expected: dict[str, Any], name: str) -> None:
@@ -207,7 +210,7 @@ def test_the_noise_matters_in_these_runs(unsharded: dict[str, dict[str, Any]]) -
 def test_two_small_reductions_a_step(name: str) -> None:
     steps, modalities, tensors = 2, 2, 8
     for found in ranks(2).run(train_sharded, name, "rows", steps):
-        per_step = 1 if name == "OGM" else 2
+        per_step = 1 if name in ("OGM", *PLAIN) else 2
         assert len(found["reductions"]) == per_step * steps
         scores, *stats = found["reductions"][:per_step]
         if name == "update":

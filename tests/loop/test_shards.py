@@ -290,8 +290,9 @@ def one_inf(rank: int, name: str) -> tuple[bool, bool]:
 
 def flat_state(method: Any) -> dict[str, Tensor]:
     state = method.state_dict()
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    return tensors | state.get("stream", {})
+    found: dict[str, Tensor] = {**state["state"], **state.get("stream", {})}
+    assert found
+    return found
 
 
 @pytest.mark.parametrize("name", ["OGM-GE", "InfoReg", "RedReg"])

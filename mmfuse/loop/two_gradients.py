@@ -39,10 +39,12 @@ def two_gradients(
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
-        total.backward(retain_graph=True)
-        found = [p.grad for p in parameters]
-        for p, grad in zip(parameters, before, strict=True):
-            p.grad = grad
+        try:
+            total.backward(retain_graph=True)
+            found = [p.grad for p in parameters]
+        finally:
+            for p, grad in zip(parameters, before, strict=True):
+                p.grad = grad
         joint.backward(retain_graph=retain_graph)
         return found
     wanted = [i for i, p in enumerate(parameters) if p.requires_grad]

@@ -166,7 +166,8 @@ class MMPareto(GradientMethod):
 
     A step has two backward passes: of the joint loss, and of the sum of the unimodal ones, whose
     parts reach one encoder each. Heads keep the gradient of the sum of all losses. Where there is
-    no conflict an encoder's gradient is gamma times that of this sum.
+    no conflict an encoder's gradient is gamma times that of this sum. Gradients that are there
+    already count as the joint loss's, so that a step has one micro-batch.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.

@@ -159,3 +159,15 @@ def test_losses_that_do_not_fit() -> None:
         checked_losses(["a"], {"a": 1.0})
     with pytest.raises(ValueError, match=r"unimodal_losses\['a'\] must be a scalar, got shape \[2"):
         checked_losses(["a"], {"a": torch.ones(2)})
+
+
+def test_a_backward_pass_that_fails_leaves_the_gradients_that_were_there() -> None:
+    model = make()
+    joint, unimodal = model(*data(0))
+    parameters = list(model.audio_net.parameters())
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    broken = {name: loss.detach() for name, loss in unimodal.items()}
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        mmfuse.MMPareto(model.encoders).backward(joint, unimodal_losses=broken)
+    assert all((p.grad == 1).all() for p in parameters)

@@ -132,6 +132,12 @@ def test_the_released_sequences_stand_alone_and_are_replayed() -> None:
         assert (TESTS / "golden" / f"test_released_{name}.py").is_file(), name
 
 
+def test_no_two_test_files_have_one_name() -> None:
+    """They are imported by it: of two, pytest collects one, and stops at the other."""
+    names = [path.name for path in tracked("tests/*.py") if path.name.startswith("test_")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_no_test_imports_a_test() -> None:
     tests = tracked("tests/*.py")
     assert len(tests) > 60

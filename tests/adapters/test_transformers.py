@@ -228,7 +228,11 @@ def straight_run(make: Make) -> nn.Module:
 @pytest.mark.parametrize("make", MAKERS.values())
 @pytest.mark.parametrize(
     ("strategy", "step"),
-    [("steps", 12), ("steps", 10), ("epoch", 10)],
+    [
+        ("steps", 12),
+        pytest.param("steps", 10, marks=pytest.mark.slow),
+        pytest.param("epoch", 10, marks=pytest.mark.slow),
+    ],
     ids=["within an epoch", "an epoch's last step", "an epoch's end"],
 )
 def test_resumed_training_is_the_straight_one(

@@ -404,13 +404,17 @@ def test_providers_pass_the_gate(case: Case, provider: str, dtype: torch.dtype) 
     ids=lambda w: w.name,
 )
 @pytest.mark.parametrize("case", TRAININGS, ids=named)
-def test_training_steps_pass_the_gate(case: Case, workload: Workload, provider: str) -> None:
-    for dtype in (torch.float32, torch.float64):
-        i = case.make(workload, dtype, CPU)
-        prepared = _providers.prepare(provider, case, i)
-        for _ in range(2):  # `restore` takes back all that a step has changed
-            prepared.restore()
-            case.check(provider, i, prepared.call())
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
+def test_training_steps_pass_the_gate(
+    case: Case, workload: Workload, provider: str, dtype: torch.dtype
+) -> None:
+    i = case.make(workload, dtype, CPU)
+    prepared = _providers.prepare(provider, case, i)
+    for _ in range(2):  # `restore` takes back all that a step has changed
+        prepared.restore()
+        case.check(provider, i, prepared.call())
 
 
 @pytest.mark.slow

@@ -195,6 +195,7 @@ def test_only_some_stages(rehearsal: Rehearsal) -> None:
     assert list(rehearsal.summary()) == ["library", "words", "speed"]
 
 
+@pytest.mark.slow
 def test_the_archive_has_what_a_stage_has_found_so_far(rehearsal: Rehearsal) -> None:
     """A run that is cut off leaves what it has."""
     parts = gpu_stand_ins.environment(rehearsal.programs, {"benchmark": "hang"})

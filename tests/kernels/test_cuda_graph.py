@@ -236,6 +236,7 @@ def warmed(make: Callable[..., Training], model: AudioVisual, cell: Cell) -> Tra
     return training
 
 
+@pytest.mark.slow_except_on("cpu", "cuda")
 @pytest.mark.usefixtures("_repeatable")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_replay_is_a_step(cell: Cell, kind: type[Training]) -> None:

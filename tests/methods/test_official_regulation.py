@@ -149,7 +149,9 @@ def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) 
 
 # The golden numbers are compared on every backend in `make test`.
 @pytest.mark.slow_except_on("cpu")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     ("network", "theirs", "ours"),
     [(AudioVisual, their_inforeg, our_inforeg), (ThreeHeads, their_redreg, our_redreg)],

@@ -102,6 +102,7 @@ def test_any_number_of_modalities(cell: Cell, count: int) -> None:
     check(cell, features, q, NoiseStream(7, cell.device), torch.tensor(0.3, device=cell.device))
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 @pytest.mark.parametrize("count", [64, 65, 200])
 def test_long_lists_of_mixed_dtypes(cell: Cell, count: int) -> None:
     """More tensors than a launch's table holds."""

@@ -116,6 +116,7 @@ def expected_counts(data: Sequence[Tensor], tuples: Sequence[Sequence[int]], bin
 PAIRS = [(0, 1), (1, 2)]
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bins", PAIR_BINS)

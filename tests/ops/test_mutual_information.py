@@ -83,6 +83,7 @@ def test_mutual_information_is_numpys(cell: Cell, dtype: torch.dtype, bins: int)
             assert float(found.nmi[p]) == near(dtype, ratio, count, bins**2, 9)
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 @needs_numpys_float32
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -262,6 +262,7 @@ def test_the_gradient_is_pytorchs(cell: Cell) -> None:
         tolerances.assert_within(gradients[0][k], expected, 2 * bound, "xy"[k])
 
 
+@pytest.mark.slow_except_on("reference", "cpu", "cuda")
 @pytest.mark.parametrize("used", ["xy", "x", "y"])
 def test_gradcheck(cell: Cell, used: str) -> None:
     # Off the centres, by more than gradcheck's step.

@@ -143,3 +143,14 @@ def test_arguments_that_a_rule_has_no_use_for(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         check_fits("M", need, apply_to, anchored, streamed)
+
+
+def test_squares_that_overflow_do_not_count_though_the_gradient_is_finite() -> None:
+    """They are summed in float32 within a chunk; one would stay in the epoch's sums for ever."""
+    method, nets = made(backend="cpu")
+    give_gradients(nets)
+    nets["a"].weight.grad[0, 0] = 1e25
+    out = method.step(LOGITS, LABELS)
+    assert out.finite and nets["a"].weight.grad.isfinite().all()
+    assert method._state["steps"] == 0
+    assert method._state["squares"].tolist() == [0.0] * 4

@@ -38,8 +38,8 @@ FLAGS = f"-O1 -g1 -w {CHECKS} -fno-sanitize-recover=undefined -ffile-prefix-map=
 # Where, and only then the function, whose name may be long.
 TRACE = 'stack_trace_format="    #%n %L %f"'
 OPTIONS = {
-    # What Python and PyTorch keep until the end is no concern here. The frames that GCC 12 sets
-    # aside to find a use after return are not aligned for AVX-512 (its bug 110027).
+    # Memory that Python and PyTorch keep until the end is no concern here. The frames that GCC 12
+    # sets aside to find a use after return are not aligned for AVX-512 (its bug 110027).
     "ASAN_OPTIONS": f"detect_leaks=0:detect_stack_use_after_return=0:{TRACE}",
     "UBSAN_OPTIONS": f"halt_on_error=1:print_stacktrace=1:{TRACE}",
 }
@@ -63,7 +63,7 @@ SELF_CHECK = """
 import ctypes, sys
 getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])((ctypes.c_int * 64)(*[1] * 64))
 """
-# What is misused, and what the report says.
+# The misuse, and the words of its report.
 CONTROLS = {
     # A vector's read that begins within and ends beyond has no other name.
     "cpu-memcheck": "AddressSanitizer: (unknown-crash|heap-buffer-overflow)",
@@ -102,7 +102,7 @@ def copy_checkout() -> None:
 
 
 def stale(target: Path, sources: Iterable[Path]) -> bool:
-    """Whether a file is not there, or is older than one that it is made of."""
+    """True if a file is not there, or is older than one that it is made of."""
     made = target.stat().st_mtime if target.exists() else 0.0
     return any(not source.exists() or source.stat().st_mtime >= made for source in sources)
 

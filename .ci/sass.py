@@ -11,13 +11,16 @@ in the outer ones too. Code that the compiler moved behind the kernel's end is n
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+
+from processes import cuda_tool
 
 CLASSES = {  # the first that matches
     "load": r"LDG|LD\.",
@@ -39,12 +42,13 @@ CLASSES = {  # the first that matches
 
 def tool(name: str) -> str:
     """A CUDA binary tool: from the PATH, CUDA_HOME, or the one that comes with Triton."""
+    found = cuda_tool(name)
     spec = importlib.util.find_spec("triton")
-    folders = [os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin"]
-    if spec and spec.origin:
-        folders.append(str(Path(spec.origin).parent / "backends/nvidia/bin"))
-    found = shutil.which(name) or next(filter(None, (shutil.which(name, path=f) for f in folders)))
-    return str(found)
+    if found is None and spec and spec.origin:
+        found = shutil.which(name, path=Path(spec.origin).parent / "backends/nvidia/bin")
+    if found is None:
+        raise SystemExit(f"{name} is neither on PATH nor in the CUDA toolkit, nor with Triton")
+    return found
 
 
 def kernels(binary: str) -> dict[str, list[tuple[int, str]]]:

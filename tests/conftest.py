@@ -62,8 +62,7 @@ def _is_slow(item: pytest.Item) -> bool:
     Triton's interpreter is slow, and in float16 and float64 it runs the same kernels with other
     casts than in float32 and bfloat16. `slow_except_on` says it for a single test.
     """
-    parameters = getattr(item, "callspec", None)
-    parameters = {} if parameters is None else parameters.params
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
     cell = parameters.get("cell")
     if not isinstance(cell, Cell) or cell.device != "cpu":
         return False

@@ -1,8 +1,16 @@
-"""What the adapters share: which methods they take."""
+"""The methods that the adapters take."""
 
 from __future__ import annotations
 
 from ..loop.gradients import GradientMethod
+from ..methods.catalogue import METHODS
+
+# A framework's own backward pass suffices for those that need logits.
+_NAMES = ", ".join(
+    name
+    for name, made in METHODS.items()
+    if made.card.acts == "gradient" and "logits" in made.card.needs
+)
 
 
 def checked(method: object) -> GradientMethod:
@@ -14,8 +22,7 @@ def checked(method: object) -> GradientMethod:
     """
     if not isinstance(method, GradientMethod):
         raise TypeError(
-            "expected a method that acts on gradients (OGM, InfoReg, RedReg), got "
-            f"{type(method).__name__}"
+            f"expected a method that acts on gradients ({_NAMES}), got {type(method).__name__}"
         )
     if method.rule.need.second == "unimodal":
         raise TypeError(

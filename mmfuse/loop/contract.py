@@ -35,7 +35,7 @@ MakesNoise = Callable[[Tensor], Tensor]
 
 
 class Card(NamedTuple):
-    """What the catalogue says of a method, beside what its rule needs.
+    """A method's entry in the catalogue, beside the needs of its rule.
 
     Attributes:
         paper: Authors, place and year.
@@ -54,7 +54,7 @@ class Card(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a rule needs from the loop.
+    """A rule's needs, which the loop meets.
 
     Attributes:
         inputs: What `observe` and `step` must be given beside logits and labels.
@@ -62,7 +62,6 @@ class Need(NamedTuple):
         second: The second list of tensors that `Act.pull` multiplies. "anchor" are displacements
             w − w₀ from the parameters at the start of the epoch, which the loop keeps. "unimodal"
             are gradients of the unimodal losses, while the first list has the joint loss's.
-        logits: Whether the rule senses logits and labels.
         squares: Whether `settle` gets each gradient's Σg², before the update or after it.
         stream: Whether noise is drawn from the stream, in `sense` or for `Act.noise_std`.
         noise: A callable that makes the noise of `Act.noise_std`; None for the stream.
@@ -74,7 +73,6 @@ class Need(NamedTuple):
     inputs: tuple[str, ...] = ()
     stats: bool = False
     second: Literal["anchor", "unimodal"] | None = None
-    logits: bool = True
     squares: Literal["before", "after"] | None = None
     stream: bool = False
     noise: MakesNoise | None = None
@@ -83,12 +81,12 @@ class Need(NamedTuple):
 
     @property
     def anchors(self) -> bool:
-        """Whether the second list is of displacements."""
+        """True if the second list is of displacements."""
         return self.second == "anchor"
 
 
 class Act(NamedTuple):
-    """What becomes of each tensor's gradient: g ← scale·g + pull·second + noise_std·N(0, 1).
+    """The change of each tensor's gradient: g ← scale·g + pull·second + noise_std·N(0, 1).
 
     [T] each, on the gradients' device; None leaves the term out, or the gradient its size.
     """
@@ -99,7 +97,7 @@ class Act(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """What `decide` returns.
+    """The result of `decide`.
 
     Attributes:
         act: What becomes of the gradients.
@@ -114,7 +112,7 @@ class Decision(NamedTuple):
 
 
 class Sensed(NamedTuple):
-    """What one micro-batch shows.
+    """The numbers that one micro-batch shows.
 
     Attributes:
         means: [K] means over the labelled samples.
@@ -216,7 +214,7 @@ class Rule(Protocol):
 
     @property
     def need(self) -> Need:
-        """What it needs from the loop."""
+        """Its needs, which the loop meets."""
 
     @property
     def result(self) -> Callable[..., Any]:
@@ -232,7 +230,7 @@ class Rule(Protocol):
         """The state before training, on the CPU; every tensor that it will ever have."""
 
     def sense(self, batch: Batch) -> Sensed:
-        """What one micro-batch shows."""
+        """Means, and parts of sums, that one micro-batch shows."""
 
     def sums(self, sensed: Sensed, state: State) -> Tensor | None:
         """[E] sums over the samples beside the means, which add up over micro-batches and ranks."""
@@ -244,10 +242,10 @@ class Rule(Protocol):
         """
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
-        """What changes with each gradient's Σg², [T] float64 and unscaled."""
+        """The tensors of the state that change with each gradient's Σg², [T] float64, unscaled."""
 
     def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
-        """What changes before an epoch; `tensors` are all of the method's."""
+        """The tensors of the state that change before an epoch; `tensors` are all the method's."""
 
 
 class Stateless:

@@ -12,7 +12,7 @@ from ..noise import NoiseStream
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
 from .epochs import EpochWindow
-from .modalities import Active, Encoder, Modalities, Select, check_names
+from .modalities import Active, Encoder, Modalities, Select
 from .ranks import NOTHING, Group
 from .sense import Senses
 from .stage import take_step
@@ -236,8 +236,7 @@ class GradientMethod(EpochWindow):
                 return take_step(self, seen, self._active(), grad_scale, found_inf)
         if unimodal_losses is None:
             raise TypeError(f"{self.name}.backward needs unimodal_losses, one for each modality")
-        check_names("unimodal_losses", unimodal_losses, self.modalities.names, "encoders")
-        losses = checked_losses(self.modalities.names, unimodal_losses)
+        losses = checked_losses(self.modalities, unimodal_losses)
         group = self.process_group
         unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
         with torch.no_grad():

@@ -52,43 +52,45 @@ def two_gradients(
         total, [parameters[i] for i in wanted], retain_graph=True, allow_unused=True
     )
     (joint + total).backward(retain_graph=retain_graph)
-    found = [None] * len(parameters)
-    for i, grad in zip(wanted, grads, strict=True):
-        found[i] = grad
-    reached = {i: grad for i, grad in enumerate(found) if grad is not None}
-    _average(list(reached.values()), group)
-    both = {i: parameters[i].grad for i in reached}
+    reached = {i: grad for i, grad in zip(wanted, grads, strict=True) if grad is not None}
+    means = dict(zip(reached, _averaged(list(reached.values()), group), strict=True))
+    # Whoever has a unimodal gradient has one of the sum.
+    sums = [grad for i in means if (grad := parameters[i].grad) is not None]
     with torch.no_grad():
-        present = {i: grad for i, grad in both.items() if grad is not None}
-        torch._foreach_sub_(list(present.values()), [reached[i] for i in present])
-    return found
+        torch._foreach_sub_(sums, list(means.values()))
+    return [means.get(i) for i in range(len(parameters))]
 
 
-def _average(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> None:
-    """In place, the mean over the ranks; one reduction for each dtype and device."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
-    for alike in kinds.values():
+def _averaged(tensors: Sequence[Tensor], group: dist.ProcessGroup) -> list[Tensor]:
+    """Means over the ranks; one reduction for each dtype and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(i)
+    # New memory: of autograd's own tensors some may be expanded views.
+    found = list(tensors)
+    for places in kinds.values():
+        alike = [tensors[i] for i in places]
         flat = _flatten_dense_tensors(alike)
         dist.all_reduce(flat, group=group)
         flat /= group.size()
-        torch._foreach_copy_(alike, list(_unflatten_dense_tensors(flat, alike)))
+        for i, mean in zip(places, _unflatten_dense_tensors(flat, alike), strict=True):
+            found[i] = mean
+    return found
 
 
-def checked_losses(names: Sequence[str], losses: Mapping[str, Tensor]) -> list[Tensor]:
+def checked_losses(modalities: Modalities, losses: Mapping[str, Tensor]) -> list[Tensor]:
     """The losses in the order of the modalities.
 
     Raises:
         TypeError: `losses` is not a mapping to tensors.
         ValueError: its names are not those of the encoders, or a loss is no scalar.
     """
-    for name in names:
-        loss = losses[name]
+    found = modalities.ordered("unimodal_losses", losses)
+    for name, loss in zip(modalities.names, found, strict=True):
         if not isinstance(loss, Tensor):
             raise TypeError(f"unimodal_losses[{name!r}] is not a tensor but {type(loss).__name__}")
         if loss.numel() != 1:
             raise ValueError(
                 f"unimodal_losses[{name!r}] must be a scalar, got shape {list(loss.shape)}"
             )
-    return [losses[name] for name in names]
+    return found

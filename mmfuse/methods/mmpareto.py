@@ -85,15 +85,15 @@ class MMParetoRule(Stateless):
     gamma: float = 1.5
 
     result = MMParetoResult
-    need: ClassVar[Need] = Need(second="unimodal", logits=False, stats=True, neutral=0.5)
+    need: ClassVar[Need] = Need(second="unimodal", stats=True, neutral=0.5)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.gamma) and self.gamma > 0):
             raise ValueError(f"gamma must be a positive finite number, got {self.gamma}")
 
     def idle(self) -> MMParetoRule:
-        """The plain sum of both gradients."""
-        return _Sum(self.gamma)
+        """Itself: without statistics, which the loop leaves out then, it adds both gradients."""
+        return self
 
     def sense(self, batch: Batch) -> Sensed:
         """Nothing: the gradients say it all."""
@@ -102,8 +102,10 @@ class MMParetoRule(Stateless):
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """Weights of each modality, and the length of each tensor's gradient."""
         stats = tensors.stats
-        if stats is None:  # nothing has a gradient
-            return _summed(tensors)
+        if stats is None:  # outside of its epochs, or nothing has a gradient
+            halves = torch.full((tensors.modalities,), 0.5, device=tensors.device)
+            act = Act(pull=tensors.each(torch.ones_like(halves)))
+            return Decision(act, (halves, torch.full_like(halves, torch.nan)))
         assert stats.dot is not None and stats.disp_sq is not None
         n1, a, n2 = stats.sq_norm.double(), stats.dot.double(), stats.disp_sq.double()
         joint, between, unimodal = (tensors.sums(x) for x in (n1, a, n2))
@@ -126,20 +128,6 @@ class MMParetoRule(Stateless):
         """
         ratio = (plain / combined).sqrt()
         return torch.where(combined > _ROUNDING * parts, ratio.clamp(min=1.0), 1.0)
-
-
-class _Sum(MMParetoRule):
-    """Outside of the epochs in which the method acts."""
-
-    def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
-        """g1 + g2."""
-        return _summed(tensors)
-
-
-def _summed(tensors: Tensors) -> Decision:
-    halves = torch.full((tensors.modalities,), 0.5, device=tensors.device)
-    act = Act(pull=tensors.each(torch.ones_like(halves)))
-    return Decision(act, (halves, torch.full_like(halves, torch.nan)))
 
 
 class MMParetoReleased(MMParetoRule):

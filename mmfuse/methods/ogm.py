@@ -261,6 +261,7 @@ def ogm_backward(
         process_group=process_group,
         backend=backend,
     )
+    made.name = OGM.__name__  # in error texts
     result: OGMResult = made.backward(loss, logits, labels, retain_graph=retain_graph)
     return result
 

@@ -73,7 +73,7 @@ def drop_probabilities(ratios: Tensor, q_base: float = 0.5, lam: float = 0.5) ->
 
 
 class Given(NamedTuple):
-    """What a rule drops from: one batch, in the order of the modalities."""
+    """One batch that a rule drops from, in the order of the modalities."""
 
     names: list[str]
     features: list[Tensor]

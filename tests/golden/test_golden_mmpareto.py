@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+
 import torch
 from cells import Cell
 from torch.nn import functional as F
@@ -11,17 +12,7 @@ from trajectory import Golden, Network, Replay, free_and_forced, on_every_backen
 import mmfuse
 
 
-@on_every_backend
-@free_and_forced
-@pytest.mark.parametrize("made", [mmfuse.MMPareto.official, mmfuse.MMPareto], ids=["official", ""])
-def test_official_reproduces_the_released_code(
-    cell: Cell, made: type[mmfuse.MMPareto], forced: bool
-) -> None:
-    """The default as well: no tensor's gradients cancel in the file."""
-    cell.skip_slow(forced)
-    if made is mmfuse.MMPareto and cell.backend != "cpu":
-        pytest.skip("of the rule, the backends see the same")
-    mmfuse.use_backend(cell.backend)
+def replay(made: Callable[..., mmfuse.MMPareto], forced: bool) -> None:
     golden = Golden("mmpareto")
     model = Network(golden)
     mmpareto = made(model.encoders, gamma=golden.hp("gamma"))
@@ -53,3 +44,16 @@ def test_official_reproduces_the_released_code(
     conflicts = run["cosine"] <= 0
     assert conflicts.sum(0).tolist() == [7, 8]
     assert bool((run["weights"][~conflicts] == 0.5).all())
+
+
+@on_every_backend
+@free_and_forced
+def test_official_reproduces_the_released_code(cell: Cell, forced: bool) -> None:
+    cell.skip_slow(forced)
+    mmfuse.use_backend(cell.backend)
+    replay(mmfuse.MMPareto.official, forced)
+
+
+@free_and_forced
+def test_so_does_the_default_since_no_tensors_gradients_cancel(forced: bool) -> None:
+    replay(mmfuse.MMPareto, forced)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import all_words
 import pytest
 from all_words import Found
+from processes import cuda_tool
 
 # Neither divides 2^32, so that the low bits vary, too.
 STRIDE = 65_537
@@ -57,7 +57,7 @@ def test_without_nvcc(
 
 
 def test_nvcc_compiles_it(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    nvcc = cuda_tool("nvcc")
     if nvcc is None:
         pytest.skip("nvcc was not found")
     root = Path(__file__).resolve().parents[2]

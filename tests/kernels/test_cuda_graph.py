@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from balancing import PLAIN
 from cells import Cell
 from epochs import next_epoch
 from networks import AudioVisual, batch, start_third_epoch
 from no_sync import no_host_sync
 from replay import Captured
 from samples import samples
-from soak import PLAIN
 from states import differences
 from torch import Tensor
 from torch.nn import functional as F

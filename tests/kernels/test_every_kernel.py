@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from cuda_on_cpu.launches import (
     short_name,
 )
 from every_kernel import CASES, not_written, run
+from processes import cuda_tool
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +75,7 @@ def test_the_shim_has_every_kernel_of_the_sources(shim: Shim) -> None:
 
 @pytest.mark.slow
 def test_the_shim_has_every_kernel_that_nvcc_compiles(shim: Shim, tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    nvcc = cuda_tool("nvcc")
     if nvcc is None:
         pytest.skip("nvcc was not found")
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from balancing import PLAIN
 from epochs import next_epoch
 from networks import AudioVisual
 from parallel import CLASSES, SAME, counted
 from ranks import ranks
-from soak import PLAIN
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from balancing import PLAIN
 from epochs import next_epoch
 from parallel import CLASSES, SAME, counted
 from ranks import ranks
-from soak import PLAIN
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from balancing import PLAIN
 from ranks import ranks
-from soak import KINDS, PLAIN, Network, Training, batch, differences
+from soak import KINDS, Network, Training, batch, differences
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import mmfuse
+from mmfuse.loop.modalities import Modalities
 from mmfuse.loop.shards import whole_state
 from mmfuse.loop.two_gradients import checked_losses
 
@@ -98,6 +99,23 @@ def test_two_ranks_are_one_with_the_whole_batch(how: str) -> None:
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
 
 
+def expanded(rank: int) -> list[Tensor]:
+    """The gradient of a sum is one number, expanded over the whole weight."""
+    nets = nn.ModuleDict({name: nn.Linear(2, 3, bias=False) for name in ("a", "b")})
+    wrapped = DistributedDataParallel(nets["a"]), DistributedDataParallel(nets["b"])
+    weights = {name: net.weight for name, net in nets.items()}
+    joint = sum(net(torch.ones(1, 2)).sum() for net in wrapped)
+    unimodal = {name: (rank + 1.0) * weight.sum() for name, weight in weights.items()}
+    mmfuse.MMPareto(dict(nets)).backward(joint, unimodal_losses=unimodal)
+    return [weight.grad for weight in weights.values()]
+
+
+def test_gradients_that_are_expanded_views_are_averaged() -> None:
+    for grads in ranks(2).run(expanded):
+        for grad in grads:  # 1.5 times the sum of 1 and the mean of 1 and 2
+            torch.testing.assert_close(grad, torch.full((3, 2), 1.5 * 2.5))
+
+
 def by_hand(model: Net, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """The formula, tensor by tensor, from gradients of each loss."""
     joint, unimodal = model(*batch)
@@ -155,10 +173,12 @@ def test_an_encoder_that_a_unimodal_loss_does_not_reach() -> None:
 
 
 def test_losses_that_do_not_fit() -> None:
+    modalities = Modalities({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    good = torch.ones(())
     with pytest.raises(TypeError, match=r"unimodal_losses\['a'\] is not a tensor but float"):
-        checked_losses(["a"], {"a": 1.0})
+        checked_losses(modalities, {"a": 1.0, "b": good})
     with pytest.raises(ValueError, match=r"unimodal_losses\['a'\] must be a scalar, got shape \[2"):
-        checked_losses(["a"], {"a": torch.ones(2)})
+        checked_losses(modalities, {"a": torch.ones(2), "b": good})
 
 
 def test_a_backward_pass_that_fails_leaves_the_gradients_that_were_there() -> None:

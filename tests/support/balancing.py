@@ -39,6 +39,12 @@ MAKERS: dict[str, Make] = {
     for name, made in METHODS.items()
     if made.card.acts == "gradient" and "logits" in made.card.needs
 }
+#: By a lower-case name, those of them that need logits only and act with their defaults.
+PLAIN = {
+    name.lower(): METHODS[name]
+    for name in MAKERS
+    if METHODS[name].card.needs == ("logits",) and name not in ("OGM", "InfoReg")
+}
 ogm_ge, inforeg, redreg = MAKERS["OGM"], MAKERS["InfoReg"], MAKERS["RedReg"]
 
 
@@ -49,6 +55,6 @@ def needed(method: GradientMethod, seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def acted(method: GradientMethod, results: list[Any]) -> bool:
-    """Whether a step has modulated anything."""
+    """True if a step has modulated anything."""
     idle = method.rule.need.neutral
     return any(bool((r.coefficients != idle).any()) for r in results)

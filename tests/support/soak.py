@@ -28,18 +28,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from balancing import PLAIN
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import mmfuse
 
-# Those of the catalogue that need nothing said about them here.
-PLAIN = {
-    name.lower(): made
-    for name, made in mmfuse.METHODS.items()
-    if made.card.needs == ("logits",) and name not in ("OGM", "InfoReg")
-}
 KINDS = ("ogm", "ogm-ge", "ogm-update", "opm+ogm-ge", "inforeg", "redreg", "arm", *PLAIN)
 STEPS_PER_EPOCH = 17
 VISIT = 2 * STEPS_PER_EPOCH

@@ -24,7 +24,7 @@ inline const to_t* tile_as(const void* data, DType dtype, int64_t begin, int64_t
   return nullptr;
 }
 
-// What a call has beside its gradients: nothing, parameters w, or also their anchors w0.
+// The lists beside a call's gradients: none, parameters w, or also their anchors w0.
 enum class Second { kNone, kParams, kBoth };
 
 inline Second second_of(const void* param, const void* anchor) {

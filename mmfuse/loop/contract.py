@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,13 +25,28 @@ from torch import Tensor
 from ..noise import NoiseStream
 from ..ops import GradStats, ModalityScores
 from ..ops._tensors import index_tensor
-from .modalities import Modalities, per_modality, per_tensor
+from ..ops.modality_scores import named_scores
+from .modalities import Modalities, Select, per_modality, per_tensor
 from .ranks import Group, Observed, agree, rank_and_size
 
 State = Mapping[str, Tensor]
 ApplyTo = Literal["gradient", "update"]
 #: Makes standard normal noise like a gradient.
 MakesNoise = Callable[[Tensor], Tensor]
+
+
+class Common(TypedDict, total=False):
+    """The arguments that every method on gradients takes; `GradientMethod` describes them."""
+
+    select: Select
+    starts: int
+    ends: int | None
+    apply_to: ApplyTo
+    process_group: Group
+    anchor_dtype: torch.dtype | None
+    anchor_device: torch.device | str | None
+    stream: NoiseStream | None
+    backend: str | None
 
 
 class Card(NamedTuple):
@@ -161,7 +176,9 @@ class Batch(NamedTuple):
 
     def scores(self) -> ModalityScores:
         """Each modality's scores of the true classes; errors call the logits by their names."""
-        return self.modalities.scores(self.logits, self.labels, self.backend)
+        modalities = self.modalities
+        logits = modalities.ordered("logits", self.logits)
+        return named_scores(modalities.logits_names, logits, self.labels, self.backend)
 
     def agreed_stream(self) -> NoiseStream:
         """The stream, the same on all ranks."""

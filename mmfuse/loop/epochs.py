@@ -61,8 +61,17 @@ class EpochWindow:
         self.epoch = 0
         self._told = False
 
-    def _warn_if_untold(self, method: str) -> None:
-        """Warns once where a window was given, but no epoch."""
+    def _check_told(self, method: str, needed: bool = False) -> None:
+        """Warns once where a window was given, but no epoch.
+
+        Raises:
+            RuntimeError: `needed`, since anchors are taken with it, but no epoch was given.
+        """
+        if needed and not self._told:
+            raise RuntimeError(
+                f"{method}: call set_epoch(epoch) first, in every epoch; it copies the parameters "
+                "that gradients are compared with"
+            )
         if self._told or self._warned or (self.ends is None and self.starts == 0):
             return
         self._warned = True

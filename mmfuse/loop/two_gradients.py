@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .modalities import Modalities
-from .ranks import Group, several
 from .shards import is_dtensor
 
 
@@ -25,16 +24,16 @@ def two_gradients(
     joint: Tensor,
     unimodal: Sequence[Tensor],
     modalities: Modalities,
-    process_group: Group,
+    group: dist.ProcessGroup | None,
     retain_graph: bool,
 ) -> list[Tensor | None]:
     """Leaves the joint loss's gradient in ``.grad``; returns that of the unimodal losses' sum.
 
-    One for each parameter of the encoders, None where the unimodal losses do not reach it.
+    One for each parameter of the encoders, None where the unimodal losses do not reach it. `group`
+    are the ranks, if there are several.
     """
     parameters = modalities.parameters
     total = torch.stack([loss.reshape(()) for loss in unimodal]).sum()
-    group = several(process_group)
     if group is None or any(map(is_dtensor, parameters)):
         before = [p.grad for p in parameters]
         for p in parameters:

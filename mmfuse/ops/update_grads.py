@@ -144,6 +144,45 @@ def update_grads_(
         sq_norm.copy_(squares)
 
 
+def update_checked_(
+    backend: str | None,
+    device: torch.device,
+    grads: list[Tensor],
+    scale: Tensor,
+    finite: Tensor,
+    sq_norm: Tensor | None,
+    *,
+    params: Sequence[Tensor] = (),
+    anchors: Sequence[Tensor] = (),
+    pull: Tensor | None = None,
+    noise_std: Tensor | None = None,
+    state: Tensor | None = None,
+    ids: Sequence[int] = (),
+) -> None:
+    """`update_grads_` of tensors that need no check.
+
+    They are contiguous, of floating dtypes, whole and on one device, at least one; the vectors are
+    contiguous there, float64 if a gradient is, else float32. `state` and `ids` are the stream's,
+    where there is noise.
+    """
+    offsets = [0] * len(ids)
+    _op(
+        backend,
+        device,
+        grads,
+        scale,
+        params,
+        anchors,
+        pull,
+        noise_std,
+        state,
+        ids,
+        offsets,
+        finite,
+        sq_norm,
+    )
+
+
 def _check_sq_norm(sq_norm: Tensor, grads: Sequence[Tensor]) -> None:
     check_vector("sq_norm", sq_norm, len(grads))
     if sq_norm.dtype not in (torch.float32, torch.float64):

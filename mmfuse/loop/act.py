@@ -115,7 +115,7 @@ def carry_out(
     *,
     need: Need,
     second: Anchors | Second | None,
-    noise: NoiseStream | MakesNoise,
+    noise: NoiseStream | MakesNoise | None,
     grad_scale: Tensor | None,
     backend: str | None,
 ) -> Tensor | None:

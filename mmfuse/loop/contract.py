@@ -79,7 +79,7 @@ class Need(NamedTuple):
             are gradients of the unimodal losses, while the first list has the joint loss's.
         squares: Whether `settle` gets each gradient's Σg², before the update or after it.
         stream: Whether noise is drawn from the stream, in `sense` or for `Act.noise_std`.
-        noise: A callable that makes the noise of `Act.noise_std`; None for the stream.
+        noise: The source of `Act.noise_std`'s noise: "stream", or a callable; None for no noise.
         draws: Whether `sense` draws from the stream: then it advances, and `Clock.step` counts, in
             every step.
         neutral: The coefficient of a modality that nothing is done to.
@@ -90,7 +90,7 @@ class Need(NamedTuple):
     second: Literal["anchor", "unimodal"] | None = None
     squares: Literal["before", "after"] | None = None
     stream: bool = False
-    noise: MakesNoise | None = None
+    noise: MakesNoise | Literal["stream"] | None = None
     draws: bool = False
     neutral: float = 1.0
 
@@ -306,7 +306,7 @@ def check_fits(method: str, need: Need, apply_to: str, anchored: bool, streamed:
         raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
     if apply_to == "update" and (need.second or need.squares):
         raise ValueError(f'{method} acts on gradients only; use apply_to="gradient"')
-    if apply_to == "update" and need.noise is not None:
+    if apply_to == "update" and callable(need.noise):
         raise ValueError('noise from a callable is for gradients; use apply_to="gradient"')
     if anchored and not need.anchors:
         raise ValueError(f"{method} keeps no anchors; leave out anchor_dtype and anchor_device")

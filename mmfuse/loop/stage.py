@@ -67,10 +67,11 @@ def take_step(
         decision = rule.decide(state, seen, tensors, method._clock)
     else:
         decision = _idle(method, seen, tensors)
-    drawn = decision.act.noise_std is not None and need.noise is None
+    noise = stream if isinstance(need.noise, str) else need.noise
+    drawn = noise is stream and decision.act.noise_std is not None
     if drawn and group is not None:
         agree(stream, group)
-    squares, noise = None, need.noise or stream
+    squares = None
     if need.squares is None and need.second != "anchor":
         act_on(active, decision.act, finite, second=second, noise=noise, backend=backend)
     else:
@@ -133,7 +134,7 @@ def _postpone(method: GradientMethod, seen: Observed) -> Any:
         decision = _idle(method, seen, tensors)
     method._state.set(decision.state)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    stream = method.stream if method._need.stats and method.modulating else None
+    stream = method.stream if method._need.noise is not None and method.modulating else None
     if stream is not None:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()

@@ -104,8 +104,10 @@ class OGMRule(Stateless):
     @property
     def need(self) -> Need:
         """Statistics of the gradients, for GE's noise."""
+        if not self.noise:
+            return Need(stream=True)
         made = self.noise if callable(self.noise) else None
-        return Need(stats=bool(self.noise), stream=True, noise=made)
+        return Need(stats=True, stream=True, noise=made or "stream")
 
     def idle(self) -> OGMRule:
         """Every coefficient is 1, and there is no noise: as many launches as OGM, none more."""

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.modality_scores import class_indices
 from ..reference.modality_scores import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def _totals(means: Tensor, labels: Tensor, sums: Tensor | None) -> Tensor:
 
 def _labelled(labels: Tensor) -> Tensor:
     """How many rows count: 0-d."""
-    return (labels != IGNORED_LABEL).sum()
+    return (class_indices(labels) != IGNORED_LABEL).sum()
 
 
 def mean_over_ranks(means: Tensor, labels: Tensor, process_group: Group) -> Tensor:

@@ -118,8 +118,8 @@ def named_scores(
             raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
         # Calls into PyTorch that are not needed are left out: together they cost what the op does.
         dense.append(z if z.is_contiguous() else z.contiguous())
-    if labels.dtype is not torch.int64 or not labels.is_contiguous():
-        labels = labels.to(torch.int64).contiguous()
+    labels = labels if labels.dtype is torch.int64 else class_indices(labels)
+    labels = labels if labels.is_contiguous() else labels.contiguous()
     prob, log_prob = _op(backend, labels.device, dense, labels)
     on_cpu = labels.device.type == "cpu"
     compiled = type(backend) is not Eager and torch.compiler.is_compiling()
@@ -127,6 +127,11 @@ def named_scores(
     if on_cpu and not compiled and any(map(math.isnan, prob.tolist())):
         _check_range(names, logits, labels)
     return ModalityScores(prob, log_prob)
+
+
+def class_indices(labels: Tensor) -> Tensor:
+    """The labels as int64: in uint8, class 156 would equal −100, which marks a row to ignore."""
+    return labels.to(torch.int64)
 
 
 def _check_range(names: Sequence[str], logits: Sequence[Tensor], labels: Tensor) -> None:

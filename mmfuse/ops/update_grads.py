@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
+from ._eager import Eager
 from ._registry import Op
 from ._tensors import (
     by_device,
@@ -136,6 +137,9 @@ def update_grads_(
         flag,
         squares,
     )
+    if not torch.compiler.is_compiling():  # functionalization does it there
+        numbers = [t for t in (flag, squares) if t is not None]
+        torch._C._increment_version(layout.grads + numbers)
     for i in layout.copied:
         grads[i].copy_(layout.grads[i])
     if finite is not None and flag is not None and flag is not finite:
@@ -181,6 +185,11 @@ def update_checked_(
         finite,
         sq_norm,
     )
+    if type(backend) is Eager or not torch.compiler.is_compiling():
+        # Autograd has seen an operator, but not what it wrote to.
+        torch._C._increment_version(
+            [*grads, finite] if sq_norm is None else [*grads, finite, sq_norm]
+        )
 
 
 def _check_sq_norm(sq_norm: Tensor, grads: Sequence[Tensor]) -> None:

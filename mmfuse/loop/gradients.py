@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..noise import NoiseStream
 from ..ops._eager import Eager
+from ._parameters import Encoder, Select
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
 from .epochs import EpochWindow
-from .modalities import Encoder, Modalities, Select
+from .modalities import Modalities
 from .ranks import Group, several
 from .sense import Senses
 from .stage import take_step

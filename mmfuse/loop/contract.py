@@ -47,6 +47,7 @@ class Common(TypedDict, total=False):
     anchor_dtype: torch.dtype | None
     anchor_device: torch.device | str | None
     stream: NoiseStream | None
+    name: str | None
     backend: str | None
 
 

@@ -60,8 +60,10 @@ class GradientMethod(EpochWindow):
             halves them, at the cost of w₀'s rounding in every displacement.
         anchor_device: Where they are; "cpu" frees the GPU of them and copies them there in every
             step.
-        stream: The random stream; None makes one from `torch.initial_seed()`, at step 0. In a
-            distributed run the first rank's is taken over by all.
+        stream: The random stream; None makes one from `torch.initial_seed()`, the method and the
+            encoders' names, at step 0. In a distributed run the first rank's is taken over by all.
+        name: Of this object, where there are several with encoders of the same names: their
+            streams differ by it.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -83,6 +85,7 @@ class GradientMethod(EpochWindow):
         anchor_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None,
         stream: NoiseStream | None = None,
+        name: str | None = None,
         backend: str | None = None,
     ) -> None:
         self.name = type(self).__name__
@@ -95,7 +98,7 @@ class GradientMethod(EpochWindow):
         self.process_group = process_group
         self.backend = backend
         self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
-        self.stream = stream or self._new_stream()
+        self.stream = stream or self._new_stream(name)
         self._updates = AttachedOptimizers(self.name, self.modalities, backend)
         self._clock = Clock(0, 0)
         self._adopt(rule)
@@ -108,8 +111,9 @@ class GradientMethod(EpochWindow):
         count, tensors = len(self.modalities.names), len(self.modalities.parameters)
         self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
 
-    def _new_stream(self) -> NoiseStream:
-        return NoiseStream(device=self.modalities.device)
+    def _new_stream(self, name: str | None) -> NoiseStream:
+        parts = [self.name, *self.modalities.names] + ([] if name is None else [name])
+        return NoiseStream(device=self.modalities.device, name="/".join(parts))
 
     # Epochs ---------------------------------------------------------------------------------------
 

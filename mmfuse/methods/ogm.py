@@ -271,5 +271,5 @@ def ogm_backward(
 class _Once(OGM):
     """OGM for one step."""
 
-    def _new_stream(self) -> NoiseStream:
+    def _new_stream(self, name: str | None) -> NoiseStream:
         return default_stream(self.modalities.device)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mmfuse
 from mmfuse import ARM, ops
-from mmfuse.methods._arm_information import normalised_information, released_ncmi
+from mmfuse.methods._arm_information import released_ncmi
 from mmfuse.methods.arm import modality_weights
 from released import arm as released_arm
 
@@ -188,12 +188,12 @@ def test_weights_are_positive_and_bounded_by_the_clamp() -> None:
 def test_batched_information_is_that_of_each_problem(cell: Cell) -> None:
     rows = [torch.randn(5, 60, device=cell.device) for _ in range(4)]
     rows[3] = rows[0] + 0.5 * rows[1]
-    for released in (False, True):
-        options = {"released": released, "backend": cell.backend}
-        nmi, ncmi = normalised_information(rows, 6, 2, **options)
+    for make in (ARM, ARM.official):
+        information = make(6, 2, num_modalities=3).rule.information
+        nmi, ncmi = information(rows, cell.backend)
         assert nmi.shape == ncmi.shape == (3, 5)
         for p in range(5):
-            one = normalised_information([r[p : p + 1] for r in rows], 6, 2, **options)
+            one = information([r[p : p + 1] for r in rows], cell.backend)
             assert torch.equal(nmi[:, p : p + 1], one[0])
             assert torch.equal(ncmi[:, p : p + 1], one[1])
 

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cells import Cell
+from cells import CELLS, Cell
 from no_sync import no_host_sync
 from torch import Tensor
 
@@ -116,6 +116,15 @@ def test_official_also_where_a_contribution_is_negative(cell: Cell) -> None:
         [*out.contributions.tolist(), *out.weights.tolist()], expected, rtol=1e-5
     )
     assert out.contributions.min() < 0
+
+
+def test_official_looks_at_the_batch_in_eval_too() -> None:
+    arm, data = ARM.official(), batch(CELLS[0])
+    trained = arm(*data)
+    arm.eval()
+    assert torch.equal(arm(*data).weights, trained.weights)
+    with pytest.raises(TypeError, match="ARM needs fused, logits, fused_logits and labels"):
+        arm(data[0])
 
 
 @pytest.mark.parametrize("shape", ["usual", "one bin of z is empty"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -48,3 +51,34 @@ def test_a_card_is_true(name: str) -> None:
 @pytest.mark.parametrize("name", mmfuse.METHODS)
 def test_the_readme_names_it(name: str) -> None:
     assert re.search(rf"\b{name}\b", (ROOT / "README.md").read_text())
+
+
+def keywords(name: str) -> dict[str, Any]:
+    """Every keyword of a method that has a default, and which one."""
+    made = mmfuse.METHODS[name]
+    taken = dict(signature(made).parameters)
+    if issubclass(made, mmfuse.GradientMethod):
+        taken |= signature(mmfuse.GradientMethod).parameters
+    return {
+        key: parameter.default
+        for key, parameter in taken.items()
+        if parameter.default is not Parameter.empty
+    }
+
+
+@pytest.mark.parametrize("name", mmfuse.METHODS)
+def test_official_takes_the_keywords_of_the_class(name: str) -> None:
+    made = mmfuse.METHODS[name]
+    encoders = (TWO,) if issubclass(made, mmfuse.GradientMethod) else ()
+    given = keywords(name)
+    assert {"starts", "ends", "process_group", "backend"} < given.keys()
+    plain, official = made(*encoders), made.official(*encoders, **given)
+    assert type(official) is made
+    # What it is given it uses: with the class's own values the release is another by its type only.
+    named = {field.name for field in fields(plain.rule)} & given.keys()
+    assert {key: getattr(official.rule, key) for key in named} == {
+        key: getattr(plain.rule, key) for key in named
+    }
+    assert (official.starts, official.ends) == (plain.starts, plain.ends)
+    with pytest.raises(TypeError, match="magic"):
+        made.official(*encoders, magic=1)

@@ -23,6 +23,7 @@ from balancing import (
     arguments,
     balance,
     make,
+    see,
     show,
     start,
     strength,
@@ -130,7 +131,8 @@ class Trainer:
         with torch.autocast("cpu", self.dtype, enabled=self.dtype is not None):
             a, v = self.model.features(data[0], data[1])
             inputs = {"audio": data[0], "visual": data[1]}
-            return show(self.method, self.model.fc, {"audio": a, "visual": v}, inputs, data[2])
+            seen = see(self.model.fc, {"audio": a, "visual": v}, inputs, data[2])
+            return show(self.method, self.model.fc, seen)
 
     def backward(self, data: Data) -> Shown:
         """Forward and scaled backward pass."""
@@ -158,7 +160,7 @@ class Trainer:
         with spoiled(self.model, spoil):
             between = None if self.kind in TWO_GRADIENTS else unscale
             out = balance(self.method, shown, scale=self.scaler.scale, between=between, **more)
-        self.regulated += strength(self.method, shown, out)
+        self.regulated += strength(self.method, shown.seen, out)
         if way == "unscale after" or (between is None and way == "unscale first"):
             self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)

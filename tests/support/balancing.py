@@ -78,6 +78,8 @@ STATEFUL = [
     for kind in ON_GRADIENTS
     if kind in NOISY or NEEDS[kind].draws or make(kind, _two).state_dict()["state"]
 ]
+#: Those that look at the encoders' inputs, and pass them through the encoders once more.
+MONITORING = [kind for kind in STEPPING if "inputs" in NEEDS[kind].inputs]
 #: Those that can change an optimizer's update in place of the gradients.
 ON_UPDATES = [k for k in ON_GRADIENTS if NEEDS[k].second is None and NEEDS[k].squares is None]
 
@@ -87,57 +89,77 @@ def start(method: Any) -> None:
     STARTS.get(type(method).__name__, next_epoch)(method)
 
 
+def see(
+    head: nn.Module,
+    features: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    logits: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Everything that a method may look at, by the names of its arguments.
+
+    The head is that of concatenated features; each modality's logits are its share, or as given.
+    """
+    # A fused representation like the features, and what the head makes of it.
+    fused = torch.stack(list(features.values())).sum(0)
+    return {
+        "logits": unimodal_logits(head, features) if logits is None else logits,
+        "labels": labels,
+        "features": features,
+        "inputs": inputs,
+        "fused": fused,
+        "fused_logits": head(torch.cat([fused] * len(features), 1)),
+    }
+
+
+_LOOKS_AT = {
+    made: tuple(signature(made.forward).parameters)[1:]
+    for made in METHODS.values()
+    if issubclass(made, nn.Module)
+}
+
+
+def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """What the method looks at: in its forward pass, or in `step` and `observe`."""
+    if isinstance(method, nn.Module):
+        return {name: seen[name] for name in _LOOKS_AT[type(method)]}
+    return {name: seen[name] for name in ("logits", "labels", *method.rule.need.inputs)}
+
+
 class Shown(NamedTuple):
     """What a forward pass shows to a method.
 
     Attributes:
         loss: The joint loss.
         unimodal_losses: Of each modality alone.
-        seen: Everything that a method may look at, by the names of its arguments.
+        seen: As `see` gives it.
         out: The result of a method that acts in the forward pass.
     """
 
     loss: Tensor
     unimodal_losses: dict[str, Tensor]
     seen: dict[str, Any]
-    out: Any
+    out: Any = None
 
 
-def show(
-    method: Any,
-    head: nn.Module,
-    features: dict[str, Tensor],
-    inputs: dict[str, Tensor],
-    labels: Tensor,
-    *,
-    logits: dict[str, Tensor] | None = None,
-    reduction: str = "mean",
-) -> Shown:
-    """The forward pass from the features on, through the method if it acts there.
-
-    The head is that of concatenated features; each modality's logits are its share, or as given.
-    """
-    if logits is None:
-        logits = unimodal_logits(head, features)
-    seen: dict[str, Any] = {"logits": logits, "features": features, "inputs": inputs}
-    seen["labels"] = labels
-    passed, out = features, None
+def show(method: Any, head: nn.Module, seen: dict[str, Any], reduction: str = "mean") -> Shown:
+    """The rest of the forward pass, through the method if it acts there."""
+    passed, out = seen["features"], None
     if isinstance(method, nn.Module):
-        # A fused representation like the features, and what the head makes of it.
-        fused = torch.stack(list(features.values())).sum(0)
-        seen["fused"] = fused
-        seen["fused_logits"] = head(torch.cat([fused] * len(features), 1))
-        out = method(**{name: seen[name] for name in signature(method.forward).parameters})
+        out = method(**arguments(method, seen))
         passed = out.features
+    joint = head(torch.cat(list(passed.values()), 1))
+    losses = unimodal_losses(seen, reduction)
+    return Shown(F.cross_entropy(joint, seen["labels"], reduction=reduction), losses, seen, out)
 
-    def loss_of(z: Tensor) -> Tensor:
-        return F.cross_entropy(z, labels, reduction=reduction)
 
-    joint = loss_of(head(torch.cat(list(passed.values()), 1)))
-    # The last modality's loss goes against the joint one: the two gradients are in conflict.
-    signs = dict.fromkeys(list(logits)[-1:], -1.0)
-    unimodal = {name: loss_of(signs.get(name, 1.0) * z) for name, z in logits.items()}
-    return Shown(joint, unimodal, seen, out)
+def unimodal_losses(seen: dict[str, Any], reduction: str = "mean") -> dict[str, Tensor]:
+    """The last one goes against the joint loss, so that its encoder's gradients conflict."""
+    logits = dict(seen["logits"])
+    last = list(logits)[-1]
+    logits[last] = -logits[last]
+    labels = seen["labels"]
+    return {n: F.cross_entropy(z, labels, reduction=reduction) for n, z in logits.items()}
 
 
 def balance(
@@ -164,18 +186,13 @@ def balance(
     return method.step(**arguments(method, shown.seen), **more)
 
 
-def arguments(method: GradientMethod, seen: Mapping[str, Any]) -> dict[str, Any]:
-    """What the method's `step` and `observe` look at."""
-    return {name: seen[name] for name in ("logits", "labels", *method.rule.need.inputs)}
-
-
-def strength(method: Any, shown: Shown, out: Any) -> float:
+def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
     """How far a step was from one without the method; 0 if it has changed nothing."""
-    if shown.out is None:
-        away = (out.coefficients - method.rule.need.neutral).abs()
-        return float(away.nan_to_num(1.0).sum())
-    features = shown.seen["features"]
-    return sum(float((out.features[n] - f).abs().sum().detach()) for n, f in features.items())
+    if isinstance(method, nn.Module):
+        pairs = zip(out.features.values(), seen["features"].values(), strict=True)
+        return sum(float((a - b).abs().sum().detach()) for a, b in pairs)
+    away = (out.coefficients - method.rule.need.neutral).abs()
+    return float(away.nan_to_num(1.0).sum())
 
 
 def maker(name: str) -> Make:

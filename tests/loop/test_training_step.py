@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from balancing import (
+    DRAWING,
     KINDS,
     MONITORING,
     NOISY,
@@ -729,7 +730,7 @@ class TestAccumulation:
             assert_within(a, b, 200 * bound * b, "redundancy")
             assert torch.equal(found.gate, expected.gate)
         method = small.methods[kind]
-        if kind in (*NOISY, *MONITORING):
+        if kind in DRAWING:
             assert method.stream.state.tolist() == [3, 1]
         assert strength(method, {}, found) > 0
 

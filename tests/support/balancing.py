@@ -46,6 +46,10 @@ KINDS: dict[str, Kind] = {
 }
 ON_FEATURES = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "feature"]
 ON_GRADIENTS = [k for k in KINDS if k not in ON_FEATURES]
+#: Those of which a paper says that they go together: the first in the forward pass.
+COMBINED = ["OPM + OGM-GE"]
+#: Those that draw a number for each sample in the forward pass.
+DROPPING = [k for k in ON_FEATURES if "stream" in signature(METHODS[KINDS[k].method]).parameters]
 
 
 def make(
@@ -59,7 +63,7 @@ def make(
         if stream is not None and method.rule.need.stream:
             method.stream = stream
         return method
-    if stream is not None and "stream" in signature(METHODS[name]).parameters:
+    if stream is not None and kind in DROPPING:
         options["stream"] = stream
     return METHODS[name](**options)  # type: ignore[call-arg]
 
@@ -72,11 +76,11 @@ STEPPING = [kind for kind in ON_GRADIENTS if kind not in TWO_GRADIENTS]
 ANCHORED = [kind for kind in ON_GRADIENTS if NEEDS[kind].anchors]
 #: Those whose noise has a gradient's standard deviation.
 NOISY = [kind for kind in ON_GRADIENTS if NEEDS[kind].stats and NEEDS[kind].second is None]
+#: Those that draw from their stream.
+DRAWING = [kind for kind in ON_GRADIENTS if kind in NOISY or NEEDS[kind].draws]
 #: Those of which a step leaves something for the next.
 STATEFUL = [
-    kind
-    for kind in ON_GRADIENTS
-    if kind in NOISY or NEEDS[kind].draws or make(kind, _two).state_dict()["state"]
+    kind for kind in ON_GRADIENTS if kind in DRAWING or make(kind, _two).state_dict()["state"]
 ]
 #: Those that look at the encoders' inputs, and pass them through the encoders once more.
 MONITORING = [kind for kind in STEPPING if "inputs" in NEEDS[kind].inputs]

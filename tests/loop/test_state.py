@@ -220,7 +220,7 @@ def test_from_one_rank_to_two(kind: str, how: str, tmp_path: Path) -> None:
     if parts(kind) & set(DROPPING):  # every sample of the whole batch has its own mask
         assert differences(first_said, second_said)
     elif kind in (*MONITORING, *TWO_GRADIENTS):
-        # And its own views; their mean is the same everywhere. Under DDP the joint loss's gradient is
+        # And its own views; their mean is the same everywhere. With DDP the joint gradient is
         # a difference, which rounds.
         assert differences(first_said, second_said) == []
     else:

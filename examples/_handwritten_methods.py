@@ -240,9 +240,10 @@ FORMS: dict[str, dict[str, Build]] = {
 }
 
 # A method is one entry: called once per run to build it, then once per step.
-METHODS: dict[str, Build] = {"joint": Joint, "all losses": AllLosses}
+METHODS: dict[str, Build] = {"joint": Joint}
 for _name in mmfuse.METHODS:
     METHODS |= FORMS.get(_name, {_name: build(_name)})
+METHODS["all losses"] = AllLosses
 
 #: Those that train on the joint loss alone, and so compare with "joint".
 DEFAULT = [name for name in METHODS if name not in ("all losses", *ON_ALL_LOSSES)]

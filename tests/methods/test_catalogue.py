@@ -39,6 +39,11 @@ def test_a_card_is_true(name: str) -> None:
         need = made(TWO).rule.need
         first = "unimodal_losses" if need.second == "unimodal" else "logits"
         assert made.card.needs == (first, *need.inputs)
+    else:
+        taken = [name for name in signature(made.forward).parameters if name != "self"]
+        assert [name for name in taken if name not in ("fused_logits", "labels")] == [
+            *made.card.needs
+        ]
     golden = ROOT / "tests" / "golden" / f"test_golden_{name.lower()}.py"
     assert golden.is_file() == made.card.golden
     released = (ROOT / "released" / f"{name.lower()}.py").read_text()
@@ -48,9 +53,24 @@ def test_a_card_is_true(name: str) -> None:
     assert year is not None and year[0] in released.splitlines()[0]
 
 
+def test_the_table_in_the_readme_is_what_the_cards_say() -> None:
+    """To be pasted where it differs."""
+    readme = (ROOT / "README.md").read_text()
+    lines = readme[readme.index("### One interface") :].splitlines()
+    found = [line for line in lines[: lines.index("## In real training")] if line.startswith("| `")]
+    expected = []
+    for name, made in mmfuse.METHODS.items():
+        paper, acts, needs, official, _ = made.card
+        called = ", ".join(f"`{need}`" for need in needs)
+        expected.append(f"| `{name}` | {paper} | {acts} | {called} | {official} |")
+    assert found == expected
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "CHANGELOG.md"])
 @pytest.mark.parametrize("name", mmfuse.METHODS)
-def test_the_readme_names_it(name: str) -> None:
-    assert re.search(rf"\b{name}\b", (ROOT / "README.md").read_text())
+def test_the_documents_name_it(name: str, document: str) -> None:
+    text = re.sub(r"(?m)^\| `.*", "", (ROOT / document).read_text())  # beside the table
+    assert re.search(rf"\b{name}\b", text)
 
 
 def keywords(name: str) -> dict[str, Any]:

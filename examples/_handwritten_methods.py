@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from _handwritten_data import CLASSES
@@ -53,7 +54,13 @@ class Record(NamedTuple):
 
 
 class Joint:
-    """Plain joint training, the baseline; a call is the forward and backward pass of one step."""
+    """Plain joint training, the baseline; a call is the forward and backward pass of one step.
+
+    Attributes:
+        coefficients: What the coefficients of the records are.
+    """
+
+    coefficients = "factor of the gradient"
 
     def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
         self.model = model
@@ -71,110 +78,121 @@ class Joint:
         return self.model.fuse(features)
 
 
-class Modulated(Joint):
-    """OGM, or OGM-GE with `noise`."""
+class AllLosses(Joint):
+    """Training on the joint loss and on every view's own: the baseline of methods that do so."""
 
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, noise: bool) -> None:
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record | None:
+        """Leaves the gradients in the model."""
+        joint, own, _ = losses(self.model, self.model.features(views), labels)
+        (joint + sum(own.values())).backward()
+        return None
+
+
+def losses(
+    model: Model, features: dict[str, Tensor], labels: Tensor
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """The joint loss, each view's own, and the logits that those are of."""
+    logits = mmfuse.unimodal_logits(model.head, features)
+    own = {view: F.cross_entropy(z, labels) for view, z in logits.items()}
+    return F.cross_entropy(model.fuse(features), labels), own, logits
+
+
+class OnGradients(Joint):
+    """A method that acts on gradients, by the name of its class."""
+
+    def __init__(
+        self, model: Model, seed: int, args: argparse.Namespace, *, name: str, **options: Any
+    ) -> None:
         super().__init__(model, seed, args)
-        stream = mmfuse.NoiseStream(seed, args.device)
-        self.ogm = mmfuse.OGM(
-            dict(model.encoders),
-            alpha=args.alpha,
-            noise=noise,
-            stream=stream,
-            backend=args.backend,
-        )
-
-    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
-        """Leaves the modulated gradients in the model."""
-        features = self.model.features(views)
-        loss = F.cross_entropy(self.model.fuse(features), labels)
-        logits = mmfuse.unimodal_logits(self.model.head, features)
-        out = self.ogm.backward(loss, logits, labels)
-        return Record(out.scores, out.coefficients)
-
-
-class Regulated(Joint):
-    """InfoReg."""
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
-        super().__init__(model, seed, args)
-        self.inforeg = mmfuse.InfoReg(dict(model.encoders), backend=args.backend)
+        made = mmfuse.METHODS[name]
+        known = signature(made).parameters
+        options |= {key: getattr(args, key) for key in ("alpha", "epochs") if key in known}
+        self.method = made(dict(model.encoders), backend=args.backend, **options)
+        need = self.method.rule.need
+        if need.stream:
+            self.method.stream = mmfuse.NoiseStream(seed, args.device)
+        if need.anchors:
+            self.coefficients = "factor of the displacement"
+        self.two_gradients = need.second == "unimodal"
+        if self.two_gradients:
+            self.coefficients = "weight of the joint gradient"
+        self.all_losses = name in ON_ALL_LOSSES
+        self.logarithms = name in OF_LOGARITHMS
 
     def set_epoch(self, epoch: int) -> None:
-        """Copies the encoders."""
-        self.inforeg.set_epoch(epoch)
+        """Copies the encoders, for methods that compare with them."""
+        self.method.set_epoch(epoch)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
-        """Leaves the regulated gradients in the model."""
+        """Leaves the changed gradients in the model."""
         features = self.model.features(views)
-        F.cross_entropy(self.model.fuse(features), labels).backward()
-        logits = mmfuse.unimodal_logits(self.model.head, features)
-        out = self.inforeg.step(logits, labels)
-        return Record(out.scores.exp(), out.coefficients)  # the geometric mean of probabilities
-
-
-class RedundancyRegulated(Joint):
-    """RedReg, whose monitor looks at the views as they come in."""
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
-        super().__init__(model, seed, args)
-        stream = mmfuse.NoiseStream(seed, args.device)
-        self.redreg = mmfuse.RedReg(
-            dict(model.encoders), epochs=args.epochs, stream=stream, backend=args.backend
-        )
-
-    def set_epoch(self, epoch: int) -> None:
-        """Copies the encoders."""
-        self.redreg.set_epoch(epoch)
-
-    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
-        """Leaves the regulated gradients in the model."""
-        features = self.model.features(views)
-        F.cross_entropy(self.model.fuse(features), labels).backward()
-        logits = mmfuse.unimodal_logits(self.model.head, features)
-        out = self.redreg.step(logits, labels, features, views)
-        return Record(out.scores, out.coefficients)
+        if self.two_gradients:
+            joint, own, logits = losses(self.model, features, labels)
+            out = self.method.backward(joint, unimodal_losses=own)
+            with torch.no_grad():
+                scores = torch.stack([torch.exp(-loss) for loss in own.values()])
+            return Record(scores, out.coefficients)
+        if self.all_losses:
+            joint, own, logits = losses(self.model, features, labels)
+            loss = joint + sum(own.values())
+        else:
+            loss = F.cross_entropy(self.model.fuse(features), labels)
+            logits = mmfuse.unimodal_logits(self.model.head, features)
+        # Methods that need neither features nor inputs ignore them.
+        out = self.method.backward(loss, logits, labels, features, views)
+        scores = out.scores.exp() if self.logarithms else out.scores
+        return Record(scores, out.coefficients)
 
 
 class Dropped(Joint):
-    """OPM, or OPM + OGM-GE with `modulated`."""
+    """OPM, alone or with a method on gradients."""
+
+    coefficients = "share of features kept"
 
     def __init__(
-        self, model: Model, seed: int, args: argparse.Namespace, *, modulated: bool
+        self,
+        model: Model,
+        seed: int,
+        args: argparse.Namespace,
+        *,
+        name: str,
+        then: Callable[[Model, int, argparse.Namespace], OnGradients] | None = None,
     ) -> None:
         super().__init__(model, seed, args)
-        self.opm = mmfuse.OPM(
+        self.dropping = mmfuse.METHODS[name](
             num_modalities=len(model.encoders),
             stream=mmfuse.NoiseStream(seed),
             backend=args.backend,
         ).to(args.device)
-        self.ogm = Modulated(model, seed, args, noise=True).ogm if modulated else None
+        self.then = None if then is None else then(model, seed, args).method
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
         """Leaves the gradients in the model; both methods see the undropped features' logits."""
         features = self.model.features(views)
         logits = mmfuse.unimodal_logits(self.model.head, features)
-        out = self.opm(features, logits, labels)
+        out = self.dropping(features, logits, labels)
         loss = F.cross_entropy(self.model.fuse(out.features), labels)
-        if self.ogm is None:
+        if self.then is None:
             loss.backward()
         else:
-            self.ogm.backward(loss, logits, labels)
+            self.then.backward(loss, logits, labels)
         return Record(out.scores, 1 - out.drop_probability)
 
 
 class Reinforced(Joint):
     """ARM, with the paper's head: a fusion to the features' width, and one classifier for all."""
 
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
+    coefficients = "factor of the feature"
+
+    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
         super().__init__(model, seed, args)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             fusion = nn.Linear(WIDTH * len(model.encoders), WIDTH)
             model.head = nn.Sequential(fusion, nn.Linear(WIDTH, CLASSES)).to(args.device)
-        self.arm = mmfuse.ARM(num_modalities=len(model.encoders), backend=args.backend)
-        self.arm.to(args.device)
+        made = mmfuse.METHODS[name]
+        self.weighting = made(num_modalities=len(model.encoders), backend=args.backend)
+        self.weighting.to(args.device)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
         """Leaves the gradients of the weighted features' loss in the model."""
@@ -184,36 +202,48 @@ class Reinforced(Joint):
             fused = fusion(torch.cat(list(features.values()), dim=1))
             logits = {view: classifier(feature) for view, feature in features.items()}
             fused_logits = classifier(fused)
-        out = self.arm(features, fused, logits, fused_logits, labels)
+        out = self.weighting(features, fused, logits, fused_logits, labels)
         F.cross_entropy(self.model.fuse(out.features), labels).backward()
         return Record(out.scores.float(), out.weights.float())
 
     def predict(self, features: dict[str, Tensor]) -> Tensor:
         """Logits of the features with the average weights of training."""
-        self.arm.eval()
-        weighted = self.arm(features).features
-        self.arm.train()
+        self.weighting.eval()
+        weighted = self.weighting(features).features
+        self.weighting.train()
         return self.model.fuse(weighted)
 
 
+Build = Callable[[Model, int, argparse.Namespace], Joint]
+
+
+def build(name: str) -> Build:
+    """How a method of the catalogue is trained, by what it needs."""
+    card = mmfuse.METHODS[name].card
+    if card.acts == "gradient":
+        return partial(OnGradients, name=name)
+    return partial(Reinforced if "fused" in card.needs else Dropped, name=name)
+
+
+# What neither card nor rule says: whose papers train on every modality's own loss as well, beside
+# those that need them; and whose scores are mean logarithms of probabilities.
+ON_ALL_LOSSES = {"MLB"} | {
+    name for name, made in mmfuse.METHODS.items() if "unimodal_losses" in made.card.needs
+}
+OF_LOGARITHMS = {"InfoReg"}
+
+# The methods that are trained in several forms.
+_ogm_ge = partial(OnGradients, name="OGM", noise=True)
+FORMS: dict[str, dict[str, Build]] = {
+    "OGM": {"OGM": partial(OnGradients, name="OGM", noise=False), "OGM-GE": _ogm_ge},
+    "OPM": {"OPM": build("OPM"), "OPM + OGM-GE": partial(Dropped, name="OPM", then=_ogm_ge)},
+}
+
 # A method is one entry: called once per run to build it, then once per step.
-METHODS: dict[str, Callable[[Model, int, argparse.Namespace], Joint]] = {
-    "joint": Joint,
-    "OGM": partial(Modulated, noise=False),
-    "OGM-GE": partial(Modulated, noise=True),
-    "InfoReg": Regulated,
-    "RedReg": RedundancyRegulated,
-    "OPM": partial(Dropped, modulated=False),
-    "OPM + OGM-GE": partial(Dropped, modulated=True),
-    "ARM": Reinforced,
-}
+METHODS: dict[str, Build] = {"joint": Joint}
+for _name in mmfuse.METHODS:
+    METHODS |= FORMS.get(_name, {_name: build(_name)})
+METHODS["all losses"] = AllLosses
 
-
-# What a method's coefficients are, where they are not factors of the gradient.
-COEFFICIENTS = {
-    "InfoReg": "factor of the displacement",
-    "RedReg": "factor of the displacement",
-    "OPM": "share of features kept",
-    "OPM + OGM-GE": "share of features kept",
-    "ARM": "factor of the feature",
-}
+#: Those that train on the joint loss alone, and so compare with "joint".
+DEFAULT = [name for name in METHODS if name not in ("all losses", *ON_ALL_LOSSES)]

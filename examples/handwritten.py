@@ -22,7 +22,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 from _handwritten_data import CITATION, CLASSES, VIEWS, MissingDataError, Split, load, split
-from _handwritten_methods import COEFFICIENTS, METHODS, Model, Record
+from _handwritten_methods import DEFAULT, METHODS, Model, Record
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -134,6 +134,7 @@ class Result(NamedTuple):
     joint: float
     probes: list[float]
     history: Record
+    coefficients: str  # what those of the history are
 
 
 def train_all(splits: list[Split], args: argparse.Namespace) -> dict[str, list[Result]]:
@@ -146,7 +147,8 @@ def train_all(splits: list[Split], args: argparse.Namespace) -> dict[str, list[R
                 progress.set_description(f"{method}, seed {seed}")
                 run = Run(method, data, seed, args)
                 history = run.train(progress)
-                results[method].append(Result(*run.accuracies(), history))
+                what = run.backward.coefficients
+                results[method].append(Result(*run.accuracies(), history, what))
     return results
 
 
@@ -250,7 +252,7 @@ def plot(results: dict[str, list[Result]], args: argparse.Namespace) -> Path:
         lower.set(
             xlabel="step",
             xlim=(0, steps),
-            ylabel=COEFFICIENTS.get(method, "factor of the gradient"),
+            ylabel=results[method][0].coefficients,
         )
         if lower.get_ylim()[1] < 1.05:
             lower.set_ylim(-0.02, 1.05)
@@ -303,7 +305,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--views", nargs="+", choices=VIEWS, default=["pix", "fou"], help="two or more views")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="what to compare")
+    add("--methods", nargs="+", choices=METHODS, default=DEFAULT, help="what to compare")
     add("--train", type=int, default=600, help="training digits, of 2,000")
     add("--epochs", type=int, default=60, help="passes over the training digits")
     add("--seeds", type=int, default=3, help="number of seeds: splits, weights, batches, noise")

@@ -1,7 +1,8 @@
 """What a GradScaler knows, as tensors that no host has to wait for.
 
-`OGM.step`, `InfoReg.step` and `RedReg.step` take both. After ``scaler.unscale_(optimizer)`` nothing
-needs `grad_scale`; it is for optimizers with ``fused=True`` that are left to unscale on their own.
+The `step` and `backward` of every `mmfuse.GradientMethod` take both. After
+``scaler.unscale_(optimizer)`` nothing needs `grad_scale`; it is for optimizers with ``fused=True``
+that are left to unscale on their own.
 """
 
 from __future__ import annotations

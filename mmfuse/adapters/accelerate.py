@@ -1,4 +1,4 @@
-"""OGM, InfoReg and RedReg in a training loop of Hugging Face Accelerate.
+"""Methods on gradients in a training loop of Hugging Face Accelerate.
 
 ::
 
@@ -56,11 +56,11 @@ class Balance:
     Args:
         accelerator: The Accelerator. The method's state becomes part of its ``save_state`` and
             ``load_state``.
-        method: `mmfuse.OGM`, `InfoReg` or `RedReg`. It can be made before or after
-            ``accelerator.prepare``; after it under FSDP2, which replaces the parameters.
+        method: Such as `mmfuse.OGM`. It can be made before or after ``accelerator.prepare``; after
+            it under FSDP2, which replaces the parameters.
 
     Raises:
-        TypeError: the method does not act on gradients, but in the forward pass.
+        TypeError: the method acts in the forward pass, or makes the backward passes itself.
         ValueError: the Accelerator runs DeepSpeed, Megatron-LM or the first FSDP, whose gradients
             are not in the encoders' parameters.
     """
@@ -100,7 +100,7 @@ class Balance:
             loss: The scalar loss of this micro-batch.
             logits: Name → [B, C] logits of each modality alone.
             labels: [B] integer class indices; rows labelled −100 do not count.
-            features: Name → [B, …] features, for methods that need them, such as `RedReg`.
+            features: Name → [B, …] features, for methods that need them.
             inputs: Name → input of each encoder, likewise.
             sync: Whether the optimizer steps after this micro-batch; None for what
                 ``accelerator.accumulate`` says. Inside ``accelerator.no_sync``, which says nothing

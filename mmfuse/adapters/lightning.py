@@ -65,8 +65,8 @@ class Balance(Callback):
     before the first of these steps. With ``apply_to="update"`` the optimizers are attached.
 
     Args:
-        method: `mmfuse.OGM`, `mmfuse.InfoReg`, `mmfuse.RedReg` or one of their ``official``, or
-            another callable that makes a `mmfuse.GradientMethod` from encoders.
+        method: A class such as `mmfuse.OGM`, or its ``official``, or another callable that makes a
+            `mmfuse.GradientMethod` from encoders.
         encoders: As in `match_parameters`; names are looked up in the LightningModule when the
             fit starts, after ``configure_model``.
         log_every: Steps between two whose coefficients, scores and the like are sent to the
@@ -79,7 +79,7 @@ class Balance(Callback):
 
     Raises:
         TypeError: `method` is not callable or `encoders` no mapping; when the fit starts, `method`
-            makes nothing that acts on gradients.
+            makes nothing that acts on gradients, or what makes the backward passes itself.
         ValueError: `log_every` is negative.
     """
 
@@ -142,7 +142,7 @@ class Balance(Callback):
         Args:
             logits: Name → [B, C] logits of each modality alone.
             labels: [B] integer class indices; rows labelled −100 do not count.
-            features: Name → [B, …] features, for methods that need them, such as `RedReg`.
+            features: Name → [B, …] features, for methods that need them.
             inputs: Name → input of each encoder, likewise.
 
         Raises:

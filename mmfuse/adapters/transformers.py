@@ -1,4 +1,4 @@
-"""OGM, InfoReg and RedReg in the Trainer of Hugging Face Transformers.
+"""Methods on gradients in the Trainer of Hugging Face Transformers.
 
 The model returns a mapping (such as a ``ModelOutput``) with ``loss`` and ``modality_logits``, the
 name of each modality → [B, C] logits of it alone::
@@ -24,10 +24,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..loop.epochs import EpochWindowModule
 from ..loop.gradients import GradientMethod
 from ..loop.scalars import scalars_of
 from ..loop.shards import whole_state
-from ..methods.opm import OPM
 from ._methods import checked
 
 try:
@@ -57,13 +57,13 @@ class BalanceMixin(_Base):  # type: ignore[misc]
     is taken from the model's outputs by `balance_inputs`, which can be overridden. Epochs, gradient
     accumulation, mixed precision, DDP, FSDP2 and checkpoints are the Trainer's; the method's state
     lies beside the optimizer's, in the file "mmfuse.pt". What the last step has decided is read
-    where the Trainer reads the loss, at its logging steps, and becomes part of the same log. An
-    `mmfuse.OPM` in the model is told the epochs, too.
+    where the Trainer reads the loss, at its logging steps, and becomes part of the same log.
+    Methods in the model, such as `mmfuse.OPM`, are told the epochs, too.
 
     Args:
         *args: As for the Trainer.
-        balance: Makes the method from the model: `mmfuse.OGM`, `InfoReg` or `RedReg`. It is called
-            at the beginning of `train`, when the model is on its device and sharded. None leaves
+        balance: Makes the method from the model, such as `mmfuse.OGM`. It is called at the
+            beginning of `train`, when the model is on its device and sharded. None leaves
             the gradients alone.
         **kwargs: As for the Trainer.
 
@@ -108,7 +108,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
 
         Returns:
             ``(outputs["modality_logits"], inputs["labels"])``, then for methods that need them,
-            such as `RedReg`, ``outputs["modality_features"]`` and ``outputs["modality_inputs"]``.
+            ``outputs["modality_features"]`` and ``outputs["modality_inputs"]``.
 
         Raises:
             ValueError: one of them is missing; it is named, with what there is.
@@ -228,7 +228,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         epoch = int(self.state.epoch or 0) if last is None else last + 1
         self._balance_epoch = epoch
         for module in self.model.modules():
-            if isinstance(module, OPM):
+            if isinstance(module, EpochWindowModule):
                 module.set_epoch(epoch)
         if self.balance_method is not None:
             self.balance_method.set_epoch(epoch)

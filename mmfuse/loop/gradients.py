@@ -15,7 +15,7 @@ from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
 from .epochs import EpochWindow
 from .modalities import Modalities
-from .ranks import Group, several
+from .ranks import Group
 from .sense import Senses
 from .stage import take_step
 from .state import State, check_saved, saved_method
@@ -224,7 +224,7 @@ class GradientMethod(EpochWindow):
                     f"{self.name}.backward needs unimodal_losses, one for each modality"
                 )
             losses = checked_losses(self.modalities, unimodal_losses)
-            group = several(self.process_group)
+            group = self.process_group
             unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
         elif logits is None:
             raise TypeError(f"{self.name}.backward needs logits and labels")

@@ -174,8 +174,7 @@ def scalars_of(result: Any, names: Sequence[str]) -> dict[str, Tensor]:
     Features, masks and indices are left out, as is what is None.
 
     Args:
-        result: An `OGMResult`, `InfoRegResult`, `RedRegResult`, `OPMResult` or `ARMResult`, or
-            another dataclass of [M] and 0-d tensors.
+        result: A method's, such as `OGMResult`, or another dataclass of [M] and 0-d tensors.
         names: The M modalities, in the order of the method's encoders.
 
     Returns:

@@ -8,13 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops._tensors import kept_tensor
-from ..ops.joint_entropies import joint_entropies
+from ..ops.joint_entropies import JointEntropies, joint_entropies
 from ..ops.mutual_information import normalised
+
+
+class Histograms(NamedTuple):
+    """Joint entropies of what the information is made of; M modalities m, j and c, the fused one.
+
+    Attributes:
+        pairs: Of (m, c).
+        triples: Of (m, j, c), one for each of `others`.
+        others: Pairs (m, j) with m < j.
+    """
+
+    pairs: JointEntropies
+    triples: JointEntropies
+    others: list[tuple[int, int]]
+
+
+def histograms(
+    rows: Sequence[Tensor], bins: int, conditional_bins: int, backend: str | None
+) -> Histograms:
+    """Two launches' worth; arguments and errors are those of `normalised_information`."""
+    c = len(rows) - 1
+    pairs = joint_entropies(rows, [(m, c) for m in range(c)], bins, backend=backend)
+    others = list(combinations(range(c), 2))
+    triples = joint_entropies(
+        rows, [(m, j, c) for m, j in others], conditional_bins, backend=backend
+    )
+    return Histograms(pairs, triples, others)
 
 
 def normalised_information(
@@ -22,7 +50,6 @@ def normalised_information(
     bins: int = 30,
     conditional_bins: int = 2,
     *,
-    released: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """nmi_m and ncmi_m of all modalities, from two launches' worth of histograms.
@@ -32,7 +59,6 @@ def normalised_information(
             representation; P problems in one call.
         bins: Of nmi.
         conditional_bins: Of ncmi.
-        released: Take the released code's ncmi (see `released_ncmi`).
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -42,37 +68,23 @@ def normalised_information(
         TypeError: as `mmfuse.ops.joint_entropies`.
         ValueError: as `mmfuse.ops.joint_entropies`.
     """
-    c = len(rows) - 1
-    pairs = joint_entropies(rows, [(m, c) for m in range(c)], bins, backend=backend)
-    others = list(combinations(range(c), 2))
-    triples = joint_entropies(
-        rows, [(m, j, c) for m, j in others], conditional_bins, backend=backend
-    )
-    of_pairs, of_triples = _combinations(pairs.entropies.device)
-    shared = pairs.entropies @ of_pairs
-    if released:
-        n = triples.counts.unflatten(-1, [conditional_bins] * 3)
-        nmi = normalised(*shared.unbind(-1))
-        ncmi = [released_ncmi(n.permute(0, 1, 2, 4, 3)), released_ncmi(n.permute(0, 1, 3, 4, 2))]
-    else:
-        given = (triples.entropies @ of_triples).chunk(2, -1)
-        all_of_them = normalised(*torch.cat([shared, *given]).unbind(-1))
-        nmi, *ncmi = all_of_them.split([c, len(others), len(others)])
-    return nmi, torch.cat(ncmi) if c == 2 else _mean_of_pairs(others, *ncmi)
+    pairs, triples, others = histograms(rows, bins, conditional_bins, backend)
+    of_triples = kept_tensor(_OF_TRIPLES, (7, 4), torch.float64, triples.entropies.device)
+    given = (triples.entropies @ of_triples).chunk(2, -1)
+    all_of_them = normalised(*torch.cat([nmi_terms(pairs), *given]).unbind(-1))
+    nmi, forth, back = all_of_them.split([len(rows) - 1, len(others), len(others)])
+    return nmi, mean_over_others(others, forth, back)
 
 
-def _combinations(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Products of entropies with these are 2 I and the sum of both entropies.
-
-    [3, 2] from H(m), H(c), H(m,c); [7, 4] from those of (m, j, c), once for (m; c | j) and once for
-    (j; c | m). One product costs less than the sums one by one.
-    """
-    return (
-        kept_tensor(_OF_PAIRS, (3, 2), torch.float64, device),
-        kept_tensor(_OF_TRIPLES, (7, 4), torch.float64, device),
-    )
+def nmi_terms(pairs: JointEntropies) -> Tensor:
+    """[M, P, 2]: 2 I(m; c), and H(m) + H(c)."""
+    of_pairs = kept_tensor(_OF_PAIRS, (3, 2), torch.float64, pairs.entropies.device)
+    return pairs.entropies @ of_pairs
 
 
+# Products of entropies with these are 2 I and the sum of both entropies: [3, 2] from H(m), H(c),
+# H(m, c); [7, 4] from those of (m, j, c), once for (m; c | j) and once for (j; c | m). One product
+# costs less than the sums one by one.
 # fmt: off
 _OF_PAIRS = (2, 1,  2, 1,  -2, 0)
 _OF_TRIPLES = (
@@ -87,8 +99,10 @@ _OF_TRIPLES = (
 # fmt: on
 
 
-def _mean_of_pairs(others: Sequence[tuple[int, int]], forth: Tensor, back: Tensor) -> Tensor:
+def mean_over_others(others: Sequence[tuple[int, int]], forth: Tensor, back: Tensor) -> Tensor:
     """Means over j of what m shares with c given j: [M, P] from the pairs (m, j) and (j, m)."""
+    if len(others) == 1:
+        return torch.cat([forth, back])
     count = max(j for _, j in others) + 1
     given: list[list[Tensor]] = [[] for _ in range(count)]
     for q, (m, j) in enumerate(others):

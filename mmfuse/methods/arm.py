@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +62,31 @@ class ARMResult:
     contributions: Tensor | None = None
     nmi: Tensor | None = None
     ncmi: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ARMRule:
+    """The rule of the paper."""
+
+    bins: int = 30
+    conditional_bins: int = 2
+
+    #: Whether `eval()` takes the moving average of the weights of training.
+    averages: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_bins(self.bins, MAX_BINS[2])
+        check_bins(self.conditional_bins, MAX_BINS[3], name="conditional_bins")
+
+    def information(
+        self, rows: Sequence[Tensor], backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """nmi_m and ncmi_m; [M, P] each, from M + 1 tensors [P, N] of which c is the last."""
+        return normalised_information(rows, self.bins, self.conditional_bins, backend=backend)
+
+    def weights(self, contributions: Tensor) -> Tensor:
+        """[M], positive and finite."""
+        return modality_weights(contributions.clamp(min=_LEAST))
 
 
 class ARM(EpochWindowModule, nn.Module):
@@ -103,6 +128,7 @@ class ARM(EpochWindowModule, nn.Module):
         "Gao-xiyuan/ARM at a96d0ad",
         golden=True,
     )
+    rule: ARMRule
     average: Tensor
     average_weight: Tensor
 
@@ -120,25 +146,21 @@ class ARM(EpochWindowModule, nn.Module):
     ) -> None:
         super().__init__()
         self._set_window(starts, ends)
-        check_bins(bins, MAX_BINS[2])
-        check_bins(conditional_bins, MAX_BINS[3], name="conditional_bins")
+        self.rule = ARMRule(bins, conditional_bins)
         if num_modalities < 2:
             raise ValueError(f"balancing needs at least two modalities, got {num_modalities}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        self.bins = bins
-        self.conditional_bins = conditional_bins
         self.num_modalities = num_modalities
         self.momentum = momentum
         self.process_group = check_group(process_group)
         self.backend = backend
-        self._released = False
         self.register_buffer("average", torch.zeros(num_modalities, dtype=torch.float64))
         self.register_buffer("average_weight", torch.zeros((), dtype=torch.float64))
 
     @classmethod
-    def official(cls, *, process_group: Group = None, backend: str | None = None) -> ARM:
-        """What the authors' released code runs, for two modalities.
+    def official(cls, bins: int = 30, conditional_bins: int = 2, **keywords: Any) -> ARM:
+        """What the authors' released code runs; theirs is for two modalities.
 
         Its conditional entropy divides the joint probabilities by p(z) along an axis that is not
         z's and does not weight by it (see `mmfuse.methods._arm_information.released_ncmi`). After a
@@ -146,9 +168,20 @@ class ARM(EpochWindowModule, nn.Module):
         infinite; nothing is clamped. In `eval()` it needs the labels of the test set too. That its
         layer from the features to `fused` gets no gradient is a matter of your network: the weights
         are detached either way.
+
+        Args:
+            bins: As in `ARM`.
+            conditional_bins: As in `ARM`.
+            **keywords: As in `ARM`.
+
+        Raises:
+            TypeError: as `ARM`.
+            ValueError: as `ARM`.
         """
-        made = cls(process_group=process_group, backend=backend)
-        made._released = True
+        from ._arm_released import ARMReleased
+
+        made = cls(bins, conditional_bins, **keywords)
+        made.rule = ARMReleased(bins, conditional_bins)
         return made
 
     def forward(
@@ -179,7 +212,7 @@ class ARM(EpochWindowModule, nn.Module):
                 of range. Nothing has been changed then.
         """
         names, values = named_features("ARM", features, self.num_modalities)
-        if not self.training and not self._released:
+        if not self.training and self.rule.averages:
             average = self._average()
             return ARMResult(_weighted(features, average), average)
         if fused is None or logits is None or fused_logits is None or labels is None:
@@ -200,9 +233,7 @@ class ARM(EpochWindowModule, nn.Module):
                 seen = mean_over_ranks(seen, labels, self.process_group)
                 nmi, ncmi, scores = seen.split([len(names), len(names), len(names) + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
-            weights = modality_weights(
-                contributions if self._released else contributions.clamp(min=_LEAST)
-            )
+            weights = self.rule.weights(contributions)
             if self.training and not self.modulating:
                 weights = torch.ones_like(weights)
             # A checkpointed forward pass is repeated in the backward pass; it counts once.
@@ -226,10 +257,8 @@ class ARM(EpochWindowModule, nn.Module):
                     f"{name} {list(value.shape)}"
                 )
         rows = [value.reshape(1, -1) for value in (*features, fused)]
-        found = normalised_information(
-            rows, self.bins, self.conditional_bins, released=self._released, backend=self.backend
-        )
-        return found[0].squeeze(1), found[1].squeeze(1)
+        nmi, ncmi = self.rule.information(rows, self.backend)
+        return nmi.squeeze(1), ncmi.squeeze(1)
 
     def _average(self) -> Tensor:
         started = self.average_weight > 0
@@ -237,10 +266,7 @@ class ARM(EpochWindowModule, nn.Module):
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""
-        return (
-            f"bins={self.bins}, conditional_bins={self.conditional_bins}, "
-            f"num_modalities={self.num_modalities}"
-        )
+        return f"{self.rule}, num_modalities={self.num_modalities}"
 
 
 def _weighted(features: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:

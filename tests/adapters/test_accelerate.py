@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import MAKERS, Make, acted, inforeg, needed, ogm_ge, redreg
+from balancing import ANCHORED, MAKERS, TWO_GRADIENTS, Make, acted, inforeg, maker, needed, ogm_ge
 from networks import AudioVisual, batch
 from ranks import ranks
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 import mmfuse
-from mmfuse import OGM, OPM, InfoReg, MMPareto, NoiseStream
+from mmfuse import OGM, OPM, InfoReg, NoiseStream
 
 pytest.importorskip("accelerate")
 
@@ -183,7 +183,7 @@ def test_bf16_is_the_loop_by_hand_under_autocast() -> None:
     assert not torch.equal(full.fc.weight, model.fc.weight)  # it was bfloat16
 
 
-@pytest.mark.parametrize("make", [inforeg, redreg])
+@pytest.mark.parametrize("make", [maker(kind) for kind in ANCHORED])
 def test_scaled_gradients_are_regulated_as_unscaled_ones(make: Make) -> None:
     """A power of two changes exponents only, so that the run must be the same bit for bit."""
     plain, data = AudioVisual(), [batch() for _ in range(4)]
@@ -274,8 +274,9 @@ def test_what_does_not_fit_is_refused() -> None:
     model = AudioVisual()
     with pytest.raises(TypeError, match=r"acts on gradients .*, got OPM"):
         Balance(accelerator, OPM())
-    with pytest.raises(TypeError, match="MMPareto makes its two backward passes itself"):
-        Balance(accelerator, MMPareto(model.encoders))
+    for kind in TWO_GRADIENTS:
+        with pytest.raises(TypeError, match=f"{kind} makes its two backward passes itself"):
+            Balance(accelerator, maker(kind)(model.encoders))
     assert accelerator._custom_objects == []
     balance = Balance(accelerator, InfoReg(model.encoders))
     with pytest.raises(ValueError, match="InfoReg acts on gradients only; there is nothing to"):

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import MAKERS, Make, acted, needed
+from balancing import MAKERS, TWO_GRADIENTS, Make, acted, needed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -516,6 +516,12 @@ def test_bad_arguments() -> None:
 def test_a_method_that_does_not_act_on_gradients(tmp_path: Path, make: Any) -> None:
     with pytest.raises(TypeError, match=r"acts on gradients .*, got (ModuleDict|OPM)"):
         fit(tmp_path, AudioVisual(), Batches(), Balance(make, ENCODERS))
+
+
+@pytest.mark.parametrize("kind", TWO_GRADIENTS)
+def test_a_method_that_makes_the_backward_passes(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(TypeError, match=f"{kind} makes its two backward passes itself, where the"):
+        fit(tmp_path, AudioVisual(), Batches(), Balance(mmfuse.METHODS[kind], ENCODERS))
 
 
 @pytest.mark.parametrize("every", [1, 5])

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import MAKERS, Make, inforeg, ogm_ge
+from balancing import MAKERS, ON_FEATURES, TWO_GRADIENTS, Make, inforeg, maker, ogm_ge
+from balancing import make as make_method
 from networks import AudioVisual
 from ranks import ranks
 from torch import Tensor, nn
@@ -315,18 +316,19 @@ def test_evaluation_and_label_smoothing_leave_the_method_alone(tmp_path: Path) -
     assert torch.equal(trainer.balance_method.state_dict()["stream"]["state"][1], torch.tensor(5))
 
 
-def test_an_opm_in_the_model_hears_of_the_epochs(tmp_path: Path) -> None:
-    class WithOPM(Model):
+@pytest.mark.parametrize("kind", ON_FEATURES)
+def test_a_method_in_the_model_hears_of_the_epochs(kind: str, tmp_path: Path) -> None:
+    class Within(Model):
         def __init__(self) -> None:
             super().__init__()
-            self.opm = OPM(starts=1, stream=NoiseStream(1))
+            self.within = make_method(kind, {}, starts=1)
             self.epochs: list[int] = []
 
         def forward(self, audio: Tensor, visual: Tensor, labels: Tensor) -> dict[str, Any]:
-            self.epochs.append(self.opm.epoch)
+            self.epochs.append(self.within.epoch)
             return dict(super().forward(audio, visual, labels))
 
-    model = WithOPM()
+    model = Within()
     InOrder(model, arguments(tmp_path, num_train_epochs=2), train_dataset=samples()).train()
     assert model.epochs == [0] * 5 + [1] * 5
 
@@ -392,6 +394,9 @@ def test_misuse_is_told(tmp_path: Path) -> None:
         train(Model(), ogm_ge, tmp_path, Deaf)
     with pytest.raises(TypeError, match=r"acts on gradients .*, got OPM"):
         train(Model(), lambda encoders: OPM(), tmp_path)
+    for kind in TWO_GRADIENTS:
+        with pytest.raises(TypeError, match=f"{kind} makes its two backward passes itself"):
+            train(Model(), maker(kind), tmp_path)
     with pytest.raises(TypeError, match=r"lambda model: .*; got OGM"):
         InOrder(Model(), arguments(tmp_path), balance=ogm_ge(Model().encoders))
 

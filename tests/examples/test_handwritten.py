@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import mmfuse
+
 pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("tqdm")
@@ -92,7 +94,39 @@ def test_a_seed_repeats_every_number(method, monkeypatch):
     for a, b in zip(first.history, second.history, strict=True):
         assert a.shape == (2 * args.epochs, len(args.views))  # 100 digits are two batches
         assert torch.equal(a, b)
-    assert (first.history.coefficients == 1).all() == (method == "joint")
+    untouched = method in ("joint", "all losses")
+    assert (first.history.coefficients == 1).all() == untouched
+    assert ((first.history.scores > 0) & (first.history.scores < 1)).all()
+
+
+def test_every_method_of_the_catalogue_can_be_chosen():
+    assert set(mmfuse.METHODS) < set(handwritten.METHODS)
+    # The demo compares with joint training: what trains on other losses has to be asked for.
+    assert set(mmfuse.METHODS) - set(handwritten.DEFAULT) == {"MLB", "MMPareto"}
+
+
+def test_all_losses_are_a_baseline_of_their_own():
+    """With a factor of 1 for every encoder MLB is that baseline."""
+    options = ["--quick", "--train", "100", "--alpha", "0"]
+    args = handwritten.parse([*options, "--methods", "all losses", "MLB"])
+    data = digits.split(*digits.load(args.views), args.train, seed=1)
+    (plain,), (mlb,) = handwritten.train_all([data], args).values()
+    assert plain[:2] == mlb[:2]
+
+
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        ("OGM", "factor of the gradient"),
+        ("InfoReg", "factor of the displacement"),
+        ("ARM", "factor of the feature"),
+        ("MMPareto", "weight of the joint gradient"),
+    ],
+)
+def test_the_plot_says_what_coefficients_are(method, what):
+    args = handwritten.parse(["--quick", "--train", "100", "--methods", method])
+    data = digits.split(*digits.load(args.views), args.train, seed=1)
+    assert handwritten.Run(method, data, 0, args).backward.coefficients == what
 
 
 def test_the_probe_finds_what_a_linear_classifier_can_find():

@@ -105,5 +105,7 @@ def test_a_module_dict_is_a_mapping_of_encoders() -> None:
     found = Modalities(encoders)
     assert found.names == ("audio", "visual")
     assert [id(p) for p in found.parameters] == [id(p) for p in encoders.parameters()]
-    for method in (mmfuse.OGM, mmfuse.InfoReg, mmfuse.RedReg, mmfuse.InfoReg.official):
-        assert method(encoders).modalities.names == ("audio", "visual")
+    for made in mmfuse.METHODS.values():
+        if issubclass(made, mmfuse.GradientMethod):
+            for method in (made, made.official):
+                assert method(encoders, select="all").modalities.names == ("audio", "visual")

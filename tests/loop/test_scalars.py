@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from epochs import next_epoch
+from balancing import ON_GRADIENTS, balance, make, see, show, start
 from networks import AudioVisual, batch
 from no_sync import no_host_sync
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -208,30 +208,28 @@ def test_scalars_of_the_forward_methods() -> None:
     assert weights["weights/audio"].item() == weighted.weights[0].item()
 
 
-def test_scalars_of_the_gradient_methods() -> None:
+@pytest.mark.parametrize("kind", ON_GRADIENTS)
+def test_scalars_of_the_gradient_methods(kind: str) -> None:
+    """Every field, by its own name: [M] of each modality, and 0-d."""
     model = AudioVisual()
     audio, visual, labels = batch()
-    a, v, out = model(audio, visual)
-    made = {"audio": a, "visual": v}
-    logits = mmfuse.unimodal_logits(model.fc, made)
-    out.sum().backward()
-    inforeg, redreg = mmfuse.InfoReg(model.encoders), mmfuse.RedReg(model.encoders)
-    next_epoch(inforeg)
-    next_epoch(redreg)
+    a, v = model.features(audio, visual)
     inputs = {"audio": audio, "visual": visual}
-    for result, fields, others in (
-        (inforeg.step(logits, labels), ("coefficients", "scores", "information_gap"), ["finite"]),
-        (
-            redreg.step(logits, labels, made, inputs),
-            ("coefficients", "scores", "growth", "redundancy", "phase"),
-            ["gate", "finite"],
-        ),
-    ):
-        found = scalars_of(result, NAMES)
-        assert list(found) == [f"{field}/{name}" for field in fields for name in NAMES] + others
-        for field in fields:
-            expected = getattr(result, field).tolist()
-            assert [found[f"{field}/{name}"].item() for name in NAMES] == expected
+    method = make(kind, model.encoders)
+    start(method)
+    seen = see(model.fc, {"audio": a, "visual": v}, inputs, labels)
+    result = balance(method, show(method, model.fc, seen))
+    found = scalars_of(result, NAMES)
+    expected = {}
+    for field, value in vars(result).items():
+        tags = [f"{field}/{name}" for name in NAMES] if value.dim() else [field]
+        expected |= dict(zip(tags, value.reshape(-1).tolist(), strict=True))
+    assert list(found) == list(expected)
+    numbers = torch.tensor(list(expected.values()))
+    torch.testing.assert_close(
+        torch.stack([x.float() for x in found.values()]), numbers, rtol=0, atol=0, equal_nan=True
+    )
+    assert {"coefficients/audio", "coefficients/visual", "finite"} <= found.keys()
 
 
 def test_scalars_of_something_else() -> None:

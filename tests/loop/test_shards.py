@@ -8,7 +8,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from balancing import PLAIN
+from balancing import (
+    DRAWING,
+    NEEDS,
+    NOISY,
+    ON_GRADIENTS,
+    ON_UPDATES,
+    STATEFUL,
+    STEPPING,
+    TWO_GRADIENTS,
+    Shown,
+    arguments,
+    balance,
+    make,
+    unimodal_losses,
+)
 from epochs import next_epoch
 from parallel import CLASSES, SAME, counted
 from ranks import ranks
@@ -45,7 +59,7 @@ class Net(nn.Module):
         return {"audio": self.audio_net, "visual": self.visual_net}
 
 
-def make(dtype: torch.dtype = torch.float64) -> Net:
+def make_net(dtype: torch.dtype = torch.float64) -> Net:
     torch.manual_seed(3)
     return Net().to(dtype)
 
@@ -57,20 +71,17 @@ def data(step: int, size: int, dtype: torch.dtype = torch.float64) -> tuple[Tens
     return audio.to(dtype), torch.randn(size, 10, generator=generator).to(dtype), labels
 
 
+ON_UPDATE = " on the update"
+UPDATES = [kind + ON_UPDATE for kind in ON_UPDATES]
+
+
 def method_for(name: str, encoders: dict[str, nn.Module], optimizer: Any) -> Any:
-    if name == "OGM":
-        return mmfuse.OGM(encoders, noise=False)
-    if name == "OGM-GE":
-        return mmfuse.OGM(encoders)
-    if name == "update":
-        method = mmfuse.OGM(encoders, apply_to="update")
-        method.attach(optimizer)
-        return method
-    if name == "InfoReg":
-        return mmfuse.InfoReg(encoders, threshold=-1e9)
-    if name in PLAIN:
-        return PLAIN[name](encoders)
-    return mmfuse.RedReg(encoders, epochs=9, threshold=-1.0, agreement=(-1.0, -1.0))
+    kind = name.removesuffix(ON_UPDATE)
+    if kind == name:
+        return make(kind, encoders)
+    method = make(kind, encoders, apply_to="update")
+    method.attach(optimizer)
+    return method
 
 
 ROWS = 8  # of the whole batch; the ranks take equal parts, as FSDP2's mean over ranks wants it
@@ -80,7 +91,7 @@ def train(
     model: Net, name: str, rank: int, size: int, steps: int, dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
     torch.manual_seed(90 + rank)
-    if name == "update":
+    if name in UPDATES:
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=0.05, foreach=False)
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, foreach=False)
@@ -95,19 +106,22 @@ def train(
             optimizer.zero_grad()
             audio, visual, labels = (x[mine] for x in data(step, ROWS, dtype))
             a, v, out, out_a, out_v = model(audio, visual)
-            F.cross_entropy(out, labels).backward()
-            seen: Any = ({"audio": out_a, "visual": out_v}, labels)
-            if name == "RedReg":
-                inputs = {"audio": audio, "visual": visual}
-                seen = (*seen, {"audio": a, "visual": v}, inputs)
-            result = method.step(*seen)
+            seen = {
+                "logits": {"audio": out_a, "visual": out_v},
+                "labels": labels,
+                "features": {"audio": a, "visual": v},
+                "inputs": {"audio": audio, "visual": visual},
+            }
+            shown = Shown(F.cross_entropy(out, labels), unimodal_losses(seen), seen)
+            result = balance(method, shown)
             optimizer.step()
-            results.append([result.coefficients, result.scores, result.finite])
+            results.append([x.detach() for x in vars(result).values()])
+    state = method.state_dict()
     return {
         "parameters": [whole(p) for p in model.parameters()],
         "results": results,
-        "trace": method.fisher_trace if name == "InfoReg" else None,
-        "stream": None if name == "InfoReg" else method.stream.state,
+        "state": dict(state["state"]),
+        "stream": state.get("stream", {}),
         "reductions": reductions,
     }
 
@@ -150,40 +164,47 @@ LAYOUTS: dict[str, Callable[[Net, int], None]] = {
 
 def train_sharded(rank: int, name: str, layout: str, steps: int) -> dict[str, Any]:
     size = dist.get_world_size()
-    model = make()
+    model = make_net()
     LAYOUTS[layout](model, size)
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return train(model, name, rank, size, steps)
 
 
-METHODS = ["OGM", "OGM-GE", "update", "InfoReg", "RedReg", *PLAIN]
+METHODS = [*ON_GRADIENTS, *UPDATES]
+# Updates without noise are shards of less.
+CASES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in UPDATES and kind not in NOISY else [])
+    for name in METHODS
+    for kind in [name.removesuffix(ON_UPDATE)]
+]
 STEPS = 6
 
 
 @pytest.fixture(scope="module")
 def unsharded() -> dict[str, dict[str, Any]]:
-    return {name: train(make(), name, 0, 1, STEPS) for name in METHODS}
+    return {name: train(make_net(), name, 0, 1, STEPS) for name in METHODS}
 
 
 # Noise is float32 arithmetic in vectors of 8: at another offset another rounding, up to
 # 5e-7 · (1 + |z|) of a deviate, times the standard deviations and rates of 6 steps, below 1. Adam
 # divides by the gradient's size, here by down to 1e-3 of the largest.
 NOISY = {"rtol": 1e-5, "atol": 5e-6}
-TOLERANCES = {"OGM": SAME, "InfoReg": SAME} | dict.fromkeys(PLAIN, SAME)
+TOLERANCES = {kind: SAME for kind in ON_GRADIENTS if kind not in DRAWING}
 
 
 def assert_same_run(found: list[dict[str, Any]], expected: dict[str, Any], name: str) -> None:
     tolerance = TOLERANCES.get(name, NOISY)
     for one in found:
-        for key in ("parameters", "results", "trace"):
-            torch.testing.assert_close(one[key], expected[key], **tolerance)
-        assert one["stream"] is None or torch.equal(one["stream"], expected["stream"])
+        for key in ("parameters", "results", "state"):
+            torch.testing.assert_close(one[key], expected[key], **tolerance, equal_nan=True)
+        torch.testing.assert_close(one["stream"], expected["stream"], rtol=0, atol=0)
     for other in found[1:]:  # the same on every rank, to the bit
-        torch.testing.assert_close(other["results"], found[0]["results"], rtol=0, atol=0)
+        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(other["results"], found[0]["results"], **same)
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_the_sharded_run_equals_the_unsharded_one(
     name: str, size: int, unsharded: dict[str, dict[str, Any]]
 ) -> None:
@@ -192,7 +213,7 @@ def test_the_sharded_run_equals_the_unsharded_one(
 
 
 @pytest.mark.parametrize("layout", ["columns", "hybrid"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_other_layouts_of_the_shards(
     name: str, layout: str, unsharded: dict[str, dict[str, Any]]
 ) -> None:
@@ -206,21 +227,23 @@ def test_the_noise_matters_in_these_runs(unsharded: dict[str, dict[str, Any]]) -
     assert max((a - b).abs().max() for a, b in pairs) > 1e-3
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_two_small_reductions_a_step(name: str) -> None:
     steps, modalities, tensors = 2, 2, 8
     for found in ranks(2).run(train_sharded, name, "rows", steps):
-        per_step = 1 if name in ("OGM", *PLAIN) else 2
+        kind = name.removesuffix(ON_UPDATE)
+        need = NEEDS[kind]
+        wanted = [4 * modalities] * (kind not in TWO_GRADIENTS)
+        wanted += [5 * tensors] * (need.stats or need.squares is not None)
+        per_step = len(wanted)
         assert len(found["reductions"]) == per_step * steps
-        scores, *stats = found["reductions"][:per_step]
-        if name == "update":
-            scores, *stats = sorted([scores, *stats])
-        assert scores <= 4 * modalities
-        assert all(n <= 5 * tensors for n in stats)
+        # An update is changed after the optimizers' next step.
+        sizes = sorted(found["reductions"][:per_step])
+        assert all(n <= most for n, most in zip(sizes, wanted, strict=True))
 
 
 def local_shapes(rank: int) -> list[tuple[int, ...]]:
-    model = make()
+    model = make_net()
     shard_by_rows(model, dist.get_world_size())
     return [tuple(p.to_local().shape) for p in model.parameters()]
 
@@ -234,14 +257,14 @@ def test_the_shards_are_uneven_and_some_are_empty() -> None:
 
 def train_bf16(rank: int, name: str) -> dict[str, Any]:
     size = dist.get_world_size()
-    model = make(torch.bfloat16)
+    model = make_net(torch.bfloat16)
     shard_by_rows(model, size)
     return train(model, name, rank, size, 3, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CASES)
 def test_parameters_in_bfloat16(name: str) -> None:
-    expected = train(make(torch.bfloat16), name, 0, 1, 3, torch.bfloat16)
+    expected = train(make_net(torch.bfloat16), name, 0, 1, 3, torch.bfloat16)
     found = ranks(2).run(train_bf16, name)
     for one in found:
         assert {p.dtype for p in one["parameters"]} == {torch.bfloat16}
@@ -249,13 +272,13 @@ def test_parameters_in_bfloat16(name: str) -> None:
         # and the halves may cancel; gradients and noise here are below 4, the rate is 0.05, for
         # 3 steps: 3 · 0.05 · 4 · 2 · 2⁻⁹ ≈ 2.4e-3; and the parameter, below 2, rounds to 2⁻⁸.
         # Adam's step is the rate times a number of order 1 whose sign a rounding can turn.
-        atol = 3 * 0.05 * 2 + 2**-8 if name == "update" else 2.4e-3 + 3 * 2**-8
+        atol = 3 * 0.05 * 2 + 2**-8 if name in UPDATES else 2.4e-3 + 3 * 2**-8
         torch.testing.assert_close(one["parameters"], expected["parameters"], rtol=0, atol=atol)
         assert all(p.isfinite().all() for p in one["parameters"])
 
 
 def mixed_precision(rank: int) -> list[torch.dtype]:
-    model = make(torch.float32)
+    model = make_net(torch.float32)
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     shard_by_rows(model, dist.get_world_size(), mp_policy=policy)
     found = train(model, "OGM-GE", rank, dist.get_world_size(), 3, torch.float32)
@@ -269,7 +292,7 @@ def test_fsdp_mixed_precision_keeps_float32_gradients() -> None:
 
 def one_inf(rank: int, name: str) -> tuple[bool, bool]:
     """An Inf on the first rank alone, in a tensor of which the last rank holds nothing."""
-    model = make()
+    model = make_net()
     shard_by_rows(model, dist.get_world_size())
     method = method_for(name, model.encoders, None)
     next_epoch(method)
@@ -281,9 +304,13 @@ def one_inf(rank: int, name: str) -> tuple[bool, bool]:
         part[0, 0] = torch.inf
     assert part.numel() or rank == 3
     before = {k: x.clone() for k, x in flat_state(method).items()}
-    features, inputs = {"audio": a, "visual": v}, {"audio": audio, "visual": visual}
-    seen: Any = ({"audio": out_a, "visual": out_v}, labels)
-    result = method.step(*(seen if name != "RedReg" else (*seen, features, inputs)))
+    seen = {
+        "logits": {"audio": out_a, "visual": out_v},
+        "labels": labels,
+        "features": {"audio": a, "visual": v},
+        "inputs": {"audio": audio, "visual": visual},
+    }
+    result = method.step(**arguments(method, seen))
     after = flat_state(method)
     return bool(result.finite), all(torch.equal(before[k], after[k]) for k in before)
 
@@ -295,7 +322,7 @@ def flat_state(method: Any) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["OGM-GE", "InfoReg", "RedReg"])
+@pytest.mark.parametrize("name", [kind for kind in STATEFUL if kind in STEPPING])
 def test_an_inf_on_one_rank_is_known_to_all_and_advances_nothing(name: str) -> None:
     assert ranks(4).run(one_inf, name) == 4 * [(False, True)]
 
@@ -362,7 +389,7 @@ def test_partial_sums_are_refused() -> None:
 
 
 def sharded_too_late(rank: int) -> str:
-    model = make()
+    model = make_net()
     ogm = mmfuse.OGM(model.encoders)
     shard_by_rows(model, dist.get_world_size())
     audio, visual, labels = data(0, ROWS)

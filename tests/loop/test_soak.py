@@ -16,16 +16,15 @@ from time import monotonic, sleep
 import pytest
 import soak
 import torch
+from balancing import ANCHORED
 
 RANKS = 2
 STEPS = 5000
 LATE = STEPS // soak.CYCLE - 2
 # Where the run that dies begins, from a checkpoint of the other, and where its ranks are killed: in
-# InfoReg and in RedReg of a late cycle. The last checkpoint then lies within an epoch.
+# two methods of a late cycle that keep anchors. The last checkpoint then lies within an epoch.
 BEGIN = LATE * soak.CYCLE // soak.SAVE_EVERY * soak.SAVE_EVERY
-IN_INFOREG, IN_REDREG = (
-    LATE * soak.CYCLE + soak.KINDS.index(kind) * soak.VISIT for kind in ("inforeg", "redreg")
-)
+FIRST, SECOND = (LATE * soak.CYCLE + soak.KINDS.index(kind) * soak.VISIT for kind in ANCHORED[:2])
 # Of one collective: longer than a rank ever waits for another on a busy machine.
 TIMEOUT = 20.0
 # Far beyond what any of this takes; it only ends a test that hangs.
@@ -107,7 +106,7 @@ def test_five_thousand_steps_two_deaths_in_between_and_the_same_end(
     broken.mkdir()
     begin = BEGIN
     shutil.copy(straight / f"step-{begin:06d}.pt", broken)
-    for victim, step in ((1, IN_INFOREG + 10), (0, IN_REDREG + 10)):
+    for victim, step in ((1, FIRST + 10), (0, SECOND + 10)):
         survivor, taken = kill(start, broken, victim, begin, step)
         assert survivor.returncode == 1, errors(broken)
         # The connection breaks at once; a rank that does not notice waits for its collective's end.

@@ -11,9 +11,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from balancing import PLAIN
+from balancing import (
+    ANCHORED,
+    COMBINED,
+    DROPPING,
+    MONITORING,
+    ON_FEATURES,
+    STATEFUL,
+    STEPPING,
+    TWO_GRADIENTS,
+    arguments,
+)
 from ranks import ranks
-from soak import KINDS, Network, Training, batch, differences
+from soak import KINDS, ON_UPDATE, Network, Training, batch, differences
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -27,10 +37,16 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning"
 )
 
-ALL = (*(kind for kind in KINDS if kind != "ogm"), "opm")
+ALL = [*(kind for kind in KINDS if kind != "OGM"), *(kinds.split(" + ")[0] for kinds in COMBINED)]
 HALF, END = 10, 20
 # Two ranks with one batch of 2^k rows: a mean over the ranks divides by a power of two, exactly.
 ROWS = 8
+
+
+def parts(kind: str) -> set[str]:
+    """The methods that act together."""
+    return set(kind.removesuffix(ON_UPDATE).split(" + "))
+
 
 ON_BOUNDARY, WITHIN = 5, 4  # steps of an epoch: the tenth step is the last of one, or not
 
@@ -78,11 +94,11 @@ def train(
             training.begin_epoch(kind, step // per_epoch)
         batches = [batch(micro * step + i, 0, ROWS) for i in range(micro)]
         said.append(whole(training.step(kind, batches)))
-    arm = training.methods[kind].get("arm")
-    if arm is not None:  # in training nothing depends on its average
+    if kind in ON_FEATURES:  # in training nothing depends on ARM's average
+        (method,) = training.methods[kind].values()
         features = {"audio": torch.ones(1, 1), "visual": torch.ones(1, 1)}
-        said.append(whole(arm.eval()(features)))
-        arm.train()
+        said.append(whole(method.eval()(features)))
+        method.train()
     return said
 
 
@@ -148,7 +164,7 @@ def test_with_gradient_accumulation(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["torch", "dcp"])
-@pytest.mark.parametrize("kind", ["inforeg", "redreg"])
+@pytest.mark.parametrize("kind", ANCHORED)
 def test_anchors_of_bfloat16(kind: str, how: str, tmp_path: Path) -> None:
     straight = made(kind, anchor_dtype=torch.bfloat16)
     train(straight, 0, HALF)
@@ -162,7 +178,7 @@ def test_anchors_of_bfloat16(kind: str, how: str, tmp_path: Path) -> None:
     assert differences(resumed.state_dict(), straight.state_dict()) == []
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ALL if kind not in PLAIN])
+@pytest.mark.parametrize("kind", [k for k in ALL if parts(k) & {*STATEFUL, *ON_FEATURES}])
 def test_it_is_the_state_of_the_method_that_makes_the_difference(kind: str) -> None:
     """The runs above would notice a method whose state is not loaded."""
     straight, resumed = made(kind), made(kind, seed=1)
@@ -175,7 +191,8 @@ def test_it_is_the_state_of_the_method_that_makes_the_difference(kind: str) -> N
     ours, theirs = resumed.state_dict(), straight.state_dict()
     assert differences(ours["methods"], theirs["methods"])
     # In training ARM uses nothing of what it has seen before: its average is for `eval()`.
-    assert bool(differences(ours["network"], theirs["network"])) == (kind != "arm")
+    alike = kind in ON_FEATURES and kind not in DROPPING
+    assert bool(differences(ours["network"], theirs["network"])) == (not alike)
 
 
 def go_on(rank: int, kind: str, path: Path, how: str) -> tuple[Any, Any, Any]:
@@ -200,9 +217,11 @@ def test_from_one_rank_to_two(kind: str, how: str, tmp_path: Path) -> None:
         assert differences(loaded, saved) == []
     (_, first_said, first), (_, second_said, second) = together
     assert differences(first, second) == []
-    if "opm" in kind:  # every sample of the whole batch has its own mask
+    if parts(kind) & set(DROPPING):  # every sample of the whole batch has its own mask
         assert differences(first_said, second_said)
-    elif kind == "redreg":  # and its own views; their mean is the same everywhere
+    elif kind in (*MONITORING, *TWO_GRADIENTS):
+        # And its own views; their mean is the same everywhere. With DDP the joint gradient is
+        # a difference, which rounds.
         assert differences(first_said, second_said) == []
     else:
         assert differences(first_said, expected) == []
@@ -224,13 +243,13 @@ def load_sharded(
     training = sharded(kind, 10 + rank, 2, anchor_dtype)
     load(training, path, "dcp")
     method = training.methods[kind][kind]
-    parts = [anchor.numel() for anchor in method.anchors.tensors]
+    held = [anchor.numel() for anchor in method.anchors.tensors]
     state = whole(training.state_dict())
-    return state, parts, train(training, HALF, END)
+    return state, held, train(training, HALF, END)
 
 
 @pytest.mark.parametrize("anchor_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["inforeg", "redreg"])
+@pytest.mark.parametrize("kind", ANCHORED)
 def test_anchors_of_one_process_are_spread_over_two(
     kind: str, anchor_dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
@@ -268,7 +287,7 @@ def resume_sharded(
 
 
 @pytest.mark.parametrize("anchor_dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["inforeg", "redreg"])
+@pytest.mark.parametrize("kind", ANCHORED)
 def test_anchors_of_two_shards_are_loaded_by_two_and_by_one(
     kind: str, anchor_dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
@@ -284,14 +303,14 @@ def test_anchors_of_two_shards_are_loaded_by_two_and_by_one(
 @pytest.mark.parametrize(
     ("kind", "change"),
     [
-        ("ogm-ge", lambda s: s.pop("stream")),
-        ("ogm-ge", lambda s: s.update(stream={})),
-        ("ogm-ge", lambda s: s.pop("epoch")),
-        ("redreg", lambda s: s.pop("step")),
-        ("redreg", lambda s: s.update(stream={"state": torch.zeros(3, dtype=torch.int64)})),
-        ("redreg", lambda s: s["anchors"]["tensors"].pop()),
-        ("redreg", lambda s: s["anchors"].pop("tensors")),
-        ("inforeg", lambda s: s.update(anchors={})),
+        ("OGM-GE", lambda s: s.pop("stream")),
+        ("OGM-GE", lambda s: s.update(stream={})),
+        ("OGM-GE", lambda s: s.pop("epoch")),
+        ("RedReg", lambda s: s.pop("step")),
+        ("RedReg", lambda s: s.update(stream={"state": torch.zeros(3, dtype=torch.int64)})),
+        ("RedReg", lambda s: s["anchors"]["tensors"].pop()),
+        ("RedReg", lambda s: s["anchors"].pop("tensors")),
+        ("InfoReg", lambda s: s.update(anchors={})),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(kind: str, change: Any) -> None:
@@ -307,19 +326,15 @@ def test_a_state_that_does_not_fit_changes_nothing(kind: str, change: Any) -> No
     assert differences(method.state_dict(), before) == []
 
 
-@pytest.mark.parametrize("kind", ["ogm-ge", "inforeg", "redreg"])
+@pytest.mark.parametrize("kind", STEPPING)
 def test_loading_forgets_the_micro_batches_of_a_step_that_was_begun(kind: str) -> None:
     training, other = made(kind), made(kind)
     for each in (training, other):
         train(each, 0, 2)
     (method,) = training.methods[kind].values()
     state = whole(training.state_dict())
-    audio, visual, labels = batch(99, 0, ROWS)
-    _, features, logits, _ = training.network(audio, visual, labels)
-    arguments = [logits, labels]
-    if kind == "redreg":
-        arguments += [features, {"audio": audio, "visual": visual}]
-    method.observe(*arguments)
+    _, seen, _ = training.network(*batch(99, 0, ROWS))
+    method.observe(**arguments(method, seen))
     training.load_state_dict(state)
     other.load_state_dict(copy.deepcopy(state))
     assert differences(train(training, 2, 4), train(other, 2, 4)) == []
@@ -328,6 +343,6 @@ def test_loading_forgets_the_micro_batches_of_a_step_that_was_begun(kind: str) -
 
 def test_seeds_differ() -> None:
     """New objects do have other streams: a run that goes on took its own from the checkpoint."""
-    first, second = (made("redreg", seed=s).methods["redreg"]["redreg"] for s in (0, 1))
+    first, second = (made("RedReg", seed=s).methods["RedReg"]["RedReg"] for s in (0, 1))
     assert isinstance(first, mmfuse.RedReg)
     assert not torch.equal(first.stream.state, second.stream.state)

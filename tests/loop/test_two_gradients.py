@@ -90,12 +90,13 @@ def train(rank: int, how: str) -> dict[str, Any]:
     return {"said": said, **whole_state({"gradients": gradients, "parameters": parameters})}
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_ranks_are_one_with_the_whole_batch(how: str) -> None:
+# One rank: as where a script for several is started as one process.
+@pytest.mark.parametrize(("how", "size"), [("ddp", 2), ("ddp", 1), ("fsdp2", 2), ("fsdp2", 1)])
+def test_ranks_are_one_process_with_the_whole_batch(how: str, size: int) -> None:
     alone = train(0, "alone")
     assert any((cosines < 0).any() for _, cosines in alone["said"]), "there are conflicts"
     assert any((cosines > 0).any() for _, cosines in alone["said"])
-    for found in ranks(2).run(train, how):
+    for found in ranks(size).run(train, how):
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
 
 

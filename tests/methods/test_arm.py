@@ -7,13 +7,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from cells import Cell
+from cells import CELLS, Cell
 from no_sync import no_host_sync
 from torch import Tensor
 
 import mmfuse
 from mmfuse import ARM, ops
-from mmfuse.methods._arm_information import normalised_information, released_ncmi
+from mmfuse.methods._arm_information import released_ncmi
 from mmfuse.methods.arm import modality_weights
 from released import arm as released_arm
 
@@ -118,6 +118,15 @@ def test_official_also_where_a_contribution_is_negative(cell: Cell) -> None:
     assert out.contributions.min() < 0
 
 
+def test_official_looks_at_the_batch_in_eval_too() -> None:
+    arm, data = ARM.official(), batch(CELLS[0])
+    trained = arm(*data)
+    arm.eval()
+    assert torch.equal(arm(*data).weights, trained.weights)
+    with pytest.raises(TypeError, match="ARM needs fused, logits, fused_logits and labels"):
+        arm(data[0])
+
+
 @pytest.mark.parametrize("shape", ["usual", "one bin of z is empty"])
 def test_released_ncmi_is_the_numpy_code(shape: str) -> None:
     x, y, z = np.random.default_rng(4).normal(size=(3, 500))
@@ -188,12 +197,12 @@ def test_weights_are_positive_and_bounded_by_the_clamp() -> None:
 def test_batched_information_is_that_of_each_problem(cell: Cell) -> None:
     rows = [torch.randn(5, 60, device=cell.device) for _ in range(4)]
     rows[3] = rows[0] + 0.5 * rows[1]
-    for released in (False, True):
-        options = {"released": released, "backend": cell.backend}
-        nmi, ncmi = normalised_information(rows, 6, 2, **options)
+    for make in (ARM, ARM.official):
+        information = make(6, 2, num_modalities=3).rule.information
+        nmi, ncmi = information(rows, cell.backend)
         assert nmi.shape == ncmi.shape == (3, 5)
         for p in range(5):
-            one = normalised_information([r[p : p + 1] for r in rows], 6, 2, **options)
+            one = information([r[p : p + 1] for r in rows], cell.backend)
             assert torch.equal(nmi[:, p : p + 1], one[0])
             assert torch.equal(ncmi[:, p : p + 1], one[1])
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -36,6 +39,11 @@ def test_a_card_is_true(name: str) -> None:
         need = made(TWO).rule.need
         first = "unimodal_losses" if need.second == "unimodal" else "logits"
         assert made.card.needs == (first, *need.inputs)
+    else:
+        taken = [name for name in signature(made.forward).parameters if name != "self"]
+        assert [name for name in taken if name not in ("fused_logits", "labels")] == [
+            *made.card.needs
+        ]
     golden = ROOT / "tests" / "golden" / f"test_golden_{name.lower()}.py"
     assert golden.is_file() == made.card.golden
     released = (ROOT / "released" / f"{name.lower()}.py").read_text()
@@ -45,6 +53,52 @@ def test_a_card_is_true(name: str) -> None:
     assert year is not None and year[0] in released.splitlines()[0]
 
 
+def test_the_table_in_the_readme_is_what_the_cards_say() -> None:
+    """To be pasted where it differs."""
+    readme = (ROOT / "README.md").read_text()
+    lines = readme[readme.index("### One interface") :].splitlines()
+    found = [line for line in lines[: lines.index("## In real training")] if line.startswith("| `")]
+    expected = []
+    for name, made in mmfuse.METHODS.items():
+        paper, acts, needs, official, _ = made.card
+        called = ", ".join(f"`{need}`" for need in needs)
+        expected.append(f"| `{name}` | {paper} | {acts} | {called} | {official} |")
+    assert found == expected
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "CHANGELOG.md"])
 @pytest.mark.parametrize("name", mmfuse.METHODS)
-def test_the_readme_names_it(name: str) -> None:
-    assert re.search(rf"\b{name}\b", (ROOT / "README.md").read_text())
+def test_the_documents_name_it(name: str, document: str) -> None:
+    text = re.sub(r"(?m)^\| `.*", "", (ROOT / document).read_text())  # beside the table
+    assert re.search(rf"\b{name}\b", text)
+
+
+def keywords(name: str) -> dict[str, Any]:
+    """Every keyword of a method that has a default, and which one."""
+    made = mmfuse.METHODS[name]
+    taken = dict(signature(made).parameters)
+    if issubclass(made, mmfuse.GradientMethod):
+        taken |= signature(mmfuse.GradientMethod).parameters
+    return {
+        key: parameter.default
+        for key, parameter in taken.items()
+        if parameter.default is not Parameter.empty
+    }
+
+
+@pytest.mark.parametrize("name", mmfuse.METHODS)
+def test_official_takes_the_keywords_of_the_class(name: str) -> None:
+    made = mmfuse.METHODS[name]
+    encoders = (TWO,) if issubclass(made, mmfuse.GradientMethod) else ()
+    given = keywords(name)
+    assert {"starts", "ends", "process_group", "backend"} < given.keys()
+    plain, official = made(*encoders), made.official(*encoders, **given)
+    assert type(official) is made
+    # What it is given it uses: with the class's own values the release is another by its type only.
+    named = {field.name for field in fields(plain.rule)} & given.keys()
+    assert {key: getattr(official.rule, key) for key in named} == {
+        key: getattr(plain.rule, key) for key in named
+    }
+    assert (official.starts, official.ends) == (plain.starts, plain.ends)
+    with pytest.raises(TypeError, match="magic"):
+        made.official(*encoders, magic=1)

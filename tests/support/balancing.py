@@ -1,49 +1,218 @@
-"""The methods of the catalogue that act on gradients, such that they act in most of a few steps."""
+"""The methods of the catalogue, such that they act in most of a few steps, and a step with any.
+
+A test that says `KINDS`, or a part of it by what a method needs, has every method that is added.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from inspect import signature
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from epochs import next_epoch
+from networks import start_third_epoch
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mmfuse import METHODS, GradientMethod, NoiseStream
+from mmfuse import METHODS, GradientMethod, NoiseStream, unimodal_logits
 
 Encoders = dict[str, nn.Module]
 Make = Callable[..., GradientMethod]
 
-# InfoReg's window is open from the third epoch on; RedReg regulates whoever is ahead.
 ACTING: dict[str, dict[str, Any]] = {
-    "InfoReg": {"threshold": -1e9},
-    "RedReg": {"epochs": 3, "threshold": -1e9, "agreement": (-2.0, -2.0)},
+    "InfoReg": {"threshold": -1e30},
+    "RedReg": {"epochs": 3, "threshold": -1e9, "agreement": (-2.0, -2.0), "window": 2},
+    "OPM": {"q_base": 0.7},
+    "ARM": {"bins": 8},
 }
+# How an epoch begins in which a method acts, where `next_epoch` does not suffice.
+STARTS: dict[str, Callable[[Any], None]] = {"InfoReg": start_third_epoch}
+# The methods that have two forms, by the names of these.
+FORMS: dict[str, dict[str, dict[str, Any]]] = {"OGM": {"OGM": {"noise": False}, "OGM-GE": {}}}
+
+
+class Kind(NamedTuple):
+    """A method of the catalogue, or a form of one."""
+
+    method: str
+    options: dict[str, Any]
+
+
+KINDS: dict[str, Kind] = {
+    kind: Kind(name, options)
+    for name in METHODS
+    for kind, options in FORMS.get(name, {name: {}}).items()
+}
+ON_FEATURES = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "feature"]
+ON_GRADIENTS = [k for k in KINDS if k not in ON_FEATURES]
+#: Those of which a paper says that they go together: the first in the forward pass.
+COMBINED = ["OPM + OGM-GE"]
+#: Those that draw a number for each sample in the forward pass.
+DROPPING = [k for k in ON_FEATURES if "stream" in signature(METHODS[KINDS[k].method]).parameters]
+
+
+def make(
+    kind: str, encoders: Mapping[str, Any], *, stream: NoiseStream | None = None, **changes: Any
+) -> Any:
+    """The method on encoders; with the stream, if it draws from one."""
+    name, options = KINDS[kind]
+    options = {**ACTING.get(name, {}), **options, **changes}
+    if kind in ON_GRADIENTS:
+        method: Any = METHODS[name](encoders, **options)
+        if stream is not None and method.rule.need.stream:
+            method.stream = stream
+        return method
+    if stream is not None and kind in DROPPING:
+        options["stream"] = stream
+    return METHODS[name](**options)  # type: ignore[call-arg]
+
+
+_two: Encoders = {name: nn.Linear(1, 1) for name in ("audio", "visual")}
+NEEDS = {kind: make(kind, _two).rule.need for kind in ON_GRADIENTS}
+#: Those that make the backward passes themselves, and those that act after one.
+TWO_GRADIENTS = [kind for kind in ON_GRADIENTS if NEEDS[kind].second == "unimodal"]
+STEPPING = [kind for kind in ON_GRADIENTS if kind not in TWO_GRADIENTS]
+ANCHORED = [kind for kind in ON_GRADIENTS if NEEDS[kind].anchors]
+#: Those whose noise has a gradient's standard deviation.
+NOISY = [kind for kind in ON_GRADIENTS if NEEDS[kind].stats and NEEDS[kind].second is None]
+#: Those that draw from their stream.
+DRAWING = [kind for kind in ON_GRADIENTS if kind in NOISY or NEEDS[kind].draws]
+#: Those of which a step leaves something for the next.
+STATEFUL = [
+    kind for kind in ON_GRADIENTS if kind in DRAWING or make(kind, _two).state_dict()["state"]
+]
+#: Those that look at the encoders' inputs, and pass them through the encoders once more.
+MONITORING = [kind for kind in STEPPING if "inputs" in NEEDS[kind].inputs]
+#: Those that can change an optimizer's update in place of the gradients.
+ON_UPDATES = [k for k in ON_GRADIENTS if NEEDS[k].second is None and NEEDS[k].squares is None]
+
+
+def start(method: Any) -> None:
+    """Begins an epoch in which the method acts."""
+    STARTS.get(type(method).__name__, next_epoch)(method)
+
+
+def see(
+    head: nn.Module,
+    features: dict[str, Tensor],
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    logits: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Everything that a method may look at, by the names of its arguments.
+
+    The head is that of concatenated features; each modality's logits are its share, or as given.
+    """
+    # A fused representation like the features, and what the head makes of it.
+    fused = torch.stack(list(features.values())).sum(0)
+    return {
+        "logits": unimodal_logits(head, features) if logits is None else logits,
+        "labels": labels,
+        "features": features,
+        "inputs": inputs,
+        "fused": fused,
+        "fused_logits": head(torch.cat([fused] * len(features), 1)),
+    }
+
+
+_LOOKS_AT = {
+    made: tuple(signature(made.forward).parameters)[1:]
+    for made in METHODS.values()
+    if issubclass(made, nn.Module)
+}
+
+
+def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
+    """What the method looks at: in its forward pass, or in `step` and `observe`."""
+    if isinstance(method, nn.Module):
+        return {name: seen[name] for name in _LOOKS_AT[type(method)]}
+    return {name: seen[name] for name in ("logits", "labels", *method.rule.need.inputs)}
+
+
+class Shown(NamedTuple):
+    """What a forward pass shows to a method.
+
+    Attributes:
+        loss: The joint loss.
+        unimodal_losses: Of each modality alone.
+        seen: As `see` gives it.
+        out: The result of a method that acts in the forward pass.
+    """
+
+    loss: Tensor
+    unimodal_losses: dict[str, Tensor]
+    seen: dict[str, Any]
+    out: Any = None
+
+
+def show(method: Any, head: nn.Module, seen: dict[str, Any], reduction: str = "mean") -> Shown:
+    """The rest of the forward pass, through the method if it acts there."""
+    passed, out = seen["features"], None
+    if isinstance(method, nn.Module):
+        out = method(**arguments(method, seen))
+        passed = out.features
+    joint = head(torch.cat(list(passed.values()), 1))
+    losses = unimodal_losses(seen, reduction)
+    return Shown(F.cross_entropy(joint, seen["labels"], reduction=reduction), losses, seen, out)
+
+
+def unimodal_losses(seen: dict[str, Any], reduction: str = "mean") -> dict[str, Tensor]:
+    """The last one goes against the joint loss, so that its encoder's gradients conflict."""
+    logits = dict(seen["logits"])
+    last = list(logits)[-1]
+    logits[last] = -logits[last]
+    labels = seen["labels"]
+    return {n: F.cross_entropy(z, labels, reduction=reduction) for n, z in logits.items()}
+
+
+def balance(
+    method: Any,
+    shown: Shown,
+    *,
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss,
+    between: Callable[[], dict[str, Any]] | None = None,
+    **more: Any,
+) -> Any:
+    """Backward pass and method, in the order in which the method wants them; its result.
+
+    `scale` is what a GradScaler does to a loss. `between` is called after a backward pass that is
+    not the method's own. It returns further arguments of `step`, beside `more`.
+    """
+    if not isinstance(method, nn.Module) and method.rule.need.second == "unimodal":
+        losses = {name: scale(loss) for name, loss in shown.unimodal_losses.items()}
+        return method.backward(scale(shown.loss), unimodal_losses=losses, **more)
+    scale(shown.loss).backward()
+    if between is not None:
+        more |= between()
+    if isinstance(method, nn.Module):
+        return shown.out
+    return method.step(**arguments(method, shown.seen), **more)
+
+
+def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
+    """How far a step was from one without the method; 0 if it has changed nothing."""
+    if isinstance(method, nn.Module):
+        pairs = zip(out.features.values(), seen["features"].values(), strict=True)
+        return sum(float((a - b).abs().sum().detach()) for a, b in pairs)
+    away = (out.coefficients - method.rule.need.neutral).abs()
+    return float(away.nan_to_num(1.0).sum())
 
 
 def maker(name: str) -> Make:
     """A callable that makes the method from encoders, with a stream of its own if it draws."""
 
-    def make(encoders: Encoders, **changes: Any) -> GradientMethod:
-        stream = changes.pop("stream", NoiseStream(3))
-        made = METHODS[name](encoders, **{**ACTING.get(name, {}), **changes})
-        if made.rule.need.stream:
-            made.stream = stream
+    def with_stream(encoders: Encoders, **changes: Any) -> GradientMethod:
+        made: GradientMethod = make(name, encoders, **{"stream": NoiseStream(3), **changes})
         return made
 
-    make.__name__ = name
-    return make
+    with_stream.__name__ = name
+    return with_stream
 
 
-#: Those that a framework's own backward pass suffices for.
+#: By the catalogue's names, those that a framework's own backward pass suffices for.
 MAKERS: dict[str, Make] = {
-    name: maker(name)
-    for name, made in METHODS.items()
-    if made.card.acts == "gradient" and "logits" in made.card.needs
-}
-#: By a lower-case name, those of them that need logits only and act with their defaults.
-PLAIN = {
-    name.lower(): METHODS[name]
-    for name in MAKERS
-    if METHODS[name].card.needs == ("logits",) and name not in ("OGM", "InfoReg")
+    KINDS[kind].method: maker(kind) for kind in STEPPING if not KINDS[kind].options
 }
 ogm_ge, inforeg, redreg = MAKERS["OGM"], MAKERS["InfoReg"], MAKERS["RedReg"]
 

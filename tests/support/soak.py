@@ -26,16 +26,41 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import balancing
 import torch
 import torch.distributed as dist
-from balancing import PLAIN
+from balancing import (
+    ANCHORED,
+    COMBINED,
+    DRAWING,
+    NOISY,
+    Shown,
+    arguments,
+    balance,
+    make,
+    strength,
+    unimodal_losses,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import mmfuse
 
-KINDS = ("ogm", "ogm-ge", "ogm-update", "opm+ogm-ge", "inforeg", "redreg", "arm", *PLAIN)
+# What acts together is not trained alone as well.
+_ALONE = [k for k in balancing.KINDS if not any(c.startswith(f"{k} + ") for c in COMBINED)]
+ON_UPDATE = " on the update"
+KINDS = (*_ALONE, *COMBINED, *(kind + ON_UPDATE for kind in NOISY))
+# Such that it acts only sometimes.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "RedReg": {
+        "epochs": 8,
+        "threshold": 0.8,
+        "window": 4,
+        "monitor_every": 3,
+        "agreement": (-2.0, -1.5),
+    }
+}
 STEPS_PER_EPOCH = 17
 VISIT = 2 * STEPS_PER_EPOCH
 CYCLE = VISIT * len(KINDS)
@@ -44,8 +69,8 @@ SAVE_EVERY = 50
 TELL_EVERY = 10
 # Cycles until every buffer has its size: InfoReg's window opens in the third of its epochs.
 WARM_UP = 3
-# The heap is not compacted, and the pages of a process come and go: 0.2 MiB in the 18 cycles after
-# the warm-up. One number kept in every step takes some 600 bytes, 2.4 MiB in those 4,284 steps.
+# The heap is not compacted, and the pages of a process come and go: 0.2 MiB in the 13 cycles after
+# the warm-up. One number kept in every step takes some 600 bytes, 2.3 MiB in those 3,978 steps.
 RSS_NOISE = 2**20
 
 
@@ -82,24 +107,26 @@ class Network(nn.Module):
         audio: Tensor,
         visual: Tensor,
         labels: Tensor,
-        between: mmfuse.OPM | mmfuse.ARM | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor], Any]:
-        """The loss, features, each modality's logits, and what the method in between has said."""
+        between: nn.Module | None = None,
+    ) -> tuple[Tensor, dict[str, Any], Any]:
+        """The loss, what methods may look at, and what the method in between has said."""
         features = {"audio": self.audio_net(audio), "visual": self.visual_net(visual)}
         fused = self.neck(torch.cat(list(features.values()), 1))
-        fused_logits = self.classifier(fused)
-        logits = mmfuse.unimodal_logits(self.head, features)
+        seen: dict[str, Any] = {
+            "features": features,
+            "inputs": {"audio": audio, "visual": visual},
+            "logits": mmfuse.unimodal_logits(self.head, features),
+            "labels": labels,
+            "fused": fused,
+            "fused_logits": self.classifier(fused),
+        }
         passed, out = features, None
-        if isinstance(between, mmfuse.OPM):
-            out = between(features, logits, labels)
-        elif between is not None:
-            own = {name: self.classifier(f) for name, f in features.items()}
-            out = between(features, fused, own, fused_logits, labels)
-        if out is not None:
+        if between is not None:
+            out = between(**arguments(between, seen))
             passed = out.features
         joint = self.head(torch.cat(list(passed.values()), 1))
-        loss = F.cross_entropy(joint, labels) + F.cross_entropy(fused_logits, labels)
-        return loss, features, logits, out
+        loss = F.cross_entropy(joint, labels) + F.cross_entropy(seen["fused_logits"], labels)
+        return loss, seen, out
 
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -116,41 +143,27 @@ def batch(step: int, rank: int, size: int, classes: int = 5) -> Batch:
 def make_methods(
     kind: str, encoders: Mapping[str, nn.Module], anchor_dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """The objects of one method, with thresholds at which it acts in every network."""
-    # OPM and OGM begin in epoch 1: which epoch it is has to come out of a checkpoint.
-    if kind == "opm":
-        return {"opm": mmfuse.OPM(starts=1)}
-    if kind == "opm+ogm-ge":
-        return {"opm": mmfuse.OPM(starts=1), "ogm": mmfuse.OGM(encoders)}
-    if kind == "inforeg":
-        return {"inforeg": mmfuse.InfoReg(encoders, threshold=-1e9, anchor_dtype=anchor_dtype)}
-    if kind == "redreg":
-        made = mmfuse.RedReg(
-            encoders,
-            epochs=8,
-            threshold=0.8,
-            window=4,
-            monitor_every=3,
-            agreement=(-2.0, -1.5),
-            anchor_dtype=anchor_dtype,
-        )
-        return {"redreg": made}
-    if kind == "arm":
-        return {"arm": mmfuse.ARM(bins=8)}
-    if kind in PLAIN:
-        return {kind: PLAIN[kind](encoders)}
-    apply_to = "update" if kind == "ogm-update" else "gradient"
-    return {"ogm": mmfuse.OGM(encoders, noise=kind != "ogm", apply_to=apply_to, starts=1)}
+    """The objects of one of `KINDS`, with thresholds at which they act in every network."""
+    made = {}
+    for part in kind.removesuffix(ON_UPDATE).split(" + "):
+        # They begin in epoch 1: which epoch it is has to come out of a checkpoint.
+        options: dict[str, Any] = {"starts": 1, **OPTIONS.get(part, {})}
+        if kind.endswith(ON_UPDATE):
+            options["apply_to"] = "update"
+        if part in ANCHORED:
+            options["anchor_dtype"] = anchor_dtype
+        made[part] = make(part, encoders, **options)
+    return made
 
 
 class Training:
     """A network, its optimizers, and the methods of the given kinds.
 
     Args:
-        kinds: Of `KINDS`, or "opm".
+        kinds: Of `KINDS`, or a part of one.
         network: The network.
         wrapped: What to call instead, such as DistributedDataParallel around it.
-        anchor_dtype: Of InfoReg and RedReg.
+        anchor_dtype: Of methods with anchors.
         fused: Whether the optimizers are; PyTorch has no such kernels for DTensors on the CPU.
     """
 
@@ -166,14 +179,19 @@ class Training:
         self.network = network
         self.wrapped = network if wrapped is None else wrapped
         self.methods = {k: make_methods(k, network.encoders, anchor_dtype) for k in kinds}
+        # How much the last step has changed.
+        self.strength = 0.0
         self.optimizers: dict[str, torch.optim.Optimizer] = {}
-        if set(kinds) - {"ogm-update"}:
+        on_updates = [kind for kind in kinds if kind.endswith(ON_UPDATE)]
+        if set(kinds).difference(on_updates):
             sgd = torch.optim.SGD(parameters, lr=0.02, momentum=0.9, fused=fused)
             self.optimizers["sgd"] = sgd
-        if "ogm-update" in kinds:
+        if on_updates:
             adamw = torch.optim.AdamW(parameters, lr=1e-3, fused=fused)
             self.optimizers["adamw"] = adamw
-            self.methods["ogm-update"]["ogm"].attach(adamw)
+            for kind in on_updates:
+                for method in self.methods[kind].values():
+                    method.attach(adamw)
 
     def begin_epoch(self, kind: str, epoch: int) -> None:
         for method in self.methods[kind].values():
@@ -181,25 +199,25 @@ class Training:
 
     def step(self, kind: str, batches: Sequence[Batch]) -> list[Any]:
         """One step on one or several micro-batches; what the methods have said."""
-        methods = self.methods[kind]
-        optimizer = self.optimizers["adamw" if kind == "ogm-update" else "sgd"]
-        between = methods.get("opm", methods.get("arm"))
+        methods = list(self.methods[kind].values())
+        between, last = methods[0] if isinstance(methods[0], nn.Module) else None, methods[-1]
+        optimizer = self.optimizers["adamw" if kind.endswith(ON_UPDATE) else "sgd"]
         results = []
         optimizer.zero_grad()
-        for i, (audio, visual, labels) in enumerate(batches, start=1):
-            loss, features, logits, out = self.wrapped(audio, visual, labels, between)
-            (loss / len(batches)).backward()
+        for i, each in enumerate(batches, start=1):
+            loss, seen, out = self.wrapped(*each, between)
             results += [loss.detach()] if out is None else [loss.detach(), out]
-            for method in methods.values():
-                if isinstance(method, nn.Module):
-                    continue
-                arguments = [logits, labels]
-                if method.rule.need.inputs:
-                    arguments += [features, {"audio": audio, "visual": visual}]
-                if i < len(batches):
-                    method.observe(*arguments)
-                else:
-                    results.append(method.step(*arguments))
+            loss = loss / len(batches)
+            if i < len(batches):
+                loss.backward()
+                if isinstance(last, mmfuse.GradientMethod) and last.rule.need.second != "unimodal":
+                    last.observe(**arguments(last, seen))
+                continue
+            losses = {name: z / len(batches) for name, z in unimodal_losses(seen).items()}
+            said = balance(last, Shown(loss, losses, seen, out))
+            self.strength = strength(last, seen, said)
+            if said is not out:
+                results.append(said)
         optimizer.step()
         return results
 
@@ -273,7 +291,16 @@ def _compare_ranks(training: Training, seen: Collection[str], digests: Tensor) -
     first drawn from: not before a method's first visit, and never by OGM without noise.
     """
     state = training.state_dict()
-    state["methods"] = {k: v for k, v in state["methods"].items() if k in seen and k != "ogm"}
+    state["methods"] = {
+        kind: {
+            name: {
+                key: value for key, value in method.items() if key != "stream" or name in DRAWING
+            }
+            for name, method in methods.items()
+        }
+        for kind, methods in state["methods"].items()
+        if kind in seen
+    }
     digest = hashlib.sha256()
     for path, leaf in leaves(state):
         if not path.endswith(("running_mean", "running_var")):
@@ -284,13 +311,6 @@ def _compare_ranks(training: Training, seen: Collection[str], digests: Tensor) -
     found = [bytes(row.tolist()).hex() for row in digests]
     if len(set(found)) != 1:
         raise AssertionError(f"the ranks' states differ: {found}")
-
-
-def _acts(methods: Mapping[str, Any], out: Any) -> bool:
-    *_, last = methods.values()
-    if isinstance(last, mmfuse.ARM):
-        return bool((out.weights != 1).any())
-    return bool((out.coefficients != last.rule.need.neutral).any())
 
 
 def _memory() -> dict[str, int]:
@@ -340,13 +360,13 @@ def run_rank(rank: int, size: int, steps: int, folder: Path, timeout: float, lea
             training.begin_epoch(kind, 2 * (step // CYCLE) + step % VISIT // STEPS_PER_EPOCH)
         # Uneven, and in every step another ratio; the same at the end of every cycle.
         rows = 6 + within % 5 if rank % 2 == 0 else 3 + within % 7
-        *_, out = training.step(kind, [batch(step, rank, rows)])
+        training.step(kind, [batch(step, rank, rows)])
         if leak:
             kept.append(torch.zeros(()))
         done = step + 1
         if done % TELL_EVERY == 0:
             tell(step=done)
-            acted[kind] += _acts(training.methods[kind], out)
+            acted[kind] += training.strength > 0
         if done % VISIT == 0 or done == steps:
             _compare_ranks(training, KINDS[: step // VISIT + 1], digests)
         if rank == 0 and (done % SAVE_EVERY == 0 or done == steps):

@@ -1,0 +1,34 @@
+"""ARM as its authors' released code has it; `mmfuse.ARM.official` says how it differs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..ops.mutual_information import normalised
+from ._arm_information import histograms, mean_over_others, nmi_terms, released_ncmi
+from .arm import ARMRule, modality_weights
+
+
+@dataclass(frozen=True)
+class ARMReleased(ARMRule):
+    """The rule of the released code."""
+
+    averages: ClassVar[bool] = False
+
+    def information(
+        self, rows: Sequence[Tensor], backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Nmi as in the paper, and ncmi as `released_ncmi` has it."""
+        pairs, triples, others = histograms(rows, self.bins, self.conditional_bins, backend)
+        n = triples.counts.unflatten(-1, [self.conditional_bins] * 3)
+        forth = released_ncmi(n.permute(0, 1, 2, 4, 3))
+        back = released_ncmi(n.permute(0, 1, 3, 4, 2))
+        return normalised(*nmi_terms(pairs).unbind(-1)), mean_over_others(others, forth, back)
+
+    def weights(self, contributions: Tensor) -> Tensor:
+        """[M], of either sign, or infinite."""
+        return modality_weights(contributions)

@@ -1,0 +1,26 @@
+"""co_information_gate: two features and many, and no rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfuse import ops
+
+from ._inputs import DTYPES, Inputs, Samples
+
+
+def arguments(device: str) -> Samples:
+    a, b = torch.randn(2, 4, 3, device=device).unbind()
+    k = torch.tensor(0.5, device=device)
+    return {"co_information_gate": [([a, b], k), ([a, b, a], -k), ([a[:0], b[:0]], k)]}
+
+
+def case(inputs: Inputs) -> list[Tensor]:
+    """66 pairs; a launch has 64."""
+    written = []
+    for dtype in DTYPES:
+        for modalities in (2, 3 if inputs.interpreted else 12):
+            features = [inputs.normal(37, 40, dtype=dtype) for _ in range(modalities)]
+            written.append(ops.co_information_gate(features, -0.9))
+    return written

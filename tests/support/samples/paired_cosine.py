@@ -1,0 +1,40 @@
+"""paired_cosine: rows of a warp's length and of a block's, and of none."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfuse import ops
+
+from ._inputs import DTYPES, Inputs, Samples
+
+
+def arguments(device: str) -> Samples:
+    a, b = torch.randn(2, 4, 3, device=device).unbind()
+    leaves = [t.clone().requires_grad_() for t in (a, b)]
+    k = torch.tensor(0.5, device=device)
+    return {
+        "paired_cosine": [(a, b), (*leaves,), (a[:, :0], b[:, :0])],
+        "paired_cosine_backward": [(k, a, b), (k, a[:0], b[:0]), (k, a[:, :0], b[:, :0])],
+    }
+
+
+def undefined(device: str) -> Samples:
+    nothing = torch.empty(0, 3, device=device)
+    return {"paired_cosine": [(nothing, nothing)]}
+
+
+def case(inputs: Inputs) -> list[Tensor]:
+    """A row belongs to a warp, or from 1,025 columns on to a block."""
+    written: list[Tensor] = []
+    for dtype in DTYPES:
+        for columns, offset in ((40, 0), (33, 0), (47, 0), (40, 1), (1064, 0), (1061, 1), (1, 0)):
+            rows = 3 if columns > 1000 or inputs.interpreted else 37
+            a, b = (
+                inputs.normal(rows, columns, dtype=dtype, offset=offset).requires_grad_()
+                for _ in "ab"
+            )
+            cosine = ops.paired_cosine(a, b)
+            written += [cosine, *torch.autograd.grad(cosine, (a, b))]
+    return written

@@ -1,0 +1,37 @@
+"""redundancy_ratio: more elements than a block has, at any address."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfuse import ops
+
+from ._inputs import DTYPES, Inputs, Samples
+
+
+def arguments(device: str) -> Samples:
+    a, b = torch.randn(2, 4, 3, device=device).unbind()
+    k = torch.tensor(0.5, device=device)
+    leaves = [t.clone().requires_grad_() for t in (a, b, k)]
+    return {"redundancy_ratio": [(a, b, k), (*leaves,), (a.half(), b.half(), k)]}
+
+
+def undefined(device: str) -> Samples:
+    nothing = torch.empty(0, 3, device=device)
+    return {"redundancy_ratio": [(nothing, nothing, torch.tensor(0.5, device=device))]}
+
+
+def case(inputs: Inputs) -> list[Tensor]:
+    """A block has 2,048 elements."""
+    written: list[Tensor] = []
+    input_sq = inputs.vector(0.5)[0]
+    for dtype in DTYPES:
+        for offset in (0, 1):
+            z1, z2 = (
+                inputs.normal(2 * 2048 + 47, dtype=dtype, offset=offset).requires_grad_()
+                for _ in "12"
+            )
+            ratio = ops.redundancy_ratio(z1, z2, input_sq)
+            written += [ratio, *torch.autograd.grad(ratio, (z1, z2))]
+    return written

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, WIDE, Inputs, Samples
 
 
 def arguments(device: str) -> Samples:
@@ -24,3 +24,8 @@ def case(inputs: Inputs) -> list[Tensor]:
             features = [inputs.normal(37, 40, dtype=dtype) for _ in range(modalities)]
             written.append(ops.co_information_gate(features, -0.9))
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    for dtype in WIDE:
+        ops.co_information_gate([inputs.normal(3, 512, dtype=dtype) for _ in "ab"], 0.5)

@@ -52,3 +52,18 @@ def case(inputs: Inputs) -> list[Tensor]:
         back = [torch.ones_like(d) for d in dropped]
         written += [*dropped, keep, *torch.autograd.grad(dropped, features, back)]
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for with_scale, *modalities in (
+        (True, (f32, 512), (f32, 512)),
+        (False, (f32, 512), (f32, 512)),
+        (False, (bf16, 768), (f16, 309), (f32, 8)),
+        (True, (bf16, 8192), (f64, 1), (f64, 640)),
+    ):
+        x = [inputs.normal(3, width, dtype=dtype).requires_grad_() for dtype, width in modalities]
+        scale = inputs.vector(1.5)[0] if with_scale else None
+        q = torch.full((len(x),), 0.4)
+        features = ops.drop_modalities(x, q, inputs.stream(), scale=scale).features
+        torch.autograd.grad(features, x, [torch.ones_like(t) for t in x])

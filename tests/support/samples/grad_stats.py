@@ -29,3 +29,22 @@ def case(inputs: Inputs) -> list[Tensor]:
     found.append(ops.grad_stats(inputs.many(40 if inputs.interpreted else 2001)))
     found.append(ops.grad_stats([inputs.normal(7)]))
     return [t for stats in found for t in stats if t is not None]
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for offset, *dtypes in (
+        (0, f32),
+        (1, f32),
+        (0, bf16),
+        (0, f64),
+        (0, f32, f32, f32),
+        (0, bf16, f32, bf16),
+        (1, f16, f16, f16),
+        (0, f64, f64, f64),
+        (0, f32, f32),
+        (0, bf16, f32),
+        (1, f16, f16),
+        (0, f64, f64),
+    ):
+        ops.grad_stats(*inputs.lists((37,), len(dtypes), *dtypes, offset=offset))

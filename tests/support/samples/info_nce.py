@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, WIDE, Inputs, Samples
 
 
 def arguments(device: str) -> Samples:
@@ -48,3 +48,11 @@ def case(inputs: Inputs) -> list[Tensor]:
         bound = ops.info_nce(a, b, leaf)
         written += [bound, *torch.autograd.grad(bound, (a, b, leaf))]
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    """One tile of 2,048 columns, and one that has fewer."""
+    for dtype in WIDE:
+        for batch in (2048, 309):
+            a, b = (inputs.normal(batch, 3, dtype=dtype).requires_grad_() for _ in "ab")
+            ops.info_nce(a, b, inputs.vector(0.9, dtype=dtype)[0]).backward()

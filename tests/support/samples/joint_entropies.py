@@ -52,3 +52,14 @@ def case(inputs: Inputs) -> list[Tensor]:
     written += ops.joint_entropies(long, [(0, 1, 2)], 32)
     written += ops.joint_entropies([*long] * 22, [(0, 65), (64, 1)], 7)
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for dtype, shape, bins, tuples in (
+        (f32, (1, 100_000), 100, [(0, 1)]),
+        (bf16, (1, 100_000), 100, [(0, 1)]),
+        (f64, (64, 309), 16, [(0, 1, 2)]),
+        (f16, (4096, 10), 8, [(0, 1)]),
+    ):
+        ops.joint_entropies([inputs.normal(*shape, dtype=dtype) for _ in tuples[0]], tuples, bins)

@@ -45,3 +45,17 @@ def case(inputs: Inputs) -> list[Tensor]:
         wide = [inputs.normal(tall, 600, dtype=dtype) for dtype in dtypes]
         written += _scores(inputs, wide, tall)
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    """A tile of 309 classes has 8 rows."""
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for dtypes, classes, rows in (
+        ((f32, f32), 6, 37),
+        ((f32, f32), 309, 37),
+        ((f32, bf16), 309, 37),
+        ((f16, f16, f16), 1000, 137),
+        ((f64, f32), 309, 137),
+        ((f64, bf16), 1000, 37),
+    ):
+        _scores(inputs, [inputs.normal(rows, classes, dtype=dtype) for dtype in dtypes], rows)

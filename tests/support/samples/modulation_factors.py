@@ -33,3 +33,20 @@ def case(inputs: Inputs) -> list[Tensor]:
             found = ops.modulation_factors(scores, 0.5, formula, owner=owner, stats=given)
             written += [x for x in found if x is not None]
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    f32, f64 = WIDE
+    owner = [0, 1, 1]
+    for scores, stats, formula in (
+        (f32, None, "tpami"),
+        (f32, None, "cvpr"),
+        (f32, f32, "tpami"),
+        (f32, f32, "cvpr"),
+        (f64, f32, "tpami"),
+        (f32, f64, "cvpr"),
+        (f64, f64, "tpami"),
+    ):
+        given = stats and ops.grad_stats([inputs.normal(5, dtype=stats)] * len(owner))
+        score = inputs.vector(0.2, 0.7, dtype=scores)
+        ops.modulation_factors(score, 0.5, formula, owner=owner, stats=given)

@@ -35,3 +35,18 @@ def case(inputs: Inputs) -> list[Tensor]:
             x = inputs.normal(numel, dtype=dtype, offset=offset)
             written += ops.noisy_views(x, 0.5, inputs.stream(count))
     return [*written, *ops.noisy_views(inputs.normal(5), 0.0, inputs.stream())]
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for dtype, offset, second in (
+        (f32, 0, 0),
+        (bf16, 0, 0),
+        (f64, 0, 0),
+        (f16, 1, 0),
+        (f32, 0, 5),
+        (bf16, 1, 5),
+    ):
+        x = inputs.normal(47, dtype=dtype, offset=offset)
+        # A second view whose noise starts elsewhere in a block is out of phase with the first.
+        ops.noisy_views(x, 0.5, inputs.stream().place([7, 8], [0, second]))

@@ -38,3 +38,10 @@ def case(inputs: Inputs) -> list[Tensor]:
             cosine = ops.paired_cosine(a, b)
             written += [cosine, *torch.autograd.grad(cosine, (a, b))]
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for dtype, columns in ((f32, 512), (bf16, 512), (f64, 512), (f16, 309), (f32, 4096)):
+        a, b = (inputs.normal(3, columns, dtype=dtype).requires_grad_() for _ in "ab")
+        ops.paired_cosine(a, b).backward()

@@ -35,3 +35,10 @@ def case(inputs: Inputs) -> list[Tensor]:
             ratio = ops.redundancy_ratio(z1, z2, input_sq)
             written += [ratio, *torch.autograd.grad(ratio, (z1, z2))]
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for dtype, offset in ((f32, 0), (bf16, 0), (f64, 0), (f16, 1)):
+        z1, z2 = (inputs.normal(47, dtype=dtype, offset=offset) for _ in "12")
+        ops.redundancy_ratio(z1, z2, inputs.vector(0.5)[0])

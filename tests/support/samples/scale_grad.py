@@ -38,3 +38,19 @@ def case(inputs: Inputs) -> list[Tensor]:
                 grad = inputs.normal(numel, dtype=dtype, offset=offset)
                 written += torch.autograd.grad(y, x, grad)
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for dtype, with_noise, offset in (
+        (f32, False, 0),
+        (bf16, False, 0),
+        (f32, True, 0),
+        (f16, True, 1),
+        (f64, True, 0),
+    ):
+        x = inputs.normal(47, dtype=dtype, offset=offset).requires_grad_()
+        factor = inputs.vector(0.7, dtype=torch.promote_types(dtype, f32))[0]
+        noise = {"noise_std": factor, "stream": inputs.stream()} if with_noise else {}
+        grad = inputs.normal(47, dtype=dtype, offset=offset)
+        torch.autograd.grad(ops.scale_grad(x, factor, **noise), x, grad)

@@ -63,3 +63,18 @@ def case(inputs: Inputs) -> list[Tensor]:
             weights = ops.soft_histogram(x, y, bins)
             written += [weights, *torch.autograd.grad(weights.square().sum(), (x, y))]
     return written
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for dtype, shape in (
+        (f32, (1, 100_000)),
+        (bf16, (64, 309)),
+        (f16, (4096, 10)),
+        (f64, (1, 100_000)),
+    ):
+        x, y = (inputs.normal(*shape, dtype=dtype) for _ in "xy")
+        wide = torch.promote_types(dtype, f32)
+        ends = torch.tensor([[-9.0, 9.0]], dtype=wide).repeat(len(x), 1)
+        weights = OPS["soft_histogram"].overloads[inputs.backend](x, y, ends, ends, 5)
+        OPS["soft_histogram_backward"].overloads[inputs.backend](weights, x, y, ends, ends, 5)

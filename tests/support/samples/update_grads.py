@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import tolerances
 import torch
 from torch import Tensor
 
@@ -96,3 +97,45 @@ def _sq_norms(grads: list[Tensor], factors: Sequence[Tensor], *beside: list[Tens
         sq_norm=squares,
     )
     return squares
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for parts, offset, *dtypes in (
+        ("", 0, f32),
+        ("", 0, bf16),
+        ("finite", 1, f32),
+        ("noise", 0, f32),
+        ("noise finite", 0, f32),
+        ("noise finite", 0, bf16),
+        ("noise finite", 1, f16),
+        ("noise finite", 0, f64),
+        ("", 0, f32, f32, f32),
+        ("finite", 0, bf16, f32, bf16),
+        ("noise finite", 0, f32, f32, f32),
+        ("noise finite", 1, f64, f64, f64),
+        ("", 0, f32, f32),
+        ("finite", 0, bf16, f32),
+        ("noise finite", 0, f32, f32),
+        ("noise finite", 1, f64, f64),
+        ("finite squares", 0, f32),
+        ("finite squares", 0, f32, f32, f32),
+        ("finite squares", 0, bf16, f32, bf16),
+        ("finite squares", 1, f16, f16, f16),
+        ("noise finite squares", 0, f32),
+        ("noise finite squares", 0, f64, f64, f64),
+        ("finite squares", 0, f32, f32),
+        ("finite squares", 1, f16, f16),
+    ):
+        grads, *beside = inputs.lists((37,), len(dtypes), *dtypes, offset=offset)
+        wide = tolerances.accumulation_dtype(dtypes[0])
+        factor = inputs.vector(0.5, dtype=wide)
+        ops.update_grads_(
+            grads,
+            factor,
+            **_pulled(factor, *beside),
+            noise_std=factor if "noise" in parts else None,
+            stream=inputs.stream() if "noise" in parts else None,
+            finite=torch.ones((), dtype=torch.bool) if "finite" in parts else None,
+            sq_norm=torch.empty(1, dtype=wide) if "squares" in parts else None,
+        )

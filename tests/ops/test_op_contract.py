@@ -55,6 +55,7 @@ def test_every_op_has_samples() -> None:
     for name, module in samples.MODULES.items():
         operators = {op.name for op in OPS.values() if op.module == name}
         assert set(module.arguments("cpu")) == operators, name
+        assert callable(module.small("cpu")), name
         assert set(getattr(module, "undefined", lambda _: ())("cpu")) <= operators, name
         assert set(getattr(module, "bounds", {})) <= operators, name
 

@@ -1,18 +1,21 @@
 """What the tests run each op on: a module of the op's name for each, found by that name.
 
-A new op is a new file here; test_op_contract.py, every_kernel.py and .ci/compile_triton.py go
-through all of them. In a module are, by these names,
+A new op is a new file here; test_op_contract.py, every_kernel.py, .ci/compile_triton.py and
+.ci/instructions.py go through all of them. In a module are, by these names,
 
 * `arguments(device)`: of each operator of the op, those of its overloads: usual, empty, of several
   dtypes and layouts, with every optional part present;
 * `case(inputs)`: calls such that each kernel of each backend is launched, in all its variants; it
-  returns what they have written. What it launches with Triton is compiled ahead of time for GPUs;
+  returns what they have written;
+* `small(device)`: a call of the public op, on few numbers: what the host does for it is counted;
 
 and where they are needed
 
 * `undefined(device)`: arguments whose result is NaN;
 * `bounds`: of an operator, how far its outputs may be from the reference in float64: a function of
-  the arguments and of the outputs. Without one `tolerances.whole_case` is the bound.
+  the arguments and of the outputs. Without one `tolerances.whole_case` is the bound;
+* `compiled(inputs)`: calls that launch what is compiled for GPUs ahead of time, where that is less
+  than all that `case` launches.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ SEED = 20_26
 
 #: Arguments of overloads, by the operator's name.
 Samples = dict[str, list[tuple[Any, ...]]]
+#: A call that is counted.
+Small = Callable[[], object]
 
 
 class Inputs:

@@ -7,13 +7,18 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import DTYPES, WIDE, Inputs, Samples
+from ._inputs import DTYPES, WIDE, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
     a, b = torch.randn(2, 4, 3, device=device).unbind()
     k = torch.tensor(0.5, device=device)
     return {"co_information_gate": [([a, b], k), ([a, b, a], -k), ([a[:0], b[:0]], k)]}
+
+
+def small(device: str) -> Small:
+    features = list(torch.randn(3, 9, 33, device=device))
+    return lambda: ops.co_information_gate(features, -0.9)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

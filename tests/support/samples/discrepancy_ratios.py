@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import WIDE, Inputs, Samples
+from ._inputs import WIDE, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -22,6 +22,11 @@ def _bound(arguments: Sequence[Tensor], ratios: Sequence[Tensor]) -> list[Tensor
 
 
 bounds = {"discrepancy_ratios": _bound}
+
+
+def small(device: str) -> Small:
+    scores = torch.rand(3, device=device)
+    return lambda: ops.discrepancy_ratios(scores)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

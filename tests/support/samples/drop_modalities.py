@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import NoiseStream, ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -31,6 +31,12 @@ def arguments(device: str) -> Samples:
             (no_rows, keep[:, :0], k),
         ],
     }
+
+
+def small(device: str) -> Small:
+    features, q = list(torch.randn(2, 9, 33, device=device)), torch.rand(2, device=device)
+    stream = NoiseStream(3, device)
+    return lambda: ops.drop_modalities(features, q, stream)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

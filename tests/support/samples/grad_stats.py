@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import Inputs, Samples, mirrors
+from ._inputs import Inputs, Samples, Small, mirrors
 
 
 def arguments(device: str) -> Samples:
@@ -15,6 +15,11 @@ def arguments(device: str) -> Samples:
     w, w0 = [torch.randn_like(t) for t in g], [torch.randn_like(t) for t in g]
     wide = [t.double() for t in g]
     return {"grad_stats": [(g, [], []), (g, w, w0), (g, w, []), (wide, [], [])]}
+
+
+def small(device: str) -> Small:
+    grads = [torch.randn(n, device=device) for n in (33, 9, 5)]
+    return lambda: ops.grad_stats(grads)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import DTYPES, WIDE, Inputs, Samples
+from ._inputs import DTYPES, WIDE, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -33,6 +33,12 @@ def arguments(device: str) -> Samples:
 def undefined(device: str) -> Samples:
     unknown, k = torch.full((2, 3), torch.nan, device=device), torch.tensor(0.5, device=device)
     return {"info_nce": [(unknown, unknown, k)]}
+
+
+def small(device: str) -> Small:
+    a, b = torch.randn(2, 9, 33, device=device)
+    temperature = torch.tensor(0.5, device=device)
+    return lambda: ops.info_nce(a, b, temperature)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

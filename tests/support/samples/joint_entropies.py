@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -24,6 +24,11 @@ def arguments(device: str) -> Samples:
 def undefined(device: str) -> Samples:
     unknown = torch.full((2, 3), torch.nan, device=device)
     return {"joint_entropies": [([unknown, unknown], [0, 1], 2, 4)]}
+
+
+def small(device: str) -> Small:
+    data = list(torch.randn(2, 1, 33, device=device))
+    return lambda: ops.joint_entropies(data, [(0, 1)], 5)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

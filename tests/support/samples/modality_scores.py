@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -29,6 +29,12 @@ def _scores(inputs: Inputs, logits: Sequence[Tensor], rows: int) -> list[Tensor]
     labels[1] = -100
     scores = ops.modality_scores(leaves, labels)
     return [*scores, *torch.autograd.grad(scores.prob.sum() + scores.log_prob.sum(), leaves)]
+
+
+def small(device: str) -> Small:
+    logits = list(torch.randn(2, 9, 5, device=device))
+    labels = torch.arange(9, device=device) % 5
+    return lambda: ops.modality_scores(logits, labels)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import WIDE, Inputs, Samples
+from ._inputs import WIDE, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -20,6 +20,12 @@ def arguments(device: str) -> Samples:
             (two, index[:0], index[:0], three[:0].double(), 0.0, False, 1e-8),
         ]
     }
+
+
+def small(device: str) -> Small:
+    scores = torch.rand(2, device=device)
+    stats = ops.grad_stats([torch.randn(9, device=device) for _ in range(3)])
+    return lambda: ops.modulation_factors(scores, 0.8, owner=[0, 1, 1], stats=stats)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

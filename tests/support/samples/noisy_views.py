@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import NoiseStream, ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -24,6 +24,11 @@ def arguments(device: str) -> Samples:
 def undefined(device: str) -> Samples:
     nothing, state = torch.empty(0, 3, device=device), NoiseStream(3, device).state
     return {"noisy_views": [(nothing, 0.1, state, [0, 1], [0, 0])]}
+
+
+def small(device: str) -> Small:
+    x, stream = torch.randn(9, 33, device=device), NoiseStream(3, device)
+    return lambda: ops.noisy_views(x, 0.1, stream)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

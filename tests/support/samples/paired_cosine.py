@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -23,6 +23,11 @@ def arguments(device: str) -> Samples:
 def undefined(device: str) -> Samples:
     nothing = torch.empty(0, 3, device=device)
     return {"paired_cosine": [(nothing, nothing)]}
+
+
+def small(device: str) -> Small:
+    a, b = torch.randn(2, 9, 33, device=device)
+    return lambda: ops.paired_cosine(a, b)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -20,6 +20,12 @@ def arguments(device: str) -> Samples:
 def undefined(device: str) -> Samples:
     nothing = torch.empty(0, 3, device=device)
     return {"redundancy_ratio": [(nothing, nothing, torch.tensor(0.5, device=device))]}
+
+
+def small(device: str) -> Small:
+    z1, z2 = torch.randn(2, 9, 33, device=device)
+    input_sq = torch.tensor(0.5, device=device)
+    return lambda: ops.redundancy_ratio(z1, z2, input_sq)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

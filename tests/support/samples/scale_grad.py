@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import NoiseStream, ops
 
-from ._inputs import DTYPES, Inputs, Samples
+from ._inputs import DTYPES, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -20,6 +20,12 @@ def arguments(device: str) -> Samples:
             (grad, k, k, state, 3, 1),
         ]
     }
+
+
+def small(device: str) -> Small:
+    x = torch.randn(9, 33, device=device).requires_grad_()
+    k, grad = torch.tensor(0.5, device=device), torch.ones_like(x)
+    return lambda: torch.autograd.grad(ops.scale_grad(x, k), x, grad)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 from mmfuse import ops
 from mmfuse.ops._registry import OPS
 
-from ._inputs import DTYPES, WIDE, Inputs, Samples
+from ._inputs import DTYPES, WIDE, Inputs, Samples, Small
 
 
 def arguments(device: str) -> Samples:
@@ -32,6 +32,11 @@ def undefined(device: str) -> Samples:
     unknown = torch.full((2, 3), torch.nan, device=device)
     ends = unknown[:, :2].contiguous()
     return {"soft_histogram": [(unknown, unknown, ends, ends, 4)]}
+
+
+def small(device: str) -> Small:
+    x, y = torch.randn(2, 1, 33, device=device)
+    return lambda: ops.soft_histogram(x, y, 5)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

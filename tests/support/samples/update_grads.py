@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfuse import NoiseStream, ops
 
-from ._inputs import Inputs, Samples, mirrors
+from ._inputs import Inputs, Samples, Small, mirrors
 
 
 def arguments(device: str) -> Samples:
@@ -29,6 +29,14 @@ def arguments(device: str) -> Samples:
             (g, three, [], [], None, three, state, [0, 1, 2], [0, 0, 5], None, three.double()),
         ]
     }
+
+
+def small(device: str) -> Small:
+    grads = [torch.randn(n, device=device) for n in (33, 9, 5)]
+    # Ones and a little noise: the numbers stay of the same size however often it is called.
+    scale, std = torch.ones(3, device=device), torch.full((3,), 1e-3, device=device)
+    stream = NoiseStream(3, device)
+    return lambda: ops.update_grads_(grads, scale, noise_std=std, stream=stream)
 
 
 def case(inputs: Inputs) -> list[Tensor]:

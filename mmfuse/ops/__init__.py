@@ -20,7 +20,6 @@ from .noisy_views import NoisyViews, noisy_views
 from .paired_cosine import paired_cosine
 from .redundancy_ratio import redundancy_ratio
 from .scale_grad import scale_grad
-from .scaled_sum import scaled_sum
 from .soft_histogram import soft_histogram
 from .update_grads import update_grads_
 
@@ -50,7 +49,6 @@ __all__ = [
     "paired_cosine",
     "redundancy_ratio",
     "scale_grad",
-    "scaled_sum",
     "soft_histogram",
     "update_grads_",
     "use_backend",

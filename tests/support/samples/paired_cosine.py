@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import tolerances
 import torch
+from cosines import rows_of
 from torch import Tensor
 
 from mmfuse import ops
@@ -23,6 +27,36 @@ def arguments(device: str) -> Samples:
 def undefined(device: str) -> Samples:
     nothing = torch.empty(0, 3, device=device)
     return {"paired_cosine": [(nothing, nothing)]}
+
+
+def _bound(arguments: Sequence[Tensor], exact: Sequence[Tensor]) -> list[Tensor]:
+    a, b = arguments
+    rows, dtype = (
+        rows_of(a, b),
+        tolerances.accumulation_dtype(torch.promote_types(a.dtype, b.dtype)),
+    )
+    divisor = rows.norms[0] * rows.norms[1]
+    return [tolerances.cosine(dtype, rows.cosines, rows.overlap, divisor, a.shape[1])]
+
+
+def _backward_bound(arguments: Sequence[Tensor], exact: Sequence[Tensor]) -> list[Tensor]:
+    grad, a, b = arguments
+    rows = rows_of(a, b)
+    return [
+        tolerances.cosine_gradient(
+            x.dtype,
+            exact[k],
+            grad.double().cpu() / len(a) / rows.norms[k],
+            rows.units[k],
+            rows.units[1 - k],
+            rows.cosines,
+            rows.overlap,
+        )
+        for k, x in enumerate((a, b))
+    ]
+
+
+bounds = {"paired_cosine": _bound, "paired_cosine_backward": _backward_bound}
 
 
 def small(device: str) -> Small:

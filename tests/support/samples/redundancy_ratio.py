@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import tolerances
 import torch
 from torch import Tensor
 
 from mmfuse import ops
+from mmfuse.reference.redundancy_ratio import EPS
 
 from ._inputs import DTYPES, Inputs, Samples, Small
 
@@ -20,6 +24,15 @@ def arguments(device: str) -> Samples:
 def undefined(device: str) -> Samples:
     nothing = torch.empty(0, 3, device=device)
     return {"redundancy_ratio": [(nothing, nothing, torch.tensor(0.5, device=device))]}
+
+
+def _bound(arguments: Sequence[Tensor], exact: Sequence[Tensor]) -> list[Tensor]:
+    z1, _, input_sq = arguments
+    dtype, divisor = tolerances.accumulation_dtype(z1.dtype), input_sq.detach().cpu().double() + EPS
+    return [tolerances.redundancy(dtype, exact[0], z1.numel(), divisor)]
+
+
+bounds = {"redundancy_ratio": _bound}
 
 
 def small(device: str) -> Small:

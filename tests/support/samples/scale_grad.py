@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
+import tolerances
 import torch
 from torch import Tensor
 
@@ -20,6 +24,19 @@ def arguments(device: str) -> Samples:
             (grad, k, k, state, 3, 1),
         ]
     }
+
+
+def _bound(arguments: Sequence[Any], exact: Sequence[Tensor]) -> list[Tensor]:
+    grad, coefficient, noise_std = arguments[:3]
+    scaled = coefficient.cpu().double() * grad.cpu().double()
+    sigma = torch.zeros(()).double() if noise_std is None else noise_std.cpu().double()
+    # What the exact result holds beside the scaled gradient is the noise.
+    z = torch.where(sigma > 0, (exact[0] - scaled) / sigma, 0.0)
+    zero = torch.zeros(())
+    return [tolerances.updated_grad(grad.dtype, exact[0], scaled, zero, sigma, z)]
+
+
+bounds = {"scale_grad_backward": _bound}
 
 
 def small(device: str) -> Small:

@@ -25,9 +25,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -106,7 +105,7 @@ def under_valgrind(library: str, names: Sequence[str]) -> None:
         gc.collect()
         gc.disable()
         requests.begin()
-        for time in range(-2, TIMES):  # in the first two callgrind itself warms up
+        for time in range(-2, TIMES):  # `least` leaves out the first two, when callgrind warms up
             call.prepare()
             requests.count(call.once, f"{name}:{time}".encode())
         requests.end()
@@ -142,7 +141,7 @@ def instructions(names: Sequence[str]) -> dict[str, int]:
         return least(path.read_text() for path in Path(folder).glob("out.*"))
 
 
-def least(dumps: Any) -> dict[str, int]:
+def least(dumps: Iterable[str]) -> dict[str, int]:
     """The least total of each call, of callgrind's files."""
     found: dict[str, list[int]] = {}
     for dump in dumps:

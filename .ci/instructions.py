@@ -136,9 +136,10 @@ def instructions(names: Sequence[str]) -> dict[str, int]:
         done = subprocess.run(
             command, env={**os.environ, **alone}, capture_output=True, text=True, check=False
         )
-        if done.returncode:
+        found = least(path.read_text() for path in Path(folder).glob("out.*"))
+        if done.returncode or set(found) != set(names):
             raise RuntimeError(f"under valgrind:\n{done.stderr[-3000:]}")
-        return least(path.read_text() for path in Path(folder).glob("out.*"))
+        return found
 
 
 def least(dumps: Iterable[str]) -> dict[str, int]:

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 
 import samples
 import torch
-from balancing import MAKERS, maker, needed
+from balancing import KINDS, ON_FEATURES, STEPPING, make, needed, start
 from cuda_on_cpu.launches import counted_launches
 from dispatched import launches_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmfuse
-from mmfuse import METHODS
 from mmfuse.ops._registry import OPS
 
 WARM_UP = 20
@@ -78,10 +77,10 @@ class _Networks:
         return F.cross_entropy(sum(logits.values()), self.labels), own
 
 
-def _on_gradients(name: str, **changes: Any) -> Call:
+def _on_gradients(kind: str) -> Call:
     """`step` in the third epoch, when every method acts, on the same gradients each time."""
     networks = _Networks()
-    method = maker(name)(networks.encoders, **changes)
+    method = make(kind, networks.encoders, stream=mmfuse.NoiseStream(3))
     networks.losses()[0].backward()
     parameters = [p for net in networks.encoders.values() for p in net.parameters()]
     gradients = [p.grad.clone() for p in parameters]
@@ -97,14 +96,15 @@ def _on_gradients(name: str, **changes: Any) -> Call:
         method.set_epoch(epoch)
         prepare()
         step()
+    prepare()
     return Call(step, prepare)
 
 
-def _on_losses(name: str) -> Call:
+def _on_losses(kind: str) -> Call:
     """`backward`, with the backward passes that it runs itself."""
     networks = _Networks()
-    method = METHODS[name](networks.encoders)
-    method.set_epoch(0)
+    method = make(kind, networks.encoders)
+    start(method)
     given: dict[str, Any] = {}
 
     def prepare() -> None:
@@ -113,11 +113,11 @@ def _on_losses(name: str) -> Call:
     return Call(lambda: method.backward(**given), prepare)
 
 
-def _on_features(name: str) -> Call:
+def _on_features(kind: str) -> Call:
     """The module's forward pass in training."""
     networks = _Networks()
-    method = METHODS[name]()
-    method.set_epoch(0)
+    method = make(kind, networks.encoders)
+    start(method)
     features = {name: torch.randn(9, 4).requires_grad_() for name in networks.encoders}
     fused, logits = torch.randn(9, 4), networks.forward()["logits"]
     seen = {
@@ -154,16 +154,15 @@ def _small(name: str) -> Call:
     return Call(samples.MODULES[name].small("cpu"))
 
 
-def _of_method(name: str) -> Callable[[], Call]:
-    if METHODS[name].card.acts == "feature":
-        return partial(_on_features, name)
-    return partial(_on_gradients if name in MAKERS else _on_losses, name)
+def _of_method(kind: str) -> Callable[[], Call]:
+    if kind in ON_FEATURES:
+        return partial(_on_features, kind)
+    return partial(_on_gradients if kind in STEPPING else _on_losses, kind)
 
 
 #: By the name under which the numbers are kept.
 CALLS: dict[str, Callable[[], Call]] = {
-    **{name: _of_method(name) for name in METHODS},
-    "OGM without noise": partial(_on_gradients, "OGM", noise=False),
+    **{kind: _of_method(kind) for kind in KINDS},
     "ogm_backward": _whole_backward,
     **{f"ops.{name}": partial(_small, name) for name in samples.MODULES},
 }

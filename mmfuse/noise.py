@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
 
+from ._numbers import whole
 from .reference.noise import standard_normal, standard_uniform
 
 
@@ -20,7 +22,8 @@ class NoiseStream:
     drawn from PyTorch's generators.
 
     Args:
-        seed: The 64-bit seed. None takes `torch.initial_seed()`, which `torch.manual_seed` sets.
+        seed: The 64-bit seed, an integer. None takes `torch.initial_seed()`, which
+            `torch.manual_seed` sets.
         device: Where the state lives: the device of the gradients.
 
     Attributes:
@@ -30,6 +33,9 @@ class NoiseStream:
         offsets: Where each tensor starts within its flattened whole tensor; None means at 0.
         agreed: Whether all ranks of a distributed run are known to have this state. A method of
             mmfuse takes over the first rank's before its first step, and after `load_state_dict`.
+
+    Raises:
+        TypeError: the seed is no integer; 5.0 is none.
     """
 
     state: Tensor
@@ -38,7 +44,7 @@ class NoiseStream:
     agreed: bool = False
 
     def __init__(
-        self, seed: int | None = None, device: torch.device | str | int | None = None
+        self, seed: SupportsIndex | None = None, device: torch.device | str | int | None = None
     ) -> None:
         value = torch.initial_seed() if seed is None else seed
         self.state = torch.tensor([_as_int64(value), 0], dtype=torch.int64, device=device)
@@ -84,8 +90,11 @@ class NoiseStream:
             offsets: Index of each tensor's first element in its flattened whole tensor.
 
         Raises:
+            TypeError: an id or an offset is no integer.
             ValueError: the lengths differ, or an id or an offset is out of range.
         """
+        ids = tuple(map(operator.index, ids))
+        offsets = None if offsets is None else tuple(map(operator.index, offsets))
         if offsets is not None and len(offsets) != len(ids):
             raise ValueError(f"{len(ids)} ids but {len(offsets)} offsets")
         if ids and not 0 <= min(ids) <= max(ids) < 2**32:
@@ -94,8 +103,8 @@ class NoiseStream:
             raise ValueError("offsets must not be negative")
         placed = NoiseStream.__new__(NoiseStream)
         placed.state = self.state
-        placed.ids = tuple(ids)
-        placed.offsets = None if offsets is None else tuple(offsets)
+        placed.ids = ids
+        placed.offsets = offsets
         return placed
 
     def counters(self, count: int) -> tuple[list[int], list[int]]:
@@ -181,9 +190,9 @@ def saved_state(state_dict: dict[str, Any]) -> Tensor:
     return state
 
 
-def _as_int64(seed: int) -> int:
+def _as_int64(seed: SupportsIndex) -> int:
     """The same 64 bits as a signed number, which is what a tensor can hold."""
-    return (seed + 2**63) % 2**64 - 2**63
+    return (whole("seed", seed) + 2**63) % 2**64 - 2**63
 
 
 _default_streams: dict[torch.device, tuple[int, NoiseStream]] = {}

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ..noise import NoiseStream
 from ..ops import GradStats, grad_stats, update_grads_
+from ..ops.grad_stats import stats_of_checked
+from ..ops.update_grads import update_checked_
 from .anchors import Anchors
 from .contract import Act, MakesNoise, Need
 from .modalities import Active
@@ -48,6 +50,26 @@ def act_on(
         backend: Name of a backend; None for the best one.
     """
     scale, pull, noise_std = act
+    device, dtype, shape = active.device, active.dtype, (len(active.grads),)
+    if device is not None and pull is None and scale is not None and scale.shape == shape:
+        stream = noise if noise_std is not None else None
+        std = state = None
+        if noise_std is not None and isinstance(stream, NoiseStream) and noise_std.shape == shape:
+            std, state = noise_std.to(device, dtype).contiguous(), stream.state.to(device)
+        if noise_std is None or std is not None:  # there is nothing to check or to cut
+            scale = scale.to(device, dtype).contiguous()
+            update_checked_(
+                backend,
+                device,
+                active.grads,
+                scale,
+                finite,
+                sq_norm,
+                noise_std=std,
+                state=state,
+                ids=() if std is None else active.ids,
+            )
+            return
     if scale is None:
         like = pull if pull is not None else noise_std
         if like is None:
@@ -93,7 +115,7 @@ def carry_out(
     *,
     need: Need,
     second: Anchors | Second | None,
-    stream: NoiseStream,
+    noise: NoiseStream | MakesNoise | None,
     grad_scale: Tensor | None,
     backend: str | None,
 ) -> Tensor | None:
@@ -106,7 +128,6 @@ def carry_out(
             squares = fused = finite.new_empty(len(active.grads), dtype=torch.float64)
     if act.pull is not None and grad_scale is not None and need.anchors:
         act = act._replace(pull=act.pull * grad_scale.to(act.pull))
-    noise = need.noise or stream
     act_on(active, act, finite, second=second, noise=noise, sq_norm=fused, backend=backend)
     if need.squares == "after" and active.grads:
         squares = _squares(active, backend)
@@ -123,6 +144,8 @@ def stats_of(
 ) -> GradStats:
     """Statistics of whole tensors; unscaled where there are anchors, which are not scaled."""
     if second is None:
+        if active.device is not None:
+            return stats_of_checked(backend, active.device, active.grads)
         return active.stats(backend)
     if isinstance(second, Second):
         stats = grad_stats(active.grads, second.tensors, second.origins, backend=backend)

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from ..ops import GradStats, grad_stats, update_grads_
+from ..ops._tensors import FLOATING
+from ..ops.grad_stats import stats_of_checked
+from ..ops.update_grads import update_checked_
 from .modalities import Active, Modalities
 from .shards import like_shard, local_part, own_part
 
@@ -84,6 +87,9 @@ class Anchors:
 
     def stats(self, active: Active, backend: str | None) -> GradStats:
         """`grad_stats` of the active gradients, with their parameters' displacements."""
+        plain = self._plain(active)
+        if plain is not None and active.device is not None:
+            return stats_of_checked(backend, active.device, active.grads, active.params, plain)
         parts = [
             grad_stats(active.grads[part], active.params[part], anchors, backend=backend)
             for part, anchors in self._parts(active)
@@ -108,6 +114,20 @@ class Anchors:
 
         `sq_norm`, float64 [T] for T active gradients, receives each one's Σg² before that.
         """
+        plain, shape = self._plain(active), (len(active.grads),)
+        if plain is not None and active.device is not None and scale.shape == pull.shape == shape:
+            update_checked_(
+                backend,
+                active.device,
+                active.grads,
+                scale.to(active.device, active.dtype).contiguous(),
+                finite,
+                sq_norm,
+                params=active.params,
+                anchors=plain,
+                pull=pull.to(active.device, active.dtype).contiguous(),
+            )
+            return
         for part, anchors in self._parts(active):
             squares = None
             if sq_norm is not None:
@@ -125,6 +145,20 @@ class Anchors:
             )
             if sq_norm is not None and squares is not None and squares.device != sq_norm.device:
                 sq_norm[part].copy_(squares)
+
+    def _plain(self, active: Active) -> list[Tensor] | None:
+        """The anchors, if kernels can have them, parameters and gradients as they are; or None."""
+        device = active.device
+        if device is None:
+            return None
+        anchors = [self.tensors[i] for i in active.ids]
+        for tensors in (anchors, active.params):
+            for tensor in tensors:
+                if tensor.device != device or tensor.dtype not in FLOATING:
+                    return None
+                if not tensor.is_contiguous():
+                    return None
+        return anchors
 
     def _parts(self, active: Active) -> Iterator[tuple[slice, list[Tensor]]]:
         """Parts of the active tensors with their anchors on the gradients' devices."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -25,13 +25,28 @@ from torch import Tensor
 from ..noise import NoiseStream
 from ..ops import GradStats, ModalityScores
 from ..ops._tensors import index_tensor
-from .modalities import Modalities, per_modality, per_tensor
+from ..ops.modality_scores import named_scores
+from .modalities import Modalities, Select, per_modality, per_tensor
 from .ranks import Group, Observed, agree, rank_and_size
 
 State = Mapping[str, Tensor]
 ApplyTo = Literal["gradient", "update"]
 #: Makes standard normal noise like a gradient.
 MakesNoise = Callable[[Tensor], Tensor]
+
+
+class Common(TypedDict, total=False):
+    """The arguments that every method on gradients takes; `GradientMethod` describes them."""
+
+    select: Select
+    starts: int
+    ends: int | None
+    apply_to: ApplyTo
+    process_group: Group
+    anchor_dtype: torch.dtype | None
+    anchor_device: torch.device | str | None
+    stream: NoiseStream | None
+    backend: str | None
 
 
 class Card(NamedTuple):
@@ -64,7 +79,7 @@ class Need(NamedTuple):
             are gradients of the unimodal losses, while the first list has the joint loss's.
         squares: Whether `settle` gets each gradient's Σg², before the update or after it.
         stream: Whether noise is drawn from the stream, in `sense` or for `Act.noise_std`.
-        noise: A callable that makes the noise of `Act.noise_std`; None for the stream.
+        noise: The source of `Act.noise_std`'s noise: "stream", or a callable; None for no noise.
         draws: Whether `sense` draws from the stream: then it advances, and `Clock.step` counts, in
             every step.
         neutral: The coefficient of a modality that nothing is done to.
@@ -75,7 +90,7 @@ class Need(NamedTuple):
     second: Literal["anchor", "unimodal"] | None = None
     squares: Literal["before", "after"] | None = None
     stream: bool = False
-    noise: MakesNoise | None = None
+    noise: MakesNoise | Literal["stream"] | None = None
     draws: bool = False
     neutral: float = 1.0
 
@@ -161,7 +176,9 @@ class Batch(NamedTuple):
 
     def scores(self) -> ModalityScores:
         """Each modality's scores of the true classes; errors call the logits by their names."""
-        return self.modalities.scores(self.logits, self.labels, self.backend)
+        modalities = self.modalities
+        logits = modalities.ordered("logits", self.logits)
+        return named_scores(modalities.logits_names, logits, self.labels, self.backend)
 
     def agreed_stream(self) -> NoiseStream:
         """The stream, the same on all ranks."""
@@ -289,7 +306,7 @@ def check_fits(method: str, need: Need, apply_to: str, anchored: bool, streamed:
         raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
     if apply_to == "update" and (need.second or need.squares):
         raise ValueError(f'{method} acts on gradients only; use apply_to="gradient"')
-    if apply_to == "update" and need.noise is not None:
+    if apply_to == "update" and callable(need.noise):
         raise ValueError('noise from a callable is for gradients; use apply_to="gradient"')
     if anchored and not need.anchors:
         raise ValueError(f"{method} keeps no anchors; leave out anchor_dtype and anchor_device")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from .._numbers import whole
 from .state import FORMAT, check_format
 
 
@@ -25,12 +25,13 @@ class EpochWindow:
         """Begins in epoch 0.
 
         Raises:
+            TypeError: `starts` or `ends` is no integer.
             ValueError: `ends` is before `starts`.
         """
-        if ends is not None and ends < starts:
+        self.starts = whole("starts", starts)
+        self.ends = None if ends is None else whole("ends", ends)
+        if self.ends is not None and self.ends < self.starts:
             raise ValueError(f"ends={ends} is before starts={starts}")
-        self.starts = starts
-        self.ends = ends
         self.epoch = 0
         self._told = False
         self._warned = False
@@ -47,13 +48,7 @@ class EpochWindow:
             TypeError: it is no integer.
             ValueError: it is negative.
         """
-        try:
-            number = operator.index(epoch)
-        except TypeError as error:
-            raise TypeError(f"epoch must be an integer, got {type(epoch).__name__}") from error
-        if number < 0:
-            raise ValueError(f"epoch must be at least 0, got {number}")
-        self.epoch = number
+        self.epoch = whole("epoch", epoch, least=0)
         self._told = True
 
     def begin(self) -> None:
@@ -61,8 +56,17 @@ class EpochWindow:
         self.epoch = 0
         self._told = False
 
-    def _warn_if_untold(self, method: str) -> None:
-        """Warns once where a window was given, but no epoch."""
+    def _check_told(self, method: str, needed: bool = False) -> None:
+        """Warns once where a window was given, but no epoch.
+
+        Raises:
+            RuntimeError: `needed`, since anchors are taken with it, but no epoch was given.
+        """
+        if needed and not self._told:
+            raise RuntimeError(
+                f"{method}: call set_epoch(epoch) first, in every epoch; it copies the parameters "
+                "that gradients are compared with"
+            )
         if self._told or self._warned or (self.ends is None and self.starts == 0):
             return
         self._warned = True

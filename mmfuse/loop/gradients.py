@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
+from ..ops._eager import Eager
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
 from .epochs import EpochWindow
-from .modalities import Active, Encoder, Modalities, Select
-from .ranks import NOTHING, Group
+from .modalities import Encoder, Modalities, Select
+from .ranks import Group, several
 from .sense import Senses
 from .stage import take_step
 from .state import State, check_saved, saved_method
 from .two_gradients import checked_losses, two_gradients
 from .updates import AttachedOptimizers
-
-
-class Common(TypedDict, total=False):
-    """The arguments that every method on gradients takes; `GradientMethod` describes them."""
-
-    select: Select
-    starts: int
-    ends: int | None
-    apply_to: ApplyTo
-    process_group: Group
-    anchor_dtype: torch.dtype | None
-    anchor_device: torch.device | str | None
-    stream: NoiseStream | None
-    backend: str | None
 
 
 class GradientMethod(EpochWindow):
@@ -109,14 +96,14 @@ class GradientMethod(EpochWindow):
         self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
         self.stream = stream or self._new_stream()
         self._updates = AttachedOptimizers(self.name, self.modalities, backend)
-        self._steps = 0
+        self._clock = Clock(0, 0)
         self._adopt(rule)
 
     def _adopt(self, rule: Rule) -> None:
         """Takes a rule of the same needs, and begins its state anew."""
         self.rule = rule
-        group, backend = self.process_group, self.backend
-        self._senses = Senses(self.name, rule, self.modalities, group, backend)
+        self._need = rule.need
+        self._senses = Senses(self.name, rule, self.modalities, self.process_group)
         count, tensors = len(self.modalities.names), len(self.modalities.parameters)
         self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
 
@@ -141,6 +128,7 @@ class GradientMethod(EpochWindow):
         if self.anchors is not None:
             self.modalities.check_unchanged()
         super().set_epoch(epoch)
+        self._clock = Clock(self.epoch, self._clock.step)
         if before == self.epoch:
             return
         if self.anchors is not None:
@@ -155,6 +143,7 @@ class GradientMethod(EpochWindow):
         a new object for a run that shall not know of them.
         """
         super().begin()
+        self._clock = Clock(self.epoch, self._clock.step)
         self._forget()
 
     def _forget(self) -> None:
@@ -184,14 +173,13 @@ class GradientMethod(EpochWindow):
             TypeError: logits or labels have an unsupported type, or something is missing.
             ValueError: names, shapes or labels do not fit.
         """
-        self._check_one_list()
-        self._check_told()
+        self._check_ready(one_list=True)
         sensed = self._sense(logits, labels, features, inputs)
         self._senses.add(self._state, sensed, labels)
 
     def _sense(self, *given: Any) -> Sensed:
         self._follow()
-        return self._senses(self._state, self.stream, Clock(self.epoch, self._steps), *given)
+        return self._senses(self._state, self.stream, self._clock, self.backend, *given)
 
     # Decide and act -------------------------------------------------------------------------------
 
@@ -224,25 +212,27 @@ class GradientMethod(EpochWindow):
             found_inf: See there.
         """
         self._check_ready()
-        need = self.rule.need
-        if need.second != "unimodal":
-            if logits is None:
-                raise TypeError(f"{self.name}.backward needs logits and labels")
+        sensed = unimodal = None
+        if self._need.second == "unimodal":
+            if unimodal_losses is None:
+                raise TypeError(
+                    f"{self.name}.backward needs unimodal_losses, one for each modality"
+                )
+            losses = checked_losses(self.modalities, unimodal_losses)
+            group = several(self.process_group)
+            unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
+        elif logits is None:
+            raise TypeError(f"{self.name}.backward needs logits and labels")
+        else:
             with torch.no_grad():
                 sensed = self._sense(logits, labels, features, inputs)
             loss.backward(retain_graph=retain_graph)
-            with torch.no_grad():
-                seen = self._senses.take(self._state, sensed, labels)
-                return take_step(self, seen, self._active(), grad_scale, found_inf)
-        if unimodal_losses is None:
-            raise TypeError(f"{self.name}.backward needs unimodal_losses, one for each modality")
-        losses = checked_losses(self.modalities, unimodal_losses)
-        group = self.process_group
-        unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
         with torch.no_grad():
-            return take_step(self, NOTHING, self._active(), grad_scale, found_inf, unimodal)
+            self._follow()
+            eager = not torch.compiler.is_dynamo_compiling()
+            backend = Eager(self.backend or "") if eager else self.backend
+            return take_step(self, backend, sensed, labels, unimodal, grad_scale, found_inf)
 
-    @torch.no_grad()
     def step(
         self,
         logits: Mapping[str, Tensor] | None = None,
@@ -280,44 +270,47 @@ class GradientMethod(EpochWindow):
             ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
                 device since `set_epoch`. Nothing has been changed then.
         """
-        self._check_one_list()
-        self._check_ready()
-        active = self._active()
-        sensed = None if logits is None else self._sense(logits, labels, features, inputs)
-        seen = self._senses.take(self._state, sensed, labels)
-        return take_step(self, seen, active, grad_scale, found_inf)
+        if not self._told or self._need.second == "unimodal" or self.apply_to == "update":
+            self._check_ready(one_list=True)
+        given = (logits, labels, features, inputs)
+        if torch.compiler.is_dynamo_compiling():
+            with torch.no_grad():
+                return self._step(self.backend, given, grad_scale, found_inf)
+        recording = torch.is_grad_enabled()
+        # As torch.no_grad does, but for its seven Python calls: every call here counts.
+        torch._C._set_grad_enabled(False)
+        try:
+            return self._step(Eager(self.backend or ""), given, grad_scale, found_inf)
+        finally:
+            torch._C._set_grad_enabled(recording)
 
-    def _check_one_list(self) -> None:
-        if self.rule.need.second == "unimodal":
+    def _step(
+        self,
+        backend: str | None,
+        given: tuple[Any, ...],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> Any:
+        device = self.modalities.parameters[0].device
+        if self._state.device != device or self.stream.state.device != device:
+            self._follow()
+        sensed = None
+        if given[0] is not None:
+            sensed = self._senses(self._state, self.stream, self._clock, backend, *given)
+        return take_step(self, backend, sensed, given[1], None, grad_scale, found_inf)
+
+    def _check_ready(self, one_list: bool = False) -> None:
+        """Checks that a step can be taken; of one list of gradients, if so."""
+        if one_list and self._need.second == "unimodal":
             raise TypeError(
                 f"{self.name} needs two gradients of each encoder: call {self.name}.backward(loss, "
                 "unimodal_losses=...) in place of loss.backward()"
             )
-
-    def _check_ready(self) -> None:
-        self._check_told()
+        if self.anchors is not None or self.ends is not None or self.starts:
+            self._check_told(self.name, needed=self.anchors is not None)
         if self.apply_to == "update" and not self._updates:
             name = self.name
             raise RuntimeError(f'{name}(apply_to="update"): pass the optimizer to attach() first')
-
-    def _check_told(self) -> None:
-        if self._told:
-            return
-        if self.anchors is not None:
-            raise RuntimeError(
-                f"{self.name}: call set_epoch(epoch) first, in every epoch; it copies the "
-                "parameters that gradients are compared with"
-            )
-        self._warn_if_untold(self.name)
-
-    def _active(self) -> Active | None:
-        """The gradients; None if updates are changed. Its errors come before anything changes."""
-        if self.apply_to == "update":
-            return None
-        active = self.modalities.active()
-        if self.anchors is not None:
-            self.anchors.check(active, self.modalities.parameter_names)
-        return active
 
     def _all_tensors(self) -> Tensors:
         owner = tuple(self.modalities.modality)
@@ -370,7 +363,7 @@ class GradientMethod(EpochWindow):
         if self.anchors is not None:
             anchors = self.anchors.state_dict(self.modalities)
         epoch = self.epoch if self._told else None
-        return saved_method(self.name, epoch, self._steps, self._state, stream, anchors)
+        return saved_method(self.name, epoch, self._clock.step, self._state, stream, anchors)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -390,5 +383,5 @@ class GradientMethod(EpochWindow):
             self.stream.load_state_dict(state_dict["stream"])
         epoch = state_dict["epoch"]
         self._told, self.epoch = epoch is not None, int(epoch or 0)
-        self._steps = int(state_dict["step"])
+        self._clock = Clock(self.epoch, int(state_dict["step"]))
         self._forget()

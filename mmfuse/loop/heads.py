@@ -3,66 +3,189 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from .passes import scoring, training
+from .shards import is_dtensor
+
+Head = Callable[[Tensor], Tensor]
+
+# A sum of M logits, in its order, is as exact as one of their products, but not the same bits.
+_DIFFERENCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1, torch.float64: 1e-9}
 
 
 def unimodal_logits(
-    head: nn.Linear | Callable[[Tensor], Tensor], features: Mapping[str, Tensor]
+    head: Head, features: Mapping[str, Tensor], *, output: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """What a head on concatenated features says about each modality alone.
+    """The logits of each modality alone, from a head on the concatenated features.
 
-    For a linear head, z^m = W^m φ^m + b / M with W^m the columns that multiply φ^m (Peng et al.,
-    CVPR 2022, Eq. 6): the logits of all modalities add up to the head's output. Any other head is
-    called once per modality with the other features set to zero (TPAMI 2024, section 4.3.7).
+    For an affine head, one of the kinds of ``nn.Linear``, they are z^m = W^m φ^m + b / M with W^m
+    the columns that multiply φ^m (Peng et al., CVPR 2022, Eq. 6): the logits of all modalities add
+    up to the head's output. Any other head h is called once per modality, with the other features
+    set to zero, z^m = h(0, …, φ^m, …, 0) (TPAMI 2024, section 4.3.7); these do not add up.
 
-    Equivalent to, for two modalities and a linear head::
+    Equivalent to, for two modalities and ``nn.Linear``::
 
         {"audio": a @ head.weight[:, :A].T + head.bias / 2,
          "visual": v @ head.weight[:, A:].T + head.bias / 2}
 
+    A head is affine if it is ``nn.Linear``, a subclass of it, parametrized or sharded by
+    `fully_shard`, or one of these in DistributedDataParallel, DataParallel, `torch.compile` or an
+    ``nn.Sequential`` of one. Only the weight of a plain ``nn.Linear`` is read; others are called,
+    so that hooks and a `forward` of their own count: z^m = h(0, …, φ^m, …, 0) − (M − 1)/M · h(0).
+
+    Calling leaves no trace in the head: batch norm's statistics, training flags and PyTorch's
+    random state stay as they were. Under `torch.no_grad` it is called in evaluation mode; with
+    gradients, which a loss may ask for, in the head's own mode. Your own forward hooks run.
+
     Args:
-        head: ``nn.Linear`` from the concatenation to C classes, or any callable on it.
+        head: From the concatenation [B, ΣD_m] to C classes.
         features: Name → [B, D_m], in the order in which they are concatenated.
+        output: The head's output for these features, to compare with: features in another order
+            give logits that look plausible and are wrong. Of affine heads. It waits for the device,
+            so that it is for the first step, or for a test.
 
     Returns:
         Name → [B, C].
 
     Raises:
-        ValueError: the features do not add up to the head's input, or are not [B, D].
+        TypeError: the head cannot be called, or `features` does not map names to tensors.
+        ValueError: the features do not add up to the head's input, are not [B, D], or differ in
+            their batch; the head has not been used yet (lazy); or the logits do not add up to
+            `output`.
     """
-    if not features:
-        raise ValueError("features must hold at least one modality")
-    for name, feature in features.items():
-        if feature.dim() != 2:
-            raise ValueError(f"features[{name!r}] must be [B, D], got {list(feature.shape)}")
-    if not isinstance(head, nn.Linear):
-        return _by_zeroing(head, features)
+    _check(head, features)
+    seen = _unwrapped(head)
     widths = {name: feature.shape[1] for name, feature in features.items()}
-    if sum(widths.values()) != head.in_features:
+    if not _plain(seen) and isinstance(seen, nn.Module):
+        _check_made(seen)
+    if not isinstance(seen, nn.Linear):
+        if output is not None:
+            raise ValueError(
+                "output= is for affine heads, whose logits add up to it; a "
+                f"{type(seen).__name__} gives others"
+            )
+        return _called(seen, features)
+    if sum(widths.values()) != seen.in_features:
         raise ValueError(
-            f"the head takes {head.in_features} features, but {widths} add up to "
+            f"the head takes {seen.in_features} features, but {widths} add up to "
             f"{sum(widths.values())}"
         )
+    found = _split(seen, features) if _plain(seen) else _called_affine(seen, features)
+    if output is not None:
+        _check_sum(found, output)
+    return found
+
+
+def _check(head: object, features: object) -> None:
+    if not isinstance(features, Mapping):
+        hint = " (are head and features swapped?)" if isinstance(head, Mapping) else ""
+        raise TypeError(f"features must map names to tensors, got {type(features).__name__}{hint}")
+    if not callable(head):
+        raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
+    if not features:
+        raise ValueError("features must hold at least one modality")
+    first, of_first = next(iter(features.items()))
+    for name, feature in features.items():
+        if not isinstance(feature, Tensor):
+            raise TypeError(f"features[{name!r}] is not a tensor but {type(feature).__name__}")
+        if feature.dim() != 2:
+            raise ValueError(f"features[{name!r}] must be [B, D], got {list(feature.shape)}")
+        if feature.shape[0] != of_first.shape[0]:
+            raise ValueError(
+                f"features[{name!r}] has {feature.shape[0]} rows, features[{first!r}] "
+                f"{of_first.shape[0]}"
+            )
+
+
+def _check_made(head: nn.Module) -> None:
+    if any(isinstance(module, LazyModuleMixin) for module in head.modules()):
+        raise ValueError("the head is lazy and has no weight yet: call the model once first")
+
+
+def _unwrapped(head: Head) -> Head:
+    """The affine layer in wrappers that do not change what it computes; or the head itself."""
+    found: object = head
+    while isinstance(found, nn.Module) and not _hooked(found):
+        if isinstance(found, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            found = found.module
+        elif isinstance(getattr(found, "_orig_mod", None), nn.Module):  # torch.compile's
+            found = found._orig_mod
+        elif type(found) is nn.Sequential and len(found) == 1:
+            found = found[0]
+        else:
+            break
+    return found if isinstance(found, nn.Linear) else head
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _plain(head: object) -> TypeGuard[nn.Linear]:
+    """Whether its weight and bias are all that there is to it."""
+    return (
+        type(head) is nn.Linear
+        and "forward" not in vars(head)
+        and not _hooked(head)
+        and not is_dtensor(head.weight)
+    )
+
+
+def _split(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
     share = None if head.bias is None else head.bias / len(features)
-    slices = head.weight.split(list(widths.values()), dim=1)
+    slices = head.weight.split([f.shape[1] for f in features.values()], dim=1)
     return {
         name: F.linear(feature, weight, share)
         for (name, feature), weight in zip(features.items(), slices, strict=True)
     }
 
 
-def _by_zeroing(
-    head: Callable[[Tensor], Tensor], features: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    return {
-        name: head(
-            torch.cat(
-                [f if other == name else torch.zeros_like(f) for other, f in features.items()],
-                dim=1,
-            )
+def _called_affine(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In one call: every modality alone, and a row of nothing."""
+    count, rows = len(features), next(iter(features.values())).shape[0]
+    alone = [_alone(features, name) for name in features]
+    stacked = torch.cat([*alone, torch.zeros_like(alone[0][:1])])
+    if not rows:
+        stacked = torch.cat([stacked, stacked.new_zeros(1, stacked.shape[1])])
+    z = _pass(head, stacked)
+    nothing = z[count * rows :][:1] * ((count - 1) / count)
+    parts = [z[m * rows : (m + 1) * rows] - nothing for m in range(count)]
+    return dict(zip(features, parts, strict=True))
+
+
+def _called(head: Head, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: _pass(head, _alone(features, name)) for name in features}
+
+
+def _alone(features: Mapping[str, Tensor], name: str) -> Tensor:
+    """[B, ΣD] the concatenation with zeros for all but one."""
+    parts = [f if other == name else torch.zeros_like(f) for other, f in features.items()]
+    return torch.cat(parts, dim=1)
+
+
+def _pass(head: Head, x: Tensor) -> Tensor:
+    with (training if torch.is_grad_enabled() else scoring)(head, x.device):
+        return head(x)
+
+
+def _check_sum(logits: Mapping[str, Tensor], output: Tensor) -> None:
+    total: Tensor = sum(z.detach().double() for z in logits.values())  # type: ignore[assignment]
+    if total.shape != output.shape:
+        raise ValueError(
+            f"output must have shape {list(total.shape)}, as the logits, got {list(output.shape)}"
         )
-        for name in features
-    }
+    of = output.detach()
+    allowed = _DIFFERENCE.get(of.dtype, 1e-4)
+    wrong = (total - of).abs() > allowed * (1 + of.double().abs())
+    if wrong.any():
+        largest = float((total - of).abs().max())
+        raise ValueError(
+            f"the logits of {list(logits)} add up to something else than output, by up to "
+            f"{largest:.3g}: are the features in the order in which the head gets them?"
+        )

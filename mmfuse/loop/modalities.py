@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import NoiseStream
-from ..ops._tensors import check_named, index_tensor, why_unsupported
+from ..ops._tensors import FLOATING, check_named, index_tensor, why_unsupported
 from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
-from ..ops.modality_scores import ModalityScores, named_scores
 from .shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
 
 Encoder = nn.Module | Iterable[Tensor]
@@ -37,6 +36,11 @@ class Active(NamedTuple):
     modality: tuple[int, ...]
     #: Where each one's part lies; empty if no parameter is sharded.
     shards: list[Shard | None]
+    #: The device of all gradients, if they are contiguous and whole, so that kernels can have them
+    #: as they are; else None.
+    device: torch.device | None = None
+    #: Of the kernels' vectors for these gradients: float64 if one of them is, else float32.
+    dtype: torch.dtype = torch.float32
 
     def stats(self, backend: str | None) -> GradStats:
         """Statistics of the gradients, of whole tensors."""
@@ -89,6 +93,7 @@ class Modalities:
         parameters: The selected parameters of all modalities, modality by modality.
         parameter_names: A readable name for each of them.
         modality: The index of each one's modality.
+        logits_names: Errors call each modality's logits so.
 
     Raises:
         TypeError: an encoder is neither a module nor an iterable of tensors, or a parameter is
@@ -107,7 +112,7 @@ class Modalities:
         # Only modules can be asked again: an iterable may have been a generator.
         self._modules = {n: e for n, e in encoders.items() if isinstance(e, nn.Module)}
         self._keep = keep
-        self._logits_names = [f"logits[{name!r}]" for name in encoders]
+        self.logits_names = [f"logits[{name!r}]" for name in encoders]
         self.parameters: list[Tensor] = []
         self.parameter_names: list[str] = []
         self.modality: list[int] = []
@@ -136,6 +141,8 @@ class Modalities:
                     f"encoders[{name!r}] has no parameter to modulate: {len(found)} found, "
                     f"none selected by select={select!r}"
                 )
+        self._owner = tuple(self.modality)
+        self._keys = dict.fromkeys(self.names).keys()
         self._places: dict[int, Shard | None] = {}
         self._sharded = any(map(is_dtensor, self.parameters))
         # Those that had no gradient in the last step though they require one.
@@ -183,6 +190,7 @@ class Modalities:
                 does.
         """
         params, grads, ids, waiting = [], [], [], []
+        kinds = set()
         for i, parameter in enumerate(self.parameters):
             grad = parameter.grad
             if not parameter.requires_grad or parameter.numel() == 0:
@@ -193,13 +201,24 @@ class Modalities:
             params.append(parameter)
             grads.append(grad)
             ids.append(i)
-        check_named(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
+            dense = grad.layout is torch.strided and grad.is_contiguous()
+            kinds.add((grad.layout, grad.dtype, grad.device, dense))
+        device, dtype, plain = None, torch.float32, not self._sharded
+        for layout, of, where, dense in kinds:
+            if layout is not torch.strided or of not in FLOATING:
+                check_named(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
+            if of is torch.float64:
+                dtype = of
+            plain = plain and dense and device in (None, where)
+            device = where
         # One that has been replaced waits for a gradient for ever; looking takes longer than a step
         # should, so that it is done where the list has changed.
         if waiting != self._waiting:
             self.check_unchanged()
             self._waiting = waiting
-        return self._parts(params, grads, ids)
+        if not plain or len(ids) < len(self.parameters):
+            return self._parts(params, grads, ids, device if plain else None, dtype)
+        return Active(params, grads, ids, self._owner, [], device, dtype)
 
     def held(self, parameters: Iterable[Tensor]) -> Active:
         """Those of the parameters that are an encoder's, in the place of their gradients."""
@@ -208,10 +227,17 @@ class Modalities:
         mine = [self.parameters[i].detach() for i in ids]
         return self._parts(mine, mine, ids)
 
-    def _parts(self, params: list[Tensor], grads: list[Tensor], ids: list[int]) -> Active:
+    def _parts(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        ids: list[int],
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Active:
         modality = tuple([self.modality[i] for i in ids])
         if not self._sharded:
-            return Active(params, grads, ids, modality, [])
+            return Active(params, grads, ids, modality, [], device, dtype)
         shards = [self._place(i) for i in ids]
         return Active(
             [local_part(p) for p in params], [local_part(g) for g in grads], ids, modality, shards
@@ -230,29 +256,13 @@ class Modalities:
             TypeError: `values` is not a mapping.
             ValueError: its names are not those of the encoders.
         """
-        check_names(what, values, self.names, "encoders")
-        return [values[name] for name in self.names]
+        if type(values) is not dict or values.keys() != self._keys:
+            check_names(what, values, self.names, "encoders")
+        return list(map(values.__getitem__, self.names))
 
     def sums(self, values: Tensor) -> Tensor:
         """Sums over each modality's parameters: [T] to [M]."""
         return per_modality(values, self.modality, len(self.names))
-
-    def scores(
-        self, logits: Mapping[str, Tensor], labels: Tensor, backend: str | None
-    ) -> ModalityScores:
-        """Scores in the order of the modalities; errors call the logits by their names."""
-        return named_scores(self._logits_names, self.ordered("logits", logits), labels, backend)
-
-
-def given(labels: Tensor | None) -> Tensor:
-    """The labels.
-
-    Raises:
-        TypeError: there are none, though there are logits.
-    """
-    if labels is None:
-        raise TypeError("logits and labels go together: give both or neither")
-    return labels
 
 
 def check_names(what: str, values: Mapping[str, Tensor], names: Sequence[str], others: str) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops.modality_scores import class_indices
 from ..reference.modality_scores import IGNORED_LABEL
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # None: all ranks of torch.distributed, where it is initialized. False: this rank alone.
 Group = Union["dist.ProcessGroup", Literal[False], None]
+_AVAILABLE = dist.is_available()
 
 
 def check_group(process_group: Group) -> Group:
@@ -40,10 +42,11 @@ def check_group(process_group: Group) -> Group:
 
 def several(process_group: Group) -> dist.ProcessGroup | None:
     """The group to reduce over, or None where this rank is alone."""
-    if process_group is False or not (dist.is_available() and dist.is_initialized()):
+    if process_group is False or not _AVAILABLE:
         return None
-    group = dist.group.WORLD if process_group is None else process_group
-    return group if group is not None and group.size() > 1 else None
+    world = dist.group.WORLD  # None until torch.distributed is initialized
+    group = world if process_group is None else process_group
+    return None if world is None or group is None or group.size() == 1 else group
 
 
 def rank_and_size(process_group: Group) -> tuple[int, int]:
@@ -60,7 +63,7 @@ def agree(stream: NoiseStream, process_group: Group) -> None:
         stream.agreed = True
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Observed:
     """Means and sums over all samples of a step.
 
@@ -105,11 +108,14 @@ class Observations:
         self.process_group = check_group(process_group)
         self._latest: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._totals: Tensor | None = None
+        #: Whether there is nothing to take.
+        self.empty = True
 
     def add(self, means: Tensor, labels: Tensor, sums: Tensor | None = None) -> None:
         """Adds one micro-batch: [K] means over the samples whose labels count, and [E] sums."""
         self._fold()
         self._latest = (means, labels, sums)
+        self.empty = False
 
     def _fold(self) -> None:
         if self._latest is None:
@@ -119,13 +125,10 @@ class Observations:
         self._dtype, self._width = self._latest[0].dtype, len(self._latest[0])
         self._latest = None
 
-    def __bool__(self) -> bool:
-        """Whether there is something to take."""
-        return self._latest is not None or self._totals is not None
-
     def clear(self) -> None:
         """Forgets what has been added since the last step."""
         self._latest = self._totals = None
+        self.empty = True
 
     def take(self) -> Observed:
         """The means over all that was added, on all ranks; a new step begins.
@@ -133,7 +136,7 @@ class Observations:
         Raises:
             RuntimeError: nothing was added.
         """
-        if not self:
+        if self.empty:
             raise RuntimeError(
                 f"{self.method}.step: nothing was observed since the last step; pass logits and "
                 "labels, or call observe(...) in every micro-batch"
@@ -165,7 +168,7 @@ def _totals(means: Tensor, labels: Tensor, sums: Tensor | None) -> Tensor:
 
 def _labelled(labels: Tensor) -> Tensor:
     """How many rows count: 0-d."""
-    return (labels != IGNORED_LABEL).sum()
+    return (class_indices(labels) != IGNORED_LABEL).sum()
 
 
 def mean_over_ranks(means: Tensor, labels: Tensor, process_group: Group) -> Tensor:

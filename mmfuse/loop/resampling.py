@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from .._numbers import whole
 from ..noise import NoiseStream
 
 
@@ -73,12 +74,11 @@ class ContributionSampler(Sampler[int]):
             )
         if list(thresholds) != sorted(thresholds):
             raise ValueError(f"thresholds must ascend, got {tuple(thresholds)}")
-        if any(not isinstance(n, int) or n < 0 for n in copies):
-            raise ValueError(f"copies must be integers of at least 0, got {tuple(copies)}")
+        counts = [whole(f"copies[{i}]", n, least=0) for i, n in enumerate(copies)]
         interval = (mean >= thresholds[0]).long()
         for threshold in thresholds[1:]:
             interval += mean > threshold
-        repeats = 1 + torch.tensor(copies)[interval]
+        repeats = 1 + torch.tensor(counts)[interval]
         self.indices = torch.arange(len(mean)).repeat_interleave(repeats).tolist()
         self.shuffle = shuffle
         self.epoch = 0
@@ -86,7 +86,7 @@ class ContributionSampler(Sampler[int]):
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch begins, counted from 0; without it every epoch has the same order."""
-        self.epoch = epoch
+        self.epoch = whole("epoch", epoch, least=0)
 
     def __len__(self) -> int:
         """Samples and copies together."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._numbers import whole
+
 #: Gets the scalars of one step, by their tags, and the step.
 Write = Callable[[dict[str, float], int], object]
 
@@ -45,9 +47,7 @@ class ScalarLog:
             raise TypeError(
                 f"write must be a SummaryWriter or a callable, got {type(write).__name__}"
             )
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        self.every = every
+        self.every = whole("every", every, least=1)
         self._write: Write = write if add_scalar is None else _tensorboard(add_scalar)
         self._tags: tuple[str, ...] = ()
         self._rows: Tensor | None = None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch.distributed as dist
 from torch import Tensor
 
 from ..noise import NoiseStream
 from .contract import Batch, Clock, Rule, Sensed, State
-from .modalities import Modalities, given
-from .ranks import Group, Observations, Observed, several
+from .modalities import Modalities
+from .ranks import Group, Observations, Observed
+
+_NOTHING_MORE: dict[str, list[Tensor]] = {}
 
 
 class Senses:
@@ -20,21 +23,15 @@ class Senses:
         rule: What senses.
         modalities: The encoders.
         process_group: The ranks to average over.
-        backend: Name of a backend; None for the best one.
     """
 
     def __init__(
-        self,
-        method: str,
-        rule: Rule,
-        modalities: Modalities,
-        process_group: Group,
-        backend: str | None,
+        self, method: str, rule: Rule, modalities: Modalities, process_group: Group
     ) -> None:
         self._rule = rule
+        self._needed = rule.need.inputs
         self._modalities = modalities
         self._process_group = process_group
-        self._backend = backend
         self._observations = Observations(method, process_group)
         self._rows = 0  # of this step's earlier micro-batches
 
@@ -43,6 +40,7 @@ class Senses:
         state: State,
         stream: NoiseStream,
         clock: Clock,
+        backend: str | None,
         logits: Mapping[str, Tensor],
         labels: Tensor | None,
         features: Mapping[str, Tensor] | None,
@@ -54,37 +52,61 @@ class Senses:
             TypeError: something that the rule needs is missing.
             ValueError: names do not fit.
         """
-        more, needed = {"features": features, "inputs": inputs}, self._rule.need.inputs
-        if needed and (labels is None or any(more[name] is None for name in needed)):
-            every = ", ".join(["logits", "labels", *needed[:-1]])
-            raise TypeError(f"{every} and {needed[-1]} go together: give all or none")
+        more = self._given(labels, features, inputs) if self._needed else _NOTHING_MORE
+        if labels is None:
+            raise TypeError("logits and labels go together: give both or neither")
         batch = Batch(
             logits,
-            given(labels),
-            {name: self._modalities.ordered(name, more[name] or {}) for name in needed},
+            labels,
+            more,
             self._modalities,
             state,
             clock,
             stream,
             self._process_group,
             self._rows,
-            self._backend,
+            backend,
         )
         return self._rule.sense(batch)
+
+    def _given(
+        self,
+        labels: Tensor | None,
+        features: Mapping[str, Tensor] | None,
+        inputs: Mapping[str, Tensor] | None,
+    ) -> dict[str, list[Tensor]]:
+        """The further inputs that the rule needs, in the order of the modalities."""
+        more, needed = {"features": features, "inputs": inputs}, self._needed
+        if labels is None or any(more[name] is None for name in needed):
+            every = ", ".join(["logits", "labels", *needed[:-1]])
+            raise TypeError(f"{every} and {needed[-1]} go together: give all or none")
+        return {name: self._modalities.ordered(name, more[name] or {}) for name in needed}
 
     def add(self, state: State, sensed: Sensed, labels: Tensor) -> None:
         """Keeps a micro-batch for the step."""
         self._observations.add(sensed.means, labels, self._rule.sums(sensed, state))
         self._rows += sensed.rows
 
-    def take(self, state: State, sensed: Sensed | None, labels: Tensor | None) -> Observed:
+    def take(
+        self,
+        state: State,
+        sensed: Sensed | None,
+        labels: Tensor | None,
+        group: dist.ProcessGroup | None,
+    ) -> Observed:
         """Everything since the last step; the last micro-batch may still be new.
+
+        Args:
+            state: The rule's.
+            sensed: Of the last micro-batch, if it is new.
+            labels: Of the same.
+            group: The ranks, if there are several.
 
         Raises:
             RuntimeError: there is nothing.
         """
         if sensed is not None and labels is not None:
-            if not self._observations and several(self._process_group) is None:
+            if group is None and self._observations.empty:
                 return Observed(sensed.means, None, None, labels, sensed.parts)
             self.add(state, sensed, labels)
         self._rows = 0

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .act import Second, carry_out, stats_of
-from .contract import Act, Clock, Decision, Tensors
+from .act import Second, act_on, carry_out, stats_of
+from .contract import Act, Decision, Sensed, Tensors
 from .modalities import Active
-from .ranks import Observed, agree
+from .ranks import NOTHING, Observed, agree, several
 from .shards import local_part
 from .updates import Decided
 
@@ -21,52 +21,70 @@ if TYPE_CHECKING:
 
 def take_step(
     method: GradientMethod,
-    seen: Observed,
-    active: Active | None,
+    backend: str | None,
+    sensed: Sensed | None,
+    labels: Tensor | None,
+    unimodal: Sequence[Tensor | None] | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
-    unimodal: Sequence[Tensor | None] | None = None,
 ) -> Any:
     """Changes the gradients, or decides about updates to come; called without autograd.
 
-    Returns the rule's result.
+    Returns the rule's result. What it raises, it raises before anything changes.
 
     Args:
-        method: The method.
-        seen: Everything that was sensed for this step.
-        active: The gradients; None if updates are changed.
+        method: The method, on the encoders' device.
+        backend: Name of a backend; None for the best one.
+        sensed: Of the last micro-batch, if that is new.
+        labels: Of the same.
+        unimodal: The gradient of the unimodal losses for every parameter of the encoders, for rules
+            that sense nothing else.
         grad_scale: As in `GradientMethod.step`.
         found_inf: As there.
-        unimodal: The gradient of the unimodal losses for every parameter of the encoders.
     """
-    method._follow()
+    group, active = several(method.process_group), None
+    if method.apply_to == "gradient":
+        active = method.modalities.active()
+        if method.anchors is not None:
+            method.anchors.check(active, method.modalities.parameter_names)
+    seen = NOTHING
+    if unimodal is None:
+        seen = method._senses.take(method._state, sensed, labels, group)
     if active is None:
         return _postpone(method, seen)
-    rule, state, stream, backend = method.rule, method._state, method.stream, method.backend
-    need, modalities = rule.need, method.modalities
+    rule, need, state, stream = method.rule, method._need, method._state, method.stream
+    modalities, acting = method.modalities, method.modulating
     device = active.grads[0].device if active.grads else modalities.device
     finite = torch.ones((), dtype=torch.bool, device=device)
     second = method.anchors if unimodal is None else _second(active, unimodal)
     stats = None
-    if need.stats and method.modulating and active.grads:
+    if need.stats and acting and active.grads:
         stats = stats_of(active, second, grad_scale, backend)
     place = None if len(active.ids) == len(modalities.parameters) else tuple(active.ids)
     count = len(modalities.names)
     tensors = Tensors(active.modality, count, device, stats, place, backend)
-    decision = _decide(method, seen, tensors)
-    drawn = decision.act.noise_std is not None and need.noise is None
-    if drawn:
-        agree(stream, method.process_group)
-    squares = carry_out(
-        active,
-        decision.act,
-        finite,
-        need=need,
-        second=second,
-        stream=stream,
-        grad_scale=grad_scale,
-        backend=backend,
-    )
+    if acting:
+        decision = rule.decide(state, seen, tensors, method._clock)
+    else:
+        decision = _idle(method, seen, tensors)
+    noise = stream if isinstance(need.noise, str) else need.noise
+    drawn = noise is stream and decision.act.noise_std is not None
+    if drawn and group is not None:
+        agree(stream, group)
+    squares = None
+    if need.squares is None and need.second != "anchor":
+        act_on(active, decision.act, finite, second=second, noise=noise, backend=backend)
+    else:
+        squares = carry_out(
+            active,
+            decision.act,
+            finite,
+            need=need,
+            second=second,
+            noise=noise,
+            grad_scale=grad_scale,
+            backend=backend,
+        )
     sums = squares if squares is not None or stats is None else stats.m2
     if active.shards and sums is not None:  # another rank's part shows in the sums alone
         finite.logical_and_(sums.isfinite().all().to(device))
@@ -75,11 +93,12 @@ def take_step(
         counts = counts & squares.isfinite().all()
     if found_inf is not None:
         counts = counts & (found_inf == 0).all().to(device)
-    state.set(decision.state, counts)
+    if decision.state:
+        state.set(decision.state, counts)
     if squares is not None:
         state.set(rule.settle(state, squares.to(state.device), tensors), counts)
-    # A number that changed in every step would have every step compiled anew.
-    method._steps += need.draws
+    if need.draws:  # a number that changed in every step would have every step compiled anew
+        method._clock = method._clock._replace(step=method._clock.step + 1)
     if drawn or need.draws:
         stream.advance(counts)
     return rule.result(*decision.report, finite=finite)
@@ -94,25 +113,28 @@ def _second(active: Active, unimodal: Sequence[Tensor | None]) -> Second:
     return Second(found)
 
 
-def _decide(method: GradientMethod, seen: Observed, tensors: Tensors) -> Decision:
-    clock, state = Clock(method.epoch, method._steps), method._state
-    if method.modulating:
-        return method.rule.decide(state, seen, tensors, clock)
+def _idle(method: GradientMethod, seen: Observed, tensors: Tensors) -> Decision:
+    """The decision outside of the method's epochs."""
+    clock, state = method._clock, method._state
     idle = method.rule.idle()
     if idle is not None:
         return idle.decide(state, seen, tensors, clock)
     decision = method.rule.decide(state, seen, tensors, clock)
-    neutral = torch.full_like(decision.report[0], method.rule.need.neutral)
+    neutral = torch.full_like(decision.report[0], method._need.neutral)
     return Decision(Act(), (neutral, *decision.report[1:]), decision.state)
 
 
 def _postpone(method: GradientMethod, seen: Observed) -> Any:
     """Decides about updates that are to come."""
     device, count = method.modalities.device, len(method.modalities.names)
-    decision = _decide(method, seen, Tensors((), count, device, None, None, method.backend))
+    tensors = Tensors((), count, device, None, None, method.backend)
+    if method.modulating:
+        decision = method.rule.decide(method._state, seen, tensors, method._clock)
+    else:
+        decision = _idle(method, seen, tensors)
     method._state.set(decision.state)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    stream = method.stream if method.rule.need.stats and method.modulating else None
+    stream = method.stream if method._need.noise is not None and method.modulating else None
     if stream is not None:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..ops.modality_scores import named_scores
+from ..ops.modality_scores import class_indices, named_scores
 from ._arm_information import normalised_information
 from ._means import mean_of_others
 
@@ -58,6 +58,6 @@ def sample_contributions(
                 f"{name} {list(z.shape)}"
             )
     nmi, ncmi = normalised_information(rows, bins, conditional_bins, backend=backend)
-    index = labels.to(torch.int64).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
+    index = class_indices(labels).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
     p = torch.stack([z.double().softmax(1).gather(1, index).squeeze(1) for z in rows])
     return (p[-1] * nmi + p[:-1] * mean_of_others(nmi - ncmi)).T.contiguous()

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .._numbers import whole
+
 #: Added to denominators.
 EPS = 1e-12
 
@@ -125,10 +127,9 @@ def check_hyperparameters(
     projection: str,
     monitor_every: int,
 ) -> None:
-    """Raises a ValueError that names the first that is out of range."""
+    """Raises an error that names the first that is out of range, or no integer."""
     for name, value in (("epochs", epochs), ("window", window), ("monitor_every", monitor_every)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+        whole(name, value, least=1)
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
     if not 0 <= momentum < 1:

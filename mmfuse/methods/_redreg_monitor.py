@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..loop.modalities import Encoder
+from ..loop.passes import scoring
 from ..noise import NoiseStream
 from ..ops.noisy_views import noisy_views
 from ..ops.redundancy_ratio import redundancy_ratio
@@ -73,7 +71,7 @@ class Monitor:
                 x1, x2 = x1.clamp(0.0, 1.0), x2.clamp(0.0, 1.0)
                 input_sq = (x1 - x2).square().mean()
             encoder = self.forward[name]
-            with unnoticed(encoder, x.device):
+            with scoring(encoder, x.device):
                 z1, z2 = _representation(name, encoder, x1), _representation(name, encoder, x2)
             ratios.append(redundancy_ratio(z1, z2, input_sq, backend=self.backend))
             squares.append(input_sq)
@@ -88,43 +86,6 @@ class Monitor:
             return noisy_views(x, self.sigma[m], placed, backend=self.backend)
         x1, x2 = (x + self.sigma[m] * self.noise(x) for _ in range(2))
         return x1, x2, (x1 - x2).square().mean()
-
-
-@contextmanager
-def unnoticed(encoder: Callable[..., object], device: torch.device) -> Iterator[None]:
-    """Evaluation mode, no gradients, and the random state and training flags as before.
-
-    In evaluation mode batch norm leaves its statistics alone. A module's flags are switched one by
-    one, for `train(True)` afterwards would also wake those that a user has frozen. What a plain
-    callable calls is only known when it is called, so that every module is switched on its way in.
-
-    Args:
-        encoder: The module or callable that will be called.
-        device: Where; its random generator is kept as well.
-    """
-    switched: list[nn.Module] = []
-
-    def switch(module: nn.Module, *_: object) -> None:
-        for each in module.modules():
-            if each.training:
-                each.training = False
-                switched.append(each)
-
-    hook = None
-    if isinstance(encoder, nn.Module):
-        switch(encoder)
-    else:
-        hook = register_module_forward_pre_hook(switch)
-    # A generator cannot be read while a CUDA graph is recorded.
-    on_gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if on_gpu else []):
-            yield
-    finally:
-        if hook is not None:
-            hook.remove()
-        for module in switched:
-            module.training = True
 
 
 def _representation(name: str, encoder: Forward, x: Tensor) -> Tensor:

@@ -218,7 +218,7 @@ class ARM(EpochWindowModule, nn.Module):
         if fused is None or logits is None or fused_logits is None or labels is None:
             raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
         if self.training:
-            self._warn_if_untold("ARM")
+            self._check_told("ARM")
         check_names("logits", logits, names, "features")
         with torch.no_grad():
             nmi, ncmi = self._information(names, values, fused)

@@ -34,6 +34,7 @@ from ..loop.contract import (
     Batch,
     Card,
     Clock,
+    Common,
     Decision,
     Need,
     Sensed,
@@ -41,7 +42,7 @@ from ..loop.contract import (
     Stateless,
     Tensors,
 )
-from ..loop.gradients import Common, GradientMethod
+from ..loop.gradients import GradientMethod
 from ..loop.modalities import Encoder
 from ..loop.ranks import Observed
 

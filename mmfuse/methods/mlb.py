@@ -31,6 +31,7 @@ from ..loop.contract import (
     Batch,
     Card,
     Clock,
+    Common,
     Decision,
     Need,
     Sensed,
@@ -38,7 +39,7 @@ from ..loop.contract import (
     Stateless,
     Tensors,
 )
-from ..loop.gradients import Common, GradientMethod
+from ..loop.gradients import GradientMethod
 from ..loop.modalities import Encoder
 from ..loop.ranks import Observed
 from ._means import mean_of_others

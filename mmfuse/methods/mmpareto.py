@@ -32,6 +32,7 @@ from ..loop.contract import (
     Batch,
     Card,
     Clock,
+    Common,
     Decision,
     Need,
     Sensed,
@@ -39,7 +40,7 @@ from ..loop.contract import (
     Stateless,
     Tensors,
 )
-from ..loop.gradients import Common, GradientMethod
+from ..loop.gradients import GradientMethod
 from ..loop.modalities import Encoder
 from ..loop.ranks import Observed
 

@@ -28,6 +28,7 @@ from ..loop.contract import (
     Batch,
     Card,
     Clock,
+    Common,
     Decision,
     Need,
     Sensed,
@@ -35,12 +36,11 @@ from ..loop.contract import (
     Stateless,
     Tensors,
 )
-from ..loop.gradients import Common, GradientMethod
+from ..loop.gradients import GradientMethod
 from ..loop.modalities import Encoder, Select
 from ..loop.ranks import Group, Observed
 from ..noise import NoiseStream, default_stream
-from ..ops import modulation_factors
-from ..ops.modulation_factors import Formula, check_strength
+from ..ops.modulation_factors import Formula, check_strength, factors_of_checked
 
 Noise = bool | Callable[[Tensor], Tensor]
 
@@ -104,8 +104,10 @@ class OGMRule(Stateless):
     @property
     def need(self) -> Need:
         """Statistics of the gradients, for GE's noise."""
+        if not self.noise:
+            return Need(stream=True)
         made = self.noise if callable(self.noise) else None
-        return Need(stats=bool(self.noise), stream=True, noise=made)
+        return Need(stats=True, stream=True, noise=made or "stream")
 
     def idle(self) -> OGMRule:
         """Every coefficient is 1, and there is no noise: as many launches as OGM, none more."""
@@ -117,14 +119,14 @@ class OGMRule(Stateless):
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """rho_m, k_m and, for each tensor, k_m and the noise's standard deviation."""
-        factors = modulation_factors(
+        factors = factors_of_checked(
+            tensors.backend,
             seen.means.to(tensors.device),
             self.alpha,
             self.formula,
-            owner=tensors.owner,
-            stats=tensors.stats,
-            eps=_STD_EPS,
-            backend=tensors.backend,
+            tensors.owner,
+            tensors.stats,
+            _STD_EPS,
         )
         act = Act(scale=factors.scale, noise_std=factors.noise_std)
         return Decision(act, (factors.coefficients, seen.means, factors.ratios))

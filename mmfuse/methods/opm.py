@@ -250,7 +250,7 @@ class OPM(EpochWindowModule, nn.Module):
             )
         if logits is None or labels is None:
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
-        self._warn_if_untold("OPM")
+        self._check_told("OPM")
         check_names("logits", logits, names, "features")
         given = Given(names, values, [logits[name] for name in names], labels, self.q)
         scores, ratios = self._sense(given)

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..loop.contract import Card
-from ..loop.gradients import Common, GradientMethod
+from ..loop.contract import Card, Common
+from ..loop.gradients import GradientMethod
 from ..loop.modalities import Encoder
 from ..loop.ranks import agree
 from ._redreg_equations import check_input_dropout, drop_probability, dropped

@@ -1,7 +1,7 @@
-"""Gradient formulas in eager mode, without PyTorch's wrapper around registered ones.
+"""Eager calls without what PyTorch wraps around an op for torch.compile and other transforms.
 
-That wrapper serves torch.compile and every other transform, and takes several times as long as this
-for an op with lists of tensors.
+Its wrapper around a registered gradient formula takes several times as long as the one here, for an
+op with lists of tensors.
 """
 
 from __future__ import annotations
@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 Formula = Callable[..., Any]
+
+
+class Eager(str):
+    """A backend's name, or "" for the best one, in eager calls that want no gradient.
+
+    A training step looks once at how it runs; its ops then go straight to their kernels.
+    """
 
 
 def _tensors_in(value: object) -> Sequence[Tensor]:

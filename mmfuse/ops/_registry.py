@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from .. import _native
-from ._eager import Formula, differentiable_call
+from ._eager import Eager, Formula, differentiable_call
 from ._preference import preferred
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
+
 
 _library = torch.library.Library("mmfuse", "DEF")
 _forced: str | None = None
@@ -46,6 +47,7 @@ class Op:
         self._reasons: dict[str, str] = {}
         self.overloads: dict[str, Any] = {}
         self._chosen: dict[tuple[str | None, torch.device], str] = {}
+        self._kernels: dict[tuple[str, str | None, torch.device], Callable[..., Any]] = {}
         self._formula: tuple[Formula, Formula] | None = None
         for backend in BACKENDS:
             _library.define(f"{name}.{backend}{schema}")
@@ -141,7 +143,17 @@ class Op:
     # which imports the compiler.
     _choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
+    def _kernel(self, backend: Eager, device: torch.device) -> Callable[..., Any]:
+        """The overload itself, without the Python around it."""
+        found: Callable[..., Any] = self.overloads[self.resolve(backend or None, device)]._op
+        self._kernels[backend, _forced, device] = found
+        return found
+
     def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:
+        if type(backend) is Eager:
+            kernel = self._kernels.get((backend, _forced, device)) or self._kernel(backend, device)
+            with torch._C._AutoDispatchBelowAutograd():
+                return kernel(*args)
         if torch.compiler.is_compiling():
             named = backend if backend is not None else _forced
             return self.overloads[self._choose(named, device.type, device.index)](*args)

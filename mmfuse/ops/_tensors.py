@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._eager import Eager
+
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
@@ -201,7 +203,11 @@ def index_tensor(index: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def kept_tensor(
-    values: tuple[float, ...], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    values: tuple[float, ...],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: str | None = None,
 ) -> Tensor:
     """Numbers of the host as a tensor on a device; nobody must write to it.
 
@@ -213,8 +219,11 @@ def kept_tensor(
         shape: Of the tensor.
         dtype: Of the tensor.
         device: Where it is.
+        backend: Of the calling op; an `Eager` one says that nothing is compiled.
     """
-    if torch.compiler.is_compiling():  # a compiled graph keeps its constants itself
+    if (
+        type(backend) is not Eager and torch.compiler.is_compiling()
+    ):  # a compiled graph keeps its constants itself
         return _copied(values, shape, dtype, device)
     capturing = _capturing(device)
     key = (values, shape, dtype, device)

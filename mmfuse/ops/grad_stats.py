@@ -124,7 +124,18 @@ def grad_stats(
         return GradStats(torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))
     device = grads[0].device
     layout = contiguous_layout(grads, params, anchors, any_order=True)
-    numel, moments = _op(backend, device, layout.grads, layout.params, layout.anchors)
+    return stats_of_checked(backend, device, layout.grads, layout.params, layout.anchors)
+
+
+def stats_of_checked(
+    backend: str | None,
+    device: torch.device,
+    grads: list[Tensor],
+    params: Sequence[Tensor] = (),
+    anchors: Sequence[Tensor] = (),
+) -> GradStats:
+    """`grad_stats` of contiguous tensors of floating dtypes on one device, at least one."""
+    numel, moments = _op(backend, device, grads, params, anchors)
     return GradStats(numel, *moments.unbind(0))
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._numbers import whole
 from ._registry import Op
 from ._tensors import check_named, promoted
 
@@ -91,7 +92,7 @@ def joint_entropies(
             are out of range.
     """
     order = _order_of(tuples, len(data))
-    check_bins(bins, MAX_BINS[order])
+    bins = check_bins(bins, MAX_BINS[order])
     names = names or [f"data[{k}]" for k in range(len(data))]
     check_named(data, names.__getitem__)
     first = data[0]
@@ -128,14 +129,14 @@ def _order_of(tuples: Sequence[Sequence[int]], count: int) -> int:
     return orders.pop()
 
 
-def check_bins(bins: int, most: int, least: int = 1, name: str = "bins") -> None:
-    """Checks the number of bins.
+def check_bins(bins: int, most: int, least: int = 1, name: str = "bins") -> int:
+    """The number of bins, as Python's own integer.
 
     Raises:
         TypeError: it is no integer.
         ValueError: it is out of range.
     """
-    if not isinstance(bins, int) or isinstance(bins, bool):
-        raise TypeError(f"{name} must be an integer, got {type(bins).__name__}")
-    if not least <= bins <= most:
-        raise ValueError(f"{name} must be from {least} to {most}, got {bins}")
+    found = whole(name, bins)
+    if not least <= found <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, got {found}")
+    return found

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..reference.modality_scores import IGNORED_LABEL
+from ._eager import Eager
 from ._registry import Op
-from ._tensors import check_named
+from ._tensors import FLOATING, why_unsupported
 
 
 class ModalityScores(NamedTuple):
@@ -97,27 +98,16 @@ def named_scores(
     names: Sequence[str], logits: Sequence[Tensor], labels: Tensor, backend: str | None
 ) -> ModalityScores:
     """`modality_scores`, with errors that call the logits by these names."""
-    _check(names, logits, labels)
-    # Each call into PyTorch that is not needed is left out: together they cost what the op does.
-    dense = [z if z.is_contiguous() else z.contiguous() for z in logits]
-    if labels.dtype is not torch.int64 or not labels.is_contiguous():
-        labels = labels.to(torch.int64).contiguous()
-    prob, log_prob = _op(backend, labels.device, dense, labels)
-    on_cpu = labels.device.type == "cpu" and not torch.compiler.is_compiling()
-    # An impossible label has given NaN; to look at every label first would cost more.
-    if on_cpu and any(map(math.isnan, prob.tolist())):
-        _check_range(names, logits, labels)
-    return ModalityScores(prob, log_prob)
-
-
-def _check(names: Sequence[str], logits: Sequence[Tensor], labels: Tensor) -> None:
     if not logits:
         raise ValueError("logits must hold at least one modality")
-    check_named(logits, names.__getitem__)
+    for name, z in zip(names, logits, strict=True):
+        if not isinstance(z, Tensor) or z.layout is not torch.strided or z.dtype not in FLOATING:
+            raise TypeError(f"{name} {why_unsupported(z)}")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         raise TypeError("labels must be an integer tensor of class indices")
     if labels.dim() != 1:
         raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
+    dense = []
     for name, z in zip(names, logits, strict=True):
         if z.dim() != 2 or z.shape[0] != labels.shape[0] or z.shape[1] == 0:
             raise ValueError(
@@ -126,6 +116,22 @@ def _check(names: Sequence[str], logits: Sequence[Tensor], labels: Tensor) -> No
             )
         if z.device != labels.device:
             raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
+        # Calls into PyTorch that are not needed are left out: together they cost what the op does.
+        dense.append(z if z.is_contiguous() else z.contiguous())
+    labels = labels if labels.dtype is torch.int64 else class_indices(labels)
+    labels = labels if labels.is_contiguous() else labels.contiguous()
+    prob, log_prob = _op(backend, labels.device, dense, labels)
+    on_cpu = labels.device.type == "cpu"
+    compiled = type(backend) is not Eager and torch.compiler.is_compiling()
+    # An impossible label has given NaN; to look at every label first would cost more.
+    if on_cpu and not compiled and any(map(math.isnan, prob.tolist())):
+        _check_range(names, logits, labels)
+    return ModalityScores(prob, log_prob)
+
+
+def class_indices(labels: Tensor) -> Tensor:
+    """The labels as int64: in uint8, class 156 would equal −100, which marks a row to ignore."""
+    return labels.to(torch.int64)
 
 
 def _check_range(names: Sequence[str], logits: Sequence[Tensor], labels: Tensor) -> None:

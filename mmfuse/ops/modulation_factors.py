@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._registry import Op
-from ._tensors import index_tensor
+from ._tensors import kept_tensor
 from .discrepancy_ratios import check_scores
 from .grad_stats import GradStats
 
@@ -103,14 +103,29 @@ def modulation_factors(
     if owner and not 0 <= min(owner) <= max(owner) < modalities:
         t = next(t for t, m in enumerate(owner) if not 0 <= m < modalities)
         raise ValueError(f"owner[{t}] = {owner[t]} is none of the {modalities} modalities")
+    if stats is not None:
+        _check_stats(stats, len(owner), scores)
+    scores = scores.detach().contiguous()
+    return factors_of_checked(backend, scores, alpha, formula, tuple(owner), stats, eps)
+
+
+def factors_of_checked(
+    backend: str | None,
+    scores: Tensor,
+    alpha: float,
+    formula: Formula,
+    owner: tuple[int, ...],
+    stats: GradStats | None,
+    eps: float,
+) -> ModulationFactors:
+    """`modulation_factors` of arguments that need no check; `scores` are contiguous."""
+    device = scores.device
+    index = kept_tensor(owner, (len(owner),), torch.int64, device, backend)
     numel = m2 = None
     if stats is not None:
-        numel, m2 = _check_stats(stats, len(owner), scores)
-    index = index_tensor(tuple(owner), scores.device)
+        numel, m2 = stats.numel.contiguous(), stats.m2.contiguous()
     cvpr = formula == "cvpr"
-    found, factors = _op(
-        backend, scores.device, scores.detach().contiguous(), index, numel, m2, alpha, cvpr, eps
-    )
+    found, factors = _op(backend, device, scores, index, numel, m2, alpha, cvpr, eps)
     ratios, coefficients = found.unbind(0)
     scale, *noise = factors.unbind(0)
     return ModulationFactors(ratios, coefficients, scale, noise[0] if noise else None)
@@ -124,7 +139,7 @@ def check_strength(alpha: float, formula: str) -> None:
         raise ValueError(f"formula must be 'tpami' or 'cvpr', got {formula!r}")
 
 
-def _check_stats(stats: GradStats, count: int, scores: Tensor) -> tuple[Tensor, Tensor]:
+def _check_stats(stats: GradStats, count: int, scores: Tensor) -> None:
     if stats.numel.dtype != torch.int64 or stats.m2.dtype not in (torch.float32, torch.float64):
         raise TypeError("stats must hold int64 numbers and float32 or float64 moments")
     for name, value in (("numel", stats.numel), ("m2", stats.m2)):
@@ -135,4 +150,3 @@ def _check_stats(stats: GradStats, count: int, scores: Tensor) -> tuple[Tensor, 
             )
         if value.device != scores.device:
             raise ValueError(f"stats.{name} is on {value.device}, scores on {scores.device}")
-    return stats.numel.contiguous(), stats.m2.contiguous()

@@ -90,7 +90,7 @@ def mutual_information(
         found = joint_entropies(rows, [(0, 1)], bins, names="xy", backend=backend)
         h_x, h_y, h_xy = found.entropies[0].unbind(-1)
     elif estimator == "soft":
-        check_bins(bins, MAX_BINS[2], 2)
+        bins = check_bins(bins, MAX_BINS[2], 2)
         h_x, h_y, h_xy = _soft_entropies(rows[0], rows[1], bins, backend)
     else:
         raise ValueError(f"estimator must be 'histogram' or 'soft', got {estimator!r}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
+from ._eager import Eager
 from ._registry import Op
 from ._tensors import (
     by_device,
@@ -136,12 +137,59 @@ def update_grads_(
         flag,
         squares,
     )
+    if not torch.compiler.is_compiling():  # functionalization does it there
+        numbers = [t for t in (flag, squares) if t is not None]
+        torch._C._increment_version(layout.grads + numbers)
     for i in layout.copied:
         grads[i].copy_(layout.grads[i])
     if finite is not None and flag is not None and flag is not finite:
         finite.logical_and_(flag.to(finite.device))
     if sq_norm is not None and squares is not None and squares is not sq_norm:
         sq_norm.copy_(squares)
+
+
+def update_checked_(
+    backend: str | None,
+    device: torch.device,
+    grads: list[Tensor],
+    scale: Tensor,
+    finite: Tensor,
+    sq_norm: Tensor | None,
+    *,
+    params: Sequence[Tensor] = (),
+    anchors: Sequence[Tensor] = (),
+    pull: Tensor | None = None,
+    noise_std: Tensor | None = None,
+    state: Tensor | None = None,
+    ids: Sequence[int] = (),
+) -> None:
+    """`update_grads_` of tensors that need no check.
+
+    They are contiguous, of floating dtypes, whole and on one device, at least one; the vectors are
+    contiguous there, float64 if a gradient is, else float32. `state` and `ids` are the stream's,
+    where there is noise.
+    """
+    offsets = [0] * len(ids)
+    _op(
+        backend,
+        device,
+        grads,
+        scale,
+        params,
+        anchors,
+        pull,
+        noise_std,
+        state,
+        ids,
+        offsets,
+        finite,
+        sq_norm,
+    )
+    if type(backend) is Eager or not torch.compiler.is_compiling():
+        # Autograd has seen an operator, but not what it wrote to.
+        torch._C._increment_version(
+            [*grads, finite] if sq_norm is None else [*grads, finite, sq_norm]
+        )
 
 
 def _check_sq_norm(sq_norm: Tensor, grads: Sequence[Tensor]) -> None:

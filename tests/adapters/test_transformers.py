@@ -312,7 +312,7 @@ def test_evaluation_and_label_smoothing_leave_the_method_alone(tmp_path: Path) -
     before = copy.deepcopy(trainer.balance_method.state_dict())
     assert before["stream"]["state"].tolist() == [3, 5]  # the seed, and a step for each batch
     assert trainer.evaluate()["eval_loss"] > 0
-    assert not trainer.balance_method._senses._observations
+    assert trainer.balance_method._senses._observations.empty
     assert torch.equal(trainer.balance_method.state_dict()["stream"]["state"][1], torch.tensor(5))
 
 

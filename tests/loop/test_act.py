@@ -96,7 +96,7 @@ def test_squares_are_unscaled_and_of_the_time_that_is_asked_for(when: str) -> No
         torch.ones((), dtype=torch.bool),
         need=Need(second="anchor", squares=when),
         second=kept,
-        stream=NoiseStream(0),
+        noise=NoiseStream(0),
         grad_scale=torch.tensor(4.0),
         backend=None,
     )

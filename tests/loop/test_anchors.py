@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmfuse.loop import anchors
 from mmfuse.loop.modalities import Active, Modalities
@@ -63,3 +64,63 @@ def test_what_does_not_fit_is_named() -> None:
 def test_anything_but_a_floating_dtype_is_refused() -> None:
     with pytest.raises(TypeError, match="anchor_dtype must be a floating dtype"):
         anchors.Anchors(torch.int8)
+
+
+LAYOUTS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "contiguous": (lambda t: t, True),
+    "a transposed parameter": (lambda t: t.t().contiguous().t(), False),
+}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_tensors_give_the_numbers_of_checked_ones(
+    layout: str, dtype: torch.dtype | None
+) -> None:
+    torch.manual_seed(1)
+    made, plain = LAYOUTS[layout]
+    nets = {name: [nn.Parameter(made(torch.randn(9, 7)))] for name in ("audio", "visual")}
+    modalities = Modalities(nets)
+    kept = anchors.Anchors(dtype)
+    kept.take(modalities.parameters)
+    results = []
+    for checked in (False, True):
+        torch.manual_seed(2)
+        for p in modalities.parameters:
+            p.grad = torch.randn(9, 7)
+            p.data.copy_(made(torch.randn(9, 7)))
+        active = modalities.active()
+        assert active.device is not None
+        assert (kept._plain(active) is not None) == plain
+        if checked:
+            active = active._replace(device=None)
+        stats = kept.stats(active, None)
+        finite = torch.ones((), dtype=torch.bool)
+        squares = torch.full((2,), torch.nan, dtype=torch.float64)
+        scale, pull = torch.tensor([0.5, 1.0]), torch.tensor([2.0, 0.0])
+        kept.update_(active, scale, pull, finite, None, squares)
+        results.append([*stats, squares, finite, *(p.grad for p in modalities.parameters)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_anchors_of_a_dtype_that_kernels_lack_are_refused() -> None:
+    modalities = Modalities({name: [nn.Parameter(torch.randn(3))] for name in "ab"})
+    for p in modalities.parameters:
+        p.grad = torch.ones(3)
+    kept = anchors.Anchors(torch.float8_e4m3fn)
+    kept.take(modalities.parameters)
+    with pytest.raises(TypeError, match=r"anchors\[0\] has dtype torch.float8_e4m3fn"):
+        kept.stats(modalities.active(), None)
+
+
+def test_a_parameter_that_became_strided_is_not_plain() -> None:
+    modalities = Modalities({name: [nn.Parameter(torch.randn(9, 7))] for name in "ab"})
+    kept = anchors.Anchors()
+    kept.take(modalities.parameters)
+    for p in modalities.parameters:
+        p.grad = torch.ones(9, 7)
+    active = modalities.active()
+    assert kept._plain(active) is not None
+    modalities.parameters[1].data = torch.randn(7, 9).t()
+    assert kept._plain(active) is None

@@ -144,4 +144,4 @@ def test_what_is_missing_is_named(made: type[mmfuse.GradientMethod]) -> None:
         joint.backward()
         with pytest.raises(RuntimeError, match="nothing was observed"):
             method.step()
-    assert method._steps == 0
+    assert method._clock.step == 0

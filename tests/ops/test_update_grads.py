@@ -304,6 +304,25 @@ def test_strided_gradients_beside_params(cell: Cell, view: str) -> None:
         check(cell, [grad], params=[params], pull=torch.tensor([0.7]))
 
 
+@pytest.mark.parametrize("view", ["contiguous", *strided_views("cpu")])
+def test_autograd_sees_the_change(cell: Cell, view: str) -> None:
+    """A graph that needs the old values refuses to go on, as after any operation in place."""
+    cell.skip_slow(view != "contiguous")
+    views = {"contiguous": torch.randn(4, 6, device=cell.device), **strided_views(cell.device)}
+    grad = views[view]
+    finite = torch.ones((), dtype=torch.bool, device=cell.device)
+    squares = torch.zeros(1, dtype=torch.float64, device=cell.device)
+    weight = torch.randn_like(grad, requires_grad=True)
+    loss = (weight * grad).sum()
+    before = [t._version for t in (grad, finite, squares)]
+    scale = torch.full((1,), 0.5, device=cell.device)
+    ops.update_grads_([grad], scale, finite=finite, sq_norm=squares, backend=cell.backend)
+    after = [t._version for t in (grad, finite, squares)]
+    assert all(new > old for new, old in zip(after, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 class TestBadInput:
     """Each error names its culprit, and nothing has been changed."""
 

@@ -1,0 +1,121 @@
+"""Further passes through a user's modules, which leave no trace in them.
+
+A method sometimes needs a module's output for another input than the training's. Such a pass must
+not move batch norm's statistics, training flags or PyTorch's random state. A user's forward hooks
+run in it as in any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+
+@contextmanager
+def scoring(call: Callable[..., object], device: torch.device) -> Iterator[None]:
+    """Evaluation mode, no gradients, and the random state and training flags as before.
+
+    In evaluation mode batch norm leaves its statistics alone. A module's flags are switched one by
+    one, for `train(True)` afterwards would also wake those that a user has frozen. What a plain
+    callable calls is only known when it is called, so that every module is switched on its way in.
+
+    Args:
+        call: The module or callable that will be called.
+        device: Where; its random generator is kept as well.
+    """
+    switched: list[nn.Module] = []
+    kept = _Buffers()
+
+    def switch(module: nn.Module, *_: object) -> None:
+        for each in module.modules():
+            if each.training:
+                each.training = False
+                switched.append(each)
+            if not type(each).__module__.startswith("torch.nn.modules."):  # these change none then
+                kept.replace(each)
+
+    with torch.no_grad(), _on_the_way_in(call, switch), _random_state(device):
+        try:
+            yield
+        finally:
+            kept.restore()
+            for module in switched:
+                module.training = True
+
+
+@contextmanager
+def training(call: Callable[..., object], device: torch.device) -> Iterator[None]:
+    """The modules' own mode, for passes that a loss goes through; buffers are copies meanwhile.
+
+    Writing the old values back afterwards would not do: `backward` refuses buffers that have been
+    changed in place. So the modules have other tensors while they run, and get theirs back.
+
+    Args:
+        call: The module or callable that will be called.
+        device: Where; its random generator is kept as well.
+    """
+    kept = _Buffers()
+
+    def copy(module: nn.Module, *_: object) -> None:
+        for each in module.modules():
+            kept.replace(each)
+
+    with _on_the_way_in(call, copy), _random_state(device):
+        try:
+            yield
+        finally:
+            kept.restore()
+
+
+class _Buffers:
+    """Modules whose buffers are copies for a while."""
+
+    def __init__(self) -> None:
+        self._kept: dict[nn.Module, dict[str, Tensor | None]] = {}
+
+    def replace(self, module: nn.Module) -> None:
+        """Gives a module copies, once."""
+        if module._buffers and module not in self._kept:
+            before = self._kept[module] = dict(module._buffers)
+            for name, buffer in before.items():
+                module._buffers[name] = None if buffer is None else buffer.clone()
+
+    def restore(self) -> None:
+        """Gives every module its own back."""
+        for module, before in self._kept.items():
+            module._buffers.update(before)
+
+
+@contextmanager
+def _on_the_way_in(call: Callable[..., object], do: Callable[..., None]) -> Iterator[None]:
+    """Does it to a module now, or to every module that a plain callable calls."""
+    if isinstance(call, nn.Module):
+        do(call)
+        yield
+        return
+    hook: Any = register_module_forward_pre_hook(do)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _random_state(device: torch.device) -> Iterator[None]:
+    """PyTorch's random state as it was, afterwards.
+
+    Not in a compiled graph, which cannot keep it: there a pass that draws random numbers, as
+    dropout does in training, moves it on.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        yield
+        return
+    # A generator cannot be read while a CUDA graph is recorded.
+    on_gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
+    with torch.random.fork_rng([device] if on_gpu else []):
+        yield

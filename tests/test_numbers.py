@@ -1,0 +1,102 @@
+"""Integers that a user passes in may be NumPy's; what is no integer is refused by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mmfuse
+from mmfuse._numbers import whole
+
+X, Y = torch.arange(24.0).view(2, 1, 12).sin()
+
+
+def encoders() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    return {"audio": nn.Linear(3, 2), "visual": nn.Linear(3, 2)}
+
+
+def of_epoch(n: Any) -> int:
+    method = mmfuse.OGM(encoders(), stream=mmfuse.NoiseStream(0))
+    method.set_epoch(n)
+    return method.epoch
+
+
+def order_of_epoch(n: Any) -> list[int]:
+    sampler = mmfuse.ContributionSampler(torch.rand(3, 1).fill_(0.5), seed=0)
+    sampler.set_epoch(n)
+    return list(sampler)
+
+
+#: What takes an integer, by the argument's name in its error: a call, and what it gives.
+TAKES: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "NoiseStream": ("seed", lambda n: mmfuse.NoiseStream(n).state.tolist()),
+    "OGM.set_epoch": ("epoch", of_epoch),
+    "starts": ("starts", lambda n: mmfuse.OGM(encoders(), starts=n).starts),
+    "ends": ("ends", lambda n: mmfuse.MLB(encoders(), ends=n).ends),
+    "RedReg.window": ("window", lambda n: list(mmfuse.RedReg(encoders(), window=n)._state)),
+    "RedReg.epochs": ("epochs", lambda n: mmfuse.RedReg(encoders(), epochs=n).rule.epochs),
+    "RedReg.monitor_every": (
+        "monitor_every",
+        lambda n: mmfuse.RedReg(encoders(), monitor_every=n).rule.monitor_every,
+    ),
+    "joint_entropies": (
+        "bins",
+        lambda n: mmfuse.ops.joint_entropies([X, Y], [(0, 1)], n).counts.tolist(),
+    ),
+    "mutual_information": ("bins", lambda n: mmfuse.ops.mutual_information(X, Y, n)[0].tolist()),
+    "mutual_information, soft": (
+        "bins",
+        lambda n: mmfuse.ops.mutual_information(X, Y, n, estimator="soft")[0].tolist(),
+    ),
+    "ScalarLog": ("every", lambda n: mmfuse.ScalarLog(print, every=n).every),
+    "ContributionSampler.copies": (
+        r"copies\[1\]",
+        lambda n: mmfuse.ContributionSampler(torch.full((2,), 0.7), copies=(1, n, 1)).indices,
+    ),
+    "ContributionSampler.seed": (
+        "seed",
+        lambda n: list(mmfuse.ContributionSampler(torch.full((5,), 0.7), seed=n)),
+    ),
+    "ContributionSampler.set_epoch": ("epoch", order_of_epoch),
+}
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.int32])
+@pytest.mark.parametrize("what", TAKES)
+def test_numpys_integers_are_integers(what: str, kind: Callable[[int], Any]) -> None:
+    _, call = TAKES[what]
+    assert call(kind(7)) == call(7)
+    assert call(7) != call(8) or what in ("RedReg.window",), "the number counts"
+
+
+@pytest.mark.parametrize("wrong", [5.0, True, "5", torch.tensor(5), np.float64(5), None], ids=repr)
+@pytest.mark.parametrize("what", TAKES)
+def test_what_is_no_integer_is_refused(what: str, wrong: object) -> None:
+    name, call = TAKES[what]
+    if wrong is None and name in ("seed", "ends"):
+        pytest.skip("None has a meaning here")
+    with pytest.raises(TypeError, match=f"{name} must be an integer, got {type(wrong).__name__}"):
+        call(wrong)
+
+
+def test_the_least_number_is_named() -> None:
+    assert whole("n", np.int16(-3)) == -3
+    with pytest.raises(ValueError, match="n must be at least 1, got 0"):
+        whole("n", 0, least=1)
+
+
+def test_ids_of_numpy() -> None:
+    stream = mmfuse.NoiseStream(1)
+    placed = stream.place(np.arange(3), np.array([4, 0, 8]))
+    assert placed.ids == (0, 1, 2) and placed.offsets == (4, 0, 8)
+    grads = [torch.zeros(5) for _ in range(3)]
+    mmfuse.ops.update_grads_(grads, torch.ones(3), noise_std=torch.ones(3), stream=placed)
+    torch.testing.assert_close(grads[2], stream.normal(5, 2, 8))
+    with pytest.raises(TypeError, match="float"):
+        stream.place([0.5])

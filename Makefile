@@ -13,7 +13,7 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test check soak lint format bench cuda triton sanitize gpu gpu-library gpu-rehearsal clean
+.PHONY: help setup build demo test check soak lint format bench instructions cuda triton sanitize gpu gpu-library gpu-rehearsal clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -21,6 +21,7 @@ help:
 	@echo "make check   make test, and the tests that take long, but for the soak"
 	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"
 	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/"
+	@echo "make instructions  what the host does for a step or an op, against the numbers in .ci"
 	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make sanitize  the kernels under ASan and UBSan, on the CPU"
@@ -87,6 +88,10 @@ format: $(TESTING)
 
 bench: build
 	$(BIN)/python benchmarks/run.py
+
+# Where they are others for a reason: make instructions UPDATE=1, and the commit says which.
+instructions: build
+	$(BIN)/python .ci/instructions.py $(if $(UPDATE),--update)
 
 cuda:
 	bash .ci/compile_cuda.sh

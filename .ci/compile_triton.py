@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for the GPUs that mmfuse supports; needs no GPU.
 
-Prints a line per kernel variant and target, and fails if a kernel does not compile or is in no
-AOT_SPECS. Run it without TRITON_INTERPRET.
+What is compiled is what the ops' samples launch, see tests/kernels/triton_variants.py. Prints a
+line per variant and target, and fails if a kernel does not compile or is launched by no samples.
+Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -20,13 +21,15 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-# The checkout, whether or not mmfuse is installed.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# The checkout, whether or not mmfuse is installed, and what the tests share.
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
+
+from triton_variants import Variant, variants
 
 import mmfuse.triton
-from mmfuse.triton._aot import COMPILE_OPTIONS, AotSpec
 
 CAPABILITIES = (80, 90, 100)
 
@@ -42,23 +45,6 @@ def kernels(module: ModuleType) -> Iterator[Any]:
     for name, value in vars(module).items():
         if name.endswith("_kernel") and isinstance(value, triton.runtime.KernelInterface):
             yield value
-
-
-def source(spec: AotSpec) -> ASTSource:
-    """Translates a spec into what Triton's launcher would hand to its compiler."""
-    signature: dict[str, Any] = {}
-    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-
-    def plain(kind: Any, path: tuple[int, ...]) -> Any:
-        if isinstance(kind, tuple):
-            return tuple(plain(part, (*path, i)) for i, part in enumerate(kind))
-        if kind.endswith("!"):
-            attributes[path] = [["tt.divisibility", 16]]
-        return kind.rstrip("!")
-
-    for i, name in enumerate(spec.kernel.arg_names):
-        signature[name] = "constexpr" if name in spec.constants else plain(spec.types[name], (i,))
-    return ASTSource(spec.kernel, signature, spec.constants, attributes)
 
 
 def resources(cubin: bytes) -> str:
@@ -77,42 +63,39 @@ def resources(cubin: bytes) -> str:
     return f"{registers:3d} registers, {stack + local} B spilled"
 
 
-def compile_spec(spec: AotSpec, capability: int) -> str:
-    """Compiles one variant for one target and describes the result."""
+def compiled(variant: Variant, capability: int) -> str:
+    """Compiles a variant for one target and describes the result."""
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": spec.num_warps, **COMPILE_OPTIONS}
-    compiled = triton.compile(source(spec), target=target, options=options)
-    shared = f"{compiled.metadata.shared:5d} B shared"
-    return f"{spec.num_warps} warps, {shared}, {resources(compiled.asm['cubin'])}"
+    made = triton.compile(variant.source(), target=target, options=dict(variant.options))
+    shared = f"{made.metadata.shared:5d} B shared"
+    return f"{made.metadata.num_warps} warps, {shared}, {resources(made.asm['cubin'])}"
 
 
 def main() -> int:
     """Returns the number of failures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("pattern", nargs="?", default="", help="part of a kernel's name")
+    parser.add_argument("pattern", nargs="?", default="", help="part of an op's or a kernel's name")
     pattern = parser.parse_args().pattern
     if mmfuse.triton.INTERPRETED:
         print("unset TRITON_INTERPRET: the interpreter replaces the compiler")
         return 1
-    failures = 0
-    count = 0
-    for module in modules():
-        specs = getattr(module, "AOT_SPECS", [])
-        for missing in set(kernels(module)) - {spec.kernel for spec in specs}:
-            print(f"FAILED {module.__name__}: {missing.__name__} is in no AOT_SPECS")
-            failures += 1
-        for spec in specs:
-            if pattern not in spec.kernel.__name__:
-                continue
-            for capability in CAPABILITIES:
-                title = f"{spec.kernel.__name__} [{spec.label}] sm_{capability}"
-                count += 1
-                try:
-                    print(f"{title}: {compile_spec(spec, capability)}", flush=True)
-                except Exception as error:  # every compiler stage raises something else
-                    print(f"FAILED {title}: {error}", flush=True)
-                    failures += 1
-    print(f"{count - failures} passed, {failures} failed")
+    found = variants()
+    never = {k for m in modules() for k in kernels(m)} - {v.kernel for v in found}
+    for kernel in sorted(never, key=lambda kernel: kernel.__name__):
+        print(f"FAILED {kernel.__name__}: no op's samples launch it")
+    failures, count = len(never), 0
+    for variant in found:
+        title = f"{variant.kernel.__name__} [{variant.label}]"
+        if pattern not in title and pattern not in variant.op:
+            continue
+        for capability in CAPABILITIES:
+            count += 1
+            try:
+                print(f"{title} sm_{capability}: {compiled(variant, capability)}", flush=True)
+            except Exception as error:  # every compiler stage raises something else
+                print(f"FAILED {title} sm_{capability}: {error}", flush=True)
+                failures += 1
+    print(f"{count + len(never) - failures} passed, {failures} failed")
     return min(failures, 1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from collections.abc import Sequence
 from typing import Any, SupportsIndex
@@ -25,9 +26,11 @@ class NoiseStream:
         seed: The 64-bit seed, an integer. None takes `torch.initial_seed()`, which
             `torch.manual_seed` sets.
         device: Where the state lives: the device of the gradients.
+        name: Streams of one seed and different names draw different numbers, as do those that the
+            methods make for themselves. None takes the seed as the key itself.
 
     Attributes:
-        state: int64 [2] on `device`: (seed, step). Kernels read it there, so that advancing it
+        state: int64 [2] on `device`: (key, step). Kernels read it there, so that advancing it
             needs no host, and a captured CUDA graph draws fresh noise at every replay.
         ids: The stream id of each tensor of a list; None numbers them from 0.
         offsets: Where each tensor starts within its flattened whole tensor; None means at 0.
@@ -44,10 +47,16 @@ class NoiseStream:
     agreed: bool = False
 
     def __init__(
-        self, seed: SupportsIndex | None = None, device: torch.device | str | int | None = None
+        self,
+        seed: SupportsIndex | None = None,
+        device: torch.device | str | int | None = None,
+        *,
+        name: str | None = None,
     ) -> None:
-        value = torch.initial_seed() if seed is None else seed
-        self.state = torch.tensor([_as_int64(value), 0], dtype=torch.int64, device=device)
+        key = _as_int64(torch.initial_seed() if seed is None else seed)
+        if name is not None:
+            key = _named(key, name)
+        self.state = torch.tensor([key, 0], dtype=torch.int64, device=device)
         self.ids = None
         self.offsets = None
 
@@ -195,11 +204,18 @@ def _as_int64(seed: SupportsIndex) -> int:
     return (whole("seed", seed) + 2**63) % 2**64 - 2**63
 
 
+def _named(key: int, name: str) -> int:
+    """A key of its own for every name: half of a hash is as good as any other seed."""
+    salt = key.to_bytes(8, "little", signed=True)
+    digest = hashlib.blake2b(name.encode(), digest_size=8, key=salt).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
 _default_streams: dict[torch.device, tuple[int, NoiseStream]] = {}
 
 
 def default_stream(device: torch.device) -> NoiseStream:
-    """The stream that is used where none is given; one per device.
+    """The stream of `mmfuse.ogm_backward` where none is given; one per device.
 
     Its seed is that of `torch.manual_seed`. A new seed starts it again at step 0; the same seed
     set again cannot be told from none, so a run that must repeat within one process takes a
@@ -209,7 +225,7 @@ def default_stream(device: torch.device) -> NoiseStream:
     known = _default_streams.get(device)
     if known is not None and known[0] == seed:
         return known[1]
-    stream = NoiseStream(seed, device)
+    stream = NoiseStream(seed, device, name="ogm_backward")
     if known is not None:
         # In place: a captured CUDA graph goes on reading the state that it has seen.
         known[1].load_state_dict(stream.state_dict())

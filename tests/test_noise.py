@@ -10,7 +10,9 @@ import scipy.stats
 import tolerances
 import torch
 from cells import Cell
+from torch import nn
 
+import mmfuse
 from mmfuse import NoiseStream, ops
 from mmfuse.noise import default_stream
 from mmfuse.reference.noise import philox4x32, uniform_from_bits
@@ -200,9 +202,60 @@ def test_torch_manual_seed_controls_the_default_stream() -> None:
     assert default_stream(cpu) is first
     torch.manual_seed(6)
     second = default_stream(cpu)
-    assert second.state.tolist() == [6, 0]
-    assert first.state.tolist() == [6, 0]  # in place: a captured graph reads the same memory
+    assert second.state.tolist() == NoiseStream(6, name="ogm_backward").state.tolist()
+    assert first.state is second.state  # in place: a captured graph reads the same memory
     assert NoiseStream().state.tolist() == [6, 0]
+
+
+def test_names_set_streams_of_one_seed_apart() -> None:
+    made = {name: NoiseStream(3, name=name) for name in (None, "OGM/a", "OGM/b", "OPM/None")}
+    draws = [stream.normal(4000) for stream in made.values()]
+    for i, one in enumerate(draws):
+        for other in draws[:i]:
+            assert abs(float((one * other).mean())) < 5 / 4000**0.5
+    # The numbers of a name are part of what a run repeats: on any machine, in any version.
+    assert made["OGM/a"].state.tolist() == [3271046140287080556, 0]
+    assert torch.equal(NoiseStream(3, name="OGM/a").normal(9), made["OGM/a"].normal(9))
+    assert NoiseStream(4, name="OGM/a").state[0] != made["OGM/a"].state[0]
+
+
+def objects() -> dict[str, NoiseStream]:
+    """Streams of all objects that make one of their own, with the default seed."""
+    nets = {"audio": nn.Linear(3, 2), "visual": nn.Linear(3, 2)}
+    others = {"text": nn.Linear(3, 2), "image": nn.Linear(3, 2)}
+    return {
+        "OGM": mmfuse.OGM(nets).stream,
+        "OGM on others": mmfuse.OGM(others).stream,
+        "OGM by name": mmfuse.OGM(nets, name="second").stream,
+        "RedReg": mmfuse.RedReg(nets).stream,
+        "OPM": NoiseStream.from_state(mmfuse.OPM().noise_state),
+        "OPM by name": NoiseStream.from_state(mmfuse.OPM(name="second").noise_state),
+        "OPM.official by name": NoiseStream.from_state(mmfuse.OPM.official(name="3").noise_state),
+        "ContributionSampler": mmfuse.ContributionSampler(torch.ones(2))._stream,
+        "ogm_backward": default_stream(torch.device("cpu")),
+    }
+
+
+def test_objects_draw_numbers_of_their_own() -> None:
+    torch.manual_seed(5)
+    made = objects()
+    keys = {name: int(stream.state[0]) for name, stream in made.items()}
+    assert len(set(keys.values())) == len(keys), keys
+    again = {name: int(stream.state[0]) for name, stream in reversed(list(objects().items()))}
+    assert again == keys, "neither the order nor the number of objects counts"
+    torch.manual_seed(6)
+    assert not set(keys.values()) & {int(stream.state[0]) for stream in objects().values()}
+
+
+def test_opm_and_ogm_are_independent() -> None:
+    """The mask of OPM and the noise of OGM came from the same numbers: a variance of 2.2 or 0.5."""
+    torch.manual_seed(0)
+    made = objects()
+    uniform = made["OPM"].uniform(4000)
+    noise = made["OGM"].normal(4000)
+    dropped, kept = noise[uniform < 0.5], noise[uniform >= 0.5]
+    for part in (dropped, kept):
+        assert abs(float(part.var()) - 1) < 5 * (2 / len(part)) ** 0.5
 
 
 def test_pytorchs_generators_are_not_touched() -> None:

@@ -26,7 +26,8 @@ from ..noise import NoiseStream
 from ..ops import GradStats, ModalityScores
 from ..ops._tensors import index_tensor
 from ..ops.modality_scores import named_scores
-from .modalities import Modalities, Select, per_modality, per_tensor
+from ._parameters import Select
+from .modalities import Modalities, per_modality, per_tensor
 from .ranks import Group, Observed, agree, rank_and_size
 
 State = Mapping[str, Tensor]
@@ -46,6 +47,7 @@ class Common(TypedDict, total=False):
     anchor_dtype: torch.dtype | None
     anchor_device: torch.device | str | None
     stream: NoiseStream | None
+    name: str | None
     backend: str | None
 
 

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..noise import NoiseStream
 from ..ops._eager import Eager
+from ._parameters import Encoder, Select
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
 from .epochs import EpochWindow
-from .modalities import Encoder, Modalities, Select
-from .ranks import Group, several
+from .modalities import Modalities
+from .ranks import Group
 from .sense import Senses
 from .stage import take_step
 from .state import State, check_saved, saved_method
@@ -59,8 +60,10 @@ class GradientMethod(EpochWindow):
             halves them, at the cost of w₀'s rounding in every displacement.
         anchor_device: Where they are; "cpu" frees the GPU of them and copies them there in every
             step.
-        stream: The random stream; None makes one from `torch.initial_seed()`, at step 0. In a
-            distributed run the first rank's is taken over by all.
+        stream: The random stream; None makes one from `torch.initial_seed()`, the method and the
+            encoders' names, at step 0. In a distributed run the first rank's is taken over by all.
+        name: Of this object, where there are several with encoders of the same names: their
+            streams differ by it.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -82,6 +85,7 @@ class GradientMethod(EpochWindow):
         anchor_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None,
         stream: NoiseStream | None = None,
+        name: str | None = None,
         backend: str | None = None,
     ) -> None:
         self.name = type(self).__name__
@@ -94,7 +98,7 @@ class GradientMethod(EpochWindow):
         self.process_group = process_group
         self.backend = backend
         self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
-        self.stream = stream or self._new_stream()
+        self.stream = stream or self._new_stream(name)
         self._updates = AttachedOptimizers(self.name, self.modalities, backend)
         self._clock = Clock(0, 0)
         self._adopt(rule)
@@ -107,8 +111,9 @@ class GradientMethod(EpochWindow):
         count, tensors = len(self.modalities.names), len(self.modalities.parameters)
         self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
 
-    def _new_stream(self) -> NoiseStream:
-        return NoiseStream(device=self.modalities.device)
+    def _new_stream(self, name: str | None) -> NoiseStream:
+        parts = [self.name, *self.modalities.names] + ([] if name is None else [name])
+        return NoiseStream(device=self.modalities.device, name="/".join(parts))
 
     # Epochs ---------------------------------------------------------------------------------------
 
@@ -219,7 +224,7 @@ class GradientMethod(EpochWindow):
                     f"{self.name}.backward needs unimodal_losses, one for each modality"
                 )
             losses = checked_losses(self.modalities, unimodal_losses)
-            group = several(self.process_group)
+            group = self.process_group
             unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
         elif logits is None:
             raise TypeError(f"{self.name}.backward needs logits and labels")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .modalities import Encoder
+from ._parameters import Encoder
 
 #: What stands for a modality: a module, parameters, or patterns of their names.
 Named = Encoder | str | Sequence[str]

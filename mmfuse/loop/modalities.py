@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,8 @@ from ..noise import NoiseStream
 from ..ops._tensors import FLOATING, check_named, index_tensor, why_unsupported
 from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
+from ._parameters import Encoder, Select, named_parameters, selection
 from .shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
-
-Encoder = nn.Module | Iterable[Tensor]
-Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
-
-_SELECTIONS: dict[str, Callable[[Tensor], bool]] = {
-    "all": lambda p: True,
-    "matrix": lambda p: p.dim() >= 2,
-    "conv": lambda p: p.dim() == 4,
-}
 
 
 class Active(NamedTuple):
@@ -107,7 +99,7 @@ class Modalities:
             raise TypeError(f"encoders must map names to modules, got {type(encoders).__name__}")
         if len(encoders) < 2:
             raise ValueError(f"balancing needs at least two modalities, got {list(encoders)}")
-        keep = _selection(select)
+        keep = selection(select)
         self.names = tuple(encoders)
         # Only modules can be asked again: an iterable may have been a generator.
         self._modules = {n: e for n, e in encoders.items() if isinstance(e, nn.Module)}
@@ -118,7 +110,7 @@ class Modalities:
         self.modality: list[int] = []
         owner: dict[int, str] = {}
         for m, (name, encoder) in enumerate(encoders.items()):
-            found = _named_parameters(name, encoder)
+            found = named_parameters(name, encoder)
             before = len(self.parameters)
             for label, parameter in found:
                 if id(parameter) in owner:
@@ -147,6 +139,8 @@ class Modalities:
         self._sharded = any(map(is_dtensor, self.parameters))
         # Those that had no gradient in the last step though they require one.
         self._waiting: list[int] = []
+        #: The first and the last gradient that a step has changed, and their versions then.
+        self.changed: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor], int] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +164,7 @@ class Modalities:
                 if owner == m
             ]
             known = {id(p) for _, p in labels}
-            found = _named_parameters(name, self._modules[name])
+            found = named_parameters(name, self._modules[name])
             present = {id(p) for _, p in found}
             added = [label for label, p in found if self._keep(p) and id(p) not in known]
             gone = [label for label, p in labels if id(p) not in present]
@@ -185,6 +179,8 @@ class Modalities:
         """The parameters that require and have a non-empty gradient now.
 
         Raises:
+            RuntimeError: no parameter of an encoder has a gradient though some require one, or
+                nothing has happened to the gradients since the last step.
             TypeError: a gradient is sparse or of an unsupported dtype; the message names it.
             ValueError: a parameter has no gradient because it has been replaced, as `fully_shard`
                 does.
@@ -215,10 +211,32 @@ class Modalities:
         # should, so that it is done where the list has changed.
         if waiting != self._waiting:
             self.check_unchanged()
+            self._check_reached(ids, waiting)
             self._waiting = waiting
+        if grads and self.changed is not None:
+            first, version, last, of_last = self.changed
+            same = first() is grads[0] and last() is grads[-1]
+            if same and (version, of_last) == (grads[0]._version, grads[-1]._version):
+                raise RuntimeError(
+                    "these gradients have been changed by this method already: call step() once "
+                    "for each backward pass (of several micro-batches, observe() each and call "
+                    "step() after the last)"
+                )
         if not plain or len(ids) < len(self.parameters):
             return self._parts(params, grads, ids, device if plain else None, dtype)
         return Active(params, grads, ids, self._owner, [], device, dtype)
+
+    def _check_reached(self, ids: Sequence[int], waiting: Sequence[int]) -> None:
+        """Raises a RuntimeError for an encoder that could have gradients and has none at all."""
+        with_any = {self.modality[i] for i in ids}
+        for m in sorted({self.modality[i] for i in waiting} - with_any):
+            raise RuntimeError(
+                f"no parameter of the encoder of {self.names[m]!r} has a gradient: the backward "
+                "pass comes before step(), the optimizer's step and zero_grad() after it. Other "
+                "causes are a loss that does not reach this encoder, the encoder of a copy of the "
+                "model, and gradients that are not in p.grad (DeepSpeed's ZeRO, an optimizer in "
+                "the backward pass)"
+            )
 
     def held(self, parameters: Iterable[Tensor]) -> Active:
         """Those of the parameters that are an encoder's, in the place of their gradients."""
@@ -320,42 +338,3 @@ def per_modality(values: Tensor, modality: Sequence[int], count: int) -> Tensor:
     """
     sizes = [modality.count(m) for m in range(count)]
     return torch.stack([part.sum() for part in values.split(sizes)])
-
-
-def _selection(select: Select) -> Callable[[Tensor], bool]:
-    if callable(select):
-        return select
-    if select not in _SELECTIONS:
-        raise ValueError(
-            f"select must be one of {', '.join(map(repr, _SELECTIONS))} or a callable, "
-            f"got {select!r}"
-        )
-    return _SELECTIONS[select]
-
-
-def _named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
-    prefix = f"encoders[{name!r}]"
-    if isinstance(encoder, nn.Module):
-        _refuse_flat_parameters(prefix, encoder)
-        return [(f"{prefix}.{key}", p) for key, p in encoder.named_parameters()]
-    if isinstance(encoder, Tensor) or not isinstance(encoder, Iterable):
-        raise TypeError(
-            f"{prefix} must be a module or an iterable of parameters, got {type(encoder).__name__}"
-        )
-    found = [(f"{prefix}[{i}]", p) for i, p in enumerate(encoder)]
-    for label, parameter in found:
-        if not isinstance(parameter, Tensor):
-            raise TypeError(f"{label} is not a parameter but {type(parameter).__name__}")
-    return found
-
-
-def _refuse_flat_parameters(label: str, encoder: nn.Module) -> None:
-    """Raises a TypeError for FSDP1, whose parameters do not know where they lie in the whole."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(
-        isinstance(module, fsdp.FullyShardedDataParallel) for module in encoder.modules()
-    ):
-        raise TypeError(
-            f"{label} is wrapped in FullyShardedDataParallel, whose flat parameters cannot be told "
-            "apart; use torch.distributed.fsdp.fully_shard (FSDP2)"
-        )

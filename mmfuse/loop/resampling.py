@@ -82,7 +82,7 @@ class ContributionSampler(Sampler[int]):
         self.indices = torch.arange(len(mean)).repeat_interleave(repeats).tolist()
         self.shuffle = shuffle
         self.epoch = 0
-        self._stream = NoiseStream(seed)
+        self._stream = NoiseStream(seed, name=type(self).__name__)
 
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch begins, counted from 0; without it every epoch has the same order."""

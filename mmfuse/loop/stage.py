@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from ..ops._eager import Eager
 from .act import Second, act_on, carry_out, stats_of
 from .contract import Act, Decision, Sensed, Tensors
 from .modalities import Active
@@ -85,6 +87,11 @@ def take_step(
             grad_scale=grad_scale,
             backend=backend,
         )
+    if type(backend) is Eager and active.ids:  # a version is a constant to the compiler
+        first = modalities.parameters[active.ids[0]].grad
+        last = modalities.parameters[active.ids[-1]].grad
+        assert first is not None and last is not None
+        modalities.changed = ref(first), first._version, ref(last), last._version
     sums = squares if squares is not None or stats is None else stats.m2
     if active.shards and sums is not None:  # another rank's part shows in the sums alone
         finite.logical_and_(sums.isfinite().all().to(device))

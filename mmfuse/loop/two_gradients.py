@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .modalities import Modalities
+from .ranks import Group, several
 from .shards import is_dtensor
 
 
@@ -24,18 +25,17 @@ def two_gradients(
     joint: Tensor,
     unimodal: Sequence[Tensor],
     modalities: Modalities,
-    group: dist.ProcessGroup | None,
+    process_group: Group,
     retain_graph: bool,
 ) -> list[Tensor | None]:
     """Leaves the joint loss's gradient in ``.grad``; returns that of the unimodal losses' sum.
 
-    One for each parameter of the encoders, None where the unimodal losses do not reach it. `group`
-    are the ranks, if there are several.
+    One for each parameter of the encoders, None where the unimodal losses do not reach it.
     """
     parameters = modalities.parameters
     total = torch.stack([loss.reshape(()) for loss in unimodal]).sum()
-    # DistributedDataParallel's hooks are there in a group of one rank as well.
-    grouped = dist.is_available() and dist.is_initialized()
+    # A group of one rank has DistributedDataParallel's hooks as well.
+    grouped = process_group is not False and dist.is_available() and dist.is_initialized()
     if not grouped or any(map(is_dtensor, parameters)):
         before = [p.grad for p in parameters]
         for p in parameters:
@@ -54,7 +54,7 @@ def two_gradients(
     )
     (joint + total).backward(retain_graph=retain_graph)
     reached = {i: grad for i, grad in zip(wanted, grads, strict=True) if grad is not None}
-    averaged = _averaged(list(reached.values()), group)
+    averaged = _averaged(list(reached.values()), several(process_group))
     means = dict(zip(reached, averaged, strict=True))
     # Whoever has a unimodal gradient has one of the sum.
     sums = [grad for i in means if (grad := parameters[i].grad) is not None]

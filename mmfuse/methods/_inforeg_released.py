@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..loop._parameters import Encoder
 from ..loop.contract import Need, State, Tensors
-from ..loop.modalities import Encoder, Modalities
+from ..loop.modalities import Modalities
 from ..loop.ranks import Observed
 from .inforeg import InfoRegRule
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..loop.modalities import Encoder
+from ..loop._parameters import Encoder
 from ..loop.passes import scoring
 from ..noise import NoiseStream
 from ..ops.noisy_views import noisy_views

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from ..loop._parameters import Encoder
 from ..loop.contract import (
     Act,
     Batch,
@@ -43,7 +44,6 @@ from ..loop.contract import (
     Tensors,
 )
 from ..loop.gradients import GradientMethod
-from ..loop.modalities import Encoder
 from ..loop.ranks import Observed
 
 Release = Literal["november", "march"]

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..loop._parameters import Encoder
 from ..loop.contract import (
     Act,
     Batch,
@@ -40,7 +41,6 @@ from ..loop.contract import (
     Tensors,
 )
 from ..loop.gradients import GradientMethod
-from ..loop.modalities import Encoder
 from ..loop.ranks import Observed
 from ._means import mean_of_others
 

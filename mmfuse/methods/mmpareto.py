@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..loop._parameters import Encoder
 from ..loop.contract import (
     Act,
     Batch,
@@ -41,7 +42,6 @@ from ..loop.contract import (
     Tensors,
 )
 from ..loop.gradients import GradientMethod
-from ..loop.modalities import Encoder
 from ..loop.ranks import Observed
 
 # Below this share of the terms that it is the sum of, |h|^2 is what rounding has left of them.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..loop._parameters import Encoder, Select
 from ..loop.contract import (
     Act,
     Batch,
@@ -37,7 +38,6 @@ from ..loop.contract import (
     Tensors,
 )
 from ..loop.gradients import GradientMethod
-from ..loop.modalities import Encoder, Select
 from ..loop.ranks import Group, Observed
 from ..noise import NoiseStream, default_stream
 from ..ops.modulation_factors import Formula, check_strength, factors_of_checked
@@ -271,5 +271,5 @@ def ogm_backward(
 class _Once(OGM):
     """OGM for one step."""
 
-    def _new_stream(self) -> NoiseStream:
+    def _new_stream(self, name: str | None) -> NoiseStream:
         return default_stream(self.modalities.device)

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
 from ..loop.modalities import check_names, named_features
@@ -116,11 +117,11 @@ class OPM(EpochWindowModule, nn.Module):
             loss = F.cross_entropy(head(torch.cat(list(kept.values()), 1)), labels)
             mmfuse.ogm_backward(loss, encoders, logits, labels)   # or loss.backward()
 
-    Both OPM and OGM see the logits of the undropped features; together they are the paper's
-    OPM + OGM. In `eval()` the features pass unchanged, and logits and labels are not looked at.
+    OPM and OGM see the logits of the undropped features; together they are the paper's OPM + OGM.
+    In `eval()` the features pass unchanged, and logits and labels are not looked at.
 
-    One launch reads and writes every feature once; the mask comes from the noise stream. q and the
-    stream are in buffers, which follow the module to its device and into its `state_dict`.
+    One launch reads and writes every feature once. q and the noise stream, which the mask comes
+    from, are buffers.
 
     Args:
         q_base: Probability at which a modality that is just dominant is dropped, in [0, 1].
@@ -132,7 +133,8 @@ class OPM(EpochWindowModule, nn.Module):
             torch.distributed is initialized, False for this rank alone. With ranks of one batch
             size B, sample i of rank r draws the number of sample r·B + i of the whole batch.
         stream: The random stream, whose state becomes a buffer; None makes one from
-            `torch.initial_seed()`, at step 0. In a distributed run all take the first rank's.
+            `torch.initial_seed()` and `name`, at step 0. In a distributed run all take the first's.
+        name: Of this object, where there are several: their streams differ by it.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -160,19 +162,18 @@ class OPM(EpochWindowModule, nn.Module):
         ends: int | None = None,
         process_group: Group = None,
         stream: NoiseStream | None = None,
+        name: str | None = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.rule = OPMRule(q_base, lam)
-        if num_modalities < 2:
-            raise ValueError(f"balancing needs at least two modalities, got {num_modalities}")
         self._set_window(starts, ends)
-        self.num_modalities = num_modalities
+        self.num_modalities = whole("num_modalities", num_modalities, least=2)
         self.process_group = check_group(process_group)
         self.backend = backend
         self._agreed = False
         self.register_buffer("q", torch.zeros(num_modalities))
-        self.register_buffer("noise_state", (stream or NoiseStream()).state)
+        self.register_buffer("noise_state", (stream or NoiseStream(name=f"OPM/{name}")).state)
 
     @classmethod
     def official(
@@ -213,9 +214,8 @@ class OPM(EpochWindowModule, nn.Module):
         """
         from ._opm_released import OPMReleased
 
-        rule = OPMReleased(q_base, lam, p_exe, theta_gradient)
         made = cls(q_base, lam, starts=starts, **keywords)
-        made.rule = rule
+        made.rule = OPMReleased(q_base, lam, p_exe, theta_gradient)
         return made
 
     def forward(

@@ -31,9 +31,9 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..loop._parameters import Encoder
 from ..loop.contract import Card, Common
 from ..loop.gradients import GradientMethod
-from ..loop.modalities import Encoder
 from ..loop.ranks import agree
 from ._redreg_equations import check_input_dropout, drop_probability, dropped
 from ._redreg_monitor import Forward, Monitor, Noise

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._device import widen
 from ._tensor_list import launch_on
 
@@ -62,16 +62,3 @@ def mean(partials: Tensor, count: int, dtype: torch.dtype) -> Tensor:
             **COMPILE_OPTIONS,
         )
     return out
-
-
-def _spec(dtype: str) -> AotSpec:
-    types = {
-        "partials_ptr": "*fp64",
-        "out_ptr": f"*{dtype}",
-        "n_partials": "i32",
-        "count": "i64",
-    }
-    return AotSpec(_mean_kernel, dtype, types, {"BLOCK_SIZE": MERGE_BLOCK}, MERGE_WARPS)
-
-
-AOT_SPECS = [_spec("fp32"), _spec("fp64")]

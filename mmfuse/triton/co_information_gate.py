@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._partials import MERGE_BLOCK, MERGE_WARPS, accumulator, mean_of
 from ._tensor_list import launch_on
 from .paired_cosine import split_rows, sum_cosines
@@ -52,18 +52,3 @@ def co_information_gate(features: Sequence[Tensor], threshold: Tensor) -> Tensor
             **COMPILE_OPTIONS,
         )
     return gate
-
-
-def _spec(dtype: str) -> AotSpec:
-    types = {
-        "partials_ptr": "*fp64",
-        "threshold_ptr": f"*{dtype}",
-        "gate_ptr": f"*{dtype}",
-        "n_partials": "i32",
-        "count": "i64",
-    }
-    constants = {"BLOCK_SIZE": MERGE_BLOCK}
-    return AotSpec(_co_information_gate_kernel, dtype, types, constants, MERGE_WARPS)
-
-
-AOT_SPECS = [_spec("fp32"), _spec("fp64")]

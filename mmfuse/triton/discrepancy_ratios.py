@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._tensor_list import launch_on
 
 BLOCK_SIZE = 64
@@ -42,12 +42,3 @@ def discrepancy_ratios(scores: Tensor) -> Tensor:
                 **COMPILE_OPTIONS,
             )
     return ratios
-
-
-def _spec(dtype: str) -> AotSpec:
-    types = {"scores_ptr": f"*{dtype}", "ratios_ptr": f"*{dtype}", "n_modalities": "i32"}
-    constants = {"BLOCK_SIZE": BLOCK_SIZE}
-    return AotSpec(_discrepancy_ratios_kernel, dtype, types, constants, NUM_WARPS)
-
-
-AOT_SPECS = [_spec("fp32"), _spec("fp64")]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._device import round_to, widen
 from ._tensor_list import launch_on
 from .noise import NOISE_BLOCK, _philox4x32_10, _uniform_from_bits
@@ -221,46 +221,3 @@ def drop_modalities_backward(
 ) -> list[Tensor]:
     """Grads times scale for the samples that were kept, 0 for the others, whatever they hold."""
     return _launch(grads, keep, None, None, None, None, scale)
-
-
-def _spec(*modalities: tuple[str, int], draw: bool = True, scale: bool = True) -> AotSpec:
-    dtypes, widths = zip(*modalities, strict=True)
-    pointers = tuple(f"*{dtype}!" for dtype in dtypes)
-    integers = ("i32",) * len(dtypes)
-    drawn = {
-        "q_ptr": "*fp32",
-        "noise_state_ptr": "*i64",
-        "stream_ids": integers,
-        "offsets": ("i64",) * len(dtypes),
-    }
-    types: dict[str, Any] = {
-        "out_ptrs": pointers,
-        "x_ptrs": pointers,
-        "keep_ptr": "*u8",
-        "n_rows": "i64",
-        "units": integers,
-        "first_tiles": integers,
-        "n_tiles": integers,
-    }
-    constants = _constants(layout_of(widths, 1))
-    if draw:
-        types |= drawn
-    else:
-        constants |= dict.fromkeys(drawn)
-    if scale:
-        types["scale_ptr"] = "*fp64" if "fp64" in dtypes else "*fp32"
-    else:
-        constants["scale_ptr"] = None
-    label = " ".join(f"{dtype}[{width}]" for dtype, width in modalities)
-    label += ("" if draw else " backward") + (" scaled" if scale else "")
-    return AotSpec(_drop_modalities_kernel, label, types, constants, NUM_WARPS)
-
-
-AOT_SPECS = [
-    _spec(("fp32", 512), ("fp32", 512)),
-    _spec(("fp32", 512), ("fp32", 512), scale=False),
-    _spec(("fp32", 512), ("fp32", 512), draw=False),
-    _spec(("bf16", 768), ("fp16", 309), ("fp32", 8), scale=False),
-    _spec(("bf16", 8192), ("fp64", 1), ("fp64", 640)),
-    _spec(("bf16", 8192), ("fp64", 1), ("fp64", 640), draw=False),
-]

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._device import widen
 from ._tensor_list import (
     ANCHOR,
@@ -214,47 +214,3 @@ def grad_stats(
             **COMPILE_OPTIONS,
         )
     return numel, moments
-
-
-def _chunk_spec(*dtypes: str, aligned: bool = True) -> AotSpec:
-    names = [tl.dtype(name) for name in dtypes]
-    constants = _chunk_constants(names, aligned)
-    types = {
-        "rows_ptr": "*i64!",
-        "chunk_rows_ptr": "*i32!",
-        "partials_ptr": "*fp64!",
-        "first_chunk": "i32",
-    }
-    label = " ".join(dtypes) + ("" if aligned else " unaligned")
-    return AotSpec(_grad_stats_chunk_kernel, label, types, constants, CHUNK_WARPS)
-
-
-def _merge_spec(dtype: str, with_params: bool) -> AotSpec:
-    types = {
-        "rows_ptr": "*i64!",
-        "partials_ptr": "*fp64!",
-        "numel_ptr": "*i64!",
-        "moments_ptr": f"*{dtype}!",
-        "n_tensors": "i32",
-    }
-    label = dtype + (" params" if with_params else "")
-    constants = _merge_constants(with_params)
-    return AotSpec(_grad_stats_merge_kernel, label, types, constants, MERGE_WARPS)
-
-
-AOT_SPECS = [
-    _chunk_spec("fp32"),
-    _chunk_spec("fp32", aligned=False),
-    _chunk_spec("bf16"),
-    _chunk_spec("fp64"),
-    _chunk_spec("fp32", "fp32", "fp32"),
-    _chunk_spec("bf16", "fp32", "bf16"),
-    _chunk_spec("fp16", "fp16", "fp16", aligned=False),
-    _chunk_spec("fp64", "fp64", "fp64"),
-    _chunk_spec("fp32", "fp32"),
-    _chunk_spec("bf16", "fp32"),
-    _chunk_spec("fp16", "fp16", aligned=False),
-    _chunk_spec("fp64", "fp64"),
-    _merge_spec("fp32", False),
-    _merge_spec("fp64", True),
-]

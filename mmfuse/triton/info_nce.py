@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._partials import accumulator
 from ._tensor_list import launch_on
 
@@ -245,35 +244,3 @@ _BLOCKS = {
     "COLUMN_LINES": COLUMN_LINES,
     "COLUMN_ITEMS": COLUMN_ITEMS,
 }
-
-
-def _types(dtype: str, n_columns: int) -> dict[str, Any]:
-    pointer, mark = f"*{dtype}", "" if n_columns % 16 else "!"
-    return {
-        "dots_ptr": f"{pointer}!",
-        "temperature_ptr": pointer,
-        "n_rows": "i32",
-        "n_columns": f"i32{mark}",
-    }
-
-
-def _merge_spec(dtype: str, n_columns: int) -> AotSpec:
-    names = ("row_tops_ptr", "row_totals_ptr", "column_tops_ptr", "column_totals_ptr")
-    types = _types(dtype, n_columns) | dict.fromkeys(names, f"*{dtype}")
-    return AotSpec(_merge_tile_kernel, f"{dtype} C={n_columns}", types, _BLOCKS, NUM_WARPS)
-
-
-def _slope_spec(dtype: str, n_columns: int) -> AotSpec:
-    types = _types(dtype, n_columns)
-    types |= dict.fromkeys(("grad_ptr", "rows_ptr", "columns_ptr"), f"*{dtype}")
-    types |= {"partials_ptr": "*fp64", "batch": "i32", "diagonal": "i32"}
-    constants = {"BLOCK_ROWS": ROW_LINES, "BLOCK_COLUMNS": ROW_ITEMS}
-    return AotSpec(_slope_kernel, f"{dtype} C={n_columns}", types, constants, NUM_WARPS)
-
-
-AOT_SPECS = [
-    spec(dtype, n_columns)
-    for spec in (_merge_spec, _slope_spec)
-    for dtype in ("fp32", "fp64")
-    for n_columns in (TILE_SIDE, 309)
-]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._device import widen
 from ._partials import accumulator
 from ._problems import NUM_WARPS, ProblemSplit, share_of_program, split_problems
@@ -290,56 +289,3 @@ def joint_entropies(
                 **COMPILE_OPTIONS,
             )
         return _entropies(counts, order, bins), counts
-
-
-def _types(n_cols: int) -> dict[str, Any]:
-    # Triton's launcher tells the compiler what is a multiple of 16.
-    mark = "" if n_cols % 16 else "!"
-    return {"n_rows": "i32", "n_cols": f"i64{mark}", "cols_per_program": "i32"}
-
-
-def _data_specs(dtype: str, n_rows: int, n_cols: int, bins: int) -> list[AotSpec]:
-    wide = "*fp64" if dtype == "fp64" else "*fp32"
-    types = _types(n_cols) | {"x_ptr": f"*{dtype}!"}
-    constants = split_problems(n_rows, n_cols).constants()
-    label = f"{dtype} [{n_rows}, {n_cols}]"
-    ranges = types | {"lows_ptr": wide, "highs_ptr": wide}
-    indices = types | {"indices_ptr": "*u8!", "edges_ptr": wide, "bins": "i32"}
-    steps = {"STEPS": (bins - 1).bit_length()}
-    return [
-        AotSpec(_ranges_kernel, label, ranges, constants, NUM_WARPS),
-        AotSpec(_bin_indices_kernel, label, indices, constants | steps, NUM_WARPS),
-    ]
-
-
-def _counts_spec(order: int, n_rows: int, n_cols: int) -> AotSpec:
-    types = _types(n_cols) | {
-        "counts_ptr": "*i64!",
-        "indices_ptr": "*u8!",
-        "valid_ptr": "*u8",
-        **dict.fromkeys("ijk", "i32"),
-        "bins": "i32",
-    }
-    constants = {"ORDER": order, **split_problems(n_rows, n_cols).constants()}
-    label = f"order {order} [{n_rows}, {n_cols}]"
-    return AotSpec(_joint_counts_kernel, label, types, constants, NUM_WARPS)
-
-
-def _entropies_spec(n_tables: int, n_cells: int) -> AotSpec:
-    types = {"entropies_ptr": "*fp64", "counts_ptr": "*i64!"}
-    types |= dict.fromkeys(("n_tables", "n_cells", "stride"), "i32")
-    constants = split_problems(n_tables, n_cells).constants()
-    return AotSpec(_entropies_kernel, f"[{n_tables}, {n_cells}]", types, constants, NUM_WARPS)
-
-
-AOT_SPECS = [
-    *_data_specs("fp32", 1, 10_000_000, 100),
-    *_data_specs("bf16", 1, 10_000_000, 100),
-    *_data_specs("fp64", 64, 309, 16),
-    *_data_specs("fp16", 4096, 10, 8),
-    _counts_spec(2, 1, 10_000_000),
-    _counts_spec(2, 4096, 10),
-    _counts_spec(3, 64, 309),
-    _entropies_spec(4096, 64),
-    _entropies_spec(1, 10_000),
-]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -11,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.modality_scores import IGNORED_LABEL
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._device import round_to, widen
 from ._tensor_list import launch_on
 
@@ -301,69 +300,3 @@ def modality_scores_backward(
                 **COMPILE_OPTIONS,
             )
     return grads
-
-
-def _spec(*dtypes: str, max_classes: int, split: bool) -> AotSpec:
-    block_rows, block_classes = blocks_for(max_classes, "fp64" in dtypes)
-    out = "*fp64" if split or "fp64" in dtypes else "*fp32"
-    types = {
-        "logits_ptrs": tuple(f"*{dtype}!" for dtype in dtypes),
-        "class_counts": ("i32",) * len(dtypes),
-        "labels_ptr": "*i64",
-        "prob_ptr": out,
-        "log_prob_ptr": out,
-        "n_rows": "i32",
-        "rows_per_program": "i32",
-    }
-    constants: dict[str, Any] = {"BLOCK_ROWS": block_rows, "BLOCK_CLASSES": block_classes}
-    if split:
-        types["count_ptr"] = out
-    else:
-        constants["count_ptr"] = None
-    label = f"{' '.join(dtypes)} C={max_classes}{' split' if split else ''}"
-    return AotSpec(_modality_scores_kernel, label, types, constants, NUM_WARPS)
-
-
-def _merge_spec(dtype: str) -> AotSpec:
-    types = {
-        "sums_ptr": "*fp64",
-        "prob_ptr": f"*{dtype}",
-        "log_prob_ptr": f"*{dtype}",
-        "n_splits": "i32",
-    }
-    constants = {"BLOCK_SIZE": MAX_SPLITS}
-    return AotSpec(_modality_scores_merge_kernel, dtype, types, constants, MERGE_WARPS)
-
-
-def _backward_spec(*dtypes: str, max_classes: int) -> AotSpec:
-    block_rows, block_classes = blocks_for(max_classes, "fp64" in dtypes)
-    pointers = tuple(f"*{dtype}!" for dtype in dtypes)
-    score = "*fp64" if "fp64" in dtypes else "*fp32"
-    types = {
-        "grad_logits_ptrs": pointers,
-        "logits_ptrs": pointers,
-        "class_counts": ("i32",) * len(dtypes),
-        "labels_ptr": "*i64",
-        "grad_prob_ptr": score,
-        "grad_log_prob_ptr": score,
-        "n_rows": "i32",
-    }
-    constants = {
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_CLASSES": block_classes,
-        "LABEL_BLOCK": LABEL_BLOCK,
-    }
-    label = f"{' '.join(dtypes)} C={max_classes}"
-    return AotSpec(_modality_scores_backward_kernel, label, types, constants, NUM_WARPS)
-
-
-AOT_SPECS = [
-    _spec("fp32", "fp32", max_classes=6, split=False),
-    _spec("fp32", "bf16", max_classes=309, split=False),
-    _spec("fp16", "fp16", "fp16", max_classes=1000, split=True),
-    _spec("fp64", "fp32", max_classes=309, split=True),
-    _merge_spec("fp32"),
-    _merge_spec("fp64"),
-    _backward_spec("fp32", "fp32", max_classes=309),
-    _backward_spec("fp64", "bf16", max_classes=1000),
-]

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import struct
-from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._tensor_list import launch_on
 
 BLOCK_SIZE = 128
@@ -115,34 +114,3 @@ def modulation_factors(
             **COMPILE_OPTIONS,
         )
     return modalities, tensors
-
-
-def _spec(scores: str, m2: str | None, cvpr: bool) -> AotSpec:
-    types = {
-        "scores_ptr": f"*{scores}",
-        "owner_ptr": "*i64",
-        "numel_ptr": "*i64",
-        "m2_ptr": f"*{m2}",
-        "modalities_ptr": f"*{scores}",
-        "tensors_ptr": f"*{m2 or scores}",
-        "alpha_bits": "i64",
-        "eps_bits": "i64",
-        "n_modalities": "i32",
-        "n_tensors": "i32",
-    }
-    constants: dict[str, Any] = {"CVPR": cvpr, "BLOCK_SIZE": BLOCK_SIZE}
-    if m2 is None:
-        constants |= {"numel_ptr": None, "m2_ptr": None}
-    label = f"{scores} {m2 or 'without noise'} {'cvpr' if cvpr else 'tpami'}"
-    return AotSpec(_modulation_factors_kernel, label, types, constants, NUM_WARPS)
-
-
-AOT_SPECS = [
-    _spec("fp32", None, False),
-    _spec("fp32", None, True),
-    _spec("fp32", "fp32", False),
-    _spec("fp32", "fp32", True),
-    _spec("fp64", "fp32", False),
-    _spec("fp32", "fp64", True),
-    _spec("fp64", "fp64", False),
-]

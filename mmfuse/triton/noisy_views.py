@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._device import round_to, widen
 from ._partials import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS, accumulator, mean, squared_distance
 from ._tensor_list import launch_on
@@ -173,32 +173,3 @@ def noisy_views(
                 **COMPILE_OPTIONS,
             )
     return first, second, mean(partials, numel, accumulator(x))
-
-
-def _spec(dtype: str, aligned: bool = True, in_phase: bool = True) -> AotSpec:
-    pointer = f"*{dtype}!" if aligned else f"*{dtype}"
-    types = {
-        "first_ptr": pointer,
-        "second_ptr": pointer,
-        "x_ptr": pointer,
-        "n_elements": "i64",
-        "sigma_bits": "i64",
-        "noise_state_ptr": "*i64",
-        "first_id": "i64",
-        "second_id": "i64",
-        "first_offset": "i64",
-        "second_offset": "i64",
-        "partials_ptr": "*fp64",
-    }
-    label = dtype + ("" if aligned else " unaligned") + ("" if in_phase else " out of phase")
-    return AotSpec(_noisy_views_kernel, label, types, _constants(aligned, in_phase), NUM_WARPS)
-
-
-AOT_SPECS = [
-    _spec("fp32"),
-    _spec("bf16"),
-    _spec("fp64"),
-    _spec("fp16", aligned=False),
-    _spec("fp32", in_phase=False),
-    _spec("bf16", aligned=False, in_phase=False),
-]

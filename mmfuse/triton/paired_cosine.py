@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.paired_cosine import MIN_NORM
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._device import round_to, widen
 from ._partials import accumulator, mean
 from ._tensor_list import launch_on
@@ -214,44 +214,3 @@ def paired_cosine_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, 
                 **COMPILE_OPTIONS,
             )
     return grad_a, grad_b
-
-
-def _constants(n_cols: int, dtype: str) -> dict[str, Any]:
-    block_rows, block_cols = blocks_for(n_cols, dtype == "fp64")
-    return {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
-
-
-def _types(names: tuple[str, ...], dtype: str, n_cols: int) -> dict[str, Any]:
-    # Triton's launcher tells the compiler what is a multiple of 16.
-    mark = "" if n_cols % 16 else "!"
-    return {
-        **dict.fromkeys(names, f"*{dtype}!"),
-        "n_rows": "i32",
-        "n_cols": f"i32{mark}",
-    }
-
-
-def _spec(dtype: str, n_cols: int) -> AotSpec:
-    types = _types(("a_ptr", "b_ptr"), dtype, n_cols)
-    types |= {"partials_ptr": "*fp64", "rows_per_program": "i32"}
-    constants = _constants(n_cols, dtype)
-    return AotSpec(_paired_cosine_kernel, f"{dtype} D={n_cols}", types, constants, NUM_WARPS)
-
-
-def _backward_spec(dtype: str, n_cols: int) -> AotSpec:
-    types = _types(("grad_a_ptr", "grad_b_ptr", "a_ptr", "b_ptr"), dtype, n_cols)
-    types["grad_ptr"] = "*fp64" if dtype == "fp64" else "*fp32"
-    constants = _constants(n_cols, dtype)
-    return AotSpec(
-        _paired_cosine_backward_kernel, f"{dtype} D={n_cols}", types, constants, NUM_WARPS
-    )
-
-
-AOT_SPECS = [
-    *(_spec(dtype, 512) for dtype in ("fp32", "bf16", "fp64")),
-    _spec("fp16", 309),
-    _spec("fp32", 4096),
-    *(_backward_spec(dtype, 512) for dtype in ("fp32", "bf16", "fp64")),
-    _backward_spec("fp16", 309),
-    _backward_spec("fp32", 4096),
-]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..reference.redundancy_ratio import EPS
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._partials import (
     BLOCK_SIZE,
     CHUNK_SIZE,
@@ -106,37 +104,3 @@ def redundancy_ratio(z1: Tensor, z2: Tensor, input_sq: Tensor) -> Tensor:
             **COMPILE_OPTIONS,
         )
     return ratio
-
-
-def _chunk_spec(dtype: str, aligned: bool = True) -> AotSpec:
-    pointer = f"*{dtype}!" if aligned else f"*{dtype}"
-    types = {
-        "z1_ptr": pointer,
-        "z2_ptr": pointer,
-        "partials_ptr": "*fp64",
-        "n_elements": "i64",
-    }
-    constants: dict[str, Any] = {"CHUNK_SIZE": CHUNK_SIZE, "BLOCK_SIZE": BLOCK_SIZE}
-    label = dtype + ("" if aligned else " unaligned")
-    return AotSpec(_squared_distance_kernel, label, types, constants, NUM_WARPS)
-
-
-def _ratio_spec(dtype: str) -> AotSpec:
-    types = {
-        "partials_ptr": "*fp64",
-        "input_sq_ptr": f"*{dtype}",
-        "ratio_ptr": f"*{dtype}",
-        "n_partials": "i32",
-        "n_elements": "i64",
-    }
-    return AotSpec(_redundancy_ratio_kernel, dtype, types, {"BLOCK_SIZE": MERGE_BLOCK}, MERGE_WARPS)
-
-
-AOT_SPECS = [
-    _chunk_spec("fp32"),
-    _chunk_spec("bf16"),
-    _chunk_spec("fp64"),
-    _chunk_spec("fp16", aligned=False),
-    _ratio_spec("fp32"),
-    _ratio_spec("fp64"),
-]

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._tensor_list import launch_on
 from ._update import BLOCK_SIZE, CHUNK_SIZE, NUM_WARPS, update_chunk
 
@@ -101,32 +101,3 @@ def scale_grad_backward(
             **COMPILE_OPTIONS,
         )
     return out
-
-
-def _spec(dtype: str, noise: bool, aligned: bool = True) -> AotSpec:
-    vector = "*fp64" if dtype == "fp64" else "*fp32"
-    pointer = f"*{dtype}!" if aligned else f"*{dtype}"
-    types = {
-        "out_ptr": pointer,
-        "grad_ptr": pointer,
-        "n_elements": "i64",
-        "coefficient_ptr": vector,
-        "noise_id": "i64",
-        "noise_offset": "i64",
-    }
-    constants = _constants(dtype == "fp64", aligned)
-    if noise:
-        types |= {"noise_std_ptr": vector, "noise_state_ptr": "*i64"}
-    else:
-        constants |= {"noise_std_ptr": None, "noise_state_ptr": None}
-    label = dtype + (" noise" if noise else "") + ("" if aligned else " unaligned")
-    return AotSpec(_scale_grad_backward_kernel, label, types, constants, NUM_WARPS)
-
-
-AOT_SPECS = [
-    _spec("fp32", noise=False),
-    _spec("bf16", noise=False),
-    _spec("fp32", noise=True),
-    _spec("fp16", noise=True, aligned=False),
-    _spec("fp64", noise=True),
-]

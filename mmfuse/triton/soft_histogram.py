@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._device import not_finite, round_to, widen
 from ._partials import accumulator
 from ._problems import NUM_WARPS, share_of_program, split_problems
@@ -231,38 +229,3 @@ def soft_histogram_backward(
 def _range_grad(low: Tensor, high: Tensor, range_: Tensor) -> Tensor:
     width = (range_[:, 1] - range_[:, 0]).unsqueeze(1)
     return (torch.stack([low, -high], dim=1) / width).to(range_.dtype)
-
-
-def _specs(dtype: str, n_rows: int, n_cols: int) -> list[AotSpec]:
-    wide = "*fp64" if dtype == "fp64" else "*fp32"
-    data, label = f"*{dtype}!", f"{dtype} [{n_rows}, {n_cols}]"
-    types = {
-        "x_ptr": data,
-        "y_ptr": data,
-        "x_range_ptr": wide,
-        "y_range_ptr": wide,
-        "n_rows": "i32",
-        "n_cols": "i64" if n_cols % 16 else "i64!",
-        "cols_per_program": "i32",
-        "bins": "i32",
-    }
-    constants: dict[str, Any] = split_problems(n_rows, n_cols).constants()
-    forward = types | {"table_ptr": "*fp64", "broken_ptr": "*u8"}
-    backward = types | {
-        "grad_x_ptr": data,
-        "grad_y_ptr": data,
-        "partials_ptr": "*fp64",
-        "grad_ptr": wide,
-    }
-    return [
-        AotSpec(_soft_histogram_kernel, label, forward, constants, NUM_WARPS),
-        AotSpec(_soft_histogram_backward_kernel, label, backward, constants, NUM_WARPS),
-    ]
-
-
-AOT_SPECS = [
-    *_specs("fp32", 1, 10_000_000),
-    *_specs("bf16", 64, 309),
-    *_specs("fp16", 4096, 10),
-    *_specs("fp64", 1, 10_000_000),
-]

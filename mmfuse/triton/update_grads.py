@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS, AotSpec
+from ._aot import COMPILE_OPTIONS
 from ._tensor_list import (
     ANCHOR,
     FIRST_CHUNK,
@@ -190,65 +190,3 @@ def update_grads_(
                 num_warps=MERGE_WARPS,
                 **COMPILE_OPTIONS,
             )
-
-
-def _spec(
-    *dtypes: str,
-    noise: bool = False,
-    finite: bool = False,
-    aligned: bool = True,
-    squares: bool = False,
-) -> AotSpec:
-    names = [tl.dtype(name) for name in dtypes]
-    vector = "*fp64" if dtypes[0] == "fp64" else "*fp32"
-    types = {"rows_ptr": "*i64!", "chunk_rows_ptr": "*i32!", "first_chunk": "i32"}
-    optional = {
-        "scale_ptr": vector,
-        "pull_ptr": vector if len(dtypes) > 1 else None,
-        "noise_std_ptr": vector if noise else None,
-        "noise_state_ptr": "*i64" if noise else None,
-        "finite_ptr": "*u8" if finite else None,
-        "partials_ptr": "*fp64" if squares else None,
-    }
-    types |= {name: kind for name, kind in optional.items() if kind is not None}
-    constants = dict.fromkeys(name for name, kind in optional.items() if kind is None)
-    flags = {"noise": noise, "finite": finite, "squares": squares, "unaligned": not aligned}
-    label = " ".join([*dtypes, *(name for name, on in flags.items() if on)])
-    constants |= _constants(names, aligned)
-    return AotSpec(_update_grads_kernel, label, types, constants, NUM_WARPS)
-
-
-def _sq_norm_spec(dtype: str) -> AotSpec:
-    types = {"rows_ptr": "*i64!", "partials_ptr": "*fp64!", "sq_norm_ptr": f"*{dtype}"}
-    constants = {"CHUNK_SIZE": CHUNK_SIZE, "BLOCK_SIZE": MERGE_BLOCK}
-    return AotSpec(_update_grads_sq_norm_kernel, dtype, types, constants, MERGE_WARPS)
-
-
-AOT_SPECS = [
-    _spec("fp32"),
-    _spec("bf16"),
-    _spec("fp32", finite=True, aligned=False),
-    _spec("fp32", noise=True),
-    _spec("fp32", noise=True, finite=True),
-    _spec("bf16", noise=True, finite=True),
-    _spec("fp16", noise=True, finite=True, aligned=False),
-    _spec("fp64", noise=True, finite=True),
-    _spec("fp32", "fp32", "fp32"),
-    _spec("bf16", "fp32", "bf16", finite=True),
-    _spec("fp32", "fp32", "fp32", noise=True, finite=True),
-    _spec("fp64", "fp64", "fp64", noise=True, finite=True, aligned=False),
-    _spec("fp32", "fp32"),
-    _spec("bf16", "fp32", finite=True),
-    _spec("fp32", "fp32", noise=True, finite=True),
-    _spec("fp64", "fp64", noise=True, finite=True, aligned=False),
-    _spec("fp32", finite=True, squares=True),
-    _spec("fp32", "fp32", "fp32", finite=True, squares=True),
-    _spec("bf16", "fp32", "bf16", finite=True, squares=True),
-    _spec("fp16", "fp16", "fp16", finite=True, squares=True, aligned=False),
-    _spec("fp32", noise=True, finite=True, squares=True),
-    _spec("fp64", "fp64", "fp64", noise=True, finite=True, squares=True),
-    _spec("fp32", "fp32", finite=True, squares=True),
-    _spec("fp16", "fp16", finite=True, squares=True, aligned=False),
-    _sq_norm_spec("fp32"),
-    _sq_norm_spec("fp64"),
-]

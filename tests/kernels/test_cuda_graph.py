@@ -13,13 +13,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import samples
 import torch
 from balancing import KINDS, ON_UPDATES, balance, make, see, show, start
 from cells import Cell
 from networks import AudioVisual, batch
 from no_sync import no_host_sync
 from replay import Captured
-from samples import samples
 from states import differences
 from torch import Tensor, nn
 
@@ -224,7 +224,7 @@ def test_opm_as_released_copies_nothing_from_the_host() -> None:
 def test_the_reference_can_be_captured(op: str) -> None:
     """The recording does not see into an op; here it looks at the reference itself."""
     module = importlib.import_module(f"mmfuse.reference.{OPS[op].module}")
-    for arguments in samples("cpu")[op]:
+    for arguments in samples.arguments("cpu")[op]:
         with no_host_sync("cpu"):
             Captured(lambda given=arguments: getattr(module, op)(*given), "cpu")
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import comparing
 import every_kernel
 import pytest
 import torch
@@ -21,8 +22,9 @@ from cuda_on_cpu.launches import (
     kernels_shim,
     short_name,
 )
-from every_kernel import CASES, not_written, run
+from every_kernel import not_written, run
 from processes import cuda_tool
+from samples import CASES
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +132,7 @@ def test_every_case_is_as_the_reference(
     reached: tuple[Counter[str], dict[str, list[Tensor]]], name: str
 ) -> None:
     _, written = reached
-    assert every_kernel.compared(written[name], run("cpu", "reference", [name])[name]) == []
+    assert comparing.compared(written[name], run("cpu", "reference", [name])[name]) == []
 
 
 def _triton_kernels() -> dict[str, object]:
@@ -180,23 +182,23 @@ def test_differences_are_found(dtype: torch.dtype) -> None:
     expected = torch.randn(1000, dtype=torch.float64).to(dtype)
     expected[7] = 1.0
     rounded = torch.nextafter(expected.float(), torch.tensor(torch.inf)).to(dtype)
-    assert every_kernel.difference(rounded, expected) is None
+    assert comparing.difference(rounded, expected) is None
     for wrong in (torch.nan, torch.inf, 1.1):
         found = expected.clone()
         found[7] = wrong
-        text = every_kernel.difference(found, expected)
+        text = comparing.difference(found, expected)
         assert text.startswith("1 of 1000 differ; [7] is ") and text.endswith(" instead of 1")
-    assert "differ" in every_kernel.difference(expected.roll(1), expected)
+    assert "differ" in comparing.difference(expected.roll(1), expected)
 
 
 def test_other_shapes_dtypes_and_counts_differ() -> None:
     ones = torch.ones(3)
-    assert "instead of torch.float32 [3]" in every_kernel.difference(torch.ones(3, 1), ones)
-    assert "is torch.float64 [3]" in every_kernel.difference(ones.double(), ones)
-    assert every_kernel.compared([ones], [ones, ones]) == ["1 outputs instead of 2"]
+    assert "instead of torch.float32 [3]" in comparing.difference(torch.ones(3, 1), ones)
+    assert "is torch.float64 [3]" in comparing.difference(ones.double(), ones)
+    assert comparing.compared([ones], [ones, ones]) == ["1 outputs instead of 2"]
     counts = torch.tensor([1, 2, 3])
-    assert every_kernel.difference(counts + torch.tensor([0, 0, 1]), counts) == "1 of 3 differ"
-    assert every_kernel.difference(counts.clone(), counts) is None
+    assert comparing.difference(counts + torch.tensor([0, 0, 1]), counts) == "1 of 3 differ"
+    assert comparing.difference(counts.clone(), counts) is None
 
 
 @pytest.mark.usefixtures("poisoned")

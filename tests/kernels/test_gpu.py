@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+import samples
 import torch
-from samples import samples
+from comparing import copied, outcome
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -19,17 +19,6 @@ pytestmark = pytest.mark.gpu
 BACKENDS = ["reference", "triton", "cuda"]
 # Some ten milliseconds: longer than a call takes to be launched.
 _CYCLES = 20_000_000
-
-
-def outcome(overload: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Tensor]:
-    """What a call returns, and its arguments afterwards: some ops work in place."""
-    out = overload(*arguments)
-    found = [x for x in (*tree_leaves(out), *tree_leaves(arguments)) if isinstance(x, Tensor)]
-    return [x.detach() for x in found]
-
-
-def copied(arguments: Any) -> Any:
-    return tree_map_only(Tensor, lambda x: x.detach().clone(), arguments)
 
 
 def poisoned(arguments: Any) -> Any:
@@ -57,7 +46,7 @@ def delayed(stream: torch.cuda.Stream, source: Any, target: Any) -> None:
 def test_on_a_stream_of_ones_own(backend: str, op: str) -> None:
     """A kernel on any other stream would run before its inputs are there."""
     overload = getattr(getattr(torch.ops.mmfuse, op), backend)
-    for arguments in samples("cuda")[op]:
+    for arguments in samples.arguments("cuda")[op]:
         expected = outcome(overload, copied(arguments))
         late = poisoned(arguments)
         torch.cuda.synchronize()
@@ -78,7 +67,7 @@ def test_on_a_second_device(backend: str, op: str) -> None:
     """While the first one is current."""
     overload = getattr(getattr(torch.ops.mmfuse, op), backend)
     with torch.cuda.device(0):
-        for arguments in samples("cuda:1")[op]:
+        for arguments in samples.arguments("cuda:1")[op]:
             there = tree_map_only(Tensor, lambda x: x.detach().to("cuda:0"), arguments)
             expected = outcome(overload, there)
             found = outcome(overload, copied(arguments))

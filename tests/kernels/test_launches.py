@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import pytest
 import torch
 from cells import Cell
 from cuda_on_cpu.launches import counted_launches
+from dispatched import launches_of
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfuse import OGM, NoiseStream, ogm_backward, ops
 from mmfuse.ops._registry import OPS
@@ -20,33 +18,6 @@ from mmfuse.ops._registry import OPS
 # and what finishes it for a large batch, what finishes grad_stats, the factors, `finite`, and the
 # stream's next step.
 LIMITS = {False: 5, True: 8}
-
-# Ops that are two kernels: the parts of a large batch, or of a tensor, are added in a second one.
-TWO_KERNELS = ("modality_scores", "grad_stats")
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operators that compute something, by name; views and allocations do not."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view and "empty" not in func._opname:
-            self.operators[func._opname] += 1
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def kernels(self) -> int:
-        """Of all the operators, each of mmfuse's with as many as it has at most."""
-        return self.operators.total() + sum(self.operators[name] for name in TWO_KERNELS)
-
-
-def launches_of(call: Callable[[], object]) -> Launches:
-    with Launches() as counted:
-        call()
-    return counted
 
 
 class Nets:

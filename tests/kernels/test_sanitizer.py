@@ -11,7 +11,7 @@ from pathlib import Path
 import every_kernel
 import pytest
 import sanitizer
-from every_kernel import CASES
+from samples import CASES
 
 # Reports an error for a control, and for the tool and case that FAKE_FAILS names; initcheck always
 # reports one of PyTorch's kernels.

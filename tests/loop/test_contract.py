@@ -110,6 +110,7 @@ def test_outside_of_its_epochs_the_loop_leaves_out_the_act() -> None:
     assert method._state["steps"] == 1, "it goes on watching"
     method.set_epoch(1)
     assert method._state["squares"].tolist() == [1.0] * 4
+    give_gradients(nets)
     assert method.step(LOGITS, LABELS).coefficients.tolist() == [0.5, 1.0]
 
 

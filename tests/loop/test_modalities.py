@@ -42,6 +42,7 @@ def test_spreading_coefficients_over_tensors() -> None:
     modalities = Modalities(nets)
     for p in (*nets["a"].parameters(), nets["c"].bias):
         p.grad = torch.ones_like(p)
+    nets["b"].requires_grad_(False)
     active = modalities.active()
     assert active.ids == [0, 1, 5]
     assert per_tensor(torch.tensor([1.0, 2.0, 3.0]), active.modality).tolist() == [1.0, 1.0, 3.0]

@@ -474,4 +474,7 @@ def test_a_plain_tensor_is_one_run() -> None:
     assert [(r.tensor is tensor, r.offset) for r in shards.runs(tensor, None)] == [(True, 0)]
     assert shards.shard_of("p", tensor) is None
     assert shards.local_part(tensor) is tensor
-    assert not Modalities({"a": [tensor], "b": [torch.ones(2)]}).active().shards
+    parameters = [nn.Parameter(tensor), nn.Parameter(torch.ones(2))]
+    for p in parameters:
+        p.grad = torch.ones_like(p)
+    assert not Modalities({"a": parameters[:1], "b": parameters[1:]}).active().shards

@@ -52,7 +52,7 @@ def test_the_order_of_the_stages() -> None:
 
 
 def test_without_gradients_there_is_nothing_to_settle() -> None:
-    nets = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2)}
+    nets = {name: nn.Linear(3, 2).requires_grad_(False) for name in "ab"}
     Spy.calls.clear()
     method = mmfuse.GradientMethod(Spy(), nets)
     method.set_epoch(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from dataclasses import fields
 from functools import partial
@@ -55,7 +54,6 @@ pytestmark = [
 ]
 
 U = UNIT_ROUNDOFF[torch.float32]
-PACKAGE = os.path.dirname(mmfuse.__file__)
 
 Data = tuple[Tensor, Tensor, Tensor]
 
@@ -172,7 +170,7 @@ class TestCompile:
         acted = 0.0
         for i in range(3):
             data = batch()
-            # The clock of a method that draws in `sense` is a number of the host: see below.
+            # A monitor goes by the number of the step, once in a number of them.
             once = i > 0 and kind not in MONITORING
             with torch._dynamo.config.patch(error_on_recompile=once):
                 for parts, act in ((eager, call(eager)), (compiled, fast)):
@@ -634,12 +632,17 @@ class TestModuleSurgery:
         assert float(k[0]) < 1
         assert differences([p.grad for p in audio], [k[0] * g for g in plain[: len(audio)]]) == []
 
-    def test_a_missing_modality_is_none(self) -> None:
-        """A batch without one modality leaves its encoder without a gradient: nothing is wrong."""
+    def test_an_encoder_that_takes_no_part(self) -> None:
+        """A loss that does not reach an encoder is a mistake, unless the encoder is frozen."""
         parts, data = Parts(AudioVisual()), batch()
         seen = parts.see(data)
         F.cross_entropy(seen["logits"]["visual"], data[2]).backward()
         assert all(p.grad is None for p in parts.model.audio_net.parameters())
+        for kind in STEPPING:
+            method = parts.methods[kind]
+            with pytest.raises(RuntimeError, match="no parameter of the encoder of 'audio' has a"):
+                method.step(**arguments(method, seen))
+        parts.model.audio_net.requires_grad_(False)
         for kind in STEPPING:
             method = parts.methods[kind]
             assert bool(method.step(**arguments(method, seen)).finite)

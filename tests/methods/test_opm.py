@@ -274,7 +274,7 @@ def test_drop_probabilities() -> None:
         ({"q_base": 1.1}, r"q_base must be a probability in \[0, 1\], got 1.1"),
         ({"q_base": float("nan")}, "q_base"),
         ({"lam": -0.1}, "lam must be a finite number of at least 0"),
-        ({"num_modalities": 1}, "at least two modalities"),
+        ({"num_modalities": 1}, "num_modalities must be at least 2, got 1"),
         ({"starts": 3, "ends": 2}, "ends=2 is before starts=3"),
     ],
 )

@@ -69,6 +69,12 @@ def always(model: Network, **options: object) -> RedReg:
     return redreg
 
 
+def renew(model: Network) -> None:
+    """New gradients with the old values, so that there is something to step on again."""
+    for p in model.parameters():
+        p.grad = None if p.grad is None else p.grad.clone()
+
+
 def displace(model: Network) -> None:
     with torch.no_grad():
         for p in model.parameters():
@@ -309,6 +315,7 @@ def test_the_gate_rises_with_the_epochs() -> None:
     logits, labels, features, inputs = model.backward(batches(2, 1)[0])
     one = features["audio"].detach()
     for other, gate in ((one, 1.0), (-one, 0.0), (torch.zeros_like(one), 0.0)):
+        renew(model)
         out = redreg.step(logits, labels, {"audio": one, "visual": other}, inputs)
         assert float(out.gate) == gate
         assert (out.coefficients.max() > 0) == bool(gate)
@@ -380,6 +387,7 @@ def test_no_host_sync_in_a_step(cell: Cell) -> None:
     redreg = always(model, backend=cell.backend, input_dropout=(0.5, 0.5, 1.0))
     arguments = model.backward(batches(2, 1, cell.device)[0])
     redreg.step(*arguments)  # compiles and fills caches
+    renew(model)
     with no_host_sync(cell.device):
         redreg.drop_inputs(arguments[3])
         redreg.step(*arguments)
@@ -453,6 +461,7 @@ def test_features_of_more_dimensions_are_flattened() -> None:
     logits, labels, features, inputs = model.backward(batches(2, 1)[0])
     flat = redreg.step(logits, labels, features, inputs).gate
     maps = {n: f.detach().view(12, 2, 2) for n, f in features.items()}
+    renew(model)
     assert redreg.step(logits, labels, maps, inputs).gate == flat
 
 

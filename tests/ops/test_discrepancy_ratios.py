@@ -6,6 +6,7 @@ import pytest
 import tolerances
 import torch
 from cells import Cell
+from samples import BOUNDS
 
 from mmfuse import ops
 
@@ -20,7 +21,8 @@ def test_ratios_parity(cell: Cell, dtype: torch.dtype, count: int) -> None:
         [torch.stack([x[m] / x[j] for j in range(count) if j != m]).mean() for m in range(count)]
     )
     assert rho.dtype == dtype
-    tolerances.assert_within(rho, expected, tolerances.ratios(dtype, expected))
+    (bound,) = BOUNDS["discrepancy_ratios"]((s,), [expected])
+    tolerances.assert_within(rho, expected, bound)
 
 
 def test_ratios_of_two_are_the_cvpr_papers(cell: Cell) -> None:

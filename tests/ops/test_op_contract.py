@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import samples
+import tolerances
 import torch
 from cells import Cell
-from samples import samples
+from comparing import compared, copied, outcome
 from torch import Tensor
 
 import mmfuse
@@ -16,39 +18,46 @@ from mmfuse.ops._registry import OPS
 @pytest.mark.slow_except_on("reference", "cpu")
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_opcheck(cell: Cell, op: str) -> None:
-    overload = getattr(getattr(torch.ops.mmfuse, op), cell.backend)
-    for arguments in samples(cell.device)[op]:
+    overload = OPS[op].overloads[cell.backend]
+    for arguments in samples.arguments(cell.device)[op]:
         torch.library.opcheck(overload, arguments)
 
 
-@pytest.mark.parametrize(
-    "op",
-    [
-        *("noisy_views", "paired_cosine", "redundancy_ratio"),
-        *("joint_entropies", "soft_histogram", "info_nce"),
-    ],
-)
+@pytest.mark.parametrize("op", sorted(samples.undefined("cpu")))
 def test_opcheck_where_the_result_is_nan(cell: Cell, op: str) -> None:
-    """Without elements. The comparison with AOTDispatcher would take NaN and NaN for different."""
-    nothing = torch.empty(0, 3, device=cell.device)
-    unknown = torch.full((2, 3), torch.nan, device=cell.device)
-    ends = unknown[:, :2].contiguous()
-    state, k = NoiseStream(3, cell.device).state, torch.tensor(0.5, device=cell.device)
-    arguments = {
-        "noisy_views": (nothing, 0.1, state, [0, 1], [0, 0]),
-        "paired_cosine": (nothing, nothing),
-        "redundancy_ratio": (nothing, nothing, k),
-        "joint_entropies": ([unknown, unknown], [0, 1], 2, 4),
-        "soft_histogram": (unknown, unknown, ends, ends, 4),
-        "info_nce": (unknown, unknown, k),
-    }[op]
-    overload = getattr(getattr(torch.ops.mmfuse, op), cell.backend)
+    """The comparison with AOTDispatcher would take NaN and NaN for different."""
+    overload = OPS[op].overloads[cell.backend]
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(overload, arguments, test_utils=utilities)
+    for arguments in samples.undefined(cell.device)[op]:
+        torch.library.opcheck(overload, arguments, test_utils=utilities)
+
+
+@pytest.mark.parametrize("op", sorted(OPS))
+@torch.no_grad()
+def test_parity(cell: Cell, op: str) -> None:
+    """The results, and what is written in place, are the reference's on the CPU."""
+    call, reference = (OPS[op].overloads[backend] for backend in (cell.backend, "reference"))
+    undefined = samples.undefined(cell.device).get(op, [])
+    for arguments in [*samples.arguments(cell.device)[op], *undefined]:
+        found = [x.cpu() for x in outcome(call, copied(arguments))]
+        assert compared(found, outcome(reference, copied(arguments, "cpu"))) == []
+        if op in samples.BOUNDS:
+            exact = outcome(reference, copied(arguments, "cpu", wide=True))
+            bounds = samples.BOUNDS[op](copied(arguments, "cpu"), exact)
+            # What is left over are the arguments, which such an op does not write to.
+            for result, expected, bound in zip(found, exact, bounds, strict=False):
+                tolerances.assert_within(result, expected, bound)
 
 
 def test_every_op_has_samples() -> None:
-    assert set(samples("cpu")) == set(OPS)
+    """In a file of its name, with a case; what is returned under it are its operators."""
+    assert set(samples.MODULES) == {op.module for op in OPS.values()}
+    for name, module in samples.MODULES.items():
+        operators = {op.name for op in OPS.values() if op.module == name}
+        assert set(module.arguments("cpu")) == operators, name
+        assert callable(module.small("cpu")), name
+        assert set(getattr(module, "undefined", lambda _: ())("cpu")) <= operators, name
+        assert set(getattr(module, "bounds", {})) <= operators, name
 
 
 def test_fullgraph_compile(cell: Cell) -> None:

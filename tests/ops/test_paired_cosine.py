@@ -12,6 +12,7 @@ from cosines import rows_of, shapes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import DTYPES, wide
+from samples import BOUNDS
 from strategies import COMMON, dtypes, seeds
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,10 +47,9 @@ def check(cell: Cell, a: Tensor, b: Tensor) -> Tensor:
     assert torch.equal(a, before[0]) and torch.equal(b, before[1]), "an input was written to"
     dtype = result_dtype(a, b)
     assert (cosine.dtype, cosine.shape, cosine.device) == (dtype, (), a.device)
-    rows = rows_of(a, b)
-    divisor = rows.norms[0] * rows.norms[1]
-    bound = tolerances.cosine(dtype, rows.cosines, rows.overlap, divisor, a.shape[1])
-    tolerances.assert_within(cosine, reference(*wide([a, b])), bound, f"cosine of {a.shape}")
+    expected = reference(*wide([a, b]))
+    (bound,) = BOUNDS["paired_cosine"]((a, b), [expected])
+    tolerances.assert_within(cosine, expected, bound, f"cosine of {a.shape}")
     return cosine
 
 
@@ -59,20 +59,10 @@ def check_gradients(cell: Cell, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     cosine = ops.paired_cosine(a, b, backend=cell.backend)
     weight = (1 + torch.rand(())).to(cosine)
     (weight * cosine).backward()
-    exact = wide([weight, a, b])
-    expected = paired_cosine_backward(*exact)
-    rows = rows_of(a, b)
-    for k, leaf in enumerate((a, b)):
+    expected = paired_cosine_backward(*wide([weight, a, b]))
+    found = BOUNDS["paired_cosine_backward"]((weight, a, b), expected)
+    for k, (leaf, bound) in enumerate(zip((a, b), found, strict=True)):
         assert leaf.grad.dtype == leaf.dtype
-        bound = tolerances.cosine_gradient(
-            leaf.dtype,
-            expected[k],
-            exact[0] / len(a) / rows.norms[k],
-            rows.units[k],
-            rows.units[1 - k],
-            rows.cosines,
-            rows.overlap,
-        )
         what = f"gradient of {'ab'[k]}, {tuple(a.shape)}"
         tolerances.assert_within(leaf.grad, expected[k], bound, what)
     return a.grad, b.grad

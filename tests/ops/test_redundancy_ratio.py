@@ -9,6 +9,7 @@ from cells import ON_THE_CPU, Cell
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import CHUNK_EDGES, DTYPES, SIZES, gradients, like, strided_views, wide
+from samples import BOUNDS
 from strategies import COMMON, dtypes, seeds
 from torch import Tensor
 
@@ -24,9 +25,8 @@ def check(cell: Cell, z1: Tensor, z2: Tensor, input_sq: Tensor) -> Tensor:
         assert torch.equal(tensor, copy), "an input was written to"
     dtype = tolerances.accumulation_dtype(z1.dtype)
     assert (ratio.dtype, ratio.shape, ratio.device) == (dtype, (), z1.device)
-    exact = wide([z1, z2, input_sq])
-    expected = reference(*exact)
-    bound = tolerances.redundancy(dtype, expected, z1.numel(), exact[2] + EPS)
+    expected = reference(*wide([z1, z2, input_sq]))
+    (bound,) = BOUNDS["redundancy_ratio"]((z1, z2, input_sq), [expected])
     tolerances.assert_within(ratio, expected, bound, f"ratio of {tuple(z1.shape)}")
     return ratio
 

@@ -7,6 +7,7 @@ import tolerances
 import torch
 from cells import Cell
 from inputs import DTYPES
+from samples import BOUNDS
 from torch import Tensor, nn
 
 import mmfuse
@@ -34,7 +35,7 @@ def test_backward_parity(cell: Cell, dtype: torch.dtype, noisy: bool, shape: tup
     sigma = std.cpu().double() if noisy else torch.zeros(())
     scaled = coefficient.cpu().double() * incoming.cpu().double()
     expected = scaled + sigma * z
-    bound = tolerances.updated_grad(dtype, expected, scaled, torch.zeros(()), sigma, z)
+    (bound,) = BOUNDS["scale_grad_backward"]((incoming, coefficient, std), [expected])
     assert x.grad.dtype == dtype
     tolerances.assert_within(x.grad, expected, bound)
 

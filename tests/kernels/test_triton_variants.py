@@ -1,0 +1,65 @@
+"""The ops' samples launch what .ci/compile_triton.py compiles, and they leave no kernel out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytest.importorskip("triton")
+
+
+def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a program with Triton's compiler, which the tests have replaced by its interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(ROOT / ".ci")
+    command = [sys.executable, "-c", f"import compile_triton as c\n{program}", *arguments]
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+
+
+def test_it_compiles_for_each_gpu() -> None:
+    done = run("exit(c.main())", "_discrepancy_ratios_kernel")
+    assert done.returncode == 0, done.stderr
+    *lines, last = done.stdout.splitlines()
+    assert last == "6 passed, 0 failed"
+    for dtype in ("fp32", "fp64"):
+        for target in ("sm_80", "sm_90", "sm_100"):
+            title = f"_discrepancy_ratios_kernel [*{dtype} *{dtype} i32 BLOCK_SIZE=64] {target}: "
+            assert any(line.startswith(title) for line in lines)
+
+
+def test_a_kernel_that_no_samples_launch_is_named() -> None:
+    program = "import samples; del samples.MODULES['discrepancy_ratios']; exit(c.main())"
+    done = run(program, "no kernel of this name")
+    assert done.returncode == 1
+    missing = "FAILED _discrepancy_ratios_kernel: no op's samples launch it"
+    assert done.stdout.splitlines() == [missing, "0 passed, 1 failed"]
+
+
+def test_a_kernel_that_does_not_compile_is_named() -> None:
+    program = """
+import samples
+from mmfuse.triton import discrepancy_ratios as module
+samples.MODULES = {"discrepancy_ratios": samples.MODULES["discrepancy_ratios"]}
+module.BLOCK_SIZE = 63  # tl.arange takes powers of two only
+exit(c.main())
+"""
+    done = run(program, "BLOCK_SIZE=63")
+    assert done.returncode == 1
+    assert "FAILED _discrepancy_ratios_kernel [*fp32 *fp32 i32 BLOCK_SIZE=63] sm_80" in done.stdout
+
+
+def test_alignment_is_told_as_it_is() -> None:
+    program = """
+for v in c.variants():
+    if "z1_ptr" in v.signature and "16" in v.signature["z1_ptr"]:
+        print(v.signature["z1_ptr"], [place for place, known in v.attributes.items() if known])
+"""
+    assert run(program).stdout.splitlines() == ["*bf16 [(0,), (1,)]", "*fp16 []"]

@@ -1,0 +1,43 @@
+"""Which operators a call hands to PyTorch's dispatcher, and which of them launch a kernel."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Ops that are two kernels: the parts of a large batch, or of a tensor, are added in a second one.
+TWO_KERNELS = ("modality_scores", "grad_stats")
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that compute something, by name; views and allocations do not.
+
+    Attributes:
+        operators: How often each of these was called.
+        calls: Of any operator, views and allocations too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: Counter[str] = Counter()
+        self.calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if not func.is_view and "empty" not in func._opname:
+            self.operators[func._opname] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def kernels(self) -> int:
+        """Of all the operators, each of mmfuse's with as many as it has at most."""
+        return self.operators.total() + sum(self.operators[name] for name in TWO_KERNELS)
+
+
+def launches_of(call: Callable[[], object]) -> Launches:
+    with Launches() as counted:
+        call()
+    return counted

@@ -1,0 +1,58 @@
+"""modulation_factors: both formulas, with and without an owner's statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfuse import ops
+
+from ._inputs import WIDE, Inputs, Samples, Small
+
+
+def arguments(device: str) -> Samples:
+    two, three = torch.rand(2, device=device), torch.rand(3, device=device)
+    index = torch.tensor([1, 0, 1], device=device)
+    return {
+        "modulation_factors": [
+            (two, index, None, None, 0.8, False, 0.0),
+            (two.double(), index, index + 1, three, 0.8, True, 1e-8),
+            (two, index[:0], index[:0], three[:0].double(), 0.0, False, 1e-8),
+        ]
+    }
+
+
+def small(device: str) -> Small:
+    scores = torch.rand(2, device=device)
+    stats = ops.grad_stats([torch.randn(9, device=device) for _ in range(3)])
+    return lambda: ops.modulation_factors(scores, 0.8, owner=[0, 1, 1], stats=stats)
+
+
+def case(inputs: Inputs) -> list[Tensor]:
+    """A block has 128 modalities or tensors."""
+    written: list[Tensor] = []
+    owner = [0, 36] * (2 if inputs.interpreted else 67)
+    for dtype in WIDE:
+        scores = (inputs.normal(37).abs() + 0.1).to(dtype)
+        stats = ops.grad_stats([inputs.normal(5, dtype=dtype)] * len(owner))
+        for formula, given in (("tpami", stats), ("cvpr", stats), ("tpami", None), ("cvpr", None)):
+            found = ops.modulation_factors(scores, 0.5, formula, owner=owner, stats=given)
+            written += [x for x in found if x is not None]
+    return written
+
+
+def compiled(inputs: Inputs) -> None:
+    f32, f64 = WIDE
+    owner = [0, 1, 1]
+    for scores, stats, formula in (
+        (f32, None, "tpami"),
+        (f32, None, "cvpr"),
+        (f32, f32, "tpami"),
+        (f32, f32, "cvpr"),
+        (f64, f32, "tpami"),
+        (f32, f64, "cvpr"),
+        (f64, f64, "tpami"),
+    ):
+        given = stats and ops.grad_stats([inputs.normal(5, dtype=stats)] * len(owner))
+        score = inputs.vector(0.2, 0.7, dtype=scores)
+        ops.modulation_factors(score, 0.5, formula, owner=owner, stats=given)

@@ -1,0 +1,149 @@
+"""update_grads_: every optional part there and not, in every dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import tolerances
+import torch
+from torch import Tensor
+
+from mmfuse import NoiseStream, ops
+
+from ._inputs import Inputs, Samples, Small, mirrors
+
+
+def arguments(device: str) -> Samples:
+    g = [torch.randn(5, 3, device=device), torch.randn(0, device=device), torch.randn(9).to(device)]
+    w, w0 = [torch.randn_like(t) for t in g], [torch.randn_like(t) for t in g]
+    three = torch.rand(3, device=device)
+    flag = torch.ones((), dtype=torch.bool, device=device)
+    state = NoiseStream(3, device).state
+    return {
+        "update_grads_": [
+            (g, three, [], [], None, None, None, [], [], None, None),
+            (g, three, w, w0, three, three, state, [0, 1, 2], [0, 0, 5], flag, None),
+            (g, three, w, [], three, three, state, [0, 1, 2], [0, 0, 5], flag, None),
+            (g, three, w, w0, three, None, None, [], [], flag, torch.ones_like(three)),
+            (g, three, [], [], None, three, state, [0, 1, 2], [0, 0, 5], None, three.double()),
+        ]
+    }
+
+
+def small(device: str) -> Small:
+    grads = [torch.randn(n, device=device) for n in (33, 9, 5)]
+    # Ones and a little noise: the numbers stay of the same size however often it is called.
+    scale, std = torch.ones(3, device=device), torch.full((3,), 1e-3, device=device)
+    stream = NoiseStream(3, device)
+    return lambda: ops.update_grads_(grads, scale, noise_std=std, stream=stream)
+
+
+def case(inputs: Inputs) -> list[Tensor]:
+    """A chunk has 8,192 elements."""
+    written = []
+    sizes = (37,) if inputs.interpreted else (1, 37, 47, 1027, 0, 2 * 8192 + 37)
+    for offset in (0, 1):
+        for grads, params, anchors in mirrors(inputs, sizes, offset):
+            count = len(grads)
+            # A scale below 1, so that no float16 overflows in the course of the updates.
+            factors = [inputs.normal(count).tanh(), inputs.normal(count), inputs.normal(count)]
+            for beside in ((), (params,), (params, anchors)):
+                for with_noise in (False, True):
+                    flag = torch.ones((), dtype=torch.bool, device=inputs.device)
+                    ops.update_grads_(
+                        grads,
+                        factors[0],
+                        **_pulled(factors[1], *beside),
+                        noise_std=factors[2].abs() if with_noise else None,
+                        stream=inputs.stream(count if offset else None) if with_noise else None,
+                        finite=flag,
+                    )
+                    written.append(flag)
+                    written.append(_sq_norms(grads, factors, *beside))
+            written += grads
+    unchanged = [inputs.normal(n) for n in (5, 1027)]
+    flag = torch.ones((), dtype=torch.bool, device=inputs.device)
+    ops.update_grads_(unchanged, inputs.vector(1.0, 1.0), finite=flag)
+    written.append(torch.empty(2, device=inputs.device))
+    ops.update_grads_(unchanged, inputs.vector(1.0, 1.0), sq_norm=written[-1])
+    # More than one table of parameters holds: about 1,360, or 510 with anchors and noise.
+    many = inputs.many(40 if inputs.interpreted else 1400)
+    factors = inputs.normal(len(many))
+    ops.update_grads_(many, factors)
+    ops.update_grads_(
+        many,
+        factors,
+        params=inputs.many(len(many)),
+        anchors=inputs.many(len(many)),
+        pull=factors,
+        noise_std=factors.abs(),
+        stream=inputs.stream(),
+    )
+    # More than a table of the sums' kernel holds, which is 2,000.
+    many += inputs.many(0 if inputs.interpreted else 700)
+    squares = torch.empty(len(many), dtype=torch.float64, device=inputs.device)
+    ones = torch.ones(len(many), device=inputs.device)
+    ops.update_grads_(many, ones, noise_std=ones, stream=inputs.stream(), sq_norm=squares)
+    return [*written, squares, *unchanged, *many]
+
+
+def _pulled(pull: Tensor, *beside: list[Tensor]) -> dict[str, Any]:
+    """Arguments for no params, for params alone, and for params and anchors."""
+    return (
+        {"pull": pull, **dict(zip(("params", "anchors"), beside, strict=False))} if beside else {}
+    )
+
+
+def _sq_norms(grads: list[Tensor], factors: Sequence[Tensor], *beside: list[Tensor]) -> Tensor:
+    """Updates the gradients once more, with their sums of squares."""
+    squares = torch.empty(len(grads), dtype=torch.float64, device=grads[0].device)
+    ops.update_grads_(
+        grads,
+        factors[0],
+        **_pulled(factors[1], *beside),
+        sq_norm=squares,
+    )
+    return squares
+
+
+def compiled(inputs: Inputs) -> None:
+    f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    for parts, offset, *dtypes in (
+        ("", 0, f32),
+        ("", 0, bf16),
+        ("finite", 1, f32),
+        ("noise", 0, f32),
+        ("noise finite", 0, f32),
+        ("noise finite", 0, bf16),
+        ("noise finite", 1, f16),
+        ("noise finite", 0, f64),
+        ("", 0, f32, f32, f32),
+        ("finite", 0, bf16, f32, bf16),
+        ("noise finite", 0, f32, f32, f32),
+        ("noise finite", 1, f64, f64, f64),
+        ("", 0, f32, f32),
+        ("finite", 0, bf16, f32),
+        ("noise finite", 0, f32, f32),
+        ("noise finite", 1, f64, f64),
+        ("finite squares", 0, f32),
+        ("finite squares", 0, f32, f32, f32),
+        ("finite squares", 0, bf16, f32, bf16),
+        ("finite squares", 1, f16, f16, f16),
+        ("noise finite squares", 0, f32),
+        ("noise finite squares", 0, f64, f64, f64),
+        ("finite squares", 0, f32, f32),
+        ("finite squares", 1, f16, f16),
+    ):
+        grads, *beside = inputs.lists((37,), len(dtypes), *dtypes, offset=offset)
+        wide = tolerances.accumulation_dtype(dtypes[0])
+        factor = inputs.vector(0.5, dtype=wide)
+        ops.update_grads_(
+            grads,
+            factor,
+            **_pulled(factor, *beside),
+            noise_std=factor if "noise" in parts else None,
+            stream=inputs.stream() if "noise" in parts else None,
+            finite=torch.ones((), dtype=torch.bool) if "finite" in parts else None,
+            sq_norm=torch.empty(1, dtype=wide) if "squares" in parts else None,
+        )

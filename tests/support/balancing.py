@@ -75,7 +75,7 @@ TWO_GRADIENTS = [kind for kind in ON_GRADIENTS if NEEDS[kind].second == "unimoda
 STEPPING = [kind for kind in ON_GRADIENTS if kind not in TWO_GRADIENTS]
 ANCHORED = [kind for kind in ON_GRADIENTS if NEEDS[kind].anchors]
 #: Those whose noise has a gradient's standard deviation.
-NOISY = [kind for kind in ON_GRADIENTS if NEEDS[kind].stats and NEEDS[kind].second is None]
+NOISY = [kind for kind in ON_GRADIENTS if NEEDS[kind].noise is not None]
 #: Those that draw from their stream.
 DRAWING = [kind for kind in ON_GRADIENTS if kind in NOISY or NEEDS[kind].draws]
 #: Those of which a step leaves something for the next.

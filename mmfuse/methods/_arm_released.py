@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from ..ops.mutual_information import normalised
@@ -29,6 +30,6 @@ class ARMReleased(ARMRule):
         back = released_ncmi(n.permute(0, 1, 3, 4, 2))
         return normalised(*nmi_terms(pairs).unbind(-1)), mean_over_others(others, forth, back)
 
-    def weights(self, contributions: Tensor) -> Tensor:
-        """[M], of either sign, or infinite."""
-        return modality_weights(contributions)
+    def weights(self, contributions: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+        """[M], of either sign, or infinite; they always count."""
+        return modality_weights(contributions), contributions.new_ones((), dtype=torch.bool)

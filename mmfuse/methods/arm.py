@@ -28,6 +28,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
 from ..loop.modalities import check_names, named_features
@@ -38,7 +39,7 @@ from ..ops.modality_scores import named_scores
 from ._arm_information import normalised_information
 from ._means import mean_of_others
 
-# Below it a contribution counts as this much, so that no weight is infinite or negative.
+# Below it a contribution is none: its weight would be next to infinite, or negative.
 _LEAST = 1e-6
 
 
@@ -84,9 +85,15 @@ class ARMRule:
         """nmi_m and ncmi_m; [M, P] each, from M + 1 tensors [P, N] of which c is the last."""
         return normalised_information(rows, self.bins, self.conditional_bins, backend=backend)
 
-    def weights(self, contributions: Tensor) -> Tensor:
-        """[M], positive and finite."""
-        return modality_weights(contributions.clamp(min=_LEAST))
+    def weights(self, contributions: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+        """[M] positive weights, and 0-d whether they count.
+
+        Where a modality contributes nothing, as one whose features are all alike, the weights of
+        this batch say nothing, and those of the batches before are taken.
+        """
+        counts = ~(contributions < _LEAST).any()
+        own = modality_weights(contributions.clamp(min=_LEAST))
+        return torch.where(counts, own, average), counts
 
 
 class ARM(EpochWindowModule, nn.Module):
@@ -102,7 +109,8 @@ class ARM(EpochWindowModule, nn.Module):
         loss = F.cross_entropy(head(torch.cat(list(out.features.values()), 1)), labels)
 
     In `eval()` no labels are needed: the weights are then the bias-corrected moving average of
-    those of training, which is in the module's buffers (1 before the first step of training).
+    those of training, which is in the module's buffers (1 before the first step of training). So
+    are those of a batch in which a modality contributes nothing, which does not enter the average.
 
     Args:
         bins: Of the mutual information, from 1 to 256.
@@ -117,7 +125,7 @@ class ARM(EpochWindowModule, nn.Module):
         backend: Name of a backend; None for the best one.
 
     Raises:
-        TypeError: a number of bins is no integer.
+        TypeError: a number is no integer.
         ValueError: a hyper-parameter is out of range.
     """
 
@@ -147,11 +155,9 @@ class ARM(EpochWindowModule, nn.Module):
         super().__init__()
         self._set_window(starts, ends)
         self.rule = ARMRule(bins, conditional_bins)
-        if num_modalities < 2:
-            raise ValueError(f"balancing needs at least two modalities, got {num_modalities}")
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        self.num_modalities = num_modalities
+        self.num_modalities = whole("num_modalities", num_modalities, least=2)
         self.momentum = momentum
         self.process_group = check_group(process_group)
         self.backend = backend
@@ -173,10 +179,6 @@ class ARM(EpochWindowModule, nn.Module):
             bins: As in `ARM`.
             conditional_bins: As in `ARM`.
             **keywords: As in `ARM`.
-
-        Raises:
-            TypeError: as `ARM`.
-            ValueError: as `ARM`.
         """
         from ._arm_released import ARMReleased
 
@@ -233,13 +235,13 @@ class ARM(EpochWindowModule, nn.Module):
                 seen = mean_over_ranks(seen, labels, self.process_group)
                 nmi, ncmi, scores = seen.split([len(names), len(names), len(names) + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
-            weights = self.rule.weights(contributions)
+            weights, counts = self.rule.weights(contributions, self._average())
             if self.training and not self.modulating:
                 weights = torch.ones_like(weights)
             # A checkpointed forward pass is repeated in the backward pass; it counts once.
             if self.training and not in_backward():
                 # One weight that is not finite would stay in the average for ever.
-                share = weights.isfinite().all().to(weights.dtype) * (1 - self.momentum)
+                share = (counts & weights.isfinite().all()).to(weights.dtype) * (1 - self.momentum)
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
@@ -270,11 +272,8 @@ class ARM(EpochWindowModule, nn.Module):
 
 
 def _weighted(features: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
-    factors = weights.unbind()
-    return {
-        name: feature * factor.to(feature.dtype)
-        for (name, feature), factor in zip(features.items(), factors, strict=True)
-    }
+    pairs = zip(features.items(), weights.unbind(), strict=True)
+    return {name: feature * factor.to(feature.dtype) for (name, feature), factor in pairs}
 
 
 def modality_contributions(

@@ -72,10 +72,12 @@ def test_is_the_formula_of_the_docstring(cell: Cell, count: int) -> None:
         torch.testing.assert_close(
             out.contributions[m].cpu(), contributions[n], rtol=1e-5, atol=1e-6
         )
+    if min(contributions.values()) < 1e-6:  # one of them contributes nothing
+        assert out.weights.tolist() == [1.0] * count
+        return
     for m, n in enumerate(names):
-        mine = max(contributions[n], torch.tensor(1e-6))
-        others = [max(contributions[o], torch.tensor(1e-6)) for o in names if o != n]
-        weight = sum(o / mine for o in others) / len(others)
+        others = [contributions[o] for o in names if o != n]
+        weight = sum(o / contributions[n] for o in others) / len(others)
         torch.testing.assert_close(out.weights[m].cpu(), weight.double(), rtol=1e-4, atol=0)
         assert torch.equal(out.features[n], features[n] * out.weights[m].float())
     assert len(set(out.weights.tolist())) == count
@@ -271,7 +273,7 @@ def test_does_not_wait_for_the_device(cell: Cell) -> None:
         ({"bins": 0}, ValueError, "bins must be from 1 to 256, got 0"),
         ({"bins": 2.0}, TypeError, "bins must be an integer"),
         ({"conditional_bins": 33}, ValueError, "conditional_bins must be from 1 to 32, got 33"),
-        ({"num_modalities": 1}, ValueError, "at least two modalities"),
+        ({"num_modalities": 1}, ValueError, "num_modalities must be at least 2"),
         ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\), got 1.0"),
     ],
 )
@@ -299,3 +301,45 @@ def test_refuses_inputs_before_anything_has_changed(cell: Cell) -> None:
         with pytest.raises(error, match=message):
             arm(*arguments)
     assert not arm.average.any() and not arm.average_weight.any()
+
+
+def collapsed(data: Batch, name: str = "visual") -> Batch:
+    """A batch in which one modality's features are all alike."""
+    features, *others = data
+    return ({**features, name: torch.full_like(features[name], 0.3)}, *others)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_batch_in_which_a_modality_has_collapsed(cell: Cell, count: int) -> None:
+    """Its weights were 5e5 and 2e-6, and evaluation was wrong for a hundred batches."""
+    arm = ARM(8, num_modalities=count, backend=cell.backend).to(cell.device)
+    first = arm(*collapsed(batch(cell, count)))
+    assert first.weights.tolist() == [1.0] * count, "there is no average yet"
+    assert arm.average_weight == 0
+    assert first.contributions.min() < 1e-6
+    for _ in range(3):
+        arm(*batch(cell, count))
+    before = copy.deepcopy(arm.state_dict())
+    expected = arm.eval()(batch(cell, count)[0]).weights
+    out = arm.train()(*collapsed(batch(cell, count)))
+    assert torch.equal(out.weights, expected) and not torch.equal(expected, first.weights)
+    after = arm.state_dict()
+    assert all(torch.equal(after[k], before[k]) for k in ("average", "average_weight"))
+    arm(*batch(cell, count))
+    assert not torch.equal(arm.average, before["average"]), "the next one counts again"
+
+
+def test_the_released_code_takes_a_collapsed_batch_as_it_is() -> None:
+    data = collapsed(batch(CELLS[0]))
+    out = ARM.official()(*data)
+    assert out.contributions.min() < 0
+    assert torch.equal(out.weights, modality_weights(out.contributions))
+
+
+def test_a_batch_that_is_not_finite_is_no_collapsed_one() -> None:
+    """It shows: an average in its place would hide it."""
+    features, *others = batch(CELLS[0])
+    features["visual"][0, 0] = torch.nan
+    arm = ARM(8)
+    assert arm(features, *others).weights.isnan().any()
+    assert arm.average_weight == 0

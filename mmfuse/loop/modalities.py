@@ -13,6 +13,7 @@ from ..noise import NoiseStream
 from ..ops._tensors import FLOATING, check_named, index_tensor, why_unsupported
 from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
+from . import _surgery
 from ._parameters import Encoder, Select, named_parameters, selection
 from .shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
 
@@ -139,6 +140,8 @@ class Modalities:
         self._sharded = any(map(is_dtensor, self.parameters))
         # Those that had no gradient in the last step though they require one.
         self._waiting: list[int] = []
+        #: The registrations of parameters and modules when the encoders were last looked at.
+        self.registrations = _surgery.watch()
         #: The first and the last gradient that a step has changed, and their versions then.
         self.changed: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor], int] | None = None
 
@@ -153,6 +156,7 @@ class Modalities:
         Raises:
             ValueError: a parameter was added, removed or replaced by another object; it is named.
         """
+        now = _surgery.registrations
         for m, name in enumerate(self.names):
             if name not in self._modules:
                 continue
@@ -174,6 +178,7 @@ class Modalities:
                         f"{changed[0]} is {what} since this object was made ({len(changed)} such "
                         "parameters); make a new one for the changed encoders"
                     )
+        self.registrations = now
 
     def active(self) -> Active:
         """The parameters that require and have a non-empty gradient now.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops._eager import Eager
+from . import _surgery
 from .act import Second, act_on, carry_out, stats_of
 from .contract import Act, Decision, Sensed, Tensors
 from .modalities import Active
@@ -45,17 +46,20 @@ def take_step(
         found_inf: As there.
     """
     group, active = several(method.process_group), None
+    modalities = method.modalities
+    if type(backend) is Eager and modalities.registrations != _surgery.registrations:
+        modalities.check_unchanged()
     if method.apply_to == "gradient":
-        active = method.modalities.active()
+        active = modalities.active()
         if method.anchors is not None:
-            method.anchors.check(active, method.modalities.parameter_names)
+            method.anchors.check(active, modalities.parameter_names)
     seen = NOTHING
     if unimodal is None:
         seen = method._senses.take(method._state, sensed, labels, group)
     if active is None:
         return _postpone(method, seen)
     rule, need, state, stream = method.rule, method._need, method._state, method.stream
-    modalities, acting = method.modalities, method.modulating
+    acting = method.modulating
     device = active.grads[0].device if active.grads else modalities.device
     finite = torch.ones((), dtype=torch.bool, device=device)
     second = method.anchors if unimodal is None else _second(active, unimodal)

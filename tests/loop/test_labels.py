@@ -6,21 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from balancing import LOGITS_ONLY
 from ranks import ranks
 from torch import Tensor, nn
 
 import mmfuse
-from mmfuse import METHODS, GradientMethod
+from mmfuse import METHODS
 from mmfuse.loop.ranks import Observations
 
 #: Class 156 is −100 in uint8, which would mark a row to ignore.
 CLASSES, HIGH = 200, 156
 KINDS = [torch.uint8, torch.int16, torch.int32, torch.uint16, torch.int64]
-LOGITS_ONLY = [
-    name
-    for name, made in METHODS.items()
-    if issubclass(made, GradientMethod) and made.card.needs == ("logits",)
-]
 
 
 def batch(seed: int, label: int) -> tuple[dict[str, Tensor], Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from balancing import LOGITS_ONLY
 from cells import Cell
 from torch import Tensor, nn
 
@@ -71,11 +72,6 @@ def test_a_step_of_ogm_ge_is_forty_python_frames_at_most(tensors: int) -> None:
     assert len(found) <= 40, "\n".join(found)
 
 
-LOGITS_ONLY = [
-    name
-    for name, made in METHODS.items()
-    if issubclass(made, mmfuse.GradientMethod) and made.card.needs == ("logits",)
-]
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda g: g,
     "channels_last": lambda g: g.to(memory_format=torch.channels_last) if g.dim() == 4 else g,

@@ -7,17 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from balancing import LOGITS_ONLY
 from torch import Tensor, nn
 
 import mmfuse
 from mmfuse import METHODS, GradientMethod
 
 LABELS = torch.tensor([0, 1, 2, 0])
-LOGITS_ONLY = [
-    name
-    for name, made in METHODS.items()
-    if issubclass(made, GradientMethod) and made.card.needs == ("logits",)
-]
 
 
 class Model(nn.Module):

@@ -48,6 +48,8 @@ ON_FEATURES = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "featur
 ON_GRADIENTS = [k for k in KINDS if k not in ON_FEATURES]
 #: Those of which a paper says that they go together: the first in the forward pass.
 COMBINED = ["OPM + OGM-GE"]
+#: By the catalogue's names, those on gradients that need nothing but logits.
+LOGITS_ONLY = [n for n, m in METHODS.items() if m.card[1:3] == ("gradient", ("logits",))]
 #: Those that draw a number for each sample in the forward pass.
 DROPPING = [k for k in ON_FEATURES if "stream" in signature(METHODS[KINDS[k].method]).parameters]
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import matplotlib
 import torch
 from _handwritten_data import CITATION, MissingDataError, Split, load, split
-from _handwritten_methods import Joint, Model, Modulated
+from _handwritten_methods import Joint, Model, OnGradients
 from handwritten import Run, mean_sd
 from rich import box
 from rich.console import Console
@@ -155,13 +155,9 @@ def constant_factors(data: Split, factors: Sequence[float], steps: int) -> list[
     return found
 
 
-class OnUpdates(Modulated):
-    """OGM whose factors are for the updates; `optimizer` is given to `attach`."""
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
-        super().__init__(model, seed, args, noise=False)
-        encoders = dict(model.encoders)
-        self.ogm = mmfuse.OGM(encoders, alpha=args.alpha, noise=False, apply_to="update")
+def ogm(model: Model, seed: int, args: argparse.Namespace, **options: str) -> OnGradients:
+    """OGM without noise."""
+    return OnGradients(model, seed, args, name="OGM", noise=False, **options)
 
 
 def train(splits: Sequence[Split], epochs: int) -> dict[str, list[list[float]]]:
@@ -170,8 +166,8 @@ def train(splits: Sequence[Split], epochs: int) -> dict[str, list[list[float]]]:
     args = argparse.Namespace(**options, epochs=epochs, alpha=0.8)
     methods: dict[str, Callable[[Model, int], Joint]] = {
         "joint": lambda model, seed: Joint(model, seed, args),
-        "OGM on gradients": lambda model, seed: Modulated(model, seed, args, noise=False),
-        "OGM on updates": lambda model, seed: OnUpdates(model, seed, args),
+        "OGM on gradients": lambda model, seed: ogm(model, seed, args),
+        "OGM on updates": lambda model, seed: ogm(model, seed, args, apply_to="update"),
     }
     results: dict[str, list[list[float]]] = {name: [] for name in methods}
     with tqdm(total=len(splits) * len(methods) * epochs, unit="epoch", disable=None) as progress:
@@ -180,9 +176,9 @@ def train(splits: Sequence[Split], epochs: int) -> dict[str, list[list[float]]]:
                 progress.set_description(f"{name}, seed {seed}")
                 run = Run("joint", data, seed, args)
                 run.optimizer = AdamW(run.model.parameters(), lr=1e-3)
-                run.backward = make(run.model, seed)
-                if isinstance(run.backward, OnUpdates):
-                    run.backward.ogm.attach(run.optimizer)
+                run.backward = step = make(run.model, seed)
+                if isinstance(step, OnGradients) and step.method.apply_to == "update":
+                    step.method.attach(run.optimizer)
                 run.train(progress)
                 joint, probes = run.accuracies()
                 results[name].append([joint, *probes])

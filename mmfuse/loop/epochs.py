@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .._numbers import whole
 from .state import FORMAT, check_format
 
@@ -80,6 +82,22 @@ class EpochWindow:
 
 class EpochWindowModule(EpochWindow):
     """The same for a `torch.nn.Module`, whose state then holds the epoch."""
+
+    _warned_of_mode = False
+
+    def _check_told(self, method: str, needed: bool = False) -> None:
+        """Also warns, once, where training goes on without gradients, as in an evaluation."""
+        super()._check_told(method, needed)
+        if torch.is_grad_enabled() or self._warned_of_mode or torch.compiler.is_compiling():
+            return
+        self._warned_of_mode = True
+        warnings.warn(
+            f"{method} is in training mode, but no gradients are recorded: if this is an "
+            f"evaluation, model.eval() has not reached it; make {method} a submodule of the model "
+            "(self.balance = ...), or call its own eval()",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def get_extra_state(self) -> dict[str, Any]:
         """Format and epoch, which are no tensors: reading them must not wait for the device."""

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ..noise import NoiseStream
+from ..ops._eager import Eager
 from .contract import Batch, Clock, Rule, Sensed, State
 from .modalities import Modalities
 from .ranks import Group, Observations, Observed
+
+
+def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
+    """Warns of logits on the CPU, where looking waits for nothing, that look like probabilities."""
+    for name, z in logits.items() if isinstance(logits, Mapping) else ():
+        if not isinstance(z, Tensor) or z.device.type != "cpu" or z.dim() != 2 or z.shape[1] < 2:
+            continue
+        sums = z.detach().double().sum(1)
+        if z.numel() and bool((z >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
+            warnings.warn(
+                f"logits[{name!r}] look like probabilities: no number is negative, and every row "
+                "adds up to 1; give what comes before the softmax",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+
 
 _NOTHING_MORE: dict[str, list[Tensor]] = {}
 
@@ -34,6 +52,7 @@ class Senses:
         self._process_group = process_group
         self._observations = Observations(method, process_group)
         self._rows = 0  # of this step's earlier micro-batches
+        self._looked = False
 
     def __call__(
         self,
@@ -55,6 +74,9 @@ class Senses:
         more = self._given(labels, features, inputs) if self._needed else _NOTHING_MORE
         if labels is None:
             raise TypeError("logits and labels go together: give both or neither")
+        if not self._looked and type(backend) is Eager:
+            self._looked = True
+            warn_of_probabilities(logits)
         batch = Batch(
             logits,
             labels,

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from inspect import signature
+from typing import Any
+
 import pytest
 import torch
+from balancing import ON_FEATURES
 from torch import nn
 
 import mmfuse
+from mmfuse import METHODS
 from mmfuse.loop.epochs import EpochWindow
 
 
@@ -70,3 +75,32 @@ def test_outside_of_its_epochs_arm_weights_nothing() -> None:
 def test_a_window_that_ends_before_it_starts() -> None:
     with pytest.raises(ValueError, match="ends=1 is before starts=2"):
         Method(2, 1)
+
+
+def call(name: str, module: nn.Module) -> Any:
+    features = {n: torch.randn(6, 4) for n in ("audio", "visual")}
+    seen = {
+        "features": features,
+        "fused": sum(features.values()),
+        "logits": {n: torch.randn(6, 3) for n in features},
+        "fused_logits": torch.randn(6, 3),
+    }
+    takes = signature(module.forward).parameters
+    labels = torch.arange(6) % 3
+    return module(**{k: v for k, v in seen.items() if k in takes}, labels=labels)
+
+
+@pytest.mark.parametrize("name", ON_FEATURES)
+def test_an_evaluation_in_training_mode_is_warned_of_once(name: str) -> None:
+    """A method that is no submodule of the model is not reached by model.eval()."""
+    outside, model = METHODS[name](), nn.Module()
+    model.eval()
+    with torch.no_grad():
+        with pytest.warns(RuntimeWarning, match=f"{name} is in training mode, but no gradients"):
+            call(name, outside)
+        call(name, outside)  # warnings are errors in the tests
+    model.balance = METHODS[name]()
+    model.eval()
+    with torch.no_grad():
+        call(name, model.balance)
+    call(name, model.train().balance)

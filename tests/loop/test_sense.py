@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import nn
 
@@ -10,6 +13,7 @@ from mmfuse.loop.contract import Clock
 from mmfuse.loop.modalities import Modalities
 from mmfuse.loop.sense import Senses
 from mmfuse.methods.ogm import OGMRule
+from mmfuse.ops._eager import Eager
 
 LABELS = torch.tensor([0, 1, -100])
 CLOCK, STREAM = Clock(0, 0), NoiseStream(0)
@@ -48,3 +52,32 @@ def test_what_is_cleared_is_forgotten() -> None:
     looks.clear()
     second = looks({}, STREAM, CLOCK, None, logits(3), LABELS, None, None)
     assert looks.take({}, second, LABELS, None).means is second.means
+
+
+class TestProbabilities:
+    """Logits that have been through a softmax: the scores would be those of flatter ones."""
+
+    def look(self, logits: dict[str, torch.Tensor]) -> None:
+        looks = senses()
+        for _ in range(2):  # the second time nobody looks
+            looks({}, STREAM, CLOCK, Eager(""), logits, LABELS, None, None)
+
+    def test_they_are_warned_of_once(self) -> None:
+        given = logits(3)
+        given["b"] = given["b"].softmax(1)
+        with pytest.warns(RuntimeWarning, match=r"logits\['b'\] look like probabilities") as seen:
+            self.look(given)
+        assert len(seen) == 1
+
+    def test_in_half_precision(self) -> None:
+        given = {n: torch.randn(3, 40).softmax(1).bfloat16() for n in "ab"}
+        with pytest.warns(RuntimeWarning, match="look like probabilities"):
+            self.look(given)
+
+    @pytest.mark.parametrize(
+        "change", [lambda z: z, lambda z: z.relu() + 0.1, lambda z: z.softmax(1) * 2, torch.sigmoid]
+    )
+    def test_others_are_not(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        generator = torch.Generator().manual_seed(0)
+        given = {n: change(torch.randn(3, 5, generator=generator)) for n in "ab"}
+        self.look(given)

@@ -295,6 +295,8 @@ class TestCompile:
         assert compiled.ogm.stream.state.tolist() == [3, 1]
 
 
+# Reentrant checkpointing runs the first pass without gradients, as an evaluation does.
+@pytest.mark.filterwarnings("ignore:.* is in training mode, but no gradients:RuntimeWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 class TestCheckpointing:
     """The forward pass is repeated in the backward pass."""

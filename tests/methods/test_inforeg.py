@@ -368,7 +368,7 @@ def test_a_parameter_that_changes_its_shape_within_an_epoch_is_named() -> None:
     nets["audio"][2].weight.data = torch.randn(4, 8)
     nets["audio"][2].bias.data = torch.randn(4)
     step = batches(2, 1)[0]
-    nets["visual"][2] = nn.Linear(8, 4)
+    nets["visual"][2].weight.data, nets["visual"][2].bias.data = torch.randn(4, 8), torch.randn(4)
     logits = backward(nets, step)
     grads = [p.grad.clone() for p in nets["audio"].parameters()]
     state = copy.deepcopy(inforeg.state_dict())

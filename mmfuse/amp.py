@@ -16,7 +16,7 @@ def grad_scale(scaler: torch.amp.GradScaler, device: torch.device | str) -> Tens
 
     1 if the scaler is disabled.
     """
-    scaled = scaler.scale(torch.ones((), device=device))
+    scaled = scaler.scale(torch.ones((), dtype=torch.float32, device=device))
     assert isinstance(scaled, Tensor)
     return scaled
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 Encoder = nn.Module | Iterable[Tensor]
 Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
@@ -33,7 +34,23 @@ def named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
     prefix = f"encoders[{name!r}]"
     if isinstance(encoder, nn.Module):
         _refuse_flat_parameters(prefix, encoder)
-        return [(f"{prefix}.{key}", p) for key, p in encoder.named_parameters()]
+        of_module: list[tuple[str, Tensor]] = [
+            (f"{prefix}.{key}", p) for key, p in encoder.named_parameters()
+        ]
+        if not of_module:
+            raise ValueError(
+                f"{prefix} ({type(encoder).__name__}) has no parameter: a modality that nothing is "
+                "learned for has no gradient to balance; leave it out"
+            )
+        for label, parameter in of_module:
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"{label} is lazy and has no shape yet: call the model once first")
+        return of_module
+    if isinstance(encoder, str):
+        raise TypeError(
+            f"{prefix} is the text {encoder!r}: encoders are modules or parameters; "
+            f"mmfuse.match_parameters(model, {{{name!r}: {encoder!r}}}) finds them by their names"
+        )
     if isinstance(encoder, Tensor) or not isinstance(encoder, Iterable):
         raise TypeError(
             f"{prefix} must be a module or an iterable of parameters, got {type(encoder).__name__}"

@@ -217,6 +217,10 @@ class GradientMethod(EpochWindow):
             found_inf: See there.
         """
         self._check_ready()
+        if loss.numel() != 1:
+            raise ValueError(
+                f"loss must be a scalar, got shape {list(loss.shape)}: take its mean or sum"
+            )
         sensed = unimodal = None
         if self._need.second == "unimodal":
             if unimodal_losses is None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import NoiseStream
-from ..ops._tensors import FLOATING, check_named, index_tensor, why_unsupported
+from ..ops._tensors import FLOATING, check_named, check_writable, index_tensor, why_unsupported
 from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
 from . import _surgery
@@ -227,6 +227,8 @@ class Modalities:
                     "for each backward pass (of several micro-batches, observe() each and call "
                     "step() after the last)"
                 )
+        if not plain:
+            check_writable(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
         if not plain or len(ids) < len(self.parameters):
             return self._parts(params, grads, ids, device if plain else None, dtype)
         return Active(params, grads, ids, self._owner, [], device, dtype)

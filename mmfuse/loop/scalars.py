@@ -97,7 +97,9 @@ class ScalarLog:
             row = torch.stack([values[tags.index(tag)] for tag in order])
         if self._rows is None:
             self._tags = tags
-            self._rows = torch.empty(self.every, len(tags), device=row.device)
+            # Not of the default dtype, which may be one of few digits.
+            dtype = torch.promote_types(row.dtype, torch.float32)
+            self._rows = torch.empty(self.every, len(tags), dtype=dtype, device=row.device)
         self._rows[len(self._steps)].copy_(row, non_blocking=True)
         self._steps.append(step)
         if len(self._steps) == self.every:
@@ -124,7 +126,7 @@ class ScalarLog:
         rows = self._rows[: len(self._steps)]
         on_gpu = rows.is_cuda
         if self._host is None:
-            self._host = torch.empty(self._rows.shape, pin_memory=on_gpu)
+            self._host = torch.empty(self._rows.shape, dtype=self._rows.dtype, pin_memory=on_gpu)
         self._host[: len(rows)].copy_(rows, non_blocking=on_gpu)
         self._sent, self._steps = self._steps, []
         if on_gpu:
@@ -240,7 +242,7 @@ def _stack(
             if not isinstance(value, (int, float)):
                 raise TypeError(f"values[{tag!r}] is no scalar but {type(value).__name__}")
             # Filled on the device: a copy from the host could wait.
-            value = torch.full((), float(value), device=device)
+            value = torch.full((), float(value), dtype=torch.float32, device=device)
         elif value.dim() != 0:
             raise ValueError(f"values[{tag!r}] must be 0-d, got shape {list(value.shape)}")
         elif value.is_complex():

@@ -89,7 +89,14 @@ class Monitor:
 
 
 def _representation(name: str, encoder: Forward, x: Tensor) -> Tensor:
-    z = encoder(x)
+    try:
+        z = encoder(x)
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
+        raise RuntimeError(
+            f"the encoder of {name!r} cannot take its input, {x.dtype} {list(x.shape)} with noise: "
+            f"{error}. If training calls it in another way, give forward={{{name!r}: callable}}, "
+            "which maps the input to its representation"
+        ) from error
     if not isinstance(z, Tensor):
         raise TypeError(
             f"the encoder of {name!r} returned {type(z).__name__}; give `forward` a callable for "

@@ -47,7 +47,7 @@ Noise = bool | Callable[[Tensor], Tensor]
 # The released code adds this to the standard deviation of the noise.
 _STD_EPS = 1e-8
 # A number to PyTorch's kernels, wherever the other operand is.
-_ONE = torch.tensor(1.0)
+_ONE = torch.tensor(1.0, dtype=torch.float32)
 
 
 @dataclass(frozen=True)

@@ -172,7 +172,7 @@ class OPM(EpochWindowModule, nn.Module):
         self.process_group = check_group(process_group)
         self.backend = backend
         self._agreed = False
-        self.register_buffer("q", torch.zeros(num_modalities))
+        self.register_buffer("q", torch.zeros(num_modalities, dtype=torch.float32))
         self.register_buffer("noise_state", (stream or NoiseStream(name=f"OPM/{name}")).state)
 
     @classmethod

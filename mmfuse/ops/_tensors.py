@@ -184,7 +184,7 @@ def same_dense_format(tensors: list[Tensor]) -> bool:
     return True
 
 
-def check_writable(name: str, tensors: Sequence[Tensor]) -> None:
+def check_writable(tensors: Sequence[Tensor], name_of: Callable[[int], str]) -> None:
     """Raises a ValueError for a tensor in which one memory cell stands for several elements."""
     for i, tensor in enumerate(tensors):
         if not tensor.is_contiguous() and any(
@@ -192,7 +192,7 @@ def check_writable(name: str, tensors: Sequence[Tensor]) -> None:
             for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
         ):
             raise ValueError(
-                f"{name}[{i}] is an expanded view with strides {tuple(tensor.stride())}; "
+                f"{name_of(i)} is an expanded view with strides {tuple(tensor.stride())}; "
                 "it cannot be updated in place, use .contiguous() first"
             )
 

@@ -104,16 +104,23 @@ def named_scores(
         if not isinstance(z, Tensor) or z.layout is not torch.strided or z.dtype not in FLOATING:
             raise TypeError(f"{name} {why_unsupported(z)}")
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        raise TypeError("labels must be an integer tensor of class indices")
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"labels must be an integer tensor of class indices, got {kind}{_hint(labels)}"
+        )
     if labels.dim() != 1:
-        raise ValueError(f"labels must have shape [B], got {list(labels.shape)}")
+        raise ValueError(
+            f"labels must be class indices [B], got shape {list(labels.shape)}{_hint(labels)}"
+        )
     dense = []
     for name, z in zip(names, logits, strict=True):
-        if z.dim() != 2 or z.shape[0] != labels.shape[0] or z.shape[1] == 0:
+        if z.dim() != 2 or z.shape[1] < 2:
             raise ValueError(
-                f"{name} must have shape [B, C] with B = {labels.shape[0]} and C > 0, "
-                f"got {list(z.shape)}"
+                f"{name} must have shape [B, C] with C of at least 2, got {list(z.shape)}"
+                + ("; one logit z for two classes is F.pad(z, (1, 0))" * (z.shape[1:] == (1,)))
             )
+        if z.shape[0] != labels.shape[0]:
+            raise ValueError(f"{name} has {z.shape[0]} rows, labels {labels.shape[0]}")
         if z.device != labels.device:
             raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
         # Calls into PyTorch that are not needed are left out: together they cost what the op does.
@@ -127,6 +134,14 @@ def named_scores(
     if on_cpu and not compiled and any(map(math.isnan, prob.tolist())):
         _check_range(names, logits, labels)
     return ModalityScores(prob, log_prob)
+
+
+def _hint(labels: object) -> str:
+    """The way out for labels that are one-hot, or look so."""
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        return ""
+    way = "of one-hot labels take labels.argmax(1)" if labels.shape[1] > 1 else "use squeeze(1)"
+    return f"; {way}"
 
 
 def class_indices(labels: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def update_grads_(
             has been changed then.
     """
     check_list("grads", grads)
-    check_writable("grads", grads)
+    check_writable(grads, lambda i: f"grads[{i}]")
     check_vector("scale", scale, len(grads))
     if (pull is None) != (params is None and anchors is None):
         raise ValueError("pull needs params, and params and anchors need pull")

@@ -788,7 +788,7 @@ class TestAccumulation:
                 for error, match, bad in [
                     (ValueError, "out of range", {"labels": labels.clamp(max=0) + 99}),
                     (ValueError, "name different modalities", {"logits": {"audio": 0}}),
-                    (ValueError, "must have shape", {"labels": labels[:2]}),
+                    (ValueError, "rows, labels 2", {"labels": labels[:2]}),
                     (TypeError, "must be an integer tensor", {"labels": labels.float()}),
                 ]:
                     with pytest.raises(error, match=match):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mmfuse import ops
 
-SHAPES = [(1, 1), (1, 2), (2, 6), (3, 31), (64, 6), (64, 309), (65, 33), (257, 10), (5, 1025)]
+SHAPES = [(1, 2), (2, 2), (2, 6), (3, 31), (64, 6), (64, 309), (65, 33), (257, 10), (5, 1025)]
 
 
 def expected_scores(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,12 +175,12 @@ class TestBadInput:
                 [z, z[:2]],
                 torch.zeros(3).long(),
                 ValueError,
-                r"logits\[1\] must have shape \[B, C\]",
+                r"logits\[1\] has 2 rows, labels 3",
             ),
             ([z, z[0]], torch.zeros(3).long(), ValueError, r"logits\[1\] must have shape \[B, C\]"),
-            ([z[:, :0]], torch.zeros(3).long(), ValueError, r"C > 0"),
+            ([z[:, :0]], torch.zeros(3).long(), ValueError, r"C of at least 2"),
             ([z], torch.zeros(3), TypeError, "labels must be an integer"),
-            ([z], torch.zeros(3, 1).long(), ValueError, r"labels must have shape \[B\]"),
+            ([z], torch.zeros(3, 1).long(), ValueError, r"got shape \[3, 1\]; use squeeze"),
             ([z], torch.tensor([0, 2, 1]), ValueError, r"labels\[1\] = 2 is out of range for logi"),
             ([z], torch.tensor([0, 1, -1]), ValueError, r"labels\[2\] = -1 is out of range"),
         ]

@@ -23,38 +23,32 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import _environment
-import _foreach
-import _measure
-import _official
-import _parity
-import _parity_information
-import _plan
-import _providers
-import _report
-import monitor_cost
 import run
-from _cases import CASES, Case
-from _information_inputs import CONDITIONAL_BINS, TEMPERATURE
-from _inputs import (
-    AGREEMENT,
-    ALPHA,
-    BETA,
-    COSINE,
-    DROP,
-    EPOCHS,
-    LAMBDA,
-    Q_BASE,
-    SIGMA,
-    DropInputs,
-    GradientInputs,
-    LogitsInputs,
-    TrainingInputs,
-    ViewInputs,
+from cases import (
+    CASES,
+    WORKLOADS,
+    Case,
+    co_information_gate,
+    info_nce,
+    opm,
+    paired_cosine,
+    redreg,
 )
-from _networks import ResNet18
-from _workloads import WORKLOADS, Workload
+from cases.arm import CONDITIONAL_BINS
+from cases.drop_modalities import DropInputs
+from cases.modulation_factors import exact_decision
+from cases.noisy_views import SIGMA, ViewInputs
+from engine import cost as costs_of
+from engine import environment, gate, measure, plan, providers, report
+from engine.gradients import BETA, GradientInputs
+from engine.inputs import ALPHA, COSINE, LogitsInputs
+from engine.networks import ResNet18
+from engine.session import bytes_needed
+from engine.training import DROP, TrainingInputs
+from engine.workloads import Workload
 
+import released.opm
+import released.redreg
 from mmfuse import ogm_coefficients
 from mmfuse.ops import BACKENDS, GradStats
 from mmfuse.reference import discrepancy_ratios as reference_ratios
@@ -63,7 +57,7 @@ from mmfuse.reference import info_nce as reference_nce
 from mmfuse.reference import modality_scores as reference_scores
 from mmfuse.reference import noise as reference_noise
 from mmfuse.reference import update_grads as reference_update
-from released import arm, ogm, opm, redreg
+from released import arm, ogm
 
 CPU = torch.device("cpu")
 SHAPES = ((7, 3, 3, 3), (5,), (64, 33))
@@ -110,9 +104,9 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The yardstick and the cache flush without their half gigabyte each."""
-    monkeypatch.setitem(_measure.COPY_ELEMENTS, "cpu", 2**16)
-    monkeypatch.setattr(_measure, "_FLUSH_BYTES", 2**16)
-    monkeypatch.setattr(_measure, "MIN_SAMPLES", 2)
+    monkeypatch.setitem(measure.COPY_ELEMENTS, "cpu", 2**16)
+    monkeypatch.setattr(measure, "_FLUSH_BYTES", 2**16)
+    monkeypatch.setattr(measure, "MIN_SAMPLES", 2)
     monkeypatch.setitem(WORKLOADS, "tiny", TINY)
     for workload in TINY_OF.values():
         monkeypatch.setitem(WORKLOADS, workload.name, workload)
@@ -159,8 +153,8 @@ def test_the_training_batch_of_crema_d() -> None:
     assert workload.batch == 64 and workload.classes == 6
     assert workload.pixels == 64 * (257 * 188 + 3 * 224 * 224)
     # Gradients, weights and their copies; the activations come to ten gigabytes.
-    assert 10e9 < run.bytes_needed(WORKLOADS["crema_d"], torch.float32) < 13e9
-    assert run.bytes_needed(TINY, torch.float32) == 40 * TINY.elements
+    assert 10e9 < bytes_needed(WORKLOADS["crema_d"], torch.float32) < 13e9
+    assert bytes_needed(TINY, torch.float32) == 40 * TINY.elements
 
 
 def test_features_of_clips_are_means_over_their_frames() -> None:
@@ -228,7 +222,7 @@ def test_training_steps_have_no_floor_and_are_not_run_below_float32() -> None:
 
 def test_ogm_step_counts_only_the_modality_that_is_ahead() -> None:
     i = inputs_of(CASES["ogm_step"])
-    coefficients, _ = _parity.exact_decision(i.head.logits, i.head.labels)
+    coefficients, _ = exact_decision(i.head.logits, i.head.labels)
     assert coefficients[0] < 1
     assert coefficients[1] == 1
     assert CASES["ogm_step"].floor_bytes(i) == 8 * sum(p.numel() for p in i.encoder_params[0])
@@ -247,12 +241,12 @@ def test_select_keeps_the_convolutions() -> None:
 def test_official_decision_is_the_references(ahead: int) -> None:
     i = LogitsInputs(LOGITS, torch.float64, CPU)
     i.logits = i.logits if ahead == 0 else i.logits[::-1]
-    coefficients, ratios = _official.decision(i)
+    coefficients, ratios = CASES["decision"].official(i)
     prob, _ = reference_scores.modality_scores(i.logits, i.labels)
     want = reference_ratios.discrepancy_ratios(prob)
-    torch.testing.assert_close(_parity.as_vector(ratios, CPU), want)
+    torch.testing.assert_close(gate.as_vector(ratios, CPU), want)
     want_coefficients = ogm_coefficients(want, ALPHA, "cvpr")
-    torch.testing.assert_close(_parity.as_vector(coefficients, CPU), want_coefficients)
+    torch.testing.assert_close(gate.as_vector(coefficients, CPU), want_coefficients)
     assert coefficients[ahead] < 1
     assert coefficients[1 - ahead] == 1
 
@@ -289,10 +283,10 @@ def test_official_pulls_are_the_references() -> None:
     i = GradientInputs(TINY, torch.float64, CPU, anchored=True)
     with torch.no_grad():
         i.restore(replaced=True)
-        _official.update_pull(i)
+        CASES["update_pull"].official(i)
         torch.testing.assert_close(i.results(), updated(i, i.ones, pull=i.pull))
         i.restore(replaced=True)
-        _official.redreg(i)
+        CASES["redreg"].official(i)
         scale = 1 - BETA * i.exact_stats.dot / i.exact_stats.sq_norm
         torch.testing.assert_close(i.results(), updated(i, scale, pull=BETA * i.ones))
 
@@ -305,17 +299,17 @@ def test_official_costs_what_the_specification_counted(
     name: str, launches: int, syncs: int
 ) -> None:
     case = CASES[name]
-    prepared = _providers.prepare("official", case, case.make(CONV, torch.float32, CPU))
+    prepared = providers.prepare("official", case, case.make(CONV, torch.float32, CPU))
     # What is made once for a training run is made in the first call.
     prepared.restore()
     prepared.call()
-    cost = _measure.cost_of(prepared, CPU)
+    cost = costs_of.cost_of(prepared, CPU)
     assert (cost.launches, cost.host_syncs) == (launches, syncs)
 
 
 def test_official_decision_costs_what_the_specification_counted() -> None:
     i = LogitsInputs(LOGITS, torch.float32, CPU)
-    cost = _measure.cost_of(_measure.Prepared(lambda: _official.decision(i)), CPU)
+    cost = costs_of.cost_of(measure.Prepared(lambda: CASES["decision"].official(i)), CPU)
     # 256 for the sums; two ratios, the comparison and one coefficient come on top.
     assert 256 <= cost.launches <= 266
     assert cost.host_syncs == 128 + 1
@@ -323,8 +317,8 @@ def test_official_decision_costs_what_the_specification_counted() -> None:
 
 def test_official_drop_costs_what_the_specification_counted() -> None:
     case = CASES["drop_modalities"]
-    prepared = _providers.prepare("official", case, inputs_of(case))
-    cost = _measure.cost_of(prepared, CPU)
+    prepared = providers.prepare("official", case, inputs_of(case))
+    cost = costs_of.cost_of(prepared, CPU)
     # θ, and the shape of what is left.
     assert cost.host_syncs == 2
     assert 15 <= cost.launches <= 21
@@ -347,16 +341,16 @@ def test_official_information_copies_and_counts_as_often_as_released(
     counted(arm, "host")
     counted(arm.np, "histogramdd")  # histogram2d calls it
     case = CASES["arm_information"]
-    _providers.prepare("official", case, inputs_of(case)).call()
+    providers.prepare("official", case, inputs_of(case)).call()
     assert calls == {"host": 10, "histogramdd": 8}
 
 
 def test_what_is_measured_has_the_released_hyper_parameters() -> None:
-    assert (Q_BASE, LAMBDA) == (opm.Q_BASE, opm.LAMBDA)
+    assert (opm.Q_BASE, opm.LAMBDA) == (released.opm.Q_BASE, released.opm.LAMBDA)
     assert CONDITIONAL_BINS == arm.CONDITIONAL_BINS
-    assert SIGMA == redreg.SIGMA
-    assert redreg.agreement_threshold(0, EPOCHS) == AGREEMENT
-    assert redreg.drop_probability(0, EPOCHS) == DROP
+    assert SIGMA == released.redreg.SIGMA
+    assert released.redreg.agreement_threshold(0, redreg.EPOCHS) == paired_cosine.AGREEMENT
+    assert released.redreg.drop_probability(0, redreg.EPOCHS) == DROP
 
 
 @pytest.mark.parametrize(
@@ -373,10 +367,10 @@ def test_what_is_measured_has_the_released_hyper_parameters() -> None:
 def test_official_steps_wait_as_often_as_the_specification_counted(name: str, syncs: int) -> None:
     case = CASES[name]
     workload = dataclasses.replace(TINY_OF["training"], batch=64, shape=(9, 9))
-    prepared = _providers.prepare("official", case, case.make(workload, torch.float32, CPU))
+    prepared = providers.prepare("official", case, case.make(workload, torch.float32, CPU))
     prepared.restore()
     prepared.call()
-    assert _measure.cost_of(prepared, CPU).host_syncs == syncs
+    assert costs_of.cost_of(prepared, CPU).host_syncs == syncs
 
 
 # The gate
@@ -389,10 +383,10 @@ def test_providers_pass_the_gate(case: Case, provider: str, dtype: torch.dtype) 
     i = inputs_of(case, dtype)
     if not case.takes(dtype):
         pytest.skip(f"{case.name} is not run in {dtype}")
-    if _providers.why_not(provider, case, i.workload, CPU) is not None:
+    if providers.why_not(provider, case, i.workload, CPU) is not None:
         pytest.skip(f"{provider} does not do {case.name}")
     with torch.set_grad_enabled(case.autograd):
-        prepared = _providers.prepare(provider, case, i)
+        prepared = providers.prepare(provider, case, i)
         prepared.restore()
         case.check(provider, i, prepared.call())
 
@@ -411,7 +405,7 @@ def test_training_steps_pass_the_gate(
     case: Case, workload: Workload, provider: str, dtype: torch.dtype
 ) -> None:
     i = case.make(workload, dtype, CPU)
-    prepared = _providers.prepare(provider, case, i)
+    prepared = providers.prepare(provider, case, i)
     for _ in range(2):  # `restore` takes back all that a step has changed
         prepared.restore()
         case.check(provider, i, prepared.call())
@@ -421,11 +415,11 @@ def test_training_steps_pass_the_gate(
 @pytest.mark.parametrize("case", TRAININGS, ids=named)
 def test_mmfuse_waits_in_no_training_step_but_for_opms_samples(case: Case) -> None:
     i = inputs_of(case)
-    prepared = _providers.prepare("reference", case, i)
+    prepared = providers.prepare("reference", case, i)
     prepared.restore()
     prepared.call()
     # `nonzero`, for the released rule; there is no other way to select samples.
-    assert _measure.cost_of(prepared, CPU).host_syncs == (case.name == "opm_training")
+    assert costs_of.cost_of(prepared, CPU).host_syncs == (case.name == "opm_training")
 
 
 def test_the_cases_that_a_provider_lacks() -> None:
@@ -434,7 +428,7 @@ def test_the_cases_that_a_provider_lacks() -> None:
         f"{method}_training" for method in ("ogm", "ogm_ge", "opm", "arm", "inforeg", "redreg")
     }
     lacks = {
-        provider: {n for n, case in CASES.items() if _providers.function_of(provider, case) is None}
+        provider: {n for n, case in CASES.items() if case.provider(provider) is None}
         for provider in ("plain", "official", "foreach", "compile", "cpu")
     }
     assert lacks == {
@@ -471,12 +465,12 @@ _DAMAGES = (_scaled_twice, _one_tensor_forgotten, _last_element_lost, _not_a_num
 def test_gate_refuses_a_damaged_update(case: Case, provider: str) -> None:
     i = inputs_of(case)
     with torch.no_grad():
-        result = _providers.prepare(provider, case, i).call()
+        result = providers.prepare(provider, case, i).call()
     right = [g.clone() for g in i.grads]
     for damage in _DAMAGES:
         torch._foreach_copy_(i.grads, right)
         damage(i)
-        with pytest.raises(_parity.ParityError):
+        with pytest.raises(gate.ParityError):
             case.check(provider, i, result)
 
 
@@ -498,7 +492,7 @@ def test_gate_refuses_noise_that_is_not_standard_normal(draw: Callable[[Tensor],
     i = inputs_of(case)
     for grad, scale, std in zip(i.grads, i.scale, i.noise_std, strict=True):
         grad.mul_(scale).add_(draw(grad).mul_(std))
-    with pytest.raises(_parity.ParityError, match="noise"):
+    with pytest.raises(gate.ParityError, match="noise"):
         case.check("foreach", i, None)
 
 
@@ -525,9 +519,9 @@ def test_gate_refuses_wrong_numbers(name: str) -> None:
     case = CASES[name]
     i = inputs_of(case)
     with torch.set_grad_enabled(case.autograd):
-        right = _providers.prepare("foreach", case, i).call()
+        right = providers.prepare("foreach", case, i).call()
     wrong = [1.02 * x for x in right] if isinstance(right, tuple) else 1.02 * right
-    with pytest.raises(_parity.ParityError):
+    with pytest.raises(gate.ParityError):
         case.check("foreach", i, wrong)
 
 
@@ -538,9 +532,9 @@ def test_all_gates_open_and_shut(
 ) -> None:
     case = CASES["gate"]
     i = case.make(WORKLOADS["feature"], torch.float32, CPU)
-    monkeypatch.setattr(_official, "AGREEMENT", threshold)
+    monkeypatch.setattr(co_information_gate, "AGREEMENT", threshold)
     i.threshold.fill_(threshold)
-    result = _providers.prepare(provider, case, i).call()
+    result = providers.prepare(provider, case, i).call()
     assert float(result) == (threshold < COSINE)
     case.check(provider, i, result)
 
@@ -549,12 +543,12 @@ def test_official_traces_are_checked_as_well() -> None:
     case = CASES["inforeg"]
     i = inputs_of(case)
     with torch.no_grad():
-        prepared = _providers.prepare("official", case, i)
+        prepared = providers.prepare("official", case, i)
         prepared.restore()
         squares = prepared.call()
         case.check("official", i, squares)
         squares[0].mul_(1.02)
-        with pytest.raises(_parity.ParityError, match="Fisher"):
+        with pytest.raises(gate.ParityError, match="Fisher"):
             case.check("official", i, squares)
 
 
@@ -568,12 +562,12 @@ def test_gate_refuses_views_with_the_same_noise_or_a_wrong_distance() -> None:
     i = inputs_of(case)
     one, two = torch.randn_like(i.x), torch.randn_like(i.x)
     case.check("foreach", i, _views_of(i, one, two))
-    with pytest.raises(_parity.ParityError, match="other's"):
+    with pytest.raises(gate.ParityError, match="other's"):
         case.check("foreach", i, _views_of(i, one, one))
     first, second, distance = _views_of(i, one, two)
-    with pytest.raises(_parity.ParityError, match="distance"):
+    with pytest.raises(gate.ParityError, match="distance"):
         case.check("foreach", i, (first, second, 1.02 * distance))
-    with pytest.raises(_parity.ParityError, match="view 0"):
+    with pytest.raises(gate.ParityError, match="view 0"):
         case.check("reference", i, (first, second, distance))
 
 
@@ -604,10 +598,10 @@ def test_gate_refuses_a_damaged_drop(
     case = CASES["drop_modalities"]
     i = case.make(WORKLOADS["feature"], torch.float32, CPU)
     with torch.no_grad():
-        out = list(_providers.prepare(provider, case, i).call())
+        out = list(providers.prepare(provider, case, i).call())
         case.check(provider, i, out)
         damage(i, out)
-        with pytest.raises(_parity.ParityError):
+        with pytest.raises(gate.ParityError):
             case.check(provider, i, out)
 
 
@@ -615,20 +609,20 @@ def test_gate_refuses_wrong_gradients_of_a_drop() -> None:
     case = CASES["drop_modalities_grad"]
     i = inputs_of(case)
     with torch.enable_grad():
-        *out, grad, _ = _providers.prepare("reference", case, i).call()
-    with pytest.raises(_parity.ParityError, match="gradient 1"):
+        *out, grad, _ = providers.prepare("reference", case, i).call()
+    with pytest.raises(gate.ParityError, match="gradient 1"):
         case.check("reference", i, (*out, grad, grad))
 
 
 @pytest.mark.parametrize("tile", [4, 1024])
 def test_exact_contrast_is_the_references(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_parity_information, "_TILE", tile)
+    monkeypatch.setattr(info_nce, "_TILE", tile)
     i = inputs_of(CASES["info_nce"], torch.float64)
     a, b = (feature.detach() for feature in i.features)
-    tau = torch.tensor(TEMPERATURE, dtype=torch.float64)
+    tau = torch.tensor(info_nce.TEMPERATURE, dtype=torch.float64)
     bound, *sums = reference_nce.info_nce(a, b, tau)
     grads = reference_nce.info_nce_backward(torch.ones_like(bound), a, b, tau, *sums)
-    for got, want in zip(_parity_information.exact_contrast(i), (bound, *grads[:2]), strict=True):
+    for got, want in zip(info_nce.exact_contrast(i), (bound, *grads[:2]), strict=True):
         torch.testing.assert_close(got, want)
 
 
@@ -642,19 +636,19 @@ def test_gate_refuses_training_without_regulation_or_with_a_wrong_one(name: str)
         for now, anchor, before in zip(i.parameters, i.start, start, strict=True):
             anchor.copy_(now.detach() + factor * (before - now.detach()))
         i._cache.clear()
-        prepared = _providers.prepare("reference", case, i)
+        prepared = providers.prepare("reference", case, i)
         prepared.restore()
         prepared.call()
         case.check("reference", i, None)
         for anchor, before in zip(i.start, start, strict=True):
             anchor.copy_(before)
         i._cache.clear()
-        with pytest.raises(_parity.ParityError):
+        with pytest.raises(gate.ParityError):
             case.check("reference", i, None)
 
 
 def _nobody_regulates(i: TrainingInputs, case: Case) -> Any:
-    prepared = _providers.prepare("plain", case, i)
+    prepared = providers.prepare("plain", case, i)
     prepared.restore()
     prepared.call()
     return [f.detach() for f in i.model.features(i.audio, i.visual)]
@@ -664,13 +658,13 @@ def _nobody_regulates(i: TrainingInputs, case: Case) -> Any:
 def test_gate_refuses_a_plain_step_for_a_regulated_one_and_the_reverse(case: Case) -> None:
     i = inputs_of(case)
     result = _nobody_regulates(i, case)
-    with pytest.raises(_parity.ParityError):
+    with pytest.raises(gate.ParityError):
         case.check("reference", i, result)
     case.check("plain", i, None)
-    prepared = _providers.prepare("reference", case, i)
+    prepared = providers.prepare("reference", case, i)
     prepared.restore()
     prepared.call()
-    with pytest.raises(_parity.ParityError):
+    with pytest.raises(gate.ParityError):
         case.check("plain", i, None)
 
 
@@ -679,10 +673,10 @@ def test_gate_refuses_a_plain_step_for_a_regulated_one_and_the_reverse(case: Cas
 def test_gate_refuses_wrong_modulation_and_a_step_not_taken(name: str, provider: str) -> None:
     case = CASES[name]
     i = inputs_of(case)
-    prepared = _providers.prepare(provider, case, i)
+    prepared = providers.prepare(provider, case, i)
 
     def refused() -> None:
-        with pytest.raises(_parity.ParityError):
+        with pytest.raises(gate.ParityError):
             case.check(provider, i, None)
 
     def again() -> None:
@@ -712,7 +706,7 @@ def test_gate_refuses_wrong_modulation_and_a_step_not_taken(name: str, provider:
 def test_gate_refuses_another_drop_than_the_steps(provider: str) -> None:
     case = CASES["opm_training"]
     i = inputs_of(case)
-    prepared = _providers.prepare(provider, case, i)
+    prepared = providers.prepare(provider, case, i)
     prepared.restore()
     a, v = prepared.call()
     case.check(provider, i, (a, v))
@@ -722,9 +716,9 @@ def test_gate_refuses_another_drop_than_the_steps(provider: str) -> None:
     # One sample more or less has lost its feature, which the parameters show.
     a[int((a != 0).any(1).nonzero()[0])] = 0
     if provider == "official":
-        with pytest.raises(_parity.ParityError):
+        with pytest.raises(gate.ParityError):
             case.check(provider, i, (a, v) if dropped else (v, a))
-    with pytest.raises(_parity.ParityError, match="removed"):
+    with pytest.raises(gate.ParityError, match="removed"):
         case.check(provider, i, (a[1:], v[1:]))
 
 
@@ -747,10 +741,10 @@ def test_a_wrong_provider_is_not_timed_and_the_run_fails(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(_foreach, "update_scale", impostor)
+    monkeypatch.setattr(CASES["update_scale"], "foreach", impostor)
     arguments = ["--cases", "update_scale", "--workloads", "tiny", "--dtype", "float32"]
-    providers = ["--providers", "official", "foreach", "reference"]
-    code = run.main([*arguments, *providers, "--seconds", "0.01", "--output", str(tmp_path)])
+    chosen = ["--providers", "official", "foreach", "reference"]
+    code = run.main([*arguments, *chosen, "--seconds", "0.01", "--output", str(tmp_path)])
     assert code == 1
     rows = read_csv(tmp_path)
     assert [row["provider"] for row in rows] == ["official", "reference"]
@@ -763,7 +757,7 @@ def test_a_wrong_provider_is_not_timed_and_the_run_fails(
 
 
 def test_nothing_that_only_simulates_a_gpu_is_timed() -> None:
-    names = _providers.provider_names(CPU)
+    names = providers.provider_names(CPU)
     assert set(names) & set(BACKENDS) == {"reference", "cpu"}
 
 
@@ -775,7 +769,7 @@ def test_cost_counts_operators_waits_and_the_peak_of_memory() -> None:
         y.view(500, 500)[0].sum().item()
         y.nonzero()
 
-    cost = _measure.cost_of(_measure.Prepared(call), CPU)
+    cost = costs_of.cost_of(measure.Prepared(call), CPU)
     assert (cost.launches, cost.host_syncs) == (3, 2)
     # y and the indices, two bytes to one; no other tensor lives by then.
     assert cost.extra_bytes == pytest.approx(3 * x.nbytes, rel=0.01)
@@ -783,7 +777,7 @@ def test_cost_counts_operators_waits_and_the_peak_of_memory() -> None:
 
 def test_memory_that_a_provider_frees_is_not_charged() -> None:
     case = CASES["ogm_ge"]
-    official = _measure.cost_of(_providers.prepare("official", case, inputs_of(case)), CPU)
+    official = costs_of.cost_of(providers.prepare("official", case, inputs_of(case)), CPU)
     largest = 4 * 270_000
     # Product and noise, and the sum of both, of one tensor at a time.
     assert largest < official.extra_bytes < 3.2 * largest
@@ -791,18 +785,18 @@ def test_memory_that_a_provider_frees_is_not_charged() -> None:
 
 def test_interleaved_shares_the_time_and_restores_before_every_call() -> None:
     log: list[str] = []
-    providers = {
-        name: _measure.Prepared(lambda n=name: log.append(n), lambda: log.append("restore"))
+    chosen = {
+        name: measure.Prepared(lambda n=name: log.append(n), lambda: log.append("restore"))
         for name in ("a", "b")
     }
-    clock = _measure.Clock(CPU)
-    samples = _measure.interleaved(providers, clock, 0.0, cold=False)
-    assert log[::2] == ["restore"] * (2 * _measure.MIN_SAMPLES)
+    clock = measure.Clock(CPU)
+    samples = measure.interleaved(chosen, clock, 0.0, cold=False)
+    assert log[::2] == ["restore"] * (2 * measure.MIN_SAMPLES)
     assert {name: len(times) for name, times in samples.items()} == dict.fromkeys(
-        ("a", "b"), _measure.MIN_SAMPLES
+        ("a", "b"), measure.MIN_SAMPLES
     )
     rounds = [set(log[i : i + 4]) for i in range(0, len(log), 4)]
-    assert rounds == [{"restore", "a", "b"}] * _measure.MIN_SAMPLES
+    assert rounds == [{"restore", "a", "b"}] * measure.MIN_SAMPLES
 
 
 def test_short_calls_are_timed_in_rows() -> None:
@@ -810,21 +804,21 @@ def test_short_calls_are_timed_in_rows() -> None:
 
     def ten_microseconds(
         call: Callable[[], object], *, cold: bool, repeats: int = 1, lead: float = 0.0
-    ) -> _measure.Sample:
+    ) -> measure.Sample:
         seconds = 1e-5 if "a" in log else 1e-3  # the first call takes much longer
         for _ in range(repeats):
             call()
-        return _measure.Sample(seconds, seconds)
+        return measure.Sample(seconds, seconds)
 
-    providers = {"a": _measure.Prepared(lambda: log.append("a"), lambda: log.append("restore"))}
-    _measure.interleaved(providers, ten_microseconds, 0.0, cold=False, in_rows=True)
+    chosen = {"a": measure.Prepared(lambda: log.append("a"), lambda: log.append("restore"))}
+    measure.interleaved(chosen, ten_microseconds, 0.0, cold=False, in_rows=True)
     # Three calls to see how long a warm one takes, then rows of a millisecond.
-    assert log.count("restore") == 3 + _measure.MIN_SAMPLES
-    assert log.count("a") == 3 + 100 * _measure.MIN_SAMPLES
+    assert log.count("restore") == 3 + measure.MIN_SAMPLES
+    assert log.count("a") == 3 + 100 * measure.MIN_SAMPLES
 
 
-def lasting(*seconds: float) -> list[_measure.Sample]:
-    return [_measure.Sample(s, s) for s in seconds]
+def lasting(*seconds: float) -> list[measure.Sample]:
+    return [measure.Sample(s, s) for s in seconds]
 
 
 def test_rows_say_how_long_a_step_takes_of_a_plain_one() -> None:
@@ -833,21 +827,21 @@ def test_rows_say_how_long_a_step_takes_of_a_plain_one() -> None:
         "official": lasting(2.0, 30.0, 4.0),
         "cpu": lasting(1.02, 10.2, 1.5),
     }
-    costs = dict.fromkeys(samples, _measure.Cost(1, 0, 0))
+    costs = dict.fromkeys(samples, costs_of.Cost(1, 0, 0))
     labels = {**dict.fromkeys(("case", "title", "workload", "dtype"), "x"), "device": "cpu"}
-    rows = _report.make_rows(labels, samples, costs, 0, 1)
+    rows = report.make_rows(labels, samples, costs, 0, 1)
     assert [row.of_plain for row in rows] == [1, 3, pytest.approx(1.02)]
     assert [row.vs_official for row in rows] == [3, 1, pytest.approx(4 / 1.5)]
-    text = _report.markdown(rows, {"device": "x"}, [], [], [])
+    text = report.markdown(rows, {"device": "x"}, [], [], [])
     header = next(line for line in text.splitlines() if line.startswith("| case"))
     # Nothing has a bandwidth here, and nobody measured foreach.
     assert "of plain" in header
     assert not any(absent in header for absent in ("×foreach", "GB/s", "of copy", "×floor"))
     assert "| 1.02× |" in text
     del samples["plain"], costs["plain"]
-    rows = _report.make_rows(labels, samples, costs, 0, 1)
+    rows = report.make_rows(labels, samples, costs, 0, 1)
     assert all(row.of_plain is None for row in rows)
-    assert "| of plain" not in _report.markdown(rows, {"device": "x"}, [], [], [])
+    assert "| of plain" not in report.markdown(rows, {"device": "x"}, [], [], [])
 
 
 def test_rows_say_ratios_shares_and_floors() -> None:
@@ -856,10 +850,10 @@ def test_rows_say_ratios_shares_and_floors() -> None:
         "official": lasting(4.0, 40.0, 4.0),
         "cpu": lasting(2.0, 20.0, 4.0, 2.0),
     }
-    nothing = _measure.Cost(1, 0, 2**20)
+    nothing = costs_of.Cost(1, 0, 2**20)
     labels = dict.fromkeys(("case", "title", "workload", "dtype", "device"), "x")
     costs = {"official": nothing, "cpu": nothing}
-    official, cpu = _report.make_rows(labels, samples, costs, 10**9, 2 * 10**9)
+    official, cpu = report.make_rows(labels, samples, costs, 10**9, 2 * 10**9)
     assert official.vs_official == 1
     # A slow round is slow for both, and does not count for more.
     assert cpu.vs_official == 2
@@ -874,12 +868,12 @@ def test_rows_say_ratios_shares_and_floors() -> None:
 
 
 def test_numbers_are_shown_with_their_unit_also_below_one() -> None:
-    assert [_report.show_time(ms) for ms in (1234.0, 12.34, 0.1234)] == [
+    assert [report.show_time(ms) for ms in (1234.0, 12.34, 0.1234)] == [
         "1.23 s",
         "12.3 ms",
         "123 µs",
     ]
-    assert [_report.show_ratio(r) for r in (123.4, 1.0, 0.5, 0.0123, None)] == [
+    assert [report.show_ratio(r) for r in (123.4, 1.0, 0.5, 0.0123, None)] == [
         "123×",
         "1.00×",
         "0.50×",
@@ -893,8 +887,8 @@ def test_numbers_are_shown_with_their_unit_also_below_one() -> None:
 def test_training_steps_are_reported_without_bandwidth(tmp_path: Path) -> None:
     arguments = ["--cases", "inforeg_training", "noisy_views", "--dtype", "float32", "bfloat16"]
     workloads = ["--workloads", "tiny_training", "tiny_inputs", "--seconds", "0.01"]
-    providers = ["--providers", "official", "reference", "--device", "cpu"]
-    assert run.main([*arguments, *workloads, *providers, "--output", str(tmp_path)]) == 0
+    chosen = ["--providers", "official", "reference", "--device", "cpu"]
+    assert run.main([*arguments, *workloads, *chosen, "--output", str(tmp_path)]) == 0
     rows = read_csv(tmp_path)
     assert [(row["case"], row["dtype"]) for row in rows[::2]] == [
         ("inforeg_training", "float32"),
@@ -914,8 +908,8 @@ def test_a_short_run_compares_training_steps_and_nothing_else_with_plain_ones(
 ) -> None:
     arguments = ["--cases", "grad_stats", "ogm_ge_training", "--dtype", "float32", "--minutes", "9"]
     workloads = ["--workloads", "tiny", "tiny_training", "--seconds", "0.01", "--device", "cpu"]
-    providers = ["--providers", "plain", "official", "reference"]
-    assert run.main([*arguments, *workloads, *providers, "--output", str(tmp_path)]) == 0
+    chosen = ["--providers", "plain", "official", "reference"]
+    assert run.main([*arguments, *workloads, *chosen, "--output", str(tmp_path)]) == 0
     rows = read_csv(tmp_path)
     assert [(row["case"], row["provider"]) for row in rows] == [
         *(("ogm_ge_training", name) for name in ("plain", "official", "reference")),
@@ -929,38 +923,21 @@ def test_a_short_run_compares_training_steps_and_nothing_else_with_plain_ones(
     assert "## Not measured" not in text
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("small_machine")
-def test_monitor_cost_prints_a_ratio_for_every_interval(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    arguments = ["--workload", "tiny_training", "--backend", "reference", "--device", "cpu"]
-    assert monitor_cost.main([*arguments, "--seconds", "0.01"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    table = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
-    assert [row[0] for row in table[1:]] == [
-        "without regulation",
-        *(f"`monitor_every={k}`" for k in (1, 2, 4)),
-    ]
-    assert table[1][2:] == ["1.00×", "1.00×"]
-    assert [row[3] for row in table[2:]] == ["1.67×", "1.33×", "1.17×"]
-
-
 def test_machine_becomes_a_folder_name() -> None:
-    assert _environment.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
-    assert _environment.folder_name("Intel(R) Xeon(R) @ 2.2GHz") == "intel-r-xeon-r-2-2ghz"
+    assert environment.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert environment.folder_name("Intel(R) Xeon(R) @ 2.2GHz") == "intel-r-xeon-r-2-2ghz"
 
 
 def test_own_work_is_not_taken_for_that_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([(100.0, 10.0, 50.0), (106.0, 12.0, 54.0)])
-    monkeypatch.setattr(_environment.Bystanders, "_now", staticmethod(lambda: next(seconds)))
+    monkeypatch.setattr(environment.Bystanders, "_now", staticmethod(lambda: next(seconds)))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     # Six busy seconds, two of them our own, on two cores for four seconds.
-    assert _environment.Bystanders().share() == 0.5
+    assert environment.Bystanders().share() == 0.5
 
 
 def test_the_system_says_how_busy_it_is() -> None:
-    share = _environment.Bystanders().share()
+    share = environment.Bystanders().share()
     assert share is None or 0 <= share <= 1
 
 
@@ -970,11 +947,11 @@ def test_quick_run_writes_table_csv_and_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workloads = ["--workloads", "classes_6", "tiny"]
-    providers = ["--providers", "official", "foreach", "reference"]
-    arguments = ["--quick", *workloads, *providers, "--seconds", "0.05"]
+    chosen = ["--providers", "official", "foreach", "reference"]
+    arguments = ["--quick", *workloads, *chosen, "--seconds", "0.05"]
     assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path)]) == 0
     rows = read_csv(tmp_path)
-    assert list(rows[0]) == [field.name for field in fields(_report.Row)]
+    assert list(rows[0]) == [field.name for field in fields(report.Row)]
     assert {row["case"] for row in rows} == {
         "modality_scores",
         "decision",
@@ -1006,7 +983,7 @@ def test_quick_run_writes_table_csv_and_plot(
 
 
 def units_of(*names: str, workloads: Any = ("resnet18", "resnet18_one", "pairs_10m")) -> list[Any]:
-    return _plan.units(
+    return plan.units(
         [CASES[name] for name in names],
         [WORKLOADS[name] for name in workloads],
         [torch.float32, torch.bfloat16],
@@ -1016,8 +993,8 @@ def units_of(*names: str, workloads: Any = ("resnet18", "resnet18_one", "pairs_1
 
 
 def test_a_short_run_measures_every_case_once_before_any_twice_and_the_main_ones_first() -> None:
-    plan = units_of("grad_stats", "update_scale", "mutual_information", "ogm_ge")
-    order = [str(unit) for unit in plan]
+    units = units_of("grad_stats", "update_scale", "mutual_information", "ogm_ge")
+    order = [str(unit) for unit in units]
     assert order[:5] == [
         "ogm_ge on resnet18, float32",
         "update_scale on resnet18, float32",
@@ -1025,14 +1002,12 @@ def test_a_short_run_measures_every_case_once_before_any_twice_and_the_main_ones
         "grad_stats on resnet18, float32",
         "ogm_ge on resnet18, bfloat16",
     ]
-    assert [unit.main for unit in plan] == [True] * 3 + [False] * (len(plan) - 3)
     assert len(set(order)) == len(order) == 3 * 4 + 2
 
 
 def test_a_short_run_measures_training_on_what_needs_a_gpu_before_the_small_one() -> None:
-    plan = units_of("ogm_ge_training", workloads=("training", "crema_d"))
-    assert [unit.workload.name for unit in plan] == ["crema_d", "training"]
-    assert set(_plan.MAIN) <= set(CASES)
+    units = units_of("ogm_ge_training", workloads=("training", "crema_d"))
+    assert [unit.workload.name for unit in units] == ["crema_d", "training"]
 
 
 class Watch:
@@ -1045,52 +1020,33 @@ class Watch:
         return self.time
 
 
-def test_a_budget_shares_out_what_is_left_and_more_of_it_to_main_cases() -> None:
-    plan = units_of("ogm_ge", "grad_stats", workloads=("resnet18",))
+def test_a_limited_run_shares_out_half_of_what_is_left() -> None:
+    units = units_of("grad_stats", workloads=("resnet18", "resnet18_one"))
     watch = Watch()
     given = []
-    for _, seconds in _plan.Budget(1e9, 1.0, watch).share(plan):
+    for _, seconds in plan.share(units, 10.0, 1.0, watch):
         given.append(seconds)
-        watch.time += seconds
-    assert given == pytest.approx([60 * 4 / 7, 60 / 7, 60 / 7, 60 / 7])
+        watch.time += 2 * seconds  # data, checks and counts take as long again
+    assert given == pytest.approx([60 / 8] * 4)
+    # Never more than is wanted.
+    assert [s for _, s in plan.share(units, 3.0, 1.0, Watch())] == [3.0] * 4
 
 
-def test_a_budget_leaves_room_for_what_is_not_sampling_and_ends() -> None:
-    plan = units_of("grad_stats", workloads=("resnet18", "resnet18_one"))
+def test_a_limited_run_ends() -> None:
+    units = units_of("grad_stats", workloads=("resnet18", "resnet18_one"))
     watch = Watch()
-    given = []
-    for _, seconds in _plan.Budget(10.0, 1.0, watch).share(plan):
-        given.append(seconds)
-        # Data, checks and counts take eight seconds in each of the first three.
-        watch.time += seconds + (8 if len(given) < 4 else 100)
-    # Never more than `seconds`, which would leave 60 − 3·18 for the last one.
-    assert given[:2] == [10.0, pytest.approx((60 - 18 - 3 * 8) / 3)]
-    assert sum(given) == pytest.approx(60 - 4 * 8)
-    watch.time = 0.0
     late = []
-    for _, seconds in _plan.Budget(10.0, 1.0, watch).share(plan):
+    for _, seconds in plan.share(units, 10.0, 1.0, watch):
         late.append(seconds)
-        watch.time += 50
-    assert late[0] == 10.0 and late[1] == 0.0 and late[2:] == [None, None]
+        watch.time += 35
+    assert late == [pytest.approx(60 / 8), pytest.approx(25 / 6), None, None]
 
 
 def test_a_run_without_a_limit_keeps_its_order_and_its_seconds() -> None:
     cases = [CASES["grad_stats"], CASES["ogm_ge"]]
-    plan = _plan.units(cases, [WORKLOADS["resnet18"]], [torch.float32], "all", main_first=False)
-    shared = list(_plan.Budget(3.0, None).share(plan))
+    units = plan.units(cases, [WORKLOADS["resnet18"]], [torch.float32], "all", main_first=False)
+    shared = list(plan.share(units, 3.0, None))
     assert [(unit.case.name, s) for unit, s in shared] == [("grad_stats", 3.0), ("ogm_ge", 3.0)]
-
-
-def test_a_short_run_compiles_main_cases_in_its_first_quarter() -> None:
-    first, other, again, _ = units_of("ogm_ge", "grad_stats", workloads=("resnet18",))
-    watch = Watch()
-    budget = _plan.Budget(1.0, 1.0, watch)
-    assert [budget.may_compile(unit) for unit in (first, other, again)] == [True, False, False]
-    watch.time = 14.9
-    assert budget.may_compile(first)
-    watch.time = 15.1
-    assert not budget.may_compile(first)
-    assert _plan.Budget(1.0, None, watch).may_compile(other)
 
 
 @pytest.mark.usefixtures("small_machine")
@@ -1098,9 +1054,9 @@ def test_a_run_without_time_lists_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = ["official", "compile", "reference"]
-    monkeypatch.setattr(_providers, "provider_names", lambda device: names)
+    monkeypatch.setattr(providers, "provider_names", lambda device: names)
     watch = Watch()
-    monkeypatch.setattr(_plan, "Budget", partial(_plan.Budget, now=watch))
+    monkeypatch.setattr(plan, "share", partial(plan.share, now=watch))
     monkeypatch.setattr(
         run.Session, "measure", lambda self, unit, *_: setattr(watch, "time", watch.time + 200)
     )
@@ -1109,10 +1065,9 @@ def test_a_run_without_time_lists_what_is_left(
     assert run.main([*arguments, *cases, "--output", str(tmp_path)]) == 0
     _, skipped = (tmp_path / "results.md").read_text().split("## Not measured")
     assert skipped.strip().splitlines() == [
+        "- compile: too slow for a run with --minutes",
         "- reference: too slow for a run with --minutes",
         "- grad_stats on tiny, float32: no time left",
-        "- compile: a run with --minutes compiles the main cases only, once each, in the first "
-        "quarter of its time; it is left out of update_scale on tiny, float32",
     ]
 
 
@@ -1130,17 +1085,6 @@ def test_what_is_too_much_for_a_cpu_is_left_out_there_unless_named() -> None:
 def test_convolutions_are_set_for_a_while(tf32: bool) -> None:
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32
-    with _measure.convolutions(tf32=tf32):
+    with measure.convolutions(tf32=tf32):
         assert (cudnn.benchmark, cudnn.allow_tf32) == (True, tf32)
     assert (cudnn.benchmark, cudnn.allow_tf32) == before
-
-
-def test_a_long_compilation_of_a_main_case_is_not_expected_of_the_others() -> None:
-    plan = units_of("ogm_ge", "grad_stats", workloads=("resnet18",))
-    watch = Watch()
-    given = []
-    for unit, seconds in _plan.Budget(1e9, 2.0, watch).share(plan):
-        given.append(seconds)
-        watch.time += seconds + (30 if unit.main else 0)
-    left = 120 * (1 - 4 / 7) - 30
-    assert given[1:] == pytest.approx([left / 3] * 3)

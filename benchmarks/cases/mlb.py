@@ -71,10 +71,13 @@ class Training(TrainingCase):
             "audio": [*model.audio_net.parameters(), model.head_audio.weight],
             "visual": [*model.visual_net.parameters(), model.head_visual.weight],
         }
-        method = i.cached(
-            ("MLB", backend),
-            lambda: mmfuse.MLB.official(owners, alpha=ALPHA, backend=backend),
-        )
+
+        def start() -> mmfuse.MLB:
+            made = mmfuse.MLB.official(owners, alpha=ALPHA, backend=backend)
+            made.set_epoch(0)
+            return made
+
+        method = i.cached(("MLB", backend), start)
         i.optimizer.zero_grad()
         logits = _logits(model, *model.features(i.audio, i.visual))
         loss = sum(F.cross_entropy(z, i.labels) for z in logits)

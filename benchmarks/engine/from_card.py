@@ -38,7 +38,8 @@ class CardStep(TrainingCase):
             return self._plain_step(i)
         now = [p.detach().clone() for p in i.parameters]
         i.restore()
-        self.mmfuse(i, "reference")
+        # An object of its own, whose first step it is as well.
+        self._step(i, self._start(i, "reference"))
         found = [p.detach().double() for p in i.parameters]
         with torch.no_grad():
             torch._foreach_copy_(i.parameters, now)
@@ -56,17 +57,27 @@ class CardStep(TrainingCase):
         own_heads_step(i)
 
     def mmfuse(self, i: TrainingInputs, backend: str) -> None:
+        self._step(i, i.cached((self.method, backend), lambda: self._start(i, backend)))
+
+    def _start(self, i: TrainingInputs, backend: str) -> Any:
         made = mmfuse.METHODS[self.method]
-        gradient = made.card.acts == "gradient"
+        options: dict[str, Any] = {"backend": backend}
+        if made.card.acts == "gradient":
+            if made(i.model.encoders).rule.need.stream:
+                options["stream"] = i.stream
+            method = made(i.model.encoders, **options)
+            with i.at_start():
+                method.set_epoch(0)
+            return method
+        if "stream" in inspect.signature(made).parameters:
+            options["stream"] = i.stream
+        return made(**options).to(i.device)
 
-        def start() -> Any:
-            arguments = (i.model.encoders,) if gradient else ()
-            method = made(*arguments, backend=backend)
-            return method if gradient else method.to(i.device)
-
-        method = i.cached((self.method, backend), start)
+    def _step(self, i: TrainingInputs, method: Any) -> None:
+        card = method.card
         i.optimizer.zero_grad()
-        (self._gradient_step if gradient else self._feature_step)(i, method, made.card.needs)
+        step = self._gradient_step if card.acts == "gradient" else self._feature_step
+        step(i, method, card.needs)
         i.optimizer.step()
 
     def _gradient_step(self, i: TrainingInputs, method: Any, needs: tuple[str, ...]) -> None:
@@ -82,8 +93,6 @@ class CardStep(TrainingCase):
             "features": {"audio": a, "visual": v},
             "inputs": {"audio": i.audio, "visual": i.visual},
         }
-        with i.at_start():
-            method.set_epoch(0)  # changes nothing but in the first step
         method.backward(
             joint + sum(losses.values()), labels=i.labels, **{name: given[name] for name in needs}
         )

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import tables
 import torch
 from cases import CASES, WORKLOADS
 from engine import environment, plan, providers, replay, results
@@ -26,6 +27,7 @@ from engine.workloads import shrunk
 from rich.console import Console
 from rich.markup import escape
 
+PLANS = {**plan.PLANS, "readme": tables.README}
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 _QUICK = {
     "cases": ["modality_scores", "decision", "update_scale", "ogm_ge"],
@@ -60,8 +62,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="for the whole run")
     parser.add_argument("--tf32", action="store_true", help="in the training steps' convolutions")
     parser.add_argument("--quick", action="store_true", help="a short run on the main cases")
-    plans = "; ".join(f"{name}: {made.about}" for name, made in plan.PLANS.items())
-    parser.add_argument("--plan", choices=plan.PLANS, help=f"a list that is fixed. {plans}")
+    plans = "; ".join(f"{name}: {made.about}" for name, made in PLANS.items())
+    parser.add_argument("--plan", choices=PLANS, help=f"a list that is fixed. {plans}")
     parser.add_argument(
         "--shrink", type=int, default=1, metavar="N", help="divide all sizes by N: a rehearsal"
     )
@@ -85,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--plan names the cases, workloads and dtypes; leave them and --quick out")
     if options.shrink < 1:
         parser.error("--shrink must be at least 1")
-    chosen = plan.PLANS.get(options.plan)
+    chosen = PLANS.get(options.plan)
     quick = _QUICK if options.quick else {}
     options.left_out = []
     if options.plots is None:
@@ -123,7 +125,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure_all(session: Session, options: argparse.Namespace) -> Iterator[None]:
     """Measures what there is time for; yields after each measurement."""
     if options.plan:
-        units = plan.planned(plan.PLANS[options.plan], options.shrink)
+        units = plan.planned(PLANS[options.plan], options.shrink)
     else:
         units = plan.units(
             [CASES[name] for name in options.cases],
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session.record = replay.recorder_for(options.device)
     session.busy = options.busy
     if options.plan:
-        session.samples = plan.PLANS[options.plan].samples
+        session.samples = PLANS[options.plan].samples
 
     def write(*, plots: bool = False) -> float | None:
         share = bystanders.share()

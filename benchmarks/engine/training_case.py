@@ -23,6 +23,7 @@ class TrainingCase(Case):
     Attributes:
         method: The catalogue's name of it.
         network: Makes the network.
+        slack: How many times as far off as one gradient's an update may be.
     """
 
     kind = "training"
@@ -30,6 +31,7 @@ class TrainingCase(Case):
     half = False
     method: str
     network: Callable[[int, int], AudioVisual] = AudioVisual
+    slack: float = 1.0
 
     def make(
         self, workload: Workload, dtype: torch.dtype, device: torch.device, **options: Any
@@ -45,7 +47,7 @@ class TrainingCase(Case):
         """Compares the parameters after a step with those of a plain one, regulated in float64."""
         regulated = provider != PLAIN
         exact = i.cached((self.name, regulated), lambda: self.exact(i, regulated))
-        check_parameters(i, exact)
+        check_parameters(i, exact, self.slack)
 
 
 def take_step(i: TrainingInputs, losses: Callable[[AudioVisual], Sequence[Tensor]]) -> None:

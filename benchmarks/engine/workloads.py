@@ -163,8 +163,10 @@ def shrunk(workload: Workload, by: int) -> Workload:
     """The same with sizes, and the numbers of tensors, divided by a number: for a rehearsal."""
     if by == 1:
         return workload
-    shape, batch = workload.shape, workload.batch
+    shape, batch, width = workload.shape, workload.batch, workload.width
     audio_shape = workload.audio_shape
+    if workload.kind == "ranks":  # of its encoders
+        width = _less(width, by, 2 * _LEAST)
     if workload.kind == "training":
         shape, audio_shape = (
             tuple(_less(side, by, _LEAST_SIDE) for side in sides) for sides in (shape, audio_shape)
@@ -185,7 +187,13 @@ def shrunk(workload: Workload, by: int) -> Workload:
     # First of all, so that nobody takes it for the whole one.
     title = f"1/{by} of {workload.title}"
     return replace(
-        workload, title=title, encoders=encoders, shape=shape, audio_shape=audio_shape, batch=batch
+        workload,
+        title=title,
+        encoders=encoders,
+        shape=shape,
+        audio_shape=audio_shape,
+        batch=batch,
+        width=width,
     )
 
 

@@ -68,16 +68,19 @@ def test_what_is_reduced_is_a_few_numbers(found: dict[str, Found]) -> None:
         ("ddp", "OGM", 9, False),
         ("fsdp2", "OGM", 8 + 5 * TENSORS, True),
         ("fsdp2", "OGM", 9 + 5 * TENSORS, False),
+        ("ddp", "MMPareto", 8 + 1000, True),
+        ("ddp", "MMPareto", 9 + 1000, False),
+        ("fsdp2", "MMPareto", 9 + 5 * TENSORS, False),
     ],
 )
 def test_what_reduces_too_much_is_refused(setup: str, name: str, numbers: int, good: bool) -> None:
     counter = Counter()
     counter.numbers = numbers
     if good:
-        overhead.check_reduced(setup, name, counter, TENSORS)
+        overhead.check_reduced(setup, name, counter, TENSORS, 1000)
         return
     with pytest.raises(ParityError, match=f"{name} reduces {numbers} numbers"):
-        overhead.check_reduced(setup, name, counter, TENSORS)
+        overhead.check_reduced(setup, name, counter, TENSORS, 1000)
 
 
 @pytest.mark.slow

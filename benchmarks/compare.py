@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import results
-from engine.report import NO_NUMBER, Row, show_time
+from engine.report import NO_NUMBER, show_time
+from engine.rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "compare"

@@ -37,8 +37,8 @@ _QUICK = {
 }
 # Share of the CPU that others may take before the numbers are suspect.
 _BUSY = 0.05
-# For the samples of one measurement, which mostly are fewer than it takes.
-_SECONDS = 10.0
+# For the samples of one measurement, beside a busy neighbour too.
+_SECONDS = 9.0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -19,7 +19,8 @@ from cases.overhead import SETUPS
 from engine import results
 from engine.measure import MAX_SAMPLES
 from engine.plan import Plan
-from engine.report import NO_NUMBER, Row, show_ratio, show_time
+from engine.report import NO_NUMBER, show_ratio, show_time
+from engine.rows import Row
 from engine.training_case import TrainingCase
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from .report import Row, show_ratio
+from .report import show_ratio
+from .rows import Row
 
 #: In words, and in Okabe and Ito's colours, which people with any colour vision can tell apart.
 LEGEND = {

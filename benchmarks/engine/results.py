@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 import torch
 
 from . import environment, report
-from .report import Row
+from .rows import Row
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

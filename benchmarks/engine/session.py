@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from . import environment, providers, replay, report
+from . import environment, providers, replay, report, rows
 from .cost import Cost, cost_of
 from .gate import PLAIN, ParityError
 from .inputs import Inputs
@@ -40,7 +40,7 @@ _PER_PIXEL = 200
 # Of a measurement's seconds, for what runs beside a busy neighbour.
 _BUSY_SHARE = 0.3
 # Quiet seconds of a call above which it is not measured there.
-_BUSY_MOST = 0.2
+_BUSY_MOST = 0.1
 _HOST_SECONDS = 0.02
 
 
@@ -57,7 +57,7 @@ class Session:
     record: replay.Recorder | None = None
     busy: bool = False
     samples: int = MAX_SAMPLES
-    rows: list[report.Row] = field(default_factory=list)
+    rows: list[rows.Row] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
@@ -91,7 +91,7 @@ class Session:
                 costs[name] = cost_of(prepared, self.device)
             replays = self._replays(unit, inputs, passed, costs)
             # Small calls wait for launches, not for memory.
-            large = case.floor_bytes(inputs) >= report.LATENCY_BYTES
+            large = case.floor_bytes(inputs) >= rows.LATENCY_BYTES
             timed = {**passed, **replays}
             if large:
                 timed["copy"] = self.copy.prepared
@@ -103,7 +103,7 @@ class Session:
             samples = interleaved(timed, self.clock, quiet, **how)
             busy = self._beside(passed, samples, seconds * _BUSY_SHARE, how) if beside else {}
             host = self._host(unit, passed, samples)
-        self._add(unit, samples, costs, case.floor_bytes(inputs), report.Besides(host, busy))
+        self._add(unit, samples, costs, case.floor_bytes(inputs), rows.Besides(host, busy))
 
     def _inputs(self, unit: Unit, workload: Workload) -> Inputs:
         options = {"select": self.select} if unit.case.kind == "gradients" else {}
@@ -112,7 +112,7 @@ class Session:
     def _measure_processes(self, unit: Unit, case: ProcessCase, seconds: float) -> None:
         found = case.measure(unit.workload, seconds)
         costs = dict.fromkeys(found.samples, Cost(0, 0, 0))
-        besides = report.Besides(own=found.own, reduced=found.reduced)
+        besides = rows.Besides(own=found.own, reduced=found.reduced)
         self._add(unit, found.samples, costs, 0, besides)
 
     def _add(
@@ -121,7 +121,7 @@ class Session:
         samples: Mapping[str, Sequence[Sample]],
         costs: Mapping[str, Cost],
         floor_bytes: int,
-        besides: report.Besides,
+        besides: rows.Besides,
     ) -> None:
         labels = {
             "case": unit.case.name,
@@ -130,11 +130,11 @@ class Session:
             "dtype": str(unit.dtype).removeprefix("torch."),
             "device": self.device.type,
         }
-        rows = report.make_rows(labels, samples, costs, floor_bytes, self.copy.nbytes, besides)
-        if rows:
+        made = rows.make_rows(labels, samples, costs, floor_bytes, self.copy.nbytes, besides)
+        if made:
             wide = self.console.width >= _WIDE
-            self.console.print(report.terminal_table(rows, wide=wide))
-        self.rows += rows
+            self.console.print(report.terminal_table(made, wide=wide))
+        self.rows += made
 
     def _gate(self, unit: Unit, inputs: Inputs, names: Sequence[str]) -> dict[str, Prepared]:
         """The providers that give the reference's result."""
@@ -169,7 +169,7 @@ class Session:
         medians = {name: statistics.median(s.device for s in quiet[name]) for name in passed}
         short = {name: p for name, p in passed.items() if medians[name] < _BUSY_MOST}
         with BusyNeighbour():
-            return interleaved(short, self.clock, seconds, least=report.LEAST_BUSY, **how)
+            return interleaved(short, self.clock, seconds, least=rows.LEAST_BUSY, **how)
 
     def _host(
         self,

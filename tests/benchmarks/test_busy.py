@@ -11,7 +11,7 @@ import run
 import torch
 from benchmarked import CALLED, CPU, named, read_csv
 from cases import WORKLOADS, Case
-from engine import report
+from engine import rows
 from engine.cost import Cost
 from engine.measure import Sample
 from engine.neighbour import BusyNeighbour
@@ -52,8 +52,8 @@ def test_busy_is_the_slowest_tenth_over_the_quiet_median() -> None:
     busy = {"cpu": samples(*range(2, 13)), "foreach": samples(9, 9, 9, 9)}
     labels = dict.fromkeys(("case", "title", "workload", "dtype", "device"), "x")
     costs = dict.fromkeys(quiet, Cost(1, 0, 0))
-    besides = report.Besides({"cpu": 5e-5}, busy)
-    cpu, foreach = report.make_rows(labels, quiet, costs, 0, 1, besides)
+    besides = rows.Besides({"cpu": 5e-5}, busy)
+    cpu, foreach = rows.make_rows(labels, quiet, costs, 0, 1, besides)
     assert cpu.busy_p90 == pytest.approx(11 / 2)
     assert cpu.host_us == pytest.approx(50)
     # Four samples say nothing about the slowest tenth.
@@ -65,9 +65,9 @@ def test_a_run_has_both_columns(tmp_path: Path) -> None:
     arguments = ["--cases", "grad_stats", "--workloads", "tiny", "--dtype", "float32", "--busy"]
     providers = ["--providers", "official", "reference", "--device", "cpu", "--no-plots"]
     assert run.main([*arguments, *providers, "--seconds", "0.1", "--output", str(tmp_path)]) == 0
-    rows = read_csv(tmp_path)
-    assert len(rows) == 2
-    assert all(float(r["busy_p90"]) > 0 and float(r["host_us"]) > 0 for r in rows)
+    found = read_csv(tmp_path)
+    assert len(found) == 2
+    assert all(float(r["busy_p90"]) > 0 and float(r["host_us"]) > 0 for r in found)
     head = next(
         line for line in (tmp_path / "results.md").read_text().splitlines() if "host" in line
     )

@@ -11,7 +11,7 @@ import compare
 import pytest
 from compare import Change
 from engine import environment, results
-from engine.report import Row
+from engine.rows import Row
 
 
 def row(provider: str, ms: float, host: float | None = 20.0) -> Row:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import run
 from cases import CASES, WORKLOADS
-from engine import cost, gate, measure, plan, providers, replay, report, session
+from engine import cost, gate, measure, plan, providers, replay, rows, session
 from engine.gradients import GradientInputs
 from engine.workloads import Workload, shrunk
 
@@ -410,4 +410,4 @@ def test_rows_of_committed_results_are_still_read() -> None:
     files = list((Path(choose.__file__).parent / "results").glob("**/results.csv"))
     assert files
     choose.speed_of_triton(files)
-    assert "host_us" in report.Row.__dataclass_fields__
+    assert "host_us" in rows.Row.__dataclass_fields__

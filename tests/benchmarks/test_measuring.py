@@ -16,6 +16,7 @@ from cases import (
 )
 from engine import cost as costs_of
 from engine import environment, measure, providers, report
+from engine import rows as made_of
 
 from mmfuse.ops import BACKENDS
 
@@ -93,7 +94,7 @@ def test_rows_say_how_long_a_step_takes_of_a_plain_one() -> None:
     }
     costs = dict.fromkeys(samples, costs_of.Cost(1, 0, 0))
     labels = {**dict.fromkeys(("case", "title", "workload", "dtype"), "x"), "device": "cpu"}
-    rows = report.make_rows(labels, samples, costs, 0, 1)
+    rows = made_of.make_rows(labels, samples, costs, 0, 1)
     assert [row.of_plain for row in rows] == [1, 3, pytest.approx(1.02)]
     assert [row.vs_official for row in rows] == [3, 1, pytest.approx(4 / 1.5)]
     text = report.markdown(rows, {"device": "x"}, [], [], [])
@@ -103,7 +104,7 @@ def test_rows_say_how_long_a_step_takes_of_a_plain_one() -> None:
     assert not any(absent in header for absent in ("×foreach", "GB/s", "of copy", "×floor"))
     assert "| 1.02× |" in text
     del samples["plain"], costs["plain"]
-    rows = report.make_rows(labels, samples, costs, 0, 1)
+    rows = made_of.make_rows(labels, samples, costs, 0, 1)
     assert all(row.of_plain is None for row in rows)
     assert "| of plain" not in report.markdown(rows, {"device": "x"}, [], [], [])
 
@@ -117,7 +118,7 @@ def test_rows_say_ratios_shares_and_floors() -> None:
     nothing = costs_of.Cost(1, 0, 2**20)
     labels = dict.fromkeys(("case", "title", "workload", "dtype", "device"), "x")
     costs = {"official": nothing, "cpu": nothing}
-    official, cpu = report.make_rows(labels, samples, costs, 10**9, 2 * 10**9)
+    official, cpu = made_of.make_rows(labels, samples, costs, 10**9, 2 * 10**9)
     assert official.vs_official == 1
     # A slow round is slow for both, and does not count for more.
     assert cpu.vs_official == 2

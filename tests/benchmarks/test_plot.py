@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine.report import Row
+from engine.rows import Row
 
 plot = pytest.importorskip("engine.plot")
 

@@ -12,7 +12,7 @@ import tables
 import torch
 from benchmarked import read_csv
 from engine import environment, results
-from engine.report import Row
+from engine.rows import Row
 
 CPU = torch.device("cpu")
 

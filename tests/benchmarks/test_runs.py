@@ -14,7 +14,7 @@ from benchmarked import (
 from cases import (
     CASES,
 )
-from engine import report
+from engine import rows as made_of
 from engine.gradients import GradientInputs
 
 
@@ -100,7 +100,7 @@ def test_quick_run_writes_table_csv_and_plot(
     arguments = ["--quick", *workloads, *chosen, "--seconds", "0.05"]
     assert run.main([*arguments, "--device", "cpu", "--output", str(tmp_path)]) == 0
     rows = read_csv(tmp_path)
-    assert list(rows[0]) == [field.name for field in fields(report.Row)]
+    assert list(rows[0]) == [field.name for field in fields(made_of.Row)]
     assert {row["case"] for row in rows} == {
         "modality_scores",
         "decision",

@@ -123,7 +123,12 @@ def test_the_benchmark_is_short_files() -> None:
     # Both ways to take histograms are measured as what users call, mutual information.
     assert ops - cases == {"joint_entropies", "soft_histogram"}
     assert methods <= cases
-    assert cases - ops - methods == {"soft_information", "overhead", "adapters"}
+    assert cases - ops - methods == {
+        "soft_information",
+        "conditional_information",
+        "overhead",
+        "adapters",
+    }
     for path in (ROOT / "benchmarks" / "engine").glob("*.py"):
         assert "cases" not in imported_packages(path), path
 

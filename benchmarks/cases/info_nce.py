@@ -71,6 +71,30 @@ def _contrast(a: Tensor, b: Tensor, temperature: Tensor) -> Tensor:
     return reference.info_nce(a, b, temperature)[0]
 
 
+def released_bound(i: ContrastInputs) -> Tensor:
+    """As people write it."""
+    a, b = i.features
+    similarity = a @ b.t() / TEMPERATURE
+    partner = torch.arange(len(a), device=a.device)
+    loss = F.cross_entropy(similarity, partner) + F.cross_entropy(similarity.t(), partner)
+    return math.log(len(a)) - loss / 2
+
+
+def eager_bound(i: ContrastInputs) -> Tensor:
+    """Two cross entropies, of S and of its transpose, took a tenth longer on the CPU."""
+    a, b = i.features
+    a, b = (a, b) if a.dtype == torch.float64 else (a.float(), b.float())
+    similarity = a @ (b / TEMPERATURE).T
+    sums = (similarity.logsumexp(1) + similarity.logsumexp(0)) / 2
+    return (similarity.diagonal() - sums).mean() + math.log(len(a))
+
+
+def compiled_bound(i: ContrastInputs) -> Tensor:
+    """Of the reference."""
+    temperature = i.cached("temperature", lambda: torch.tensor(TEMPERATURE, device=i.device))
+    return _contrast(*i.features, temperature)
+
+
 @register
 class Contrast(Case):
     """Forward and backward; `official` is what people write, two cross entropies."""
@@ -98,27 +122,47 @@ class Contrast(Case):
             close(name, got, exact, tolerance, tolerance * size)
 
     def official(self, i: ContrastInputs) -> tuple[Tensor, ...]:
-        a, b = i.features
-        similarity = a @ b.t() / TEMPERATURE
-        partner = torch.arange(len(a), device=a.device)
-        loss = F.cross_entropy(similarity, partner) + F.cross_entropy(similarity.t(), partner)
-        bound = math.log(len(a)) - loss / 2
+        bound = released_bound(i)
         return bound, *torch.autograd.grad(bound, i.features)
 
     def foreach(self, i: ContrastInputs) -> tuple[Tensor, ...]:
-        # Two cross entropies, of S and of its transpose, took a tenth longer on the CPU.
-        a, b = i.features
-        a, b = (a, b) if a.dtype == torch.float64 else (a.float(), b.float())
-        similarity = a @ (b / TEMPERATURE).T
-        sums = (similarity.logsumexp(1) + similarity.logsumexp(0)) / 2
-        bound = (similarity.diagonal() - sums).mean() + math.log(len(a))
+        bound = eager_bound(i)
         return bound, *torch.autograd.grad(bound, i.features)
 
     def compile(self, i: ContrastInputs) -> tuple[Tensor, ...]:
-        temperature = i.cached("temperature", lambda: torch.tensor(TEMPERATURE, device=i.device))
-        bound = _contrast(*i.features, temperature)
+        bound = compiled_bound(i)
         return bound, *torch.autograd.grad(bound, i.features)
 
     def mmfuse(self, i: ContrastInputs, backend: str) -> tuple[Tensor, ...]:
         bound = ops.info_nce(*i.features, TEMPERATURE, backend=backend)
         return bound, *torch.autograd.grad(bound, i.features)
+
+
+@register
+class ContrastForward(Contrast):
+    """The bound alone."""
+
+    name = "info_nce_forward"
+    title = "info_nce"
+    ops = ("info_nce",)
+    autograd = False
+    named_only = True
+    workloads = ()
+
+    def check(self, provider: str, i: ContrastInputs, result: Tensor) -> None:
+        """Compares the bound."""
+        want = i.cached("exact", lambda: exact_contrast(i))[0]
+        tolerance = _TOLERANCE[i.dtype]
+        close("bound", result, want, tolerance, tolerance * float(want.abs()))
+
+    def official(self, i: ContrastInputs) -> Tensor:
+        return released_bound(i)
+
+    def foreach(self, i: ContrastInputs) -> Tensor:
+        return eager_bound(i)
+
+    def compile(self, i: ContrastInputs) -> Tensor:
+        return compiled_bound(i)
+
+    def mmfuse(self, i: ContrastInputs, backend: str) -> Tensor:
+        return ops.info_nce(*i.features, TEMPERATURE, backend=backend)

@@ -10,6 +10,7 @@ from engine import sequences
 from engine.case import Case, register
 from engine.compiled import compiled
 from engine.gate import as_vector, close
+from engine.gradients import GradientInputs
 from engine.inputs import ALPHA, LogitsInputs
 from torch import Tensor
 
@@ -72,3 +73,48 @@ class Decision(Case):
         scores = ops.modality_scores(i.logits, i.labels, backend=backend)
         found = ops.modulation_factors(scores.prob, ALPHA, "cvpr", backend=backend)
         return found.coefficients, found.ratios
+
+
+@register
+class Factors(Case):
+    """With statistics: coefficient and noise of each tensor, as OGM-GE's step wants them."""
+
+    name = "modulation_factors"
+    title = "modulation_factors with statistics"
+    kind = "gradients"
+    ops = ("modulation_factors",)
+    encoders = 2
+    named_only = True
+    make = staticmethod(GradientInputs)
+
+    def check(self, provider: str, i: GradientInputs, result: Sequence[Tensor]) -> None:
+        """Compares the factors of every tensor."""
+        scale, noise_std = result
+        scores, stats = _known(i)
+        rho = reference_ratios.discrepancy_ratios(scores.double())
+        k = ogm_coefficients(rho, ALPHA, "tpami")
+        close("scale", scale, k[i.modality_index], 1e-5)
+        close("noise_std", noise_std, (stats.m2.double() / (stats.numel - 1)).sqrt(), 1e-5)
+
+    def foreach(self, i: GradientInputs) -> Sequence[Tensor]:
+        scores, stats = _known(i)
+        rho = eager_ratios(scores)
+        k = torch.where(rho > 1, (1 - ALPHA * torch.tanh(rho - 1)).clamp(min=0), 1.0)
+        return k[i.modality_index], (stats.m2 / (stats.numel - 1)).sqrt()
+
+    def mmfuse(self, i: GradientInputs, backend: str) -> Sequence[Tensor]:
+        scores, stats = _known(i)
+        found = ops.modulation_factors(
+            scores, ALPHA, owner=i.modality, stats=stats, backend=backend
+        )
+        return found.scale, found.noise_std
+
+
+def _known(i: GradientInputs) -> tuple[Tensor, ops.GradStats]:
+    """Scores and statistics, which are not timed."""
+
+    def make() -> tuple[Tensor, ops.GradStats]:
+        scores = torch.tensor([0.6, 0.3], dtype=i.wide, device=i.device)
+        return scores, ops.grad_stats(i.grads)
+
+    return i.cached("scores and statistics", make)

@@ -52,6 +52,19 @@ def _shares(x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
     return lower, torch.stack([lower + 1 - t, t - lower])
 
 
+def _eager_information(i: ValueInputs) -> Tensor:
+    """As a product of two [N, bins] matrices it took longer, on the CPU."""
+    x, y = (v[0] if v.dtype == torch.float64 else v[0].float() for v in (i.x, i.y))
+    (first, x_shares), (second, y_shares) = _shares(x, i.bins), _shares(y, i.bins)
+    cell = first * i.bins + second
+    cells = torch.stack([cell, cell + 1, cell + i.bins, cell + i.bins + 1])
+    weights = (x_shares.unsqueeze(1) * y_shares).flatten()
+    p = weights.new_zeros(i.bins**2).scatter_add(0, cells.flatten(), weights) / len(x)
+    # The slope of −p log p is infinite at 0.
+    p = p.clamp(min=torch.finfo(p.dtype).tiny).view(1, i.bins, i.bins)
+    return entropy(p, 2) + entropy(p, 1) - entropy(p)
+
+
 @register
 class SoftInformation(Case):
     """Forward and backward; no release has it."""
@@ -86,16 +99,7 @@ class SoftInformation(Case):
                 )
 
     def foreach(self, i: ValueInputs) -> tuple[Tensor, ...]:
-        # As a product of two [N, bins] matrices it took longer, on the CPU.
-        x, y = (v[0] if v.dtype == torch.float64 else v[0].float() for v in (i.x, i.y))
-        (first, x_shares), (second, y_shares) = _shares(x, i.bins), _shares(y, i.bins)
-        cell = first * i.bins + second
-        cells = torch.stack([cell, cell + 1, cell + i.bins, cell + i.bins + 1])
-        weights = (x_shares.unsqueeze(1) * y_shares).flatten()
-        p = weights.new_zeros(i.bins**2).scatter_add(0, cells.flatten(), weights) / len(x)
-        # The slope of −p log p is infinite at 0.
-        p = p.clamp(min=torch.finfo(p.dtype).tiny).view(1, i.bins, i.bins)
-        mi = entropy(p, 2) + entropy(p, 1) - entropy(p)
+        mi = _eager_information(i)
         return mi, *torch.autograd.grad(mi, (i.x, i.y))
 
     def compile(self, i: ValueInputs) -> tuple[Tensor, ...]:
@@ -105,3 +109,30 @@ class SoftInformation(Case):
     def mmfuse(self, i: ValueInputs, backend: str) -> tuple[Tensor, ...]:
         mi = ops.mutual_information(i.x, i.y, i.bins, "soft", backend=backend).mi
         return mi, *torch.autograd.grad(mi, (i.x, i.y))
+
+
+@register
+class SoftForward(SoftInformation):
+    """The information alone."""
+
+    name = "soft_information_forward"
+    title = "mutual_information, soft"
+    ops = ("soft_histogram",)
+    passes = 1
+    autograd = False
+    named_only = True
+    workloads = ()
+
+    def check(self, provider: str, i: ValueInputs, result: Tensor) -> None:
+        """Compares the information."""
+        want, *_ = i.cached("exact", lambda: exact_soft(i))
+        close("information", result, want, _TOLERANCE, TOLERANCE)
+
+    def foreach(self, i: ValueInputs) -> Tensor:
+        return _eager_information(i)
+
+    def compile(self, i: ValueInputs) -> Tensor:
+        return _compiled_information(i.x, i.y, i.bins)
+
+    def mmfuse(self, i: ValueInputs, backend: str) -> Tensor:
+        return ops.mutual_information(i.x, i.y, i.bins, "soft", backend=backend).mi

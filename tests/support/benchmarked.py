@@ -39,7 +39,7 @@ CLIPS = dataclasses.replace(
 CALLED = [case for case in CASES.values() if not isinstance(case, ProcessCase)]
 TRAININGS = [case for case in CASES.values() if case.kind == "training" and not case.named_only]
 GRADIENT_CASES = [case for case in CASES.values() if case.kind == "gradients"]
-UPDATES = [case for case in GRADIENT_CASES if not case.name.startswith("grad_stats")]
+UPDATES = [case for case in GRADIENT_CASES if "update_grads_" in case.ops]
 
 
 def inputs_of(case: Case, dtype: torch.dtype = torch.float32) -> Any:

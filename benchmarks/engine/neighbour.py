@@ -32,4 +32,4 @@ class BusyNeighbour:
         for process in self.processes:
             process.kill()
         for process in self.processes:
-            process.wait()
+            process.wait(timeout=10)

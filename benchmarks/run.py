@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--shrink", type=int, default=1, metavar="N", help="divide all sizes by N: a rehearsal"
     )
     for name, what in (
-        ("plots", "default: but for a --plan on a GPU"),
+        ("plots", "default: but for the plans of a GPU"),
         (
             "busy",
             "beside processes that keep all cores busy, too; default: in a whole run on a CPU",
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     quick = _QUICK if options.quick else {}
     options.left_out = []
     if options.plots is None:
-        options.plots = chosen is None or options.device.type == "cpu"
+        options.plots = chosen is None or chosen.plots
     if options.busy is None:
         short = options.quick or options.minutes is not None or options.shrink > 1
         options.busy = options.device.type == "cpu" and not short

@@ -207,6 +207,7 @@ README = Plan(
     tuple(dict.fromkeys(line.unit for table in TABLES.values() for line in table.lines)),
     without=("compile", "reference"),
     samples=MAX_SAMPLES,
+    plots=True,
 )
 
 

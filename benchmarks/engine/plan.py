@@ -22,12 +22,14 @@ class Plan:
         units: Case, workload and dtype of each.
         without: Providers that are left out unless they are named.
         samples: Of each provider and of its replays, at most.
+        plots: Whether they are drawn unasked; a machine with a GPU may not have what draws.
     """
 
     about: str
     units: tuple[tuple[str, str, str], ...]
     without: tuple[str, ...]
     samples: int
+    plots: bool = False
 
 
 _LARGE = tuple((case, "single_256m") for case in ("update_scale", "ogm_ge", "inforeg", "redreg"))

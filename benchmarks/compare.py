@@ -38,12 +38,23 @@ _CASES = (
 _WORKLOADS = ("classes_6", "resnet18")
 #: Changes below this are not worth a word.
 LEAST_CHANGE = 0.03
+WITHIN = "within noise"
 
 Key = tuple[str, str, str, str]
 #: The rows of one run.
 Run = Sequence[Row]
 #: Runs a commit, and returns the rows; the number tells the runs apart.
 Runner = Callable[[str, int], Run]
+
+
+def judged(before: Sequence[float], after: Sequence[float]) -> str:
+    """In one word, or two."""
+    ratio = statistics.median(after) / statistics.median(before)
+    if min(after) > max(before) and ratio > 1 + LEAST_CHANGE:
+        return "slower"
+    if max(after) < min(before) and ratio < 1 - LEAST_CHANGE:
+        return "faster"
+    return WITHIN
 
 
 @dataclass(frozen=True)
@@ -54,13 +65,13 @@ class Change:
         key: Case, workload, dtype, provider.
         before: Milliseconds in each run of the first commit.
         after: Of the second one.
-        host: Microseconds of the host, medians of both; None where they are not known.
+        host: Microseconds of the host in each run of both; None where they are not known.
     """
 
     key: Key
     before: Sequence[float]
     after: Sequence[float]
-    host: tuple[float, float] | None = None
+    host: tuple[Sequence[float], Sequence[float]] | None = None
 
     @property
     def ratio(self) -> float:
@@ -69,12 +80,13 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """In one word, or two."""
-        if min(self.after) > max(self.before) and self.ratio > 1 + LEAST_CHANGE:
-            return "slower"
-        if max(self.after) < min(self.before) and self.ratio < 1 - LEAST_CHANGE:
-            return "faster"
-        return "within noise"
+        """Of the whole call."""
+        return judged(self.before, self.after)
+
+    @property
+    def host_verdict(self) -> str:
+        """Of the host's part, which a neighbour disturbs less than a call on much data."""
+        return judged(*self.host) if self.host else WITHIN
 
     @property
     def noise(self) -> float:
@@ -104,8 +116,7 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
         times = [[run[key].median_ms for run in side] for side in sides]
         hosts = [[run[key].host_us for run in side] for side in sides]
         known = all(host is not None for side in hosts for host in side)
-        host = tuple(statistics.median(side) for side in hosts) if known else None
-        out.append(Change(key, *times, host))
+        out.append(Change(key, *times, tuple(hosts) if known else None))
     return out
 
 
@@ -120,24 +131,33 @@ def table(found: Sequence[Change], commits: tuple[str, str]) -> list[str]:
         f"| case | on | provider | {a} | {b} | {b} / {a} | noise | host: {a} | {b} | |",
         "|---|---|---|--:|--:|--:|--:|--:|--:|---|",
     ]
-    order = ("slower", "faster", "within noise")
+    order = ("slower", "faster", WITHIN)
     for change in sorted(found, key=lambda c: order.index(c.verdict)):
         case, workload, dtype, provider = change.key
         times = (show_time(statistics.median(t)) for t in (change.before, change.after))
-        host = [NO_NUMBER] * 2 if change.host is None else [show_time(h / 1e3) for h in change.host]
-        word = change.verdict if change.verdict == order[-1] else f"**{change.verdict}**"
+        host = [NO_NUMBER] * 2
+        if change.host is not None:
+            host = [show_time(statistics.median(h) / 1e3) for h in change.host]
+        word = change.verdict if change.verdict == WITHIN else f"**{change.verdict}**"
+        if change.host_verdict != WITHIN:
+            word += f", host **{change.host_verdict}**"
         if provider == CONTROL:
             word += ", the control"
         cells = (case, f"{workload}, {dtype}", provider, *times, f"{change.ratio:.2f}×")
         lines.append(f"| {' | '.join([*cells, f'{change.noise:.0%}', *host, word])} |")
-    moved = [c for c in found if c.key[3] == CONTROL and c.verdict != order[-1]]
+    moved = [c for c in found if c.key[3] == CONTROL and c.verdict != WITHIN]
     if moved:
         lines += [
             "",
             f"The machine has drifted: {CONTROL}, the same in both, moved {len(moved)} ×.",
         ]
-    slower = [c for c in found if c.key[3] != CONTROL and c.verdict == "slower"]
+    slower = got_slower(found)
     return [*lines, "", f"{len(slower)} of {len(found)} got slower beyond noise."]
+
+
+def got_slower(found: Sequence[Change]) -> list[Change]:
+    """As a whole, or in the host's part; not the control."""
+    return [c for c in found if c.key[3] != CONTROL and "slower" in (c.verdict, c.host_verdict)]
 
 
 def git(*words: str) -> str:
@@ -231,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         words += [f"--{name}", *getattr(options, name)]
     found = changes(*take_turns(commits, options.runs, runner(words)))
     print("\n".join(table(found, commits)))
-    return int(any(c.verdict == "slower" and c.key[3] != CONTROL for c in found))
+    return int(bool(got_slower(found)))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_the_table_names_what_got_slower_first_and_a_machine_that_moved() -> Non
     lines = compare.table(compare.changes(before, after), ("aaa", "bbb"))
     assert "| **slower**, the control |" in lines[2] and "| 2.00× |" in lines[2]
     assert lines[3].startswith("| ogm_ge | w, float32 | cpu | 10.0 ms | 20.0 ms | 2.00× | 0% |")
-    assert "| 20.0 µs | 40.0 µs | **slower** |" in lines[3]
+    assert "| 20.0 µs | 40.0 µs | **slower**, host **slower** |" in lines[3]
     assert lines[-3] == "The machine has drifted: foreach, the same in both, moved 1 ×."
     assert lines[-1] == "1 of 2 got slower beyond noise."
 
@@ -87,6 +87,19 @@ def test_a_case_that_one_run_lacks_is_left_out_and_host_times_may_be_missing() -
     before = [[row("foreach", 30.0), row("cpu", 10.0, None)], [row("cpu", 10.0)]]
     (change,) = compare.changes(before, [[row("cpu", 10.0)]] * 2)
     assert change.key[3] == "cpu" and change.host is None
+
+
+def test_a_host_that_got_slower_counts_where_the_call_is_within_noise() -> None:
+    before = [[row("cpu", ms, 20.0)] for ms in (10.0, 20.0)]
+    after = [[row("cpu", ms, 30.0)] for ms in (11.0, 21.0)]
+    found = compare.changes(before, after)
+    assert [(c.verdict, c.host_verdict) for c in found] == [("within noise", "slower")]
+    assert compare.got_slower(found) == found
+    assert compare.table(found, ("aaa", "bbb"))[-1] == "1 of 1 got slower beyond noise."
+    control = compare.changes(
+        [[row("foreach", 10.0, 20.0)]] * 2, [[row("foreach", 20.0, 40.0)]] * 2
+    )
+    assert compare.got_slower(control) == []
 
 
 def test_one_run_is_refused(capsys: Any) -> None:

@@ -161,7 +161,7 @@ def got_slower(found: Sequence[Change]) -> list[Change]:
 
 
 def git(*words: str) -> str:
-    """What git answers.
+    """Git's answer.
 
     Raises:
         SystemExit: it refuses.

@@ -16,7 +16,7 @@ import torch
 from cases import CASES, WORKLOADS
 from engine.workloads import shrunk
 
-# What the targets are about: case → workload.
+# The subjects of the targets: case → workload.
 CALLS = {
     "update_scale": "single_256m",
     "ogm_ge": "single_256m",

@@ -1,4 +1,4 @@
-"""What is measured: an op or a method in a file, with its inputs, its gate and all providers.
+"""The cases: an op or a method in a file, with its inputs, its gate and all providers.
 
 A new file is found by itself. `CASES` and `WORKLOADS` go by name; a method of mmfuse's catalogue
 that has no file gets a training step from its card.

@@ -137,7 +137,7 @@ class NoisyStep(Step):
 
 @dataclass
 class _Gradients:
-    """What `check_update` looks at."""
+    """The part of inputs that `check_update` looks at."""
 
     pristine: list[Tensor]
     params: list[Tensor]

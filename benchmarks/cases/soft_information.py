@@ -91,7 +91,7 @@ class SoftInformation(Case):
             share = float(off.double().mean())
             if share > _OUTLIERS:
                 raise ParityError(f"gradient of {name}: {share:.2%} of its elements are wrong")
-            # What moves the ends of the range moves every bin, and is no outlier.
+            # The ends of the range move every bin, and are no outliers.
             for end in (values.argmin(), values.argmax()):
                 what = f"gradient of {name} at an end of its range"
                 close(

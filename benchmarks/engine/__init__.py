@@ -1,1 +1,1 @@
-"""What every case of the benchmark needs: inputs, gates, clocks, counts, plans and reports."""
+"""All that the cases of the benchmark share: inputs, gates, clocks, counts, plans and reports."""

@@ -71,16 +71,16 @@ class Case(ABC):
         """
 
     def provider(self, name: str) -> Callable[..., Any] | None:
-        """What a provider does for it, if it does it; the backends are all `mmfuse`."""
+        """A provider's method, if it has one; the backends' is `mmfuse`."""
         known = ("plain", "official", "foreach", "compile")
         return getattr(self, name if name in known else "mmfuse", None)
 
     def takes(self, dtype: torch.dtype) -> bool:
-        """Whether the case can run with data of this dtype."""
+        """True if the case can run with data of this dtype."""
         return self.half or dtype.itemsize >= 4
 
     def fits(self, workload: Workload, select: str = "all") -> bool:
-        """Whether the case can run on this workload."""
+        """True if the case can run on this workload."""
         if self.kind != workload.kind:
             return False
         if self.kind != "gradients":

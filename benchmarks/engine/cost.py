@@ -1,4 +1,4 @@
-"""What a call launches, how often it waits for the device, and what it allocates."""
+"""A call's launches, waits for the device, and allocations."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call does besides taking time."""
+    """One call's doings besides taking time."""
 
     launches: int
     host_syncs: int

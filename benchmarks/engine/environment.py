@@ -41,7 +41,7 @@ def folder_name(model: str) -> str:
 def available_bytes(device: torch.device) -> float:
     """Memory that is free for the benchmark; infinite where the system does not say."""
     if device.type == "cuda":
-        # What PyTorch's allocator holds unused is free as well.
+        # Memory that PyTorch's allocator holds unused is free as well.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     meminfo = Path("/proc/meminfo")

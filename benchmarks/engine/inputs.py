@@ -1,4 +1,4 @@
-"""What a case hands to its providers: random tensors for a workload, the same for all of them."""
+"""Random tensors for a workload, the same for all providers of a case."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def wide_of(dtype: torch.dtype) -> torch.dtype:
 
 
 class Inputs:
-    """What a case hands to its providers.
+    """Handed by a case to its providers.
 
     Attributes:
         workload: Where the sizes come from.
@@ -48,7 +48,7 @@ class Inputs:
         """
 
     def cached(self, key: object, make: Callable[[], Any]) -> Any:
-        """What a provider makes once for a training run, outside the timed region."""
+        """Of what a provider makes once for a training run, outside the timed region."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Counter:
-    """What passes through torch.distributed.all_reduce, with which DDP and FSDP2 do not reduce."""
+    """Of torch.distributed.all_reduce, with which DDP and FSDP2 themselves do not reduce."""
 
     def __init__(self) -> None:
         self.calls = self.numbers = 0
@@ -62,7 +62,7 @@ class OwnTime:
 
     def _timed(self, function: Callable[..., Any], sign: float) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            # What is left out counts only where it is called from what is counted.
+            # A part that is left out counts only where it is called from what is counted.
             counts = sign > 0 or self._depth > 0
             self._depth += sign > 0
             start = time.perf_counter()

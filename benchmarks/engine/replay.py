@@ -39,12 +39,12 @@ Recorder = Callable[[Prepared], Recording]
 
 
 def name_of(provider: str) -> str:
-    """What the samples of a provider's replays are called."""
+    """The name of the samples of a provider's replays."""
     return f"{provider}, replayed"
 
 
 def recorder_for(device: torch.device) -> Recorder | None:
-    """What records calls on a device, if anything does."""
+    """The function that records calls on a device, if there is one."""
     return record_on_cuda if device.type == "cuda" else None
 
 
@@ -90,7 +90,7 @@ def checked_replay(
         ParityError: the replay's result is wrong.
     """
     recording = record(prepared)
-    # What a replay does not write must not look as if it had.
+    # A result that a replay does not write must not look as if it had been.
     with torch.no_grad():
         for leaf in tree_leaves(recording.result):
             if isinstance(leaf, Tensor) and leaf.is_floating_point():

@@ -63,7 +63,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-# What an 80-column terminal has room for.
+# An 80-column terminal has room for these.
 _NARROW = (
     "provider",
     "×official",

@@ -30,7 +30,7 @@ class DirtyTree(SystemExit):
 
 @dataclass
 class Facts:
-    """What numbers depend on, and what is not among them."""
+    """All that numbers depend on, and what is not among them."""
 
     environment: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def load(folder: Path) -> tuple[list[Row], Facts]:
-    """What a folder has; nothing where there is none."""
+    """Rows and facts of a folder; none where there is none."""
     if not (folder / "facts.json").is_file():
         return [], Facts()
     facts = Facts(**json.loads((folder / "facts.json").read_text()))

@@ -61,7 +61,7 @@ LEAST_BUSY = 5
 
 @dataclass(frozen=True)
 class Besides:
-    """What is measured beside the quiet calls.
+    """Measured beside the quiet calls.
 
     Attributes:
         host: Provider → seconds of the host in a call.

@@ -180,7 +180,7 @@ class Session:
         """Seconds of the host in a call: on a GPU until it returns, else on next to no data."""
         if self.device.type != "cpu":
             return {name: statistics.median(s.host for s in samples[name]) for name in passed}
-        # What is compiled for one shape would be compiled again, and a step is a network's.
+        # A call that is compiled for one shape would be compiled again, and a step is a network's.
         names = [name for name in passed if name != "compile" and unit.case.kind != "training"]
         if not names:
             return {}
@@ -225,7 +225,7 @@ class Session:
 
 
 def _first_line(error: Exception) -> str:
-    """What CUDA's errors say after it is advice."""
+    """The rest of CUDA's errors is advice."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

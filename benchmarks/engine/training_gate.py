@@ -22,7 +22,7 @@ from .training import TrainingInputs, new_optimizer
 
 @dataclass
 class Pass:
-    """What a pass forwards and backwards has left, all in float64.
+    """The outcome of a pass forwards and backwards, all in float64.
 
     Attributes:
         model: With its gradients.

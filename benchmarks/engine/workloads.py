@@ -1,4 +1,4 @@
-"""What several cases are measured on: shapes of parameters, heads, features; random data."""
+"""Workloads of several cases: shapes of parameters, heads, features; random data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 Shape = tuple[int, ...]
 
-# What a rehearsal leaves of a dimension, of an image's side and of paired values: enough for the
+# A rehearsal leaves this of a dimension, of an image's side and of paired values: enough for the
 # gate's statistics, and for the strides of an encoder.
 _LEAST, _LEAST_SIDE, _LEAST_VALUES = 8, 33, 1000
 

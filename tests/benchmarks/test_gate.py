@@ -51,7 +51,7 @@ def test_the_cases_that_a_provider_lacks() -> None:
     trainings = {case.name for case in TRAININGS}
     monitored = {case.name for case in CASES.values() if case.kind == "training"} - trainings
     called = {case.name for case in CALLED}
-    # What no release has, and what microbenchmarks alone have asked for.
+    # Calls that no release has, or that microbenchmarks alone have asked for.
     alone = {"scale_grad", "conditional_information", "modulation_factors"}
     lacks = {
         provider: {case.name for case in CALLED if case.provider(provider) is None}

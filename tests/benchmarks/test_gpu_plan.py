@@ -41,7 +41,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def record(prepared: measure.Prepared) -> replay.Recording:
-    """What stands in for a CUDA graph."""
+    """Stands in for a CUDA graph."""
     prepared.restore()
     captured = Captured(prepared.call, "cpu")
     return replay.Recording(captured.replay, captured.result)

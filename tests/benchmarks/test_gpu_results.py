@@ -1,4 +1,4 @@
-"""What is made of a GPU's results: targets, the choice of backends; and what is profiled there."""
+"""Made of a GPU's results: targets, the choice of backends; and what is profiled there."""
 
 from __future__ import annotations
 

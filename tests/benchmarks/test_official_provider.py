@@ -106,7 +106,7 @@ def test_official_costs_what_the_specification_counted(
 ) -> None:
     case = CASES[name]
     prepared = providers.prepare("official", case, case.make(CONV, torch.float32, CPU))
-    # What is made once for a training run is made in the first call.
+    # The first call makes what is made once for a training run.
     prepared.restore()
     prepared.call()
     cost = costs_of.cost_of(prepared, CPU)

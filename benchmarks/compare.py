@@ -5,7 +5,7 @@ A B B A and so on, so that a drift of the machine hits both; each run is a proce
 cases are this checkout's for both: only the package differs. *slower* and *faster* are what every
 run of one commit was than every run of the other, by more than the least change that counts; with
 five runs each, chance alone does that once in 252 times. `foreach` is the same code in both: where
-it moves, the machine did.
+it moves, the machine did, and what moves no more than that is noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine import results
@@ -47,12 +47,12 @@ Run = Sequence[Row]
 Runner = Callable[[str, int], Run]
 
 
-def judged(before: Sequence[float], after: Sequence[float]) -> str:
-    """In one word, or two."""
+def judged(before: Sequence[float], after: Sequence[float], least: float = LEAST_CHANGE) -> str:
+    """In one word, or two; a change that counts is larger than `least`."""
     ratio = statistics.median(after) / statistics.median(before)
-    if min(after) > max(before) and ratio > 1 + LEAST_CHANGE:
+    if min(after) > max(before) and ratio > 1 + least:
         return "slower"
-    if max(after) < min(before) and ratio < 1 - LEAST_CHANGE:
+    if max(after) < min(before) and 1 / ratio > 1 + least:
         return "faster"
     return WITHIN
 
@@ -66,12 +66,14 @@ class Change:
         before: Milliseconds in each run of the first commit.
         after: Of the second one.
         host: Microseconds of the host in each run of both; None where they are not known.
+        drift: How much the control of the case has moved; more than that has to change.
     """
 
     key: Key
     before: Sequence[float]
     after: Sequence[float]
     host: tuple[Sequence[float], Sequence[float]] | None = None
+    drift: float = 0.0
 
     @property
     def ratio(self) -> float:
@@ -81,7 +83,7 @@ class Change:
     @property
     def verdict(self) -> str:
         """Of the whole call."""
-        return judged(self.before, self.after)
+        return judged(self.before, self.after, LEAST_CHANGE + self.drift)
 
     @property
     def host_verdict(self) -> str:
@@ -117,7 +119,8 @@ def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
         hosts = [[run[key].host_us for run in side] for side in sides]
         known = all(host is not None for side in hosts for host in side)
         out.append(Change(key, *times, tuple(hosts) if known else None))
-    return out
+    moved = {c.key[:3]: max(c.ratio, 1 / c.ratio) - 1 for c in out if c.key[3] == CONTROL}
+    return [c if c.key[3] == CONTROL else replace(c, drift=moved.get(c.key[:3], 0.0)) for c in out]
 
 
 def _key(row: Row) -> Key:

@@ -74,9 +74,9 @@ def test_one_run_that_overlaps_is_enough_to_doubt() -> None:
 
 def test_the_table_names_what_got_slower_first_and_a_machine_that_moved() -> None:
     before = [[row("foreach", 30.0), row("cpu", 10.0)]] * 2
-    after = [[row("foreach", 60.0), row("cpu", 20.0, 40.0)]] * 2
+    after = [[row("foreach", 33.0), row("cpu", 20.0, 40.0)]] * 2
     lines = compare.table(compare.changes(before, after), ("aaa", "bbb"))
-    assert "| **slower**, the control |" in lines[2] and "| 2.00× |" in lines[2]
+    assert "| **slower**, the control |" in lines[2] and "| 1.10× |" in lines[2]
     assert lines[3].startswith("| ogm_ge | w, float32 | cpu | 10.0 ms | 20.0 ms | 2.00× | 0% |")
     assert "| 20.0 µs | 40.0 µs | **slower**, host **slower** |" in lines[3]
     assert lines[-3] == "The machine has drifted: foreach, the same in both, moved 1 ×."
@@ -87,6 +87,15 @@ def test_a_case_that_one_run_lacks_is_left_out_and_host_times_may_be_missing() -
     before = [[row("foreach", 30.0), row("cpu", 10.0, None)], [row("cpu", 10.0)]]
     (change,) = compare.changes(before, [[row("cpu", 10.0)]] * 2)
     assert change.key[3] == "cpu" and change.host is None
+
+
+@pytest.mark.parametrize(("ratio", "verdict"), [(1.18, "within noise"), (1.3, "slower")])
+def test_what_moves_no_more_than_the_control_is_noise(ratio: float, verdict: str) -> None:
+    before = [[row("foreach", 30.0 + n), row("cpu", 10.0)] for n in range(3)]
+    after = [[row("foreach", 36.0 + n), row("cpu", 10.0 * ratio)] for n in range(3)]
+    found = {c.key[3]: c for c in compare.changes(before, after)}
+    assert found["cpu"].drift == pytest.approx(37 / 31 - 1)
+    assert found["cpu"].verdict == verdict
 
 
 def test_a_host_that_got_slower_counts_where_the_call_is_within_noise() -> None:

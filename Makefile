@@ -13,14 +13,16 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test check soak lint format bench instructions cuda triton sanitize gpu gpu-library gpu-rehearsal clean
+.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
 	@echo "make test    set up, build, run the tests; those that take long are left out"
 	@echo "make check   make test, and the tests that take long, but for the soak"
 	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"
-	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/"
+	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/<commit>/"
+	@echo "make bench-compare A=main B=HEAD  what one commit made slower than the other"
+	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  README's tables of these results"
 	@echo "make instructions  what the host does for a step or an op, against the numbers in .ci"
 	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
@@ -88,6 +90,15 @@ format: $(TESTING)
 
 bench: build
 	$(BIN)/python benchmarks/run.py
+
+# Each commit is built in a worktree of its own, once.
+bench-compare: build
+	$(if $(and $(A),$(B)),,$(error make bench-compare A=commit B=commit: which two?))
+	$(BIN)/python benchmarks/compare.py $(A) $(B)
+
+tables: build
+	$(if $(RESULTS),,$(error make tables RESULTS=folder: of which results?))
+	$(BIN)/python benchmarks/tables.py $(RESULTS)
 
 # Where they are others for a reason: make instructions UPDATE=1, and the commit says which.
 instructions: build

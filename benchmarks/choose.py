@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from _cases import CASES
+from cases import CASES
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

@@ -12,12 +12,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-import _mmfuse
 import torch
-from _cases import CASES
-from _workloads import WORKLOADS, shrunk
+from cases import CASES, WORKLOADS
+from engine.workloads import shrunk
 
-# What the targets are about: case → workload.
+# The subjects of the targets: case → workload.
 CALLS = {
     "update_scale": "single_256m",
     "ogm_ge": "single_256m",
@@ -45,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with torch.set_grad_enabled(case.autograd):
             for _ in range(options.repeats):
                 inputs.restore()
-                getattr(_mmfuse, name)(inputs, options.backend)
+                case.mmfuse(inputs, options.backend)
         del inputs
     if options.device.type == "cuda":
         torch.cuda.synchronize()

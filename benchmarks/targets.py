@@ -1,4 +1,4 @@
-"""What a run on a GPU was meant to reach, and has: `python benchmarks/targets.py results.csv ...`.
+"""Targets of a run on a GPU, and what it reached: `python benchmarks/targets.py results.csv ...`.
 
 Of several files the last one that has a row counts. A target that was missed is said to be
 missed; the exit code is 0 all the same. `predicted` is what benchmarks/NOTES.md says for an H200.

@@ -25,6 +25,7 @@ IN_THE_ROOT = {"_numbers", "__init__", "__main__", "_native", "_version", "amp",
 GRID = ("ops", "reference", "triton")
 MOST_LINES = 400
 MOST_LINES_OF_A_METHOD = 300
+MOST_LINES_OF_A_BENCHMARK = 300
 
 
 def tracked(*patterns: str) -> list[Path]:
@@ -108,6 +109,28 @@ def test_a_paper_is_a_short_file() -> None:
     lengths = {p.name: len(p.read_text().splitlines()) for p in (PACKAGE / "methods").glob("*.py")}
     assert len(lengths) > 10
     assert {name: n for name, n in lengths.items() if n > MOST_LINES_OF_A_METHOD} == {}
+
+
+def test_the_benchmark_is_short_files() -> None:
+    """A case is an op or a method with all its providers; the engine knows none of them."""
+    files = tracked("benchmarks/*.py")
+    lengths = {p.name: len(p.read_text().splitlines()) for p in files}
+    long = {name: n for name, n in lengths.items() if n > MOST_LINES_OF_A_BENCHMARK}
+    assert len(files) > 40 and long == {}
+    ops = {path.stem for path in (PACKAGE / "ops").glob("[a-z]*.py")}
+    methods = {path.stem for path in (PACKAGE / "methods").glob("[a-z]*.py")} - {"catalogue"}
+    cases = {path.stem for path in (ROOT / "benchmarks" / "cases").glob("[a-z]*.py")}
+    # Both ways to take histograms are measured as what users call, mutual information.
+    assert ops - cases == {"joint_entropies", "soft_histogram"}
+    assert methods <= cases
+    assert cases - ops - methods == {
+        "soft_information",
+        "conditional_information",
+        "overhead",
+        "adapters",
+    }
+    for path in (ROOT / "benchmarks" / "engine").glob("*.py"):
+        assert "cases" not in imported_packages(path), path
 
 
 def test_pytest_collects_every_folder_of_tests(pytestconfig: pytest.Config) -> None:

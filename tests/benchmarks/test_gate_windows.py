@@ -10,8 +10,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import _parity
-from _parity import ParityError
+from engine import gate, windows
+from engine.gate import ParityError
 
 from mmfuse.reference import noise as reference_noise
 
@@ -22,7 +22,7 @@ PLACES = [(0, 0, 7), (3, 5, 6), (3, 1021, 1300), (1, 4, 8), (2, 2**34 + 3, 2**34
 @pytest.mark.parametrize("state", [(5, 0), (2**40 + 9, 7), (-3, 2**33 + 1)])
 def test_the_noise_of_all_windows_is_the_references_of_each(state: tuple[int, int]) -> None:
     seed_and_step = torch.tensor(state)
-    found = _parity.standard_normals(seed_and_step, PLACES)
+    found = windows.standard_normals(seed_and_step, PLACES)
     for z, (t, start, end) in zip(found, PLACES, strict=True):
         want = reference_noise.standard_normal(seed_and_step, end - start, t, start)
         assert torch.equal(z, want)
@@ -38,8 +38,8 @@ def test_a_wrong_element_is_found_in_a_window_of_its_own_size(damage: float, win
         for s, (_, a, b) in zip(scales, places, strict=True)
     ]
     got = [w + 1e-5 for w in want]
-    _parity._check_windows(places, got, want, 5e-5)
+    gate.check_windows(places, got, want, 5e-5)
     got[window][4] += damage
     t, start, end = places[window]
     with pytest.raises(ParityError, match=f"gradient {t}, elements {start} to {end}"):
-        _parity._check_windows(places, got, want, 5e-5)
+        gate.check_windows(places, got, want, 5e-5)

@@ -20,17 +20,11 @@ from torch import Tensor
 pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
-import _foreach
-import _measure
-import _parity
-import _plan
-import _providers
-import _replay
-import _report
 import run
-from _cases import CASES
-from _inputs import GradientInputs
-from _workloads import WORKLOADS, Workload, shrunk
+from cases import CASES, WORKLOADS
+from engine import cost, gate, measure, plan, providers, replay, rows, session
+from engine.gradients import GradientInputs
+from engine.workloads import Workload, shrunk
 
 CPU = torch.device("cpu")
 # Over 1 MiB, from where on bandwidths are reported.
@@ -40,17 +34,17 @@ TINY = Workload("tiny", "a tiny model", encoders=(((7, 3, 3, 3), (5,)), ((64, 33
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """The yardstick and the cache flush without their half gigabyte each."""
-    monkeypatch.setitem(_measure.COPY_ELEMENTS, "cpu", 2**16)
-    monkeypatch.setattr(_measure, "_FLUSH_BYTES", 2**16)
-    monkeypatch.setattr(_measure, "MIN_SAMPLES", 2)
+    monkeypatch.setitem(measure.COPY_ELEMENTS, "cpu", 2**16)
+    monkeypatch.setattr(measure, "_FLUSH_BYTES", 2**16)
+    monkeypatch.setattr(measure, "MIN_SAMPLES", 2)
     monkeypatch.setitem(WORKLOADS, "tiny", TINY)
 
 
-def record(prepared: _measure.Prepared) -> _replay.Recording:
-    """What stands in for a CUDA graph."""
+def record(prepared: measure.Prepared) -> replay.Recording:
+    """Stands in for a CUDA graph."""
     prepared.restore()
     captured = Captured(prepared.call, "cpu")
-    return _replay.Recording(captured.replay, captured.result)
+    return replay.Recording(captured.replay, captured.result)
 
 
 @pytest.fixture
@@ -58,18 +52,20 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
     """Sets what records."""
 
     def use(recorder: Any) -> None:
-        monkeypatch.setattr(_replay, "recorder_for", lambda device: recorder)
+        monkeypatch.setattr(replay, "recorder_for", lambda device: recorder)
 
     use(record)
     return use
 
 
-def measure(folder: Path, *cases: str, code: int = 0) -> dict[tuple[str, str], dict[str, str]]:
+def measured_rows(
+    folder: Path, *cases: str, code: int = 0
+) -> dict[tuple[str, str], dict[str, str]]:
     """(case, provider) → row, of a run on the tiny model."""
     arguments = ["--workloads", "tiny", "--dtype", "float32", "--seconds", "0.01", "--no-plots"]
-    providers = ["--providers", "official", "foreach", "reference", "--device", "cpu"]
+    chosen = ["--providers", "official", "foreach", "reference", "--device", "cpu"]
     output = ["--output", str(folder)]
-    assert run.main(["--cases", *cases, *arguments, *providers, *output]) == code
+    assert run.main(["--cases", *cases, *arguments, *chosen, *output]) == code
     return {(row["case"], row["provider"]): row for row in read(folder)}
 
 
@@ -84,11 +80,12 @@ def read(folder: Path) -> list[dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("recorded")
 def test_replays_have_columns_and_what_cannot_be_replayed_a_reason(tmp_path: Path) -> None:
-    rows = measure(tmp_path, "ogm_ge", "update_scale")
+    rows = measured_rows(tmp_path, "ogm_ge", "update_scale")
     assert len(rows) == 6
     for (_, provider), row in rows.items():
         replays = [row[name] for name in ("replay_ms", "replay_p80_ms", "replay_vs_foreach")]
-        assert float(row["host_us"]) == pytest.approx(1e3 * float(row["median_ms"]))
+        # Of the same call on next to nothing.
+        assert float(row["host_us"]) > 0
         assert "host_ms" not in row
         if provider == "official":
             assert replays == ["", "", ""]
@@ -109,11 +106,11 @@ def test_replays_have_columns_and_what_cannot_be_replayed_a_reason(tmp_path: Pat
 
 
 def test_on_a_cpu_nothing_is_replayed(tmp_path: Path) -> None:
-    rows = measure(tmp_path, "update_scale")
+    rows = measured_rows(tmp_path, "update_scale")
     assert {row["replay_ms"] + row["replay_vs_foreach"] for row in rows.values()} == {""}
     text = (tmp_path / "results.md").read_text()
     assert "is not replayed" not in text and "| replay" not in text
-    assert _replay.recorder_for(torch.device("cuda")) is _replay.record_on_cuda
+    assert replay.recorder_for(torch.device("cuda")) is replay.record_on_cuda
 
 
 @pytest.mark.usefixtures("recorded")
@@ -124,8 +121,8 @@ def test_a_call_that_waits_for_the_device_is_not_recorded(
         for grads, factor in zip(i.encoder_grads, i.coefficients, strict=True):
             torch._foreach_mul_(grads, factor.item())
 
-    monkeypatch.setattr(_foreach, "update_scale", waiting)
-    rows = measure(tmp_path, "update_scale")
+    monkeypatch.setattr(CASES["update_scale"], "foreach", waiting)
+    rows = measured_rows(tmp_path, "update_scale")
     assert rows["update_scale", "foreach"]["replay_ms"] == ""
     assert float(rows["update_scale", "reference"]["replay_ms"]) > 0
     text = (tmp_path / "results.md").read_text()
@@ -135,11 +132,11 @@ def test_a_call_that_waits_for_the_device_is_not_recorded(
 def test_a_call_that_cannot_be_recorded_is_timed_all_the_same(
     tmp_path: Path, recorded: Callable[[Any], None]
 ) -> None:
-    def failing(prepared: _measure.Prepared) -> _replay.Recording:
+    def failing(prepared: measure.Prepared) -> replay.Recording:
         raise RuntimeError("not permitted in a capture\nadvice")
 
     recorded(failing)
-    rows = measure(tmp_path, "update_scale")
+    rows = measured_rows(tmp_path, "update_scale")
     assert all(float(row["median_ms"]) > 0 and not row["replay_ms"] for row in rows.values())
     text = (tmp_path / "results.md").read_text()
     assert "reference is not replayed: RuntimeError: not permitted in a capture\n" in text
@@ -149,12 +146,12 @@ def test_a_call_that_cannot_be_recorded_is_timed_all_the_same(
 def test_a_wrong_replay_is_refused_and_the_call_still_timed(
     case: str, tmp_path: Path, recorded: Callable[[Any], None]
 ) -> None:
-    def empty(prepared: _measure.Prepared) -> _replay.Recording:
+    def empty(prepared: measure.Prepared) -> replay.Recording:
         # The call has run, as it has not in a capture: its results are there, and right.
-        return _replay.Recording(lambda: None, record(prepared).result)
+        return replay.Recording(lambda: None, record(prepared).result)
 
     recorded(empty)
-    rows = measure(tmp_path, case, code=1)
+    rows = measured_rows(tmp_path, case, code=1)
     assert set(rows) == {(case, name) for name in ("official", "foreach", "reference")}
     assert all(not row["replay_ms"] for row in rows.values())
     refused = (tmp_path / "results.md").read_text().split("**Refused by the parity gate:**")[1]
@@ -163,36 +160,36 @@ def test_a_wrong_replay_is_refused_and_the_call_still_timed(
 
 def test_what_a_replay_changes_is_restored_before_each() -> None:
     log: list[str] = []
-    replayed = _measure.Prepared(
+    replayed = measure.Prepared(
         lambda: log.append("replay"), lambda: log.append("restore"), queued=True
     )
-    _measure.interleaved({"a": replayed}, _measure.Clock(CPU), 0.0, cold=True)
-    assert log == ["restore", "replay"] * (3 + _measure.MIN_SAMPLES)
+    measure.interleaved({"a": replayed}, measure.Clock(CPU), 0.0, cold=True)
+    assert log == ["restore", "replay"] * (3 + measure.MIN_SAMPLES)
 
 
 def test_a_replay_is_in_the_queue_before_the_clock_starts() -> None:
     leads: dict[str, list[float]] = {"eager": [], "replay": []}
     now = []
 
-    def clock(call: Callable[[], None], *, lead: float = 0.0, **_: Any) -> _measure.Sample:
+    def clock(call: Callable[[], None], *, lead: float = 0.0, **_: Any) -> measure.Sample:
         call()
         leads[now[-1]].append(lead)
-        return _measure.Sample(1e-6, 3e-5)
+        return measure.Sample(1e-6, 3e-5)
 
-    providers = {
-        name: _measure.Prepared(lambda n=name: now.append(n), queued=name == "replay")
+    chosen = {
+        name: measure.Prepared(lambda n=name: now.append(n), queued=name == "replay")
         for name in leads
     }
-    _measure.interleaved(providers, clock, 0.0, cold=True)
-    assert leads["eager"] == [0.0] * _measure.MIN_SAMPLES
+    measure.interleaved(chosen, clock, 0.0, cold=True)
+    assert leads["eager"] == [0.0] * measure.MIN_SAMPLES
     # The host's own time is known from three calls, and is now and then twice as long.
-    assert leads["replay"] == [0.0] * 3 + [6e-5] * _measure.MIN_SAMPLES
-    assert [_measure.flushes(lead, 7e-5) for lead in (0.0, 6e-5, 1e-3)] == [1, 2, 16]
+    assert leads["replay"] == [0.0] * 3 + [6e-5] * measure.MIN_SAMPLES
+    assert [measure.flushes(lead, 7e-5) for lead in (0.0, 6e-5, 1e-3)] == [1, 2, 16]
 
 
 def test_no_more_samples_than_a_plan_wants() -> None:
-    providers = {"a": _measure.Prepared(lambda: None)}
-    samples = _measure.interleaved(providers, _measure.Clock(CPU), 60.0, cold=False, most=7)
+    chosen = {"a": measure.Prepared(lambda: None)}
+    samples = measure.interleaved(chosen, measure.Clock(CPU), 60.0, cold=False, most=7)
     assert len(samples["a"]) == 7
 
 
@@ -213,11 +210,11 @@ def test_the_mode_that_finds_waits_is_put_back(
     monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", set_mode)
     if error is None:
-        with _measure.sync_warnings() as caught:
+        with cost.sync_warnings() as caught:
             warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
-        assert sum(_measure._SYNC_WARNING in str(w.message) for w in caught) == 1
+        assert sum(cost._SYNC_WARNING in str(w.message) for w in caught) == 1
     else:
-        with pytest.raises(error), _measure.sync_warnings():
+        with pytest.raises(error), cost.sync_warnings():
             pass
     assert modes == [before, "warn", before]
 
@@ -230,12 +227,12 @@ def test_a_cuda_graph_replays_the_call_and_a_failed_one_spoils_nothing() -> None
     def call() -> Tensor:
         return x.add_(1) + torch.rand(5, device="cuda").floor()
 
-    recording = _replay.record_on_cuda(_measure.Prepared(call, x.zero_))
+    recording = replay.record_on_cuda(measure.Prepared(call, x.zero_))
     x.zero_()
     recording.replay()
     assert x.tolist() == recording.result.tolist() == [1.0] * 5
     with pytest.raises(RuntimeError):
-        _replay.record_on_cuda(_measure.Prepared(lambda: torch.rand(5, device="cuda").sum().item()))
+        replay.record_on_cuda(measure.Prepared(lambda: torch.rand(5, device="cuda").sum().item()))
     assert torch.rand(5, device="cuda").min() >= 0
     recording.replay()
     assert x.tolist() == [2.0] * 5
@@ -260,7 +257,7 @@ def rehearse(plan: str, folder: Path) -> int:
 def test_the_gpu_plan_from_end_to_end(tmp_path: Path) -> None:
     assert rehearse("gpu", tmp_path) == 0
     rows = read(tmp_path)
-    units = _plan.planned(_plan.PLANS["gpu"], 65536)
+    units = plan.planned(plan.PLANS["gpu"], 65536)
     assert [(r["case"], r["workload"], f"torch.{r['dtype']}", r["provider"]) for r in rows] == [
         (unit.case.name, unit.workload.title, str(unit.dtype), provider)
         for unit in units
@@ -271,7 +268,7 @@ def test_the_gpu_plan_from_end_to_end(tmp_path: Path) -> None:
 
 
 def test_the_order_of_the_gpu_plan() -> None:
-    units = [str(unit) for unit in _plan.planned(_plan.PLANS["gpu"])]
+    units = [str(unit) for unit in plan.planned(plan.PLANS["gpu"])]
     assert units[:5] == [
         "update_scale on single_256m, float32",
         "ogm_ge on single_256m, float32",
@@ -299,15 +296,15 @@ def test_a_plan_that_is_killed_leaves_what_it_has_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    original = run.Session.measure
+    original = session.Session.measure
 
-    def measured(self: run.Session, *args: Any) -> None:
+    def measured(self: session.Session, *args: Any) -> None:
         seen.append(len(read(tmp_path)) if seen else 0)
         if len(seen) == 3:
             raise KeyboardInterrupt
         original(self, *args)
 
-    monkeypatch.setattr(run.Session, "measure", measured)
+    monkeypatch.setattr(session.Session, "measure", measured)
     with pytest.raises(KeyboardInterrupt):
         rehearse("gpu", tmp_path)
     assert seen == [0, 3, 6]
@@ -317,22 +314,22 @@ def test_a_plan_that_is_killed_leaves_what_it_has_measured(
 def test_a_measurement_that_fails_does_not_end_the_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cost_of(prepared: _measure.Prepared, device: torch.device) -> None:
+    def cost_of(prepared: measure.Prepared, device: torch.device) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(run, "cost_of", cost_of)
-    measure(tmp_path, "update_scale", "grad_stats", code=1)
+    monkeypatch.setattr(session, "cost_of", cost_of)
+    measured_rows(tmp_path, "update_scale", "grad_stats", code=1)
     text = (tmp_path / "results.md").read_text()
     for case in ("update_scale", "grad_stats"):
         assert f"- {case} on tiny, float32 fails: RuntimeError: out of memory" in text
 
 
 def test_options_of_a_plan() -> None:
-    known = _providers.provider_names(torch.device("cuda"))
-    plan = run.parse(["--plan", "gpu", "--device", "cuda", "--minutes", "1.4", "--output", "x"])
-    assert [name for name in known if name in plan.providers] == plan.providers
-    assert sorted(plan.providers) == ["cuda", "foreach", "official", "triton"]
-    assert not plan.plots
+    known = providers.provider_names(torch.device("cuda"))
+    chosen = run.parse(["--plan", "gpu", "--device", "cuda", "--minutes", "1.4", "--output", "x"])
+    assert [name for name in known if name in chosen.providers] == chosen.providers
+    assert sorted(chosen.providers) == ["cuda", "foreach", "official", "triton"]
+    assert not chosen.plots
     training = run.parse(["--plan", "gpu-training", "--device", "cuda", "--output", "x"])
     assert training.providers == ["plain", "official", "cuda"]
     asked = run.parse(["--plan", "gpu", "--plots", "--providers", "foreach", "--device", "cpu"])
@@ -390,20 +387,20 @@ def test_gradients_in_channels_last() -> None:
 @pytest.mark.parametrize("name", ["update_scale", "ogm_ge", "redreg"])
 def test_the_gate_holds_for_channels_last(name: str, provider: str) -> None:
     case, workload = CASES[name], shrunk(WORKLOADS["resnet18_channels_last"], 64)
-    if _providers.why_not(provider, case, workload, CPU) is not None:
+    if providers.why_not(provider, case, workload, CPU) is not None:
         pytest.skip(f"{provider} does not do {name}")
     with torch.no_grad():
         i = case.make(workload, torch.float32, CPU)
-        prepared = _providers.prepare(provider, case, i)
+        prepared = providers.prepare(provider, case, i)
         prepared.restore()
         case.check(provider, i, prepared.call())
         first = i.params[3].grad
         assert first.is_contiguous(memory_format=torch.channels_last)
         assert not first.is_contiguous()
         first[0, 0, 0, :2] = first[0, 0, 0, :2].flip(0).clone()
-        if provider in _parity.OWN_NOISE and case.noisy:
+        if provider in gate.OWN_NOISE and case.noisy:
             return  # what is drawn says nothing about the order
-        with pytest.raises(_parity.ParityError):
+        with pytest.raises(gate.ParityError):
             case.check(provider, i, None)
 
 
@@ -414,4 +411,4 @@ def test_rows_of_committed_results_are_still_read() -> None:
     files = list((Path(choose.__file__).parent / "results").glob("**/results.csv"))
     assert files
     choose.speed_of_triton(files)
-    assert "host_us" in _report.Row.__dataclass_fields__
+    assert "host_us" in rows.Row.__dataclass_fields__

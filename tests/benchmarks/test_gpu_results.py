@@ -1,4 +1,4 @@
-"""What is made of a GPU's results: targets, the choice of backends; and what is profiled there."""
+"""Made of a GPU's results: targets, the choice of backends; and what is profiled there."""
 
 from __future__ import annotations
 
@@ -42,17 +42,16 @@ def choose(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_profiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU, and small; the names must be those of cases, workloads and functions."""
     script = load("benchmarks/profile_kernels.py", monkeypatch)
-    from _mmfuse import __dict__ as functions
-
     called = []
     for case, workload in script.CALLS.items():
-        assert script.CASES[case].kind == script.WORKLOADS[workload].kind
-        original = functions[case]
+        made = script.CASES[case]
+        assert made.kind == script.WORKLOADS[workload].kind
+        original = made.mmfuse
         count = lambda i, b, f=original, c=case: (  # noqa: E731
             called.append((c, i.workload.title)),
             f(i, b),
         )
-        monkeypatch.setitem(functions, case, count)
+        monkeypatch.setattr(made, "mmfuse", count)
     small = ["--device", "cpu", "--backend", "cpu", "--shrink", "65536"]
     assert script.main(small) == 0
     four = ["update_scale", "ogm_ge", "mutual_information"]
@@ -173,8 +172,7 @@ def test_what_the_notes_predict_stands_beside_it(targets: Any) -> None:
 
 @pytest.mark.usefixtures("benchmarks")
 def test_the_targets_name_cases_and_workloads(targets: Any) -> None:
-    from _cases import CASES
-    from _workloads import WORKLOADS
+    from cases import CASES, WORKLOADS
 
     for target in targets.TARGETS:
         kind = CASES[target.case].kind
@@ -184,7 +182,7 @@ def test_the_targets_name_cases_and_workloads(targets: Any) -> None:
 
 @pytest.mark.usefixtures("benchmarks")
 def test_the_plans_measure_every_target(targets: Any) -> None:
-    from _plan import PLANS, planned
+    from engine.plan import PLANS, planned
 
     measured = [
         (unit.case.name, unit.workload.title)

@@ -25,7 +25,8 @@ from mmfuse.reference.info_nce import info_nce as reference
 from mmfuse.reference.info_nce import info_nce_backward as reference_backward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from _measure import Prepared, cost_of
+from engine.cost import cost_of
+from engine.measure import Prepared
 
 NAN = float("nan")
 FEW_SHAPES = [(1, 1), (2, 6), (9, 7), (33, 20)]

@@ -1,0 +1,85 @@
+"""MLB: a whole training step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from engine import sequences
+from engine.case import register
+from engine.inputs import ALPHA
+from engine.networks import AudioVisual, ThreeHeads
+from engine.training import TrainingInputs
+from engine.training_case import TrainingCase, take_step
+from engine.training_gate import backward, modality_of, stepped, true_class
+from torch import Tensor
+from torch.nn import functional as F
+
+import mmfuse
+
+
+def _logits(model: AudioVisual, a: Tensor, v: Tensor) -> list[Tensor]:
+    """The joint ones, which are a sum, and both modalities', whose heads share one bias."""
+    bias = model.head_audio.bias / 2
+    own = [
+        F.linear(x, head.weight, bias)
+        for x, head in ((a, model.head_audio), (v, model.head_visual))
+    ]
+    return [sum(own), *own]
+
+
+@register
+class Training(TrainingCase):
+    """With the weights of the modalities' heads, which the released code scales as well."""
+
+    name = "mlb_training"
+    title = "MLB: a whole training step"
+    method = "MLB"
+    network = ThreeHeads
+    ops = ("modality_scores", "update_grads_")
+
+    def exact(self, i: TrainingInputs, regulated: bool) -> list[Tensor]:
+        def forward(model: AudioVisual) -> tuple[list[Tensor], list[Tensor], Tensor]:
+            a, v = model.features(i.audio, i.visual)
+            logits = _logits(model, a, v)
+            return [a, v], logits, sum(F.cross_entropy(z, i.labels) for z in logits)
+
+        seen = backward(i, forward)
+        a, v = (true_class(z, i.labels).mean() for z in seen.logits[1:])
+        factors = [1 + torch.tanh(ALPHA * (ratio - 1)) for ratio in (v / a, a / v)]
+        heads = {"head_audio.weight": 0, "head_visual.weight": 1}
+        grads = []
+        for name, grad in seen.named_gradients():
+            modality = heads.get(name, modality_of(name))
+            scaled = regulated and modality is not None
+            grads.append(grad * factors[modality] if scaled else grad)
+        return stepped(i, grads)
+
+    def plain(self, i: TrainingInputs) -> None:
+        def losses(model: AudioVisual) -> Sequence[Tensor]:
+            logits = _logits(model, *model.features(i.audio, i.visual))
+            return [F.cross_entropy(z, i.labels) for z in logits]
+
+        take_step(i, losses)
+
+    def official(self, i: TrainingInputs) -> None:
+        sequences.mlb.step(i.model, i.optimizer, i.audio, i.visual, i.labels, alpha=ALPHA)
+
+    def mmfuse(self, i: TrainingInputs, backend: str) -> None:
+        model = i.model
+        owners = {
+            "audio": [*model.audio_net.parameters(), model.head_audio.weight],
+            "visual": [*model.visual_net.parameters(), model.head_visual.weight],
+        }
+
+        def start() -> mmfuse.MLB:
+            made = mmfuse.MLB.official(owners, alpha=ALPHA, backend=backend)
+            made.set_epoch(0)
+            return made
+
+        method = i.cached(("MLB", backend), start)
+        i.optimizer.zero_grad()
+        logits = _logits(model, *model.features(i.audio, i.visual))
+        loss = sum(F.cross_entropy(z, i.labels) for z in logits)
+        method.backward(loss, dict(zip(owners, logits[1:], strict=True)), i.labels)
+        i.optimizer.step()

@@ -1,0 +1,1 @@
+"""All that the cases of the benchmark share: inputs, gates, clocks, counts, plans and reports."""

@@ -1,4 +1,4 @@
-"""ARM's contributions of single samples, from the authors' first release."""
+"""ARM's contributions of single samples, as in the authors' script of 2024."""
 
 from __future__ import annotations
 
@@ -20,13 +20,19 @@ def sample_contributions(
     *,
     bins: int = 30,
     conditional_bins: int = 2,
+    gate: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Each sample's own contributions, for re-sampling, as in the authors' first release.
+    """Each sample's own contributions, for re-sampling.
 
     P_m = p_c·nmi_m + p_m·(mean over j ≠ m of (nmi_j − ncmi_j)), where the paired values of a sample
     are the logits of its C classes and p its own probability of the true class. One call for the
     whole batch; see `mmfuse.ContributionSampler`.
+
+    The formula is that of the authors' script of 2024, which their repository no longer has. It
+    took ``gate=True`` and ``conditional_bins=10``, and a conditional entropy of its own that is
+    none; that one is not reproduced here, since no numbers of it are known. The defaults are the
+    bins of ARM, and probabilities as they are.
 
     Args:
         logits: Name → [B, C] logits of each of M ≥ 2 modalities alone.
@@ -34,6 +40,7 @@ def sample_contributions(
         labels: [B] integer class indices.
         bins: As in `ARM`.
         conditional_bins: As in `ARM`.
+        gate: Whether a probability counts as 0 where its logits' largest is not the true class.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -60,4 +67,7 @@ def sample_contributions(
     nmi, ncmi = normalised_information(rows, bins, conditional_bins, backend=backend)
     index = class_indices(labels).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
     p = torch.stack([z.double().softmax(1).gather(1, index).squeeze(1) for z in rows])
+    if gate:
+        right = torch.stack([z.argmax(1) == index.squeeze(1) for z in rows])
+        p = torch.where(right, p, 0.0)
     return (p[-1] * nmi + p[:-1] * mean_of_others(nmi - ncmi)).T.contiguous()

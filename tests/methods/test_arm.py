@@ -343,3 +343,30 @@ def test_a_batch_that_is_not_finite_is_no_collapsed_one() -> None:
     arm = ARM(8)
     assert arm(features, *others).weights.isnan().any()
     assert arm.average_weight == 0
+
+
+def test_a_wrong_prediction_counts_nothing_with_the_gate(cell: Cell) -> None:
+    """P_m = p_c·nmi_m + p_m·(…): without p_m the first term is left, without p_c the second."""
+    _, _, logits, fused_logits, labels = batch(cell)
+    given = {n: z.clone() for n, z in logits.items()}
+    rows = torch.arange(len(labels), device=cell.device)
+    for z in (*given.values(), fused_logits):
+        z[rows, labels] = 5.0  # all are right
+    keywords = {"conditional_bins": 10, "backend": cell.backend}
+    plain = mmfuse.sample_contributions(given, fused_logits, labels, **keywords)
+    right = mmfuse.sample_contributions(given, fused_logits, labels, gate=True, **keywords)
+    assert torch.equal(right, plain)
+    # The labels change no information: only the probabilities depend on them.
+    other = (labels + 1) % 4
+    wrong = mmfuse.sample_contributions(given, fused_logits, other, gate=True, **keywords)
+    assert torch.equal(wrong, torch.zeros_like(plain))
+    given["audio"][0, labels[0]] = -5.0
+    one = mmfuse.sample_contributions(given, fused_logits, labels, gate=True, **keywords)
+    ungated = mmfuse.sample_contributions(given, fused_logits, labels, **keywords)
+    assert torch.equal(one[1:], ungated[1:])
+    values, c = given["audio"][0].cpu(), fused_logits[0].cpu()
+    nmi = ops.mutual_information(values, c, 30, backend="reference").nmi
+    first = c.double().softmax(0)[labels[0].cpu()] * nmi
+    # The single quantity is float32 here.
+    torch.testing.assert_close(one[0, 0].cpu(), first, rtol=1e-6, atol=1e-7)
+    assert one[0, 1] == ungated[0, 1]

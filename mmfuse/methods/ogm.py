@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,10 +42,13 @@ from ..loop.ranks import Group, Observed
 from ..noise import NoiseStream, default_stream
 from ..ops.modulation_factors import Formula, check_strength, factors_of_checked
 
+Release = Literal["cvpr", "tpami"]
 Noise = bool | Callable[[Tensor], Tensor]
 
 # The released code adds this to the standard deviation of the noise.
 _STD_EPS = 1e-8
+# First and last epoch in which each release acts.
+_EPOCHS = {"cvpr": (0, 50), "tpami": (6, 60)}
 # A number to PyTorch's kernels, wherever the other operand is.
 _ONE = torch.tensor(1.0, dtype=torch.float32)
 
@@ -187,15 +190,32 @@ class OGM(GradientMethod):
         alpha: float = 0.8,
         noise: Noise = True,
         formula: Formula = "cvpr",
+        release: Release = "cvpr",
         **common: Unpack[Common],
     ) -> OGM:
-        """What the authors' CVPR 2022 code runs on CREMA-D, to reproduce its tables.
+        """What the authors' code runs on CREMA-D, to reproduce its tables.
 
-        CVPR Eq. 10, four-dimensional weights only, epochs 0 to 50 inclusive. With
+        CVPR Eq. 10, in both releases, four-dimensional weights only. With
         ``noise=torch.randn_like`` the noise comes from PyTorch's generator, tensor by tensor, as it
         does there.
+
+        Args:
+            encoders: As in `OGM`.
+            alpha: As in `OGM`.
+            noise: As in `OGM`.
+            formula: As in `OGM`.
+            release: "cvpr" acts in epochs 0 to 50 inclusive; "tpami", of
+                GeWu-Lab/BML_TPAMI2024 at 4b3aa4f, in epochs 6 to 60.
+            **common: As in `OGM`.
+
+        Raises:
+            TypeError: as `OGM`.
+            ValueError: as `OGM`, or there is no such release.
         """
-        settings: Common = {"select": "conv", "starts": 0, "ends": 50}
+        if release not in _EPOCHS:
+            raise ValueError(f"release must be 'cvpr' or 'tpami', got {release!r}")
+        starts, ends = _EPOCHS[release]
+        settings: Common = {"select": "conv", "starts": starts, "ends": ends}
         settings.update(common)
         return cls(encoders, alpha=alpha, noise=noise, formula=formula, **settings)
 

@@ -73,15 +73,13 @@ def replay(name: str, *, forced: bool, **options: bool) -> Replay:
         noise = iter(
             z for parts in zip(*golden.starting_with("noise.").values(), strict=True) for z in parts
         )
-        ogm = mmfuse.OGM(
+        ogm = mmfuse.OGM.official(
             model.encoders,
             alpha=golden.hp("alpha"),
             noise=lambda grad: next(noise),
-            formula="cvpr",
-            select="conv",
-            starts=opm.starts,
-            ends=int(golden.hp("ogm_last_epoch")),
+            release="tpami",
         )
+        assert (ogm.starts, ogm.ends) == (opm.starts, golden.hp("ogm_last_epoch"))
     run = Replay(golden, model, adamw(golden, model), forced)
     for t in run.steps():
         epoch = int(golden["epoch"][t])

@@ -172,6 +172,15 @@ def test_official_settings() -> None:
     ogm = OGM.official(AudioVisual().encoders)
     assert (ogm.rule.formula, ogm.rule.alpha, ogm.starts, ogm.ends) == ("cvpr", 0.8, 0, 50)
     assert [p.dim() for p in ogm.modalities.parameters] == [4] * 4
+    later = OGM.official(AudioVisual().encoders, release="tpami", alpha=0.1, ends=None)
+    assert (later.rule.formula, later.rule.alpha, later.starts, later.ends) == (
+        "cvpr",
+        0.1,
+        6,
+        None,
+    )
+    with pytest.raises(ValueError, match="release must be 'cvpr' or 'tpami', got 'iccv'"):
+        OGM.official(AudioVisual().encoders, release="iccv")
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

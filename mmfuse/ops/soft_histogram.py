@@ -85,9 +85,12 @@ def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = Non
 
 
 def _range_of(x: Tensor) -> Tensor:
-    """[P, 2] ends of each row's range; constant rows are widened by 0.5, or what counts at all."""
+    """[P, 2] ends of each row's range; constant rows are at the first of the bins' centres.
+
+    In the middle of a widened range they would lie between two centres, for an even number of bins,
+    and have the entropy ln 2 of two values.
+    """
     # PyTorch 2.11 has no gradient for aminmax.
     low, high = x.amin(dim=1), x.amax(dim=1)
     least = (low.detach().abs() * (4 * torch.finfo(x.dtype).eps)).clamp(min=0.5)
-    half = torch.where(low == high, least, 0.0)
-    return torch.stack([low - half, high + half], dim=1)
+    return torch.stack([low, high + torch.where(low == high, 2 * least, 0.0)], dim=1)

@@ -143,7 +143,7 @@ class Modalities:
         #: The registrations of parameters and modules when the encoders were last looked at.
         self.registrations = _surgery.watch()
         #: The first and the last gradient that a step has changed, and their versions then.
-        self.changed: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor], int] | None = None
+        self.changed: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, int]] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -219,14 +219,16 @@ class Modalities:
             self._check_reached(ids, waiting)
             self._waiting = waiting
         if grads and self.changed is not None:
-            first, version, last, of_last = self.changed
-            same = first() is grads[0] and last() is grads[-1]
-            if same and (version, of_last) == (grads[0]._version, grads[-1]._version):
-                raise RuntimeError(
-                    "these gradients have been changed by this method already: call step() once "
-                    "for each backward pass (of several micro-batches, observe() each and call "
-                    "step() after the last)"
-                )
+            first, last, versions = self.changed
+            ends = grads[0], grads[-1]
+            if first() is ends[0] and last() is ends[1]:
+                ends = (local_part(ends[0]), local_part(ends[1])) if self._sharded else ends
+                if (ends[0]._version, ends[1]._version) == versions:
+                    raise RuntimeError(
+                        "these gradients have been changed by this method already: call step() "
+                        "once for each backward pass (of several micro-batches, observe() each "
+                        "and call step() after the last)"
+                    )
         if not plain:
             check_writable(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
         if not plain or len(ids) < len(self.parameters):

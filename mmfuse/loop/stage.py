@@ -95,7 +95,9 @@ def take_step(
         first = modalities.parameters[active.ids[0]].grad
         last = modalities.parameters[active.ids[-1]].grad
         assert first is not None and last is not None
-        modalities.changed = ref(first), first._version, ref(last), last._version
+        # FSDP2 adds to the local part, and the version of that is what changes.
+        versions = active.grads[0]._version, active.grads[-1]._version
+        modalities.changed = ref(first), ref(last), versions
     sums = squares if squares is not None or stats is None else stats.m2
     if active.shards and sums is not None:  # another rank's part shows in the sums alone
         finite.logical_and_(sums.isfinite().all().to(device))

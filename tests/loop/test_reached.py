@@ -8,7 +8,10 @@ from typing import Any
 import pytest
 import torch
 from balancing import LOGITS_ONLY
+from ranks import ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import mmfuse
 from mmfuse import METHODS, GradientMethod
@@ -186,3 +189,26 @@ def test_mmpareto_with_a_loss_that_does_not_reach_an_encoder() -> None:
     logits = model()
     losses = {name: z.square().sum() for name, z in logits.items()}
     assert method.backward(sum(z.sum() for z in logits.values()), unimodal_losses=losses).finite
+
+
+def _sharded_steps(rank: int) -> list[str]:
+    """A second step on the same gradients, on ones that a backward pass has added to, and again."""
+    model = Model()
+    for net in model.encoders.values():
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+    method = made("OGM", model, stream=mmfuse.NoiseStream(1))
+    found = []
+    for again in (False, True, False):
+        if not again:
+            logits = backward(model)
+        try:
+            method.step(logits, LABELS)
+            found.append("")
+        except RuntimeError as error:
+            found.append(str(error)[:40])
+    return found
+
+
+def test_of_sharded_parameters() -> None:
+    for found in ranks(2).run(_sharded_steps):
+        assert found == ["", "these gradients have been changed by thi", ""]

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
@@ -89,7 +89,7 @@ class ARMRule:
         return modality_weights(contributions.clamp(min=_LEAST))
 
 
-class ARM(EpochWindowModule, nn.Module):
+class ARM(EpochWindowModule):
     """ARM, between the encoders and the head.
 
     ::

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from .._numbers import whole
+from .ranks import Group
 from .state import MODULE_FORMAT, check_format, refuse_format
 
 
@@ -24,6 +26,7 @@ class EpochWindow:
     _warned: bool
     # `modulating` in this epoch: a compiled step that read the epoch would be compiled in each.
     _acting: bool
+    process_group: Group
 
     def _set_window(self, starts: int, ends: int | None) -> None:
         """Begins in epoch 0.
@@ -61,6 +64,32 @@ class EpochWindow:
     def begin(self) -> None:
         """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number."""
         self._go_to(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of it all but the process group, which is shared.
+
+        Copied together with the model, as in ``copy.deepcopy((model, method))``, it is a method on
+        the copied parameters.
+        """
+        memo[id(self.process_group)] = self.process_group
+        made: Any = type(self).__new__(type(self))
+        memo[id(self)] = made
+        state: Any = super().__reduce_ex__(4)[2]
+        made.__dict__.update(copy.deepcopy(state, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """For pickle, together with the model.
+
+        Raises:
+            TypeError: there is a process group.
+        """
+        if self.process_group not in (None, False):
+            raise TypeError(
+                f"a process_group is of its process, so that this {type(self).__name__} cannot be "
+                "pickled: save its state_dict(), or make it with process_group=None (all ranks)"
+            )
+        return super().__reduce_ex__(protocol)
 
     def _check_told(self, method: str, needed: bool = False) -> None:
         """Warns once where a window was given, but no epoch.

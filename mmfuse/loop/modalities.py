@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -134,13 +134,24 @@ class Modalities:
                     f"none selected by select={select!r}"
                 )
         self._owner = tuple(self.modality)
-        self._keys = dict.fromkeys(self.names).keys()
-        self._places: dict[int, Shard | None] = {}
+        self._keys = frozenset(self.names)
         self._sharded = any(map(is_dtensor, self.parameters))
         # Those that had no gradient in the last step though they require one.
         self._waiting: list[int] = []
+        self._forget_places()
+
+    def _forget_places(self) -> None:
+        self._places: dict[int, Shard | None] = {}
         #: The first and the last gradient that a step has changed, and their versions then.
         self.changed: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor], int] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known of these very tensors: a copy has others."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("changed", "_places")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget_places()
 
     @property
     def device(self) -> torch.device:

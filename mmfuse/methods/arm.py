@@ -234,7 +234,7 @@ class ARM(EpochWindowModule):
                 nmi, ncmi, scores = seen.split([len(names), len(names), len(names) + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
             weights = self.rule.weights(contributions)
-            if self.training and not self.modulating:
+            if self.training and not self._acting:
                 weights = torch.ones_like(weights)
             # A checkpointed forward pass is repeated in the backward pass; it counts once.
             if self.training and not in_backward():

@@ -259,7 +259,7 @@ class OPM(EpochWindowModule):
         scores, ratios = self._sense(given)
         current = drop_probabilities(ratios, self.rule.q_base, self.rule.lam).to(self.q)
         q = current.detach() if self.rule.same_step else self.q.clone()
-        q = q if self.modulating else torch.zeros_like(q)
+        q = q if self._acting else torch.zeros_like(q)
         result = self.rule.drop(self, given._replace(scores=scores), q)
         self.q.copy_(current.detach())
         self.noise_state[1].add_(1)

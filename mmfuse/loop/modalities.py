@@ -88,8 +88,8 @@ class Modalities:
         logits_names: Errors call each modality's logits so.
 
     Raises:
-        TypeError: an encoder is neither a module nor an iterable of tensors, or a parameter is
-            integer, complex or sparse.
+        TypeError: an encoder is neither a module nor an iterable of tensors, or a selected
+            parameter is integer, complex or sparse, and not frozen.
         ValueError: fewer than two modalities, a modality without parameters, or a parameter that
             belongs to two.
     """
@@ -121,17 +121,17 @@ class Modalities:
                         "a parameter can belong to one modality only"
                     )
                 owner[id(parameter)] = label
-                reason = why_unsupported(parameter)
-                if reason is not None:
-                    raise TypeError(f"{label} {reason}")
-                if keep(parameter):
+                if self._takes(parameter):
+                    reason = why_unsupported(parameter)
+                    if reason is not None:
+                        raise TypeError(f"{label} {reason}")
                     self.parameters.append(parameter)
                     self.parameter_names.append(label)
                     self.modality.append(m)
             if len(self.parameters) == before:
                 raise ValueError(
                     f"encoders[{name!r}] has no parameter to modulate: {len(found)} found, "
-                    f"none selected by select={select!r}"
+                    f"none selected by select={select!r} that can get a gradient"
                 )
         self._owner = tuple(self.modality)
         self._keys = frozenset(self.names)
@@ -152,6 +152,11 @@ class Modalities:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget_places()
+
+    def _takes(self, parameter: Tensor) -> bool:
+        """Whether it takes part: not if it is frozen and quantised, since it gets no gradient."""
+        able = parameter.requires_grad or why_unsupported(parameter) is None
+        return able and self._keep(parameter)
 
     @property
     def device(self) -> torch.device:
@@ -177,7 +182,7 @@ class Modalities:
             known = {id(p) for _, p in labels}
             found = named_parameters(name, self._modules[name])
             present = {id(p) for _, p in found}
-            added = [label for label, p in found if self._keep(p) and id(p) not in known]
+            added = [label for label, p in found if self._takes(p) and id(p) not in known]
             gone = [label for label, p in labels if id(p) not in present]
             for what, changed in (("new", added), ("gone", gone)):
                 if changed:

@@ -12,7 +12,6 @@ Encoder = nn.Module | Iterable[Tensor]
 Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
 
 
-
 def _all(parameter: Tensor) -> bool:
     return True
 

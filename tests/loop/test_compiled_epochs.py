@@ -43,7 +43,9 @@ def seen(model: AudioVisual, method: Any, data: tuple[Tensor, ...]) -> dict[str,
 
 
 @pytest.mark.parametrize(
-    "window", [pytest.param({"ends": 50}, marks=pytest.mark.slow), {"starts": 4, "ends": 12}], ids=str
+    "window",
+    [pytest.param({"ends": 50}, marks=pytest.mark.slow), {"starts": 4, "ends": 12}],
+    ids=str,
 )
 @pytest.mark.parametrize("kind", [*ON_FEATURES, *STEPPING])
 def test_a_step_is_compiled_once(kind: str, window: dict[str, int]) -> None:

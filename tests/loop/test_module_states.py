@@ -95,7 +95,12 @@ def accelerate(model: Model, other: Model, path: Path) -> None:
     reset()
 
 
-SAVED: list[Callable[[Model, Model, Path], None]] = [safetensors, torch_save, pretrained, accelerate]
+SAVED: list[Callable[[Model, Model, Path], None]] = [
+    safetensors,
+    torch_save,
+    pretrained,
+    accelerate,
+]
 
 
 @pytest.mark.parametrize("epoch", [None, 0, 3])

@@ -110,18 +110,24 @@ class Balance(Callback):
         self._log_every = log_every or 0
         self._log: ScalarLog | None = None
         self._module: LightningModule | None = None
+        # From `setup` to `teardown`; whether a finder has run in it, and not yet put back the state.
+        self._trainer: Trainer | None = None
+        self._finder = False
         # The state of a checkpoint that is read before there is a method.
         self._saved: Mapping[str, Any] | None = None
         self._fitting = False
         self._training = False
-        # Ids of the optimizers that hold encoders' parameters, of those to come in this step, and
-        # of those that are attached.
+        # Ids of the optimizers that hold encoders' parameters, and of those to come in this step.
         self._holders: frozenset[int] | None = None
         self._to_come: set[int] = set()
-        self._attached: set[int] = set()
         self._observed = False
         self._backward = False
         self._count = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is of this fit: a copy has other optimizers, and no Trainer's loggers."""
+        of_this = {"_log": None, "_holders": None, "_to_come": set(), "_trainer": None}
+        return {**self.__dict__, **of_this, "_fitting": False, "_training": False}
 
     @property
     def state_key(self) -> str:
@@ -137,7 +143,8 @@ class Balance(Callback):
     ) -> None:
         """Takes in one micro-batch; for ``training_step``.
 
-        Outside of training, as where validation shares the code, nothing is done.
+        Outside of training, as where validation shares the code, and while Lightning's Tuner runs,
+        nothing is done.
 
         Args:
             logits: Name → [B, C] logits of each modality alone.
@@ -153,15 +160,26 @@ class Balance(Callback):
         if self._training:
             self.method.observe(logits, labels, features, inputs)
             self._observed = True
-        elif torch.is_grad_enabled() and not self._fitting:
+        elif torch.is_grad_enabled() and not self._tuned() and not self._fitting:
             raise RuntimeError(
                 "Balance.observe: no fit has been started with this callback; pass it on in "
                 "Trainer(callbacks=[...])"
             )
 
+    def _tuned(self) -> bool:
+        """Whether a finder runs, of the learning rate or the batch size: it has no callbacks."""
+        known = self._trainer
+        self._finder = known is not None and all(c is not self for c in known.callbacks)
+        return self._finder
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """A new run begins."""
-        self._fitting = self._training = False
+        self._fitting = self._training = self._finder = False
+        self._trainer = trainer
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The run is over."""
+        self._trainer = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the encoders and makes the method."""
@@ -184,7 +202,6 @@ class Balance(Callback):
         encoders = match_parameters(module, self._encoders)
         self.method = checked(self._make(encoders, **self._hyperparameters))
         self._module = module
-        self._attached.clear()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells the method which epoch begins."""
@@ -221,9 +238,8 @@ class Balance(Callback):
             )
         if self.method.apply_to == "update":
             for optimizer in holders:
-                if id(optimizer) not in self._attached:
+                if optimizer not in self.method._updates:
                     self.method.attach(optimizer)
-                    self._attached.add(id(optimizer))
         self._holders = frozenset(map(id, holders))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -312,7 +328,9 @@ class Balance(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken, as soon as there is a method."""
-        if self._fitting:
+        if self._finder:  # puts back what has not changed
+            self._finder = False
+        elif self._fitting:
             self.method.load_state_dict(state_dict)
         else:
             self._saved = state_dict

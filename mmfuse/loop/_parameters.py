@@ -12,11 +12,21 @@ from torch.nn.parameter import UninitializedParameter
 Encoder = nn.Module | Iterable[Tensor]
 Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
 
-_SELECTIONS: dict[str, Callable[[Tensor], bool]] = {
-    "all": lambda p: True,
-    "matrix": lambda p: p.dim() >= 2,
-    "conv": lambda p: p.dim() == 4,
-}
+
+def _all(parameter: Tensor) -> bool:
+    return True
+
+
+def _matrix(parameter: Tensor) -> bool:
+    return parameter.dim() >= 2
+
+
+def _conv(parameter: Tensor) -> bool:
+    return parameter.dim() == 4
+
+
+# Functions with names, which can be pickled.
+_SELECTIONS = {"all": _all, "matrix": _matrix, "conv": _conv}
 
 
 def selection(select: Select) -> Callable[[Tensor], bool]:

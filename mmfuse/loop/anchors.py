@@ -39,19 +39,27 @@ class Anchors:
             raise TypeError(f"anchor_dtype must be a floating dtype, got {dtype}")
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
-        #: One for each parameter of the modalities, this rank's part; empty until `take`.
+        #: One for each parameter of the modalities, this rank's part; empty until `take`. Of one
+        #: that was frozen then, [0]: it stays what it is, and is copied when it has a gradient.
         self.tensors: list[Tensor] = []
 
     @torch.no_grad()
     def take(self, parameters: Sequence[Tensor]) -> None:
         """Copies the parameters as they are now, into the memory of the last copy if it fits."""
         parts = [local_part(p.detach()) for p in parameters]
-        self._allocate(parts)
-        torch._foreach_copy_(self.tensors, parts)
+        kept = [p.requires_grad for p in parameters]
+        self._allocate(parts, kept)
+        pairs = zip(self.tensors, parts, kept, strict=True)
+        held = [(anchor, part) for anchor, part, keep in pairs if keep]
+        if held:
+            torch._foreach_copy_([anchor for anchor, _ in held], [part for _, part in held])
 
-    def _allocate(self, parts: Sequence[Tensor]) -> None:
-        empty = self.tensors or [torch.empty(0)] * len(parts)
-        self.tensors = [self._room(p, old) for p, old in zip(parts, empty, strict=True)]
+    def _allocate(self, parts: Sequence[Tensor], kept: Sequence[bool]) -> None:
+        empty = self.tensors or [_nothing(part) for part in parts]
+        self.tensors = [
+            self._room(part, old) if keep else _nothing(part)
+            for part, old, keep in zip(parts, empty, kept, strict=True)
+        ]
 
     def _room(self, parameter: Tensor, old: Tensor) -> Tensor:
         device = self.device or parameter.device
@@ -67,13 +75,16 @@ class Anchors:
         return torch.empty_like(parameter, dtype=dtype, device=device, pin_memory=pinned)
 
     def check(self, active: Active, names: Sequence[str]) -> None:
-        """Checks that the parameters still are what was copied.
+        """Checks that the parameters still are what was copied, and copies those unfrozen since.
 
         Raises:
             ValueError: one has another shape, or has moved to another device; it is named.
         """
         for i, parameter in zip(active.ids, active.params, strict=True):
             anchor = self.tensors[i]
+            if _is_nothing(anchor, parameter):
+                anchor = self.tensors[i] = self._room(parameter, anchor)
+                anchor.copy_(parameter.detach())
             if anchor.shape != parameter.shape:
                 raise ValueError(
                     f"{names[i]} had shape {list(anchor.shape)} at set_epoch and now has "
@@ -183,7 +194,12 @@ class Anchors:
         if not self.tensors:
             self.take(modalities.parameters)
         pairs = zip(self.tensors, modalities.parameters, strict=True)
-        return {"tensors": [like_shard(anchor, p) for anchor, p in pairs]}
+        return {
+            "tensors": [
+                anchor if _is_nothing(anchor, local_part(p.detach())) else like_shard(anchor, p)
+                for anchor, p in pairs
+            ]
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any], modalities: Modalities) -> None:
@@ -203,11 +219,24 @@ class Anchors:
         for name, parameter, anchor in zip(
             modalities.parameter_names, modalities.parameters, loaded, strict=True
         ):
-            if anchor.shape != parameter.shape:
+            if anchor.shape != parameter.shape and not _is_nothing(anchor, parameter):
                 raise ValueError(
                     f"the state's anchor of {name} has shape {list(anchor.shape)}, the parameter "
                     f"{list(parameter.shape)}"
                 )
-        self._allocate([local_part(p.detach()) for p in modalities.parameters])
-        for target, source, whole in zip(self.tensors, loaded, modalities.parameters, strict=True):
-            target.copy_(own_part(source, whole))
+        parts = [local_part(p.detach()) for p in modalities.parameters]
+        pairs = zip(loaded, modalities.parameters, strict=True)
+        kept = [not _is_nothing(source, whole) for source, whole in pairs]
+        self._allocate(parts, kept)
+        for i, whole in enumerate(modalities.parameters):
+            if kept[i]:
+                self.tensors[i].copy_(own_part(loaded[i], whole))
+
+
+def _nothing(part: Tensor) -> Tensor:
+    """The anchor of a frozen parameter."""
+    return torch.empty(0, device=part.device)
+
+
+def _is_nothing(anchor: Tensor, parameter: Tensor) -> bool:
+    return anchor.shape == (0,) and parameter.shape != (0,)

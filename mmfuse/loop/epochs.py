@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
+from torch import Tensor, nn
 
 from .._numbers import whole
-from .state import FORMAT, check_format
+from .ranks import Group
+from .state import MODULE_FORMAT, check_format, refuse_format
 
 
 class EpochWindow:
@@ -22,6 +24,9 @@ class EpochWindow:
     # Whether `set_epoch` has been called in this run.
     _told: bool
     _warned: bool
+    # `modulating` in this epoch: a compiled step that read the epoch would be compiled in each.
+    _acting: bool
+    process_group: Group
 
     def _set_window(self, starts: int, ends: int | None) -> None:
         """Begins in epoch 0.
@@ -34,9 +39,13 @@ class EpochWindow:
         self.ends = None if ends is None else whole("ends", ends)
         if self.ends is not None and self.ends < self.starts:
             raise ValueError(f"ends={ends} is before starts={starts}")
-        self.epoch = 0
-        self._told = False
         self._warned = False
+        self._go_to(None)
+
+    def _go_to(self, epoch: int | None) -> None:
+        """Goes to an epoch; None for none that has been told."""
+        self.epoch, self._told = epoch or 0, epoch is not None
+        self._acting = self.modulating
 
     @property
     def modulating(self) -> bool:
@@ -50,13 +59,37 @@ class EpochWindow:
             TypeError: it is no integer.
             ValueError: it is negative.
         """
-        self.epoch = whole("epoch", epoch, least=0)
-        self._told = True
+        self._go_to(whole("epoch", epoch, least=0))
 
     def begin(self) -> None:
         """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number."""
-        self.epoch = 0
-        self._told = False
+        self._go_to(None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of it all but the process group, which is shared.
+
+        Copied together with the model, as in ``copy.deepcopy((model, method))``, it is a method on
+        the copied parameters.
+        """
+        memo[id(self.process_group)] = self.process_group
+        made: Any = type(self).__new__(type(self))
+        memo[id(self)] = made
+        state: Any = super().__reduce_ex__(4)[2]
+        made.__dict__.update(copy.deepcopy(state, memo))
+        return made
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
+        """For pickle, together with the model.
+
+        Raises:
+            TypeError: there is a process group.
+        """
+        if self.process_group not in (None, False):
+            raise TypeError(
+                f"a process_group is of its process, so that this {type(self).__name__} cannot be "
+                "pickled: save its state_dict(), or make it with process_group=None (all ranks)"
+            )
+        return super().__reduce_ex__(protocol)
 
     def _check_told(self, method: str, needed: bool = False) -> None:
         """Warns once where a window was given, but no epoch.
@@ -80,10 +113,48 @@ class EpochWindow:
         )
 
 
-class EpochWindowModule(EpochWindow):
-    """The same for a `torch.nn.Module`, whose state then holds the epoch."""
+class EpochWindowModule(EpochWindow, nn.Module):
+    """The same for a module. All that outlives a step is in buffers, and so is the epoch.
+
+    The number that the host goes by is an attribute: a step that read the buffer would wait for the
+    device. `load_state_dict` sets both.
+
+    Attributes:
+        epoch_state: int64 [2]: the format's number, and the epoch.
+    """
 
     _warned_of_mode = False
+    epoch_state: Tensor
+    # First values of the buffers that do not begin at 0.
+    _first: dict[str, Tensor]
+    # Whether all ranks are known to have one stream.
+    _agreed: bool
+
+    def _set_window(self, starts: int, ends: int | None) -> None:
+        self.register_buffer("epoch_state", torch.zeros(2, dtype=torch.int64))
+        self._first = {}
+        self._agreed = False
+        super()._set_window(starts, ends)
+
+    def _begin_at(self, name: str, first: Tensor) -> None:
+        """Registers a buffer that does not begin at 0, and keeps a copy of its first value."""
+        if first.is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where it holds nothing: make the NoiseStream with "
+                'device="cpu"'
+            )
+        self._first[name] = first.clone()
+        self.register_buffer(name, first)
+
+    def _go_to(self, epoch: int | None) -> None:
+        super()._go_to(epoch)
+        for place, number in enumerate(self._state_of(epoch)):
+            self.epoch_state[place].fill_(number)
+
+    @staticmethod
+    def _state_of(epoch: int | None) -> tuple[int, int]:
+        # Twice the format and 1: an average over states, cut to integers, may be 1 too small.
+        return 2 * MODULE_FORMAT + 1, 0 if epoch is None else epoch + 1
 
     def _check_told(self, method: str, needed: bool = False) -> None:
         """Also warns, once, where training goes on without gradients, as in an evaluation."""
@@ -99,16 +170,47 @@ class EpochWindowModule(EpochWindow):
             stacklevel=4,
         )
 
-    def get_extra_state(self) -> dict[str, Any]:
-        """Format and epoch, which are no tensors: reading them must not wait for the device."""
-        return {"format": FORMAT, "epoch": self.epoch if self._told else None}
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets all buffers to what they are in a new object, but for the epoch, which stays.
 
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
+        Needed after ``to_empty``; for a module that was made on the meta device that calls it.
+        """
+        for name, buffer in self.named_buffers(recurse=False):
+            if name in self._first:
+                buffer.copy_(self._first[name])
+            else:
+                buffer.zero_()
+        self._go_to(self.epoch if self._told else None)
+        self._agreed = False
+
+    def _apply(self, *args: Any, **keywords: Any) -> Any:
+        """Fills in the buffers that a module from the meta device gets."""
+        empty = self.epoch_state.is_meta
+        super()._apply(*args, **keywords)
+        if empty and not self.epoch_state.is_meta:
+            self.reset_parameters()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **keywords: Any
+    ) -> None:
         """Goes on in the epoch in which the state was taken.
 
         Raises:
             ValueError: the state is of another format.
         """
-        check_format(type(self).__name__, state, ["epoch"])
-        epoch = state["epoch"]
-        self._told, self.epoch = epoch is not None, int(epoch or 0)
+        name, key = type(self).__name__, f"{prefix}epoch_state"
+        old = state_dict.pop(f"{prefix}_extra_state", None)
+        if old is not None:  # of format 1, in which it was no tensor
+            check_format(name, old, ["epoch"])
+            state_dict[key] = torch.tensor(self._state_of(old["epoch"]))
+        saved = state_dict.get(key)
+        fits = isinstance(saved, Tensor) and saved.shape == (2,) and not saved.is_meta
+        stamp, number = saved.tolist() if fits else self._state_of(None)
+        if stamp // 2 != MODULE_FORMAT:
+            refuse_format(name, stamp // 2, MODULE_FORMAT)
+        super()._load_from_state_dict(state_dict, prefix, *args, **keywords)
+        if fits:
+            self._go_to(number - 1 if number else None)
+        self._agreed = False

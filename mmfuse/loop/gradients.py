@@ -391,6 +391,6 @@ class GradientMethod(EpochWindow):
         if stream is not None:
             self.stream.load_state_dict(state_dict["stream"])
         epoch = state_dict["epoch"]
-        self._told, self.epoch = epoch is not None, int(epoch or 0)
+        self._go_to(None if epoch is None else int(epoch))
         self._clock = Clock(self.epoch, int(state_dict["step"]))
         self._forget()

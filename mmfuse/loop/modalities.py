@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,8 +89,8 @@ class Modalities:
         logits_names: Errors call each modality's logits so.
 
     Raises:
-        TypeError: an encoder is neither a module nor an iterable of tensors, or a parameter is
-            integer, complex or sparse.
+        TypeError: an encoder is neither a module nor an iterable of tensors, or a selected
+            parameter is integer, complex or sparse, and not frozen.
         ValueError: fewer than two modalities, a modality without parameters, or a parameter that
             belongs to two.
     """
@@ -122,28 +122,45 @@ class Modalities:
                         "a parameter can belong to one modality only"
                     )
                 owner[id(parameter)] = label
-                reason = why_unsupported(parameter)
-                if reason is not None:
-                    raise TypeError(f"{label} {reason}")
-                if keep(parameter):
+                if self._takes(parameter):
+                    reason = why_unsupported(parameter)
+                    if reason is not None:
+                        raise TypeError(f"{label} {reason}")
                     self.parameters.append(parameter)
                     self.parameter_names.append(label)
                     self.modality.append(m)
             if len(self.parameters) == before:
                 raise ValueError(
                     f"encoders[{name!r}] has no parameter to modulate: {len(found)} found, "
-                    f"none selected by select={select!r}"
+                    f"none selected by select={select!r} that can get a gradient"
                 )
         self._owner = tuple(self.modality)
-        self._keys = dict.fromkeys(self.names).keys()
-        self._places: dict[int, Shard | None] = {}
+        self._keys = frozenset(self.names)
         self._sharded = any(map(is_dtensor, self.parameters))
         # Those that had no gradient in the last step though they require one.
         self._waiting: list[int] = []
         #: The registrations of parameters and modules when the encoders were last looked at.
         self.registrations = _surgery.watch()
+        self._forget_places()
+
+    def _forget_places(self) -> None:
+        self._places: dict[int, Shard | None] = {}
         #: The first and the last gradient that a step has changed, and their versions then.
         self.changed: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, int]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is known of these very tensors: a copy has others."""
+        return {k: v for k, v in self.__dict__.items() if k not in ("changed", "_places")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.registrations = _surgery.watch()  # another process counts its own
+        self._forget_places()
+
+    def _takes(self, parameter: Tensor) -> bool:
+        """Whether it takes part: not if it is frozen and quantised, since it gets no gradient."""
+        able = parameter.requires_grad or why_unsupported(parameter) is None
+        return able and self._keep(parameter)
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +187,7 @@ class Modalities:
             known = {id(p) for _, p in labels}
             found = named_parameters(name, self._modules[name])
             present = {id(p) for _, p in found}
-            added = [label for label, p in found if self._keep(p) and id(p) not in known]
+            added = [label for label, p in found if self._takes(p) and id(p) not in known]
             gone = [label for label, p in labels if id(p) not in present]
             for what, changed in (("new", added), ("gone", gone)):
                 if changed:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops._eager import Eager
 from . import _surgery
 from .act import Second, act_on, carry_out, stats_of
-from .contract import Act, Decision, Sensed, Tensors
+from .contract import Act, Clock, Decision, Sensed, Tensors
 from .modalities import Active
 from .ranks import NOTHING, Observed, agree, several
 from .shards import local_part
@@ -59,7 +59,7 @@ def take_step(
     if active is None:
         return _postpone(method, seen)
     rule, need, state, stream = method.rule, method._need, method._state, method.stream
-    acting = method.modulating
+    acting = method._acting
     device = active.grads[0].device if active.grads else modalities.device
     finite = torch.ones((), dtype=torch.bool, device=device)
     second = method.anchors if unimodal is None else _second(active, unimodal)
@@ -111,7 +111,8 @@ def take_step(
     if squares is not None:
         state.set(rule.settle(state, squares.to(state.device), tensors), counts)
     if need.draws:  # a number that changed in every step would have every step compiled anew
-        method._clock = method._clock._replace(step=method._clock.step + 1)
+        clock = method._clock
+        method._clock = Clock(clock.epoch, clock.step + 1)
     if drawn or need.draws:
         stream.advance(counts)
     return rule.result(*decision.report, finite=finite)
@@ -141,13 +142,13 @@ def _postpone(method: GradientMethod, seen: Observed) -> Any:
     """Decides about updates that are to come."""
     device, count = method.modalities.device, len(method.modalities.names)
     tensors = Tensors((), count, device, None, None, method.backend)
-    if method.modulating:
+    if method._acting:
         decision = method.rule.decide(method._state, seen, tensors, method._clock)
     else:
         decision = _idle(method, seen, tensors)
     method._state.set(decision.state)
     finite = torch.ones((), dtype=torch.bool, device=device)
-    stream = method.stream if method._need.noise is not None and method.modulating else None
+    stream = method.stream if method._need.noise is not None and method._acting else None
     if stream is not None:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from ..noise import NoiseStream, saved_state
 
 #: Of what `state_dict` returns; a state of another format is refused.
 FORMAT = 1
+#: Of the state of a method that is a module, whose entries are tensors. It reads format 1, too.
+MODULE_FORMAT = 2
 
 
 class State(dict[str, Tensor]):
@@ -78,15 +80,20 @@ def check_format(method: str, saved: Mapping[str, Any], entries: Sequence[str]) 
     """
     found = saved.get("format")
     if found != FORMAT:
-        kind = "has no format number" if found is None else f"has format {found}"
-        raise ValueError(
-            f"the state of {method} {kind}, but this version of mmfuse reads format {FORMAT}: it "
-            "was saved by another version, which has to be installed to go on with it"
-        )
+        refuse_format(method, found, FORMAT)
     named = saved.get("method", method)
     if named != method:
         raise ValueError(f"this is the state of {named}, not of {method}")
     _check_entries(method, saved, entries)
+
+
+def refuse_format(method: str, found: object, known: int) -> NoReturn:
+    """Raises a ValueError for a state of a format that is not the known one."""
+    kind = "has no format number" if found is None else f"has format {found}"
+    raise ValueError(
+        f"the state of {method} {kind}, but this version of mmfuse reads format {known}: it was "
+        "saved by another version, which has to be installed to go on with it"
+    )
 
 
 def saved_method(

@@ -72,10 +72,21 @@ class ScaledUpdates:
         self._before: dict[int, Tensor] = {}
         if not self._held().ids:
             raise ValueError(f"this {kind} has no parameter of the encoders")
+        self._register()
+
+    def _register(self) -> None:
         self._hooks = [
-            optimizer.register_step_pre_hook(self._copy),
-            optimizer.register_step_post_hook(self._scale),
+            self.optimizer.register_step_pre_hook(self._copy),
+            self.optimizer.register_step_post_hook(self._scale),
         ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the hooks, which an optimizer's copy does not have, nor the step's copies."""
+        return {**self.__dict__, "_hooks": [], "_before": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._register()
 
     def remove(self) -> None:
         """Leaves the optimizer alone from now on."""
@@ -164,9 +175,13 @@ class AttachedOptimizers:
         """How many there are."""
         return len(self._known)
 
+    def __contains__(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it is one of them."""
+        return any(known.optimizer is optimizer for known in self._known)
+
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Scales this optimizer's updates from now on; see `GradientMethod.attach`."""
-        if any(known.optimizer is optimizer for known in self._known):
+        if optimizer in self:
             raise ValueError(f"this {type(optimizer).__name__} is attached already")
         made = ScaledUpdates(self.method, self.modalities, optimizer, self.backend)
         self._known.append(made)

@@ -31,7 +31,7 @@ class OPMReleased(OPMRule):
     def drop(self, opm: OPM, given: Given, q: Tensor) -> OPMResult:
         """In a share of the steps; what is left is divided by 1 − θ, samples without any go."""
         q = self._executed(opm, q)
-        if self.theta_gradient and opm.modulating and torch.is_grad_enabled():
+        if self.theta_gradient and opm._acting and torch.is_grad_enabled():
             given = given._replace(features=self._with_theta_gradient(opm, given, q))
         with torch.no_grad():
             scale = 1 / (1 - _theta(given.features, q))

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._numbers import whole
 from ..loop.contract import Card
@@ -96,7 +96,7 @@ class ARMRule:
         return torch.where(counts, own, average), counts
 
 
-class ARM(EpochWindowModule, nn.Module):
+class ARM(EpochWindowModule):
     """ARM, between the encoders and the head.
 
     ::
@@ -236,7 +236,7 @@ class ARM(EpochWindowModule, nn.Module):
                 nmi, ncmi, scores = seen.split([len(names), len(names), len(names) + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
             weights, counts = self.rule.weights(contributions, self._average())
-            if self.training and not self.modulating:
+            if self.training and not self._acting:
                 weights = torch.ones_like(weights)
             # A checkpointed forward pass is repeated in the backward pass; it counts once.
             if self.training and not in_backward():

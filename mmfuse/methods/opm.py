@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._numbers import whole
 from ..loop.contract import Card
@@ -104,7 +104,7 @@ class OPMRule:
         return opm.drop(given, q)
 
 
-class OPM(EpochWindowModule, nn.Module):
+class OPM(EpochWindowModule):
     """OPM, between the encoders and the fusion.
 
     ::
@@ -171,9 +171,12 @@ class OPM(EpochWindowModule, nn.Module):
         self.num_modalities = whole("num_modalities", num_modalities, least=2)
         self.process_group = check_group(process_group)
         self.backend = backend
-        self._agreed = False
         self.register_buffer("q", torch.zeros(num_modalities, dtype=torch.float32))
-        self.register_buffer("noise_state", (stream or NoiseStream(name=f"OPM/{name}")).state)
+        # On the CPU also within `torch.device("meta")`, where it would not be known later.
+        first = stream or NoiseStream(device="cpu", name=f"OPM/{name}")
+        self._begin_at("noise_state", first.state)
+        if stream is None:
+            self.noise_state = self.noise_state.to(self.q.device)
 
     @classmethod
     def official(
@@ -256,7 +259,7 @@ class OPM(EpochWindowModule, nn.Module):
         scores, ratios = self._sense(given)
         current = drop_probabilities(ratios, self.rule.q_base, self.rule.lam).to(self.q)
         q = current.detach() if self.rule.same_step else self.q.clone()
-        q = q if self.modulating else torch.zeros_like(q)
+        q = q if self._acting else torch.zeros_like(q)
         result = self.rule.drop(self, given._replace(scores=scores), q)
         self.q.copy_(current.detach())
         self.noise_state[1].add_(1)
@@ -289,11 +292,6 @@ class OPM(EpochWindowModule, nn.Module):
         out = named_drop(labels, given.features, q, placed, scale, self.backend)
         kept = dict(zip(given.names, out.features, strict=True))
         return OPMResult(kept, out.keep, q, None, None)
-
-    def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on in the epoch in which the state was taken."""
-        super().set_extra_state(state)
-        self._agreed = False
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""

@@ -54,7 +54,8 @@ class _ScaleGrad(torch.autograd.Function):
         ctx.save_for_backward(coefficient, noise_std, noise_state)
         ctx.place = (noise_id, noise_offset)
         ctx.backend = backend
-        return x.view_as(x)
+        # A copy: autograd refuses to have a view that a function returns changed in place.
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -91,7 +92,7 @@ def scale_grad(
         backend: Name of a backend; None for the best one.
 
     Returns:
-        A view of x. It is not differentiable in the coefficient.
+        A copy of x, which may be changed in place. It is not differentiable in the coefficient.
 
     Raises:
         TypeError: x is sparse, integer or complex, or a coefficient is not a floating tensor.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import MAKERS, TWO_GRADIENTS, Make, acted, needed
+from balancing import ACTING, MAKERS, TWO_GRADIENTS, Make, acted, needed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.tuner import Tuner
 from networks import AudioVisual, batch
 from torch import Tensor, nn
 
@@ -389,6 +391,100 @@ def test_a_second_fit_of_the_same_epoch_takes_new_anchors(tmp_path: Path) -> Non
         pairs = zip(balance.method.anchors.tensors, before, strict=False)
         assert all(torch.equal(anchor, parameter) for anchor, parameter in pairs)
     assert (balance.method._state["epochs"], balance.method._state["steps"]) == (1, STEPS)
+
+
+class Copying(Callback):
+    """Copies the module in the middle of a fit, as averages of weights do."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Module, *args: Any) -> None:
+        self.copied = copy.deepcopy(pl_module)
+
+
+@pytest.mark.parametrize("how", ["during", "deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_module_with_its_callback_can_be_copied(tmp_path: Path, name: str, how: str) -> None:
+    data, copying = Batches(), Copying()
+    logger = CSVLogger(tmp_path)
+    balance = Balance(mmfuse.METHODS[name], ENCODERS, log_every=1, **ACTING.get(name, {}))
+    module = fit(tmp_path, AudioVisual(), data, balance, copying, max_epochs=2, logger=logger)
+    if how == "during":
+        other = copying.copied
+    elif how == "torch.save":
+        torch.save(module, tmp_path / "module.pt")
+        other = torch.load(tmp_path / "module.pt", weights_only=False)
+    else:
+        other = copy.deepcopy(module) if how == "deepcopy" else pickle.loads(pickle.dumps(module))
+    for each in (module, other):
+        each.results = []
+        trainer(tmp_path, each.balance, max_epochs=2).fit(each, data)
+    mine = {id(p) for p in other.parameters()}
+    assert all(id(p) in mine for p in other.balance.method.modalities.parameters)
+    assert_same_training(module, other.net, other.balance.method)
+
+
+def test_a_second_fit_in_a_spawned_process(tmp_path: Path) -> None:
+    """The method that the first has made is pickled on the way there."""
+    data = Batches()
+    module = fit(tmp_path, AudioVisual(), data, Balance(mmfuse.OGM, ENCODERS), max_epochs=1)
+    other = copy.deepcopy(module)
+    trainer(tmp_path, other.balance, max_epochs=1).fit(other, data)
+    options = {"max_epochs": 1, "strategy": "ddp_spawn"}
+    trainer(tmp_path, module.balance, **options).fit(module, data)
+    for p, q in zip(module.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+class Tuned(Module):
+    """What the finders of Lightning's Tuner change."""
+
+    lr = 0.05
+    batch_size = 2
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    def train_dataloader(self) -> Any:
+        rows = [tuple(part[0] for part in batch()) for _ in range(8)]
+        return torch.utils.data.DataLoader(rows, batch_size=self.batch_size)
+
+
+def find_rate(tuner: Tuner, module: Tuned) -> None:
+    assert tuner.lr_find(module, num_training=4, update_attr=False, early_stop_threshold=None)
+
+
+def find_size(tuner: Tuner, module: Tuned) -> None:
+    assert tuner.scale_batch_size(module, mode="power", max_trials=1, steps_per_trial=1)
+    module.batch_size = 2
+
+
+@pytest.mark.filterwarnings("ignore:.*Your `IterableDataset` has `__len__`")
+@pytest.mark.parametrize("fitted", [False, True])
+@pytest.mark.parametrize("find", [find_rate, find_size])
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_tuner_is_left_alone(
+    tmp_path: Path, name: str, find: Callable[..., None], fitted: bool
+) -> None:
+    """It fits without callbacks; the training after it is the one without it."""
+    options = {"max_epochs": 1, "log_every_n_steps": 1}
+    trained = []
+    for tune in (True, False):
+        torch.manual_seed(0)
+        balance = Balance(MAKERS[name], ENCODERS)
+        module = Tuned(AudioVisual(), balance)
+        if fitted:
+            trainer(tmp_path, balance, **options).fit(module)
+        if tune:
+            before = None if balance.method is None else copy.deepcopy(balance.method.state_dict())
+            with torch.random.fork_rng():
+                find(Tuner(trainer(tmp_path, balance, **options)), module)
+            if before is not None:
+                assert_same(balance.method.state_dict(), before)
+        module.results.clear()
+        torch.manual_seed(1)
+        trainer(tmp_path, balance, **options).fit(module)
+        assert module.results and module.results[0] is not None
+        trained.append(module)
+    assert_same_training(trained[0], trained[1].net, trained[1].balance.method)
 
 
 class Manual(Module):

@@ -19,6 +19,7 @@ from balancing import MAKERS, ON_FEATURES, TWO_GRADIENTS, Make, inforeg, maker, 
 from balancing import make as make_method
 from networks import AudioVisual
 from ranks import ranks
+from states import differences
 from torch import Tensor, nn
 
 import mmfuse
@@ -331,6 +332,28 @@ def test_a_method_in_the_model_hears_of_the_epochs(kind: str, tmp_path: Path) ->
     model = Within()
     InOrder(model, arguments(tmp_path, num_train_epochs=2), train_dataset=samples()).train()
     assert model.epochs == [0] * 5 + [1] * 5
+
+
+@pytest.mark.parametrize("kind", ON_FEATURES)
+def test_a_checkpoint_holds_the_method_in_the_model(kind: str, tmp_path: Path) -> None:
+    class Within(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.within = make_method(kind, {}, starts=1)
+
+    def trainer(model: nn.Module) -> BalancedTrainer:
+        settings = arguments(tmp_path, num_train_epochs=2, save_strategy="epoch")
+        return InOrder(model, settings, train_dataset=samples())
+
+    model, other = Within(), Within()
+    trainer(model).train()
+    (first, last) = sorted(tmp_path.glob("checkpoint-*"), key=lambda p: int(p.name[11:]))
+    trainer(other).train(resume_from_checkpoint=str(first))
+    assert other.within.epoch == model.within.epoch == 1
+    again = Within()
+    trainer(again)._load_from_checkpoint(str(last))
+    assert again.within.epoch == 1
+    assert differences(dict(again.state_dict()), dict(model.state_dict())) == []
 
 
 @pytest.mark.parametrize(

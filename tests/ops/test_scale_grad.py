@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import tolerances
 import torch
@@ -118,3 +120,51 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(error, match=match):
             ops.scale_grad(*arguments, **keywords)
+
+
+def relu(y: Tensor) -> Tensor:
+    return y.relu_()
+
+
+def add(y: Tensor) -> Tensor:
+    y += 2.0
+    return y
+
+
+def assign(y: Tensor) -> Tensor:
+    y[1:] = 3.0
+    return y
+
+
+@pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
+@pytest.mark.parametrize("change", [relu, add, assign])
+def test_the_result_may_be_changed_in_place(cell: Cell, change: Any, noisy: bool) -> None:
+    """As after `register_hook`; x itself stays as it is, for those that look at it later."""
+    leaf = torch.randn(4, 6, device=cell.device, requires_grad=True)
+    half = torch.tensor(0.5, device=cell.device)
+    stream = NoiseStream(3, cell.device)
+    options = {"noise_std": half, "stream": stream} if noisy else {}
+    incoming = torch.randn(4, 6, device=cell.device)
+    grads = []
+    for in_place in (True, False):
+        x = leaf * 3.0
+        y = ops.scale_grad(x, half, backend=cell.backend, **options)
+        out = change(y if in_place else y.clone())
+        assert torch.equal(x, leaf * 3.0)
+        (out * incoming).sum().backward()
+        grads.append(leaf.grad)
+        leaf.grad = None
+    assert torch.equal(*grads)
+    assert bool(grads[0].any())
+
+
+def test_it_may_be_changed_in_place_when_compiled() -> None:
+    def loss(x: Tensor) -> Tensor:
+        return relu(ops.scale_grad(x * 2.0, torch.tensor(0.5))).sum()
+
+    grads = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = torch.tensor([1.0, -1.0, 2.0], requires_grad=True)
+        function(x).backward()
+        grads.append(x.grad.tolist())
+    assert grads == [[1.0, 0.0, 1.0]] * 2

@@ -110,8 +110,8 @@ class Balance(Callback):
         self._log_every = log_every or 0
         self._log: ScalarLog | None = None
         self._module: LightningModule | None = None
-        # From `setup` to `teardown`; whether a finder has run in it, and not yet put back the state.
-        self._trainer: Trainer | None = None
+        # From `setup` to `teardown`; and if a finder has run, and has not yet put back the state.
+        self._trainer: Any = None
         self._finder = False
         # The state of a checkpoint that is read before there is a method.
         self._saved: Mapping[str, Any] | None = None
@@ -126,7 +126,12 @@ class Balance(Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is of this fit: a copy has other optimizers, and no Trainer's loggers."""
-        of_this = {"_log": None, "_holders": None, "_to_come": set(), "_trainer": None}
+        of_this: dict[str, Any] = {
+            "_log": None,
+            "_holders": None,
+            "_to_come": set(),
+            "_trainer": None,
+        }
         return {**self.__dict__, **of_this, "_fitting": False, "_training": False}
 
     @property

@@ -206,8 +206,10 @@ class EpochWindowModule(EpochWindow, nn.Module):
             check_format(name, old, ["epoch"])
             state_dict[key] = torch.tensor(self._state_of(old["epoch"]))
         saved = state_dict.get(key)
+        stamp, number = self._state_of(None)
         fits = isinstance(saved, Tensor) and saved.shape == (2,) and not saved.is_meta
-        stamp, number = saved.tolist() if fits else self._state_of(None)
+        if isinstance(saved, Tensor) and fits:
+            stamp, number = saved.tolist()
         if stamp // 2 != MODULE_FORMAT:
             refuse_format(name, stamp // 2, MODULE_FORMAT)
         super()._load_from_state_dict(state_dict, prefix, *args, **keywords)

@@ -40,10 +40,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(backend: str, ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-    return _backward_op.overloads[backend](grad, *ctx.saved_tensors)
+    return _backward_op(backend, grad.device, grad, *ctx.saved_tensors)
 
 
 _op.register_autograd(_backward, _setup_context)
+_backward_op.register_no_second_derivative()
 
 
 def info_nce(

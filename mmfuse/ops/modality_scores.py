@@ -56,12 +56,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(backend: str, ctx: Any, grad_prob: Tensor, grad_log_prob: Tensor) -> Any:
     labels, *logits = ctx.saved_tensors
-    overload = _backward_op.overloads[backend]
-    grads = overload(grad_prob.contiguous(), grad_log_prob.contiguous(), logits, labels)
-    return grads, None
+    both = grad_prob.contiguous(), grad_log_prob.contiguous()
+    return _backward_op(backend, labels.device, *both, logits, labels), None
 
 
 _op.register_autograd(_backward, _setup_context)
+_backward_op.register_no_second_derivative()
 
 
 def modality_scores(

@@ -219,7 +219,7 @@ class Op:
             return differentiable_call(overload, args, *self._formula, chosen)
         # Past the autograd key, whose Python kernel costs more than a small op does.
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args)
+            return overload._op(*args)
 
 
 OPS: dict[str, Op] = {}

@@ -74,8 +74,8 @@ def info_nce(
         backend: Name of a backend; None for the best one.
 
     Returns:
-        0-d, in nats; float64 for float64, otherwise float32. Differentiable in a, b and the
-        temperature. NaN if a similarity is.
+        0-d, in nats; float64 for float64, otherwise float32. Differentiable once, in a, b and
+        the temperature. NaN if a similarity is.
 
     Raises:
         TypeError: a or b is sparse, integer or complex.

@@ -76,7 +76,7 @@ def modality_scores(
 
     prob is the score S_m of OGM-GE (Peng et al., CVPR 2022, Eq. 8) divided by the batch size, which
     leaves every ratio as it is; log_prob is the performance of InfoReg (CVPR 2025, Eq. 8).
-    Differentiable in the logits.
+    Differentiable in the logits, once.
 
     Args:
         logits: M tensors [B, C]; float16, bfloat16, float32 or float64. C may differ.

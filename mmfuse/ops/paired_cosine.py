@@ -46,7 +46,7 @@ def paired_cosine(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor
     """Mean over the rows of cos(a_i, b_i), without the B × B product of all rows with all rows.
 
     One read of both; the released code of RedReg multiplies every row with every row and takes
-    the diagonal. Differentiable, in one read and one write more.
+    the diagonal. Differentiable once, in one read and one write more.
 
     Equivalent to ``(F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1).mean()``.
 

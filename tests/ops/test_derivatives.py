@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -353,29 +354,48 @@ def test_an_update_in_place_leaves_no_stale_derivative(cell: Cell) -> None:
         assert grad.tolist() == [1.0] * 5
 
 
-def test_opm_goes_through_a_gradient_penalty(cell: Cell) -> None:
-    """What OPM drops in a step is a constant of that step."""
+OPMS = {
+    "paper": mmfuse.OPM,
+    "released": partial(mmfuse.OPM.official, p_exe=1.0, starts=0, theta_gradient=False),
+    "theta": partial(mmfuse.OPM.official, p_exe=1.0, starts=0),
+}
+
+
+@pytest.mark.parametrize("made", OPMS)
+def test_opm_goes_through_a_gradient_penalty(cell: Cell, made: str) -> None:
+    """What OPM drops in a step is a constant of that step, but for theta's gradient."""
     values = features(cell)
-    opm = mmfuse.OPM(stream=NoiseStream(5, cell.device), backend=cell.backend).to(cell.device)
-    opm.q.copy_(torch.tensor([0.5, 0.4]))
+    opm = OPMS[made](stream=NoiseStream(5, cell.device), backend=cell.backend)
+    opm.to(cell.device, torch.float64).q.copy_(torch.tensor([0.5, 0.4]))
     state = {name: value.clone() for name, value in opm.named_buffers()}
     labels = torch.arange(ROWS, device=cell.device) % CLASSES
-    keep: list[Tensor] = []
+    last: list[tuple[Tensor, Tensor]] = []
 
     def call(a: Tensor, b: Tensor) -> Tensor:
         for name, value in state.items():
             getattr(opm, name).copy_(value)
         given = {"audio": a, "visual": b}
         found = opm(given, {name: f.tanh() for name, f in given.items()}, labels)
-        keep[:] = found.keep
+        theta = found.drop_probability.mean() if made != "paper" else torch.zeros(())
+        last[:] = [(found.keep, theta.detach())]
         return (found.features["audio"].square() * found.features["visual"].exp()).sum()
 
     def plain(a: Tensor, b: Tensor) -> Tensor:
-        left = [torch.where(k[:, None], x, 0) for k, x in zip(keep, (a, b), strict=True)]
-        return (left[0].square() * left[1].exp()).sum()
+        keep, theta = last[0]
+        left = [
+            torch.where(k[:, None], x / (1 - theta), 0) for k, x in zip(keep, (a, b), strict=True)
+        ]
+        rows = keep.any(0)
+        return (left[0].square() * left[1].exp())[rows].sum()
 
+    if made == "theta":
+        with pytest.raises(
+            RuntimeError, match=r"OPM\.official has no second .*theta_gradient=False"
+        ):
+            penalties(call, values)
+        return
     found = penalties(call, values)
-    assert not all(bool(k.all()) for k in keep)
+    assert not bool(last[0][0].all())
     close(found, penalties(plain, values))
 
 

@@ -90,8 +90,8 @@ def drop_modalities(
     """Sets modality m of each sample to zero with probability q[m]: φ ← scale·keep·φ.
 
     One read and one write of every feature, all modalities in one launch, without the host knowing
-    what was dropped. The gradient passes where the feature did, in any order (OPM: Wei et al., TPAMI
-    2024).
+    what was dropped. The gradient passes where the feature did, in any order (OPM: Wei et al.,
+    TPAMI 2024).
 
     Equivalent to, for each modality::
 

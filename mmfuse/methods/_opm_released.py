@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor
@@ -82,10 +82,26 @@ class _AddToGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(x, gradient)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return grads[0] + gradient, None
+        x, gradient = ctx.saved_tensors
+        found = grads[0] + gradient
+        return _Once.apply(found, x) if torch.is_grad_enabled() else found, None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that depends on x by more than its graph holds."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, x: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "OPM.official has no second derivative, because theta's gradient has none; "
+            "theta_gradient=False leaves it out"
+        )

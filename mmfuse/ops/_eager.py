@@ -22,7 +22,7 @@ class Eager(str):
     """
 
 
-def _tensors_in(value: object) -> Sequence[Tensor]:
+def tensors_in(value: object) -> Sequence[Tensor]:
     """The tensors of one argument or result: itself, or a list's."""
     if isinstance(value, Tensor):
         return (value,)
@@ -31,9 +31,9 @@ def _tensors_in(value: object) -> Sequence[Tensor]:
     return ()
 
 
-def _layout(values: Sequence[object]) -> list[tuple[int, bool]]:
+def layout_of(values: Sequence[object]) -> list[tuple[int, bool]]:
     """How many tensors each one has, and whether alone: a list is a list also with one."""
-    return [(len(_tensors_in(v)), isinstance(v, Tensor)) for v in values]
+    return [(len(tensors_in(v)), isinstance(v, Tensor)) for v in values]
 
 
 class _Call(torch.autograd.Function):
@@ -55,23 +55,28 @@ class _Call(torch.autograd.Function):
         setup_context(ctx, args, output)
         results.extend(output if isinstance(output, tuple) else [output])
         ctx.formula, ctx.backend = formula, backend
-        ctx.arguments, ctx.results = _layout(args), _layout(results)
-        return tuple(t for r in results for t in _tensors_in(r))
+        ctx.arguments, ctx.results = layout_of(args), layout_of(results)
+        return tuple(t for r in results for t in tensors_in(r))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        found = ctx.formula(ctx.backend, ctx, *_nested(grads, ctx.results))
-        found = found if isinstance(found, tuple) else (found,)
-        flat: list[Tensor | None] = []
-        for grad, (count, alone) in zip(found, ctx.arguments, strict=True):
-            if grad is None:
-                flat.extend([None] * count)
-            else:
-                flat.extend([grad] if alone else grad)
-        return (None,) * 6 + tuple(flat)
+        found = ctx.formula(ctx.backend, ctx, *nested(grads, ctx.results))
+        return (None,) * 6 + tuple(flat_gradients(found, ctx.arguments))
 
 
-def _nested(tensors: Sequence[Any], layout: Sequence[tuple[int, bool]]) -> list[Any]:
+def flat_gradients(found: Any, arguments: Sequence[tuple[int, bool]]) -> list[Tensor | None]:
+    """What a formula has returned, flat as the arguments' tensors are."""
+    flat: list[Tensor | None] = []
+    each = found if isinstance(found, tuple) else (found,)
+    for grad, (count, alone) in zip(each, arguments, strict=True):
+        if grad is None:
+            flat.extend([None] * count)
+        else:
+            flat.extend([grad] if alone else grad)
+    return flat
+
+
+def nested(tensors: Sequence[Any], layout: Sequence[tuple[int, bool]]) -> list[Any]:
     """The flat tensors as they belong together: alone, or in lists."""
     left = iter(tensors)
     return [next(left) if alone else [next(left) for _ in range(count)] for count, alone in layout]
@@ -96,11 +101,11 @@ def differentiable_call(
     Returns:
         What the overload returns.
     """
-    tensors = [t for a in args for t in _tensors_in(a)]
+    tensors = [t for a in args for t in tensors_in(a)]
     if not any(t.requires_grad for t in tensors):
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
     results: list[Any] = []
     flat = _Call.apply(overload, args, formula, setup_context, backend, results, *tensors)
-    nested = _nested(flat, _layout(results))
-    return nested[0] if len(nested) == 1 else tuple(nested)
+    found = nested(flat, layout_of(results))
+    return found[0] if len(found) == 1 else tuple(found)

@@ -15,8 +15,16 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _native
+from ._derivatives import (
+    no_record,
+    no_second_derivative,
+    no_vmap,
+    refuse_tangents,
+    transformed_call,
+)
 from ._eager import Eager, Formula, differentiable_call
 from ._preference import preferred
 
@@ -49,11 +57,14 @@ class Op:
         self._chosen: dict[tuple[str | None, torch.device], str] = {}
         self._kernels: dict[tuple[str, str | None, torch.device], Callable[..., Any]] = {}
         self._formula: tuple[Formula, Formula] | None = None
+        #: What errors call the op: the operator of a backward pass has its op's name.
+        self.public = name.removesuffix("_backward")
         for backend in BACKENDS:
             _library.define(f"{name}.{backend}{schema}")
             qualified = f"mmfuse::{name}.{backend}"
             torch.library.register_fake(qualified, fake, lib=_library)
             self.overloads[backend] = getattr(getattr(torch.ops.mmfuse, name), backend)
+            self._register_derivatives(backend)
         for backend in ("reference", "triton"):
             self._register_python(backend)
         OPS[name] = self
@@ -69,19 +80,58 @@ class Op:
             f"{self.name}.{backend}", getattr(module, self.name), "CompositeExplicitAutograd"
         )
 
+    def _register_derivatives(self, backend: str) -> None:
+        """Registers what PyTorch's dispatcher does with gradients, tangents and batches.
+
+        Calls of `torch.ops.mmfuse` and of compiled code come here; `__call__` does without it.
+        """
+        overload = self.overloads[backend]
+        arguments = enumerate(overload._schema.arguments)
+        self._written = [i for i, a in arguments if a.alias_info and a.alias_info.is_write]
+
+        def autograd(keyset: Any, *args: Any) -> Any:
+            def below(*args: Any) -> Any:
+                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+            self._check_recordable(args)
+            if self._formula and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                if torch._C._are_functorch_transforms_active():
+                    raise RuntimeError(
+                        f"{overload} has no gradient under torch.func; mmfuse.ops.{self.public} has"
+                    )
+                return differentiable_call(below, args, *self._formula, backend)
+            with torch._C._AutoDispatchBelowAutograd():
+                return below(*args)
+
+        def batched(*args: Any) -> Any:
+            raise no_vmap(self.public)
+
+        _library.impl(f"{self.name}.{backend}", autograd, "Autograd", with_keyset=True)
+        _library.impl(f"{self.name}.{backend}", batched, "FuncTorchBatched")
+
+    def _check_recordable(self, args: tuple[Any, ...]) -> None:
+        """Raises an error where a derivative would be lost, other than documented."""
+        written = [args[i] for i in self._written]
+        if forward_ad._current_level >= 0:  # within a dual level
+            if self._formula is not None:
+                refuse_tangents(self.public, args)
+            refuse_tangents(self.public, written, written=True)
+        if written and torch.is_grad_enabled() and torch._C._any_requires_grad(*written):
+            raise no_record(self.public)
+
     def register_autograd(
         self, backward: Callable[..., Any], setup_context: Callable[..., Any]
     ) -> None:
-        """Gives every overload the same gradient formula; `backward` gets the overload's name."""
+        """Gives every overload the same gradient formula; `backward` gets the overload's name.
+
+        Without one an op's results are constants, with neither gradient nor tangent. A formula
+        that is to be differentiated calls ops by their `Op`, or plain PyTorch.
+        """
         self._formula = (backward, setup_context)
-        for backend in BACKENDS:
 
-            def bound(ctx: Any, *grads: Any, _backend: str = backend) -> Any:
-                return backward(_backend, ctx, *grads)
-
-            torch.library.register_autograd(
-                f"mmfuse::{self.name}.{backend}", bound, setup_context=setup_context, lib=_library
-            )
+    def register_no_second_derivative(self) -> None:
+        """An error for whoever differentiates this op, which is the backward pass of another."""
+        self._formula = no_second_derivative(self.public)
 
     def why_missing(self, backend: str, device: str | torch.device | None = None) -> str | None:
         """The reason why this cell cannot run, or None when it can.
@@ -160,14 +210,16 @@ class Op:
         chosen = self.resolve(backend, device)
         overload = self.overloads[chosen]
         if torch._C._are_functorch_transforms_active():
-            return overload(*args)
-        if torch.is_grad_enabled():
             if self._formula is None:
                 return overload(*args)
+            return transformed_call(self.public, overload, args, *self._formula, chosen)
+        if self._written or forward_ad._current_level >= 0:
+            self._check_recordable(args)
+        if self._formula is not None and torch.is_grad_enabled():
             return differentiable_call(overload, args, *self._formula, chosen)
         # Past the autograd key, whose Python kernel costs more than a small op does.
         with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args)
+            return overload._op(*args)
 
 
 OPS: dict[str, Op] = {}

@@ -57,12 +57,26 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(backend: str, ctx: Any, grads: Sequence[Tensor], _: Tensor) -> Any:
     keep, *scale = ctx.saved_tensors
-    overload = _backward_op.overloads[backend]
-    back = overload([g.contiguous() for g in grads], keep, scale[0] if scale else None)
-    return back, None, None, None, None, None
+    return _back(backend, grads, keep, scale[0] if scale else None), None, None, None, None, None
+
+
+def _setup_context_of_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, keep, scale = inputs
+    ctx.save_for_backward(keep, *([] if scale is None else [scale]))
+
+
+def _double_backward(backend: str, ctx: Any, grads: Sequence[Tensor]) -> Any:
+    keep, *scale = ctx.saved_tensors
+    return _back(backend, grads, keep, scale[0] if scale else None), None, None
+
+
+def _back(backend: str, grads: Sequence[Tensor], keep: Tensor, scale: Tensor | None) -> Any:
+    return _backward_op(backend, keep.device, [g.contiguous() for g in grads], keep, scale)
 
 
 _op.register_autograd(_backward, _setup_context)
+# A mask is linear, and its own transpose: the derivative of any order is the same operator.
+_backward_op.register_autograd(_double_backward, _setup_context_of_backward)
 
 
 def drop_modalities(
@@ -76,7 +90,8 @@ def drop_modalities(
     """Sets modality m of each sample to zero with probability q[m]: φ ← scale·keep·φ.
 
     One read and one write of every feature, all modalities in one launch, without the host knowing
-    what was dropped. The gradient passes where the feature did (OPM: Wei et al., TPAMI 2024).
+    what was dropped. The gradient passes where the feature did, in any order (OPM: Wei et al.,
+    TPAMI 2024).
 
     Equivalent to, for each modality::
 

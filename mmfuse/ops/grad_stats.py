@@ -88,7 +88,7 @@ def grad_stats(
 
     One read of every tensor. The sums are formed blockwise and merged pairwise (Chan, Golub &
     LeVeque 1979), so that a large mean does not cancel the variance; they do not depend on the
-    number of threads.
+    number of threads. Not differentiable: the results are constants.
 
     Equivalent to, for each tensor g with parameter w and anchor w₀::
 

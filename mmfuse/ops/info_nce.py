@@ -40,10 +40,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(backend: str, ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-    return _backward_op.overloads[backend](grad, *ctx.saved_tensors)
+    return _backward_op(backend, grad.device, grad, *ctx.saved_tensors)
 
 
 _op.register_autograd(_backward, _setup_context)
+_backward_op.register_no_second_derivative()
 
 
 def info_nce(
@@ -73,8 +74,8 @@ def info_nce(
         backend: Name of a backend; None for the best one.
 
     Returns:
-        0-d, in nats; float64 for float64, otherwise float32. Differentiable in a, b and the
-        temperature. NaN if a similarity is.
+        0-d, in nats; float64 for float64, otherwise float32. Differentiable once, in a, b and
+        the temperature. NaN if a similarity is.
 
     Raises:
         TypeError: a or b is sparse, integer or complex.

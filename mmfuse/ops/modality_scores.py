@@ -56,12 +56,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(backend: str, ctx: Any, grad_prob: Tensor, grad_log_prob: Tensor) -> Any:
     labels, *logits = ctx.saved_tensors
-    overload = _backward_op.overloads[backend]
-    grads = overload(grad_prob.contiguous(), grad_log_prob.contiguous(), logits, labels)
-    return grads, None
+    both = grad_prob.contiguous(), grad_log_prob.contiguous()
+    return _backward_op(backend, labels.device, *both, logits, labels), None
 
 
 _op.register_autograd(_backward, _setup_context)
+_backward_op.register_no_second_derivative()
 
 
 def modality_scores(
@@ -76,7 +76,7 @@ def modality_scores(
 
     prob is the score S_m of OGM-GE (Peng et al., CVPR 2022, Eq. 8) divided by the batch size, which
     leaves every ratio as it is; log_prob is the performance of InfoReg (CVPR 2025, Eq. 8).
-    Differentiable in the logits.
+    Differentiable in the logits, once.
 
     Args:
         logits: M tensors [B, C]; float16, bfloat16, float32 or float64. C may differ.

@@ -72,7 +72,7 @@ def mutual_information(
         bins: Number of bins for each variable, at most 256.
         estimator: "histogram" has NumPy's bins and no gradient. "soft" shares each sample out
             between two neighbouring bins in each dimension (see `soft_histogram`), is
-            differentiable, needs at least 2 bins, and is smaller, since sharing out blurs the
+            differentiable once, needs at least 2 bins, and is smaller, since sharing out blurs the
             joint distribution.
         backend: Name of a backend; None for the best one.
 

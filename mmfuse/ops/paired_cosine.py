@@ -35,17 +35,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(backend: str, ctx: Any, grad: Tensor) -> Any:
-    return _backward_op.overloads[backend](grad, *ctx.saved_tensors)
+    return _backward_op(backend, grad.device, grad, *ctx.saved_tensors)
 
 
 _op.register_autograd(_backward, _setup_context)
+_backward_op.register_no_second_derivative()
 
 
 def paired_cosine(a: Tensor, b: Tensor, *, backend: str | None = None) -> Tensor:
     """Mean over the rows of cos(a_i, b_i), without the B × B product of all rows with all rows.
 
     One read of both; the released code of RedReg multiplies every row with every row and takes
-    the diagonal. Differentiable, in one read and one write more.
+    the diagonal. Differentiable once, in one read and one write more.
 
     Equivalent to ``(F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1).mean()``.
 

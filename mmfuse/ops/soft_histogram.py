@@ -45,11 +45,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(backend: str, ctx: Any, grad: Tensor) -> Any:
-    grads = _backward_op.overloads[backend](grad.contiguous(), *ctx.saved_tensors, ctx.bins)
-    return *grads, None
+    tensors = grad.contiguous(), *ctx.saved_tensors
+    return *_backward_op(backend, grad.device, *tensors, ctx.bins), None
 
 
 _op.register_autograd(_backward, _setup_context)
+_backward_op.register_no_second_derivative()
 
 
 def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = None) -> Tensor:
@@ -58,7 +59,8 @@ def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = Non
     With the bins' centres at lo + k·(hi − lo)/(bins − 1), k = 0 … bins − 1, over the row's own
     range, a value between two centres counts for both, in proportion to how near it is. The counts
     are therefore piecewise linear in x and y, and their gradients, those of lo and hi included,
-    exact almost everywhere (Parzen windows of order one, as in image registration).
+    exact almost everywhere (Parzen windows of order one, as in image registration). There is no
+    second derivative.
 
     Equivalent to::
 

@@ -83,6 +83,8 @@ def update_grads_(
 
     Raises:
         TypeError: a tensor is sparse, integer or complex.
+        NotImplementedError: a gradient carries a tangent of forward-mode AD.
+        RuntimeError: a gradient requires a gradient, and autograd records.
         ValueError: shapes do not match, or arguments that go together are not both given, or a
             gradient is an expanded view, or `sq_norm` has another shape, dtype or device. Nothing
             has been changed then.

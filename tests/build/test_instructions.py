@@ -121,7 +121,9 @@ def test_what_depends_on_something_else_is_not_compared(
     lines = capsys.readouterr().out.splitlines()
     skipped = {line.split(":")[0] for line in lines if f"not compared, {key} {HERE[key]}" in line}
     assert skipped == set(KEPT["OGM"]) - compared
-    assert {kind for kind in KEPT["OGM"] if any(f"{kind} instead of" in x for x in lines)} == compared
+    assert {
+        kind for kind in KEPT["OGM"] if any(f"{kind} instead of" in x for x in lines)
+    } == compared
 
 
 def test_what_cannot_be_counted_is_said(gate: Gate, capsys: pytest.CaptureFixture[str]) -> None:

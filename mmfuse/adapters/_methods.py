@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
+
+import torch
+
 from ..loop.gradients import GradientMethod
 from ..methods.catalogue import METHODS
 
@@ -30,3 +35,29 @@ def checked(method: object) -> GradientMethod:
             f"call {method.name}.backward(loss, unimodal_losses=...) in a training loop of your own"
         )
     return method
+
+
+def warn_of_adaptive(
+    method: GradientMethod, optimizers: Iterable[torch.optim.Optimizer], *, stacklevel: int = 2
+) -> None:
+    """Warns where an optimizer divides out again what the method does to gradients."""
+    need = method.rule.need
+    if method.apply_to == "update" or need.second is not None or need.squares is not None:
+        return
+    for optimizer in optimizers:
+        if _adaptive(optimizer):
+            kind = type(optimizer).__name__
+            warnings.warn(
+                f"{kind} divides a gradient by its own recent size, and with it the factor of "
+                f"{method.name}, which nearly has no effect then: use {method.name}(..., "
+                'apply_to="update"), or SGD, as the papers do',
+                RuntimeWarning,
+                stacklevel=stacklevel + 1,
+            )
+            return
+
+
+def _adaptive(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step does not grow with the gradient: Adam and its like have betas, as Lion has."""
+    known = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop)
+    return isinstance(optimizer, known) or "betas" in optimizer.defaults

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..amp import grad_scale
 from ..loop.gradients import GradientMethod
 from ..loop.shards import whole_state
-from ._methods import checked
+from ._methods import checked, warn_of_adaptive
 
 try:
     from accelerate import Accelerator
@@ -69,6 +69,7 @@ class Balance:
         check_supported(accelerator)
         self.accelerator = accelerator
         self.method = checked(method)
+        self._warned = False
         accelerator.register_for_checkpointing(self)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -115,6 +116,10 @@ class Balance:
             TypeError: as the method's `observe`. Nothing has been changed then.
             ValueError: as the method's `observe`. Nothing has been changed then.
         """
+        if not self._warned:
+            self._warned = True
+            prepared = getattr(self.accelerator, "_optimizers", [])
+            warn_of_adaptive(self.method, map(unwrapped, prepared))
         steps = self.accelerator.sync_gradients if sync is None else sync
         self.method.observe(logits, labels, features, inputs)
         self.accelerator.backward(loss, **kwargs)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import amp
+from ..loop._parameters import Encoder
 from ..loop.matching import Named, match_parameters
 from ..loop.scalars import ScalarLog, scalars_of
 from ..loop.shards import whole_state
-from ._methods import checked
+from ._methods import checked, warn_of_adaptive
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -110,6 +111,9 @@ class Balance(Callback):
         self._log_every = log_every or 0
         self._log: ScalarLog | None = None
         self._module: LightningModule | None = None
+        # Where the encoders' names have led to; a second fit may find others.
+        self._known: list[Tensor] = []
+        self._warned = False
         # From `setup` to `teardown`; and if a finder has run, and has not yet put back the state.
         self._trainer: Any = None
         self._finder = False
@@ -188,7 +192,8 @@ class Balance(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the encoders and makes the method."""
-        if self.method is None or self._module is not pl_module:
+        encoders = match_parameters(pl_module, self._encoders)
+        if self.method is None or self._module is not pl_module or not _same(self._known, encoders):
             self._build(pl_module)
         self._observed = self._backward = False
         self._to_come.clear()
@@ -206,7 +211,7 @@ class Balance(Callback):
     def _build(self, module: LightningModule) -> None:
         encoders = match_parameters(module, self._encoders)
         self.method = checked(self._make(encoders, **self._hyperparameters))
-        self._module = module
+        self._module, self._known = module, _parameters(encoders)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells the method which epoch begins."""
@@ -241,6 +246,9 @@ class Balance(Callback):
                 f"optimizer, found {len(holders)}: when the first of them steps, the gradients of "
                 "the others are scaled still"
             )
+        if not self._warned:
+            self._warned = True
+            warn_of_adaptive(self.method, holders)
         if self.method.apply_to == "update":
             for optimizer in holders:
                 if optimizer not in self.method._updates:
@@ -339,6 +347,18 @@ class Balance(Callback):
             self.method.load_state_dict(state_dict)
         else:
             self._saved = state_dict
+
+
+def _parameters(encoders: Mapping[str, Encoder]) -> list[Tensor]:
+    found: list[Tensor] = []
+    for encoder in encoders.values():
+        found += encoder.parameters() if isinstance(encoder, nn.Module) else encoder
+    return found
+
+
+def _same(known: list[Tensor], encoders: Mapping[str, Encoder]) -> bool:
+    now = _parameters(encoders)
+    return len(now) == len(known) and all(p is q for p, q in zip(now, known, strict=True))
 
 
 def _kept(value: Any) -> Any:

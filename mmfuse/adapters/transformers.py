@@ -28,7 +28,7 @@ from ..loop.epochs import EpochWindowModule
 from ..loop.gradients import GradientMethod
 from ..loop.scalars import scalars_of
 from ..loop.shards import whole_state
-from ._methods import checked
+from ._methods import checked, warn_of_adaptive
 
 try:
     import accelerate as _accelerate  # noqa: F401
@@ -201,6 +201,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
             if method.apply_to == "update":
                 method.attach(optimizer)
                 self._balance_attached = optimizer
+            warn_of_adaptive(method, [optimizer])
             self.balance_method = method
         assert self.balance_method is not None
         self.balance_method.begin()

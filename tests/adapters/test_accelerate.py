@@ -446,3 +446,13 @@ def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
     line = capsys.readouterr().out.splitlines()[-1]
     joint = re.fullmatch(r"test accuracy: joint (0\.\d+), pix 0\.\d+, fou 0\.\d+", line)
     assert joint is not None and float(joint[1]) > 0.9
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "RMSprop", "Adagrad", "NAdam"])
+def test_an_adaptive_optimizer_is_warned_of_once(kind: str) -> None:
+    model, data = AudioVisual(), [batch() for _ in range(2)]
+    optimizer = getattr(torch.optim, kind)(model.parameters(), lr=1e-3)
+    message = rf"{kind} divides a gradient .* use OGM\(\.\.\., apply_to=\"update\"\), or SGD"
+    with pytest.warns(RuntimeWarning, match=message) as seen:
+        accelerated(Accelerator(cpu=True), model, ogm_ge, data, optimizer=optimizer)
+    assert len(seen) == 1

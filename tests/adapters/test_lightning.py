@@ -800,3 +800,39 @@ def test_the_example_runs(tmp_path: Path) -> None:
     # Ten classes: guessing gives 0.1.
     assert float(last.split()[2].rstrip("%,")) > 50.0
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+ADAM_DIVIDES = (
+    r"Adam divides a gradient by its own recent size, .* use OGM\(\.\.\., apply_to=\"update\"\)"
+)
+
+
+def test_an_adaptive_optimizer_is_warned_of_once(tmp_path: Path) -> None:
+    net, data = AudioVisual(), Batches()
+    with pytest.warns(RuntimeWarning, match=ADAM_DIVIDES) as seen:
+        fit(tmp_path, net, data, Balance(mmfuse.OGM, ENCODERS), make_optimizer=adam)
+    assert sum("divides a gradient" in str(w.message) for w in seen) == 1
+
+
+@pytest.mark.parametrize("name", ["InfoReg", "RedReg"])
+def test_methods_that_add_to_gradients_are_not(tmp_path: Path, name: str) -> None:
+    """Warnings are errors in the tests; `apply_to="update"` is nothing for these."""
+    fit(tmp_path, AudioVisual(), Batches(), balance_for(name), make_optimizer=adam)
+
+
+def test_an_encoder_that_was_replaced_between_two_fits(tmp_path: Path) -> None:
+    """The names lead to the new one; the method of the old one would modulate nothing."""
+    net, data = AudioVisual(), Batches()
+    balance = balance_for("OGM")
+    module = Module(net, balance)
+    trainer(tmp_path, balance).fit(module, data)
+    first = balance.method
+    data.next = 0
+    trainer(tmp_path, balance).fit(module, data)
+    assert balance.method is first, "nothing was replaced"
+    net.audio_net = copy.deepcopy(net.audio_net)
+    data.next = 0
+    trainer(tmp_path, balance).fit(module, data)
+    assert balance.method is not first
+    mine = {id(p) for p in balance.method.modalities.parameters}
+    assert {id(p) for p in net.audio_net.parameters()} <= mine

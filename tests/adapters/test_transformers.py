@@ -509,3 +509,9 @@ def test_the_example_trains(capsys: pytest.CaptureFixture[str]) -> None:
     line = capsys.readouterr().out.splitlines()[-1]
     joint = re.fullmatch(r"test accuracy: joint (0\.\d+), pix 0\.\d+, fou 0\.\d+", line)
     assert joint is not None and float(joint[1]) > 0.9
+
+
+def test_an_adaptive_optimizer_is_warned_of(tmp_path: Path) -> None:
+    message = r"AdamW divides a gradient .* use OGM\(\.\.\., apply_to=\"update\"\), or SGD"
+    with pytest.warns(RuntimeWarning, match=message):
+        train(Model(), ogm_ge, tmp_path, optim="adamw_torch")

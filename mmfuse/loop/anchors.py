@@ -82,7 +82,7 @@ class Anchors:
         """
         for i, parameter in zip(active.ids, active.params, strict=True):
             anchor = self.tensors[i]
-            if _is_nothing(anchor, parameter):
+            if anchor.shape != parameter.shape and _is_nothing(anchor, parameter):
                 anchor = self.tensors[i] = self._room(parameter, anchor)
                 anchor.copy_(parameter.detach())
             if anchor.shape != parameter.shape:

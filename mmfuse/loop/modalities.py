@@ -122,8 +122,9 @@ class Modalities:
                         "a parameter can belong to one modality only"
                     )
                 owner[id(parameter)] = label
-                if self._takes(parameter):
-                    reason = why_unsupported(parameter)
+                # As `_takes` has it, but for its call: `ogm_backward` does this in every step.
+                reason = why_unsupported(parameter)
+                if (reason is None or parameter.requires_grad) and keep(parameter):
                     if reason is not None:
                         raise TypeError(f"{label} {reason}")
                     self.parameters.append(parameter)

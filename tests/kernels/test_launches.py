@@ -65,12 +65,14 @@ def test_a_step(gpu_like: Cell, noise: bool, formula: str, count: int) -> None:
 
     step()  # the first one puts on the device what is kept there
     for _ in range(2):
+        nets.backward()
         found = launches_of(step)
         assert found.kernels <= LIMITS[noise], found.operators
         # It did work, and it was this library's.
         assert found.operators["update_grads_"] == found.operators["modality_scores"] == 1
         assert found.operators["grad_stats"] == noise
     ogm.set_epoch(1)
+    nets.backward()
     outside = launches_of(step)
     assert not ogm.modulating
     assert outside.kernels <= LIMITS[False], outside.operators
@@ -85,6 +87,7 @@ def test_the_kernels_that_were_really_launched(noise: bool) -> None:
     nets.backward()
     logits, labels = nets.logits, nets.labels
     ogm.step(logits, labels)
+    nets.backward()
     with counted_launches() as kernels:
         found = launches_of(lambda: ogm.step(logits, labels))
     names = {kernel.split("<")[0] for kernel in kernels}
@@ -127,6 +130,7 @@ def test_micro_batches_change_the_scores_alone(gpu_like: Cell, noise: bool) -> N
     for _ in range(2):
         ogm.observe(nets.logits, nets.labels)
         ogm.observe(nets.logits, nets.labels)
+        nets.backward()
         step = launches_of(ogm.step)
     assert step.operators["modulation_factors"] == 1
     assert step.operators["update_grads_"] == 1

@@ -195,7 +195,8 @@ class Op:
 
     def _kernel(self, backend: Eager, device: torch.device) -> Callable[..., Any]:
         """The overload itself, without the Python around it."""
-        found: Callable[..., Any] = self.overloads[self.resolve(backend or None, device)]._op
+        named = str(backend) or None  # a plain text: what is chosen is kept, and serves all calls
+        found: Callable[..., Any] = self.overloads[self.resolve(named, device)]._op
         self._kernels[backend, _forced, device] = found
         return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -183,14 +184,13 @@ class Newcomer(mmfuse.MLB):
 
 
 @pytest.fixture
-def newcomer(monkeypatch: pytest.MonkeyPatch) -> Case:
+def newcomer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Case]:
     monkeypatch.setitem(mmfuse.METHODS, "Newcomer", Newcomer)
     for name in list(CASES):  # put back afterwards
         monkeypatch.setitem(CASES, name, CASES[name])
     from_card.add_missing_methods()
-    case = CASES["newcomer_training"]
-    monkeypatch.delitem(CASES, "newcomer_training")
-    return case
+    yield CASES["newcomer_training"]
+    del CASES["newcomer_training"]
 
 
 def test_a_method_that_is_added_gets_a_step_of_its_own(newcomer: Case) -> None:

@@ -178,6 +178,16 @@ class TestEager:
         with pytest.raises(ValueError, match="backend must be one of"):
             mmfuse.ops.discrepancy_ratios(torch.rand(2), backend=Eager("gpu"))
 
+    def test_other_calls_do_not_become_eager_by_it(self, cell: Cell) -> None:
+        """The choice of a backend is kept by its name, and the two are equal as texts."""
+        op = _registry.OPS["modality_scores"]
+        op._chosen.clear()
+        op._kernels.clear()
+        z = torch.randn(4, 3, device=cell.device)
+        labels = torch.tensor([0, 1, 2, 0], device=cell.device)
+        mmfuse.ops.modality_scores([z], labels, backend=Eager(cell.backend))
+        assert type(op.resolve(cell.backend, torch.device(cell.device))) is str
+
     def test_no_gradient_is_recorded(self) -> None:
         z = torch.randn(4, 3, requires_grad=True)
         labels = torch.tensor([0, 1, 2, 0])

@@ -254,6 +254,9 @@ class Rule(Protocol):
     def sums(self, sensed: Sensed, state: State) -> Tensor | None:
         """[E] sums over the samples beside the means, which add up over micro-batches and ranks."""
 
+    def width(self, modalities: int) -> int:
+        """K + E, the means and sums of `modalities` modalities."""
+
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """The paper's equations.
 
@@ -281,6 +284,10 @@ class Stateless:
     def sums(self, sensed: Sensed, state: State) -> Tensor | None:
         """No sums beside the means."""
         return None
+
+    def width(self, modalities: int) -> int:
+        """One mean for each."""
+        return modalities
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
         """Nothing changes."""

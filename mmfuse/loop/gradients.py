@@ -176,15 +176,23 @@ class GradientMethod(EpochWindow):
         Raises:
             RuntimeError: `set_epoch` was not called, for methods with anchors.
             TypeError: logits or labels have an unsupported type, or something is missing.
-            ValueError: names, shapes or labels do not fit.
+            ValueError: names, shapes or labels do not fit. With several ranks `step` raises what
+                this rank has found wrong in a batch, so that all of them stop.
         """
         self._check_ready(one_list=True)
         sensed = self._sense(logits, labels, features, inputs)
-        self._senses.add(self._state, sensed, labels)
+        if sensed is not None:
+            self._senses.add(self._state, sensed, labels)
 
-    def _sense(self, *given: Any) -> Sensed:
+    def _sense(self, *given: Any) -> Sensed | None:
+        """None for an error that the step will raise on all ranks."""
         self._follow()
-        return self._senses(self._state, self.stream, self._clock, self.backend, *given)
+        try:
+            return self._senses(self._state, self.stream, self._clock, self.backend, *given)
+        except Exception as error:
+            if not self._senses.keeps(error, self.stream):
+                raise
+            return None
 
     # Decide and act -------------------------------------------------------------------------------
 
@@ -274,7 +282,7 @@ class GradientMethod(EpochWindow):
 
         Raises:
             RuntimeError: nothing was observed, `set_epoch` was not called for a method with
-                anchors, or ``apply_to="update"`` without `attach`.
+                anchors, ``apply_to="update"`` without `attach`, or another rank has an error.
             TypeError: a gradient, logits or labels have an unsupported type.
             ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
                 device since `set_epoch`. Nothing has been changed then.
@@ -305,7 +313,11 @@ class GradientMethod(EpochWindow):
             self._follow()
         sensed = None
         if given[0] is not None:
-            sensed = self._senses(self._state, self.stream, self._clock, backend, *given)
+            try:
+                sensed = self._senses(self._state, self.stream, self._clock, backend, *given)
+            except Exception as error:
+                if not self._senses.keeps(error, self.stream):
+                    raise
         return take_step(self, backend, sensed, given[1], None, grad_scale, found_inf)
 
     def _check_ready(self, one_list: bool = False) -> None:

@@ -7,8 +7,9 @@ the micro-batches of a step and then over the ranks, in one all-reduce.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Union
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
 
 import torch
 import torch.distributed as dist
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from ..ops.modality_scores import class_indices
 from ..reference.modality_scores import IGNORED_LABEL
+from ._together import reduce_together
 
 if TYPE_CHECKING:
     from ..noise import NoiseStream
 
 # None: all ranks of torch.distributed, where it is initialized. False: this rank alone.
 Group = Union["dist.ProcessGroup", Literal[False], None]
+_Of = TypeVar("_Of")
 _AVAILABLE = dist.is_available()
 
 
@@ -108,6 +111,7 @@ class Observations:
         self.process_group = check_group(process_group)
         self._latest: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._totals: Tensor | None = None
+        self._error: Exception | None = None
         #: Whether there is nothing to take.
         self.empty = True
 
@@ -125,16 +129,27 @@ class Observations:
         self._dtype, self._width = self._latest[0].dtype, len(self._latest[0])
         self._latest = None
 
+    def fail(self, error: Exception) -> None:
+        """Keeps why this rank cannot take part in the step, for `take` to raise on all ranks."""
+        self._error = self._error or error
+        self.empty = False
+
     def clear(self) -> None:
         """Forgets what has been added since the last step."""
-        self._latest = self._totals = None
+        self._latest = self._totals = self._error = None
         self.empty = True
 
-    def take(self) -> Observed:
+    def take(self, width: int = 0, device: torch.device | None = None) -> Observed:
         """The means over all that was added, on all ranks; a new step begins.
 
+        Args:
+            width: Numbers that every rank adds up, beside the count of samples; needed by a rank
+                with an error, which may not have any.
+            device: Where, likewise.
+
         Raises:
-            RuntimeError: nothing was added.
+            RuntimeError: nothing was added, or another rank has an error.
+            Exception: this rank's, if it has one.
         """
         if self.empty:
             raise RuntimeError(
@@ -147,12 +162,16 @@ class Observations:
             self.clear()
             return Observed(means, sums, None, labels)
         self._fold()
-        totals = self._totals
-        assert totals is not None
+        totals, error = self._totals, self._error
         self.clear()
-        if group is not None:
-            dist.all_reduce(totals, group=group)
+        if error is not None:
+            assert group is not None
+            totals = torch.full((width + 1,), torch.nan, dtype=torch.float64, device=device)
+            reduce_together(totals, 0, error, group)
+        assert totals is not None
         width = self._width
+        if group is not None:
+            reduce_together(totals, width, None, group)
         count = totals[width]
         sums = totals[width + 1 :]
         return Observed((totals[:width] / count).to(self._dtype), sums, count, None)
@@ -171,8 +190,33 @@ def _labelled(labels: Tensor) -> Tensor:
     return (class_indices(labels) != IGNORED_LABEL).sum()
 
 
-def mean_over_ranks(means: Tensor, labels: Tensor, process_group: Group) -> Tensor:
-    """[K] means over the labelled samples of all ranks, for methods without micro-batches."""
+def over_ranks(
+    look: Callable[[], tuple[_Of, Tensor, Tensor]],
+    process_group: Group,
+    width: int,
+    device: torch.device,
+) -> tuple[_Of, Tensor]:
+    """Means over the labelled samples of all ranks, for methods without micro-batches.
+
+    Args:
+        look: Looks at this rank's samples; returns something, [K] means, and labels.
+        process_group: The ranks.
+        width: K.
+        device: Where the means are.
+
+    Raises:
+        Exception: what `look` raises, here, and as a RuntimeError on the other ranks.
+    """
+    if several(process_group) is None:
+        found, means, _ = look()
+        return found, means
     observations = Observations("", process_group)
-    observations.add(means, labels)
-    return observations.take().means
+    looked: list[_Of] = []
+    try:
+        found, means, labels = look()
+        looked.append(found)
+        observations.add(means, labels)
+    except Exception as error:
+        observations.fail(error)
+    means = observations.take(width, device).means
+    return looked[0], means

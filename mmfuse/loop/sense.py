@@ -12,7 +12,7 @@ from ..noise import NoiseStream
 from ..ops._eager import Eager
 from .contract import Batch, Clock, Rule, Sensed, State
 from .modalities import Modalities
-from .ranks import Group, Observations, Observed
+from .ranks import Group, Observations, Observed, agree, several
 
 
 def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
@@ -109,6 +109,18 @@ class Senses:
         self._observations.add(sensed.means, labels, self._rule.sums(sensed, state))
         self._rows += sensed.rows
 
+    def keeps(self, error: Exception, stream: NoiseStream) -> bool:
+        """Whether `take` will raise this error, on all ranks; not where this rank is alone.
+
+        The others go on to their next collective, and so has this rank to.
+        """
+        if several(self._process_group) is None:
+            return False
+        if self._rule.need.draws:
+            agree(stream, self._process_group)
+        self._observations.fail(error)
+        return True
+
     def take(
         self,
         state: State,
@@ -125,14 +137,16 @@ class Senses:
             group: The ranks, if there are several.
 
         Raises:
-            RuntimeError: there is nothing.
+            RuntimeError: there is nothing, or another rank has an error.
+            Exception: this rank's that `keeps` has got.
         """
         if sensed is not None and labels is not None:
             if group is None and self._observations.empty:
                 return Observed(sensed.means, None, None, labels, sensed.parts)
             self.add(state, sensed, labels)
         self._rows = 0
-        return self._observations.take()
+        width = self._rule.width(len(self._modalities.names))
+        return self._observations.take(width, self._modalities.device)
 
     def clear(self) -> None:
         """Forgets what has been seen since the last step."""

@@ -47,12 +47,16 @@ def take_step(
     """
     group, active = several(method.process_group), None
     modalities = method.modalities
-    if type(backend) is Eager and modalities.registrations != _surgery.registrations:
-        modalities.check_unchanged()
-    if method.apply_to == "gradient":
-        active = modalities.active()
-        if method.anchors is not None:
-            method.anchors.check(active, modalities.parameter_names)
+    try:
+        if type(backend) is Eager and modalities.registrations != _surgery.registrations:
+            modalities.check_unchanged()
+        if method.apply_to == "gradient":
+            active = modalities.active()
+            if method.anchors is not None:
+                method.anchors.check(active, modalities.parameter_names)
+    except Exception as error:
+        if unimodal is not None or not method._senses.keeps(error, method.stream):
+            raise
     seen = NOTHING
     if unimodal is None:
         seen = method._senses.take(method._state, sensed, labels, group)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.mutual_information import normalised
 from ._arm_information import histograms, mean_over_others, nmi_terms, released_ncmi
-from .arm import ARMRule, modality_weights
+from ._arm_rule import ARMRule, modality_weights
 
 
 @dataclass(frozen=True)

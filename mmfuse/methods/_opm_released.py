@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..ops._tensors import kept_tensor
 from ..ops.modality_scores import named_scores
-from .opm import OPM, Given, OPMResult, OPMRule, drop_probabilities
+from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities
+from .opm import OPM
 
 
 @dataclass(frozen=True)

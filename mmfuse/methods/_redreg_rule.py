@@ -160,6 +160,10 @@ class RedRegRule(Stateless):
         parts = [seen.redundancy * square, square, above.to(square).unsqueeze(0)]
         return rows * torch.cat(parts)
 
+    def width(self, modalities: int) -> int:
+        """h_m, and the sums above."""
+        return 3 * modalities + 1
+
     def _together(
         self, seen: Observed, state: State, count: int, clock: Clock
     ) -> tuple[Tensor | None, Tensor]:

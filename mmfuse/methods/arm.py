@@ -22,7 +22,6 @@ The balanced min-max loss that the paper's summary names has no released formula
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -32,68 +31,12 @@ from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
 from ..loop.modalities import check_names, named_features
-from ..loop.ranks import Group, check_group, mean_over_ranks
+from ..loop.ranks import Group, check_group, over_ranks
 from ..loop.state import in_backward
-from ..ops.joint_entropies import MAX_BINS, check_bins
 from ..ops.modality_scores import named_scores
-from ._arm_information import normalised_information
-from ._means import mean_of_others
+from ._arm_rule import ARMResult, ARMRule, modality_contributions, modality_weights
 
-# Below it a contribution is none: its weight would be next to infinite, or negative.
-_LEAST = 1e-6
-
-
-@dataclass(frozen=True)
-class ARMResult:
-    """What was seen and decided in one step; nothing here has waited for the device.
-
-    Attributes:
-        features: Name → the feature times its weight.
-        weights: [M] float64, in the order of `features`.
-        scores: [M] p_m, batch mean of the true class's probability; None where the weights are the
-            average of those of training.
-        contributions: [M] P_m; None likewise.
-        nmi: [M] nmi_m; None likewise.
-        ncmi: [M] ncmi_m; None likewise.
-    """
-
-    features: dict[str, Tensor]
-    weights: Tensor
-    scores: Tensor | None = None
-    contributions: Tensor | None = None
-    nmi: Tensor | None = None
-    ncmi: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class ARMRule:
-    """The rule of the paper."""
-
-    bins: int = 30
-    conditional_bins: int = 2
-
-    #: Whether `eval()` takes the moving average of the weights of training.
-    averages: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_bins(self.bins, MAX_BINS[2])
-        check_bins(self.conditional_bins, MAX_BINS[3], name="conditional_bins")
-
-    def information(
-        self, rows: Sequence[Tensor], backend: str | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """nmi_m and ncmi_m; [M, P] each, from M + 1 tensors [P, N] of which c is the last."""
-        return normalised_information(rows, self.bins, self.conditional_bins, backend=backend)
-
-    def weights(self, contributions: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
-        """[M] positive weights, and 0-d whether they count.
-
-        Where a modality contributes nothing, as one whose features are all alike, the weights of
-        this batch say nothing, and those of the batches before are taken.
-        """
-        counts = ~(contributions < _LEAST).any()
-        own = modality_weights(contributions.clamp(min=_LEAST))
-        return torch.where(counts, own, average), counts
+__all__ = ["ARM", "ARMResult", "modality_contributions", "modality_weights"]
 
 
 class ARM(EpochWindowModule):
@@ -213,27 +156,23 @@ class ARM(EpochWindowModule):
             ValueError: names, numbers or shapes do not fit, the batch is empty, or a label is out
                 of range. Nothing has been changed then.
         """
-        names, values = named_features("ARM", features, self.num_modalities)
         if not self.training and self.rule.averages:
+            named_features("ARM", features, self.num_modalities)
             average = self._average()
             return ARMResult(_weighted(features, average), average)
         if fused is None or logits is None or fused_logits is None or labels is None:
             raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
         if self.training:
             self._check_told("ARM")
-        check_names("logits", logits, names, "features")
         with torch.no_grad():
-            nmi, ncmi = self._information(names, values, fused)
-            scores = named_scores(
-                [*(f"logits[{name!r}]" for name in names), "fused_logits"],
-                [*(logits[name] for name in names), fused_logits],
-                labels,
-                self.backend,
-            ).prob.double()
-            if self.training:
-                seen = torch.cat([nmi, ncmi, scores])
-                seen = mean_over_ranks(seen, labels, self.process_group)
-                nmi, ncmi, scores = seen.split([len(names), len(names), len(names) + 1])
+            count = self.num_modalities
+            _, seen = over_ranks(
+                lambda: self._look(features, fused, logits, fused_logits, labels),
+                self.process_group if self.training else False,
+                3 * count + 1,
+                self.average.device,
+            )
+            nmi, ncmi, scores = seen.split([count, count, count + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
             weights, counts = self.rule.weights(contributions, self._average())
             if self.training and not self._acting:
@@ -247,6 +186,23 @@ class ARM(EpochWindowModule):
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
         weighted = _weighted(features, weights)
         return ARMResult(weighted, weights, scores[:-1], contributions, nmi, ncmi)
+
+    def _look(
+        self,
+        features: Mapping[str, Tensor],
+        fused: Tensor,
+        logits: Mapping[str, Tensor],
+        fused_logits: Tensor,
+        labels: Tensor,
+    ) -> tuple[None, Tensor, Tensor]:
+        """nmi_m, ncmi_m, p_m and p_c of this rank, and the labels; with all checks."""
+        names, values = named_features("ARM", features, self.num_modalities)
+        check_names("logits", logits, names, "features")
+        nmi, ncmi = self._information(names, values, fused)
+        called = [*(f"logits[{name!r}]" for name in names), "fused_logits"]
+        every = [*(logits[name] for name in names), fused_logits]
+        scores = named_scores(called, every, labels, self.backend).prob.double()
+        return None, torch.cat([nmi, ncmi, scores]), labels
 
     def _information(
         self, names: Sequence[str], features: Sequence[Tensor], fused: Tensor
@@ -274,26 +230,3 @@ class ARM(EpochWindowModule):
 def _weighted(features: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
     pairs = zip(features.items(), weights.unbind(), strict=True)
     return {name: feature * factor.to(feature.dtype) for (name, feature), factor in pairs}
-
-
-def modality_contributions(
-    nmi: Tensor, ncmi: Tensor, scores: Tensor, fused_score: Tensor
-) -> Tensor:
-    """P_m = p_c·nmi_m + (mean over j ≠ m of p_j)·(nmi_m − ncmi_m).
-
-    Args:
-        nmi: [M, …].
-        ncmi: [M, …].
-        scores: [M, …] probability of the true class, from each modality alone.
-        fused_score: […] the same from the fused representation.
-
-    Returns:
-        [M, …]; may be negative.
-    """
-    found: Tensor = fused_score * nmi + mean_of_others(scores) * (nmi - ncmi)
-    return found
-
-
-def modality_weights(contributions: Tensor) -> Tensor:
-    """Mean over j ≠ m of P_j / P_m: [M] to [M]."""
-    return mean_of_others(contributions) / contributions

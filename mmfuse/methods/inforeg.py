@@ -115,6 +115,10 @@ class InfoRegRule(Stateless):
         """Mean probabilities and mean log-probabilities."""
         return Sensed(torch.cat(batch.scores()))
 
+    def width(self, modalities: int) -> int:
+        """Two means for each."""
+        return 2 * modalities
+
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """Delta_m and alpha_m."""
         prob, log_prob = seen.means.chunk(2)

@@ -100,6 +100,10 @@ class MMParetoRule(Stateless):
         """Nothing: the gradients say it all."""
         raise AssertionError("MMPareto senses no logits")
 
+    def width(self, modalities: int) -> int:
+        """No means."""
+        return 0
+
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """Weights of each modality, and the length of each tensor's gradient."""
         stats = tensors.stats

@@ -17,10 +17,9 @@ sample loses all its modalities, however many there are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,79 +28,15 @@ from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
 from ..loop.modalities import check_names, named_features
-from ..loop.ranks import Group, agree, check_group, mean_over_ranks, rank_and_size
+from ..loop.ranks import Group, agree, check_group, over_ranks, rank_and_size
 from ..loop.state import in_backward
 from ..noise import NoiseStream
 from ..ops.discrepancy_ratios import discrepancy_ratios
 from ..ops.drop_modalities import named_drop
 from ..ops.modality_scores import named_scores
+from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities
 
-
-@dataclass(frozen=True)
-class OPMResult:
-    """What was dropped and why; nothing here has waited for the device.
-
-    Attributes:
-        features: Name → the feature, zero where it was dropped.
-        keep: [M, B] bool, in the order of `features`; False where it was dropped.
-        drop_probability: [M] q_m that this step has used.
-        scores: [M] S_m of this step, batch mean of the true class's probability; None in `eval()`.
-        ratios: [M] rho_m of this step; None in `eval()`.
-        rows: Indices of the samples that are left; None if all are. `OPM.official` removes some.
-    """
-
-    features: dict[str, Tensor]
-    keep: Tensor
-    drop_probability: Tensor
-    scores: Tensor | None
-    ratios: Tensor | None
-    rows: Tensor | None = None
-
-
-def drop_probabilities(ratios: Tensor, q_base: float = 0.5, lam: float = 0.5) -> Tensor:
-    """q_m = min(1, q_base·(1 + λ·tanh(ρ_m − 1))) for ρ_m > 1, else 0 (TPAMI 2024).
-
-    Args:
-        ratios: [M] discrepancy ratios ρ_m.
-        q_base: Probability at ρ just above 1, in [0, 1].
-        lam: λ ≥ 0, how much it rises with ρ.
-
-    Returns:
-        [M] in [0, 1]; 0 where ρ is NaN.
-    """
-    q = (q_base * (1 + lam * torch.tanh(ratios - 1))).clamp(max=1)
-    return torch.where(ratios > 1, q, 0.0)
-
-
-class Given(NamedTuple):
-    """One batch that a rule drops from, in the order of the modalities."""
-
-    names: list[str]
-    features: list[Tensor]
-    logits: list[Tensor]
-    labels: Tensor
-    scores: Tensor
-
-
-@dataclass(frozen=True)
-class OPMRule:
-    """The rule of the paper."""
-
-    q_base: float = 0.5
-    lam: float = 0.5
-
-    #: Whether the probability is that of the same step, not that of the step before.
-    same_step: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.q_base <= 1:
-            raise ValueError(f"q_base must be a probability in [0, 1], got {self.q_base}")
-        if not (math.isfinite(self.lam) and self.lam >= 0):
-            raise ValueError(f"lam must be a finite number of at least 0, got {self.lam}")
-
-    def drop(self, opm: OPM, given: Given, q: Tensor) -> OPMResult:
-        """Drops with probability q; `OPM` fills in scores and ratios."""
-        return opm.drop(given, q)
+__all__ = ["OPM", "OPMResult", "drop_probabilities"]
 
 
 class OPM(EpochWindowModule):
@@ -242,8 +177,8 @@ class OPM(EpochWindowModule):
             TypeError: an input has an unsupported type, or is missing; nothing has been changed.
             ValueError: names, numbers, shapes or labels do not fit; nothing has been changed.
         """
-        names, values = named_features("OPM", features, self.num_modalities)
         if not self.training:
+            names, values = named_features("OPM", features, self.num_modalities)
             keep = values[0].new_ones(len(names), len(values[0]), dtype=torch.bool)
             return OPMResult(dict(features), keep, torch.zeros_like(self.q), None, None)
         if in_backward():
@@ -254,9 +189,14 @@ class OPM(EpochWindowModule):
         if logits is None or labels is None:
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
         self._check_told("OPM")
-        check_names("logits", logits, names, "features")
-        given = Given(names, values, [logits[name] for name in names], labels, self.q)
-        scores, ratios = self._sense(given)
+        with torch.no_grad():
+            given, scores = over_ranks(
+                lambda: self._look(features, logits, labels),
+                self.process_group,
+                self.num_modalities,
+                self.q.device,
+            )
+            ratios = discrepancy_ratios(scores, backend=self.backend)
         current = drop_probabilities(ratios, self.rule.q_base, self.rule.lam).to(self.q)
         q = current.detach() if self.rule.same_step else self.q.clone()
         q = q if self._acting else torch.zeros_like(q)
@@ -265,16 +205,19 @@ class OPM(EpochWindowModule):
         self.noise_state[1].add_(1)
         return replace(result, scores=scores, ratios=ratios)
 
-    @torch.no_grad()
-    def _sense(self, given: Given) -> tuple[Tensor, Tensor]:
-        """S_m and rho_m over all ranks."""
-        labels, rows = given.labels, given.features[0].shape[0]
-        if labels.dim() == 1 and len(labels) != rows:
-            raise ValueError(f"labels has {len(labels)} rows, features[{given.names[0]!r}] {rows}")
-        called = [f"logits[{name!r}]" for name in given.names]
+    def _look(
+        self, features: Mapping[str, Tensor], logits: Mapping[str, Tensor], labels: Tensor
+    ) -> tuple[Given, Tensor, Tensor]:
+        """What was given, S_m on this rank, and the labels; with all checks of them."""
+        names, values = named_features("OPM", features, self.num_modalities)
+        check_names("logits", logits, names, "features")
+        given = Given(names, values, [logits[name] for name in names], labels, self.q)
+        rows = values[0].shape[0]
+        called = [f"logits[{name!r}]" for name in names]
         scores = named_scores(called, given.logits, labels, self.backend)
-        prob = mean_over_ranks(scores.prob, labels, self.process_group)
-        return prob, discrepancy_ratios(prob, backend=self.backend)
+        if len(labels) != rows:
+            raise ValueError(f"labels has {len(labels)} rows, features[{names[0]!r}] {rows}")
+        return given, scores.prob, labels
 
     def agreed_stream(self) -> NoiseStream:
         """The stream, the same on all ranks."""

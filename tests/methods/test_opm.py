@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import mmfuse
 from mmfuse import OPM, NoiseStream, drop_probabilities
-from mmfuse.methods.opm import Given
+from mmfuse.methods._opm_rule import Given
 from released import ogm as released_ogm
 from released import opm as released_opm
 

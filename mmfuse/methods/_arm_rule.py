@@ -1,0 +1,93 @@
+"""ARM's rule: each modality's contribution and weight. `mmfuse.methods.arm` has the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops.joint_entropies import MAX_BINS, check_bins
+from ._arm_information import normalised_information
+from ._means import mean_of_others
+
+# Below it a contribution is none: its weight would be next to infinite, or negative.
+_LEAST = 1e-6
+
+
+@dataclass(frozen=True)
+class ARMResult:
+    """What was seen and decided in one step; nothing here has waited for the device.
+
+    Attributes:
+        features: Name → the feature times its weight.
+        weights: [M] float64, in the order of `features`.
+        scores: [M] p_m, batch mean of the true class's probability; None where the weights are the
+            average of those of training.
+        contributions: [M] P_m; None likewise.
+        nmi: [M] nmi_m; None likewise.
+        ncmi: [M] ncmi_m; None likewise.
+    """
+
+    features: dict[str, Tensor]
+    weights: Tensor
+    scores: Tensor | None = None
+    contributions: Tensor | None = None
+    nmi: Tensor | None = None
+    ncmi: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ARMRule:
+    """The rule of the paper."""
+
+    bins: int = 30
+    conditional_bins: int = 2
+
+    #: Whether `eval()` takes the moving average of the weights of training.
+    averages: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_bins(self.bins, MAX_BINS[2])
+        check_bins(self.conditional_bins, MAX_BINS[3], name="conditional_bins")
+
+    def information(
+        self, rows: Sequence[Tensor], backend: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """nmi_m and ncmi_m; [M, P] each, from M + 1 tensors [P, N] of which c is the last."""
+        return normalised_information(rows, self.bins, self.conditional_bins, backend=backend)
+
+    def weights(self, contributions: Tensor, average: Tensor) -> tuple[Tensor, Tensor]:
+        """[M] positive weights, and 0-d whether they count.
+
+        Where a modality contributes nothing, as one whose features are all alike, the weights of
+        this batch say nothing, and those of the batches before are taken.
+        """
+        counts = ~(contributions < _LEAST).any()
+        own = modality_weights(contributions.clamp(min=_LEAST))
+        return torch.where(counts, own, average), counts
+
+
+def modality_contributions(
+    nmi: Tensor, ncmi: Tensor, scores: Tensor, fused_score: Tensor
+) -> Tensor:
+    """P_m = p_c·nmi_m + (mean over j ≠ m of p_j)·(nmi_m − ncmi_m).
+
+    Args:
+        nmi: [M, …].
+        ncmi: [M, …].
+        scores: [M, …] probability of the true class, from each modality alone.
+        fused_score: […] the same from the fused representation.
+
+    Returns:
+        [M, …]; may be negative.
+    """
+    found: Tensor = fused_score * nmi + mean_of_others(scores) * (nmi - ncmi)
+    return found
+
+
+def modality_weights(contributions: Tensor) -> Tensor:
+    """Mean over j ≠ m of P_j / P_m: [M] to [M]."""
+    return mean_of_others(contributions) / contributions

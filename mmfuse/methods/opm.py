@@ -213,10 +213,10 @@ class OPM(EpochWindowModule):
         check_names("logits", logits, names, "features")
         given = Given(names, values, [logits[name] for name in names], labels, self.q)
         rows = values[0].shape[0]
+        if isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) != rows:
+            raise ValueError(f"labels has {len(labels)} rows, features[{names[0]!r}] {rows}")
         called = [f"logits[{name!r}]" for name in names]
         scores = named_scores(called, given.logits, labels, self.backend)
-        if len(labels) != rows:
-            raise ValueError(f"labels has {len(labels)} rows, features[{names[0]!r}] {rows}")
         return given, scores.prob, labels
 
     def agreed_stream(self) -> NoiseStream:

@@ -62,7 +62,12 @@ void for_each_part(const std::vector<LogitRows>& modalities, const F& f) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels) {
+std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& pos_weight,
+                                                   int64_t ignore_index, bool multilabel) {
+  STD_TORCH_CHECK(!weight && !pos_weight && ignore_index == -100 && !multilabel,
+                  "mmfuse: class indices only");
   const std::vector<LogitRows> modalities = rows_of(logits, labels);
   const size_t count = logits.size(), rows = labels.numel();
   // Zero for the rows that are ignored.
@@ -88,11 +93,18 @@ std::tuple<Tensor, Tensor> modality_scores(const TensorList& logits, const Tenso
     write_number(prob, m, sum / valid);
     write_number(log_prob, m, log_sum / valid);
   }
-  return {prob, log_prob};
+  Tensor total = empty_on_cpu({}, ScalarType::Double);
+  write_number(total, 0, valid);
+  return {prob, log_prob, total};
 }
 
 TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_log_prob,
-                                    const TensorList& logits, const Tensor& labels) {
+                                    const Tensor&, const TensorList& logits,
+                                    const Tensor& labels, const std::optional<Tensor>& weight,
+                                    const std::optional<Tensor>& pos_weight, int64_t ignore_index,
+                                    bool multilabel) {
+  STD_TORCH_CHECK(!weight && !pos_weight && ignore_index == -100 && !multilabel,
+                  "mmfuse: class indices only");
   const std::vector<LogitRows> modalities = rows_of(logits, labels);
   const Coefficients grad_probs(grad_prob, logits.size(), "grad_prob");
   const Coefficients grad_log_probs(grad_log_prob, logits.size(), "grad_log_prob");

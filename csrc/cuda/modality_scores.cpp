@@ -27,7 +27,12 @@ std::vector<ModalityLogits> modality_logits(const TensorList& logits, const Tens
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels) {
+std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& pos_weight,
+                                                   int64_t ignore_index, bool multilabel) {
+  STD_TORCH_CHECK(!weight && !pos_weight && ignore_index == -100 && !multilabel,
+                  "mmfuse: class indices only");
   ModalityScoresParams call;
   call.modalities = modality_logits(logits, labels);
   call.labels = labels_of(labels);
@@ -44,11 +49,17 @@ std::tuple<Tensor, Tensor> modality_scores(const TensorList& logits, const Tenso
   call.log_prob = log_prob.mutable_data_ptr();
   call.wide = dtype == ScalarType::Double;
   launch_modality_scores(call, device.stream());
-  return {prob, log_prob};
+  Tensor total = new_empty(labels, {}, ScalarType::Double);
+  return {prob, log_prob, total};
 }
 
 TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_log_prob,
-                                    const TensorList& logits, const Tensor& labels) {
+                                    const Tensor&, const TensorList& logits,
+                                    const Tensor& labels, const std::optional<Tensor>& weight,
+                                    const std::optional<Tensor>& pos_weight, int64_t ignore_index,
+                                    bool multilabel) {
+  STD_TORCH_CHECK(!weight && !pos_weight && ignore_index == -100 && !multilabel,
+                  "mmfuse: class indices only");
   ModalityScoresBackwardParams call;
   call.modalities = modality_logits(logits, labels);
   call.labels = labels_of(labels);

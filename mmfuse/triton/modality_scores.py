@@ -231,8 +231,21 @@ def _modality_scores_backward_kernel(
             )
 
 
-def modality_scores(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+def sample_scores(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mmfuse.ops.sample_scores`."""
+    raise NotImplementedError("triton has no sample_scores yet")
+
+
+def _only_plain(logits: Sequence[Tensor], others: tuple[object, ...]) -> None:
+    if others != (None, None, IGNORED_LABEL, False) or not all(z.is_contiguous() for z in logits):
+        raise NotImplementedError("triton has [B, C] with class indices only")
+
+
+def modality_scores(
+    logits: Sequence[Tensor], labels: Tensor, *others: object
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `mmfuse.ops.modality_scores`."""
+    _only_plain(logits, others)
     wide = any(z.dtype == torch.float64 for z in logits)
     dtype = torch.float64 if wide else torch.float32
     count, n_rows = len(logits), labels.shape[0]
@@ -271,13 +284,19 @@ def modality_scores(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, T
                 num_warps=MERGE_WARPS,
                 **COMPILE_OPTIONS,
             )
-    return prob, log_prob
+    return prob, log_prob, (labels != IGNORED_LABEL).sum().double()
 
 
 def modality_scores_backward(
-    grad_prob: Tensor, grad_log_prob: Tensor, logits: Sequence[Tensor], labels: Tensor
+    grad_prob: Tensor,
+    grad_log_prob: Tensor,
+    count: Tensor,
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *others: object,
 ) -> list[Tensor]:
     """Gradient of both scores: (grad_prob p_i + grad_log_prob) / n * (onehot - softmax)."""
+    _only_plain(logits, others)
     grads = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
     n_rows = labels.shape[0]
     class_counts = tuple(z.shape[1] for z in logits)

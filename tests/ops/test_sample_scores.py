@@ -39,8 +39,8 @@ def check_samples(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> Non
         rows = expected(z.detach(), targets)
         tolerances.assert_within(found.prob[m], rows.prob, rows.prob_bound, "prob")
         tolerances.assert_within(found.log_prob[m], rows.log_prob, rows.log_prob_bound, "log_prob")
-        u = 2 * tolerances.UNIT_ROUNDOFF[torch.float64] * (2 + z.shape[1] ** 0.5)
-        tolerances.assert_within(found.weight, rows.weight, u * rows.weight, "weight")
+        bound = tolerances.row_weight(wide, rows.weight, z.shape[1])
+        tolerances.assert_within(found.weight, rows.weight, bound, "weight")
 
 
 def check_means(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> None:
@@ -63,9 +63,9 @@ def check_means(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> None:
             mean = (rows.weight * each).sum() / rows.weight.sum()
             bound = tolerances.weighted_mean(dtype, each.detach(), bound, rows.weight)
             tolerances.assert_within(getattr(found, name)[m], mean, bound, name)
-        u = 2 * tolerances.UNIT_ROUNDOFF[torch.float64] * (2 + rows.shares.numel() ** 0.5)
         count = rows.weight.sum()
-        tolerances.assert_within(found.count, count, u * count, "count")
+        bound = tolerances.row_weight(found.prob.dtype, count, rows.shares.numel())
+        tolerances.assert_within(found.count, count, bound, "count")
         part = rows.weight / count
         total = (part * (slopes[0, m] * rows.prob + slopes[1, m] * rows.log_prob)).sum()
         (wanted,) = torch.autograd.grad(total, exact)

@@ -219,7 +219,8 @@ def _backward_rows(
         c = start + tl.arange(0, BLOCK_CLASSES)
         inside = (row < inner)[:, None] & (c < n_classes)[None, :]
         if KIND == LABELS:
-            share, s, _, slope = label_tile(
+            # Another name than above: in a loop a variable keeps its type.
+            share, s, _log_s, slope = label_tile(
                 row_ptrs, row < inner, c, n_classes, stride, COLUMNS, target_ptrs,
                 target_strides[1], weight_ptr, pos_weight_ptr, ACC,
             )  # fmt: skip

@@ -27,15 +27,17 @@ struct C10_HIDDEN Call {
 
   Call(const TensorList& logits, const Tensor& labels, const std::optional<Tensor>& weight,
        const std::optional<Tensor>& pos_weight, int64_t ignore_index, bool multilabel) {
-    check_scores(logits, labels, weight, pos_weight, multilabel);
+    const std::vector<RowLayout> layouts =
+        checked_layouts(logits, labels, weight, pos_weight, multilabel);
+    modalities.reserve(logits.size());
     const ClassWeights of_class = weights_of(weight, narrow_weight, wide_weight);
     const ClassWeights of_yes = weights_of(pos_weight, narrow_pos_weight, wide_pos_weight);
     const bool indices = labels.scalar_type() == ScalarType::Long;
-    for (const Tensor& tensor : logits) {
-      const RowLayout layout = row_layout(tensor);
-      LogitRows all{};
-      all.dtype = dtype_of(tensor);
-      all.logits = tensor.const_data_ptr();
+    for (size_t m = 0; m < logits.size(); ++m) {
+      const RowLayout& layout = layouts[m];
+      LogitRows& all = modalities.emplace_back();
+      all.dtype = dtype_of(logits[m]);
+      all.logits = logits[m].const_data_ptr();
       all.strides = {layout.outer_stride, layout.class_stride, layout.inner_stride};
       all.classes_adjoin = layout.classes_adjoin;
       all.classes = layout.classes;
@@ -54,7 +56,6 @@ struct C10_HIDDEN Call {
         all.targets = labels.const_data_ptr();
         all.target_strides = {targets.outer_stride, targets.class_stride, targets.inner_stride};
       }
-      modalities.push_back(all);
     }
   }
 
@@ -150,6 +151,17 @@ struct C10_HIDDEN Call {
   }
 };
 
+// A 0-d or [count] result, without the dispatcher, which takes longer than the kernel may.
+Tensor numbers_on_cpu(int64_t dimensions, int64_t count, ScalarType dtype) {
+  const int64_t stride = 1;
+  const int32_t code =
+      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, &count, &stride, code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels,
@@ -160,9 +172,9 @@ std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, con
   const std::vector<double> sums = call.sums();
   const int64_t count = static_cast<int64_t>(logits.size());
   const ScalarType dtype = result_type(logits);
-  Tensor prob = empty_on_cpu({count}, dtype);
-  Tensor log_prob = empty_on_cpu({count}, dtype);
-  Tensor total = empty_on_cpu({}, ScalarType::Double);
+  Tensor prob = numbers_on_cpu(1, count, dtype);
+  Tensor log_prob = numbers_on_cpu(1, count, dtype);
+  Tensor total = numbers_on_cpu(0, 1, ScalarType::Double);
   const Numbers probs(prob), log_probs(log_prob);
   for (int64_t m = 0; m < count; ++m) {
     // No row that counts: 0 / 0 is the NaN that is wanted.

@@ -10,10 +10,11 @@ RowStrides strides_of(const RowLayout& layout) {
   return {layout.outer_stride, layout.class_stride, layout.inner_stride};
 }
 
-std::vector<ModalityLogits> modality_logits(const TensorList& logits) {
+std::vector<ModalityLogits> modality_logits(const TensorList& logits,
+                                            const std::vector<RowLayout>& layouts) {
   std::vector<ModalityLogits> modalities(logits.size());
   for (size_t m = 0; m < logits.size(); ++m) {
-    const RowLayout layout = row_layout(logits[m]);
+    const RowLayout& layout = layouts[m];
     STD_TORCH_CHECK(layout.classes <= kMaxClasses, "mmfuse: too many classes");
     modalities[m].logits = logits[m].const_data_ptr();
     modalities[m].strides = strides_of(layout);
@@ -28,13 +29,17 @@ const double* numbers_of(const std::optional<Tensor>& weight) {
   return weight.has_value() ? static_cast<const double*>(weight->const_data_ptr()) : nullptr;
 }
 
-ScoreTargets score_targets(const TensorList& logits, const Tensor& labels,
-                           const std::optional<Tensor>& weight,
-                           const std::optional<Tensor>& pos_weight, int64_t ignore_index,
-                           bool multilabel) {
-  check_scores(logits, labels, weight, pos_weight, multilabel);
-  const RowLayout layout = row_layout(logits[0]);
-  ScoreTargets targets{};
+// Sets what all three calls have in common.
+template <typename params_t>
+void set_inputs(params_t& call, const TensorList& logits, const Tensor& labels,
+                const std::optional<Tensor>& weight, const std::optional<Tensor>& pos_weight,
+                int64_t ignore_index, bool multilabel) {
+  const std::vector<RowLayout> layouts =
+      checked_layouts(logits, labels, weight, pos_weight, multilabel);
+  call.modalities = modality_logits(logits, layouts);
+  const RowLayout& layout = layouts[0];
+  ScoreTargets& targets = call.targets;
+  targets = {};
   targets.values = labels.const_data_ptr();
   targets.kind = TargetKind::kIndices;
   if (labels.scalar_type() != ScalarType::Long) {
@@ -47,7 +52,6 @@ ScoreTargets score_targets(const TensorList& logits, const Tensor& labels,
   targets.ignore_index = ignore_index;
   targets.rows = layout.outer * layout.inner;
   targets.inner = layout.inner;
-  return targets;
 }
 
 }  // namespace
@@ -57,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, con
                                                    const std::optional<Tensor>& pos_weight,
                                                    int64_t ignore_index, bool multilabel) {
   ModalityScoresParams call;
-  call.targets = score_targets(logits, labels, weight, pos_weight, ignore_index, multilabel);
-  call.modalities = modality_logits(logits);
+  set_inputs(call, logits, labels, weight, pos_weight, ignore_index, multilabel);
   call.widest = static_cast<int>(widest(logits));
   const DeviceScope device(labels);
   const int64_t count = static_cast<int64_t>(logits.size());
@@ -82,8 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> sample_scores(const TensorList& logits, const
                                                  const std::optional<Tensor>& pos_weight,
                                                  int64_t ignore_index, bool multilabel) {
   SampleScoresParams call;
-  call.targets = score_targets(logits, labels, weight, pos_weight, ignore_index, multilabel);
-  call.modalities = modality_logits(logits);
+  set_inputs(call, logits, labels, weight, pos_weight, ignore_index, multilabel);
   call.widest = static_cast<int>(widest(logits));
   const DeviceScope device(labels);
   const std::vector<int64_t> shape = shape_of_rows(labels);
@@ -107,8 +109,7 @@ TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_
                                     const std::optional<Tensor>& pos_weight, int64_t ignore_index,
                                     bool multilabel) {
   ModalityScoresBackwardParams call;
-  call.targets = score_targets(logits, labels, weight, pos_weight, ignore_index, multilabel);
-  call.modalities = modality_logits(logits);
+  set_inputs(call, logits, labels, weight, pos_weight, ignore_index, multilabel);
   call.grad_prob = coefficients_of(grad_prob, logits.size(), "grad_prob");
   call.grad_log_prob = coefficients_of(grad_log_prob, logits.size(), "grad_log_prob");
   STD_TORCH_CHECK(count.numel() == 1 && count.scalar_type() == ScalarType::Double,

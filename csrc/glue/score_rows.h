@@ -60,24 +60,29 @@ inline void check_weights(const std::optional<Tensor>& weight, int64_t classes, 
                   "mmfuse: ", name, " must be float64, contiguous, one number for each class");
 }
 
-// What the kernels rely on.
-inline void check_scores(const TensorList& logits, const Tensor& labels,
-                         const std::optional<Tensor>& weight,
-                         const std::optional<Tensor>& pos_weight, bool multilabel) {
+// The rows of all logits, with what the kernels rely on.
+inline std::vector<RowLayout> checked_layouts(const TensorList& logits, const Tensor& labels,
+                                              const std::optional<Tensor>& weight,
+                                              const std::optional<Tensor>& pos_weight,
+                                              bool multilabel) {
   const bool indices = labels.scalar_type() == ScalarType::Long;
   STD_TORCH_CHECK(!(indices && multilabel) && (!indices || labels.is_contiguous()),
                   "mmfuse: labels must be contiguous int64, or floating");
+  const int64_t numbers = labels.numel();
+  std::vector<RowLayout> layouts;
+  layouts.reserve(logits.size());
   for (const Tensor& tensor : logits) {
-    const RowLayout layout = row_layout(tensor);
+    const RowLayout& layout = layouts.emplace_back(row_layout(tensor));
     STD_TORCH_CHECK(layout.classes_adjoin || layout.inner_stride == 1 || layout.inner <= 1,
                     "mmfuse: neither classes nor rows of the logits adjoin in memory");
     const int64_t rows = layout.outer * layout.inner;
-    STD_TORCH_CHECK(labels.numel() == (indices ? rows : rows * layout.classes) &&
+    STD_TORCH_CHECK(numbers == (indices ? rows : rows * layout.classes) &&
                         (indices || labels.dim() == tensor.dim()),
                     "mmfuse: logits must be [N, C] or [N, C, D], with labels for each row");
     check_weights(weight, layout.classes, "weight");
     check_weights(pos_weight, layout.classes, "pos_weight");
   }
+  return layouts;
 }
 
 }  // namespace mmfuse

@@ -57,28 +57,25 @@ def checked(
     if not isinstance(labels, Tensor):
         kind = type(labels).__name__
         raise TypeError(f"labels must be an integer tensor of class indices, got {kind}")
-    if criterion.multilabel or labels.dtype in FLOATING:
+    if labels.dtype is not torch.int64 and (criterion.multilabel or labels.dtype in FLOATING):
+        return _with_floating_targets(names, logits, labels, criterion)
+    if criterion.multilabel:
         return _with_floating_targets(names, logits, labels, criterion)
     if labels.is_floating_point() or labels.is_complex() or labels.layout is not torch.strided:
         raise TypeError(
             "labels must be an integer tensor of class indices or a floating one of probabilities, "
             f"got {labels.dtype}, {labels.layout}"
         )
+    # Calls into PyTorch that are not needed are left out: together they cost what the op does.
+    rows, device = labels.shape, labels.device
     dense = []
     for name, z in zip(names, logits, strict=True):
-        if z.dim() < 2 or z.shape[1] < 2:
-            raise ValueError(_too_few_classes(name, z))
-        # Calls into PyTorch that are not needed are left out: together they cost what the op does.
-        if z.dim() == 2 and labels.dim() == 1:
-            if z.shape[0] != labels.shape[0]:
-                raise ValueError(f"{name} has {z.shape[0]} rows, labels {labels.shape[0]}")
-        elif z.shape[:1] + z.shape[2:] != labels.shape:
-            raise ValueError(_other_rows(name, z, labels))
-        if z.device != labels.device:
-            raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
-        dense.append(z if z.dim() == 2 and z.is_contiguous() else readable(z))
+        shape = z.shape
+        if len(shape) != 2 or shape[:1] != rows or shape[1] < 2 or z.device != device:
+            _check_shape(name, z, labels)
+        dense.append(z if len(shape) == 2 and z.is_contiguous() else readable(z))
     labels = labels if labels.dtype is torch.int64 else class_indices(labels)
-    labels = labels if labels.dim() == 1 else labels.flatten(1)
+    labels = labels if len(rows) < 3 else labels.flatten(1)
     labels = labels if labels.is_contiguous() else labels.contiguous()
     if criterion is PLAIN:
         return dense, labels, None, None, IGNORED_LABEL, False
@@ -90,6 +87,18 @@ def checked(
         )
     weight = _of_each_class("weight", criterion.weight, names, logits)
     return dense, labels, weight, None, criterion.ignore_index, False
+
+
+def _check_shape(name: str, z: Tensor, labels: Tensor) -> None:
+    """Raises a ValueError if class indices do not fit the logits."""
+    if z.dim() < 2 or z.shape[1] < 2:
+        raise ValueError(_too_few_classes(name, z))
+    if z.dim() == 2 and labels.dim() == 1 and z.shape[0] != labels.shape[0]:
+        raise ValueError(f"{name} has {z.shape[0]} rows, labels {labels.shape[0]}")
+    if z.shape[:1] + z.shape[2:] != labels.shape:
+        raise ValueError(_other_rows(name, z, labels))
+    if z.device != labels.device:
+        raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
 
 
 def _with_floating_targets(

@@ -13,6 +13,10 @@ namespace mmfuse::cuda {
 namespace {
 
 constexpr int kScoreThreads = 1024;
+// Sums of shares take more registers than 1,024 threads have.
+template <TargetKind kKind>
+constexpr int kThreadsOf = kKind == TargetKind::kShares ? 512 : kScoreThreads;
+
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardBlocksPerSm = 3;
 constexpr int kMaxModalities = 16;
@@ -55,7 +59,7 @@ template <TargetKind kKind, typename F>
 __device__ __forceinline__ void for_each_score(const ModalityLogits& modality,
                                                const ScoreTargets& targets, const F& f) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kScoreRows;
-  visit_teams<kScoreThreads>(modality, [&](auto team, auto* type) {
+  visit_teams<kThreadsOf<kKind>>(modality, [&](auto team, auto* type) {
     using team_t = decltype(team);
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     for (int r = team_t::row(); r < kScoreRows; r += team_t::kRows) {
@@ -69,7 +73,7 @@ __device__ __forceinline__ void for_each_score(const ModalityLogits& modality,
 
 // Block (x, m) sums kScoreRows rows of modality m.
 template <TargetKind kKind>
-__global__ void __launch_bounds__(kScoreThreads)
+__global__ void __launch_bounds__(kThreadsOf<kKind>)
     modality_scores_kernel(const ModalityTable<ScoreOutputs> __grid_constant__ table) {
   const ScoreOutputs& call = table.common;
   double sums[kScoreSums] = {};
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(kScoreThreads)
                           sums[1] += score.weight * score.log_prob;
                           sums[2] += score.weight;
                         });
-  block_sum<kScoreThreads>(sums);
+  block_sum<kThreadsOf<kKind>>(sums);
   if (threadIdx.x != 0) return;
   const int m = table.first + blockIdx.y;
   if (gridDim.x == 1) {
@@ -106,7 +110,7 @@ __global__ void __launch_bounds__(kScoreThreads)
 
 // Block (x, m) writes the scores of kScoreRows rows of modality m.
 template <TargetKind kKind>
-__global__ void __launch_bounds__(kScoreThreads)
+__global__ void __launch_bounds__(kThreadsOf<kKind>)
     sample_scores_kernel(const ModalityTable<ScoreOutputs> __grid_constant__ table) {
   const ScoreOutputs& call = table.common;
   const int m = table.first + blockIdx.y;
@@ -216,7 +220,7 @@ void launch_modality_scores(const ModalityScoresParams& params, cudaStream_t str
   visit_kind(params.targets.kind, [&](auto kind) {
     for_each_table(params.modalities, common, [&](const auto& table, unsigned count) {
       launch("modality_scores_kernel", modality_scores_kernel<kind()>, dim3(blocks, count),
-             kScoreThreads, stream, table);
+             kThreadsOf<kind()>, stream, table);
     });
   });
   if (blocks > 1) {
@@ -233,7 +237,7 @@ void launch_sample_scores(const SampleScoresParams& params, cudaStream_t stream)
   visit_kind(params.targets.kind, [&](auto kind) {
     for_each_table(params.modalities, common, [&](const auto& table, unsigned count) {
       launch("sample_scores_kernel", sample_scores_kernel<kind()>, dim3(blocks, count),
-             kScoreThreads, stream, table);
+             kThreadsOf<kind()>, stream, table);
     });
   });
 }

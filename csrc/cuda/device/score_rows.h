@@ -143,7 +143,7 @@ template <typename team_t, bool kShares, typename scalar_t>
 __device__ __forceinline__ RowScore<acc_type<scalar_t>> sum_row(const ScoreTargets& targets,
                                                                 const LogitRow<scalar_t>& row) {
   using acc_t = acc_type<scalar_t>;
-  constexpr int kBatch = std::is_same_v<acc_t, double> || kShares ? 2 : 8;
+  constexpr int kBatch = (std::is_same_v<acc_t, double> ? 2 : 8) / (kShares ? 2 : 1);
   constexpr int kSize = team_t::kSize;
   const int64_t stride = team_t::kColumns ? row.stride : 1;
   acc_t max = static_cast<acc_t>(-INFINITY);

@@ -15,7 +15,7 @@ namespace {
 constexpr int kScoreThreads = 1024;
 // Sums of shares take more registers than 1,024 threads have.
 template <TargetKind kKind>
-constexpr int kThreadsOf = kKind == TargetKind::kShares ? 512 : kScoreThreads;
+constexpr int kThreadsOf = kKind == TargetKind::kShares ? 256 : kScoreThreads;
 
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardBlocksPerSm = 3;
@@ -62,6 +62,7 @@ __device__ __forceinline__ void for_each_score(const ModalityLogits& modality,
   visit_teams<kThreadsOf<kKind>>(modality, [&](auto team, auto* type) {
     using team_t = decltype(team);
     using scalar_t = std::remove_pointer_t<decltype(type)>;
+#pragma unroll 1
     for (int r = team_t::row(); r < kScoreRows; r += team_t::kRows) {
       const auto row = logit_row<scalar_t>(modality, targets, first + r);
       if (!team_t::kColumns && !row.counts) break;

@@ -74,10 +74,15 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         r"labels must be class indices \[B\], got shape \[4, 3\]; of one-hot labels take "
         r"labels\.argmax\(1\)",
     ),
-    "floating one-hot labels": (
-        lambda: stepped(logits(), one_hot.float()),
+    "probabilities of other classes": (
+        lambda: stepped(logits(), one_hot.float()[:, :2]),
+        ValueError,
+        r"floating labels must have the shape of logits\['audio'\], \[4, 3\], got \[4, 2\]",
+    ),
+    "floating class indices": (
+        lambda: stepped(logits(), LABELS.float()),
         TypeError,
-        r"labels must be an integer tensor of class indices, got torch.float32; of one-hot",
+        r"labels must be an integer tensor of class indices, got torch.float32 \[4\]; prob",
     ),
     "labels in a list": (
         lambda: stepped(logits(), [0, 1, 2, 0]),

@@ -27,14 +27,14 @@ OPS = ("modality_scores", "modulation_factors")
 
 def exact_decision(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients and ratios in float64."""
-    prob, _ = reference_scores.modality_scores([z.double() for z in logits], labels)
+    prob, _, _ = reference_scores.modality_scores([z.double() for z in logits], labels)
     rho = reference_ratios.discrepancy_ratios(prob)
     return ogm_coefficients(rho, ALPHA, "cvpr"), rho
 
 
 @compiled(dynamic=False)
 def _decide(logits: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    prob, _ = reference_scores.modality_scores(logits, labels)
+    prob, _, _ = reference_scores.modality_scores(logits, labels)
     rho = reference_ratios.discrepancy_ratios(prob)
     return ogm_coefficients(rho, ALPHA, "cvpr"), rho
 

@@ -1,9 +1,11 @@
 #include "modality_scores.h"
 
 #include <limits>
+#include <memory>
 
 #include "glue/chunks.h"
 #include "glue/coefficients.h"
+#include "glue/score_rows.h"
 
 #define MMFUSE_KERNEL "cpu/modality_scores_kernel.h"
 #include "cpu/simd/foreach_simd.h"
@@ -13,100 +15,230 @@ namespace {
 
 // Enough rows to be worth a task of their own.
 constexpr int64_t kTaskElements = 16384;
+// Where the rows adjoin, a task has whole vectors of them.
+constexpr int64_t kTaskColumns = 64;
 
-const int64_t* labels_of(const Tensor& labels) {
-  STD_TORCH_CHECK(labels.is_contiguous() && labels.scalar_type() == ScalarType::Long,
-                  "mmfuse: labels must be contiguous int64");
-  return static_cast<const int64_t*>(labels.const_data_ptr());
-}
-
-std::vector<LogitRows> rows_of(const TensorList& logits, const Tensor& labels) {
-  check_contiguous(logits, "logits");
-  const int64_t* label_data = labels_of(labels);
-  const int64_t rows = labels.numel();
+// The logits and targets of a call, and its weights in both types.
+struct C10_HIDDEN Call {
   std::vector<LogitRows> modalities;
-  for (const Tensor& tensor : logits) {
-    STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows,
-                    "mmfuse: logits must be [B, C] with one label a row");
-    modalities.push_back(
-        {dtype_of(tensor), tensor.const_data_ptr(), label_data, tensor.size(1), 0, rows});
-  }
-  return modalities;
-}
+  std::vector<float> narrow_weight, narrow_pos_weight;
+  std::vector<double> wide_weight, wide_pos_weight;
+  int64_t rows = 0;
 
-int64_t count_valid(const Tensor& labels) {
-  const int64_t* data = labels_of(labels);
-  const int64_t rows = labels.numel();
-  return rows - std::count(data, data + rows, kIgnoredLabel);
-}
-
-// f(rows, m) for every modality m, in parts of its rows.
-template <typename F>
-void for_each_part(const std::vector<LogitRows>& modalities, const F& f) {
-  std::vector<std::pair<LogitRows, size_t>> parts;
-  int64_t elements = 0;
-  for (size_t m = 0; m < modalities.size(); ++m) {
-    const LogitRows& all = modalities[m];
-    elements += all.end * all.classes;
-    const int64_t step = std::max<int64_t>(1, kTaskElements / std::max<int64_t>(1, all.classes));
-    for (int64_t begin = 0; begin < all.end; begin += step) {
-      LogitRows part = all;
-      part.begin = begin;
-      part.end = std::min(all.end, begin + step);
-      parts.emplace_back(part, m);
+  Call(const TensorList& logits, const Tensor& labels, const std::optional<Tensor>& weight,
+       const std::optional<Tensor>& pos_weight, int64_t ignore_index, bool multilabel) {
+    const std::vector<RowLayout> layouts =
+        checked_layouts(logits, labels, weight, pos_weight, multilabel);
+    modalities.reserve(logits.size());
+    const ClassWeights of_class = weights_of(weight, narrow_weight, wide_weight);
+    const ClassWeights of_yes = weights_of(pos_weight, narrow_pos_weight, wide_pos_weight);
+    const bool indices = labels.scalar_type() == ScalarType::Long;
+    for (size_t m = 0; m < logits.size(); ++m) {
+      const RowLayout& layout = layouts[m];
+      LogitRows& all = modalities.emplace_back();
+      all.dtype = dtype_of(logits[m]);
+      all.logits = logits[m].const_data_ptr();
+      all.strides = {layout.outer_stride, layout.class_stride, layout.inner_stride};
+      all.classes_adjoin = layout.classes_adjoin;
+      all.classes = layout.classes;
+      all.inner = std::max<int64_t>(layout.inner, 1);
+      all.end = rows = layout.outer * layout.inner;
+      all.weight = of_class;
+      all.pos_weight = of_yes;
+      all.ignore_index = ignore_index;
+      if (indices) {
+        all.kind = TargetKind::kIndices;
+        all.labels = static_cast<const int64_t*>(labels.const_data_ptr());
+      } else {
+        const RowLayout targets = row_layout(labels);
+        all.kind = multilabel ? TargetKind::kLabels : TargetKind::kShares;
+        all.target_dtype = dtype_of(labels);
+        all.targets = labels.const_data_ptr();
+        all.target_strides = {targets.outer_stride, targets.class_stride, targets.inner_stride};
+      }
     }
   }
-  parallel_each(static_cast<int64_t>(parts.size()), elements,
-                [&](int64_t i) { f(parts[i].first, parts[i].second); });
+
+  // f(rows, m) for every modality m, in parts of its rows.
+  template <typename F>
+  void for_each_part(const F& f) const {
+    std::vector<int64_t> first{0};
+    int64_t elements = 0;
+    for (const LogitRows& all : modalities) {
+      elements += all.end * all.classes;
+      first.push_back(first.back() + (all.end + step_of(all) - 1) / step_of(all));
+    }
+    parallel_each(first.back(), elements, [&](int64_t i) {
+      const size_t m = std::upper_bound(first.begin(), first.end(), i) - first.begin() - 1;
+      LogitRows part = modalities[m];
+      part.begin = (i - first[m]) * step_of(part);
+      part.end = std::min(part.end, part.begin + step_of(part));
+      f(part, m);
+    });
+  }
+
+  // f(rows, m, scores) likewise, with the scores of those rows.
+  template <typename F>
+  void for_each_scored(const F& f) const {
+    const auto by_rows = MMFUSE_SIMD_SELECT(score_rows);
+    const auto by_columns = MMFUSE_SIMD_SELECT(score_columns);
+    for_each_part([&](const LogitRows& part, size_t m) {
+      double scores[3][kMaxTaskRows];
+      const RowScores found{scores[0], scores[1], scores[2]};
+      (part.classes_adjoin ? by_rows : by_columns)(part, found);
+      f(part, m, found);
+    });
+  }
+
+  static int64_t step_of(const LogitRows& rows) {
+    const int64_t step = kTaskElements / std::max<int64_t>(1, rows.classes);
+    return std::clamp<int64_t>(step, rows.classes_adjoin ? 1 : kTaskColumns, kMaxTaskRows);
+  }
+
+  // Sums of w p, w log p and w of each modality, [M][3].
+  std::vector<double> sums() const {
+    std::vector<double> found(3 * modalities.size());
+    if (kept()) {
+      // Row after row, to the same bit as ever.
+      std::vector<double> scores(3 * modalities.size() * rows);
+      for_each_scored([&](const LogitRows& part, size_t m, const RowScores& one) {
+        double* to = scores.data() + 3 * m * rows + 3 * part.begin;
+        for (int64_t i = 0; i < part.end - part.begin; ++i) add(one, i, to + 3 * i);
+      });
+      for (size_t m = 0; m < modalities.size(); ++m) {
+        const double* row = scores.data() + 3 * m * rows;
+        for (int64_t i = 0; i < 3 * rows; ++i) found[3 * m + i % 3] += row[i];
+      }
+      return found;
+    }
+    std::vector<std::vector<double>> parts(3 * modalities.size());
+    for (size_t k = 0; k < parts.size(); ++k) {
+      const LogitRows& all = modalities[k / 3];
+      parts[k].resize((all.end + step_of(all) - 1) / step_of(all));
+    }
+    for_each_scored([&](const LogitRows& part, size_t m, const RowScores& one) {
+      double sum[3] = {};
+      for (int64_t i = 0; i < part.end - part.begin; ++i) add(one, i, sum);
+      for (int k = 0; k < 3; ++k) parts[3 * m + k][part.begin / step_of(part)] = sum[k];
+    });
+    for (size_t k = 0; k < parts.size(); ++k) {
+      found[k] = pairwise_sum(parts[k].data(), parts[k].size());
+    }
+    return found;
+  }
+
+ private:
+  // Scores of [B, C] logits with class indices are few.
+  bool kept() const {
+    return modalities[0].kind == TargetKind::kIndices && modalities[0].inner == rows;
+  }
+
+  static void add(const RowScores& one, int64_t i, double* sum) {
+    sum[0] += one.weight[i] == 0 ? 0 : one.weight[i] * one.prob[i];
+    sum[1] += one.weight[i] == 0 ? 0 : one.weight[i] * one.log_prob[i];
+    sum[2] += one.weight[i];
+  }
+
+  static ClassWeights weights_of(const std::optional<Tensor>& weight, std::vector<float>& narrow,
+                                 std::vector<double>& wide) {
+    if (!weight.has_value()) return {};
+    const double* data = static_cast<const double*>(weight->const_data_ptr());
+    wide.assign(data, data + weight->numel());
+    narrow.assign(wide.begin(), wide.end());
+    wide.resize(wide.size() + kTermsPadding);
+    narrow.resize(narrow.size() + kTermsPadding);
+    return {narrow.data(), wide.data()};
+  }
+};
+
+// A 0-d or [count] result, without the dispatcher, which takes longer than the kernel may.
+Tensor numbers_on_cpu(int64_t dimensions, int64_t count, ScalarType dtype) {
+  const int64_t stride = 1;
+  const int32_t code =
+      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, &count, &stride, code,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels) {
-  const std::vector<LogitRows> modalities = rows_of(logits, labels);
-  const size_t count = logits.size(), rows = labels.numel();
-  // Zero for the rows that are ignored.
-  std::vector<double> scores(2 * count * rows);
-  const auto kernel = MMFUSE_SIMD_SELECT(score_rows);
-  for_each_part(modalities, [&](const LogitRows& part, size_t m) {
-    double* prob = scores.data() + 2 * m * rows;
-    kernel(part, {prob, prob + rows});
-  });
-
-  const double valid = static_cast<double>(count_valid(labels));
+std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels,
+                                                   const std::optional<Tensor>& weight,
+                                                   const std::optional<Tensor>& pos_weight,
+                                                   int64_t ignore_index, bool multilabel) {
+  const Call call(logits, labels, weight, pos_weight, ignore_index, multilabel);
+  const std::vector<double> sums = call.sums();
+  const int64_t count = static_cast<int64_t>(logits.size());
   const ScalarType dtype = result_type(logits);
-  Tensor prob = empty_on_cpu({static_cast<int64_t>(count)}, dtype);
-  Tensor log_prob = empty_on_cpu({static_cast<int64_t>(count)}, dtype);
-  for (size_t m = 0; m < count; ++m) {
-    const double* row = scores.data() + 2 * m * rows;
-    double sum = 0, log_sum = 0;
-    for (size_t i = 0; i < rows; ++i) {
-      sum += row[i];
-      log_sum += row[rows + i];
-    }
-    // No valid row: 0 / 0 is the NaN that is wanted.
-    write_number(prob, m, sum / valid);
-    write_number(log_prob, m, log_sum / valid);
+  Tensor prob = numbers_on_cpu(1, count, dtype);
+  Tensor log_prob = numbers_on_cpu(1, count, dtype);
+  Tensor total = numbers_on_cpu(0, 1, ScalarType::Double);
+  const Numbers probs(prob), log_probs(log_prob);
+  for (int64_t m = 0; m < count; ++m) {
+    // No row that counts: 0 / 0 is the NaN that is wanted.
+    probs.set(m, sums[3 * m] / sums[3 * m + 2]);
+    log_probs.set(m, sums[3 * m + 1] / sums[3 * m + 2]);
   }
-  return {prob, log_prob};
+  write_number(total, 0, sums[3 * widest(logits) + 2]);
+  return {prob, log_prob, total};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_scores(const TensorList& logits, const Tensor& labels,
+                                                 const std::optional<Tensor>& weight,
+                                                 const std::optional<Tensor>& pos_weight,
+                                                 int64_t ignore_index, bool multilabel) {
+  const Call call(logits, labels, weight, pos_weight, ignore_index, multilabel);
+  const std::vector<int64_t> shape = shape_of_rows(labels);
+  std::vector<int64_t> each{static_cast<int64_t>(logits.size())};
+  each.insert(each.end(), shape.begin(), shape.end());
+  Tensor prob = empty_on_cpu(each, result_type(logits));
+  Tensor log_prob = empty_on_cpu(each, result_type(logits));
+  Tensor weights = empty_on_cpu(shape, ScalarType::Double);
+  const Numbers probs(prob), log_probs(log_prob);
+  double* weight_data = static_cast<double*>(weights.mutable_data_ptr());
+  call.for_each_scored([&](const LogitRows& part, size_t m, const RowScores& one) {
+    for (int64_t i = 0; i < part.end - part.begin; ++i) {
+      probs.set(m * call.rows + part.begin + i, one.prob[i]);
+      log_probs.set(m * call.rows + part.begin + i, one.log_prob[i]);
+      if (m == widest(logits)) weight_data[part.begin + i] = one.weight[i];
+    }
+  });
+  return {prob, log_prob, weights};
 }
 
 TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_log_prob,
-                                    const TensorList& logits, const Tensor& labels) {
-  const std::vector<LogitRows> modalities = rows_of(logits, labels);
+                                    const Tensor& count, const TensorList& logits,
+                                    const Tensor& labels, const std::optional<Tensor>& weight,
+                                    const std::optional<Tensor>& pos_weight, int64_t ignore_index,
+                                    bool multilabel) {
+  const Call call(logits, labels, weight, pos_weight, ignore_index, multilabel);
   const Coefficients grad_probs(grad_prob, logits.size(), "grad_prob");
   const Coefficients grad_log_probs(grad_log_prob, logits.size(), "grad_log_prob");
+  const double total = Coefficients(count, 1, "count")[0];
   TensorList grads;
-  std::vector<void*> grad_data;
-  for (const Tensor& tensor : logits) {
-    grads.push_back(torch::stable::empty_like(tensor));
-    grad_data.push_back(grads.back().mutable_data_ptr());
+  std::vector<RowGrads> calls;
+  for (size_t m = 0; m < logits.size(); ++m) {
+    grads.push_back(torch::stable::empty_like(logits[m]));
+    const RowLayout layout = row_layout(grads[m]);
+    STD_TORCH_CHECK(layout.classes_adjoin == call.modalities[m].classes_adjoin,
+                    "mmfuse: the gradient would lie in another order than its logits");
+    calls.push_back({grads[m].mutable_data_ptr(),
+                     {layout.outer_stride, layout.class_stride, layout.inner_stride},
+                     nullptr,
+                     grad_probs[m] / total,
+                     grad_log_probs[m] / total});
   }
-  const double valid = static_cast<double>(count_valid(labels));
-  const auto kernel = MMFUSE_SIMD_SELECT(grad_rows);
-  for_each_part(modalities, [&](const LogitRows& part, size_t m) {
-    std::vector<double> terms(part.classes + kTermsPadding);
-    kernel(part, {grad_data[m], terms.data(), grad_probs[m] / valid, grad_log_probs[m] / valid});
+  const auto by_rows = MMFUSE_SIMD_SELECT(grad_rows);
+  const auto by_columns = MMFUSE_SIMD_SELECT(grad_columns);
+  call.for_each_part([&](const LogitRows& part, size_t m) {
+    const int64_t terms = part.kind == TargetKind::kLabels ? 0 : part.classes + kTermsPadding;
+    const int64_t lists = part.classes_adjoin ? (part.kind == TargetKind::kShares ? 2 : 1) : 0;
+    const std::unique_ptr<double[]> scratch(new double[lists * terms]);
+    RowGrads one = calls[m];
+    one.terms = scratch.get();
+    (part.classes_adjoin ? by_rows : by_columns)(part, one);
   });
   return grads;
 }
@@ -116,4 +248,5 @@ TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, CPU, m) {
   m.impl("modality_scores.cpu", TORCH_BOX(&mmfuse::cpu::modality_scores));
   m.impl("modality_scores_backward.cpu", TORCH_BOX(&mmfuse::cpu::modality_scores_backward));
+  m.impl("sample_scores.cpu", TORCH_BOX(&mmfuse::cpu::sample_scores));
 }

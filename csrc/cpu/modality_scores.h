@@ -6,32 +6,63 @@
 
 namespace mmfuse::cpu {
 
-// Rows with this label count for nothing, as in torch.nn.functional.cross_entropy.
-constexpr int64_t kIgnoredLabel = -100;
-
 // At least a vector of any level.
 constexpr int64_t kTermsPadding = 16;
 
-// Some rows of one modality's logits [rows, classes].
+// Rows of one task at most, whose scores are on its stack.
+constexpr int64_t kMaxTaskRows = 1024;
+
+// Class indices; probabilities of the classes; a yes or no for each label.
+enum class TargetKind { kIndices, kShares, kLabels };
+
+// Element (outer, class, inner) of a tensor [outer, classes, inner]; a row is one (outer, inner).
+struct RowStrides {
+  int64_t outer;
+  int64_t klass;
+  int64_t inner;
+};
+
+// One number for each class, in both accumulators' types; null where none are given.
+struct ClassWeights {
+  const float* narrow = nullptr;  // kTermsPadding more can be read
+  const double* wide = nullptr;
+
+  const float* as(float) const { return narrow; }
+  const double* as(double) const { return wide; }
+};
+
+// Some rows of one modality's logits, with their targets.
 struct LogitRows {
   DType dtype;
   const void* logits;
-  const int64_t* labels;
+  RowStrides strides;
+  bool classes_adjoin;  // else the inner rows do
+  TargetKind kind;
+  const int64_t* labels;  // class indices, a number for each row
+  DType target_dtype;
+  const void* targets;  // the others
+  RowStrides target_strides;
+  ClassWeights weight;
+  ClassWeights pos_weight;
+  int64_t ignore_index;
   int64_t classes;
+  int64_t inner;
   int64_t begin;
   int64_t end;
 };
 
-// What the two means are taken over, one entry for each row; ignored rows are left alone.
+// Of each row from `begin` on: its scores, 0 for one that does not count, and its weight.
 struct RowScores {
   double* prob;
   double* log_prob;
+  double* weight;
 };
 
-// grad_logits = (grad_prob * p + grad_log_prob) * (onehot - softmax), row by row.
+// The slopes of both scores of each row are these times its weight.
 struct RowGrads {
   void* grad_logits;
-  void* terms;  // scratch: float or double, classes + kTermsPadding of them
+  RowStrides strides;
+  void* terms;  // scratch: float or double, two rows of classes + kTermsPadding
   double grad_prob;
   double grad_log_prob;
 };

@@ -1,6 +1,6 @@
-// Softmax of the true class, row by row; no include guard, see foreach_simd.h.
+// Scores of rows whose classes adjoin in memory; no include guard, see foreach_simd.h.
 
-#include "cpu/simd/exp.h"
+#include "cpu/simd/targets.h"
 
 // The largest logit; NaN may be passed over, for the exponentials pass it on.
 template <typename scalar_t>
@@ -56,58 +56,193 @@ inline double exp_row(const double* x, int64_t n, double max, double* terms) {
   return sum;
 }
 
+// A vector of one row's targets, as shares of its score.
+template <typename scalar_t>
+class ScoreRow {
+  using acc_t = acc_type<scalar_t>;
+  using vec_t = vec_type<scalar_t>;
+  static constexpr int kWidth = lanes_of<scalar_t>;
+  static constexpr int64_t kChunk = 512;
+
+ public:
+  ScoreRow(const LogitRows& rows, int64_t row) : rows_(rows) {
+    const int64_t outer = row / rows.inner, inner = row - outer * rows.inner;
+    x_ = static_cast<const scalar_t*>(rows.logits) + outer * rows.strides.outer +
+         inner * rows.strides.inner;
+    target_ = outer * rows.target_strides.outer + inner * rows.target_strides.inner;
+  }
+
+  // f(class, n, targets, weights) for vectors of n classes; the shares of those beyond are 0.
+  template <typename F>
+  void for_each_vector(const F& f) const {
+    acc_t targets[kChunk];
+    const acc_t* weights = rows_.weight.as(acc_t());
+    for (int64_t first = 0; first < rows_.classes; first += kChunk) {
+      const int64_t n = std::min(kChunk, rows_.classes - first);
+      const int64_t stride = rows_.target_strides.klass;
+      read_targets(rows_, target_ + first * stride, stride, n, targets);
+      for (int64_t j = 0; j < n; j += kWidth) {
+        f(first + j, n - j, load(targets + j), weights_at(weights, first + j));
+      }
+    }
+  }
+
+  vec_t logits(int64_t c, int64_t n, acc_t rest) const {
+    return n >= kWidth ? load(x_ + c) : load_first(x_ + c, n, rest);
+  }
+
+  // f(class, n, share, likelihood)
+  template <typename F>
+  void for_each_label(const F& f) const {
+    const acc_t* pos_weights = rows_.pos_weight.as(acc_t());
+    for_each_vector([&](int64_t c, int64_t n, vec_t y, vec_t weight) {
+      const vec_t share = label_share(y, weight, weights_at(pos_weights, c));
+      f(c, n, first_lanes(share, n), likelihood(logits(c, n, 0), y));
+    });
+  }
+
+  void label_scores(const RowScores& out, int64_t i) const {
+    vec_t prob{}, log_prob{}, total{};
+    for_each_label([&](int64_t, int64_t, vec_t a, const Likelihood<vec_t>& label) {
+      prob += a * label.prob;
+      log_prob += shared(a, label.log_prob);
+      total += a;
+    });
+    const double all = sum_lanes(total);
+    put_scores(out, i, sum_lanes(prob) / all, sum_lanes(log_prob) / all, 1);
+  }
+
+  void share_scores(const RowScores& out, int64_t i) const {
+    const acc_t max = row_max(x_, rows_.classes);
+    vec_t sum{}, prob{}, log_prob{}, total{};
+    for_each_vector([&](int64_t c, int64_t n, vec_t t, vec_t weight) {
+      const vec_t a = first_lanes(weight, n) * t;
+      const vec_t below = logits(c, n, -std::numeric_limits<acc_t>::infinity()) - max;
+      const vec_t e = exp_nonpositive(below);
+      sum += e;
+      prob += a * e;
+      log_prob += shared(a, below);
+      total += a;
+    });
+    const double whole = sum_lanes(sum), all = sum_lanes(total);
+    put_scores(out, i, sum_lanes(prob) / whole / all, sum_lanes(log_prob) / all - std::log(whole),
+               all);
+  }
+
+  void label_grads(const RowGrads& grads, scalar_t* out) const {
+    vec_t total{};
+    for_each_label([&](int64_t, int64_t, vec_t a, const Likelihood<vec_t>&) { total += a; });
+    const vec_t part = splat(static_cast<acc_t>(1 / sum_lanes(total)));
+    const vec_t grad_prob = splat(static_cast<acc_t>(grads.grad_prob));
+    const vec_t grad_log_prob = splat(static_cast<acc_t>(grads.grad_log_prob));
+    for_each_label([&](int64_t c, int64_t n, vec_t a, const Likelihood<vec_t>& label) {
+      const vec_t slope = grad_prob * label.prob + grad_log_prob;
+      put(out + c, n, shared(a * part, slope * label.slope));
+    });
+  }
+
+  void share_grads(const RowGrads& grads, scalar_t* out) const {
+    acc_t* terms = static_cast<acc_t*>(grads.terms);
+    acc_t* shares = terms + rows_.classes + kTermsPadding;
+    const acc_t max = row_max(x_, rows_.classes);
+    vec_t sum{}, prob{}, total{};
+    for_each_vector([&](int64_t c, int64_t n, vec_t t, vec_t weight) {
+      const vec_t a = first_lanes(weight, n) * t;
+      const vec_t e = exp_nonpositive(logits(c, n, -std::numeric_limits<acc_t>::infinity()) - max);
+      store(terms + c, e);
+      store(shares + c, a);
+      sum += e;
+      prob += a * e;
+      total += a;
+    });
+    const double whole = sum_lanes(sum), all = sum_lanes(total);
+    const double slope = grads.grad_prob * sum_lanes(prob) / whole + grads.grad_log_prob * all;
+    const vec_t common = splat(static_cast<acc_t>(-slope / whole));
+    const vec_t own = splat(static_cast<acc_t>(grads.grad_prob / whole));
+    const vec_t grad_log_prob = splat(static_cast<acc_t>(grads.grad_log_prob));
+    for (int64_t c = 0; c < rows_.classes; c += kWidth) {
+      const vec_t e = load(terms + c);
+      const vec_t grad = common * e + load(shares + c) * (own * e + grad_log_prob);
+      put(out + c, rows_.classes - c, all == 0 ? vec_t{} : grad);
+    }
+  }
+
+  // Of the true class, as it was before there were other targets: to the bit.
+  void index_scores(const RowScores& out, int64_t i, int64_t label) const {
+    const double weight = index_weight(rows_, label);
+    const double nan = std::numeric_limits<double>::quiet_NaN();
+    if (weight == 0 || label < 0 || label >= rows_.classes) {
+      put_scores(out, i, nan, nan, weight);
+      return;
+    }
+    const acc_t max = row_max(x_, rows_.classes);
+    const acc_t sum = exp_row<false>(x_, rows_.classes, max, static_cast<acc_t*>(nullptr));
+    const acc_t below_max = Element<scalar_t>::widen(x_[label]) - max;
+    put_scores(out, i, std::exp(below_max) / sum, below_max - std::log(sum), weight);
+  }
+
+  void index_grads(const RowGrads& grads, int64_t label, scalar_t* out) const {
+    acc_t* terms = static_cast<acc_t*>(grads.terms);
+    const int64_t classes = rows_.classes;
+    const double weight = index_weight(rows_, label);
+    if (weight == 0 || label < 0 || label >= classes) {
+      const acc_t fill = weight == 0 ? acc_t(0) : std::numeric_limits<acc_t>::quiet_NaN();
+      for (int64_t c = 0; c < classes; c += kWidth) put(out + c, classes - c, splat(fill));
+      return;
+    }
+    const acc_t sum = exp_row<true>(x_, classes, row_max(x_, classes), terms);
+    const double slope = grads.grad_prob * (terms[label] / sum) + grads.grad_log_prob;
+    const auto factor = splat(static_cast<acc_t>(-slope * weight / sum));
+    terms[label] -= sum;
+    for (int64_t c = 0; c < classes; c += kWidth) {
+      put(out + c, classes - c, factor * load(terms + c));
+    }
+  }
+
+ private:
+  static void put(scalar_t* out, int64_t n, vec_t x) {
+    n >= kWidth ? store(out, x) : store_first(out, n, x);
+  }
+
+  const LogitRows& rows_;
+  const scalar_t* x_;
+  int64_t target_;
+};
+
 inline void score_rows(const LogitRows& rows, const RowScores& out) {
   visit_dtype(rows.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
-    using acc_t = acc_type<scalar_t>;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const int64_t label = rows.labels[i];
-      if (label == kIgnoredLabel) continue;
-      if (label < 0 || label >= rows.classes) {
-        out.prob[i] = out.log_prob[i] = std::numeric_limits<double>::quiet_NaN();
-        continue;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const ScoreRow<scalar_t> one(rows, row);
+      const int64_t i = row - rows.begin;
+      if (rows.kind == TargetKind::kIndices) {
+        one.index_scores(out, i, rows.labels[row]);
+      } else if (rows.kind == TargetKind::kShares) {
+        one.share_scores(out, i);
+      } else {
+        one.label_scores(out, i);
       }
-      const scalar_t* x = static_cast<const scalar_t*>(rows.logits) + i * rows.classes;
-      const acc_t max = row_max(x, rows.classes);
-      const acc_t sum = exp_row<false>(x, rows.classes, max, static_cast<acc_t*>(nullptr));
-      const acc_t below_max = Element<scalar_t>::widen(x[label]) - max;
-      out.prob[i] = std::exp(below_max) / sum;
-      out.log_prob[i] = below_max - std::log(sum);
     }
   });
-}
-
-template <typename scalar_t>
-inline void grad_row(const scalar_t* x, int64_t label, int64_t classes, const RowGrads& grads,
-                     acc_type<scalar_t>* terms, scalar_t* out) {
-  using acc_t = acc_type<scalar_t>;
-  constexpr int kWidth = lanes_of<scalar_t>;
-  const acc_t sum = exp_row<true>(x, classes, row_max(x, classes), terms);
-  const double slope = grads.grad_prob * (terms[label] / sum) + grads.grad_log_prob;
-  const auto factor = splat(static_cast<acc_t>(-slope / sum));
-  terms[label] -= sum;
-  int64_t i = 0;
-  for (; i + kWidth <= classes; i += kWidth) store(out + i, factor * load(terms + i));
-  if (i < classes) store_first(out + i, classes - i, factor * load(terms + i));
 }
 
 inline void grad_rows(const LogitRows& rows, const RowGrads& grads) {
   visit_dtype(rows.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
-    using acc_t = acc_type<scalar_t>;
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const int64_t label = rows.labels[i];
-      const scalar_t* x = static_cast<const scalar_t*>(rows.logits) + i * rows.classes;
-      scalar_t* out = static_cast<scalar_t*>(grads.grad_logits) + i * rows.classes;
-      if (label >= 0 && label < rows.classes) {
-        grad_row(x, label, rows.classes, grads, static_cast<acc_t*>(grads.terms), out);
-        continue;
-      }
-      const acc_t nan = std::numeric_limits<acc_t>::quiet_NaN();
-      const auto fill = splat(label == kIgnoredLabel ? acc_t(0) : nan);
-      for (int64_t c = 0; c < rows.classes; c += lanes_of<scalar_t>) {
-        store_first(out + c, std::min<int64_t>(lanes_of<scalar_t>, rows.classes - c), fill);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const ScoreRow<scalar_t> one(rows, row);
+      const int64_t outer = row / rows.inner, inner = row - outer * rows.inner;
+      scalar_t* out = static_cast<scalar_t*>(grads.grad_logits) + outer * grads.strides.outer +
+                      inner * grads.strides.inner;
+      if (rows.kind == TargetKind::kIndices) {
+        one.index_grads(grads, rows.labels[row], out);
+      } else if (rows.kind == TargetKind::kShares) {
+        one.share_grads(grads, out);
+      } else {
+        one.label_grads(grads, out);
       }
     }
   });
 }
+
+#include "cpu/simd/score_columns.h"

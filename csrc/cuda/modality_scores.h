@@ -1,5 +1,5 @@
-// modality_scores: batch means of the true class's softmax probability and its log, and their
-// gradient.
+// modality_scores: how sure each modality is of the targets, of each row or on average, and the
+// averages' gradient.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,18 +11,44 @@
 
 namespace mmfuse::cuda {
 
+// Class indices; probabilities of the classes; a yes or no for each label.
+enum class TargetKind : int32_t { kIndices, kShares, kLabels };
+
+// Element (outer, class, inner) of a tensor [outer, classes, inner]; a row is one (outer, inner).
+struct RowStrides {
+  int64_t outer;
+  int64_t klass;
+  int64_t inner;
+};
+
 struct ModalityLogits {
-  const void* logits;  // [rows, classes]
-  void* grad;          // likewise; only for the backward pass
+  const void* logits;
+  void* grad;  // only for the backward pass
+  RowStrides strides;
+  RowStrides grad_strides;
   int32_t classes;
   DType dtype;
+  bool classes_adjoin;  // else the inner rows do
+};
+
+// The targets of all modalities.
+struct ScoreTargets {
+  TargetKind kind;
+  DType dtype;
+  const void* values;  // int64, a number for each row, or floating
+  RowStrides strides;
+  const double* weight;      // of each class, or null
+  const double* pos_weight;  // likewise
+  int64_t ignore_index;
+  int64_t rows;
+  int64_t inner;
 };
 
 // Blocks that share the rows of one modality in the forward pass; a function of the batch alone, so
 // that the order of every sum is too.
 constexpr int kScoreRows = 128;
 
-// float64 values that a block leaves in the workspace: sums of p, of log p, and of valid rows.
+// float64 values that a block leaves in the workspace: sums of w p, of w log p, and of w.
 constexpr int kScoreSums = 3;
 
 // A lane looks this far beyond the end of a row.
@@ -34,20 +60,33 @@ inline int64_t score_blocks(int64_t rows) {
 
 struct ModalityScoresParams {
   std::vector<ModalityLogits> modalities;
-  const int64_t* labels;  // [rows]
-  int64_t rows;
+  ScoreTargets targets;
+  int widest;         // the modality whose weights are returned
   double* workspace;  // [M, score_blocks(rows), kScoreSums]
   void* prob;         // [M]
   void* log_prob;     // [M]
-  bool wide;          // prob and log_prob are float64
+  double* count;
+  bool wide;  // prob and log_prob are float64
 };
 
 void launch_modality_scores(const ModalityScoresParams& params, cudaStream_t stream);
 
+struct SampleScoresParams {
+  std::vector<ModalityLogits> modalities;
+  ScoreTargets targets;
+  int widest;
+  void* prob;       // [M, rows]
+  void* log_prob;   // [M, rows]
+  double* weights;  // [rows]
+  bool wide;
+};
+
+void launch_sample_scores(const SampleScoresParams& params, cudaStream_t stream);
+
 struct ModalityScoresBackwardParams {
   std::vector<ModalityLogits> modalities;
-  const int64_t* labels;  // [rows]
-  int64_t rows;
+  ScoreTargets targets;
+  const double* count;
   Coefficients grad_prob;      // [M]
   Coefficients grad_log_prob;  // [M]
 };

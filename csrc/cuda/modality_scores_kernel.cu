@@ -6,16 +6,20 @@
 #include "cuda/device/element.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/reduce.h"
+#include "cuda/device/score_rows.h"
 #include "modality_scores.h"
 
 namespace mmfuse::cuda {
 namespace {
 
 constexpr int kScoreThreads = 1024;
+// Sums of shares take more registers than 1,024 threads have.
+template <TargetKind kKind>
+constexpr int kThreadsOf = kKind == TargetKind::kShares ? 256 : kScoreThreads;
+
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardBlocksPerSm = 3;
 constexpr int kMaxModalities = 16;
-constexpr int64_t kIgnoredLabel = -100;
 
 // The modalities from `first` on that one launch handles.
 template <typename common_t>
@@ -26,110 +30,62 @@ struct ModalityTable {
 };
 
 struct ScoreOutputs {
-  const int64_t* labels;
-  int64_t rows;
+  ScoreTargets targets;
   double* workspace;
   void* prob;
   void* log_prob;
+  double* count;  // of modality `widest`
+  int widest;
   bool wide;
 };
 
 struct ScoreGradients {
-  const int64_t* labels;
-  int64_t rows;
+  ScoreTargets targets;
+  const double* count;
   Coefficients grad_prob;
   Coefficients grad_log_prob;
 };
 
-// log softmax of class c is logits[c] - max - log_sum.
-template <typename acc_t>
-struct RowSoftmax {
-  acc_t max;
-  acc_t log_sum;
-};
-
-// exp(x - max), and 0 for x = -inf even while nothing larger has been seen.
-template <typename acc_t>
-__device__ __forceinline__ acc_t shifted_exp(acc_t x, acc_t max) {
-  return exp(x - (max == static_cast<acc_t>(-INFINITY) ? acc_t(0) : max));
-}
-
-// One warp, one pass over a row: each lane rescales its sum when its maximum rises. Eight loads are
-// in flight per lane, because a small batch waits for nothing else.
-template <typename scalar_t>
-__device__ __forceinline__ RowSoftmax<acc_type<scalar_t>> row_softmax(const scalar_t* row,
-                                                                      int classes) {
-  using acc_t = acc_type<scalar_t>;
-  constexpr int kBatch = std::is_same_v<acc_t, double> ? 2 : 8;
-  acc_t max = static_cast<acc_t>(-INFINITY);
-  acc_t sum = 0;
-  for (int c = threadIdx.x % kWarpSize; c < classes; c += kBatch * kWarpSize) {
-    acc_t x[kBatch];
-    acc_t batch_max = max;
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) {
-      const bool inside = c + u * kWarpSize < classes;
-      x[u] = inside ? widen<acc_t>(row[c + u * kWarpSize]) : static_cast<acc_t>(-INFINITY);
-      batch_max = x[u] > batch_max ? x[u] : batch_max;
-    }
-    sum *= shifted_exp(max, batch_max);
-    max = batch_max;
-#pragma unroll
-    for (int u = 0; u < kBatch; ++u) sum += shifted_exp(x[u], max);
-  }
-  const acc_t row_max = warp_max(max);
-  return {row_max, log(warp_sum(sum * shifted_exp(max, row_max)))};
-}
-
-// log softmax of the row's true class; NaN if there is no such class.
-template <typename scalar_t, typename acc_t>
-__device__ __forceinline__ acc_t true_log_prob(const scalar_t* row, int classes, int64_t label,
-                                               const RowSoftmax<acc_t>& softmax) {
-  if (label < 0 || label >= classes) return static_cast<acc_t>(NAN);
-  return widen<acc_t>(row[label]) - softmax.max - softmax.log_sum;
-}
-
 __device__ __forceinline__ void store_scores(const ScoreOutputs& call, int m,
                                              const double (&sums)[kScoreSums]) {
-  // Without a valid row this is 0 / 0.
-  const double prob = sums[0] / sums[2];
-  const double log_prob = sums[1] / sums[2];
-  if (call.wide) {
-    static_cast<double*>(call.prob)[m] = prob;
-    static_cast<double*>(call.log_prob)[m] = log_prob;
-  } else {
-    static_cast<float*>(call.prob)[m] = static_cast<float>(prob);
-    static_cast<float*>(call.log_prob)[m] = static_cast<float>(log_prob);
-  }
+  // Without a row that counts this is 0 / 0.
+  store_result(call.prob, call.wide, sums[0] / sums[2], m);
+  store_result(call.log_prob, call.wide, sums[1] / sums[2], m);
+  if (m == call.widest) *call.count = sums[2];
 }
 
-// Block (x, m) sums kScoreRows rows of modality m, one warp per row.
-__global__ void __launch_bounds__(kScoreThreads)
-    modality_scores_kernel(const ModalityTable<ScoreOutputs> __grid_constant__ table) {
-  const ScoreOutputs& call = table.common;
-  const ModalityLogits& modality = table.modalities[blockIdx.y];
+// Calls f(row, score) for block x's kScoreRows rows of a modality, by the first of each team.
+template <TargetKind kKind, typename F>
+__device__ __forceinline__ void for_each_score(const ModalityLogits& modality,
+                                               const ScoreTargets& targets, const F& f) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kScoreRows;
-  const int64_t left = call.rows - first;
-  const int rows = left < kScoreRows ? static_cast<int>(left) : kScoreRows;
-  double sums[kScoreSums] = {};
-  visit_dtype(modality.dtype, [&](auto* type) {
+  visit_teams<kThreadsOf<kKind>>(modality, [&](auto team, auto* type) {
+    using team_t = decltype(team);
     using scalar_t = std::remove_pointer_t<decltype(type)>;
-    constexpr int kWarps = kScoreThreads / kWarpSize;
-    const auto* logits = static_cast<const scalar_t*>(modality.logits) + first * modality.classes;
-    for (int r = threadIdx.x / kWarpSize; r < rows; r += kWarps) {
-      const int64_t label = call.labels[first + r];
-      if (label == kIgnoredLabel) continue;
-      const scalar_t* row = logits + static_cast<int64_t>(r) * modality.classes;
-      const auto softmax = row_softmax(row, modality.classes);
-      const auto log_prob = true_log_prob(row, modality.classes, label, softmax);
-      if (threadIdx.x % kWarpSize == 0) {
-        sums[0] += exp(log_prob);
-        sums[1] += log_prob;
-        sums[2] += 1;
-      }
+#pragma unroll 1
+    for (int r = team_t::row(); r < kScoreRows; r += team_t::kRows) {
+      const auto row = logit_row<scalar_t>(modality, targets, first + r);
+      if (!team_t::kColumns && !row.counts) break;
+      const auto score = score_row<team_t, kKind>(targets, row);
+      if (row.counts && team_t::rank() == 0) f(first + r, score);
     }
   });
-  block_sum<kScoreThreads>(sums);
+}
+
+// Block (x, m) sums kScoreRows rows of modality m.
+template <TargetKind kKind>
+__global__ void __launch_bounds__(kThreadsOf<kKind>)
+    modality_scores_kernel(const ModalityTable<ScoreOutputs> __grid_constant__ table) {
+  const ScoreOutputs& call = table.common;
+  double sums[kScoreSums] = {};
+  for_each_score<kKind>(table.modalities[blockIdx.y], call.targets,
+                        [&](int64_t, const auto& score) {
+                          if (score.weight == 0) return;
+                          sums[0] += score.weight * score.prob;
+                          sums[1] += score.weight * score.log_prob;
+                          sums[2] += score.weight;
+                        });
+  block_sum<kThreadsOf<kKind>>(sums);
   if (threadIdx.x != 0) return;
   const int m = table.first + blockIdx.y;
   if (gridDim.x == 1) {
@@ -153,43 +109,78 @@ __global__ void __launch_bounds__(kScoreThreads)
   if (threadIdx.x == 0) store_scores(call, blockIdx.x, sums);
 }
 
-// Blocks (:, m) write the gradient of modality m's logits, one warp per row.
+// Block (x, m) writes the scores of kScoreRows rows of modality m.
+template <TargetKind kKind>
+__global__ void __launch_bounds__(kThreadsOf<kKind>)
+    sample_scores_kernel(const ModalityTable<ScoreOutputs> __grid_constant__ table) {
+  const ScoreOutputs& call = table.common;
+  const int m = table.first + blockIdx.y;
+  for_each_score<kKind>(table.modalities[blockIdx.y], call.targets,
+                        [&](int64_t row, const auto& score) {
+                          const int64_t place = m * call.targets.rows + row;
+                          store_result(call.prob, call.wide, score.prob, place);
+                          store_result(call.log_prob, call.wide, score.log_prob, place);
+                          if (m == call.widest) call.count[row] = score.weight;
+                        });
+}
+
+// The gradient of one row, from its scores; for class indices (grad_prob p + grad_log_prob) w /
+// count (onehot - softmax).
+template <typename team_t, TargetKind kKind, typename scalar_t, typename acc_t>
+__device__ __forceinline__ void write_gradient(const ScoreTargets& targets,
+                                               const LogitRow<scalar_t>& row,
+                                               const RowScore<acc_t>& score, acc_t grad_prob,
+                                               acc_t grad_log_prob, acc_t count) {
+  const int64_t stride = team_t::kColumns ? row.stride : 1;
+  const int64_t grad_stride = team_t::kColumns ? row.grad_stride : 1;
+  acc_t weight = (grad_prob * score.prob + grad_log_prob) / count;
+  if (kKind == TargetKind::kShares || targets.weight != nullptr) {
+    weight *= static_cast<acc_t>(score.weight);
+  }
+  const int64_t label = kKind == TargetKind::kIndices && row.counts
+                            ? static_cast<const int64_t*>(targets.values)[row.target]
+                            : 0;
+  for (int c = team_t::rank(); c < row.classes; c += team_t::kSize) {
+    acc_t grad = 0;
+    if constexpr (kKind == TargetKind::kLabels) {
+      const Likelihood<acc_t> one = likelihood<acc_t>(targets, row, c, stride);
+      grad = shared(one.share / score.total,
+                    (grad_prob * one.prob + grad_log_prob) / count * one.slope);
+    } else if (score.weight != 0) {
+      const acc_t p =
+          exp(widen<acc_t>(row.x[c * stride]) - score.softmax.max - score.softmax.log_sum);
+      if constexpr (kKind == TargetKind::kIndices) {
+        grad = weight * ((c == label ? acc_t(1) : acc_t(0)) - p);
+      } else {
+        const acc_t a = class_share<acc_t>(targets, row, c);
+        grad = a * (grad_prob * p + grad_log_prob) / count - weight * p;
+      }
+    }
+    row.grad[c * grad_stride] = round_to<scalar_t>(grad);
+  }
+}
+
+// Blocks (:, m) write the gradient of modality m's logits.
+template <TargetKind kKind>
 __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocksPerSm)
     modality_scores_backward_kernel(const ModalityTable<ScoreGradients> __grid_constant__ table) {
   const ScoreGradients& call = table.common;
   const ModalityLogits& modality = table.modalities[blockIdx.y];
-  // Counting the labels again is cheaper than a launch that does it for all blocks.
-  double count[1] = {0};
-  for (int64_t i = threadIdx.x; i < call.rows; i += kBackwardThreads) {
-    count[0] += call.labels[i] != kIgnoredLabel;
-  }
-  block_sum<kBackwardThreads>(count);
-  visit_dtype(modality.dtype, [&](auto* type) {
+  visit_teams<kBackwardThreads>(modality, [&](auto team, auto* type) {
+    using team_t = decltype(team);
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc_t = acc_type<scalar_t>;
-    constexpr int kWarps = kBackwardThreads / kWarpSize;
     const int m = table.first + blockIdx.y;
     const acc_t grad_prob = load_coefficient<acc_t>(call.grad_prob, m);
     const acc_t grad_log_prob = load_coefficient<acc_t>(call.grad_log_prob, m);
-    const int64_t step = static_cast<int64_t>(gridDim.x) * kWarps;
-    for (int64_t i = blockIdx.x * kWarps + threadIdx.x / kWarpSize; i < call.rows; i += step) {
-      const int64_t label = call.labels[i];
-      const scalar_t* row = static_cast<const scalar_t*>(modality.logits) + i * modality.classes;
-      scalar_t* grad = static_cast<scalar_t*>(modality.grad) + i * modality.classes;
-      const int lane = threadIdx.x % kWarpSize;
-      if (label == kIgnoredLabel) {
-        for (int c = lane; c < modality.classes; c += kWarpSize) {
-          grad[c] = round_to<scalar_t>(acc_t(0));
-        }
-        continue;
-      }
-      const auto softmax = row_softmax(row, modality.classes);
-      const acc_t prob = exp(true_log_prob(row, modality.classes, label, softmax));
-      const acc_t weight = (grad_prob * prob + grad_log_prob) / static_cast<acc_t>(count[0]);
-      for (int c = lane; c < modality.classes; c += kWarpSize) {
-        const acc_t p = exp(widen<acc_t>(row[c]) - softmax.max - softmax.log_sum);
-        grad[c] = round_to<scalar_t>(weight * ((c == label ? acc_t(1) : acc_t(0)) - p));
-      }
+    const acc_t count = static_cast<acc_t>(*call.count);
+    const int64_t step = static_cast<int64_t>(gridDim.x) * team_t::kRows;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * team_t::kRows;
+         first < call.targets.rows; first += step) {
+      const auto row = logit_row<scalar_t>(modality, call.targets, first + team_t::row());
+      if (!team_t::kColumns && !row.counts) break;
+      const auto score = score_row<team_t, kKind>(call.targets, row);
+      write_gradient<team_t, kKind>(call.targets, row, score, grad_prob, grad_log_prob, count);
     }
   });
 }
@@ -208,15 +199,30 @@ void for_each_table(const std::vector<ModalityLogits>& modalities, const common_
   }
 }
 
+// f(kind as a type)
+template <typename F>
+void visit_kind(TargetKind kind, const F& f) {
+  switch (kind) {
+    case TargetKind::kIndices:
+      return f(std::integral_constant<TargetKind, TargetKind::kIndices>{});
+    case TargetKind::kShares:
+      return f(std::integral_constant<TargetKind, TargetKind::kShares>{});
+    case TargetKind::kLabels:
+      return f(std::integral_constant<TargetKind, TargetKind::kLabels>{});
+  }
+}
+
 }  // namespace
 
 void launch_modality_scores(const ModalityScoresParams& params, cudaStream_t stream) {
-  const ScoreOutputs common{params.labels, params.rows,     params.workspace,
-                            params.prob,   params.log_prob, params.wide};
-  const unsigned blocks = static_cast<unsigned>(score_blocks(params.rows));
-  for_each_table(params.modalities, common, [&](const auto& table, unsigned count) {
-    launch("modality_scores_kernel", modality_scores_kernel, dim3(blocks, count), kScoreThreads,
-           stream, table);
+  const ScoreOutputs common{params.targets, params.workspace, params.prob, params.log_prob,
+                            params.count,   params.widest,    params.wide};
+  const unsigned blocks = static_cast<unsigned>(score_blocks(params.targets.rows));
+  visit_kind(params.targets.kind, [&](auto kind) {
+    for_each_table(params.modalities, common, [&](const auto& table, unsigned count) {
+      launch("modality_scores_kernel", modality_scores_kernel<kind()>, dim3(blocks, count),
+             kThreadsOf<kind()>, stream, table);
+    });
   });
   if (blocks > 1) {
     launch("modality_scores_finalise_kernel", modality_scores_finalise_kernel,
@@ -224,16 +230,31 @@ void launch_modality_scores(const ModalityScoresParams& params, cudaStream_t str
   }
 }
 
+void launch_sample_scores(const SampleScoresParams& params, cudaStream_t stream) {
+  if (params.targets.rows == 0) return;
+  const ScoreOutputs common{params.targets, nullptr,       params.prob, params.log_prob,
+                            params.weights, params.widest, params.wide};
+  const unsigned blocks = static_cast<unsigned>(score_blocks(params.targets.rows));
+  visit_kind(params.targets.kind, [&](auto kind) {
+    for_each_table(params.modalities, common, [&](const auto& table, unsigned count) {
+      launch("sample_scores_kernel", sample_scores_kernel<kind()>, dim3(blocks, count),
+             kThreadsOf<kind()>, stream, table);
+    });
+  });
+}
+
 void launch_modality_scores_backward(const ModalityScoresBackwardParams& params,
                                      cudaStream_t stream) {
-  if (params.rows == 0) return;
-  const ScoreGradients common{params.labels, params.rows, params.grad_prob, params.grad_log_prob};
+  if (params.targets.rows == 0) return;
+  const ScoreGradients common{params.targets, params.count, params.grad_prob, params.grad_log_prob};
   constexpr int kWarps = kBackwardThreads / kWarpSize;
   const unsigned blocks =
-      resident_blocks((params.rows + kWarps - 1) / kWarps, kBackwardBlocksPerSm);
-  for_each_table(params.modalities, common, [&](const auto& table, unsigned count) {
-    launch("modality_scores_backward_kernel", modality_scores_backward_kernel, dim3(blocks, count),
-           kBackwardThreads, stream, table);
+      resident_blocks((params.targets.rows + kWarps - 1) / kWarps, kBackwardBlocksPerSm);
+  visit_kind(params.targets.kind, [&](auto kind) {
+    for_each_table(params.modalities, common, [&](const auto& table, unsigned count) {
+      launch("modality_scores_backward_kernel", modality_scores_backward_kernel<kind()>,
+             dim3(blocks, count), kBackwardThreads, stream, table);
+    });
   });
 }
 

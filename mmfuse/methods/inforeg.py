@@ -113,7 +113,7 @@ class InfoRegRule(Stateless):
 
     def sense(self, batch: Batch) -> Sensed:
         """Mean probabilities and mean log-probabilities."""
-        return Sensed(torch.cat(batch.scores()))
+        return Sensed(torch.cat(batch.scores()[:2]))
 
     def width(self, modalities: int) -> int:
         """Two means for each."""

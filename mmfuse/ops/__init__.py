@@ -19,6 +19,7 @@ from .mutual_information import (
 from .noisy_views import NoisyViews, noisy_views
 from .paired_cosine import paired_cosine
 from .redundancy_ratio import redundancy_ratio
+from .sample_scores import SampleScores, sample_scores
 from .scale_grad import scale_grad
 from .soft_histogram import soft_histogram
 from .update_grads import update_grads_
@@ -33,6 +34,7 @@ __all__ = [
     "ModulationFactors",
     "MutualInformation",
     "NoisyViews",
+    "SampleScores",
     "active_backend",
     "co_information",
     "co_information_gate",
@@ -48,6 +50,7 @@ __all__ = [
     "noisy_views",
     "paired_cosine",
     "redundancy_ratio",
+    "sample_scores",
     "scale_grad",
     "soft_histogram",
     "update_grads_",

@@ -101,10 +101,10 @@ def differentiable_call(
     Returns:
         What the overload returns.
     """
-    tensors = [t for a in args for t in tensors_in(a)]
-    if not any(t.requires_grad for t in tensors):
+    if not torch._C._any_requires_grad(*args):
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
+    tensors = [t for a in args for t in tensors_in(a)]
     results: list[Any] = []
     flat = _Call.apply(overload, args, formula, setup_context, backend, results, *tensors)
     found = nested(flat, layout_of(results))

@@ -1,4 +1,4 @@
-"""modality_scores: how sure each modality is of the true class, in one launch."""
+"""modality_scores: how sure each modality is of the target, in one launch."""
 
 from __future__ import annotations
 
@@ -9,55 +9,82 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.modality_scores import IGNORED_LABEL
+from ._criterion import PLAIN, Criterion, check_range, checked, class_indices
 from ._eager import Eager
 from ._registry import Op
-from ._tensors import FLOATING, why_unsupported
+
+__all__ = ["Criterion", "ModalityScores", "class_indices", "modality_scores", "named_scores"]
 
 
 class ModalityScores(NamedTuple):
-    """Scores of M modalities, each field [M].
+    """Scores of M modalities.
 
     Attributes:
-        prob: Mean over the batch of the true class's softmax probability.
-        log_prob: Mean over the batch of its logarithm, in nats.
+        prob: [M]; mean over the rows that count of the target's probability.
+        log_prob: [M]; mean of its logarithm, in nats.
+        count: 0-d float64; the sum of the rows' weights, by which the means of several
+            micro-batches are averaged: how many rows count, or the sum of w_y.
     """
 
     prob: Tensor
     log_prob: Tensor
+    count: Tensor  # type: ignore[assignment]  # of a tuple, a method
 
 
-def _fake(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+def _fake(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     wide = any(z.dtype == torch.float64 for z in logits)
     dtype = torch.float64 if wide else torch.float32
     prob = torch.empty(len(logits), dtype=dtype, device=labels.device)
-    return prob, torch.empty_like(prob)
+    count = torch.empty((), dtype=torch.float64, device=labels.device)
+    return prob, torch.empty_like(prob), count
 
 
 def _fake_backward(
-    grad_prob: Tensor, grad_log_prob: Tensor, logits: Sequence[Tensor], labels: Tensor
+    grad_prob: Tensor,
+    grad_log_prob: Tensor,
+    count: Tensor,
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
 ) -> list[Tensor]:
-    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
+    return [torch.empty_like(z) for z in logits]
 
 
-_op = Op("modality_scores", "(Tensor[] logits, Tensor labels) -> (Tensor, Tensor)", _fake)
+_ARGUMENTS = (
+    "Tensor[] logits, Tensor labels, Tensor? weight, Tensor? pos_weight, int ignore_index, "
+    "bool multilabel"
+)
+_op = Op("modality_scores", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fake)
 _backward_op = Op(
     "modality_scores_backward",
-    "(Tensor grad_prob, Tensor grad_log_prob, Tensor[] logits, Tensor labels) -> Tensor[]",
+    f"(Tensor grad_prob, Tensor grad_log_prob, Tensor count, {_ARGUMENTS}) -> Tensor[]",
     _fake_backward,
     module="modality_scores",
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    logits, labels = inputs
-    ctx.save_for_backward(labels, *logits)
+    logits, labels, weight, pos_weight, *ctx.constants = inputs
+    count = output[2]
+    ctx.mark_non_differentiable(count)
+    ctx.save_for_backward(count, labels, weight, pos_weight, *logits)
 
 
-def _backward(backend: str, ctx: Any, grad_prob: Tensor, grad_log_prob: Tensor) -> Any:
-    labels, *logits = ctx.saved_tensors
+def _backward(backend: str, ctx: Any, grad_prob: Tensor, grad_log_prob: Tensor, _: Any) -> Any:
+    count, labels, weight, pos_weight, *logits = ctx.saved_tensors
     both = grad_prob.contiguous(), grad_log_prob.contiguous()
-    return _backward_op(backend, labels.device, *both, logits, labels), None
+    inputs = logits, labels, weight, pos_weight, *ctx.constants
+    return _backward_op(backend, labels.device, *both, count, *inputs), *[None] * 5
 
 
 _op.register_autograd(_backward, _setup_context)
@@ -65,96 +92,90 @@ _backward_op.register_no_second_derivative()
 
 
 def modality_scores(
-    logits: Sequence[Tensor], labels: Tensor, *, backend: str | None = None
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    multilabel: bool = False,
+    pos_weight: Tensor | None = None,
+    backend: str | None = None,
 ) -> ModalityScores:
-    """Batch means of the true class's softmax probability and of its logarithm, per modality.
+    """Batch means of the target's probability and of its logarithm, per modality.
 
-    Equivalent to, for each modality's logits z::
+    Outputs and targets are as in `F.cross_entropy`: logits [N, C] or [N, C, d1, …] with class
+    indices [N, d1, …], or with floating probabilities of the logits' shape; or, with
+    `multilabel=True`, as in `F.binary_cross_entropy_with_logits`.
 
-        p = z.softmax(1)[torch.arange(len(labels)), labels]
-        p.mean(), p.log().mean()
+    Equivalent to, for each modality's logits z and class indices labels::
+
+        rows = labels != ignore_index
+        log_p = z.log_softmax(1).movedim(1, -1)[rows]
+        log_p = log_p.gather(1, labels[rows].unsqueeze(1)).squeeze(1)
+        w = torch.ones_like(log_p) if weight is None else weight[labels[rows]]
+        (w * log_p.exp()).sum() / w.sum(), (w * log_p).sum() / w.sum(), w.sum()
+
+    with probabilities t as targets, and w = 1 for `weight=None`, to::
+
+        t = t * w.view(-1, *[1] * (t.dim() - 2))
+        (t * z.softmax(1)).sum() / t.sum(), (t * z.log_softmax(1)).sum() / t.sum(), t.sum()
+
+    and with `multilabel=True` and targets y, where w and pos_weight are 1 if they are None, to::
+
+        log_s = y * F.logsigmoid(z) + (1 - y) * F.logsigmoid(-z)
+        a = w * (pos_weight * y + 1 - y)  # along dimension 1
+        a = a / a.sum(1, keepdim=True)
+        (a * log_s.exp()).sum(1).mean(), (a * log_s).sum(1).mean(), y.select(1, 0).numel()
+
+    where a share of 0 counts nothing, though its logarithm be infinite. In most multi-label sets
+    nearly all targets are 0, and so is what a modality is scored for; pos_weight is the remedy.
 
     prob is the score S_m of OGM-GE (Peng et al., CVPR 2022, Eq. 8) divided by the batch size, which
     leaves every ratio as it is; log_prob is the performance of InfoReg (CVPR 2025, Eq. 8).
     Differentiable in the logits, once.
 
     Args:
-        logits: M tensors [B, C]; float16, bfloat16, float32 or float64. C may differ.
-        labels: [B] integer class indices; rows labelled −100 do not count.
+        logits: M tensors [N, C] or [N, C, d1, …]; float16, bfloat16, float32 or float64. Each is
+            read where it lies if its classes are one by one in memory, as in channels_last or
+            after transpose(1, 2) of [N, d, C], or if what follows the classes is, as in a
+            contiguous tensor; others are copied. C may differ, with class indices. With
+            `multilabel`, [N], [N, L] or [N, L, d1, …]: a single logit is the binary case.
+        labels: [N, d1, …] integer class indices; int64 is read as it is. Or floating, of the
+            logits' shape, from 0 to 1: probabilities of the classes, or targets of the labels.
+        weight: [C]; weights of the classes or labels.
+        ignore_index: Rows of this class index do not count; for class indices only.
+        multilabel: Each output stands for a label of its own.
+        pos_weight: [L]; weights of the labels' positive part, with `multilabel`.
         backend: Name of a backend; None for the best one.
 
     Returns:
         `ModalityScores`, float64 if some logits are, otherwise float32. NaN where no row counts.
 
     Raises:
-        TypeError: logits or labels have an unsupported dtype or layout.
-        ValueError: shapes do not match, or, on the CPU, a label is out of range. On other devices
+        TypeError: logits, labels or weights have an unsupported dtype or layout.
+        ValueError: shapes do not match, or, on the CPU, a target is out of range. On other devices
             looking would cost a synchronisation; the scores of that modality are NaN there.
     """
-    return named_scores([f"logits[{m}]" for m in range(len(logits))], logits, labels, backend)
+    names = [f"logits[{m}]" for m in range(len(logits))]
+    criterion = PLAIN
+    if weight is not None or ignore_index != -100 or multilabel or pos_weight is not None:
+        criterion = Criterion(weight, ignore_index, multilabel, pos_weight)
+    return named_scores(names, logits, labels, backend, criterion)
 
 
 def named_scores(
-    names: Sequence[str], logits: Sequence[Tensor], labels: Tensor, backend: str | None
+    names: Sequence[str],
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    backend: str | None,
+    criterion: Criterion = PLAIN,
 ) -> ModalityScores:
     """`modality_scores`, with errors that call the logits by these names."""
-    if not logits:
-        raise ValueError("logits must hold at least one modality")
-    for name, z in zip(names, logits, strict=True):
-        if not isinstance(z, Tensor) or z.layout is not torch.strided or z.dtype not in FLOATING:
-            raise TypeError(f"{name} {why_unsupported(z)}")
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(
-            f"labels must be an integer tensor of class indices, got {kind}{_hint(labels)}"
-        )
-    if labels.dim() != 1:
-        raise ValueError(
-            f"labels must be class indices [B], got shape {list(labels.shape)}{_hint(labels)}"
-        )
-    dense = []
-    for name, z in zip(names, logits, strict=True):
-        if z.dim() != 2 or z.shape[1] < 2:
-            raise ValueError(
-                f"{name} must have shape [B, C] with C of at least 2, got {list(z.shape)}"
-                + ("; one logit z for two classes is F.pad(z, (1, 0))" * (z.shape[1:] == (1,)))
-            )
-        if z.shape[0] != labels.shape[0]:
-            raise ValueError(f"{name} has {z.shape[0]} rows, labels {labels.shape[0]}")
-        if z.device != labels.device:
-            raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
-        # Calls into PyTorch that are not needed are left out: together they cost what the op does.
-        dense.append(z if z.is_contiguous() else z.contiguous())
-    labels = labels if labels.dtype is torch.int64 else class_indices(labels)
-    labels = labels if labels.is_contiguous() else labels.contiguous()
-    prob, log_prob = _op(backend, labels.device, dense, labels)
+    arguments = checked(names, logits, labels, criterion)
+    prob, log_prob, count = _op(backend, labels.device, *arguments)
     on_cpu = labels.device.type == "cpu"
     compiled = type(backend) is not Eager and torch.compiler.is_compiling()
-    # An impossible label has given NaN; to look at every label first would cost more.
+    # An impossible target has given NaN; to look at every one first would cost more.
     if on_cpu and not compiled and any(map(math.isnan, prob.tolist())):
-        _check_range(names, logits, labels)
-    return ModalityScores(prob, log_prob)
-
-
-def _hint(labels: object) -> str:
-    """The way out for labels that are one-hot, or look so."""
-    if not isinstance(labels, Tensor) or labels.dim() != 2:
-        return ""
-    way = "of one-hot labels take labels.argmax(1)" if labels.shape[1] > 1 else "use squeeze(1)"
-    return f"; {way}"
-
-
-def class_indices(labels: Tensor) -> Tensor:
-    """The labels as int64: in uint8, class 156 would equal −100, which marks a row to ignore."""
-    return labels.to(torch.int64)
-
-
-def _check_range(names: Sequence[str], logits: Sequence[Tensor], labels: Tensor) -> None:
-    for name, z in zip(names, logits, strict=True):
-        wrong = ((labels < 0) | (labels >= z.shape[1])) & (labels != IGNORED_LABEL)
-        if wrong.any():
-            i = int(wrong.nonzero()[0])
-            raise ValueError(
-                f"labels[{i}] = {int(labels[i])} is out of range for {name} "
-                f"with {z.shape[1]} classes ({IGNORED_LABEL} marks a row to ignore)"
-            )
+        check_range(names, logits, labels, criterion)
+    return ModalityScores(prob, log_prob, count)

@@ -1,4 +1,8 @@
-"""Batch means of the true class's softmax probability and of its logarithm."""
+"""How sure each modality is of the target: of each row, on average, and the means' gradient.
+
+Logits are [N, C] or [N, C, D]; a row is one (n, d). The targets are class indices [N] or [N, D],
+or floating, of the logits' shape: probabilities of the classes, or yes and no for each label.
+"""
 
 from __future__ import annotations
 
@@ -12,44 +16,168 @@ from ._dtype import accumulator
 IGNORED_LABEL = -100
 
 
-def _true_class(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns log softmax [B, C] and each row's label, NaN rows where the label is impossible."""
-    log_softmax = torch.log_softmax(logits.to(dtype), dim=1)
-    classes = logits.shape[1]
+def _along_classes(values: Tensor, like: Tensor) -> Tensor:
+    """[C] as [1, C] or [1, C, 1]."""
+    return values.view(1, -1, *[1] * (like.dim() - 2))
+
+
+def _in_range(targets: Tensor) -> Tensor:
+    """The targets, NaN where they lie outside of [0, 1]."""
+    return targets.masked_fill(~((targets >= 0) & (targets <= 1)), torch.nan)
+
+
+def _row_weights(
+    labels: Tensor, weight: Tensor | None, ignore_index: int, multilabel: bool
+) -> Tensor:
+    """How much each row counts, float64: w of its class, sum of w t, or 1 with many labels."""
+    if multilabel:
+        return torch.ones_like(labels.select(1, 0), dtype=torch.float64)
+    if labels.is_floating_point():
+        shares = labels.double()
+        return (shares if weight is None else shares * _along_classes(weight, shares)).sum(1)
+    counts = labels != ignore_index
+    if weight is None:
+        return counts.double()
+    possible = (labels >= 0) & (labels < len(weight))
+    found = weight[labels.clamp(0, len(weight) - 1)].masked_fill(~possible, torch.nan)
+    return torch.where(counts, found, 0.0)
+
+
+def _true_class(log_softmax: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's log p, NaN where the label is impossible, and the labels as indices."""
+    classes = log_softmax.shape[1]
     possible = (labels >= 0) & (labels < classes)
-    log_softmax = log_softmax.masked_fill(~possible.unsqueeze(1), torch.nan)
-    return log_softmax, labels.clamp(0, max(classes - 1, 0))
+    index = labels.clamp(0, max(classes - 1, 0)).unsqueeze(1)
+    log_p = log_softmax.gather(1, index).squeeze(1)
+    return log_p.masked_fill(~possible, torch.nan), index
 
 
-def modality_scores(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-    """See `mmfuse.ops.modality_scores`."""
+def _shares(labels: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """W t of each class."""
+    shares = _in_range(labels.to(dtype))
+    return shares if weight is None else shares * _along_classes(weight.to(dtype), shares)
+
+
+def _log_likelihoods(z: Tensor, y: Tensor) -> Tensor:
+    """Of each label, y log sigmoid(z) + (1 - y) log(1 - sigmoid(z)), with 0 * inf = 0."""
+    against = torch.where(y == 0, 0.0, y * (-z).clamp(min=0))
+    against = against + torch.where(y == 1, 0.0, (1 - y) * z.clamp(min=0))
+    return -(against + (-z.abs()).exp().log1p())
+
+
+def _label_shares(
+    y: Tensor, weight: Tensor | None, pos_weight: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """What each label's share of its row's score is; they sum to 1 in each row."""
+    shares = torch.ones_like(y)
+    if pos_weight is not None:
+        shares = _along_classes(pos_weight.to(dtype), y) * y + (1 - y)
+    if weight is not None:
+        shares = shares * _along_classes(weight.to(dtype), y)
+    return shares / shares.sum(1, keepdim=True)
+
+
+def _row_scores(
+    z: Tensor,
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    multilabel: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """P and log p of each row."""
+    if multilabel:
+        y = _in_range(labels.to(dtype))
+        log_p = _log_likelihoods(z.to(dtype), y)
+        shares = _label_shares(y, weight, pos_weight, dtype)
+        return (shares * log_p.exp()).sum(1), torch.where(shares == 0, 0.0, shares * log_p).sum(1)
+    log_softmax = torch.log_softmax(z.to(dtype), dim=1)
+    if labels.is_floating_point():
+        shares = _shares(labels, weight, dtype)
+        total = shares.sum(1)
+        log_prob = torch.where(shares == 0, 0.0, shares * log_softmax).sum(1)
+        return (shares * log_softmax.exp()).sum(1) / total, log_prob / total
+    log_p, _ = _true_class(log_softmax, labels)
+    return log_p.exp(), log_p
+
+
+def sample_scores(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    ignore_index: int = IGNORED_LABEL,
+    multilabel: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mmfuse.ops.sample_scores`."""
     dtype = accumulator(*logits)
-    valid = labels != IGNORED_LABEL
-    count = valid.sum()
+    rows = _row_weights(labels, weight, ignore_index, multilabel)
     probs, log_probs = [], []
     for z in logits:
-        log_softmax, index = _true_class(z, labels, dtype)
-        log_p = log_softmax.gather(1, index.unsqueeze(1)).squeeze(1)
-        log_p = torch.where(valid, log_p, 0.0)
-        prob = torch.where(valid, log_p.exp(), 0.0)
-        probs.append(prob.sum() / count)
-        log_probs.append(log_p.sum() / count)
-    return torch.stack(probs).to(dtype), torch.stack(log_probs).to(dtype)
+        prob, log_prob = _row_scores(z, labels, weight, pos_weight, multilabel, dtype)
+        probs.append(torch.where(rows != 0, prob, 0.0))
+        log_probs.append(torch.where(rows != 0, log_prob, 0.0))
+    return torch.stack(probs), torch.stack(log_probs), rows
+
+
+def modality_scores(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    ignore_index: int = IGNORED_LABEL,
+    multilabel: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mmfuse.ops.modality_scores`."""
+    prob, log_prob, rows = sample_scores(
+        logits, labels, weight, pos_weight, ignore_index, multilabel
+    )
+    count = rows.sum()
+    means = [
+        torch.stack([(rows.to(x.dtype) * x).sum() / count for x in found]).to(found.dtype)
+        for found in (prob, log_prob)
+    ]
+    return means[0], means[1], count
 
 
 def modality_scores_backward(
-    grad_prob: Tensor, grad_log_prob: Tensor, logits: Sequence[Tensor], labels: Tensor
+    grad_prob: Tensor,
+    grad_log_prob: Tensor,
+    count: Tensor,
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
 ) -> list[Tensor]:
-    """Gradient of both scores: (grad_prob p_i + grad_log_prob) / n * (onehot - softmax)."""
-    valid = (labels != IGNORED_LABEL).unsqueeze(1)
-    count = valid.sum()
+    """Gradient of both scores; for a class, (grad_prob p + grad_log_prob) w / n (onehot - p)."""
+    rows = _row_weights(labels, weight, ignore_index, multilabel)
     grads = []
     for m, z in enumerate(logits):
         dtype = accumulator(z)
-        log_softmax, index = _true_class(z, labels, dtype)
-        onehot = torch.zeros_like(log_softmax).scatter_(1, index.unsqueeze(1), 1.0)
-        p = log_softmax.gather(1, index.unsqueeze(1)).exp()
-        weight = (grad_prob[m].to(dtype) * p + grad_log_prob[m].to(dtype)) / count
-        grad = weight * (onehot - log_softmax.exp())
-        grads.append(torch.where(valid, grad, 0.0).to(z.dtype))
+        slopes = grad_prob[m].to(dtype), grad_log_prob[m].to(dtype)
+        if multilabel:
+            y = _in_range(labels.to(dtype))
+            shares = _label_shares(y, weight, pos_weight, dtype)
+            s = _log_likelihoods(z.to(dtype), y).exp()
+            grad = (slopes[0] * s + slopes[1]) / count * shares * (y - z.to(dtype).sigmoid())
+        else:
+            log_softmax = torch.log_softmax(z.to(dtype), dim=1)
+            softmax = log_softmax.exp()
+            if labels.is_floating_point():
+                shares = _shares(labels, weight, dtype)
+                inner = (shares * softmax).sum(1, keepdim=True)
+                total = shares.sum(1, keepdim=True)
+                grad = slopes[0] * softmax * (shares - inner)
+                grad = (grad + slopes[1] * (shares - softmax * total)) / count
+            else:
+                log_p, index = _true_class(log_softmax, labels)
+                onehot = torch.zeros_like(softmax).scatter_(1, index, 1.0)
+                factor = (slopes[0] * log_p.exp() + slopes[1]) / count
+                if weight is not None:
+                    factor = factor * rows.to(dtype)
+                grad = factor.unsqueeze(1) * (onehot - softmax)
+        grad = torch.where(rows.unsqueeze(1) != 0, grad, 0.0).to(z.dtype)
+        grads.append(torch.empty_like(z).copy_(grad))
     return grads

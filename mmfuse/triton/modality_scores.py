@@ -1,4 +1,4 @@
-"""Scores of the true class: one launch for a small batch, two for a large one; backward one."""
+"""Scores of the targets: one launch for a small batch, two for a large one; backward one."""
 
 from __future__ import annotations
 
@@ -9,140 +9,126 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.modality_scores import IGNORED_LABEL
 from ._aot import COMPILE_OPTIONS
 from ._device import round_to, widen
+from ._score_call import call_of, layout_of
+from ._score_rows import (
+    INDICES,
+    LABELS,
+    SHARES,
+    class_places,
+    class_weights,
+    label_tile,
+    read_targets,
+    row_places,
+    score_tile,
+)
 from ._tensor_list import launch_on
 
-_IGNORED_LABEL = tl.constexpr(IGNORED_LABEL)
-
-TILE_BYTES = 16384
-MAX_BLOCK_CLASSES = 1024
-NUM_WARPS = 8
 # Up to so many tiles of rows, one program takes them all and needs no second launch.
 TILES_IN_ONE_LAUNCH = 8
 MAX_SPLITS = 256
 MERGE_WARPS = 4
-LABEL_BLOCK = 1024
-
-
-def blocks_for(max_classes: int, wide: bool) -> tuple[int, int]:
-    """Rows and classes of a tile, which is held in registers as float32, or float64 if wide."""
-    classes = min(max(triton.next_power_of_2(max_classes), 16), MAX_BLOCK_CLASSES)
-    return TILE_BYTES // (8 if wide else 4) // classes, classes
 
 
 @triton.jit
-def _max_and_sum(row_ptrs, used, n_classes, ACC: tl.constexpr, BLOCK_CLASSES: tl.constexpr):
-    """Each row's maximum, 0 in place of -inf, and its sum of exp(x - maximum), in one pass."""
-    top = tl.full(used.shape, float("-inf"), ACC)
-    total = tl.zeros(used.shape, ACC)
-    for start in range(0, n_classes, BLOCK_CLASSES):
-        c = start + tl.arange(0, BLOCK_CLASSES)
-        mask = used[:, None] & (c < n_classes)[None, :]
-        x = tl.load(row_ptrs[:, None] + c[None, :], mask=mask, other=float("-inf"))
-        x = widen(x, ACC)
-        # A NaN reaches the sum, not the maximum, where backends differ.
-        new_top = tl.maximum(top, tl.max(tl.where(x == x, x, float("-inf")), axis=1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
-        top = new_top
-    return tl.where(top == float("-inf"), 0.0, top), total
+def _tile_of_rows(tile, inner, BLOCK_ROWS: tl.constexpr):
+    """The tile's outer and inner rows; all of a tile are of one outer."""
+    tiles = tl.cdiv(inner, BLOCK_ROWS)
+    return tile // tiles, (tile % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
 
 
 @triton.jit
-def _true_logit(row_ptrs, used, label, n_classes, ACC: tl.constexpr):
-    """The true class's logit; NaN where the label is no class."""
-    possible = (label >= 0) & (label < n_classes)
-    x = widen(tl.load(row_ptrs + label, mask=used & possible, other=0.0), ACC)
-    return tl.where(possible, x, float("nan"))
+def _target_ptrs(target_ptr, outer, row, inner, target_strides, KIND: tl.constexpr):
+    if KIND == INDICES:
+        ptrs = target_ptr + (outer.to(tl.int64) * inner + row)
+    else:
+        place = outer.to(tl.int64) * target_strides[0] + row.to(tl.int64) * target_strides[2]
+        ptrs = target_ptr + place
+    return ptrs
 
 
 @triton.jit
 def _score_rows(
-    logits_ptr,
-    n_classes,
-    labels_ptr,
-    first_row,
-    end_row,
-    prob_ptr,
-    log_prob_ptr,
-    count_ptr,
-    BLOCK_ROWS: tl.constexpr,
+    logits_ptr, n_classes, outer_stride, stride, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+    target_ptr, target_strides, weight_ptr, pos_weight_ptr, ignore_index, inner, first_tile,
+    end_tile, prob_ptr, log_prob_ptr, count_ptr, sum_ptr, BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
-):
-    """Writes the means of p and ln p over rows, or their sums and the count when asked for it."""
+):  # fmt: skip
+    """Writes the means of p and ln p over rows, and the rows' weight if count_ptr wants it.
+
+    With sum_ptr their sums instead, and the weight there.
+    """
     ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
     prob_sum = tl.zeros([BLOCK_ROWS], ACC)
     log_sum = tl.zeros([BLOCK_ROWS], ACC)
-    counts = tl.zeros([BLOCK_ROWS], tl.int32)
-    for start in range(first_row, end_row, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        label = tl.load(labels_ptr + row, mask=row < end_row, other=_IGNORED_LABEL)
-        used = label != _IGNORED_LABEL
-        row_ptrs = logits_ptr + row.to(tl.int64) * n_classes
-        top, total = _max_and_sum(row_ptrs, used, n_classes, ACC, BLOCK_CLASSES)
-        x = _true_logit(row_ptrs, used, label, n_classes, ACC) - top
-        prob_sum += tl.where(used, tl.exp(x) / total, 0.0)
-        log_sum += tl.where(used, x - tl.log(total), 0.0)
-        counts += used.to(tl.int32)
+    weights = tl.zeros([BLOCK_ROWS], tl.float64)
+    for tile in range(first_tile, end_tile):
+        outer, row = _tile_of_rows(tile, inner, BLOCK_ROWS)
+        row_ptrs = logits_ptr + row_places(outer, row, outer_stride, stride, COLUMNS)
+        target_ptrs = _target_ptrs(target_ptr, outer, row, inner, target_strides, KIND)
+        _, _, prob, log_prob, weight = score_tile(
+            row_ptrs, row < inner, n_classes, stride, COLUMNS, KIND, target_ptrs,
+            target_strides[1], weight_ptr, pos_weight_ptr, ignore_index, ACC, BLOCK_CLASSES,
+        )  # fmt: skip
+        if KIND == INDICES and weight_ptr is None:
+            prob_sum += prob
+            log_sum += log_prob
+        else:
+            prob_sum += tl.where(weight == 0.0, 0.0, weight.to(ACC) * prob)
+            log_sum += tl.where(weight == 0.0, 0.0, weight.to(ACC) * log_prob)
+        weights += weight
     out = prob_ptr.dtype.element_ty
     prob = tl.sum(prob_sum, axis=0)
     log_prob = tl.sum(log_sum, axis=0)
-    count = tl.sum(counts, axis=0)
-    if count_ptr is None:
+    count = tl.sum(weights, axis=0)
+    if sum_ptr is None:
         prob = prob / count.to(ACC)
         log_prob = log_prob / count.to(ACC)
+        if count_ptr is not None:
+            tl.store(count_ptr, count)
     else:
-        tl.store(count_ptr, count.to(out))
+        tl.store(sum_ptr, count)
     tl.store(prob_ptr, prob.to(out))
     tl.store(log_prob_ptr, log_prob.to(out))
 
 
 @triton.jit(
     do_not_specialize=[
-        "class_counts", "labels_ptr", "prob_ptr", "log_prob_ptr", "count_ptr", "n_rows",
-        "rows_per_program",
+        "class_counts", "outer_strides", "strides", "target_ptr", "target_strides", "weight_ptr",
+        "pos_weight_ptr", "ignore_index", "prob_ptr", "log_prob_ptr", "count_ptr", "sum_ptr",
+        "inner", "n_tiles", "tiles_per_program",
     ]
 )  # fmt: skip
 def _modality_scores_kernel(
-    logits_ptrs,
-    class_counts,
-    labels_ptr,
-    prob_ptr,
-    log_prob_ptr,
-    count_ptr,
-    n_rows,
-    rows_per_program,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
-):
+    logits_ptrs, class_counts, outer_strides, strides, target_ptr, target_strides, weight_ptr,
+    pos_weight_ptr, ignore_index, prob_ptr, log_prob_ptr, count_ptr, sum_ptr, inner, n_tiles,
+    tiles_per_program, COLUMNS: tl.constexpr, KIND: tl.constexpr, WIDEST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
     """Scores rows of one modality; grid (splits, M), outputs [M, splits]."""
-    first_row = tl.program_id(0) * rows_per_program
-    end_row = tl.minimum(first_row + rows_per_program, n_rows)
+    first_tile = tl.program_id(0) * tiles_per_program
+    end_tile = tl.minimum(first_tile + tiles_per_program, n_tiles)
     place = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     # Each modality has a pointer type of its own, hence the branches.
     for m in tl.static_range(len(logits_ptrs)):
         if tl.program_id(1) == m:
             _score_rows(
-                logits_ptrs[m],
-                class_counts[m],
-                labels_ptr,
-                first_row,
-                end_row,
-                prob_ptr + place,
-                log_prob_ptr + place,
-                None if count_ptr is None else count_ptr + place,
-                BLOCK_ROWS,
-                BLOCK_CLASSES,
-            )
+                logits_ptrs[m], class_counts[m], outer_strides[m], strides[m],
+                (COLUMNS >> m) & 1, KIND, target_ptr, target_strides, weight_ptr, pos_weight_ptr,
+                ignore_index, inner, first_tile, end_tile, prob_ptr + place, log_prob_ptr + place,
+                count_ptr if m == WIDEST else None,
+                None if sum_ptr is None else sum_ptr + place, BLOCK_ROWS, BLOCK_CLASSES,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["sums_ptr", "prob_ptr", "log_prob_ptr", "n_splits"])
+@triton.jit(
+    do_not_specialize=["sums_ptr", "prob_ptr", "log_prob_ptr", "count_ptr", "widest", "n_splits"]
+)
 def _modality_scores_merge_kernel(
-    sums_ptr, prob_ptr, log_prob_ptr, n_splits, BLOCK_SIZE: tl.constexpr
+    sums_ptr, prob_ptr, log_prob_ptr, count_ptr, widest, n_splits, BLOCK_SIZE: tl.constexpr
 ):
-    """Means of one modality from float64 sums [3, M, splits] of p, of ln p, and of rows."""
+    """Means of one modality from float64 sums [3, M, splits] of p, of ln p, and of weights."""
     m = tl.program_id(0)
     stride = tl.num_programs(0) * n_splits
     lane = tl.arange(0, BLOCK_SIZE)
@@ -153,150 +139,240 @@ def _modality_scores_merge_kernel(
     count = tl.sum(tl.load(first_ptr + 2 * stride, mask=used, other=0.0), axis=0)
     tl.store(prob_ptr + m, (prob / count).to(prob_ptr.dtype.element_ty))
     tl.store(log_prob_ptr + m, (log_prob / count).to(log_prob_ptr.dtype.element_ty))
+    if m == widest:
+        tl.store(count_ptr, count)
 
 
 @triton.jit
-def _backward_rows(
-    grad_logits_ptr,
-    logits_ptr,
-    n_classes,
-    labels_ptr,
-    grad_prob,
-    grad_log_prob,
-    count,
-    row,
-    n_rows,
-    BLOCK_CLASSES: tl.constexpr,
-):
-    """(grad_prob p + grad_log_prob) / count * (onehot - softmax) of a tile of rows."""
-    DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
-    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    label = tl.load(labels_ptr + row, mask=row < n_rows, other=_IGNORED_LABEL)
-    used = label != _IGNORED_LABEL
-    first = row.to(tl.int64) * n_classes
-    row_ptrs = logits_ptr + first
-    top, total = _max_and_sum(row_ptrs, used, n_classes, ACC, BLOCK_CLASSES)
-    p = tl.exp(_true_logit(row_ptrs, used, label, n_classes, ACC) - top) / total
-    weight = (grad_prob.to(ACC) * p + grad_log_prob.to(ACC)) / count.to(ACC)
-    for start in range(0, n_classes, BLOCK_CLASSES):
-        c = start + tl.arange(0, BLOCK_CLASSES)
-        inside = (row < n_rows)[:, None] & (c < n_classes)[None, :]
-        x = tl.load(row_ptrs[:, None] + c[None, :], mask=inside & used[:, None], other=0.0)
-        softmax = tl.exp(widen(x, ACC) - top[:, None]) / total[:, None]
-        onehot = tl.where(c[None, :] == label[:, None], 1.0, 0.0)
-        grad = tl.where(used[:, None], weight[:, None] * (onehot - softmax), 0.0)
-        out_ptrs = grad_logits_ptr + first[:, None] + c[None, :]
-        tl.store(out_ptrs, round_to(grad, DTYPE), mask=inside)
+def _sample_rows(
+    logits_ptr, n_classes, outer_stride, stride, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+    target_ptr, target_strides, weight_ptr, pos_weight_ptr, ignore_index, inner, prob_ptr,
+    log_prob_ptr, rows_ptr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Writes p, ln p, and with rows_ptr the weights, of a tile of rows."""
+    ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    outer, row = _tile_of_rows(tl.program_id(0), inner, BLOCK_ROWS)
+    row_ptrs = logits_ptr + row_places(outer, row, outer_stride, stride, COLUMNS)
+    target_ptrs = _target_ptrs(target_ptr, outer, row, inner, target_strides, KIND)
+    _, _, prob, log_prob, weight = score_tile(
+        row_ptrs, row < inner, n_classes, stride, COLUMNS, KIND, target_ptrs, target_strides[1],
+        weight_ptr, pos_weight_ptr, ignore_index, ACC, BLOCK_CLASSES,
+    )  # fmt: skip
+    place = outer.to(tl.int64) * inner + row
+    tl.store(prob_ptr + place, prob.to(prob_ptr.dtype.element_ty), mask=row < inner)
+    tl.store(log_prob_ptr + place, log_prob.to(log_prob_ptr.dtype.element_ty), mask=row < inner)
+    if rows_ptr is not None:
+        tl.store(rows_ptr + place, weight, mask=row < inner)
 
 
 @triton.jit(
     do_not_specialize=[
-        "class_counts", "labels_ptr", "grad_prob_ptr", "grad_log_prob_ptr", "n_rows",
+        "class_counts", "outer_strides", "strides", "target_ptr", "target_strides", "weight_ptr",
+        "pos_weight_ptr", "ignore_index", "prob_ptr", "log_prob_ptr", "rows_ptr", "inner",
+        "n_rows",
+    ]
+)  # fmt: skip
+def _sample_scores_kernel(
+    logits_ptrs, class_counts, outer_strides, strides, target_ptr, target_strides, weight_ptr,
+    pos_weight_ptr, ignore_index, prob_ptr, log_prob_ptr, rows_ptr, inner, n_rows,
+    COLUMNS: tl.constexpr, KIND: tl.constexpr, WIDEST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Scores a tile of rows of one modality; grid (tiles, M), outputs [M, rows]."""
+    first = tl.program_id(1).to(tl.int64) * n_rows
+    for m in tl.static_range(len(logits_ptrs)):
+        if tl.program_id(1) == m:
+            _sample_rows(
+                logits_ptrs[m], class_counts[m], outer_strides[m], strides[m],
+                (COLUMNS >> m) & 1, KIND, target_ptr, target_strides, weight_ptr, pos_weight_ptr,
+                ignore_index, inner, prob_ptr + first, log_prob_ptr + first,
+                rows_ptr if m == WIDEST else None, BLOCK_ROWS, BLOCK_CLASSES,
+            )  # fmt: skip
+
+
+@triton.jit
+def _backward_rows(
+    grad_logits_ptr, grad_outer_stride, grad_stride, logits_ptr, n_classes, outer_stride, stride,
+    COLUMNS: tl.constexpr, KIND: tl.constexpr, target_ptr, target_strides, weight_ptr,
+    pos_weight_ptr, ignore_index, grad_prob, grad_log_prob, count, inner,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Of a tile; for class indices (grad_prob p + grad_log_prob) w / count (onehot - softmax)."""
+    DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
+    ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
+    outer, row = _tile_of_rows(tl.program_id(0), inner, BLOCK_ROWS)
+    row_ptrs = logits_ptr + row_places(outer, row, outer_stride, stride, COLUMNS)
+    out_ptrs = grad_logits_ptr + row_places(outer, row, grad_outer_stride, grad_stride, COLUMNS)
+    target_ptrs = _target_ptrs(target_ptr, outer, row, inner, target_strides, KIND)
+    top, total, p, _, weight = score_tile(
+        row_ptrs, row < inner, n_classes, stride, COLUMNS, KIND, target_ptrs, target_strides[1],
+        weight_ptr, pos_weight_ptr, ignore_index, ACC, BLOCK_CLASSES,
+    )  # fmt: skip
+    used = weight != 0.0
+    grad_prob = grad_prob.to(ACC)
+    grad_log_prob = grad_log_prob.to(ACC)
+    count = count.to(ACC)
+    factor = (grad_prob * p + grad_log_prob) / count
+    if KIND == SHARES or weight_ptr is not None:
+        factor = factor * weight.to(ACC)
+    for start in range(0, n_classes, BLOCK_CLASSES):
+        c = start + tl.arange(0, BLOCK_CLASSES)
+        inside = (row < inner)[:, None] & (c < n_classes)[None, :]
+        if KIND == LABELS:
+            # Another name than above: in a loop a variable keeps its type.
+            share, s, _log_s, slope = label_tile(
+                row_ptrs, row < inner, c, n_classes, stride, COLUMNS, target_ptrs,
+                target_strides[1], weight_ptr, pos_weight_ptr, ACC,
+            )  # fmt: skip
+            part = share / total[:, None]
+            grad = (grad_prob * s + grad_log_prob) / count * slope * part
+            grad = tl.where(part == 0.0, 0.0, grad)
+        else:
+            ptrs = row_ptrs[:, None] + class_places(c, stride, COLUMNS)[None, :]
+            x = tl.load(ptrs, mask=inside & used[:, None], other=0.0)
+            softmax = tl.exp(widen(x, ACC) - top[:, None]) / total[:, None]
+            if KIND == INDICES:
+                label = tl.load(target_ptrs, mask=row < inner, other=0)
+                own = tl.where(c[None, :] == label[:, None], 1.0, 0.0)
+                grad = factor[:, None] * (own - softmax)
+            else:
+                t = read_targets(target_ptrs, c, target_strides[1], inside, ACC)
+                a = class_weights(weight_ptr, c, n_classes, ACC) * t
+                grad = a * (grad_prob * softmax + grad_log_prob) / count
+                grad = grad - factor[:, None] * softmax
+        grad = tl.where(used[:, None], grad, 0.0)
+        out = out_ptrs[:, None] + class_places(c, grad_stride, COLUMNS)[None, :]
+        tl.store(out, round_to(grad, DTYPE), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "grad_outer_strides", "grad_strides", "class_counts", "outer_strides", "strides",
+        "target_ptr", "target_strides", "weight_ptr", "pos_weight_ptr", "ignore_index",
+        "grad_prob_ptr", "grad_log_prob_ptr", "count_ptr", "inner",
     ]
 )  # fmt: skip
 def _modality_scores_backward_kernel(
-    grad_logits_ptrs,
-    logits_ptrs,
-    class_counts,
-    labels_ptr,
-    grad_prob_ptr,
-    grad_log_prob_ptr,
-    n_rows,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CLASSES: tl.constexpr,
-    LABEL_BLOCK: tl.constexpr,
-):
+    grad_logits_ptrs, grad_outer_strides, grad_strides, logits_ptrs, class_counts, outer_strides,
+    strides, target_ptr, target_strides, weight_ptr, pos_weight_ptr, ignore_index, grad_prob_ptr,
+    grad_log_prob_ptr, count_ptr, inner, COLUMNS: tl.constexpr, KIND: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
     """Gradient of a tile of rows of one modality; grid (tiles, M)."""
-    # Every program counts the rows for itself, which spares a launch.
-    counts = tl.zeros([LABEL_BLOCK], tl.int32)
-    for start in range(0, n_rows, LABEL_BLOCK):
-        i = start + tl.arange(0, LABEL_BLOCK)
-        label = tl.load(labels_ptr + i, mask=i < n_rows, other=_IGNORED_LABEL)
-        counts += (label != _IGNORED_LABEL).to(tl.int32)
-    count = tl.sum(counts, axis=0)
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     for m in tl.static_range(len(logits_ptrs)):
         if tl.program_id(1) == m:
             _backward_rows(
-                grad_logits_ptrs[m],
-                logits_ptrs[m],
-                class_counts[m],
-                labels_ptr,
-                tl.load(grad_prob_ptr + m),
-                tl.load(grad_log_prob_ptr + m),
-                count,
-                row,
-                n_rows,
-                BLOCK_CLASSES,
-            )
+                grad_logits_ptrs[m], grad_outer_strides[m], grad_strides[m], logits_ptrs[m],
+                class_counts[m], outer_strides[m], strides[m], (COLUMNS >> m) & 1, KIND,
+                target_ptr, target_strides, weight_ptr, pos_weight_ptr, ignore_index,
+                tl.load(grad_prob_ptr + m), tl.load(grad_log_prob_ptr + m), tl.load(count_ptr),
+                inner, BLOCK_ROWS, BLOCK_CLASSES,
+            )  # fmt: skip
 
 
-def modality_scores(logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+def modality_scores(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `mmfuse.ops.modality_scores`."""
-    wide = any(z.dtype == torch.float64 for z in logits)
-    dtype = torch.float64 if wide else torch.float32
-    count, n_rows = len(logits), labels.shape[0]
-    prob = torch.empty(count, dtype=dtype, device=labels.device)
+    call = call_of(logits, labels, weight, pos_weight, ignore_index, multilabel)
+    prob = torch.empty(len(logits), dtype=call.dtype, device=labels.device)
     log_prob = torch.empty_like(prob)
-    class_counts = tuple(z.shape[1] for z in logits)
-    block_rows, block_classes = blocks_for(max(class_counts), wide)
-    tiles = triton.cdiv(n_rows, block_rows)
-    splits = 1 if tiles <= TILES_IN_ONE_LAUNCH else min(tiles, MAX_SPLITS)
-    rows_per_program = triton.cdiv(tiles, splits) * block_rows
+    count = torch.empty((), dtype=torch.float64, device=labels.device)
+    splits = 1 if call.tiles <= TILES_IN_ONE_LAUNCH else min(call.tiles, MAX_SPLITS)
     sums = None
-    outputs: tuple[Tensor | None, ...] = (prob, log_prob, None)
+    outputs: tuple[Tensor | None, ...] = (prob, log_prob, count, None)
     if splits > 1:
-        sums = torch.empty((3, count, splits), dtype=torch.float64, device=labels.device)
-        outputs = sums.unbind(0)
+        shape = (3, len(logits), splits)
+        sums = torch.empty(shape, dtype=torch.float64, device=labels.device)
+        outputs = (sums[0], sums[1], None, sums[2])
     with launch_on(labels.device):
-        _modality_scores_kernel[(splits, count)](
+        _modality_scores_kernel[(splits, len(logits))](
             tuple(logits),
-            class_counts,
-            labels,
+            *call.rows,
             *outputs,
-            n_rows,
-            rows_per_program,
-            BLOCK_ROWS=block_rows,
-            BLOCK_CLASSES=block_classes,
-            num_warps=NUM_WARPS,
-            **COMPILE_OPTIONS,
+            call.inner,
+            call.tiles,
+            triton.cdiv(call.tiles, splits),
+            WIDEST=call.widest,
+            **call.constants,
         )
         if sums is not None:
-            _modality_scores_merge_kernel[(count,)](
+            _modality_scores_merge_kernel[(len(logits),)](
                 sums,
                 prob,
                 log_prob,
+                count,
+                call.widest,
                 splits,
                 BLOCK_SIZE=MAX_SPLITS,
                 num_warps=MERGE_WARPS,
                 **COMPILE_OPTIONS,
             )
-    return prob, log_prob
+    return prob, log_prob, count
+
+
+def sample_scores(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mmfuse.ops.sample_scores`."""
+    call = call_of(logits, labels, weight, pos_weight, ignore_index, multilabel)
+    shape = list(labels.shape)
+    if labels.is_floating_point():
+        del shape[1]
+    prob = torch.empty([len(logits), *shape], dtype=call.dtype, device=labels.device)
+    log_prob = torch.empty_like(prob)
+    rows = torch.empty(shape, dtype=torch.float64, device=labels.device)
+    if call.tiles:
+        with launch_on(labels.device):
+            _sample_scores_kernel[(call.tiles, len(logits))](
+                tuple(logits),
+                *call.rows,
+                prob,
+                log_prob,
+                rows,
+                call.inner,
+                rows.numel(),
+                WIDEST=call.widest,
+                **call.constants,
+            )
+    return prob, log_prob, rows
 
 
 def modality_scores_backward(
-    grad_prob: Tensor, grad_log_prob: Tensor, logits: Sequence[Tensor], labels: Tensor
+    grad_prob: Tensor,
+    grad_log_prob: Tensor,
+    count: Tensor,
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
 ) -> list[Tensor]:
-    """Gradient of both scores: (grad_prob p_i + grad_log_prob) / n * (onehot - softmax)."""
-    grads = [torch.empty_like(z, memory_format=torch.contiguous_format) for z in logits]
-    n_rows = labels.shape[0]
-    class_counts = tuple(z.shape[1] for z in logits)
-    wide = any(z.dtype == torch.float64 for z in logits)
-    block_rows, block_classes = blocks_for(max(class_counts), wide)
-    if n_rows:
+    """See `mmfuse.reference.modality_scores`."""
+    call = call_of(logits, labels, weight, pos_weight, ignore_index, multilabel)
+    grads = [torch.empty_like(z) for z in logits]
+    if call.tiles:
         with launch_on(labels.device):
-            _modality_scores_backward_kernel[(triton.cdiv(n_rows, block_rows), len(logits))](
+            _modality_scores_backward_kernel[(call.tiles, len(logits))](
                 tuple(grads),
+                *layout_of(grads),
                 tuple(logits),
-                class_counts,
-                labels,
+                *call.rows,
                 grad_prob,
                 grad_log_prob,
-                n_rows,
-                BLOCK_ROWS=block_rows,
-                BLOCK_CLASSES=block_classes,
-                LABEL_BLOCK=LABEL_BLOCK,
-                num_warps=NUM_WARPS,
-                **COMPILE_OPTIONS,
+                count,
+                call.inner,
+                **call.constants,
             )
     return grads

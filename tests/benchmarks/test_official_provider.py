@@ -48,7 +48,7 @@ def test_official_decision_is_the_references(ahead: int) -> None:
     i = LogitsInputs(LOGITS, torch.float64, CPU)
     i.logits = i.logits if ahead == 0 else i.logits[::-1]
     coefficients, ratios = CASES["decision"].official(i)
-    prob, _ = reference_scores.modality_scores(i.logits, i.labels)
+    prob, _, _ = reference_scores.modality_scores(i.logits, i.labels)
     want = reference_ratios.discrepancy_ratios(prob)
     torch.testing.assert_close(gate.as_vector(ratios, CPU), want)
     want_coefficients = ogm_coefficients(want, ALPHA, "cvpr")

@@ -27,6 +27,8 @@ def check(cell: Cell, logits: list[Tensor], labels: Tensor) -> None:
     scores = ops.modality_scores(logits, labels, backend=cell.backend)
     result_dtype = torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
     assert scores.prob.dtype == scores.log_prob.dtype == result_dtype
+    assert scores.count.dtype == torch.float64 and scores.count == (labels != -100).sum()
+    assert not scores.count.requires_grad
     for m, z in enumerate(logits):
         p, log_p = expected_scores(z, labels)
         dtype = z.dtype if result_dtype == torch.float64 else torch.float32
@@ -118,7 +120,8 @@ def test_an_impossible_label_gives_nan_in_the_kernel(cell: Cell) -> None:
     labels = torch.tensor([0, 3, 1], device=cell.device)
     narrow, broad = torch.randn(3, 3, device=cell.device), torch.randn(3, 4, device=cell.device)
     overload = getattr(torch.ops.mmfuse.modality_scores, cell.backend)
-    prob, log_prob = overload([narrow, broad], labels)
+    prob, log_prob, count = overload([narrow, broad], labels, None, None, -100, False)
+    assert count == 3
     assert prob.isnan().tolist() == log_prob.isnan().tolist() == [True, False]
 
 
@@ -160,7 +163,7 @@ def test_gradcheck(cell: Cell) -> None:
     ]
 
     def scores(*z: Tensor) -> tuple[Tensor, Tensor]:
-        return tuple(ops.modality_scores(z, labels, backend=cell.backend))
+        return tuple(ops.modality_scores(z, labels, backend=cell.backend)[:2])
 
     assert torch.autograd.gradcheck(scores, logits)
 

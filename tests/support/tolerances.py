@@ -90,6 +90,35 @@ def softmax_score(dtype: torch.dtype, per_row: Tensor, classes: int) -> Tensor:
     return factor * u * per_row.mean() + UNDERFLOW[accumulation_dtype(dtype)] * 4
 
 
+def shared_score(dtype: torch.dtype, per_row: Tensor, classes: int) -> Tensor:
+    """Bound for rows' scores Σ a p / Σ a and Σ a log p / Σ a over C classes or labels.
+
+    `per_row` is Σ a(1 + |log p|) / Σ a for log p, and with p in each term for p. A class's log p
+    is off by (8 + √C)·u·(1 + |log p|), see softmax_score; a label's, −log1p(exp(−|z|)) and a
+    product, by 8·u of that. Forming a takes four roundings, its product with p one, each of the
+    two sums √C, the division one: (14 + 3√C)·u. An exponential below the smallest normal number
+    may be 0.
+    """
+    wide = accumulation_dtype(dtype)
+    return (14 + 3 * classes**0.5) * UNIT_ROUNDOFF[wide] * per_row + torch.finfo(wide).tiny
+
+
+def row_weight(dtype: torch.dtype, weight: Tensor, terms: int) -> Tensor:
+    """Bound for Σ w t: two roundings of a term, √L + 1 of the sum; `dtype` is the result's."""
+    return (growth(terms) + 3) * UNIT_ROUNDOFF[accumulation_dtype(dtype)] * weight
+
+
+def weighted_mean(dtype: torch.dtype, rows: Tensor, errors: Tensor, weight: Tensor) -> Tensor:
+    """Bound for Σ w s / Σ w over rows: their own errors, and √L + 4 roundings of each sum's terms.
+
+    `rows` are the scores s, `dtype` is the accumulator's: the products, the sums' last steps, the
+    division and its storage are rounded once each.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    added = (growth(rows.numel()) + 4) * u * rows.abs()
+    return (weight * (errors + 2 * added)).sum() / weight.sum() + UNDERFLOW[dtype]
+
+
 def softmax_gradient(dtype: torch.dtype, weight: Tensor, classes: int) -> Tensor:
     """Bound for w_i·(onehot − softmax)/n: as softmax_score times |w_i|, stored once as `dtype`."""
     u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]

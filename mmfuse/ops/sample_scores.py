@@ -1,0 +1,127 @@
+"""sample_scores: how sure each modality is of each sample's target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._criterion import PLAIN, Criterion, check_range, checked
+from ._eager import Eager
+from ._registry import Op
+
+
+class SampleScores(NamedTuple):
+    """Scores of M modalities, row by row.
+
+    Attributes:
+        prob: [M, N, d1, …]; the target's probability, 0 where a row does not count.
+        log_prob: [M, N, d1, …]; its logarithm, in nats, and 0 there.
+        weight: [N, d1, …] float64; how much each row counts, 0 for one that does not.
+    """
+
+    prob: Tensor
+    log_prob: Tensor
+    weight: Tensor
+
+
+def _fake(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = any(z.dtype == torch.float64 for z in logits)
+    dtype = torch.float64 if wide else torch.float32
+    rows = list(labels.shape)
+    if labels.is_floating_point():
+        del rows[1]
+    prob = torch.empty([len(logits), *rows], dtype=dtype, device=labels.device)
+    weights = torch.empty(rows, dtype=torch.float64, device=labels.device)
+    return prob, torch.empty_like(prob), weights
+
+
+_op = Op(
+    "sample_scores",
+    "(Tensor[] logits, Tensor labels, Tensor? weight, Tensor? pos_weight, int ignore_index, "
+    "bool multilabel) -> (Tensor, Tensor, Tensor)",
+    _fake,
+    module="modality_scores",
+)
+
+
+def sample_scores(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    multilabel: bool = False,
+    pos_weight: Tensor | None = None,
+    backend: str | None = None,
+) -> SampleScores:
+    """The target's probability, its logarithm and the row's weight, per modality and sample.
+
+    These are the rows that `modality_scores` averages: its prob is the weighted mean
+    (weight * prob).sum() / weight.sum() over all rows, and its count is weight.sum(). The results
+    are constants, as after `detach`.
+
+    Equivalent to, for each modality's logits z and class indices labels::
+
+        log_p = z.log_softmax(1).gather(1, labels.unsqueeze(1)).squeeze(1)
+        log_p.exp(), log_p, torch.ones_like(labels) if weight is None else weight[labels]
+
+    With probabilities t as targets, and w = 1 for `weight=None`, to::
+
+        a = t * w.view(-1, *[1] * (t.dim() - 2))
+        (a * z.softmax(1)).sum(1) / a.sum(1), (a * z.log_softmax(1)).sum(1) / a.sum(1), a.sum(1)
+
+    With `multilabel`, prob and log_prob are the means over the labels that `modality_scores` takes,
+    and every row's weight is 1.
+
+    Args:
+        logits: As in `modality_scores`.
+        labels: As there.
+        weight: As there.
+        ignore_index: As there.
+        multilabel: As there.
+        pos_weight: As there.
+        backend: Name of a backend; None for the best one.
+
+    Returns:
+        `SampleScores`; prob and log_prob are float64 if some logits are, otherwise float32.
+
+    Raises:
+        TypeError: logits, labels or weights have an unsupported dtype or layout.
+        ValueError: shapes do not match, or, on the CPU, a target is out of range; on other devices
+            the scores of that row are NaN.
+    """
+    names = [f"logits[{m}]" for m in range(len(logits))]
+    criterion = Criterion(weight, ignore_index, multilabel, pos_weight)
+    return named_sample_scores(names, logits, labels, backend, criterion)
+
+
+def named_sample_scores(
+    names: Sequence[str],
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    backend: str | None,
+    criterion: Criterion = PLAIN,
+) -> SampleScores:
+    """`sample_scores`, with errors that call the logits by these names."""
+    arguments = checked(names, logits, labels, criterion)
+    prob, log_prob, rows = _op(backend, labels.device, *arguments)
+    on_cpu = labels.device.type == "cpu"
+    compiled = type(backend) is not Eager and torch.compiler.is_compiling()
+    if on_cpu and not compiled and bool(prob.sum().isnan()):
+        check_range(names, logits, labels, criterion)
+    first = logits[0]
+    shape = [*first.shape[:1], *first.shape[2:]]
+    if len(shape) < 3:
+        return SampleScores(prob, log_prob, rows)
+    each = [len(logits), *shape]
+    return SampleScores(prob.view(each), log_prob.view(each), rows.view(shape))

@@ -265,7 +265,7 @@ class Rule(Protocol):
         """
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
-        """The tensors of the state that change with each gradient's Σg², [T] float64, unscaled."""
+        """The tensors of the state that change with each gradient's Σg², [T] and unscaled."""
 
     def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
         """The tensors of the state that change before an epoch; `tensors` are all the method's."""

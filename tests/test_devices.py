@@ -10,15 +10,18 @@ from typing import Any
 import pytest
 import samples
 import torch
+import torch.distributed as dist
 from balancing import KINDS, balance, make, see, show, start
 from no_float64 import DEVICE, OnDevice, back, device_without_float64, moved
+from ranks import ranks
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import mmfuse.triton
-from mmfuse import _devices
+from mmfuse import _devices, ops
 from mmfuse.__main__ import report
 from mmfuse.loop.passes import scoring
+from mmfuse.loop.shards import merge_stats
 from mmfuse.loop.state import State
 from mmfuse.ops import _registry
 from mmfuse.ops._registry import OPS, active_backend
@@ -192,3 +195,32 @@ def test_the_generator_of_another_device_is_kept(monkeypatch: pytest.MonkeyPatch
         with scoring(nn.Linear(1, 1), device):
             states.clear()
         assert states == [(("state", which), which)]
+
+
+def _merged(rank: int, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and second moment of a tensor of which each rank has a part, far from zero."""
+    _devices.WIDE["cpu"] = wide
+    try:
+        part = _far_from_zero()[rank::2].contiguous()
+        place = SimpleNamespace(groups=(dist.group.WORLD,))
+        stats: Any = merge_stats(ops.grad_stats([part], backend="reference"), [place])  # type: ignore[list-item]
+    finally:
+        _devices.WIDE["cpu"] = torch.float64
+    return stats.mean, stats.m2
+
+
+def _far_from_zero() -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return 1000 + torch.randn(2048, generator=generator) / 8
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+def test_shards_are_merged_without_float64(wide: torch.dtype) -> None:
+    """Σg² − (Σg)²/n in float32 would be off by more than the variance itself."""
+    whole = _far_from_zero().double()
+    for mean, m2 in ranks(2).run(_merged, wide):
+        torch.testing.assert_close(mean.double(), whole.mean().view(1), rtol=2.0**-22, atol=0)
+        # A value's distance from the mean is off by a rounding of the mean, 2⁻¹⁵, which is 2⁻¹² of
+        # the standard deviation and adds its square.
+        expected = (whole - whole.mean()).square().sum().view(1)
+        torch.testing.assert_close(m2.double(), expected, rtol=2.0**-12, atol=0)

@@ -4,6 +4,7 @@ from . import amp, ops
 from ._version import __version__
 from .loop.gradients import GradientMethod
 from .loop.heads import unimodal_logits
+from .loop.masking import unimodal_outputs
 from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
 from .loop.scalars import ScalarLog, scalars_of
@@ -49,5 +50,6 @@ __all__ = [
     "sample_contributions",
     "scalars_of",
     "unimodal_logits",
+    "unimodal_outputs",
     "use_backend",
 ]

@@ -8,7 +8,8 @@ import platform
 import torch
 
 from . import __version__, _native
-from .ops._registry import BACKENDS, grid
+from ._devices import has_float64
+from .ops._registry import BACKENDS, OPS, grid
 
 
 def _version(package: str) -> str:
@@ -16,6 +17,32 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _is_here(device_type: str) -> bool:
+    if device_type == "cpu":
+        return True
+    module = getattr(torch.backends if device_type == "mps" else torch, device_type, None)
+    return module is not None and bool(module.is_available())
+
+
+def _devices() -> list[str]:
+    """For each type of device: whether it has float64, and which backends serve all ops there."""
+    own = torch.accelerator.current_accelerator()
+    types = list(dict.fromkeys(["cpu", "cuda", "xpu", "mps", *([own.type] if own else [])]))
+    lines = ["device".ljust(10) + "float64".ljust(10) + "backends"]
+    for device_type in types:
+        if not _is_here(device_type) and (own is None or own.type != device_type):
+            lines.append(f"{device_type:<10}not here")
+            continue
+        serving = [
+            backend
+            for backend in BACKENDS
+            if all(op.why_missing(backend, device_type) is None for op in OPS.values())
+        ]
+        wide = "yes" if has_float64(device_type) else "no"
+        lines.append(f"{device_type:<10}{wide:<10}{', '.join(serving)}")
+    return [*lines, "Any other type of device has the reference."]
 
 
 def report() -> str:
@@ -42,6 +69,7 @@ def report() -> str:
         lines.append(f"  none: {_native.why_missing('cpu')}")
     else:
         lines += [f"  {key:<20} {value}" for key, value in info.items()]
+    lines += ["", *_devices()]
     rows = list(grid())
     width = max(len(name) for name, _ in rows) + 2
     lines += ["", "op".ljust(width) + "".join(b.ljust(11) for b in BACKENDS)]

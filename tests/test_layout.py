@@ -20,7 +20,16 @@ RELEASED = ROOT / "released"
 # From the top down: nobody imports from a folder before its own.
 ORDER = ("adapters", "methods", "loop", "ops", "triton", "reference")
 # What users import, and how the package starts. Nothing else lies beside the folders.
-IN_THE_ROOT = {"_numbers", "__init__", "__main__", "_native", "_version", "amp", "noise"}
+IN_THE_ROOT = {
+    "_devices",
+    "_numbers",
+    "__init__",
+    "__main__",
+    "_native",
+    "_version",
+    "amp",
+    "noise",
+}
 # Folders of op × backend: their tests are those of the ops.
 GRID = ("ops", "reference", "triton")
 MOST_LINES = 400

@@ -75,6 +75,6 @@ def test_signatures_are_the_designs() -> None:
     assert str(inspect.signature(mmfuse.ogm_backward)).replace("'", "").split(" ->")[0] == (
         "(loss: Tensor, encoders: Mapping[str, Encoder], logits: Mapping[str, Tensor], "
         "labels: Tensor, *, alpha: float = 0.8, noise: Noise = True, formula: Formula = tpami, "
-        "select: Select = all, stream: NoiseStream | None = None, retain_graph: bool = False, "
-        "process_group: Group = None, backend: str | None = None)"
+        "select: Select = all, shared: Shared | None = None, stream: NoiseStream | None = None, "
+        "retain_graph: bool = False, process_group: Group = None, backend: str | None = None)"
     )

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._devices import WIDE
 from ..loop.epochs import EpochWindowModule
 from ..loop.gradients import GradientMethod
 from ..loop.scalars import scalars_of
@@ -170,7 +171,8 @@ class BalanceMixin(_Base):  # type: ignore[misc]
             scalars = scalars_of(self._balance_result, names)
             device = next(iter(scalars.values())).device
             # One copy to the host for all of them.
-            values = torch.stack([value.detach().to(device).double() for value in scalars.values()])
+            wide = WIDE[device.type]
+            values = torch.stack([v.detach().to(device, wide) for v in scalars.values()])
             logs.update(zip(scalars, values.tolist(), strict=True))
         super().log(logs, *args, **kwargs)
 

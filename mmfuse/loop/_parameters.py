@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 Encoder = nn.Module | Iterable[Tensor]
+#: What several modalities use: a module, a parameter, or several of them.
+Shared = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
 
 
@@ -69,17 +71,65 @@ def named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
     for label, parameter in found:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{label} is not a parameter but {type(parameter).__name__}")
-        if not parameter.is_leaf:
-            raise TypeError(
-                f"{label} is the result of an operation, which gets no gradient in .grad; pass the "
-                "parameters themselves"
-            )
-        if not (parameter.requires_grad or isinstance(parameter, nn.Parameter)):
-            raise TypeError(
-                f"{label} is a tensor that requires no gradient, as those of state_dict(); pass "
-                "the parameters themselves"
-            )
+        _check_parameter(label, parameter)
     return found
+
+
+def _check_parameter(label: str, parameter: Tensor) -> None:
+    if not parameter.is_leaf:
+        raise TypeError(
+            f"{label} is the result of an operation, which gets no gradient in .grad; pass the "
+            "parameters themselves"
+        )
+    if not (parameter.requires_grad or isinstance(parameter, nn.Parameter)):
+        raise TypeError(
+            f"{label} is a tensor that requires no gradient, as those of state_dict(); pass "
+            "the parameters themselves"
+        )
+
+
+class SharedParameters:
+    """The parameters that belong to no modality, although encoders may hold them.
+
+    Args:
+        shared: A module, a parameter, or an iterable of both; None for none.
+
+    Raises:
+        TypeError: it is something else.
+    """
+
+    def __init__(self, shared: Shared | None) -> None:
+        # Only modules can be asked again, after surgery.
+        self._modules: list[nn.Module] = []
+        self._tensors: list[Tensor] = []
+        if shared is None:
+            return
+        if isinstance(shared, (nn.Module, Tensor)):
+            labelled = [("shared", shared)]
+        elif isinstance(shared, Iterable) and not isinstance(shared, (str, bytes, Mapping)):
+            labelled = [(f"shared[{i}]", each) for i, each in enumerate(shared)]
+        else:
+            raise TypeError(
+                "shared must be a module, a parameter or an iterable of both, got "
+                f"{type(shared).__name__}"
+            )
+        for label, each in labelled:
+            if isinstance(each, nn.Module):
+                self._modules.append(each)
+            elif isinstance(each, Tensor):
+                _check_parameter(label, each)
+                self._tensors.append(each)
+            else:
+                raise TypeError(
+                    f"{label} is neither a module nor a parameter but {type(each).__name__}"
+                )
+
+    def ids(self) -> set[int]:
+        """The `id` of every such parameter, as the modules are now."""
+        found = {id(p) for p in self._tensors}
+        for module in self._modules:
+            found.update(map(id, module.parameters()))
+        return found
 
 
 def _refuse_flat_parameters(label: str, encoder: nn.Module) -> None:

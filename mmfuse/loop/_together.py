@@ -25,7 +25,7 @@ def reduce_together(
     rank with the error raises at once, and the others in the call after, if they come to it.
 
     Args:
-        totals: float64 numbers; NaN from a rank with an error.
+        totals: Sums; NaN from a rank with an error.
         count: Where among them the one is that is never NaN otherwise.
         error: This rank's.
         group: The ranks.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ..noise import NoiseStream
 from ..ops import GradStats, grad_stats, update_grads_
 from ..ops.grad_stats import stats_of_checked
@@ -125,7 +126,7 @@ def carry_out(
         if active.shards:  # merged over the ranks
             squares = _squares(active, backend)
         else:  # by the update's own read
-            squares = fused = finite.new_empty(len(active.grads), dtype=torch.float64)
+            squares = fused = finite.new_empty(len(active.grads), dtype=WIDE[finite.device.type])
     if act.pull is not None and grad_scale is not None and need.anchors:
         act = act._replace(pull=act.pull * grad_scale.to(act.pull))
     act_on(active, act, finite, second=second, noise=noise, sq_norm=fused, backend=backend)
@@ -159,5 +160,6 @@ def stats_of(
 
 
 def _squares(active: Active, backend: str | None) -> Tensor:
-    """Σg² of each whole tensor: float64 [T]."""
-    return active.stats(backend).sq_norm.double()
+    """Σg² of each whole tensor: [T], float64 where the device has it."""
+    squares = active.stats(backend).sq_norm
+    return squares.to(WIDE[squares.device.type])

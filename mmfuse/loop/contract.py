@@ -26,7 +26,7 @@ from ..noise import NoiseStream
 from ..ops import GradStats, ModalityScores
 from ..ops._tensors import index_tensor
 from ..ops.modality_scores import named_scores
-from ._parameters import Select
+from ._parameters import Select, Shared
 from .modalities import Modalities, per_modality, per_tensor
 from .ranks import Group, Observed, agree, rank_and_size
 
@@ -40,6 +40,7 @@ class Common(TypedDict, total=False):
     """The arguments that every method on gradients takes; `GradientMethod` describes them."""
 
     select: Select
+    shared: Shared | None
     starts: int
     ends: int | None
     apply_to: ApplyTo
@@ -264,7 +265,7 @@ class Rule(Protocol):
         """
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
-        """The tensors of the state that change with each gradient's Σg², [T] float64, unscaled."""
+        """The tensors of the state that change with each gradient's Σg², [T] and unscaled."""
 
     def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
         """The tensors of the state that change before an epoch; `tensors` are all the method's."""

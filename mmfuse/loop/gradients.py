@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..noise import NoiseStream
 from ..ops._eager import Eager
-from ._parameters import Encoder, Select
+from ._parameters import Encoder, Select, Shared
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
 from .epochs import EpochWindow
@@ -48,6 +48,8 @@ class GradientMethod(EpochWindow):
             `fully_shard`, which replaces them.
         select: Which parameters take part: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a
             callable on a parameter.
+        shared: What belongs to no modality and stays as it is, also where encoders hold it: a
+            module, a parameter, or several of them, such as layers that all modalities go through.
         starts: First epoch in which gradients are changed; see `set_epoch`.
         ends: Last such epoch; None for no end.
         apply_to: "gradient" (the papers), or "update" for adaptive optimizers, which divide a
@@ -68,8 +70,8 @@ class GradientMethod(EpochWindow):
 
     Raises:
         TypeError: a parameter has an unsupported type, or `anchor_dtype` is not a floating dtype.
-        ValueError: a modality has no parameter, a parameter is in two, `ends` is before `starts`,
-            or an argument does not go with the method.
+        ValueError: a modality has no parameter of its own, a parameter is in two and not in
+            `shared`, `ends` is before `starts`, or an argument does not go with the method.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class GradientMethod(EpochWindow):
         encoders: Mapping[str, Encoder],
         *,
         select: Select = "all",
+        shared: Shared | None = None,
         starts: int = 0,
         ends: int | None = None,
         apply_to: ApplyTo = "gradient",
@@ -94,7 +97,7 @@ class GradientMethod(EpochWindow):
         anchored = anchor_dtype is not None or anchor_device is not None
         check_fits(self.name, rule.need, apply_to, anchored, stream is not None)
         self.apply_to: ApplyTo = apply_to
-        self.modalities = Modalities(encoders, select)
+        self.modalities = Modalities(encoders, select, shared)
         self.process_group = process_group
         self.backend = backend
         self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from .._devices import WIDE
 from .passes import scoring, training
 from .shards import is_dtensor
 
@@ -175,14 +176,15 @@ def _pass(head: Head, x: Tensor) -> Tensor:
 
 
 def _check_sum(logits: Mapping[str, Tensor], output: Tensor) -> None:
-    total: Tensor = sum(z.detach().double() for z in logits.values())  # type: ignore[assignment]
+    wide = WIDE[output.device.type]
+    total: Tensor = sum(z.detach().to(wide) for z in logits.values())  # type: ignore[assignment]
     if total.shape != output.shape:
         raise ValueError(
             f"output must have shape {list(total.shape)}, as the logits, got {list(output.shape)}"
         )
     of = output.detach()
     allowed = _DIFFERENCE.get(of.dtype, 1e-4)
-    wrong = (total - of).abs() > allowed * (1 + of.double().abs())
+    wrong = (total - of).abs() > allowed * (1 + of.to(wide).abs())
     if wrong.any():
         largest = float((total - of).abs().max())
         raise ValueError(

@@ -14,7 +14,14 @@ from ..ops._tensors import FLOATING, check_named, check_writable, index_tensor, 
 from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
 from . import _surgery
-from ._parameters import Encoder, Select, named_parameters, selection
+from ._parameters import (
+    Encoder,
+    Select,
+    Shared,
+    SharedParameters,
+    named_parameters,
+    selection,
+)
 from .shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
 
 
@@ -80,6 +87,7 @@ class Modalities:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
         select: Which parameters take part: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a
             callable on a parameter.
+        shared: Parameters of no modality, as in `GradientMethod`.
 
     Attributes:
         names: The modalities, in the order of `encoders`.
@@ -89,13 +97,19 @@ class Modalities:
         logits_names: Errors call each modality's logits so.
 
     Raises:
-        TypeError: an encoder is neither a module nor an iterable of tensors, or a selected
-            parameter is integer, complex or sparse, and not frozen.
-        ValueError: fewer than two modalities, a modality without parameters, or a parameter that
-            belongs to two.
+        TypeError: an encoder is neither a module nor an iterable of tensors, `shared` holds
+            something else than modules and parameters, or a selected parameter is integer,
+            complex or sparse, and not frozen.
+        ValueError: fewer than two modalities, a modality without parameters of its own, or a
+            parameter that belongs to two and is not in `shared`.
     """
 
-    def __init__(self, encoders: Mapping[str, Encoder], select: Select = "all") -> None:
+    def __init__(
+        self,
+        encoders: Mapping[str, Encoder],
+        select: Select = "all",
+        shared: Shared | None = None,
+    ) -> None:
         if not isinstance(encoders, (Mapping, nn.ModuleDict)):
             raise TypeError(f"encoders must map names to modules, got {type(encoders).__name__}")
         if len(encoders) < 2:
@@ -105,13 +119,16 @@ class Modalities:
         # Only modules can be asked again: an iterable may have been a generator.
         self._modules = {n: e for n, e in encoders.items() if isinstance(e, nn.Module)}
         self._keep = keep
+        self._shared = SharedParameters(shared)
+        of_none = self._shared.ids()
         self.logits_names = [f"logits[{name!r}]" for name in encoders]
         self.parameters: list[Tensor] = []
         self.parameter_names: list[str] = []
         self.modality: list[int] = []
         owner: dict[int, str] = {}
         for m, (name, encoder) in enumerate(encoders.items()):
-            found = named_parameters(name, encoder)
+            every = named_parameters(name, encoder)
+            found = [(label, p) for label, p in every if id(p) not in of_none]
             before = len(self.parameters)
             for label, parameter in found:
                 if id(parameter) in owner:
@@ -119,7 +136,8 @@ class Modalities:
                         continue  # tied weights within one encoder are one parameter
                     raise ValueError(
                         f"{label} is the same parameter as {owner[id(parameter)]}; "
-                        "a parameter can belong to one modality only"
+                        "a parameter can belong to one modality only. Give what several modalities "
+                        "use as shared=[...]: it stays unmodulated"
                     )
                 owner[id(parameter)] = label
                 # As `_takes` has it, but for its call: `ogm_backward` does this in every step.
@@ -130,6 +148,13 @@ class Modalities:
                     self.parameters.append(parameter)
                     self.parameter_names.append(label)
                     self.modality.append(m)
+            if not found and every:
+                raise ValueError(
+                    f"encoders[{name!r}] has no parameter of its own: shared= holds all "
+                    f"{len(every)}. The one gradient of an encoder that several modalities use "
+                    "has no part of each to modulate; act on their features instead, with OPM, ARM "
+                    "or mmfuse.ops.scale_grad"
+                )
             if len(self.parameters) == before:
                 raise ValueError(
                     f"encoders[{name!r}] has no parameter to modulate: {len(found)} found, "
@@ -174,7 +199,7 @@ class Modalities:
         Raises:
             ValueError: a parameter was added, removed or replaced by another object; it is named.
         """
-        now = _surgery.registrations
+        now, of_none = _surgery.registrations, self._shared.ids()
         for m, name in enumerate(self.names):
             if name not in self._modules:
                 continue
@@ -185,7 +210,7 @@ class Modalities:
                 )
                 if owner == m
             ]
-            known = {id(p) for _, p in labels}
+            known = {id(p) for _, p in labels} | of_none
             found = named_parameters(name, self._modules[name])
             present = {id(p) for _, p in found}
             added = [label for label, p in found if self._takes(p) and id(p) not in known]

@@ -15,6 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+# Device types whose generators `fork_rng` keeps, or that have none.
+_KEPT = ("cpu", "cuda", "meta")
+
 
 @contextmanager
 def scoring(call: Callable[..., object], device: torch.device) -> Iterator[None]:
@@ -118,4 +121,23 @@ def _random_state(device: torch.device) -> Iterator[None]:
     # A generator cannot be read while a CUDA graph is recorded.
     on_gpu = device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
     with torch.random.fork_rng([device] if on_gpu else []):
+        if device.type in _KEPT:
+            yield
+        else:
+            with _generator_of(device):
+                yield
+
+
+@contextmanager
+def _generator_of(device: torch.device) -> Iterator[None]:
+    """The random generator of an `xpu`, an `mps` or another device as it was, afterwards."""
+    module: Any = torch.get_device_module(device)
+    if not module.is_available():
         yield
+        return
+    which = () if device.type == "mps" else (device,)  # of which there is one
+    state = module.get_rng_state(*which)
+    try:
+        yield
+    finally:
+        module.set_rng_state(state, *which)

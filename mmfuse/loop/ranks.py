@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._devices import WIDE
 from ..ops.modality_scores import class_indices
 from ..reference.modality_scores import IGNORED_LABEL
 from ._together import reduce_together
@@ -166,7 +167,8 @@ class Observations:
         self.clear()
         if error is not None:
             assert group is not None
-            totals = torch.full((width + 1,), torch.nan, dtype=torch.float64, device=device)
+            dtype = WIDE[torch.device(device or "cpu").type]
+            totals = torch.full((width + 1,), torch.nan, dtype=dtype, device=device)
             reduce_together(totals, 0, error, group)
         assert totals is not None
         width = self._width
@@ -178,11 +180,11 @@ class Observations:
 
 
 def _totals(means: Tensor, labels: Tensor, sums: Tensor | None) -> Tensor:
-    """[K + 1 + E] float64: sums over the labelled samples, their number, other sums."""
-    count = _labelled(labels).to(means.device)
+    """[K + 1 + E]: sums over the labelled samples, their number, other sums."""
+    count, wide = _labelled(labels).to(means.device), WIDE[means.device.type]
     # The mean of no sample is NaN; as a sum it is 0.
-    parts = [torch.where(count > 0, means.double() * count, 0.0), count.double().unsqueeze(0)]
-    return torch.cat(parts if sums is None else [*parts, sums.double()])
+    parts = [torch.where(count > 0, means.to(wide) * count, 0.0), count.to(wide).unsqueeze(0)]
+    return torch.cat(parts if sums is None else [*parts, sums.to(wide)])
 
 
 def _labelled(labels: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class ContributionSampler(Sampler[int]):
                 "contributions must be [N] or [N, M] and not empty, got "
                 f"{list(contributions.shape)}"
             )
-        mean = contributions.detach().double().cpu().view(len(contributions), -1).mean(1)
+        mean = contributions.detach().cpu().double().view(len(contributions), -1).mean(1)
         if not mean.isfinite().all():
             i = int((~mean.isfinite()).nonzero()[0])
             raise ValueError(f"contributions[{i}] is not finite: {contributions[i].tolist()}")

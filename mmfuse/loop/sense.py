@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch.distributed as dist
 from torch import Tensor
 
+from .._devices import WIDE
 from ..noise import NoiseStream
 from ..ops._eager import Eager
 from .contract import Batch, Clock, Rule, Sensed, State
@@ -20,7 +21,7 @@ def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
     for name, z in logits.items() if isinstance(logits, Mapping) else ():
         if not isinstance(z, Tensor) or z.device.type != "cpu" or z.dim() != 2 or z.shape[1] < 2:
             continue
-        sums = z.detach().double().sum(1)
+        sums = z.detach().to(WIDE[z.device.type]).sum(1)
         if z.numel() and bool((z >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
             warnings.warn(
                 f"logits[{name!r}] look like probabilities: no number is negative, and every row "

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .._devices import WIDE
 from ..ops import GradStats
 from ..ops._tensors import index_tensor
 
@@ -118,7 +119,8 @@ def merge_stats(stats: GradStats, shards: Sequence[Shard | None]) -> GradStats:
 
     One all-reduce for each set of ranks over which some parameters are spread (one, for FSDP2 on
     one mesh). The sums are formed in float64, where Σg² − (Σg)²/n costs the variance a relative
-    2⁻⁵²·mean²/variance at most.
+    2⁻⁵²·mean²/variance at most. On a device without float64 they are sums of what is left of each
+    value without the whole tensor's mean, which takes one all-reduce more.
     """
     places: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
     for t, shard in enumerate(shards):
@@ -129,21 +131,35 @@ def merge_stats(stats: GradStats, shards: Sequence[Shard | None]) -> GradStats:
     numel, mean, m2, *products = (None if s is None else s.clone() for s in stats)
     assert numel is not None and mean is not None and m2 is not None
     present = [p for p in products if p is not None]
+    wide = WIDE[mean.device.type]
     for groups, index in places.items():
         at = index_tensor(tuple(index), mean.device)
-        n, mu = numel[at].double(), mean[at].double()
-        rows = [n, n * mu, m2[at].double() + n * mu * mu, *(p[at].double() for p in present)]
-        sums = torch.stack(rows)
-        for group in groups:
-            dist.all_reduce(sums, group=group)
+        n, mu = numel[at].to(wide), mean[at].to(wide)
+        origin = None
+        if wide != torch.float64:
+            count, total = _over(groups, [n, n * mu])
+            origin = total / count
+            mu = mu - origin
+        rows = [n, n * mu, m2[at].to(wide) + n * mu * mu, *(p[at].to(wide) for p in present)]
+        sums = _over(groups, rows)
         n, total, squares = sums[:3]
         mu = total / n
         numel[at] = n.to(numel.dtype)
         mean[at] = mu.to(mean.dtype)
         m2[at] = (squares - total * mu).clamp_(min=0).to(m2.dtype)
+        if origin is not None:
+            mean[at] += origin
         for column, merged in zip(present, sums[3:], strict=True):
             column[at] = merged.to(column.dtype)
     return GradStats(numel, mean, m2, *products)
+
+
+def _over(groups: Sequence[dist.ProcessGroup], rows: Sequence[Tensor]) -> Tensor:
+    """The rows as one tensor, summed over the ranks."""
+    sums = torch.stack(list(rows))
+    for group in groups:
+        dist.all_reduce(sums, group=group)
+    return sums
 
 
 class Run(NamedTuple):

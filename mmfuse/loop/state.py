@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .._devices import narrowed
 from ..noise import NoiseStream, saved_state
 
 #: Of what `state_dict` returns; a state of another format is refused.
@@ -28,15 +29,23 @@ class State(dict[str, Tensor]):
     def __init__(
         self, method: str, device: torch.device, tensors: Mapping[str, Tensor] | None = None
     ) -> None:
-        super().__init__({name: t.to(device) for name, t in (tensors or {}).items()})
+        super().__init__(tensors or {})
         self.method = method
-        self.device = device
+        #: Of each tensor, where the device has it: float64 is float32 on one without.
+        self._dtypes = {name: tensor.dtype for name, tensor in self.items()}
+        self._move(device)
 
     def follow(self, device: torch.device) -> None:
         """Moves to where the encoders are now."""
         if self.device != device:
-            self.device = device
-            self.update({name: tensor.to(device) for name, tensor in self.items()})
+            self._move(device)
+
+    def _move(self, device: torch.device) -> None:
+        self.device = device
+        for name, tensor in self.items():
+            # Narrowed before it moves and widened after, for one of the devices may lack float64.
+            moved = tensor.to(narrowed(tensor.dtype, device)).to(device)
+            self[name] = moved.to(narrowed(self._dtypes[name], device))
 
     def set(self, new: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
         """Takes over new values, where the 0-d bool `counts` is true."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ..ops._tensors import kept_tensor
 from ..ops.joint_entropies import JointEntropies, joint_entropies
 from ..ops.mutual_information import normalised
@@ -69,7 +70,7 @@ def normalised_information(
         ValueError: as `mmfuse.ops.joint_entropies`.
     """
     pairs, triples, others = histograms(rows, bins, conditional_bins, backend)
-    of_triples = kept_tensor(_OF_TRIPLES, (7, 4), torch.float64, triples.entropies.device)
+    of_triples = kept_tensor(_OF_TRIPLES, (7, 4), triples.entropies.dtype, triples.entropies.device)
     given = (triples.entropies @ of_triples).chunk(2, -1)
     all_of_them = normalised(*torch.cat([nmi_terms(pairs), *given]).unbind(-1))
     nmi, forth, back = all_of_them.split([len(rows) - 1, len(others), len(others)])
@@ -78,7 +79,7 @@ def normalised_information(
 
 def nmi_terms(pairs: JointEntropies) -> Tensor:
     """[M, P, 2]: 2 I(m; c), and H(m) + H(c)."""
-    of_pairs = kept_tensor(_OF_PAIRS, (3, 2), torch.float64, pairs.entropies.device)
+    of_pairs = kept_tensor(_OF_PAIRS, (3, 2), pairs.entropies.dtype, pairs.entropies.device)
     return pairs.entropies @ of_pairs
 
 
@@ -127,7 +128,7 @@ def released_ncmi(counts: Tensor) -> Tensor:
         [...] float64; NaN for counts of zero. Close to 1 where most values lie in one bin, as they
         do after a ReLU, whatever x and y share; not bounded.
     """
-    p = counts.double()
+    p = counts.to(WIDE[counts.device.type])
     p = p / p.sum((-3, -2, -1), keepdim=True)
     p_z = p.sum((-3, -2))
     p_z = torch.where(p_z == 0, 1e-10, p_z)

@@ -66,7 +66,7 @@ def sample_contributions(
             )
     nmi, ncmi = normalised_information(rows, bins, conditional_bins, backend=backend)
     index = class_indices(labels).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
-    p = torch.stack([z.double().softmax(1).gather(1, index).squeeze(1) for z in rows])
+    p = torch.stack([z.to(nmi.dtype).softmax(1).gather(1, index).squeeze(1) for z in rows])
     if gate:
         right = torch.stack([z.argmax(1) == index.squeeze(1) for z in rows])
         p = torch.where(right, p, 0.0)

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from .._devices import WIDE
 from ..loop._parameters import Encoder
 from ..loop.contract import Need, State, Tensors
 from ..loop.modalities import Modalities
@@ -71,6 +72,6 @@ def weights_of_layers(encoders: Mapping[str, Encoder], known: Modalities) -> Ten
     ]
     return torch.tensor(
         [c / max(1, p.numel()) for c, p in zip(counted, known.parameters, strict=True)],
-        dtype=torch.float64,
+        dtype=WIDE[known.device.type],
         device=known.device,
     )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .._devices import WIDE
 from ..loop._parameters import Encoder
 from ..loop.contract import (
     Act,
@@ -112,7 +113,8 @@ class MMParetoRule(Stateless):
             act = Act(pull=tensors.each(torch.ones_like(halves)))
             return Decision(act, (halves, torch.full_like(halves, torch.nan)))
         assert stats.dot is not None and stats.disp_sq is not None
-        n1, a, n2 = stats.sq_norm.double(), stats.dot.double(), stats.disp_sq.double()
+        wide = WIDE[tensors.device.type]
+        n1, a, n2 = stats.sq_norm.to(wide), stats.dot.to(wide), stats.disp_sq.to(wide)
         joint, between, unimodal = (tensors.sums(x) for x in (n1, a, n2))
         k1 = torch.where(between > 0, 0.5, min_norm_weight(joint, between, unimodal))
         first, second = tensors.each(2 * k1), tensors.each(2 - 2 * k1)

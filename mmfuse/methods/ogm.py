@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder, Select
+from ..loop._parameters import Encoder, Select, Shared
 from ..loop.contract import (
     Act,
     Batch,
@@ -230,6 +230,7 @@ def ogm_backward(
     noise: Noise = True,
     formula: Formula = "tpami",
     select: Select = "all",
+    shared: Shared | None = None,
     stream: NoiseStream | None = None,
     retain_graph: bool = False,
     process_group: Group = None,
@@ -258,6 +259,7 @@ def ogm_backward(
         formula: "tpami" or "cvpr".
         select: Which parameters: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a callable on
             a parameter. The released code modulates "conv" only.
+        shared: What belongs to no modality and stays as it is: a module, a parameter, or several.
         stream: The random stream, advanced by one step; None for the default one, which
             `torch.manual_seed` controls.
         retain_graph: As for ``loss.backward``.
@@ -279,6 +281,7 @@ def ogm_backward(
         noise=noise,
         formula=formula,
         select=select,
+        shared=shared,
         stream=stream,
         process_group=process_group,
         backend=backend,

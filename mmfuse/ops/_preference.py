@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-# The order in which the backends are tried, per device type.
-PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+# The order in which the backends are tried, per device type. All other types have the reference.
+PREFERENCE = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+    "xpu": ("triton", "reference"),
+}
 
 # Ops that were faster with Triton on the GPUs of benchmarks/results, as `python
 # benchmarks/choose.py` finds them there; a test compares. Empty: no GPU has been measured yet.

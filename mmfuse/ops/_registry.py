@@ -18,6 +18,7 @@ import torch
 from torch.autograd import forward_ad
 
 from .. import _native
+from .._devices import has_float64
 from ._derivatives import (
     no_record,
     no_second_derivative,
@@ -155,8 +156,8 @@ class Op:
                 return f"the {backend} backend has no {self.name} for {kind or 'any'} tensors"
         if backend == "cuda" and kind in ("cuda", None):
             return _why_not_on_gpu(where)
-        if backend == "triton" and kind == "cpu" and not _triton_interprets():
-            return "Triton runs on GPUs; on the CPU only with TRITON_INTERPRET=1 set before import"
+        if backend == "triton" and kind is not None:
+            return _why_not_triton(kind)
         return None
 
     def resolve(self, backend: str | None, device: torch.device) -> str:
@@ -240,9 +241,19 @@ def _why_not_on_gpu(device: torch.device | None) -> str | None:
     return None if None in reasons else reasons[0]
 
 
-def _triton_interprets() -> bool:
-    triton_package = importlib.import_module("mmfuse.triton")
-    return bool(triton_package.INTERPRETED)
+def _why_not_triton(kind: str) -> str | None:
+    """Why Triton, which is installed, does not run on tensors on this type of device."""
+    triton_package: Any = importlib.import_module("mmfuse.triton")
+    if kind == "cpu" and not triton_package.INTERPRETED:
+        return "Triton runs on GPUs; on the CPU only with TRITON_INTERPRET=1 set before import"
+    if kind in ("cpu", "cuda", "meta"):
+        return None
+    target = triton_package.active_target()
+    if target != kind:
+        return f"Triton does not run on {kind}: its active driver is for {target or 'nothing here'}"
+    if not has_float64(kind):
+        return f"Triton's kernels add up in float64, which this {kind} device lacks"
+    return None
 
 
 def _warn_slow(chosen: str, wanted: str, reason: str | None) -> None:

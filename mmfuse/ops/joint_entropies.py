@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from .._numbers import whole
 from ._registry import Op
 from ._tensors import check_named, promoted
@@ -24,9 +25,10 @@ class JointEntropies(NamedTuple):
     """Histograms of Q pairs or triples of variables, of P problems each.
 
     Attributes:
-        entropies: [Q, P, 2^order − 1] float64, in nats. Entry k belongs to the variables whose bits
-            are set in k + 1: for a pair H(0), H(1), H(0,1); for a triple H(0), H(1), H(0,1), H(2),
-            H(0,2), H(1,2), H(0,1,2). NaN where the data of the problem have no finite range.
+        entropies: [Q, P, 2^order − 1] float64, or float32 on a device that lacks it, in nats. Entry
+            k belongs to the variables whose bits are set in k + 1: for a pair H(0), H(1), H(0,1);
+            for a triple H(0), H(1), H(0,1), H(2), H(0,2), H(1,2), H(0,1,2). NaN where the data of
+            the problem have no finite range.
         counts: [Q, P, bins^order] int64; the first variable's bin is the slowest index. Zeros where
             the entropies are NaN.
     """
@@ -41,7 +43,8 @@ def _fake(
     first = data[0]
     shape = (len(tuples) // order, first.shape[0])
     counts = torch.empty(*shape, bins**order, dtype=torch.int64, device=first.device)
-    entropies = torch.empty(*shape, 2**order - 1, dtype=torch.float64, device=first.device)
+    wide = WIDE[first.device.type]
+    entropies = torch.empty(*shape, 2**order - 1, dtype=wide, device=first.device)
     return entropies, counts
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ._dtype import accumulator
 
 
@@ -18,18 +19,23 @@ def grad_stats(
     if not grads:
         return torch.empty(0, dtype=torch.int64), torch.empty(4 if params else 2, 0, dtype=dtype)
     device = grads[0].device
+    wide = WIDE[device.type]
     # Filled on the device: a copy from the host could not be captured in a CUDA graph.
     numel = [torch.full((), g.numel(), dtype=torch.int64, device=device) for g in grads]
     columns = []
     for t, grad in enumerate(grads):
         # float64 throughout: a mean rounded to float32 would leave n·(its error)² in m2.
-        g = grad.double()
+        g = grad.to(wide)
         mean = g.mean() if g.numel() else g.sum()
-        column = [mean, (g - mean).square().sum()]
+        away = g - mean
+        if wide != torch.float64 and g.numel():  # which is taken off again where there is no other
+            missed = away.mean()
+            mean, away = mean + missed, away - missed
+        column = [mean, away.square().sum()]
         if params:
-            d = params[t].double()
+            d = params[t].to(wide)
             if anchors:
-                d = d - anchors[t].double()
+                d = d - anchors[t].to(wide)
             column += [(d * g).sum(), d.square().sum()]
         columns.append(torch.stack(column).to(dtype))
     return torch.stack(numel), torch.stack(columns, dim=1)

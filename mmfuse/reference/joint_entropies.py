@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ._dtype import accumulator
 
 
@@ -62,9 +63,10 @@ def joint_entropies(
 
 
 def entropies(counts: Tensor, order: int, bins: int) -> Tensor:
-    """[Q, P, 2^order - 1] float64: ln n - sum c ln c / n of the margin over the bits of k + 1."""
-    cube = counts.unflatten(-1, [bins] * order).double()
-    total = counts.sum(-1).double()
+    """[Q, P, 2^order - 1] of `WIDE`: ln n - sum c ln c / n of the margin over the bits of k + 1."""
+    wide = WIDE[counts.device.type]
+    cube = counts.unflatten(-1, [bins] * order).to(wide)
+    total = counts.sum(-1).to(wide)
     out = []
     for mask in range(1, 2**order):
         others = [2 + k for k in range(order) if not mask >> k & 1]

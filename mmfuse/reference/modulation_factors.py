@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from .discrepancy_ratios import discrepancy_ratios
 
 
@@ -18,7 +19,8 @@ def modulation_factors(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See `mmfuse.ops.modulation_factors`; [2, M] ratios and coefficients, [1 or 2, T] factors."""
-    ratios = discrepancy_ratios(scores.double())
+    wide = WIDE[scores.device.type]
+    ratios = discrepancy_ratios(scores.to(wide))
     if cvpr:
         x = torch.where(ratios > 1, alpha * ratios, 0.0)
         slowed = 1 - torch.tanh(x)
@@ -30,6 +32,6 @@ def modulation_factors(
     modalities = torch.stack([ratios, coefficients]).to(scores.dtype)
     if m2 is None or numel is None:
         return modalities, modalities[1:, owner]
-    std = (m2.double() / (numel - 1).clamp(min=1)).sqrt() + eps
+    std = (m2.to(wide) / (numel - 1).clamp(min=1)).sqrt() + eps
     noise_std = torch.where(numel > 1, std, 0.0)
-    return modalities, torch.stack([modalities[1, owner].double(), noise_std]).to(m2.dtype)
+    return modalities, torch.stack([modalities[1, owner].to(wide), noise_std]).to(m2.dtype)

@@ -2,8 +2,8 @@
 
 Salmon, Moraes, Dror & Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). The counter is
 (element block low, element block high, stream id, step), the key is the 64-bit seed. The uniform
-numbers are float32; what follows is float64, so that this is the value which the float32
-arithmetic of the other backends approximates.
+numbers are float32; what follows is float64, where the device has it, so that this is the value
+which the float32 arithmetic of the other backends approximates.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from .._devices import WIDE
 
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
@@ -77,10 +79,14 @@ def standard_uniform(state: Tensor, numel: int, stream_id: int, offset: int = 0)
 
 
 def standard_normal(state: Tensor, numel: int, stream_id: int, offset: int = 0) -> Tensor:
-    """Normal deviates of the same elements, from pairs of the uniform numbers: [numel] float64."""
+    """Normal deviates of the same elements, from pairs of the uniform numbers.
+
+    [numel] float64, or float32 on a device that lacks it.
+    """
     lead = offset % 4
     whole = lead + numel + -(lead + numel) % 4
-    u = standard_uniform(state, whole, stream_id, offset - lead).double().view(-1, 4)
+    u = standard_uniform(state, whole, stream_id, offset - lead).to(WIDE[state.device.type])
+    u = u.view(-1, 4)
     radius = (-2.0 * u[:, 0::2].log()).sqrt()
     angle = 2.0 * math.pi * u[:, 1::2]
     z = torch.stack([radius * angle.cos(), radius * angle.sin()], dim=-1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ._dtype import accumulator
 from .noise import standard_normal
 
@@ -28,7 +29,7 @@ def update_grads_(
     for t, grad in enumerate(grads):
         dtype = accumulator(grad)
         if sq_norm is not None:
-            sq_norm[t] = grad.double().square().sum()
+            sq_norm[t] = grad.to(WIDE[grad.device.type]).square().sum()
         out = scale[t].to(dtype) * grad.to(dtype)
         if pull is not None:
             d = params[t].to(dtype)

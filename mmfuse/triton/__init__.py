@@ -14,3 +14,13 @@ def _interprets() -> bool:
 
 
 INTERPRETED: bool = _interprets()
+
+
+def active_target() -> str | None:
+    """The kind of device for which Triton compiles here, such as "cuda"; None for none."""
+    try:
+        from triton.runtime import driver
+
+        return str(driver.active.get_current_target().backend)
+    except Exception:  # its drivers raise what they like where there is no such device
+        return None

@@ -123,6 +123,7 @@ def test_all_is_well(rehearsal: Rehearsal) -> None:
     assert small(rehearsal.output)
 
 
+@pytest.mark.slow
 def test_everything_fails(rehearsal: Rehearsal) -> None:
     """Each stage runs all the same, and what can be repeated is repeated once."""
     modes = dict.fromkeys(("kernels", "pytest", "benchmark", "nvcc", "compute_sanitizer"), "fail")

@@ -16,6 +16,12 @@ from torch import Tensor
 from mmfuse import NoiseStream
 
 EPOCHS = 20
+# One on features, one on gradients, one that keeps anchors; `make check` runs the rest.
+QUICK = {"OPM", "OGM-GE", "InfoReg"}
+KINDS = [
+    pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow)
+    for kind in (*ON_FEATURES, *STEPPING)
+]
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +53,7 @@ def seen(model: AudioVisual, method: Any, data: tuple[Tensor, ...]) -> dict[str,
     [pytest.param({"ends": 50}, marks=pytest.mark.slow), {"starts": 4, "ends": 12}],
     ids=str,
 )
-@pytest.mark.parametrize("kind", [*ON_FEATURES, *STEPPING])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_is_compiled_once(kind: str, window: dict[str, int]) -> None:
     """Twice if the method does not act in all epochs; a monitor adds steps with and without it."""
     models = [AudioVisual()]

@@ -196,11 +196,11 @@ class TestCompile:
     # The clock of a method that draws in `sense` is a number of the host: another one each step.
     @pytest.mark.parametrize(
         "kind",
-        ["ogm_backward", *NOISY, *TWO_GRADIENTS]
+        ["ogm_backward", *NOISY]
         + [
             pytest.param(kind, marks=pytest.mark.slow)
             for kind in KINDS
-            if kind not in (*NOISY, *TWO_GRADIENTS, *MONITORING)
+            if kind not in (*NOISY, *MONITORING)
         ],
     )
     def test_whole_step(self, kind: str) -> None:
@@ -230,7 +230,14 @@ class TestCompile:
         if kind in ("ogm_backward", "OGM-GE"):
             assert compiled.ogm.stream.state.tolist() == [3, 3]
 
-    @pytest.mark.parametrize("kind", [k for k in ON_GRADIENTS if k not in MONITORING])
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            pytest.param(k, marks=[] if k in ("OGM", *TWO_GRADIENTS) else pytest.mark.slow)
+            for k in ON_GRADIENTS
+            if k not in MONITORING
+        ],
+    )
     def test_the_graph_breaks_of_backward(self, kind: str) -> None:
         """`Tensor.backward` is PyTorch's; a `try` around it cannot be gone on with."""
         parts, data = Parts(AudioVisual()), batch()

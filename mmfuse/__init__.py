@@ -1,6 +1,6 @@
 """mmfuse: fused kernels for balanced multimodal training."""
 
-from . import amp, ops
+from . import amp, ops, scores
 from ._version import __version__
 from .loop.gradients import GradientMethod
 from .loop.heads import unimodal_logits
@@ -9,12 +9,13 @@ from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
 from .loop.scalars import ScalarLog, scalars_of
 from .methods._arm_samples import sample_contributions
+from .methods._ogm_backward import ogm_backward
 from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.mlb import MLB, MLBResult
 from .methods.mmpareto import MMPareto, MMParetoResult
-from .methods.ogm import OGM, OGMResult, ogm_backward, ogm_coefficients
+from .methods.ogm import OGM, OGMResult, ogm_coefficients
 from .methods.opm import OPM, OPMResult, drop_probabilities
 from .methods.redreg import RedReg, RedRegResult
 from .noise import NoiseStream
@@ -49,6 +50,7 @@ __all__ = [
     "ops",
     "sample_contributions",
     "scalars_of",
+    "scores",
     "unimodal_logits",
     "unimodal_outputs",
     "use_backend",

@@ -29,6 +29,7 @@ IN_THE_ROOT = {
     "_version",
     "amp",
     "noise",
+    "scores",
 }
 # Folders of op × backend: their tests are those of the ops.
 GRID = ("ops", "reference", "triton")

@@ -73,8 +73,10 @@ def test_public_names_are_documented() -> None:
 def test_signatures_are_the_designs() -> None:
     """The binding names and defaults of design.md, and the ranks to average over."""
     assert str(inspect.signature(mmfuse.ogm_backward)).replace("'", "").split(" ->")[0] == (
-        "(loss: Tensor, encoders: Mapping[str, Encoder], logits: Mapping[str, Tensor], "
-        "labels: Tensor, *, alpha: float = 0.8, noise: Noise = True, formula: Formula = tpami, "
+        "(loss: Tensor, encoders: Mapping[str, Encoder], "
+        "logits: Mapping[str, Tensor] | None = None, labels: Tensor | None = None, *, "
+        "alpha: float = 0.8, noise: Noise = True, formula: Formula = tpami, "
         "select: Select = all, shared: Shared | None = None, stream: NoiseStream | None = None, "
-        "retain_graph: bool = False, process_group: Group = None, backend: str | None = None)"
+        "retain_graph: bool = False, process_group: Group = None, criterion: Loss = None, "
+        "backend: str | None = None, **more: Unpack[More])"
     )

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..noise import NoiseStream
 from ..ops import GradStats, ModalityScores
 from ..ops._tensors import index_tensor
-from ..ops.modality_scores import named_scores
 from ._parameters import Select, Shared
+from .given import Kind, Loss
 from .modalities import Modalities, per_modality, per_tensor
 from .ranks import Group, Observed, agree, rank_and_size
 
@@ -45,6 +45,7 @@ class Common(TypedDict, total=False):
     ends: int | None
     apply_to: ApplyTo
     process_group: Group
+    criterion: Loss
     anchor_dtype: torch.dtype | None
     anchor_device: torch.device | str | None
     stream: NoiseStream | None
@@ -86,6 +87,7 @@ class Need(NamedTuple):
         draws: Whether `sense` draws from the stream: then it advances, and `Clock.step` counts, in
             every step.
         neutral: The coefficient of a modality that nothing is done to.
+        means: How many means for each modality `sense` returns.
     """
 
     inputs: tuple[str, ...] = ()
@@ -96,6 +98,7 @@ class Need(NamedTuple):
     noise: MakesNoise | Literal["stream"] | None = None
     draws: bool = False
     neutral: float = 1.0
+    means: int = 1
 
     @property
     def anchors(self) -> bool:
@@ -133,7 +136,7 @@ class Sensed(NamedTuple):
     """The numbers that one micro-batch shows.
 
     Attributes:
-        means: [K] means over the labelled samples.
+        means: [K] means over the labelled samples, `Need.means` of each modality's scores.
         parts: What `Rule.sums` makes sums of, where there is more than one micro-batch or rank.
         rows: The number of samples, for rules that number them.
     """
@@ -154,8 +157,8 @@ class Batch(NamedTuple):
     """One micro-batch, checked where the loop can.
 
     Attributes:
-        logits: Name → logits of each modality alone.
-        labels: [B].
+        scores: Each modality's, in the order of the modalities; tables of M·M numbers each, flat,
+            where modalities are missing or the scores are the user's (see `mmfuse.loop.pairs`).
         given: What `Need.inputs` names, each of M tensors in the order of the modalities.
         modalities: The encoders' names.
         state: The rule's.
@@ -163,11 +166,11 @@ class Batch(NamedTuple):
         stream: The method's; `agreed_stream` to draw from it.
         process_group: The ranks.
         rows_before: Samples of this step's earlier micro-batches on this rank.
+        present: [M, B] bool, which modalities each sample has; None if all have all.
         backend: Name of a backend; None for the best one.
     """
 
-    logits: Mapping[str, Tensor]
-    labels: Tensor
+    scores: ModalityScores
     given: Mapping[str, Sequence[Tensor]]
     modalities: Modalities
     state: State
@@ -175,13 +178,8 @@ class Batch(NamedTuple):
     stream: NoiseStream
     process_group: Group
     rows_before: int
+    present: Tensor | None
     backend: str | None
-
-    def scores(self) -> ModalityScores:
-        """Each modality's scores of the true classes; errors call the logits by their names."""
-        modalities = self.modalities
-        logits = modalities.ordered("logits", self.logits)
-        return named_scores(modalities.logits_names, logits, self.labels, self.backend)
 
     def agreed_stream(self) -> NoiseStream:
         """The stream, the same on all ranks."""
@@ -256,12 +254,16 @@ class Rule(Protocol):
         """[E] sums over the samples beside the means, which add up over micro-batches and ranks."""
 
     def width(self, modalities: int) -> int:
-        """K + E, the means and sums of `modalities` modalities."""
+        """E, for `modalities` modalities."""
+
+    def check_takes(self, kind: Kind) -> None:
+        """Raises a TypeError if `decide` cannot start from the user's ratios or coefficients."""
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """The paper's equations.
 
-        `seen` holds the parts of the one micro-batch on one rank, or else the sums of all.
+        `seen` holds the parts of the one micro-batch on one rank, or else the sums of all. Its
+        means may be tables, or the user's ratios or coefficients.
         """
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
@@ -287,8 +289,11 @@ class Stateless:
         return None
 
     def width(self, modalities: int) -> int:
-        """One mean for each."""
-        return modalities
+        """No sums."""
+        return 0
+
+    def check_takes(self, kind: Kind) -> None:
+        """Takes both."""
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
         """Nothing changes."""

@@ -7,23 +7,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..noise import NoiseStream
 from ..ops._eager import Eager
 from ._parameters import Encoder, Select, Shared
 from .anchors import Anchors
-from .contract import ApplyTo, Clock, Rule, Sensed, Tensors, check_fits
+from .contract import ApplyTo, Clock, Rule, Tensors, check_fits
 from .epochs import EpochWindow
+from .given import Loss, More, check_criterion
 from .modalities import Modalities
-from .ranks import Group
+from .ranks import Group, Observed
+from .resume import Resumes
 from .sense import Senses
 from .stage import take_step
-from .state import State, check_saved, saved_method
+from .state import State
 from .two_gradients import checked_losses, two_gradients
-from .updates import AttachedOptimizers
+from .updates import ActsOnUpdates, AttachedOptimizers
 
 
-class GradientMethod(EpochWindow):
+class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
     """A method that acts between ``loss.backward()`` and ``optimizer.step()``.
 
     ::
@@ -40,6 +43,17 @@ class GradientMethod(EpochWindow):
     every micro-batch and `step` once: the accumulated gradient is treated by what all of them have
     shown. Under data parallelism (DDP, FSDP2) scores are averaged over the ranks, by their numbers
     of samples, and the noise is the same everywhere.
+
+    `observe`, `step` and `backward` take more by keyword, all of it name → value. Micro-batches of
+    one step, and ranks, must be given the same of it.
+
+    - ``present``: [B] bool, which samples have the modality. Two modalities are then compared over
+      the samples that have both, so that who is missing where fakes no dominance. One that is
+      missing from the whole batch keeps its gradients and its histories, if it has any.
+    - ``scores``: one positive number for each modality in place of logits and labels, higher is
+      better (see `mmfuse.scores`); NaN for one that is missing. Micro-batches and ranks are
+      averaged by ``count``, 1 unless given.
+    - ``ratios`` or ``coefficients``: the same, one or two steps further in the method's formulas.
 
     Args:
         rule: The paper.
@@ -58,6 +72,10 @@ class GradientMethod(EpochWindow):
             `attach`. Not for methods with anchors.
         process_group: The ranks whose samples the scores are averaged over; None for all ranks
             where torch.distributed is initialized, False for this rank alone.
+        criterion: The loss that logits and labels are for: `nn.CrossEntropyLoss` (its `weight` and
+            `ignore_index` count; label smoothing changes the loss only) or
+            `nn.BCEWithLogitsLoss`, for several labels or a single logit; None for
+            ``nn.CrossEntropyLoss()``. See `mmfuse.ops.modality_scores` for the scores.
         anchor_dtype: Of the epoch-start copies w₀ of methods that have them; ``torch.bfloat16``
             halves them, at the cost of w₀'s rounding in every displacement.
         anchor_device: Where they are; "cpu" frees the GPU of them and copies them there in every
@@ -85,6 +103,7 @@ class GradientMethod(EpochWindow):
         ends: int | None = None,
         apply_to: ApplyTo = "gradient",
         process_group: Group = None,
+        criterion: Loss = None,
         anchor_dtype: torch.dtype | None = None,
         anchor_device: torch.device | str | None = None,
         stream: NoiseStream | None = None,
@@ -99,6 +118,7 @@ class GradientMethod(EpochWindow):
         self.apply_to: ApplyTo = apply_to
         self.modalities = Modalities(encoders, select, shared)
         self.process_group = process_group
+        self.criterion = check_criterion(criterion)
         self.backend = backend
         self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
         self.stream = stream or self._new_stream(name)
@@ -110,7 +130,7 @@ class GradientMethod(EpochWindow):
         """Takes a rule of the same needs, and begins its state anew."""
         self.rule = rule
         self._need = rule.need
-        self._senses = Senses(self.name, rule, self.modalities, self.process_group)
+        self._senses = Senses(self.name, rule, self.modalities, self.process_group, self.criterion)
         count, tensors = len(self.modalities.names), len(self.modalities.parameters)
         self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
 
@@ -163,18 +183,23 @@ class GradientMethod(EpochWindow):
     @torch.no_grad()
     def observe(
         self,
-        logits: Mapping[str, Tensor],
-        labels: Tensor,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        **more: Unpack[More],
     ) -> None:
         """Takes in what one micro-batch shows; `step` then uses all since the last step.
 
         Args:
-            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`).
-            labels: [B] integer class indices; rows labelled −100 do not count.
+            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`), or
+                [B, C, …], or as `criterion` takes them; None with numbers of your own.
+            labels: [B] integer class indices, or [B, …], or as `criterion` takes them. Rows
+                labelled with its `ignore_index` (−100) do not count.
             features: Name → [B, …] features, for methods that need them; others ignore them.
             inputs: Name → input of each encoder, likewise.
+            **more: ``present``, ``scores``, ``ratios``, ``coefficients``, ``count``, as
+                `GradientMethod` describes them.
 
         Raises:
             RuntimeError: `set_epoch` was not called, for methods with anchors.
@@ -183,11 +208,11 @@ class GradientMethod(EpochWindow):
                 this rank has found wrong in a batch, so that all of them stop.
         """
         self._check_ready(one_list=True)
-        sensed = self._sense(logits, labels, features, inputs)
-        if sensed is not None:
-            self._senses.add(self._state, sensed, labels)
+        seen = self._sense(logits, labels, features, inputs, more)
+        if seen is not None:
+            self._senses.add(self._state, seen)
 
-    def _sense(self, *given: Any) -> Sensed | None:
+    def _sense(self, *given: Any) -> Observed | None:
         """None for an error that the step will raise on all ranks."""
         self._follow()
         try:
@@ -211,6 +236,7 @@ class GradientMethod(EpochWindow):
         retain_graph: bool = False,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        **more: Unpack[More],
     ) -> Any:
         """Takes the place of ``loss.backward()``: back-propagates, then does what `step` does.
 
@@ -226,13 +252,14 @@ class GradientMethod(EpochWindow):
             retain_graph: As for ``loss.backward``.
             grad_scale: See there.
             found_inf: See there.
+            **more: As in `observe`.
         """
         self._check_ready()
         if loss.numel() != 1:
             raise ValueError(
                 f"loss must be a scalar, got shape {list(loss.shape)}: take its mean or sum"
             )
-        sensed = unimodal = None
+        seen = unimodal = None
         if self._need.second == "unimodal":
             if unimodal_losses is None:
                 raise TypeError(
@@ -241,17 +268,17 @@ class GradientMethod(EpochWindow):
             losses = checked_losses(self.modalities, unimodal_losses)
             group = self.process_group
             unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
-        elif logits is None:
+        elif logits is None and not more:
             raise TypeError(f"{self.name}.backward needs logits and labels")
         else:
             with torch.no_grad():
-                sensed = self._sense(logits, labels, features, inputs)
+                seen = self._sense(logits, labels, features, inputs, more)
             loss.backward(retain_graph=retain_graph)
         with torch.no_grad():
             self._follow()
             eager = not torch.compiler.is_dynamo_compiling()
             backend = Eager(self.backend or "") if eager else self.backend
-            return take_step(self, backend, sensed, labels, unimodal, grad_scale, found_inf)
+            return take_step(self, backend, seen, unimodal, grad_scale, found_inf)
 
     def step(
         self,
@@ -262,6 +289,7 @@ class GradientMethod(EpochWindow):
         *,
         grad_scale: Tensor | None = None,
         found_inf: Tensor | None = None,
+        **more: Unpack[More],
     ) -> Any:
         """Changes the gradients that a backward pass has left, before the optimizer's step.
 
@@ -270,15 +298,16 @@ class GradientMethod(EpochWindow):
         GradScaler skips it.
 
         Args:
-            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`), of
-                the last micro-batch; None, as the next three, if all were given to `observe`.
-            labels: [B] integer class indices; rows labelled −100 do not count.
-            features: Name → [B, …] features, for methods that need them; others ignore them.
-            inputs: Name → floating input of each encoder, likewise.
+            logits: As in `observe`, of the last micro-batch; None, as the next three, if all were
+                given to `observe`.
+            labels: See there.
+            features: See there.
+            inputs: See there.
             grad_scale: 0-d factor by which the gradients are scaled still, where they cannot be
                 unscaled before (see `mmfuse.amp.grad_scale`). It matters to methods with anchors.
             found_inf: Not zero where a GradScaler will skip this step for another reason than the
                 encoders' gradients, which are looked at here (see `mmfuse.amp.found_inf`).
+            **more: As in `observe`.
 
         Returns:
             The method's result, such as `OGMResult`.
@@ -292,7 +321,7 @@ class GradientMethod(EpochWindow):
         """
         if not self._told or self._need.second == "unimodal" or self.apply_to == "update":
             self._check_ready(one_list=True)
-        given = (logits, labels, features, inputs)
+        given = (logits, labels, features, inputs, more)
         if torch.compiler.is_dynamo_compiling():
             with torch.no_grad():
                 return self._step(self.backend, given, grad_scale, found_inf)
@@ -314,14 +343,14 @@ class GradientMethod(EpochWindow):
         device = self.modalities.parameters[0].device
         if self._state.device != device or self.stream.state.device != device:
             self._follow()
-        sensed = None
-        if given[0] is not None:
+        seen = None
+        if given[0] is not None or given[4]:
             try:
-                sensed = self._senses(self._state, self.stream, self._clock, backend, *given)
+                seen = self._senses(self._state, self.stream, self._clock, backend, *given)
             except Exception as error:
                 if not self._senses.keeps(error, self.stream):
                     raise
-        return take_step(self, backend, sensed, given[1], None, grad_scale, found_inf)
+        return take_step(self, backend, seen, None, grad_scale, found_inf)
 
     def _check_ready(self, one_list: bool = False) -> None:
         """Checks that a step can be taken; of one list of gradients, if so."""
@@ -347,65 +376,3 @@ class GradientMethod(EpochWindow):
         self._state.follow(device)
         if self.stream.device != device:
             self.stream = self.stream.to(device)
-
-    # Updates --------------------------------------------------------------------------------------
-
-    def attach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Scales this optimizer's updates of the encoders; for ``apply_to="update"``.
-
-        The optimizer's step then needs one more copy of the encoders' parameters.
-
-        Raises:
-            TypeError: it is no optimizer.
-            ValueError: ``apply_to`` is "gradient", or the optimizer has no parameter of the
-                encoders, or is attached already.
-        """
-        need = self.rule.need
-        if need.second is not None or need.squares is not None:
-            raise ValueError(f"{self.name} acts on gradients only; there is nothing to attach")
-        if self.apply_to != "update":
-            raise ValueError(f'attach is for {self.name}(..., apply_to="update")')
-        self._updates.attach(optimizer)
-
-    def detach(self, optimizer: torch.optim.Optimizer) -> None:
-        """Leaves this optimizer's updates alone from now on, and frees the copy of the parameters.
-
-        Raises:
-            ValueError: it is not attached.
-        """
-        self._updates.detach(optimizer)
-
-    # State ----------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to go on with the same numbers, also within an epoch.
-
-        As with an optimizer the tensors are the object's own: save them, or copy them.
-        """
-        stream = self.stream if self.rule.need.stream else None
-        anchors = None
-        if self.anchors is not None:
-            anchors = self.anchors.state_dict(self.modalities)
-        epoch = self.epoch if self._told else None
-        return saved_method(self.name, epoch, self._clock.step, self._state, stream, anchors)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
-
-        Raises:
-            ValueError: it is of another method or version, or an entry is missing or does not fit;
-                nothing has been changed then.
-        """
-        stream = self.stream if self.rule.need.stream else None
-        check_saved(self.name, state_dict, self._state, stream, self.anchors is not None)
-        if self.anchors is not None:
-            self.anchors.load_state_dict(state_dict["anchors"], self.modalities)
-        self._follow()
-        self._state.load(state_dict["state"])
-        if stream is not None:
-            self.stream.load_state_dict(state_dict["stream"])
-        epoch = state_dict["epoch"]
-        self._go_to(None if epoch is None else int(epoch))
-        self._clock = Clock(self.epoch, int(state_dict["step"]))
-        self._forget()

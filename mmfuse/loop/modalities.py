@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -223,8 +223,11 @@ class Modalities:
                     )
         self.registrations = now
 
-    def active(self) -> Active:
+    def active(self, missing: Collection[str] = ()) -> Active:
         """The parameters that require and have a non-empty gradient now.
+
+        Args:
+            missing: Modalities whose encoders need not have any, since no sample has them.
 
         Raises:
             RuntimeError: no parameter of an encoder has a gradient though some require one, or
@@ -259,8 +262,9 @@ class Modalities:
         # should, so that it is done where the list has changed.
         if waiting != self._waiting:
             self.check_unchanged()
-            self._check_reached(ids, waiting)
-            self._waiting = waiting
+            self._check_reached(ids, waiting, missing)
+            if not missing:  # else it is looked at again
+                self._waiting = waiting
         if grads and self.changed is not None:
             first, last, versions = self.changed
             ends = grads[0], grads[-1]
@@ -278,10 +282,14 @@ class Modalities:
             return self._parts(params, grads, ids, device if plain else None, dtype)
         return Active(params, grads, ids, self._owner, [], device, dtype)
 
-    def _check_reached(self, ids: Sequence[int], waiting: Sequence[int]) -> None:
+    def _check_reached(
+        self, ids: Sequence[int], waiting: Sequence[int], missing: Collection[str]
+    ) -> None:
         """Raises a RuntimeError for an encoder that could have gradients and has none at all."""
         with_any = {self.modality[i] for i in ids}
         for m in sorted({self.modality[i] for i in waiting} - with_any):
+            if self.names[m] in missing:
+                continue
             raise RuntimeError(
                 f"no parameter of the encoder of {self.names[m]!r} has a gradient: the backward "
                 "pass comes before step(), the optimizer's step and zero_grad() after it. Other "

@@ -7,6 +7,7 @@ the micro-batches of a step and then over the ranks, in one all-reduce.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union
@@ -16,12 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._devices import WIDE
-from ..ops.modality_scores import class_indices
-from ..reference.modality_scores import IGNORED_LABEL
 from ._together import reduce_together
 
 if TYPE_CHECKING:
     from ..noise import NoiseStream
+    from .given import Kind
 
 # None: all ranks of torch.distributed, where it is initialized. False: this rank alone.
 Group = Union["dist.ProcessGroup", Literal[False], None]
@@ -72,29 +72,30 @@ class Observed:
     """Means and sums over all samples of a step.
 
     Attributes:
-        means: [K] means over the labelled samples.
+        means: [K] means: over the samples that count, or K/M² tables one after the other (see
+            `mmfuse.loop.pairs`).
+        count: 0-d number of samples, or their sum of weights; [M·M] for tables.
         sums: [E] sums, if there are any.
         parts: What the only micro-batch has shown beside the means; None if there are several, or
             several ranks.
+        kind: "scores", or of which kind the user's own numbers are; these are [M] then.
+        paired: Whether the means are tables.
     """
 
     means: Tensor
-    sums: Tensor | None
-    _count: Tensor | None
-    _labels: Tensor | None
+    count: Tensor
+    sums: Tensor | None = None
     parts: Any = None
+    kind: Kind = "scores"
+    paired: bool = False
 
-    @property
-    def count(self) -> Tensor:
-        """0-d number of labelled samples."""
-        if self._count is None:
-            assert self._labels is not None
-            return _labelled(self._labels)
-        return self._count
+    def tables(self) -> Tensor:
+        """[K/M², M, M] from means that are tables."""
+        return self.means.view(-1, *[math.isqrt(len(self.count))] * 2)
 
 
 #: For rules that sense nothing.
-NOTHING = Observed(torch.empty(0), None, None, None)
+NOTHING = Observed(torch.empty(0), torch.empty(()))
 
 
 class Observations:
@@ -110,25 +111,34 @@ class Observations:
     def __init__(self, method: str, process_group: Group) -> None:
         self.method = method
         self.process_group = check_group(process_group)
-        self._latest: tuple[Tensor, Tensor, Tensor | None] | None = None
         self._totals: Tensor | None = None
         self._error: Exception | None = None
+        self._last: Observed = NOTHING
         #: Whether there is nothing to take.
         self.empty = True
 
-    def add(self, means: Tensor, labels: Tensor, sums: Tensor | None = None) -> None:
-        """Adds one micro-batch: [K] means over the samples whose labels count, and [E] sums."""
-        self._fold()
-        self._latest = (means, labels, sums)
-        self.empty = False
+    def add(self, seen: Observed) -> None:
+        """Adds what one micro-batch has shown.
 
-    def _fold(self) -> None:
-        if self._latest is None:
+        Raises:
+            TypeError: it is of another kind than what earlier ones have shown.
+        """
+        last = self._last
+        if self._error is not None:
             return
-        totals = _totals(*self._latest)
-        self._totals = totals if self._totals is None else self._totals + totals
-        self._dtype, self._width = self._latest[0].dtype, len(self._latest[0])
-        self._latest = None
+        if self.empty:
+            self._totals = None
+        elif (last.kind, last.paired) != (seen.kind, seen.paired):
+            raise TypeError(
+                f"{self.method}: this micro-batch has {_form(seen)}, those before it have "
+                f"{_form(last)}; all of a step (and all ranks) must be given the same"
+            )
+        elif self._totals is None:
+            self._totals = _totals(last)
+        if self._totals is not None:
+            self._totals = self._totals + _totals(seen)
+        self._last = seen
+        self.empty = False
 
     def fail(self, error: Exception) -> None:
         """Keeps why this rank cannot take part in the step, for `take` to raise on all ranks."""
@@ -137,15 +147,16 @@ class Observations:
 
     def clear(self) -> None:
         """Forgets what has been added since the last step."""
-        self._latest = self._totals = self._error = None
+        self._totals = self._error = None
+        self._last = NOTHING
         self.empty = True
 
     def take(self, width: int = 0, device: torch.device | None = None) -> Observed:
         """The means over all that was added, on all ranks; a new step begins.
 
         Args:
-            width: Numbers that every rank adds up, beside the count of samples; needed by a rank
-                with an error, which may not have any.
+            width: Numbers that every rank adds up; needed by a rank with an error, which may not
+                have any.
             device: Where, likewise.
 
         Raises:
@@ -158,67 +169,68 @@ class Observations:
                 "labels, or call observe(...) in every micro-batch"
             )
         group = several(self.process_group)
-        if group is None and self._totals is None and self._latest is not None:
-            means, labels, sums = self._latest
-            self.clear()
-            return Observed(means, sums, None, labels)
-        self._fold()
-        totals, error = self._totals, self._error
+        totals, error, last = self._totals, self._error, self._last
         self.clear()
+        if group is None and totals is None:
+            return last
         if error is not None:
             assert group is not None
             dtype = WIDE[torch.device(device or "cpu").type]
-            totals = torch.full((width + 1,), torch.nan, dtype=dtype, device=device)
+            totals = torch.full((width,), torch.nan, dtype=dtype, device=device)
             reduce_together(totals, 0, error, group)
-        assert totals is not None
-        width = self._width
+        if totals is None:
+            totals = _totals(last)
+        means, counts = len(last.means), last.count.numel()
         if group is not None:
-            reduce_together(totals, width, None, group)
-        count = totals[width]
-        sums = totals[width + 1 :]
-        return Observed((totals[:width] / count).to(self._dtype), sums, count, None)
+            reduce_together(totals, means, None, group)
+        sums, count, more = totals[:means], totals[means : means + counts], totals[means + counts :]
+        # Tables share their counts, [M·M], row by row.
+        found = (sums.view(-1, counts) / count).view(-1).to(last.means.dtype)
+        count = count.view(last.count.shape)
+        return Observed(found, count, more, None, last.kind, last.paired)
 
 
-def _totals(means: Tensor, labels: Tensor, sums: Tensor | None) -> Tensor:
-    """[K + 1 + E]: sums over the labelled samples, their number, other sums."""
-    count, wide = _labelled(labels).to(means.device), WIDE[means.device.type]
+def _form(seen: Observed) -> str:
+    return seen.kind if seen.kind != "scores" or not seen.paired else "present= or scores="
+
+
+def _totals(seen: Observed) -> Tensor:
+    """[K + 1 + E]: sums over the samples, their number, other sums; or [K + M·M + E]."""
+    wide = WIDE[seen.means.device.type]
+    means = seen.means.to(wide)
+    count = seen.count.to(means).view(-1)
     # The mean of no sample is NaN; as a sum it is 0.
-    parts = [torch.where(count > 0, means.to(wide) * count, 0.0), count.to(wide).unsqueeze(0)]
-    return torch.cat(parts if sums is None else [*parts, sums.to(wide)])
-
-
-def _labelled(labels: Tensor) -> Tensor:
-    """How many rows count: 0-d."""
-    return (class_indices(labels) != IGNORED_LABEL).sum()
+    sums = torch.where(count > 0, means.view(-1, len(count)) * count, 0.0).view(-1)
+    parts = [sums, count]
+    return torch.cat(parts if seen.sums is None else [*parts, seen.sums.to(wide)])
 
 
 def over_ranks(
-    look: Callable[[], tuple[_Of, Tensor, Tensor]],
+    look: Callable[[], tuple[_Of, Observed]],
     process_group: Group,
     width: int,
     device: torch.device,
-) -> tuple[_Of, Tensor]:
-    """Means over the labelled samples of all ranks, for methods without micro-batches.
+) -> tuple[_Of, Observed]:
+    """Means over the samples of all ranks, for methods without micro-batches.
 
     Args:
-        look: Looks at this rank's samples; returns something, [K] means, and labels.
+        look: Looks at this rank's samples; returns something, and what they show.
         process_group: The ranks.
-        width: K.
-        device: Where the means are.
+        width: How many numbers the ranks add up.
+        device: Where they are.
 
     Raises:
         Exception: what `look` raises, here, and as a RuntimeError on the other ranks.
     """
     if several(process_group) is None:
-        found, means, _ = look()
-        return found, means
+        return look()
     observations = Observations("", process_group)
     looked: list[_Of] = []
     try:
-        found, means, labels = look()
+        found, seen = look()
         looked.append(found)
-        observations.add(means, labels)
+        observations.add(seen)
     except Exception as error:
         observations.fail(error)
-    means = observations.take(width, device).means
-    return looked[0], means
+    seen = observations.take(width, device)
+    return looked[0], seen

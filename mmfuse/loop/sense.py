@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .._devices import WIDE
 from ..noise import NoiseStream
 from ..ops._eager import Eager
-from .contract import Batch, Clock, Rule, Sensed, State
+from ..ops.modality_scores import named_scores
+from .contract import Batch, Clock, Rule, State
+from .given import Kind, Looked, Loss, More, look
 from .modalities import Modalities
 from .ranks import Group, Observations, Observed, agree, several
 
@@ -31,7 +36,11 @@ def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
             )
 
 
+_NOBODY: frozenset[str] = frozenset()
 _NOTHING_MORE: dict[str, list[Tensor]] = {}
+# What makes tables of scores, in `pairs`.
+_TABLES: tuple[Literal["present", "scores"], ...] = ("present", "scores")
+_NO_SCORES: tuple[Literal["ratios", "coefficients"], ...] = ("ratios", "coefficients")
 
 
 class Senses:
@@ -42,18 +51,30 @@ class Senses:
         rule: What senses.
         modalities: The encoders.
         process_group: The ranks to average over.
+        criterion: The loss that the labels are for.
     """
 
     def __init__(
-        self, method: str, rule: Rule, modalities: Modalities, process_group: Group
+        self,
+        method: str,
+        rule: Rule,
+        modalities: Modalities,
+        process_group: Group,
+        criterion: Loss = None,
     ) -> None:
         self._rule = rule
+        self._method = method
         self._needed = rule.need.inputs
         self._modalities = modalities
         self._process_group = process_group
+        self._criterion = criterion
         self._observations = Observations(method, process_group)
         self._rows = 0  # of this step's earlier micro-batches
         self._looked = False
+        self._paired = False  # whether the latest batch was to give tables
+        self._kind: Kind = "scores"
+        #: Modalities of which this step's batches may have had no sample.
+        self.missing: frozenset[str] = _NOBODY
 
     def __call__(
         self,
@@ -61,36 +82,88 @@ class Senses:
         stream: NoiseStream,
         clock: Clock,
         backend: str | None,
-        logits: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor] | None,
         labels: Tensor | None,
         features: Mapping[str, Tensor] | None,
         inputs: Mapping[str, Tensor] | None,
-    ) -> Sensed:
+        more: More | None = None,
+    ) -> Observed:
         """Looks at one micro-batch.
 
         Raises:
             TypeError: something that the rule needs is missing.
             ValueError: names do not fit.
         """
-        more = self._given(labels, features, inputs) if self._needed else _NOTHING_MORE
-        if labels is None:
-            raise TypeError("logits and labels go together: give both or neither")
-        if not self._looked and type(backend) is Eager:
-            self._looked = True
-            warn_of_probabilities(logits)
+        mask = None
+        if more or self._criterion is not None:
+            looked = self._look(more or {}, logits, labels, backend)
+            if looked.scores is None:
+                return Observed(looked.numbers, looked.weight, kind=looked.kind)
+            scores, mask = looked.scores, looked.known if len(looked.numbers) == 0 else None
+            given = self._given(labels, features, inputs) if self._needed else _NOTHING_MORE
+        else:
+            self._paired, self._kind = False, "scores"
+            given = self._given(labels, features, inputs) if self._needed else _NOTHING_MORE
+            if logits is None or labels is None:
+                raise TypeError("logits and labels go together: give both or neither")
+            if not self._looked and type(backend) is Eager:
+                self._looked = True
+                warn_of_probabilities(logits)
+            modalities = self._modalities
+            each = modalities.ordered("logits", logits)
+            scores = named_scores(modalities.logits_names, each, labels, backend)
         batch = Batch(
-            logits,
-            labels,
-            more,
+            scores,
+            given,
             self._modalities,
             state,
             clock,
             stream,
             self._process_group,
             self._rows,
+            mask,
             backend,
         )
-        return self._rule.sense(batch)
+        sensed = self._rule.sense(batch)
+        return Observed(sensed.means, scores.count, None, sensed, "scores", scores.count.dim() == 1)
+
+    def _look(
+        self,
+        more: More,
+        logits: Mapping[str, Tensor] | None,
+        labels: Tensor | None,
+        backend: str | None,
+    ) -> Looked:
+        """Scores where there is more than logits and labels; or the user's numbers."""
+        modalities = self._modalities
+        self._kind = next((kind for kind in _NO_SCORES if more.get(kind) is not None), "scores")
+        self._paired = any(more.get(name) is not None for name in _TABLES)
+        if self._kind != "scores":
+            self._rule.check_takes(self._kind)
+        found = look(
+            modalities.names,
+            modalities.logits_names,
+            logits,
+            labels,
+            more,
+            self._criterion,
+            modalities.device,
+            backend,
+        )
+        if found.known is not None:
+            self.missing = self._without_samples(found.known)
+        return found
+
+    def _without_samples(self, mask: Tensor) -> frozenset[str]:
+        """Those without a sample in this and in this step's other micro-batches, as far as known.
+
+        Where reading the mask would wait for the device, it may be any of them.
+        """
+        names = frozenset(self._modalities.names)
+        if mask.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
+            seen = mask.any(1).tolist()
+            names -= {n for n, s in zip(self._modalities.names, seen, strict=True) if s}
+        return names if self._observations.empty else names & self.missing
 
     def _given(
         self,
@@ -100,15 +173,18 @@ class Senses:
     ) -> dict[str, list[Tensor]]:
         """The further inputs that the rule needs, in the order of the modalities."""
         more, needed = {"features": features, "inputs": inputs}, self._needed
-        if labels is None or any(more[name] is None for name in needed):
+        if any(more[name] is None for name in needed):
             every = ", ".join(["logits", "labels", *needed[:-1]])
             raise TypeError(f"{every} and {needed[-1]} go together: give all or none")
         return {name: self._modalities.ordered(name, more[name] or {}) for name in needed}
 
-    def add(self, state: State, sensed: Sensed, labels: Tensor) -> None:
+    def add(self, state: State, seen: Observed) -> None:
         """Keeps a micro-batch for the step."""
-        self._observations.add(sensed.means, labels, self._rule.sums(sensed, state))
-        self._rows += sensed.rows
+        sensed = seen.parts
+        if sensed is not None:
+            seen = replace(seen, sums=self._rule.sums(sensed, state), parts=None)
+            self._rows += sensed.rows
+        self._observations.add(seen)
 
     def keeps(self, error: Exception, stream: NoiseStream) -> bool:
         """Whether `take` will raise this error, on all ranks; not where this rank is alone.
@@ -122,34 +198,40 @@ class Senses:
         self._observations.fail(error)
         return True
 
+    def _width(self) -> int:
+        """How many numbers every rank adds up: means, counts, and sums beside."""
+        count = len(self._modalities.names)
+        if self._kind != "scores":
+            return count + 1
+        columns = count if self._paired else 1
+        means = self._rule.need.means * count * columns
+        return means + (count * count if self._paired else 1) + self._rule.width(count)
+
     def take(
-        self,
-        state: State,
-        sensed: Sensed | None,
-        labels: Tensor | None,
-        group: dist.ProcessGroup | None,
+        self, state: State, seen: Observed | None, group: dist.ProcessGroup | None
     ) -> Observed:
         """Everything since the last step; the last micro-batch may still be new.
 
         Args:
             state: The rule's.
-            sensed: Of the last micro-batch, if it is new.
-            labels: Of the same.
+            seen: The last micro-batch, if it is new.
             group: The ranks, if there are several.
 
         Raises:
             RuntimeError: there is nothing, or another rank has an error.
             Exception: this rank's that `keeps` has got.
         """
-        if sensed is not None and labels is not None:
+        if seen is not None:
             if group is None and self._observations.empty:
-                return Observed(sensed.means, None, None, labels, sensed.parts)
-            self.add(state, sensed, labels)
-        self._rows = 0
-        width = self._rule.width(len(self._modalities.names))
-        return self._observations.take(width, self._modalities.device)
+                if seen.parts is not None:
+                    seen.parts = seen.parts.parts
+                self.missing = _NOBODY
+                return seen
+            self.add(state, seen)
+        self._rows, self.missing = 0, _NOBODY
+        return self._observations.take(self._width(), self._modalities.device)
 
     def clear(self) -> None:
         """Forgets what has been seen since the last step."""
         self._observations.clear()
-        self._rows = 0
+        self._rows, self.missing = 0, _NOBODY

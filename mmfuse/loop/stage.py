@@ -12,7 +12,7 @@ from torch import Tensor
 from ..ops._eager import Eager
 from . import _surgery
 from .act import Second, act_on, carry_out, stats_of
-from .contract import Act, Clock, Decision, Sensed, Tensors
+from .contract import Act, Clock, Decision, Tensors
 from .modalities import Active
 from .ranks import NOTHING, Observed, agree, several
 from .shards import local_part
@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 def take_step(
     method: GradientMethod,
     backend: str | None,
-    sensed: Sensed | None,
-    labels: Tensor | None,
+    seen: Observed | None,
     unimodal: Sequence[Tensor | None] | None,
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
@@ -38,8 +37,7 @@ def take_step(
     Args:
         method: The method, on the encoders' device.
         backend: Name of a backend; None for the best one.
-        sensed: Of the last micro-batch, if that is new.
-        labels: Of the same.
+        seen: Of the last micro-batch, if that is new.
         unimodal: The gradient of the unimodal losses for every parameter of the encoders, for rules
             that sense nothing else.
         grad_scale: As in `GradientMethod.step`.
@@ -51,15 +49,16 @@ def take_step(
         if type(backend) is Eager and modalities.registrations != _surgery.registrations:
             modalities.check_unchanged()
         if method.apply_to == "gradient":
-            active = modalities.active()
+            active = modalities.active(method._senses.missing)
             if method.anchors is not None:
                 method.anchors.check(active, modalities.parameter_names)
     except Exception as error:
         if unimodal is not None or not method._senses.keeps(error, method.stream):
             raise
-    seen = NOTHING
     if unimodal is None:
-        seen = method._senses.take(method._state, sensed, labels, group)
+        seen = method._senses.take(method._state, seen, group)
+    elif seen is None:
+        seen = NOTHING
     if active is None:
         return _postpone(method, seen)
     rule, need, state, stream = method.rule, method._need, method._state, method.stream
@@ -134,7 +133,7 @@ def _second(active: Active, unimodal: Sequence[Tensor | None]) -> Second:
 def _idle(method: GradientMethod, seen: Observed, tensors: Tensors) -> Decision:
     """The decision outside of the method's epochs."""
     clock, state = method._clock, method._state
-    idle = method.rule.idle()
+    idle = None if seen.kind == "coefficients" else method.rule.idle()
     if idle is not None:
         return idle.decide(state, seen, tensors, clock)
     decision = method.rule.decide(state, seen, tensors, clock)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..noise import NoiseStream
 from ..ops import grad_stats
 from .act import Second, act_on
-from .contract import Act
+from .contract import Act, ApplyTo, Rule
 from .modalities import Modalities, per_tensor
 
 
@@ -203,3 +203,37 @@ class AttachedOptimizers:
 def _alike(kept: Tensor, part: Tensor) -> bool:
     """Whether a copy can hold the part; not where a model was moved or cast in between."""
     return (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device)
+
+
+class ActsOnUpdates:
+    """A mixin: attaches optimizers to a `GradientMethod`."""
+
+    name: str
+    rule: Rule
+    apply_to: ApplyTo
+    _updates: AttachedOptimizers
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scales this optimizer's updates of the encoders; for ``apply_to="update"``.
+
+        The optimizer's step then needs one more copy of the encoders' parameters.
+
+        Raises:
+            TypeError: it is no optimizer.
+            ValueError: ``apply_to`` is "gradient", or the optimizer has no parameter of the
+                encoders, or is attached already.
+        """
+        need = self.rule.need
+        if need.second is not None or need.squares is not None:
+            raise ValueError(f"{self.name} acts on gradients only; there is nothing to attach")
+        if self.apply_to != "update":
+            raise ValueError(f'attach is for {self.name}(..., apply_to="update")')
+        self._updates.attach(optimizer)
+
+    def detach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Leaves this optimizer's updates alone from now on, and frees the copy of the parameters.
+
+        Raises:
+            ValueError: it is not attached.
+        """
+        self._updates.detach(optimizer)

@@ -35,7 +35,8 @@ class InfoRegReleased(InfoRegRule):
 
     def performance(self, prob: Tensor, log_prob: Tensor, seen: Observed) -> Tensor:
         """[M] s_m, the sum of the probabilities."""
-        return prob * seen.count.to(prob)
+        count = seen.count.to(prob)
+        return prob * (count.view_as(prob) if seen.paired else count)
 
     def strength(self, exponent: Tensor) -> Tensor:
         """[M] alpha_m, with the release's multipliers."""

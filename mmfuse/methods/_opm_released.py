@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
+from ..loop.given import criterion_of
 from ..ops._tensors import kept_tensor
 from ..ops.modality_scores import named_scores
 from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities
@@ -52,7 +53,10 @@ class OPMReleased(OPMRule):
         features = given.features
         wanted = [m for m, feature in enumerate(features) if feature.requires_grad]
         called = [f"logits[{name!r}]" for name in given.names]
-        own = named_scores(called, given.logits, given.labels, opm.backend).prob
+        if given.labels is None or given.present is not None or not given.logits:
+            return features  # the released code has all modalities, and logits
+        criterion = criterion_of(opm.criterion)
+        own = named_scores(called, given.logits, given.labels, opm.backend, criterion).prob
         if not wanted or not own.requires_grad:
             return features
         # All ranks' scores, through which this rank's pass their gradients.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -55,8 +56,38 @@ class Given(NamedTuple):
     names: list[str]
     features: list[Tensor]
     logits: list[Tensor]
-    labels: Tensor
+    labels: Tensor | None
     scores: Tensor
+    present: Tensor | None = None
+
+
+def with_one_left(
+    given: Given, dropped: Sequence[Tensor], keep: Tensor, q: Tensor, scale: Tensor | None
+) -> OPMResult:
+    """The result where modalities are missing: a sample keeps the last feature that it has.
+
+    Where all that a sample has would go, that with the smallest q_m stays. What is missing counts
+    as not kept.
+
+    Args:
+        given: The batch.
+        dropped: Its features, dropped and multiplied by `scale`.
+        keep: [M, B] bool, which are left.
+        q: [M] the probabilities.
+        scale: 0-d factor on what is left, or None.
+    """
+    assert given.present is not None
+    present = given.present
+    lost = present.any(0) & ~(keep & present).any(0)
+    least = torch.where(present, q.unsqueeze(1), torch.inf).argmin(0)
+    itself = torch.arange(len(present), device=present.device).unsqueeze(1)
+    saved = lost & (least == itself)
+    features = {}
+    for m, (name, x) in enumerate(zip(given.names, dropped, strict=True)):
+        whole = given.features[m] if scale is None else given.features[m] * scale
+        rows = saved[m].view(-1, *[1] * (x.dim() - 1))
+        features[name] = torch.where(rows, whole.to(x.dtype), x)
+    return OPMResult(features, (keep | saved) & present, q, None, None)
 
 
 @dataclass(frozen=True)

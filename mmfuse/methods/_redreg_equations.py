@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import whole
+from ..loop.pairs import ahead
 
 #: Added to denominators.
 EPS = 1e-12
@@ -27,22 +28,22 @@ def history(
         scores  <- the last W + 1 of h_m, the latest in the last column
         average <- momentum * average + (1 - momentum) * red_m
 
-    A step whose scores are not all finite does not enter the one, a redundancy that is not finite
-    does not enter the other.
+    A score that is not finite, as that of a modality that is missing, does not enter the one, a
+    redundancy that is not finite does not enter the other.
 
     Args:
-        old: "scores" [M, W + 1], "steps" in them, "redundancy" [M] of the last step with a monitor,
-            "average" [M] of it, and "average_weight" [M], what the average's coefficients add up
-            to.
+        old: "scores" [M, W + 1], "steps" [M] in them, "redundancy" [M] of the last step with a
+            monitor, "average" [M] of it, and "average_weight" [M], the sum of the average's
+            coefficients.
         h: [M] h_m of this step.
         redundancy: [M] red_m of this step; None in a step without a monitor.
         momentum: Of the average.
     """
     h = h.to(old["scores"])
-    counts = h.isfinite().all()
+    counts = h.isfinite()
     later = torch.cat([old["scores"][:, 1:], h.unsqueeze(1)], dim=1)
     new = {
-        "scores": torch.where(counts, later, old["scores"]),
+        "scores": torch.where(counts.unsqueeze(1), later, old["scores"]),
         "steps": old["steps"] + counts,
     }
     if redundancy is None:
@@ -50,7 +51,7 @@ def history(
     average = momentum * old["average"] + (1.0 - momentum) * redundancy
     weight = momentum * old["average_weight"] + (1.0 - momentum)
     usable = redundancy.isfinite()
-    new["redundancy"] = redundancy
+    new["redundancy"] = torch.where(counts, redundancy, old["redundancy"])
     new["average"] = torch.where(usable, average, old["average"])
     new["average_weight"] = torch.where(usable, weight, old["average_weight"])
     return new
@@ -61,7 +62,7 @@ def growth(scores: Tensor, steps: Tensor) -> Tensor:
 
     Args:
         scores: [M, W + 1] the last h_m.
-        steps: 0-d, how many there have been.
+        steps: [M] how many there have been.
     """
     window = scores.shape[1] - 1
     rate = (scores[:, -1] - scores[:, 0]) / (scores[:, :-1].sum(dim=1).abs() + window * EPS)
@@ -78,12 +79,24 @@ def strength(h: Tensor, r: Tensor, beta: float, threshold: float) -> Tensor:
     """[M] beta_m before the gate: of the one modality that is ahead of all others, if redundant.
 
     exp(beta * tanh(h_m - mean of the other h)) for it, if r_m is above the threshold; else 0.
+
+    Args:
+        h: [M] h_m, or a table of them (see `mmfuse.loop.pairs`): then of the others that share
+            samples with it.
+        r: [M] r_m.
+        beta: Strength.
+        threshold: R.
     """
     count = len(h)
     others = ~torch.eye(count, dtype=torch.bool, device=h.device)
-    ahead = (h.unsqueeze(1) - h.unsqueeze(0)).masked_fill(~others, 0.0)
-    dominant = ((ahead > 0) | ~others).all(dim=1)
-    delta = ahead.sum(dim=1) / (count - 1)
+    differences = ahead(h).masked_fill(~others, 0.0)
+    if h.dim() == 1:
+        dominant = ((differences > 0) | ~others).all(dim=1)
+        delta = differences.sum(dim=1) / (count - 1)
+    else:
+        compared = others & ~(h.isnan() | h.T.isnan())
+        dominant = ((differences > 0) | ~compared).all(dim=1) & compared.any(dim=1)
+        delta = differences.sum(dim=1) / compared.sum(dim=1)
     regulated = dominant & (r.to(h.device) > threshold)
     return torch.where(regulated, torch.exp(beta * torch.tanh(delta)), 0.0)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..loop._parameters import Encoder
@@ -52,7 +53,11 @@ class Monitor:
         self.backend = backend
 
     def __call__(
-        self, inputs: Sequence[Tensor], stream: NoiseStream, first_row: int = 0
+        self,
+        inputs: Sequence[Tensor],
+        stream: NoiseStream,
+        first_row: int = 0,
+        present: Tensor | None = None,
     ) -> tuple[list[Tensor], list[Tensor]]:
         """The redundancy of every modality's representation, and the views' mean |x1 - x2|².
 
@@ -60,6 +65,7 @@ class Monitor:
             inputs: One for each modality.
             stream: The random stream.
             first_row: Which row of the whole batch, over all ranks, is the inputs' first.
+            present: [M, B] bool, which modalities each sample has; None if all have all.
 
         Returns:
             Two lists of M 0-d tensors.
@@ -73,6 +79,9 @@ class Monitor:
             encoder = self.forward[name]
             with scoring(encoder, x.device):
                 z1, z2 = _representation(name, encoder, x1), _representation(name, encoder, x2)
+            if present is not None:
+                x1, x2, z1, z2 = (_only(x, present[m]) for x in (x1, x2, z1, z2))
+                input_sq = (x1 - x2).square().mean()
             ratios.append(redundancy_ratio(z1, z2, input_sq, backend=self.backend))
             squares.append(input_sq)
         return ratios, squares
@@ -86,6 +95,11 @@ class Monitor:
             return noisy_views(x, self.sigma[m], placed, backend=self.backend)
         x1, x2 = (x + self.sigma[m] * self.noise(x) for _ in range(2))
         return x1, x2, (x1 - x2).square().mean()
+
+
+def _only(x: Tensor, present: Tensor) -> Tensor:
+    """The rows that are present; 0 for the others, which then add nothing to either mean."""
+    return torch.where(present.view(-1, *[1] * (x.dim() - 1)), x, 0.0)
 
 
 def _representation(name: str, encoder: Forward, x: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from ..loop.contract import Act, Batch, Clock, Decision, Need, Sensed, State, Stateless, Tensors
+from ..loop.given import Kind
+from ..loop.pairs import own
 from ..loop.ranks import Observed
 from ..ops._tensors import check_named
 from ..ops.co_information_gate import named_gate
@@ -56,6 +58,7 @@ class Seen(NamedTuple):
         backend: Name of a backend; None for the best one.
         redundancy: [M]; None in a step without a monitor.
         input_sq: [M] mean squares of the differences between the views; None likewise.
+        present: [M, B] bool, which modalities each sample has; None if all have all.
     """
 
     names: list[str]
@@ -63,6 +66,26 @@ class Seen(NamedTuple):
     backend: str | None
     redundancy: Tensor | None = None
     input_sq: Tensor | None = None
+    present: Tensor | None = None
+
+    def above(self, threshold: Tensor) -> Tensor:
+        """By how much the mean cosine of all pairs of modalities is above it; 0-d.
+
+        Where some are missing, the sum of the pairs' shared samples over the number of all: its
+        sign is that of the mean.
+        """
+        cosines = []
+        for m, j in combinations(range(len(self.features)), 2):
+            a, b = self.features[m], self.features[j]
+            if self.present is None:
+                cosines.append(paired_cosine(a, b, backend=self.backend) - threshold)
+                continue
+            both = self.present[m] & self.present[j]
+            # A row of zeros has the cosine 0.
+            a, b = (torch.where(both.unsqueeze(1), x, 0.0) for x in (a, b))
+            share = both.to(threshold).mean()
+            cosines.append(paired_cosine(a, b, backend=self.backend) - threshold * share)
+        return torch.stack(cosines).mean()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +132,7 @@ class RedRegRule(Stateless):
         return {
             # h_m of the last W + 1 steps, the latest in the last column.
             "scores": zeros(modalities, self.window + 1),
-            "steps": torch.zeros((), dtype=torch.int64),
+            "steps": torch.zeros(modalities, dtype=torch.int64),
             "redundancy": zeros(modalities),
             "average": zeros(modalities),
             "average_weight": zeros(modalities),  # what the average's coefficients add up to
@@ -123,21 +146,25 @@ class RedRegRule(Stateless):
         """h_m, the features, and in a step with a monitor the redundancy."""
         names, xs = batch.modalities.names, batch.given["inputs"]
         check_named(xs, lambda m: f"inputs[{names[m]!r}]")
-        h = batch.scores().prob
+        h = batch.scores.prob
         labelled = [f"features[{name!r}]" for name in names]
         flat = [
             f.flatten(1) if isinstance(f, Tensor) and f.dim() > 2 else f
             for f in batch.given["features"]
         ]
-        seen = Seen(labelled, aligned(labelled, flat), batch.backend)
+        seen = Seen(labelled, aligned(labelled, flat), batch.backend, present=batch.present)
         rows = len(seen.features[0])
         if self._monitored(batch.clock):
             to = batch.state["average"]
             assert self.monitor is not None
-            found = self.monitor(xs, batch.agreed_stream(), batch.first_row(rows))
+            first = batch.first_row(rows)
+            found = self.monitor(xs, batch.agreed_stream(), first, batch.present)
             redundancy, input_sq = (
                 torch.stack([number.to(to) for number in numbers]) for numbers in found
             )
+            if batch.present is not None:
+                here = batch.present.any(1).to(redundancy.device)
+                redundancy = torch.where(here, redundancy, torch.nan)
             seen = seen._replace(redundancy=redundancy, input_sq=input_sq)
         return Sensed(h, seen, rows)
 
@@ -151,18 +178,25 @@ class RedRegRule(Stateless):
         threshold, rows, count = state["gate_threshold"], sensed.rows, len(seen.features)
         if not rows:
             return threshold.new_zeros(2 * count + 1)
-        pairs = combinations(seen.features, 2)
-        cosine = torch.stack([paired_cosine(a, b, backend=seen.backend) for a, b in pairs]).mean()
-        above = cosine - threshold
+        above = seen.above(threshold)
         if seen.redundancy is None or seen.input_sq is None:
             return torch.cat([above.new_zeros(2 * count), rows * above.unsqueeze(0)])
         square = seen.input_sq + EPS
-        parts = [seen.redundancy * square, square, above.to(square).unsqueeze(0)]
+        changed = seen.redundancy * square
+        if seen.present is not None:  # 0 / 0 where no sample has it
+            here = seen.present.any(1).to(square.device)
+            changed, square = torch.where(here, changed, 0.0), torch.where(here, square, 0.0)
+        parts = [changed, square, above.to(square).unsqueeze(0)]
         return rows * torch.cat(parts)
 
     def width(self, modalities: int) -> int:
-        """h_m, and the sums above."""
-        return 3 * modalities + 1
+        """The sums above."""
+        return 2 * modalities + 1
+
+    def check_takes(self, kind: Kind) -> None:
+        """Takes coefficients."""
+        if kind == "ratios":
+            raise TypeError("RedReg has no ratios; give scores, or coefficients beta_m")
 
     def _together(
         self, seen: Observed, state: State, count: int, clock: Clock
@@ -171,6 +205,8 @@ class RedRegRule(Stateless):
         if seen.parts is not None:
             only: Seen = seen.parts
             threshold = state["gate_threshold"]
+            if only.present is not None:
+                return only.redundancy, (only.above(threshold) > 0).to(seen.means)
             gate = named_gate(only.names, only.features, threshold, only.backend)
             return only.redundancy, gate
         assert seen.sums is not None
@@ -180,22 +216,34 @@ class RedRegRule(Stateless):
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """Growth, phase, strength and gate of each modality; c of each tensor."""
-        h = seen.means
+        if seen.kind == "coefficients":
+            return self._decided(seen.means.nan_to_num(0.0), state, tensors)
+        compared = seen.tables()[0] if seen.paired else seen.means
+        h = own(compared) if seen.paired else compared
         redundancy, gate = self._together(seen, state, tensors.modalities, clock)
         new = equations.history(state, h, redundancy, self.momentum)
         growth = equations.growth(new["scores"], new["steps"])
         phase = equations.phase(new["redundancy"], self.average(new), growth, self.gamma)
-        strength = equations.strength(h, phase, self.beta, self.threshold)
+        strength = equations.strength(compared, phase, self.beta, self.threshold)
         beta = strength * gate.to(h)
         # A copy: the state is changed in place.
         report = (beta, h, growth, new["redundancy"].clone(), phase, gate)
+        return Decision(self._act(beta, tensors), report, new)
+
+    def _decided(self, beta: Tensor, state: State, tensors: Tensors) -> Decision:
+        """With the user's beta_m; nothing enters the history."""
+        nothing = torch.full_like(beta, torch.nan)
+        report = (beta, nothing, nothing, state["redundancy"].clone(), nothing, nothing[0])
+        return Decision(self._act(beta, tensors), report)
+
+    def _act(self, beta: Tensor, tensors: Tensors) -> Act:
         if tensors.stats is None:
-            return Decision(Act(), report, new)
+            return Act()
         c = self._share(tensors)
         pull = tensors.each(beta).to(c)
         # 1 outright where nothing is pulled: there the share may be anything.
         scale = torch.where(pull == 0, 1.0, 1.0 - pull * c)
-        return Decision(Act(scale=scale, pull=pull), report, new)
+        return Act(scale=scale, pull=pull)
 
     def average(self, new: State) -> Tensor:
         """[M] the redundancy's moving average, free of the bias of its beginning at 0."""

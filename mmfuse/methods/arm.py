@@ -32,7 +32,7 @@ from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
 from ..loop.modalities import check_names, named_features
-from ..loop.ranks import Group, check_group, over_ranks
+from ..loop.ranks import Group, Observed, check_group, over_ranks
 from ..loop.state import in_backward
 from ..ops.modality_scores import named_scores
 from ._arm_rule import ARMResult, ARMRule, modality_contributions, modality_weights
@@ -170,10 +170,10 @@ class ARM(EpochWindowModule):
             _, seen = over_ranks(
                 lambda: self._look(features, fused, logits, fused_logits, labels),
                 self.process_group if self.training else False,
-                3 * count + 1,
+                3 * count + 2,
                 self.average.device,
             )
-            nmi, ncmi, scores = seen.split([count, count, count + 1])
+            nmi, ncmi, scores = seen.means.split([count, count, count + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
             weights, counts = self.rule.weights(contributions, self._average())
             if self.training and not self._acting:
@@ -195,15 +195,15 @@ class ARM(EpochWindowModule):
         logits: Mapping[str, Tensor],
         fused_logits: Tensor,
         labels: Tensor,
-    ) -> tuple[None, Tensor, Tensor]:
-        """nmi_m, ncmi_m, p_m and p_c of this rank, and the labels; with all checks."""
+    ) -> tuple[None, Observed]:
+        """nmi_m, ncmi_m, p_m and p_c of this rank; with all checks."""
         names, values = named_features("ARM", features, self.num_modalities)
         check_names("logits", logits, names, "features")
         nmi, ncmi = self._information(names, values, fused)
         called = [*(f"logits[{name!r}]" for name in names), "fused_logits"]
         every = [*(logits[name] for name in names), fused_logits]
-        scores = named_scores(called, every, labels, self.backend).prob.to(nmi.dtype)
-        return None, torch.cat([nmi, ncmi, scores]), labels
+        scores = named_scores(called, every, labels, self.backend)
+        return None, Observed(torch.cat([nmi, ncmi, scores.prob.to(nmi.dtype)]), scores.count)
 
     def _information(
         self, names: Sequence[str], features: Sequence[Tensor], fused: Tensor

@@ -43,7 +43,9 @@ from ..loop.contract import (
     Stateless,
     Tensors,
 )
+from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
+from ..loop.pairs import ahead, own
 from ..loop.ranks import Observed
 
 Release = Literal["november", "march"]
@@ -75,9 +77,13 @@ def information_gap(performance: Tensor) -> Tensor:
     Returns:
         [M], 0 for the modality that is last, and where s_m is NaN.
     """
-    ahead = performance.unsqueeze(1) - performance.unsqueeze(0)
-    behind = ahead > 0
-    return torch.where(behind, ahead, 0.0).sum(dim=1) / behind.sum(dim=1).clamp_(min=1)
+    return gap_of(ahead(performance))
+
+
+def gap_of(differences: Tensor) -> Tensor:
+    """`information_gap` from the [M, M] differences s_m − s_j; 0 for those without a sample."""
+    behind = differences > 0
+    return torch.where(behind, differences, 0.0).sum(dim=1) / behind.sum(dim=1).clamp_(min=1)
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ class InfoRegRule(Stateless):
     threshold: float = 0.04
 
     result = InfoRegResult
-    need: ClassVar[Need] = Need(second="anchor", squares="before", neutral=0.0)
+    need: ClassVar[Need] = Need(second="anchor", squares="before", neutral=0.0, means=2)
     #: Epochs whose traces are kept.
     history: ClassVar[int] = 2
 
@@ -103,7 +109,8 @@ class InfoRegRule(Stateless):
         return {
             # Sum over the epoch's steps of |g|^2, one number for each tensor.
             "squares": torch.zeros(tensors, dtype=torch.float64),
-            "steps": torch.zeros((), dtype=torch.int64),
+            # Those in which some sample had the modality.
+            "steps": torch.zeros(modalities, dtype=torch.int64),
             # The latest in the last column.
             "traces": torch.zeros(modalities, self.history, dtype=torch.float64),
             "epochs": torch.zeros((), dtype=torch.int64),
@@ -113,33 +120,43 @@ class InfoRegRule(Stateless):
 
     def sense(self, batch: Batch) -> Sensed:
         """Mean probabilities and mean log-probabilities."""
-        return Sensed(torch.cat(batch.scores()[:2]))
+        return Sensed(torch.cat([batch.scores.prob, batch.scores.log_prob]))
 
-    def width(self, modalities: int) -> int:
-        """Two means for each."""
-        return 2 * modalities
+    def check_takes(self, kind: Kind) -> None:
+        """Takes coefficients."""
+        if kind == "ratios":
+            raise TypeError("InfoReg has no ratios; give scores, or coefficients alpha_m")
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """Delta_m and alpha_m."""
-        prob, log_prob = seen.means.chunk(2)
-        gap = information_gap(self.performance(prob, log_prob, seen))
+        if seen.kind == "coefficients":
+            alpha = seen.means.nan_to_num(0.0)
+            gap = log_prob = torch.full_like(alpha, torch.nan)
+            steps = state["steps"] + ~seen.means.isnan().to(state["steps"].device)
+            return Decision(Act(pull=tensors.each(alpha)), (alpha, log_prob, gap), {"steps": steps})
+        prob, log_prob = seen.tables() if seen.paired else seen.means.chunk(2)
+        gap = gap_of(ahead(self.performance(prob, log_prob, seen)))
         strength = self.strength(self.beta * torch.tanh(gap))
         regulated = state["window_open"].to(gap.device) & (gap > 0)
         alpha = torch.where(regulated, strength, 0.0)
         act = Act(pull=tensors.each(alpha))
-        return Decision(act, (alpha, log_prob, gap), {"information_gap": gap})
+        scores, new = log_prob, state["steps"] + 1
+        if seen.paired:
+            scores = own(log_prob)
+            new = state["steps"] + ~scores.isnan().to(state["steps"].device)
+        return Decision(act, (alpha, scores, gap), {"information_gap": gap, "steps": new})
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
         """Adds |g|² to the epoch's sums."""
         added = tensors.added_to(state["squares"], squares)
-        return {"squares": added, "steps": state["steps"] + 1}
+        return {"squares": added}
 
     def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
         """Ends an epoch that has had steps, and decides whether the next is in the window."""
         counts = state["steps"] > 0
         later = torch.cat([state["traces"][:, 1:], self.trace(state, tensors).unsqueeze(1)], dim=1)
-        traces = torch.where(counts, later, state["traces"])
-        epochs = state["epochs"] + counts
+        traces = torch.where(counts.unsqueeze(1), later, state["traces"])
+        epochs = state["epochs"] + counts.any()
         return {
             "squares": torch.zeros_like(state["squares"]),
             "steps": torch.zeros_like(state["steps"]),

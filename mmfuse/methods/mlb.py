@@ -41,6 +41,7 @@ from ..loop.contract import (
     Tensors,
 )
 from ..loop.gradients import GradientMethod
+from ..loop.pairs import mean_ratio, stages
 from ..loop.ranks import Observed
 from ._means import mean_of_others
 
@@ -80,16 +81,20 @@ class MLBRule(Stateless):
 
     def sense(self, batch: Batch) -> Sensed:
         """s_m."""
-        return Sensed(batch.scores().prob)
+        return Sensed(batch.scores.prob)
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """rho_m and k_m."""
-        scores = seen.means
-        ratios = mean_of_others(scores) / scores
-        change = torch.tanh(self.alpha * (ratios - 1))
-        k = 1 + torch.where(ratios > 1, (self.beta - 1) * change, change)
-        # A score of 0 / 0 says nothing about who is ahead.
-        k = torch.where(ratios.isnan(), 1.0, k)
+        scores, given = seen.means, None
+        if seen.paired or seen.kind != "scores":
+            scores, ratios, given = stages(seen, lambda table: mean_ratio(table.T))
+        else:
+            ratios = mean_of_others(scores) / scores
+        if given is None:
+            change = torch.tanh(self.alpha * (ratios - 1))
+            # NaN, of a score of 0 / 0 or one that is missing, says nothing about who is ahead.
+            given = 1 + torch.where(ratios > 1, (self.beta - 1) * change, change)
+        k = torch.where(given.isnan(), 1.0, given)
         return Decision(Act(scale=tensors.each(k)), (k, scores, ratios))
 
 

@@ -42,6 +42,7 @@ from ..loop.contract import (
     Stateless,
     Tensors,
 )
+from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
 from ..loop.ranks import Observed
 
@@ -101,9 +102,9 @@ class MMParetoRule(Stateless):
         """Nothing: the gradients say it all."""
         raise AssertionError("MMPareto senses no logits")
 
-    def width(self, modalities: int) -> int:
-        """No means."""
-        return 0
+    def check_takes(self, kind: Kind) -> None:
+        """Takes nothing but gradients."""
+        raise TypeError(f"MMPareto takes no {kind}: its gradients decide")
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """Weights of each modality, and the length of each tensor's gradient."""

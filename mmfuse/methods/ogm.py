@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder, Select, Shared
+from ..loop._parameters import Encoder
 from ..loop.contract import (
     Act,
     Batch,
@@ -38,9 +38,9 @@ from ..loop.contract import (
     Tensors,
 )
 from ..loop.gradients import GradientMethod
-from ..loop.ranks import Group, Observed
-from ..noise import NoiseStream, default_stream
-from ..ops.modulation_factors import Formula, check_strength, factors_of_checked
+from ..loop.pairs import stages
+from ..loop.ranks import Observed
+from ..ops.modulation_factors import Formula, check_strength, factors_of_checked, noise_std
 
 Release = Literal["cvpr", "tpami"]
 Noise = bool | Callable[[Tensor], Tensor]
@@ -118,10 +118,19 @@ class OGMRule(Stateless):
 
     def sense(self, batch: Batch) -> Sensed:
         """S_m."""
-        return Sensed(batch.scores().prob)
+        return Sensed(batch.scores.prob)
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """rho_m, k_m and, for each tensor, k_m and the noise's standard deviation."""
+        if seen.paired or seen.kind != "scores":
+            scores, ratios, k = stages(seen)
+            if k is None:
+                k = ogm_coefficients(ratios, self.alpha, self.formula)
+            k = torch.where(k.isnan(), 1.0, k)
+            act = Act(scale=tensors.each(k))
+            if tensors.stats is not None:
+                act = act._replace(noise_std=noise_std(tensors.stats, _STD_EPS))
+            return Decision(act, (k, scores, ratios))
         factors = factors_of_checked(
             tensors.backend,
             seen.means.to(tensors.device),
@@ -218,81 +227,3 @@ class OGM(GradientMethod):
         settings: Common = {"select": "conv", "starts": starts, "ends": ends}
         settings.update(common)
         return cls(encoders, alpha=alpha, noise=noise, formula=formula, **settings)
-
-
-def ogm_backward(
-    loss: Tensor,
-    encoders: Mapping[str, Encoder],
-    logits: Mapping[str, Tensor],
-    labels: Tensor,
-    *,
-    alpha: float = 0.8,
-    noise: Noise = True,
-    formula: Formula = "tpami",
-    select: Select = "all",
-    shared: Shared | None = None,
-    stream: NoiseStream | None = None,
-    retain_graph: bool = False,
-    process_group: Group = None,
-    backend: str | None = None,
-) -> OGMResult:
-    """Takes the place of ``loss.backward()``: back-propagates, then modulates the gradients.
-
-    OGM-GE by default, OGM with ``noise=False``; see `mmfuse.methods.ogm` for the formulas.
-    Gradients end up in ``.grad``. The scale of the loss does not matter, so that the loss may come
-    from a `GradScaler`; clip gradients afterwards.
-
-    Equivalent to::
-
-        loss.backward()
-        for name, encoder in encoders.items():
-            for p in encoder.parameters():
-                p.grad = k[name] * p.grad + p.grad.std() * torch.randn_like(p.grad)
-
-    Args:
-        loss: The scalar loss of the fused prediction.
-        encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
-        logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`).
-        labels: [B] integer class indices; rows labelled −100 do not count.
-        alpha: Strength of the modulation, at least 0.
-        noise: Whether to add noise (GE), or a callable that makes it, as in `OGM`.
-        formula: "tpami" or "cvpr".
-        select: Which parameters: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a callable on
-            a parameter. The released code modulates "conv" only.
-        shared: What belongs to no modality and stays as it is: a module, a parameter, or several.
-        stream: The random stream, advanced by one step; None for the default one, which
-            `torch.manual_seed` controls.
-        retain_graph: As for ``loss.backward``.
-        process_group: The ranks whose samples the scores are averaged over; None for all ranks
-            where torch.distributed is initialized, False for this rank alone.
-        backend: Name of a backend; None for the best one.
-
-    Returns:
-        `OGMResult`.
-
-    Raises:
-        TypeError: a parameter, a gradient, logits or labels have an unsupported type.
-        ValueError: the names differ, a modality has no parameter, a parameter is in two, a shape,
-            a label or a hyper-parameter is wrong. Nothing has been changed then.
-    """
-    made = _Once(
-        encoders,
-        alpha=alpha,
-        noise=noise,
-        formula=formula,
-        select=select,
-        shared=shared,
-        stream=stream,
-        process_group=process_group,
-        backend=backend,
-    )
-    made.name = OGM.__name__  # in error texts
-    result: OGMResult = made.backward(loss, logits, labels, retain_graph=retain_graph)
-    return result
-
-
-class _Once(OGM):
-    """OGM for one step."""
-
-    def _new_stream(self, name: str | None) -> NoiseStream:
-        return default_stream(self.modalities.device)

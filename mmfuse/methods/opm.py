@@ -23,18 +23,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
+from ..loop.given import Loss, More, check_criterion, look
 from ..loop.modalities import check_names, named_features
-from ..loop.ranks import Group, agree, check_group, over_ranks, rank_and_size
+from ..loop.pairs import stages
+from ..loop.ranks import Group, Observed, agree, check_group, over_ranks, rank_and_size
 from ..loop.state import in_backward
 from ..noise import NoiseStream
 from ..ops.discrepancy_ratios import discrepancy_ratios
 from ..ops.drop_modalities import named_drop
-from ..ops.modality_scores import named_scores
-from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities
+from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities, with_one_left
 
 __all__ = ["OPM", "OPMResult", "drop_probabilities"]
 
@@ -67,6 +69,7 @@ class OPM(EpochWindowModule):
         process_group: The ranks whose samples the scores are averaged over: None for all where
             torch.distributed is initialized, False for this rank alone. With ranks of one batch
             size B, sample i of rank r draws the number of sample r·B + i of the whole batch.
+        criterion: The loss that logits and labels are for, as in `mmfuse.GradientMethod`.
         stream: The random stream, whose state becomes a buffer; None makes one from
             `torch.initial_seed()` and `name`, at step 0. In a distributed run all take the first's.
         name: Of this object, where there are several: their streams differ by it.
@@ -84,6 +87,7 @@ class OPM(EpochWindowModule):
         golden=True,
     )
     rule: OPMRule
+    criterion: Loss
     q: Tensor
     noise_state: Tensor
 
@@ -96,6 +100,7 @@ class OPM(EpochWindowModule):
         starts: int = 0,
         ends: int | None = None,
         process_group: Group = None,
+        criterion: Loss = None,
         stream: NoiseStream | None = None,
         name: str | None = None,
         backend: str | None = None,
@@ -105,6 +110,7 @@ class OPM(EpochWindowModule):
         self._set_window(starts, ends)
         self.num_modalities = whole("num_modalities", num_modalities, least=2)
         self.process_group = check_group(process_group)
+        object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.backend = backend
         self.register_buffer("q", torch.zeros(num_modalities, dtype=torch.float32))
         # On the CPU also within `torch.device("meta")`, where it would not be known later.
@@ -161,6 +167,7 @@ class OPM(EpochWindowModule):
         features: Mapping[str, Tensor],
         logits: Mapping[str, Tensor] | None = None,
         labels: Tensor | None = None,
+        **more: Unpack[More],
     ) -> OPMResult:
         """Drops dominant modalities, sample by sample.
 
@@ -168,6 +175,8 @@ class OPM(EpochWindowModule):
             features: Name → [B, …] for the M modalities.
             logits: Name → [B, C] logits of each undropped feature alone. Not needed in `eval()`.
             labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
+            **more: As in `mmfuse.GradientMethod`: with ``present`` no sample loses the last feature
+                that it has, and ``coefficients`` are the probabilities q_m.
 
         Returns:
             `OPMResult`, differentiable in the features.
@@ -186,38 +195,68 @@ class OPM(EpochWindowModule):
                 "OPM is called in a backward pass, as activation checkpointing does, and would "
                 "draw another mask there; leave OPM outside of the checkpointed part"
             )
-        if logits is None or labels is None:
+        if not more and (logits is None or labels is None):
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
         self._check_told("OPM")
         with torch.no_grad():
-            given, scores = over_ranks(
-                lambda: self._look(features, logits, labels),
+            (given, present), seen = over_ranks(
+                lambda: self._look(features, logits, labels, more),
                 self.process_group,
-                self.num_modalities,
+                self._width(more),
                 self.q.device,
             )
-            ratios = discrepancy_ratios(scores, backend=self.backend)
-        current = drop_probabilities(ratios, self.rule.q_base, self.rule.lam).to(self.q)
+            current, scores, ratios = self._decide(seen)
         q = current.detach() if self.rule.same_step else self.q.clone()
         q = q if self._acting else torch.zeros_like(q)
-        result = self.rule.drop(self, given._replace(scores=scores), q)
+        result = self.rule.drop(self, given._replace(scores=scores, present=present), q)
         self.q.copy_(current.detach())
         self.noise_state[1].add_(1)
         return replace(result, scores=scores, ratios=ratios)
 
     def _look(
-        self, features: Mapping[str, Tensor], logits: Mapping[str, Tensor], labels: Tensor
-    ) -> tuple[Given, Tensor, Tensor]:
-        """What was given, S_m on this rank, and the labels; with all checks of them."""
+        self,
+        features: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor] | None,
+        labels: Tensor | None,
+        more: More,
+    ) -> tuple[tuple[Given, Tensor | None], Observed]:
+        """What was given, who is present, and S_m on this rank; with all checks."""
         names, values = named_features("OPM", features, self.num_modalities)
-        check_names("logits", logits, names, "features")
-        given = Given(names, values, [logits[name] for name in names], labels, self.q)
-        rows = values[0].shape[0]
-        if isinstance(labels, Tensor) and labels.dim() == 1 and len(labels) != rows:
-            raise ValueError(f"labels has {len(labels)} rows, features[{names[0]!r}] {rows}")
         called = [f"logits[{name!r}]" for name in names]
-        scores = named_scores(called, given.logits, labels, self.backend)
-        return given, scores.prob, labels
+        rows = values[0].shape[0]
+        if isinstance(labels, Tensor) and labels.dim() and len(labels) != rows:
+            raise ValueError(f"labels has {len(labels)} rows, features[{names[0]!r}] {rows}")
+        if logits is not None:
+            check_names("logits", logits, names, "features")
+        looked = look(
+            names, called, logits, labels, more, self.criterion, self.q.device, self.backend
+        )
+        each = [] if logits is None else [logits[name] for name in names]
+        given = Given(names, values, each, labels, self.q)
+        scores = looked.scores
+        if scores is None:
+            seen = Observed(looked.numbers, looked.weight, kind=looked.kind)
+        else:
+            seen = Observed(scores.prob, scores.count, paired=scores.count.dim() == 1)
+        return (given, looked.known if logits is not None else None), seen
+
+    def _width(self, more: More) -> int:
+        """How many numbers the ranks add up."""
+        paired = more.get("present") is not None or more.get("scores") is not None
+        return 2 * self.num_modalities**2 if paired else self.num_modalities + 1
+
+    def _decide(self, seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
+        """q_m, S_m and rho_m over all ranks."""
+        if seen.paired or seen.kind != "scores":
+            scores, ratios, q = stages(seen)
+        else:
+            scores, q = seen.means, None
+            ratios = discrepancy_ratios(scores, backend=self.backend)
+        if q is None:
+            q = drop_probabilities(ratios, self.rule.q_base, self.rule.lam)
+        else:
+            q = q.nan_to_num(0.0)
+        return q.to(self.q), scores, ratios
 
     def agreed_stream(self) -> NoiseStream:
         """The stream, the same on all ranks."""
@@ -233,8 +272,10 @@ class OPM(EpochWindowModule):
         first = rank_and_size(self.process_group)[0] * given.features[0].shape[0]
         placed = self.agreed_stream().place(range(len(labels)), [first] * len(labels))
         out = named_drop(labels, given.features, q, placed, scale, self.backend)
-        kept = dict(zip(given.names, out.features, strict=True))
-        return OPMResult(kept, out.keep, q, None, None)
+        if given.present is None:
+            kept = dict(zip(given.names, out.features, strict=True))
+            return OPMResult(kept, out.keep, q, None, None)
+        return with_one_left(given, out.features, out.keep, q, scale)
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""

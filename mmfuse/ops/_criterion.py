@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ..reference.modality_scores import IGNORED_LABEL
 from ._tensors import FLOATING, why_unsupported
 
@@ -177,7 +178,7 @@ def _of_each_class(
             )
         if values.device != z.device:
             raise ValueError(f"{called} is on {values.device}, {name} on {z.device}")
-    return values.detach().to(torch.float64).contiguous()
+    return values.detach().to(WIDE[values.device.type]).contiguous()
 
 
 def _too_few_classes(name: str, z: Tensor) -> str:

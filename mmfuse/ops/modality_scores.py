@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ._criterion import PLAIN, Criterion, check_range, checked, class_indices
 from ._eager import Eager
 from ._registry import Op
@@ -42,7 +43,7 @@ def _fake(
     wide = any(z.dtype == torch.float64 for z in logits)
     dtype = torch.float64 if wide else torch.float32
     prob = torch.empty(len(logits), dtype=dtype, device=labels.device)
-    count = torch.empty((), dtype=torch.float64, device=labels.device)
+    count = torch.empty((), dtype=WIDE[labels.device.type], device=labels.device)
     return prob, torch.empty_like(prob), count
 
 

@@ -131,6 +131,11 @@ def factors_of_checked(
     return ModulationFactors(ratios, coefficients, scale, noise[0] if noise else None)
 
 
+def noise_std(stats: GradStats, eps: float) -> Tensor:
+    """[T] standard deviation of each tensor's noise, as `ModulationFactors` has it."""
+    return torch.where(stats.numel > 1, stats.std + eps, 0)
+
+
 def check_strength(alpha: float, formula: str) -> None:
     """Raises a ValueError for hyper-parameters of OGM that are out of range."""
     if not (math.isfinite(alpha) and alpha >= 0):

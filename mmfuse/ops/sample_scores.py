@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ._criterion import PLAIN, Criterion, check_range, checked
 from ._eager import Eager
 from ._registry import Op
@@ -41,7 +42,7 @@ def _fake(
     if labels.is_floating_point():
         del rows[1]
     prob = torch.empty([len(logits), *rows], dtype=dtype, device=labels.device)
-    weights = torch.empty(rows, dtype=torch.float64, device=labels.device)
+    weights = torch.empty(rows, dtype=WIDE[labels.device.type], device=labels.device)
     return prob, torch.empty_like(prob), weights
 
 

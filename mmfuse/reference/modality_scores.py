@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from ._dtype import accumulator
 
 IGNORED_LABEL = -100
@@ -29,15 +30,16 @@ def _in_range(targets: Tensor) -> Tensor:
 def _row_weights(
     labels: Tensor, weight: Tensor | None, ignore_index: int, multilabel: bool
 ) -> Tensor:
-    """How much each row counts, float64: w of its class, sum of w t, or 1 with many labels."""
+    """How much each row counts: w of its class, sum of w t, or 1 with many labels."""
+    wide = WIDE[labels.device.type]
     if multilabel:
-        return torch.ones_like(labels.select(1, 0), dtype=torch.float64)
+        return torch.ones_like(labels.select(1, 0), dtype=wide)
     if labels.is_floating_point():
-        shares = labels.double()
+        shares = labels.to(wide)
         return (shares if weight is None else shares * _along_classes(weight, shares)).sum(1)
     counts = labels != ignore_index
     if weight is None:
-        return counts.double()
+        return counts.to(wide)
     possible = (labels >= 0) & (labels < len(weight))
     found = weight[labels.clamp(0, len(weight) - 1)].masked_fill(~possible, torch.nan)
     return torch.where(counts, found, 0.0)

@@ -52,7 +52,8 @@ def test_the_cases_that_a_provider_lacks() -> None:
     monitored = {case.name for case in CASES.values() if case.kind == "training"} - trainings
     called = {case.name for case in CALLED}
     # Calls that no release has, or that microbenchmarks alone have asked for.
-    alone = {"scale_grad", "conditional_information", "modulation_factors"}
+    alone = {"scale_grad", "conditional_information", "modulation_factors", "sample_scores"}
+    alone |= {"scores_of_outputs"}
     lacks = {
         provider: {case.name for case in CALLED if case.provider(provider) is None}
         for provider in ("plain", "official", "foreach", "compile", "cpu")

@@ -226,7 +226,8 @@ def test_the_default_backends_are_those_that_were_measured(choose: Any) -> None:
 
 def test_the_order_of_the_backends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert preferred("grad_stats", "cuda") == ("cuda", "triton", "reference")
-    assert preferred("grad_stats", "xpu") == ("reference",)
+    assert preferred("grad_stats", "xpu") == ("triton", "reference")  # where it says so
+    assert preferred("grad_stats", "mps") == ("reference",)
     monkeypatch.setattr("mmfuse.ops._preference.TRITON_FIRST", {"grad_stats"})
     assert preferred("grad_stats", "cuda") == ("triton", "cuda", "reference")
     assert preferred("grad_stats", "cpu") == ("cpu", "reference")

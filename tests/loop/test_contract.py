@@ -42,7 +42,7 @@ class Halving(Stateless):
         return {"steps": torch.zeros(()), "squares": torch.zeros(tensors, dtype=torch.float64)}
 
     def sense(self, batch: Batch) -> Sensed:
-        return Sensed(batch.scores().prob)
+        return Sensed(batch.scores.prob)
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         k = torch.where(seen.means == seen.means.max(), 0.5, 1.0)

@@ -218,13 +218,13 @@ def width_and_sizes(rank: int, kind: str) -> tuple[int, list[int]]:
     trainer = Trainer(kind, rank)
     with counted(dist) as sizes:
         trainer.step()
-    return trainer.method.rule.width(2), list(sizes)
+    return trainer.method._senses._width(), list(sizes)
 
 
 @pytest.mark.parametrize("kind", STEPPING)
 def test_a_rule_knows_how_much_it_sends(kind: str) -> None:
     for width, sizes in ranks(2).run(width_and_sizes, kind):
-        assert sizes == [width + 1]  # the count of samples beside
+        assert sizes == [width]
 
 
 def test_no_other_method_has_a_reduction_to_wait_in() -> None:

@@ -9,13 +9,16 @@ import tolerances
 import torch
 from cells import Cell
 from inputs import DTYPES
-from targets import KINDS, LAYOUTS, Targets, expected
+from scored import KINDS, LAYOUTS, Targets, expected
 from torch import Tensor
 from torch.nn import functional as F
 
 from mmfuse import ops
 
 SHAPES = [(1, 2, 1), (7, 3, 5), (2, 33, 17), (3, 4, 3, 7), (1, 5, 300)]
+
+# The quick tests have every kind once there, in `test_without_places` and below it.
+NOT_IN_THE_INTERPRETER = pytest.mark.slow_except_on("reference", "cpu", "cuda")
 
 
 def logits_of(
@@ -78,6 +81,7 @@ def check_means(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> None:
         tolerances.assert_within(grads[m], wanted, bound, f"gradient of modality {m}")
 
 
+@NOT_IN_THE_INTERPRETER
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -91,6 +95,7 @@ def test_parity_in_every_layout(cell: Cell, kind: str, layout: str, dtype: torch
     check_means(cell, logits, targets)
 
 
+@NOT_IN_THE_INTERPRETER
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,6 +108,7 @@ def test_parity_of_every_shape(cell: Cell, kind: str, shape: tuple[int, ...]) ->
     check_means(cell, logits, targets)
 
 
+@NOT_IN_THE_INTERPRETER
 @pytest.mark.parametrize("layout", ["contiguous", "classes last"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_more_classes_than_a_tile(cell: Cell, kind: str, layout: str) -> None:
@@ -159,6 +165,7 @@ def test_means_are_those_of_the_losses(cell: Cell, kind: str) -> None:
     torch.testing.assert_close(found, loss)
 
 
+@NOT_IN_THE_INTERPRETER
 @pytest.mark.parametrize("layout", ["contiguous", "classes last"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradcheck(cell: Cell, kind: str, layout: str) -> None:
@@ -171,6 +178,7 @@ def test_gradcheck(cell: Cell, kind: str, layout: str) -> None:
     assert torch.autograd.gradcheck(scores, logits)
 
 
+@NOT_IN_THE_INTERPRETER
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_gradient_lies_as_the_logits(cell: Cell, layout: str) -> None:
     (z,) = logits_of(cell, (2, 3, 4, 5), [torch.float32], layout)
@@ -182,6 +190,7 @@ def test_a_gradient_lies_as_the_logits(cell: Cell, layout: str) -> None:
     assert not dense or grad.stride() == z.stride()
 
 
+@NOT_IN_THE_INTERPRETER
 @pytest.mark.parametrize("layout", ["contiguous", "classes last"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_class_that_is_masked(cell: Cell, kind: str, layout: str) -> None:
@@ -230,6 +239,7 @@ def test_rows_without_weight_do_not_count(cell: Cell) -> None:
         assert bool(means.prob.isfinite().all())
 
 
+@NOT_IN_THE_INTERPRETER
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_gives_nan(cell: Cell, kind: str, shape: tuple[int, ...]) -> None:

@@ -119,7 +119,7 @@ def see(
 
 
 _LOOKS_AT = {
-    made: tuple(signature(made.forward).parameters)[1:]
+    made: tuple(n for n in signature(made.forward).parameters if n not in ("self", "more"))
     for made in METHODS.values()
     if issubclass(made, nn.Module)
 }

@@ -1,0 +1,251 @@
+"""Arguments of a step beside logits and labels: who is there, and numbers of the user's own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .._devices import WIDE
+from ..ops import ModalityScores, SampleScores
+from ..ops._criterion import PLAIN, Criterion
+from ..ops.modality_scores import named_scores
+from ..ops.sample_scores import named_sample_scores
+
+Numbers = Mapping[str, Tensor | float]
+#: The loss that the targets are for; None for `nn.CrossEntropyLoss()`.
+Loss = nn.CrossEntropyLoss | nn.BCEWithLogitsLoss | None
+#: The numbers that a step starts from: of a batch, or of the user.
+Kind = Literal["scores", "ratios", "coefficients"]
+
+
+class More(TypedDict, total=False):
+    """Further arguments of `observe`, `step` and `backward`; `GradientMethod` describes them."""
+
+    present: Mapping[str, Tensor] | None
+    scores: Numbers | None
+    ratios: Numbers | None
+    coefficients: Numbers | None
+    count: Tensor | float | None
+
+
+class Looked(NamedTuple):
+    """A batch, or the user's numbers in place of it.
+
+    Attributes:
+        scores: Of the modalities, or tables of them, flat (see `mmfuse.loop.pairs`); None if the
+            numbers are ratios or coefficients.
+        known: [M, N] bool, which modalities each sample has; None if all have all.
+        kind: Of the numbers.
+        numbers: [M], the user's; empty if there are none.
+        weight: 0-d, their count.
+    """
+
+    scores: ModalityScores | None
+    known: Tensor | None = None
+    kind: Kind = "scores"
+    numbers: Tensor = torch.empty(0)
+    weight: Tensor = torch.empty(())
+
+
+def look(
+    names: Sequence[str],
+    called: Sequence[str],
+    logits: Mapping[str, Tensor] | None,
+    labels: Tensor | None,
+    more: More,
+    criterion: Loss,
+    device: torch.device,
+    backend: str | None,
+) -> Looked:
+    """Scores where there is more than logits and labels, or the user's numbers.
+
+    Args:
+        names: The modalities.
+        called: What errors call their logits.
+        logits: Name → logits.
+        labels: Their targets.
+        more: What else there is.
+        criterion: The loss that they are for.
+        device: Where the user's numbers go.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: something is missing, or two things of which one is to be given.
+        ValueError: names or shapes do not fit.
+    """
+    kind, numbers, count = own_numbers(names, device, more, logits)
+    if kind is not None:
+        known = ~numbers.isnan().unsqueeze(1)
+        scores = own_pair_scores(numbers, count) if kind == "scores" else None
+        return Looked(scores, known, kind, numbers, count)
+    if logits is None or labels is None:
+        raise TypeError("logits and labels go together: give both or neither")
+    if not isinstance(logits, Mapping) or logits.keys() != set(names):
+        _refuse_names("logits", logits, names)
+    each, how = [logits[name] for name in names], criterion_of(criterion)
+    present = more.get("present")
+    if present is None:
+        return Looked(named_scores(called, each, labels, backend, how))
+    samples = named_sample_scores(called, each, labels, backend, how)
+    mask = check_present(names, present, len(labels), labels.device)
+    return Looked(pair_scores(samples, mask), mask)
+
+
+def check_criterion(criterion: Loss) -> Loss:
+    """Returns it.
+
+    Raises:
+        TypeError: it is no loss that scores are known for.
+    """
+    if criterion is not None and not isinstance(
+        criterion, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)
+    ):
+        raise TypeError(
+            "criterion must be nn.CrossEntropyLoss, nn.BCEWithLogitsLoss or None, got "
+            f"{type(criterion).__name__}; for other tasks give scores= to the step"
+        )
+    return criterion
+
+
+def criterion_of(loss: Loss) -> Criterion:
+    """The arguments of `mmfuse.ops.modality_scores` that go with a loss."""
+    if loss is None:
+        return PLAIN
+    if isinstance(loss, nn.BCEWithLogitsLoss):
+        return Criterion(weight=loss.weight, multilabel=True, pos_weight=loss.pos_weight)
+    return Criterion(weight=loss.weight, ignore_index=loss.ignore_index)
+
+
+def own_numbers(
+    names: Sequence[str], device: torch.device, more: More, logits: object
+) -> tuple[Kind | None, Tensor, Tensor]:
+    """The user's numbers: their kind, [M] of them, and the 0-d count; no kind if there are none.
+
+    Raises:
+        TypeError: they are no numbers, or there are logits, or numbers of two kinds.
+        ValueError: the names differ, or a number is out of range.
+    """
+    unknown = more.keys() - More.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unexpected arguments: {sorted(unknown)}")
+    given: list[Kind] = [kind for kind in get_args(Kind) if more.get(kind) is not None]
+    weight = more.get("count")
+    if not given:
+        if weight is not None:
+            raise TypeError("count goes with scores, ratios or coefficients")
+        return None, torch.empty(0), torch.empty(0)
+    if len(given) > 1 or logits is not None:
+        both = " and ".join([*given, *["logits"] * (logits is not None)])
+        raise TypeError(f"got {both}; give one of them")
+    kind = given[0]
+    if more.get("present") is not None:
+        raise TypeError(f"present goes with logits; {kind} of a modality that is missing are NaN")
+    values: Any = more[kind]
+    if not isinstance(values, Mapping) or list(values) != list(names):
+        _refuse_names(kind, values, names)
+    found = [_number(f"{kind}[{name!r}]", values[name], device, kind) for name in names]
+    count = _number("count", 1.0 if weight is None else weight, device, "count")
+    return kind, torch.stack(found), count
+
+
+def _refuse_names(what: str, values: object, names: Sequence[str]) -> None:
+    from .modalities import check_names
+
+    check_names(what, values, names, "encoders")  # type: ignore[arg-type]
+
+
+def _number(what: str, value: object, device: torch.device, kind: str) -> Tensor:
+    """0-d; numbers that are on the host are looked at."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_complex() or value.dtype is torch.bool:
+            raise TypeError(f"{what} must be one number, got {value.dtype} {list(value.shape)}")
+        number = value.detach().reshape(()).to(device, WIDE[device.type])
+        shown = float(value) if value.device.type == "cpu" and not _compiling() else None
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        shown = float(value)
+        number = torch.full((), shown, dtype=WIDE[device.type], device=device)
+    else:
+        raise TypeError(f"{what} must be a number or a tensor of one, got {type(value).__name__}")
+    if shown is None:
+        return number
+    missing = math.isnan(shown) and kind != "count"
+    if kind in ("scores", "ratios") and not (missing or 0 < shown < math.inf):
+        raise ValueError(
+            f"{what} must be positive and finite (NaN for a modality that is missing), got {shown}"
+        )
+    if kind == "coefficients" and math.isinf(shown):
+        raise ValueError(f"{what} must be finite (NaN for a modality that is missing)")
+    if kind == "count" and not 0 <= shown < math.inf:
+        raise ValueError(f"{what} must be at least 0 and finite, got {shown}")
+    return number
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_dynamo_compiling()
+
+
+def check_present(
+    names: Sequence[str], present: Mapping[str, Tensor], rows: int, device: torch.device
+) -> Tensor:
+    """[M, N] bool, which modalities each sample has.
+
+    Raises:
+        TypeError: a mask is no bool tensor.
+        ValueError: names, lengths or devices do not fit.
+    """
+    if not isinstance(present, Mapping) or list(present) != list(names):
+        _refuse_names("present", present, names)
+    masks = [present[name] for name in names]
+    for name, mask in zip(names, masks, strict=True):
+        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"present[{name!r}] must be a bool tensor [B], got {kind}")
+        wanted = len(masks[0]) if rows is None and masks[0].dim() else rows
+        if mask.dim() != 1 or len(mask) != wanted:
+            raise ValueError(
+                f"present[{name!r}] must have shape [{wanted}], got {list(mask.shape)}"
+            )
+        if mask.device != device:
+            raise ValueError(f"present[{name!r}] is on {mask.device}, not on {device}")
+    return torch.stack(masks)
+
+
+def pair_scores(samples: SampleScores, mask: Tensor) -> ModalityScores:
+    """Scores over the samples that two modalities share, so that who is missing decides nothing.
+
+    Args:
+        samples: Scores of single samples, [M, N, …].
+        mask: [M, N] bool, which modalities each sample has.
+
+    Returns:
+        `ModalityScores` of M·M numbers each: entry m·M + j is of modality m, over the samples that
+        have m and j; NaN where no sample has both. The counts are those samples' weights.
+    """
+    positions = (1,) * (samples.prob.dim() - 2)
+    wide = WIDE[mask.device.type]
+    weight = samples.weight.to(wide).flatten()
+    here = mask.view(*mask.shape, *positions).expand_as(samples.prob).flatten(1) & (weight > 0)
+    # Selected, not multiplied with 0: a log-probability may be −inf, and what is missing NaN.
+    count = _over_shared(weight.expand(here.shape), here)
+    prob, log_prob = (
+        _over_shared(x.flatten(1).to(wide) * weight, here) / count
+        for x in (samples.prob, samples.log_prob)
+    )
+    return ModalityScores(prob.flatten(), log_prob.flatten(), count.flatten())
+
+
+def _over_shared(values: Tensor, here: Tensor) -> Tensor:
+    """[M, M] sums of [M, R] values of m over the columns that are here for m and j."""
+    return torch.stack([torch.where(here & other, values, 0.0).sum(1) for other in here], dim=1)
+
+
+def own_pair_scores(scores: Tensor, count: Tensor) -> ModalityScores:
+    """The user's [M] scores in the form of `pair_scores`; NaN for who is missing."""
+    known = ~scores.isnan()
+    shared = known.unsqueeze(1) & known.unsqueeze(0)
+    prob = torch.where(shared, scores.unsqueeze(1), torch.nan).flatten()
+    return ModalityScores(prob, prob.log(), (shared * count).flatten())

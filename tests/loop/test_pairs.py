@@ -1,0 +1,234 @@
+"""Samples without some of the modalities: `present=`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from balancing import STEPPING, make
+from linear import CLASSES, ROWS, Networks, everyone, masks
+from ranks import ranks
+from torch import Tensor, nn
+
+import mmfuse
+from mmfuse.loop.given import pair_scores
+from mmfuse.loop.pairs import ahead, mean_ratio, own
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("kind", STEPPING)
+def test_with_all_present_nothing_changes(kind: str, modalities: int) -> None:
+    found = []
+    for present in (None, everyone(modalities)):
+        nets = Networks(modalities)
+        method = (
+            nets.method(kind, stream=mmfuse.NoiseStream(1)) if _draws(kind) else nets.method(kind)
+        )
+        nets.backward()
+        more = {} if present is None else {"present": present}
+        out = method.step(**nets.given(method), **more)
+        grads = [p.grad for e in nets.encoders.values() for p in e.parameters()]
+        found.append([out.coefficients.double(), out.scores.double(), *grads])
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+    idle = method.rule.need.neutral
+    assert bool((found[0][0] != idle).any())
+
+
+def _draws(kind: str) -> bool:
+    return bool(make(kind, Networks(2).encoders).rule.need.stream)
+
+
+@pytest.mark.parametrize("kind", STEPPING)
+def test_a_pair_is_compared_over_the_samples_that_have_both(kind: str) -> None:
+    """Other samples may hold anything: also NaN, as encoders of empty inputs make it."""
+    nets, other = Networks(2), Networks(2)
+    present = masks(2, 0.3)
+    both = present["audio"] & present["visual"]
+    assert 0 < int(both.sum()) < ROWS
+    for name, mask in present.items():
+        nets.logits[name][~mask] = torch.nan
+        nets.inputs[name][~mask] = 0.0
+    results = []
+    for net, rows, more in ((nets, slice(None), {"present": present}), (other, both, {})):
+        method = net.method(kind)
+        net.backward()
+        results.append(method.step(**net.given(method, rows), **more))
+    if "inputs" in method.rule.need.inputs:  # its monitor looks at each modality's own samples
+        strengths = [r.coefficients > 0 for r in results]
+    else:
+        strengths = [r.coefficients.double() for r in results]
+    torch.testing.assert_close(*strengths, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", STEPPING)
+def test_missingness_that_is_not_random_fakes_no_dominance(kind: str) -> None:
+    """Equal encoders; audio is missing on the hard samples, so that its own mean is higher."""
+    nets = Networks(2)
+    nets.logits["visual"] = nets.logits["audio"] = torch.randn(ROWS, CLASSES, dtype=torch.float64)
+    easy = nets.logits["audio"].softmax(1)[torch.arange(ROWS), nets.labels] > 0.2
+    present = {"audio": easy, "visual": torch.ones(ROWS, dtype=torch.bool)}
+    method = nets.method(kind)
+    nets.backward()
+    out = method.step(**nets.given(method), present=present)
+    neutral = torch.full((2,), method.rule.need.neutral, dtype=torch.float64)
+    torch.testing.assert_close(out.coefficients.double(), neutral, rtol=0, atol=1e-12)
+    assert out.scores[0] > out.scores[1] + 1e-3  # the naive comparison would see one ahead
+
+
+@pytest.mark.parametrize("modalities", [2, 3])
+@pytest.mark.parametrize("kind", STEPPING)
+def test_one_that_is_missing_from_the_batch_is_left_alone(kind: str, modalities: int) -> None:
+    nets = Networks(modalities)
+    method = nets.method(kind)
+    present = {**everyone(modalities), "visual": torch.zeros(ROWS, dtype=torch.bool)}
+    nets.logits["visual"][:] = torch.nan
+    nets.backward(without=("visual",))
+    out = method.step(**nets.given(method), present=present)
+    assert out.coefficients[1] == method.rule.need.neutral
+    assert bool(out.coefficients.isfinite().all()) and bool(out.finite)
+    assert all(bool(p.grad.isfinite().all()) for p in nets.encoders["audio"].parameters())
+    if modalities == 2:  # there is nobody to compare with
+        assert out.coefficients[0] == method.rule.need.neutral
+    else:  # as if it had never been there
+        two = Networks(modalities)
+        pair = mmfuse_pair(kind, two)
+        want = pair.step(**{k: _without(v, "visual") for k, v in two.given(method).items()})
+        torch.testing.assert_close(out.coefficients[[0, 2]].double(), want.coefficients.double())
+
+
+def mmfuse_pair(kind: str, nets: Networks) -> Any:
+    del nets.encoders["visual"]
+    made = nets.method(kind)
+    nets.backward()
+    nets.encoders["visual"] = nn.Linear(3, 5, dtype=torch.float64)
+    return made
+
+
+def _without(values: Any, name: str) -> Any:
+    return {n: v for n, v in values.items() if n != name} if isinstance(values, dict) else values
+
+
+def test_no_gradient_is_an_error_again_once_samples_have_the_modality() -> None:
+    nets = Networks(2)
+    method = nets.method("OGM")
+    gone = {**everyone(2), "visual": torch.zeros(ROWS, dtype=torch.bool)}
+    for _ in range(2):
+        nets.backward(without=("visual",))
+        method.step(**nets.given(method), present=gone)
+    for more in ({"present": everyone(2)}, {}):
+        nets.backward(without=("visual",))
+        with pytest.raises(RuntimeError, match="'visual' has a gradient"):
+            method.step(**nets.given(method), **more)
+
+
+@pytest.mark.parametrize("kind", STEPPING)
+def test_histories_do_not_know_of_a_step_without_the_modality(kind: str) -> None:
+    """Steps 1 and 3 alone leave the same state of the missing one as steps 1 to 3."""
+    states = []
+    for middle in (True, False):
+        nets = Networks(3)
+        method = nets.method(kind)
+        for present in (everyone(3), {**everyone(3), "text": ~everyone(3)["text"]}, everyone(3)):
+            if not middle and not bool(present["text"].any()):
+                continue
+            nets.backward(without=() if bool(present["text"].any()) else ("text",))
+            method.step(**nets.given(method), present=present)
+        states.append({k: v[2] for k, v in method._state.items() if v.dim() and len(v) == 3})
+    # Two monitors of one step differ by their noise, which the stream draws anew.
+    for noisy in ("redundancy", "average"):
+        for state in states:
+            state.pop(noisy, None)
+    torch.testing.assert_close(*states)
+
+
+@pytest.mark.parametrize("kind", STEPPING)
+def test_micro_batches_are_weighed_by_the_samples_that_pairs_share(kind: str) -> None:
+    found = []
+    present = masks(3, 0.3)
+    present["visual"][:10] = False  # none of the first micro-batch
+    for parts in ([slice(None)], [slice(0, 10), slice(10, ROWS)]):
+        nets = Networks(3)
+        method = nets.method(kind)
+        nets.backward()
+        for part in parts[:-1]:
+            shown = {n: m[part] for n, m in present.items()}
+            method.observe(**nets.given(method, part), present=shown)
+        shown = {n: m[parts[-1]] for n, m in present.items()}
+        out = method.step(**nets.given(method, parts[-1]), present=shown)
+        found.append([out.coefficients.double(), out.scores.double()])
+    monitors = "inputs" in method.rule.need.inputs  # other noise for other rows
+    tolerance = 2e-1 if monitors else 1e-10
+    torch.testing.assert_close(*found, rtol=tolerance, atol=1e-10)
+
+
+def one_of_two(rank: int, kind: str, present: dict[str, Tensor]) -> list[Tensor]:
+    nets = Networks(2)
+    method = nets.method(kind)
+    nets.backward()
+    mine = slice(0, 9) if rank == 0 else slice(9, ROWS)
+    shown = {n: m[mine] for n, m in present.items()}
+    out = method.step(**nets.given(method, mine), present=shown)
+    return [out.coefficients.double(), out.scores.double()]
+
+
+@pytest.mark.parametrize("kind", [k for k in STEPPING if k != "RedReg"])
+def test_ranks_with_other_samples_missing_decide_as_one_process(kind: str) -> None:
+    present = masks(2, 0.3)
+    present["audio"][:9] = False  # none of the first rank's
+    first, second = ranks(2).run(one_of_two, kind, present)
+    nets = Networks(2)
+    method = nets.method(kind)
+    nets.backward()
+    out = method.step(**nets.given(method), present=present)
+    want = [out.coefficients.double(), out.scores.double()]
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    torch.testing.assert_close(first, want, rtol=1e-10, atol=1e-10)
+
+
+def test_it_is_given_in_every_micro_batch_or_in_none() -> None:
+    nets = Networks(2)
+    method = nets.method("OGM")
+    method.observe(**nets.given(method))
+    with pytest.raises(TypeError, match="all of a step"):
+        method.observe(**nets.given(method), present=everyone(2))
+
+
+WRONG: dict[str, tuple[Any, type[Exception], str]] = {
+    "no bool": ({"audio": torch.ones(ROWS)}, TypeError, r"present\['audio'\] must be a bool"),
+    "no tensor": ({"audio": [True] * ROWS}, TypeError, r"present\['audio'\] must be a bool"),
+    "length": (
+        {"audio": torch.ones(ROWS - 1, dtype=torch.bool)},
+        ValueError,
+        r"present\['audio'\] must have shape \[24\], got \[23\]",
+    ),
+    "names": ({"sound": torch.ones(ROWS, dtype=torch.bool)}, ValueError, "unknown"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_masks_are_named_before_anything_changes(name: str) -> None:
+    wrong, error, message = WRONG[name]
+    nets = Networks(2)
+    method = nets.method("OGM")
+    nets.backward()
+    with pytest.raises(error, match=message):
+        method.step(**nets.given(method), present={**everyone(2), **wrong})
+    assert all(bool((p.grad == 1).all()) for e in nets.encoders.values() for p in e.parameters())
+
+
+def test_tables_are_means_over_shared_samples() -> None:
+    prob = torch.tensor([[0.2, 0.4, 0.9], [0.5, torch.nan, 0.1]])
+    mask = torch.tensor([[True, True, True], [True, False, True]])
+    weight = torch.tensor([1.0, 1.0, 3.0])
+    scores = mmfuse.ops.SampleScores(prob, torch.full_like(prob, -torch.inf), weight)
+    found = pair_scores(scores, mask)
+    want = [[(0.2 + 0.4 + 2.7) / 5, (0.2 + 2.7) / 4], [(0.5 + 0.3) / 4] * 2]
+    table = torch.tensor(want, dtype=torch.float64)
+    torch.testing.assert_close(found.prob.view(2, 2), table, rtol=1e-6, atol=0)
+    assert found.count.tolist() == [5, 4, 4, 4]
+    assert bool((found.log_prob == -torch.inf).all())
+    torch.testing.assert_close(own(table), torch.tensor([want[0][0], want[1][1]]).double())
+    ratio = want[0][1] / want[1][0]
+    torch.testing.assert_close(mean_ratio(table), torch.tensor([ratio, 1 / ratio]).double())
+    assert ahead(table)[0, 1] == want[0][1] - want[1][0] and ahead(table)[0, 0] == 0

@@ -1,0 +1,47 @@
+"""Scores for regression and for several tasks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mmfuse import scores
+
+
+def test_inverse_errors() -> None:
+    target = torch.tensor([1.0, 2.0, 4.0])
+    z = {"a": target + torch.tensor([1.0, -1.0, 2.0]), "b": target + 0.5}
+    found = scores.inverse_error(z, target)
+    assert [float(x) for x in found.values()] == pytest.approx([0.5, 4.0])
+    found = scores.inverse_error(z, target, error="absolute")
+    assert [float(x) for x in found.values()] == pytest.approx([0.75, 2.0])
+    assert scores.inverse_error({"a": target}, target)["a"].isfinite()
+
+
+def test_ratios_of_errors() -> None:
+    target = torch.zeros(2)
+    z = {"a": target + 1, "b": target + 2, "c": target + 3}
+    found = scores.error_ratios(z, target)
+    assert [float(x) for x in found.values()] == pytest.approx([1 / 6.5, 4 / 5, 9 / 2.5])
+
+
+def test_several_tasks_by_their_geometric_mean() -> None:
+    one = {"a": torch.tensor(0.5), "b": torch.tensor(0.25)}
+    two = {"b": torch.tensor(100.0), "a": torch.tensor(400.0)}
+    found = scores.combined(one, two, weights=[1, 3])
+    assert float(found["a"] / found["b"]) == pytest.approx(2**0.25 * 4**0.75)
+    assert float(scores.combined(one)["a"]) == pytest.approx(0.5)
+
+
+def test_wrong_input_is_named() -> None:
+    z = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"predictions\['a'\] is \[3, 1\], target \[3\]"):
+        scores.inverse_error({"a": z.unsqueeze(1)}, z)
+    with pytest.raises(TypeError, match=r"target must be a floating tensor, got torch\.int64"):
+        scores.inverse_error({"a": z}, z.long())
+    with pytest.raises(ValueError, match="'squared' or 'absolute'"):
+        scores.error_ratios({"a": z}, z, error="log")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="weights must be 1 positive numbers"):
+        scores.combined({"a": z}, weights=[0.0])
+    with pytest.raises(ValueError, match="task 1 names"):
+        scores.combined({"a": z}, {"b": z})

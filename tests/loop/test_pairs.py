@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import mmfuse
 from mmfuse.loop.given import pair_scores
 from mmfuse.loop.pairs import ahead, mean_ratio, own
+from mmfuse.methods._redreg_rule import Seen
 
 
 @pytest.mark.parametrize("modalities", [2, 3])
@@ -232,3 +233,65 @@ def test_tables_are_means_over_shared_samples() -> None:
     ratio = want[0][1] / want[1][0]
     torch.testing.assert_close(mean_ratio(table), torch.tensor([ratio, 1 / ratio]).double())
     assert ahead(table)[0, 1] == want[0][1] - want[1][0] and ahead(table)[0, 0] == 0
+
+
+@pytest.mark.parametrize("kind", ["InfoReg", "RedReg"])
+def test_a_history_counts_the_steps_of_each_modality(kind: str) -> None:
+    nets = Networks(3)
+    method = nets.method(kind)
+    gone = {**everyone(3), "text": torch.zeros(ROWS, dtype=torch.bool)}
+    for present in (everyone(3), gone, gone):
+        nets.backward(without=() if bool(present["text"].any()) else ("text",))
+        method.step(**nets.given(method), present=present)
+    assert method._state["steps"].tolist() == [3, 3, 1]
+
+
+def test_a_modality_of_one_micro_batch_alone_needs_a_gradient() -> None:
+    nets = Networks(2)
+    method = nets.method("OGM")
+    gone = {**everyone(2), "visual": torch.zeros(ROWS, dtype=torch.bool)}
+    nets.backward(without=("visual",))
+    method.observe(**nets.given(method), present=everyone(2))
+    with pytest.raises(RuntimeError, match="'visual' has a gradient"):
+        method.step(**nets.given(method), present=gone)
+
+
+class OtherEachTime:
+    """Noise that is the same for the same rows, and differs from call to call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.sin(7 * x + self.calls)
+
+
+def test_the_redundancy_is_that_of_the_samples_that_are_there() -> None:
+    present = masks(2, 0.4)
+    nets = Networks(2)
+    method = nets.method("RedReg", noise=OtherEachTime())
+    nets.backward()
+    found = method.step(**nets.given(method), present=present).redundancy
+    for m, name in enumerate(nets.names):
+        other = Networks(2)
+        alone = other.method("RedReg", noise=OtherEachTime())
+        other.backward()
+        want = alone.step(**other.given(alone, present[name])).redundancy
+        # 1e-12 is added to mean squares of 1e-3 over all rows and over those that are there.
+        torch.testing.assert_close(found[m], want[m], rtol=1e-7, atol=0)
+        whole = Networks(2)
+        every = whole.method("RedReg", noise=OtherEachTime())
+        whole.backward()
+        assert abs(every.step(**whole.given(every)).redundancy[m] - want[m]) > 1e-6 * want[m]
+
+
+def test_the_gate_is_that_of_the_samples_that_have_both() -> None:
+    """The mean cosine over shared samples is 0.6; over all, with zeros for the others, 0.3."""
+    a = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.float64)
+    b = torch.tensor([[0.6, 0.8]] * 4, dtype=torch.float64)
+    mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
+    seen = Seen(["a", "b"], [a, b], None, present=mask)
+    for threshold, above in ((0.55, True), (0.65, False)):
+        found = seen.above(torch.tensor(threshold, dtype=torch.float64))
+        assert bool(found > 0) == above

@@ -26,7 +26,10 @@ TOLERANCE = 1e-9
 # The numbers are a CPU's; what a GPU makes of the same kernels is compared with the CPU elsewhere.
 on_every_backend = pytest.mark.parametrize(
     "cell",
-    [Cell(backend, "cpu") for backend in ("reference", "cpu", "cuda", "triton")],
+    [
+        *(Cell(backend, "cpu") for backend in ("reference", "cpu", "cuda")),
+        pytest.param(Cell("triton", "cpu"), marks=pytest.mark.slow),  # the interpreter takes long
+    ],
     ids=lambda cell: cell.backend,
     indirect=True,
 )

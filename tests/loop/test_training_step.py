@@ -196,7 +196,7 @@ class TestCompile:
     # The clock of a method that draws in `sense` is a number of the host: another one each step.
     @pytest.mark.parametrize(
         "kind",
-        ["ogm_backward", *NOISY]
+        [pytest.param("ogm_backward", marks=pytest.mark.slow), *NOISY]
         + [
             pytest.param(kind, marks=pytest.mark.slow)
             for kind in KINDS

@@ -111,9 +111,16 @@ def our_inforeg(model: AudioVisual, dtype: torch.dtype, steps: int, backend: str
     return coefficients, traces
 
 
-def their_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int) -> Watched:
+def their_redreg(
+    model: ThreeHeads,
+    dtype: torch.dtype,
+    steps: int,
+    threshold: float = released_redreg.THRESHOLD,
+) -> Watched:
     torch.manual_seed(11)
-    training = released_redreg.Training(model, sgd(model), PLANNED, uniform=uniform, noise=draw)
+    training = released_redreg.Training(
+        model, sgd(model), PLANNED, threshold=threshold, uniform=uniform, noise=draw
+    )
     strengths, monitored = [], []
     for epoch, batches in enumerate(data(dtype, steps)):
         training.start_epoch(epoch)
@@ -127,9 +134,17 @@ def their_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int) -> Watched:
     return strengths, monitored
 
 
-def our_redreg(model: ThreeHeads, dtype: torch.dtype, steps: int, backend: str) -> Watched:
+def our_redreg(
+    model: ThreeHeads,
+    dtype: torch.dtype,
+    steps: int,
+    backend: str,
+    threshold: float = released_redreg.THRESHOLD,
+) -> Watched:
     torch.manual_seed(11)
-    redreg = mmfuse.RedReg.official(model.encoders, epochs=PLANNED, noise=draw, backend=backend)
+    redreg = mmfuse.RedReg.official(
+        model.encoders, epochs=PLANNED, threshold=threshold, noise=draw, backend=backend
+    )
     optimizer, coefficients, monitored = sgd(model), [], []
     for batches in data(dtype, steps):
         next_epoch(redreg)
@@ -197,6 +212,26 @@ def test_official_reproduces_the_released_training(
     error = (parameters(mine) - parameters(exact)).norm()
     released_error = (parameters(plain) - parameters(exact)).norm()
     assert error <= 4 * released_error
+
+
+@pytest.mark.parametrize("threshold", [0.8, 1.0, 1.5])
+def test_redreg_where_the_phase_crosses_the_threshold(threshold: float) -> None:
+    """At the released 0.15 the phase is above it in every step, which hides how it comes about."""
+    torch.manual_seed(3)
+    theirs = ThreeHeads().double()
+    ours = copy.deepcopy(theirs)
+    coefficients, watched = our_redreg(ours, torch.float64, STEPS, "cpu", threshold)
+    strengths, released_watched = their_redreg(theirs, torch.float64, STEPS, threshold)
+    expected = torch.tensor(strengths, dtype=torch.float64)
+    phases = torch.tensor(released_watched, dtype=torch.float64)[:, 2:]
+    above = phases > threshold
+    assert bool(above.any()) and not bool(above.all()), "the phase does not cross the threshold"
+    assert bool((expected != 0).any())
+    got = torch.tensor(coefficients, dtype=torch.float64)
+    torch.testing.assert_close(got, expected, rtol=1e-8, atol=0)
+    found = torch.tensor(watched, dtype=torch.float64)[:, 2:]
+    torch.testing.assert_close(found, phases, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=1e-9, atol=1e-10)
 
 
 def test_nothing_depends_on_the_logging_backward_passes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -261,6 +261,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             )
         seen = unimodal = None
         if self._need.second == "unimodal":
+            if more:
+                raise TypeError(f"{self.name}.backward takes no {', '.join(more)}")
             if unimodal_losses is None:
                 raise TypeError(
                     f"{self.name}.backward needs unimodal_losses, one for each modality"

@@ -13,6 +13,16 @@ import mmfuse
 from mmfuse.methods.mmpareto import min_norm_weight
 
 
+def test_masks_and_scores_are_refused() -> None:
+    nets = {n: torch.nn.Linear(2, 2) for n in ("a", "b")}
+    losses = {n: net(torch.ones(1, 2)).sum() for n, net in nets.items()}
+    mmpareto = mmfuse.MMPareto(nets)
+    present = {n: torch.ones(1, dtype=torch.bool) for n in nets}
+    with pytest.raises(TypeError, match=r"MMPareto\.backward takes no present"):
+        mmpareto.backward(sum(losses.values()), unimodal_losses=losses, present=present)
+    assert all(p.grad is None for net in nets.values() for p in net.parameters())
+
+
 def test_the_shortest_vector() -> None:
     for _ in range(20):
         g1, g2 = torch.randn(2, 4, dtype=torch.float64)

@@ -204,11 +204,8 @@ def check_present(
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"present[{name!r}] must be a bool tensor [B], got {kind}")
-        wanted = len(masks[0]) if rows is None and masks[0].dim() else rows
-        if mask.dim() != 1 or len(mask) != wanted:
-            raise ValueError(
-                f"present[{name!r}] must have shape [{wanted}], got {list(mask.shape)}"
-            )
+        if mask.shape != (rows,):
+            raise ValueError(f"present[{name!r}] must have shape [{rows}], got {list(mask.shape)}")
         if mask.device != device:
             raise ValueError(f"present[{name!r}] is on {mask.device}, not on {device}")
     return torch.stack(masks)

@@ -31,6 +31,12 @@ class Criterion(NamedTuple):
 
 PLAIN = Criterion()
 
+#: Of the operators that score; `checked` makes the values.
+ARGUMENTS = (
+    "Tensor[] logits, Tensor labels, Tensor? weight, Tensor? pos_weight, int ignore_index, "
+    "bool multilabel"
+)
+
 
 def checked(
     names: Sequence[str], logits: Sequence[Tensor], labels: Tensor, criterion: Criterion

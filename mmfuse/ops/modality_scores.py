@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
-from ._criterion import PLAIN, Criterion, check_range, checked, class_indices
+from ._criterion import ARGUMENTS, PLAIN, Criterion, check_range, checked, class_indices
 from ._eager import Eager
 from ._registry import Op
 
@@ -61,14 +61,10 @@ def _fake_backward(
     return [torch.empty_like(z) for z in logits]
 
 
-_ARGUMENTS = (
-    "Tensor[] logits, Tensor labels, Tensor? weight, Tensor? pos_weight, int ignore_index, "
-    "bool multilabel"
-)
-_op = Op("modality_scores", f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fake)
+_op = Op("modality_scores", f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _fake)
 _backward_op = Op(
     "modality_scores_backward",
-    f"(Tensor grad_prob, Tensor grad_log_prob, Tensor count, {_ARGUMENTS}) -> Tensor[]",
+    f"(Tensor grad_prob, Tensor grad_log_prob, Tensor count, {ARGUMENTS}) -> Tensor[]",
     _fake_backward,
     module="modality_scores",
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
-from ._criterion import PLAIN, Criterion, check_range, checked
+from ._criterion import ARGUMENTS, PLAIN, Criterion, check_range, checked
 from ._eager import Eager
 from ._registry import Op
 
@@ -48,8 +48,7 @@ def _fake(
 
 _op = Op(
     "sample_scores",
-    "(Tensor[] logits, Tensor labels, Tensor? weight, Tensor? pos_weight, int ignore_index, "
-    "bool multilabel) -> (Tensor, Tensor, Tensor)",
+    f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _fake,
     module="modality_scores",
 )

@@ -32,6 +32,11 @@ class More(TypedDict, total=False):
     count: Tensor | float | None
 
 
+def makes_tables(more: More) -> bool:
+    """True if the scores come as tables, those of `mmfuse.loop.pairs`."""
+    return more.get("present") is not None or more.get("scores") is not None
+
+
 class Looked(NamedTuple):
     """A batch, or the user's numbers in place of it.
 

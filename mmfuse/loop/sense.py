@@ -16,7 +16,7 @@ from ..noise import NoiseStream
 from ..ops._eager import Eager
 from ..ops.modality_scores import named_scores
 from .contract import Batch, Clock, Rule, State
-from .given import Kind, Looked, Loss, More, look
+from .given import Kind, Looked, Loss, More, look, makes_tables
 from .modalities import Modalities
 from .ranks import Group, Observations, Observed, agree, several
 
@@ -38,8 +38,6 @@ def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
 
 _NOBODY: frozenset[str] = frozenset()
 _NOTHING_MORE: dict[str, list[Tensor]] = {}
-# What makes tables of scores, in `pairs`.
-_TABLES: tuple[Literal["present", "scores"], ...] = ("present", "scores")
 _NO_SCORES: tuple[Literal["ratios", "coefficients"], ...] = ("ratios", "coefficients")
 
 
@@ -137,7 +135,7 @@ class Senses:
         """Scores where there is more than logits and labels; or the user's numbers."""
         modalities = self._modalities
         self._kind = next((kind for kind in _NO_SCORES if more.get(kind) is not None), "scores")
-        self._paired = any(more.get(name) is not None for name in _TABLES)
+        self._paired = makes_tables(more)
         if self._kind != "scores":
             self._rule.check_takes(self._kind)
         found = look(

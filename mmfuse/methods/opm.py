@@ -28,7 +28,7 @@ from typing_extensions import Unpack
 from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
-from ..loop.given import Loss, More, check_criterion, look
+from ..loop.given import Loss, More, check_criterion, look, makes_tables
 from ..loop.modalities import check_names, named_features
 from ..loop.pairs import stages
 from ..loop.ranks import Group, Observed, agree, check_group, over_ranks, rank_and_size
@@ -242,8 +242,8 @@ class OPM(EpochWindowModule):
 
     def _width(self, more: More) -> int:
         """How many numbers the ranks add up."""
-        paired = more.get("present") is not None or more.get("scores") is not None
-        return 2 * self.num_modalities**2 if paired else self.num_modalities + 1
+        tables = bool(more) and makes_tables(more)
+        return 2 * self.num_modalities**2 if tables else self.num_modalities + 1
 
     def _decide(self, seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
         """q_m, S_m and rho_m over all ranks."""

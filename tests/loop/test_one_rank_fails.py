@@ -12,7 +12,6 @@ import torch
 from balancing import (
     KINDS,
     ON_FEATURES,
-    ON_GRADIENTS,
     STEPPING,
     TWO_GRADIENTS,
     Shown,
@@ -115,15 +114,7 @@ def one_fails(rank: int, kind: str, name: str, good_steps: int) -> dict[str, Any
     for _ in range(good_steps):
         trainer.step()
     fault = FAULTS[name][0] if rank == 1 else None
-    text, seconds = error_of(lambda: trainer.step(fault))
-    out = trainer.step()
-    results = [x.detach() for x in vars(out).values() if isinstance(x, torch.Tensor)]
-    return {
-        "text": text,
-        "seconds": seconds,
-        "small": results[0] if kind in ON_GRADIENTS else out.scores,
-        "grads": [p.grad for p in trainer.model.parameters()],
-    }
+    return failed_once(trainer, lambda: trainer.step(fault))
 
 
 def check(found: list[dict[str, Any]], message: str) -> None:
@@ -156,6 +147,18 @@ def test_every_kind_of_fault_travels(kind: str, name: str) -> None:
     check(ranks(2).run(one_fails, kind, name, 0), FAULTS[name][1])
 
 
+def failed_once(trainer: Trainer, step: Callable[[], Any]) -> dict[str, Any]:
+    """The error of a step, and what the step after it does."""
+    text, seconds = error_of(step)
+    out = trainer.step()
+    return {
+        "text": text,
+        "seconds": seconds,
+        "small": out.scores if isinstance(trainer.method, torch.nn.Module) else out.coefficients,
+        "grads": [p.grad for p in trainer.model.parameters()],
+    }
+
+
 def fails_while_observing(rank: int, kind: str) -> dict[str, Any]:
     """The fault is in the first of two micro-batches, before the others' backward pass."""
     trainer = Trainer(kind, rank)
@@ -173,14 +176,7 @@ def fails_while_observing(rank: int, kind: str) -> dict[str, Any]:
         shown.loss.backward()  # reduces the gradients of all ranks
         trainer.method.step(**arguments(trainer.method, seen))
 
-    text, seconds = error_of(step)
-    out = trainer.step()
-    return {
-        "text": text,
-        "seconds": seconds,
-        "small": out.coefficients,
-        "grads": [p.grad for p in trainer.model.parameters()],
-    }
+    return failed_once(trainer, step)
 
 
 @pytest.mark.parametrize("kind", STEPPING)
@@ -199,14 +195,7 @@ def fails_in_backward(rank: int, kind: str) -> dict[str, Any]:
             impossible_label(trainer.model, seen)
         trainer.method.backward(loss, **arguments(trainer.method, seen))
 
-    text, seconds = error_of(step)
-    out = trainer.step()
-    return {
-        "text": text,
-        "seconds": seconds,
-        "small": out.coefficients,
-        "grads": [p.grad for p in trainer.model.parameters()],
-    }
+    return failed_once(trainer, step)
 
 
 @pytest.mark.parametrize("kind", STEPPING)

@@ -9,6 +9,7 @@ missing backend from a skip into a failure.
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,11 +57,18 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     replace_worker_with_a_lost_device(nodeid)
 
 
+# Where each op is held against the reference, and what takes many calls there.
+_OPS = Path(__file__).parent / "ops"
+_MANY_CALLS = ("test_any", "test_gradcheck", "test_fullgraph")
+
+
 def _is_slow(item: pytest.Item) -> bool:
     """True for a test on the CPU that `make check` runs because of its backend.
 
-    Triton's interpreter is slow, and in float16 and float64 it runs the same kernels with other
-    casts than in float32 and bfloat16. `slow_except_on` says it for a single test.
+    Triton's interpreter is slow. In float16 and float64 it runs the same kernels with other casts
+    than in float32 and bfloat16; what methods make of the ops is the same once each op is as the
+    reference; random examples and numerical derivatives are many calls. `slow_except_on` says it
+    for a single test.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     cell = parameters.get("cell")
@@ -69,6 +77,9 @@ def _is_slow(item: pytest.Item) -> bool:
     if cell.slow and {torch.float16, torch.float64} & {
         value for value in parameters.values() if isinstance(value, torch.dtype)
     }:
+        return True
+    below = _OPS in item.path.parents or item.path.name == "test_noise.py"
+    if cell.slow and (not below or item.name.startswith(_MANY_CALLS)):
         return True
     return any(cell.backend not in mark.args for mark in item.iter_markers("slow_except_on"))
 

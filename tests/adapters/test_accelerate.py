@@ -406,6 +406,7 @@ def sharded_state(rank: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_state_of_sharded_encoders_is_written_whole() -> None:
     for result in ranks(2).run(sharded_state):
         assert result == {"written": True, "differed": True, "loaded": True, "sharded": True}

@@ -405,6 +405,7 @@ class Copying(Callback):
         self.copied = copy.deepcopy(pl_module)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["during", "deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_module_with_its_callback_can_be_copied(tmp_path: Path, name: str, how: str) -> None:
@@ -427,6 +428,7 @@ def test_a_module_with_its_callback_can_be_copied(tmp_path: Path, name: str, how
     assert_same_training(module, other.net, other.balance.method)
 
 
+@pytest.mark.slow
 def test_a_second_fit_in_a_spawned_process(tmp_path: Path) -> None:
     """The method that the first has made is pickled on the way there."""
     data = Batches()
@@ -462,6 +464,7 @@ def find_size(tuner: Tuner, module: Tuned) -> None:
     module.batch_size = 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*Your `IterableDataset` has `__len__`")
 @pytest.mark.parametrize("fitted", [False, True])
 @pytest.mark.parametrize("find", [find_rate, find_size])

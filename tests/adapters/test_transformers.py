@@ -490,6 +490,7 @@ def distributed(rank: int, folder: str) -> tuple[dict[str, Tensor], list[float]]
     return straight, scores
 
 
+@pytest.mark.slow
 def test_two_processes_stay_replicas_and_resume(tmp_path: Path) -> None:
     (first, scores), (second, other) = ranks(2).run(distributed, str(tmp_path))
     assert scores == other  # each rank alone has other samples

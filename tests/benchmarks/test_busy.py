@@ -60,6 +60,7 @@ def test_busy_is_the_slowest_tenth_over_the_quiet_median() -> None:
     assert foreach.busy_p90 is None and foreach.host_us is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_machine")
 def test_a_run_has_both_columns(tmp_path: Path) -> None:
     arguments = ["--cases", "grad_stats", "--workloads", "tiny", "--dtype", "float32", "--busy"]

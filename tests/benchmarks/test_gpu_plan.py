@@ -105,6 +105,7 @@ def test_replays_have_columns_and_what_cannot_be_replayed_a_reason(tmp_path: Pat
     ]
 
 
+@pytest.mark.slow
 def test_on_a_cpu_nothing_is_replayed(tmp_path: Path) -> None:
     rows = measured_rows(tmp_path, "update_scale")
     assert {row["replay_ms"] + row["replay_vs_foreach"] for row in rows.values()} == {""}
@@ -113,6 +114,7 @@ def test_on_a_cpu_nothing_is_replayed(tmp_path: Path) -> None:
     assert replay.recorder_for(torch.device("cuda")) is replay.record_on_cuda
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("recorded")
 def test_a_call_that_waits_for_the_device_is_not_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,6 +131,7 @@ def test_a_call_that_waits_for_the_device_is_not_recorded(
     assert "foreach is not replayed: it waits for the device (2 times)" in text
 
 
+@pytest.mark.slow
 def test_a_call_that_cannot_be_recorded_is_timed_all_the_same(
     tmp_path: Path, recorded: Callable[[Any], None]
 ) -> None:
@@ -142,6 +145,7 @@ def test_a_call_that_cannot_be_recorded_is_timed_all_the_same(
     assert "reference is not replayed: RuntimeError: not permitted in a capture\n" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["update_scale", "grad_stats"])
 def test_a_wrong_replay_is_refused_and_the_call_still_timed(
     case: str, tmp_path: Path, recorded: Callable[[Any], None]
@@ -292,6 +296,7 @@ def test_the_training_plan_from_end_to_end(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_plan_that_is_killed_leaves_what_it_has_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

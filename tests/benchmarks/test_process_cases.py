@@ -146,6 +146,7 @@ def _fails_on_the_second(rank: int) -> int:
     return rank
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuntimeError, match="_fails_on_the_second has failed in process"):
         in_processes(_fails_on_the_second, [(0,), (1,)])

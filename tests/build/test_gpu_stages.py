@@ -100,6 +100,7 @@ def small(output: Path) -> bool:
     return all(file.stat().st_size < 16 * 2**20 for file in files)
 
 
+@pytest.mark.slow
 def test_all_is_well(rehearsal: Rehearsal) -> None:
     done = rehearsal()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -180,6 +181,7 @@ def test_everything_floods(rehearsal: Rehearsal) -> None:
     assert small(rehearsal.output)
 
 
+@pytest.mark.slow
 def test_without_a_cuda_library_triton_goes_on(rehearsal: Rehearsal) -> None:
     done = rehearsal(build="fail")
     assert done.returncode == 1

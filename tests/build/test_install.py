@@ -110,12 +110,14 @@ def report(library: Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_install_works(source: Path) -> None:
     library = installed_without(source, PATH=str(Path(sys.executable).parent))
     assert not [*library.glob("mmfuse/_C*"), *library.glob("mmfuse/*.so")]
     assert "no C++ compiler was found at build time" in report(library)
 
 
+@pytest.mark.slow
 def test_native_code_switched_off(source: Path) -> None:
     library = installed_without(source, MMFUSE_NATIVE="0")
     assert "switched off at build time by MMFUSE_NATIVE=0" in report(library)
@@ -130,6 +132,7 @@ def test_a_build_leaves_no_library_of_an_earlier_one(source: Path) -> None:
     assert not any(path.exists() for path in stale)
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_the_libraries(small: Path) -> None:
     done = run([sys.executable, "setup.py", "-q", "bdist_wheel"], small, MMFUSE_CUDA="0")
     assert done.returncode == 0, done.stderr
@@ -151,6 +154,7 @@ def test_no_library_needs_python(backend: str) -> None:
     assert not [symbol for symbol in symbols if symbol.startswith(("Py", "_Py"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["cpu", "cuda"])
 def test_a_library_that_does_not_load_costs_its_backend_only(broken: str, source: Path) -> None:
     built = Path(mmfuse.__file__).with_name("libmmfuse_cpu.so")
@@ -193,6 +197,7 @@ def test_a_compiler_error_is_shown(small: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_build_without_pythons_headers_costs_the_facts_only(small: Path) -> None:
     (small / "csrc" / "facts" / "module.cpp").write_text('#include "Python_is_not_here.h"\n')
     library = installed_without(small, MMFUSE_CUDA="0")
@@ -234,6 +239,7 @@ def build_for_cuda(
     return build
 
 
+@pytest.mark.slow
 def test_kernels_that_do_not_build_leave_the_cpu_backend(
     small: Path, build_for_cuda: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

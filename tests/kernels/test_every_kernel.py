@@ -55,6 +55,7 @@ def reached(shim: Shim) -> tuple[Counter[str], dict[str, list[Tensor]]]:
     return launches, written
 
 
+@pytest.mark.slow
 def test_every_cuda_kernel_is_launched(
     shim: Shim, reached: tuple[Counter[str], dict[str, list[Tensor]]]
 ) -> None:

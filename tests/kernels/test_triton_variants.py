@@ -24,6 +24,7 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_it_compiles_for_each_gpu() -> None:
     done = run("exit(c.main())", "_discrepancy_ratios_kernel")
     assert done.returncode == 0, done.stderr
@@ -35,6 +36,7 @@ def test_it_compiles_for_each_gpu() -> None:
             assert any(line.startswith(title) for line in lines)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_no_samples_launch_is_named() -> None:
     program = "import samples; del samples.MODULES['discrepancy_ratios']; exit(c.main())"
     done = run(program, "no kernel of this name")
@@ -43,6 +45,7 @@ def test_a_kernel_that_no_samples_launch_is_named() -> None:
     assert done.stdout.splitlines() == [missing, "0 passed, 1 failed"]
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_compile_is_named() -> None:
     program = """
 import samples
@@ -56,6 +59,7 @@ exit(c.main())
     assert "FAILED _discrepancy_ratios_kernel [*fp32 *fp32 i32 BLOCK_SIZE=63] sm_80" in done.stdout
 
 
+@pytest.mark.slow
 def test_alignment_is_told_as_it_is() -> None:
     program = """
 for v in c.variants():

@@ -312,6 +312,7 @@ class Taking(nn.Module):
         return self.call(*given, **named)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("differentiable", [True, False])
 def test_it_compiles_whole(differentiable: bool) -> None:
     torch._dynamo.reset()

@@ -203,6 +203,7 @@ def go_on(rank: int, kind: str, path: Path, how: str) -> tuple[Any, Any, Any]:
     return loaded, said, whole(training.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["torch", "dcp"])
 @pytest.mark.parametrize("kind", ALL)
 def test_from_one_rank_to_two(kind: str, how: str, tmp_path: Path) -> None:
@@ -248,6 +249,7 @@ def load_sharded(
     return state, held, train(training, HALF, END)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", ANCHORED)
 def test_anchors_of_one_process_are_spread_over_two(
@@ -286,6 +288,7 @@ def resume_sharded(
     return loaded, whole(training.state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", ANCHORED)
 def test_anchors_of_two_shards_are_loaded_by_two_and_by_one(

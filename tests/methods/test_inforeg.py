@@ -180,6 +180,7 @@ def test_no_host_sync_in_a_step(cell: Cell) -> None:
         inforeg.step(logits, step[1])
 
 
+@pytest.mark.slow
 def test_the_anchor_is_the_only_memory_as_large_as_the_model() -> None:
     size = 123_457
     nets = nn.ModuleDict({n: nn.Linear(size, 1, bias=False) for n in ("a", "b")})

@@ -163,6 +163,7 @@ def our_redreg(
 
 
 # The golden numbers are compared on every backend in `make test`.
+@pytest.mark.slow
 @pytest.mark.slow_except_on("cpu")
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)]
@@ -214,6 +215,7 @@ def test_official_reproduces_the_released_training(
     assert error <= 4 * released_error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.8, 1.0, 1.5])
 def test_redreg_where_the_phase_crosses_the_threshold(threshold: float) -> None:
     """At the released 0.15 the phase is above it in every step, which hides how it comes about."""
@@ -234,6 +236,7 @@ def test_redreg_where_the_phase_crosses_the_threshold(threshold: float) -> None:
     torch.testing.assert_close(parameters(ours), parameters(theirs), rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_nothing_depends_on_the_logging_backward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     model = AudioVisual()
     other = copy.deepcopy(model)

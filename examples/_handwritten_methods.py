@@ -93,7 +93,7 @@ def losses(
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """The joint loss, each view's own, and the logits that those are of."""
     logits = mmfuse.unimodal_logits(model.head, features)
-    own = {view: F.cross_entropy(z, labels) for view, z in logits.items()}
+    own = mmfuse.unimodal_losses(logits, labels)
     return F.cross_entropy(model.fuse(features), labels), own, logits
 
 
@@ -179,6 +179,30 @@ class Dropped(Joint):
         return Record(out.scores, 1 - out.drop_probability)
 
 
+class LeftOut(Joint):
+    """Modality dropout, which looks at nothing but features."""
+
+    coefficients = "share of features kept"
+
+    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
+        super().__init__(model, seed, args)
+        self.dropping = mmfuse.METHODS[name](
+            num_modalities=len(model.encoders),
+            stream=mmfuse.NoiseStream(seed),
+            backend=args.backend,
+        ).to(args.device)
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
+        """Leaves the gradients in the model."""
+        features = self.model.features(views)
+        out = self.dropping(features)
+        F.cross_entropy(self.model.fuse(out.features), labels).backward()
+        with torch.no_grad():
+            logits = mmfuse.unimodal_logits(self.model.head, features)
+            scores = mmfuse.ops.modality_scores(list(logits.values()), labels).prob
+        return Record(scores, out.keep.float().mean(1))
+
+
 class Reinforced(Joint):
     """ARM, with the paper's head: a fusion to the features' width, and one classifier for all."""
 
@@ -222,6 +246,8 @@ def build(name: str) -> Build:
     card = mmfuse.METHODS[name].card
     if card.acts == "gradient":
         return partial(OnGradients, name=name)
+    if card.needs == ("features",):
+        return partial(LeftOut, name=name)
     return partial(Reinforced if "fused" in card.needs else Dropped, name=name)
 
 

@@ -4,6 +4,7 @@ from . import amp, ops, scores
 from ._version import __version__
 from .loop.gradients import GradientMethod
 from .loop.heads import unimodal_logits
+from .loop.losses import unimodal_losses
 from .loop.masking import unimodal_outputs
 from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
@@ -13,8 +14,11 @@ from .methods._ogm_backward import ogm_backward
 from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
+from .methods.learningrates import LearningRates, LearningRatesResult
 from .methods.mlb import MLB, MLBResult
 from .methods.mmpareto import MMPareto, MMParetoResult
+from .methods.modalitydropout import ModalityDropout, ModalityDropoutResult
+from .methods.noiseonly import NoiseOnly
 from .methods.ogm import OGM, OGMResult, ogm_coefficients
 from .methods.opm import OPM, OPMResult, drop_probabilities
 from .methods.redreg import RedReg, RedRegResult
@@ -32,9 +36,14 @@ __all__ = [
     "GradientMethod",
     "InfoReg",
     "InfoRegResult",
+    "LearningRates",
+    "LearningRatesResult",
     "MLBResult",
     "MMPareto",
     "MMParetoResult",
+    "ModalityDropout",
+    "ModalityDropoutResult",
+    "NoiseOnly",
     "NoiseStream",
     "OGMResult",
     "OPMResult",
@@ -52,6 +61,7 @@ __all__ = [
     "scalars_of",
     "scores",
     "unimodal_logits",
+    "unimodal_losses",
     "unimodal_outputs",
     "use_backend",
 ]

@@ -101,7 +101,9 @@ class CardStep(TrainingCase):
         a, v = i.model.features(i.audio, i.visual)
         features = {"audio": a, "visual": v}
         logits = {"audio": i.model.head_audio(a), "visual": i.model.head_visual(v)}
-        seen = method(features, logits, i.labels)
+        given = {"features": features, "logits": logits, "labels": i.labels}
+        taken = inspect.signature(method.forward).parameters
+        seen = method(**{name: value for name, value in given.items() if name in taken})
         out = i.model.fc(torch.cat(list(seen.features.values()), dim=1))
         sum(F.cross_entropy(z, i.labels) for z in (out, *logits.values())).backward()
 

@@ -32,6 +32,8 @@ from .ranks import Group, Observed, agree, rank_and_size
 
 State = Mapping[str, Tensor]
 ApplyTo = Literal["gradient", "update"]
+#: Where a method acts; `Card` describes them.
+Acts = Literal["gradient", "feature", "logits", "loss", "head", "parameter"]
 #: Makes standard normal noise like a gradient.
 MakesNoise = Callable[[Tensor], Tensor]
 
@@ -58,17 +60,20 @@ class Card(NamedTuple):
 
     Attributes:
         paper: Authors, place and year.
-        acts: Where it acts: on "gradient" or "feature".
+        acts: Where it acts: between backward pass and optimizer on the "gradient"; in the forward
+            pass on a "feature", on "logits", or as a part of the "loss"; in a step of each modality
+            on a "head"'s gradient; between epochs on a "parameter".
         needs: What the user has to give it in a step, beside labels: "logits", "features" and
             "inputs" of each modality, "fused" representation and logits, "unimodal_losses".
-        official: The repository and the commit that `official()` follows.
+        official: The repository and the commit that `official()` follows; None for a control, which
+            has no code of authors to follow.
         golden: Whether numbers from the authors' code prove it.
     """
 
     paper: str
-    acts: Literal["gradient", "feature"]
+    acts: Acts
     needs: tuple[str, ...]
-    official: str
+    official: str | None
     golden: bool
 
 

@@ -27,21 +27,20 @@ from typing_extensions import Unpack
 
 from .._numbers import whole
 from ..loop.contract import Card
-from ..loop.epochs import EpochWindowModule
+from ..loop.drawing import DrawingModule
 from ..loop.given import Loss, More, check_criterion, look, makes_tables
 from ..loop.modalities import check_names, named_features
 from ..loop.pairs import stages
-from ..loop.ranks import Group, Observed, agree, check_group, over_ranks, rank_and_size
+from ..loop.ranks import Group, Observed, check_group, over_ranks
 from ..loop.state import in_backward
 from ..noise import NoiseStream
 from ..ops.discrepancy_ratios import discrepancy_ratios
-from ..ops.drop_modalities import named_drop
 from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities, with_one_left
 
 __all__ = ["OPM", "OPMResult", "drop_probabilities"]
 
 
-class OPM(EpochWindowModule):
+class OPM(DrawingModule):
     """OPM, between the encoders and the fusion.
 
     ::
@@ -89,7 +88,6 @@ class OPM(EpochWindowModule):
     rule: OPMRule
     criterion: Loss
     q: Tensor
-    noise_state: Tensor
 
     def __init__(
         self,
@@ -113,11 +111,7 @@ class OPM(EpochWindowModule):
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.backend = backend
         self.register_buffer("q", torch.zeros(num_modalities, dtype=torch.float32))
-        # On the CPU also within `torch.device("meta")`, where it would not be known later.
-        first = stream or NoiseStream(device="cpu", name=f"OPM/{name}")
-        self._begin_at("noise_state", first.state)
-        if stream is None:
-            self.noise_state = self.noise_state.to(self.q.device)
+        self._begin_stream(stream, name)
 
     @classmethod
     def official(
@@ -210,7 +204,7 @@ class OPM(EpochWindowModule):
         q = q if self._acting else torch.zeros_like(q)
         result = self.rule.drop(self, given._replace(scores=scores, present=present), q)
         self.q.copy_(current.detach())
-        self.noise_state[1].add_(1)
+        self._advance()
         return replace(result, scores=scores, ratios=ratios)
 
     def _look(
@@ -258,20 +252,9 @@ class OPM(EpochWindowModule):
             q = q.nan_to_num(0.0)
         return q.to(self.q), scores, ratios
 
-    def agreed_stream(self) -> NoiseStream:
-        """The stream, the same on all ranks."""
-        stream = NoiseStream.from_state(self.noise_state)
-        stream.agreed = self._agreed
-        agree(stream, self.process_group)
-        self._agreed = stream.agreed
-        return stream
-
     def drop(self, given: Given, q: Tensor, scale: Tensor | None = None) -> OPMResult:
         """Drops with probability q, and multiplies what is left by `scale`; one launch."""
-        labels = [f"features[{name!r}]" for name in given.names]
-        first = rank_and_size(self.process_group)[0] * given.features[0].shape[0]
-        placed = self.agreed_stream().place(range(len(labels)), [first] * len(labels))
-        out = named_drop(labels, given.features, q, placed, scale, self.backend)
+        out = self.drop_features(given.names, given.features, q, scale)
         if given.present is None:
             kept = dict(zip(given.names, out.features, strict=True))
             return OPMResult(kept, out.keep, q, None, None)

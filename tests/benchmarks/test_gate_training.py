@@ -40,6 +40,8 @@ import mmfuse
 def test_training_steps_pass_the_gate(
     case: Case, workload: Workload, provider: str, dtype: torch.dtype
 ) -> None:
+    if case.provider(provider) is None:
+        pytest.skip(f"{case.name} has no {provider} sequence: {case.method} is a control")
     i = case.make(workload, dtype, CPU)
     prepared = providers.prepare(provider, case, i)
     for _ in range(2):  # `restore` takes back all that a step has changed
@@ -176,7 +178,9 @@ def test_a_monitor_that_runs_too_often_or_never_is_refused(case: Case) -> None:
 
 def test_every_method_of_the_catalogue_has_a_training_step() -> None:
     assert {case.method for case in TRAININGS} == set(mmfuse.METHODS)
-    assert all(case.provider("official") is not None for case in TRAININGS)
+    for case in TRAININGS:
+        released = mmfuse.METHODS[case.method].card.official is not None
+        assert (case.provider("official") is not None) == released
 
 
 class Newcomer(mmfuse.MLB):

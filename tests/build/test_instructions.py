@@ -172,10 +172,17 @@ def test_what_is_counted_acts(name: str) -> None:
     for _ in range(2):
         call.prepare()
         results.append(vars(call.once()))
+    if name == "ModalityDropout":  # its rates are fixed, and what it drops is another each time
+        assert results[0]["keep"].sum() < results[0]["keep"].numel()
+        return
     field = {"OPM": "drop_probability", "ARM": "weights"}.get(name, "coefficients")
     first, second = (result[field] for result in results)
     # MMPareto's factors are a matter of two gradients, not of a modality.
-    assert len(first.unique()) == 2 or (name == "MMPareto" and first.tolist() == [0.5, 0.5])
+    assert (
+        len(first.unique()) == 2
+        or (name == "MMPareto" and first.tolist() == [0.5, 0.5])
+        or (name == "NoiseOnly" and first.tolist() == [1, 1])
+    )
     assert torch.allclose(first, second, rtol=1e-2)
 
 

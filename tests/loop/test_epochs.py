@@ -86,8 +86,8 @@ def call(name: str, module: nn.Module) -> Any:
         "fused_logits": torch.randn(6, 3),
     }
     takes = signature(module.forward).parameters
-    labels = torch.arange(6) % 3
-    return module(**{k: v for k, v in seen.items() if k in takes}, labels=labels)
+    seen["labels"] = torch.arange(6) % 3
+    return module(**{k: v for k, v in seen.items() if k in takes})
 
 
 @pytest.mark.parametrize("name", ON_FEATURES)

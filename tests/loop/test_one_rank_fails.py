@@ -11,7 +11,7 @@ import pytest
 import torch
 from balancing import (
     KINDS,
-    ON_FEATURES,
+    LOOKING,
     STEPPING,
     TWO_GRADIENTS,
     Shown,
@@ -131,7 +131,7 @@ def check(found: list[dict[str, Any]], message: str) -> None:
         torch.testing.assert_close(other["grads"], found[0]["grads"], rtol=0, atol=0)
 
 
-SENSING = [*STEPPING, *ON_FEATURES]
+SENSING = [*STEPPING, *LOOKING]
 
 
 @pytest.mark.parametrize("good_steps", [0, 2], ids=["first step", "later"])

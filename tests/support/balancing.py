@@ -6,7 +6,7 @@ A test that says `KINDS`, or a part of it by what a method needs, has every meth
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import torch
@@ -39,19 +39,27 @@ class Kind(NamedTuple):
     options: dict[str, Any]
 
 
+#: Those that have a part in every training step.
 KINDS: dict[str, Kind] = {
     kind: Kind(name, options)
-    for name in METHODS
+    for name, made in METHODS.items()
+    if made.card.acts not in ("head", "parameter")
     for kind, options in FORMS.get(name, {name: {}}).items()
 }
+ON_GRADIENTS = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "gradient"]
+#: Modules that are called in the forward pass, and those of them that pass features on.
+IN_FORWARD = [k for k in KINDS if k not in ON_GRADIENTS]
 ON_FEATURES = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "feature"]
-ON_GRADIENTS = [k for k in KINDS if k not in ON_FEATURES]
+#: Controls on gradients, whose coefficients are constants.
+CONSTANT = [k for k in ON_GRADIENTS if METHODS[KINDS[k].method].card.official is None]
 #: Those of which a paper says that they go together: the first in the forward pass.
 COMBINED = ["OPM + OGM-GE"]
 #: By the catalogue's names, those on gradients that need nothing but logits.
 LOGITS_ONLY = [n for n, m in METHODS.items() if m.card[1:3] == ("gradient", ("logits",))]
+#: Modules that look at more than features.
+LOOKING = [k for k in IN_FORWARD if METHODS[KINDS[k].method].card.needs != ("features",)]
 #: Those that draw a number for each sample in the forward pass.
-DROPPING = [k for k in ON_FEATURES if "stream" in signature(METHODS[KINDS[k].method]).parameters]
+DROPPING = [k for k in IN_FORWARD if "stream" in signature(METHODS[KINDS[k].method]).parameters]
 
 
 def make(
@@ -75,6 +83,8 @@ NEEDS = {kind: make(kind, _two).rule.need for kind in ON_GRADIENTS}
 #: Those that make the backward passes themselves, and those that act after one.
 TWO_GRADIENTS = [kind for kind in ON_GRADIENTS if NEEDS[kind].second == "unimodal"]
 STEPPING = [kind for kind in ON_GRADIENTS if kind not in TWO_GRADIENTS]
+#: Those that compare modalities with each other.
+COMPARING = [kind for kind in STEPPING if kind not in CONSTANT]
 ANCHORED = [kind for kind in ON_GRADIENTS if NEEDS[kind].anchors]
 #: Those whose noise has a gradient's standard deviation.
 NOISY = [kind for kind in ON_GRADIENTS if NEEDS[kind].noise is not None]
@@ -119,7 +129,11 @@ def see(
 
 
 _LOOKS_AT = {
-    made: tuple(n for n in signature(made.forward).parameters if n not in ("self", "more"))
+    made: tuple(
+        name
+        for name, taken in signature(made.forward).parameters.items()
+        if name != "self" and taken.kind is Parameter.POSITIONAL_OR_KEYWORD
+    )
     for made in METHODS.values()
     if issubclass(made, nn.Module)
 }
@@ -153,10 +167,15 @@ def show(method: Any, head: nn.Module, seen: dict[str, Any], reduction: str = "m
     passed, out = seen["features"], None
     if isinstance(method, nn.Module):
         out = method(**arguments(method, seen))
-        passed = out.features
+        passed = getattr(out, "features", passed)
     joint = head(torch.cat(list(passed.values()), 1))
-    losses = unimodal_losses(seen, reduction)
-    return Shown(F.cross_entropy(joint, seen["labels"], reduction=reduction), losses, seen, out)
+    if hasattr(out, "logits"):  # the joint ones are their sum
+        joint = torch.stack(list(out.logits.values())).sum(0)
+    loss = F.cross_entropy(joint, seen["labels"], reduction=reduction)
+    if hasattr(out, "loss"):
+        rows = 1 if reduction == "mean" else len(joint)
+        loss = loss + rows * out.loss
+    return Shown(loss, unimodal_losses(seen, reduction), seen, out)
 
 
 def unimodal_losses(seen: dict[str, Any], reduction: str = "mean") -> dict[str, Tensor]:
@@ -194,9 +213,15 @@ def balance(
 
 def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
     """How far a step was from one without the method; 0 if it has changed nothing."""
-    if isinstance(method, nn.Module):
+    if isinstance(method, nn.Module) and hasattr(out, "features"):
         pairs = zip(out.features.values(), seen["features"].values(), strict=True)
-        return sum(float((a - b).abs().sum().detach()) for a, b in pairs)
+        away = sum(float((a - b).abs().sum().detach()) for a, b in pairs)
+        if away or not hasattr(out, "coefficients"):
+            return away
+    if isinstance(method, nn.Module):  # the forward pass is what it was, or there is a loss more
+        return float(out.coefficients.abs().nan_to_num(1.0).sum().detach())
+    if method.card.official is None:  # a control, which does the same in every step
+        return float(method._acting)
     away = (out.coefficients - method.rule.need.neutral).abs()
     return float(away.nan_to_num(1.0).sum())
 
@@ -226,6 +251,8 @@ def needed(method: GradientMethod, seen: dict[str, Any]) -> dict[str, Any]:
 
 
 def acted(method: GradientMethod, results: list[Any]) -> bool:
-    """True if a step has modulated anything."""
+    """True if a step has modulated anything, as a control does in every one."""
+    if method.card.official is None:
+        return bool(results)
     idle = method.rule.need.neutral
     return any(bool((r.coefficients != idle).any()) for r in results)

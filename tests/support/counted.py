@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from types import FrameType, FunctionType
 from typing import Any, NamedTuple
 
@@ -128,7 +129,9 @@ def _on_features(kind: str) -> Call:
     arguments = {name: seen[name] for name in method.card.needs}
     if "fused" in arguments:
         arguments["fused_logits"] = torch.randn(9, 4)
-    return Call(partial(method.forward, **arguments, labels=networks.labels))
+    if "labels" in signature(method.forward).parameters:
+        arguments["labels"] = networks.labels
+    return Call(partial(method.forward, **arguments))
 
 
 def _whole_backward() -> Call:

@@ -240,6 +240,19 @@ def pair_scores(samples: SampleScores, mask: Tensor) -> ModalityScores:
     return ModalityScores(prob.flatten(), log_prob.flatten(), count.flatten())
 
 
+def complete_scores(samples: SampleScores, rows: Tensor) -> ModalityScores:
+    """Scores over the same samples for all modalities.
+
+    Args:
+        samples: Scores of single samples, [M, N, …].
+        rows: [N] bool, which count.
+    """
+    every = len(samples.prob)
+    prob, log_prob, count = pair_scores(samples, rows.expand(every, -1))
+    prob, log_prob = (table.view(every, every).diagonal() for table in (prob, log_prob))
+    return ModalityScores(prob, log_prob, count[0])
+
+
 def _over_shared(values: Tensor, here: Tensor) -> Tensor:
     """[M, M] sums of [M, R] values of m over the columns that are here for m and j."""
     return torch.stack([torch.where(here & other, values, 0.0).sum(1) for other in here], dim=1)

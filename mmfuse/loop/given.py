@@ -14,6 +14,7 @@ from ..ops import ModalityScores, SampleScores
 from ..ops._criterion import PLAIN, Criterion
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
+from .ranks import Observed
 
 Numbers = Mapping[str, Tensor | float]
 #: The loss that the targets are for; None for `nn.CrossEntropyLoss()`.
@@ -214,6 +215,12 @@ def check_present(
         if mask.device != device:
             raise ValueError(f"present[{name!r}] is on {mask.device}, not on {device}")
     return torch.stack(masks)
+
+
+def anywhere(mask: Tensor) -> Observed:
+    """[M] 1 for a modality that some sample has, else 0: over ranks, above 0 where any has it."""
+    one = torch.ones((), device=mask.device)
+    return Observed(mask.any(1).to(one), one)
 
 
 def pair_scores(samples: SampleScores, mask: Tensor) -> ModalityScores:

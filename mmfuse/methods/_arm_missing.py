@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..loop.given import More, check_present, own_numbers
 from ..loop.modalities import named_features
-from ..loop.ranks import Observed
 from ..ops import ModalityScores
 from ._arm_information import Complete
 
@@ -43,11 +42,6 @@ class Shown(NamedTuple):
 
     mask: Tensor
     own: ModalityScores | None
-
-    def seen(self) -> Observed:
-        """[M] 1 for a modality that some sample has, else 0."""
-        one = torch.ones((), device=self.mask.device)
-        return Observed(self.mask.any(1).to(one), one)
 
     def rows(self, here: Tensor) -> Tensor:
         """[B] bool, the samples that have all modalities that are here; [M] bool."""

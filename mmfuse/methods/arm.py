@@ -32,7 +32,7 @@ from .._devices import narrowed
 from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
-from ..loop.given import Loss, More, check_criterion, complete_scores, criterion_of
+from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, check_group, over_ranks
 from ..loop.state import in_backward
@@ -221,7 +221,7 @@ class ARM(EpochWindowModule):
         """[M] bool, the modalities that some sample of some rank has."""
         count = self.num_modalities
         _, seen = over_ranks(
-            lambda: (None, shown(features, count, logits, labels, more).seen()),
+            lambda: (None, anywhere(shown(features, count, logits, labels, more).mask)),
             group,
             count + 1,
             self.average.device,

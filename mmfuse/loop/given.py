@@ -14,6 +14,7 @@ from ..ops import ModalityScores, SampleScores
 from ..ops._criterion import PLAIN, Criterion
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
+from .ranks import Observed
 
 Numbers = Mapping[str, Tensor | float]
 #: The loss that the targets are for; None for `nn.CrossEntropyLoss()`.
@@ -216,6 +217,12 @@ def check_present(
     return torch.stack(masks)
 
 
+def anywhere(mask: Tensor) -> Observed:
+    """[M] 1 for a modality that some sample has, else 0: over ranks, above 0 where any has it."""
+    one = torch.ones((), device=mask.device)
+    return Observed(mask.any(1).to(one), one)
+
+
 def pair_scores(samples: SampleScores, mask: Tensor) -> ModalityScores:
     """Scores over the samples that two modalities share, so that who is missing decides nothing.
 
@@ -238,6 +245,19 @@ def pair_scores(samples: SampleScores, mask: Tensor) -> ModalityScores:
         for x in (samples.prob, samples.log_prob)
     )
     return ModalityScores(prob.flatten(), log_prob.flatten(), count.flatten())
+
+
+def complete_scores(samples: SampleScores, rows: Tensor) -> ModalityScores:
+    """Scores over the same samples for all modalities.
+
+    Args:
+        samples: Scores of single samples, [M, N, …].
+        rows: [N] bool, which count.
+    """
+    every = len(samples.prob)
+    prob, log_prob, count = pair_scores(samples, rows.expand(every, -1))
+    prob, log_prob = (table.view(every, every).diagonal() for table in (prob, log_prob))
+    return ModalityScores(prob, log_prob, count[0])
 
 
 def _over_shared(values: Tensor, here: Tensor) -> Tensor:

@@ -259,17 +259,19 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             raise ValueError(
                 f"loss must be a scalar, got shape {list(loss.shape)}: take its mean or sum"
             )
-        seen = unimodal = None
+        unimodal = None
         if self._need.second == "unimodal":
-            if more:
-                raise TypeError(f"{self.name}.backward takes no {', '.join(more)}")
+            useless = more.keys() - {"present"}
+            if useless:
+                raise TypeError(f"{self.name}.backward takes no {', '.join(sorted(useless))}")
             if unimodal_losses is None:
                 raise TypeError(
                     f"{self.name}.backward needs unimodal_losses, one for each modality"
                 )
             losses = checked_losses(self.modalities, unimodal_losses)
-            group = self.process_group
-            unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
+            seen = self._senses.who(more.get("present"))
+            group, every = self.process_group, seen is not None
+            unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph, every)
         elif logits is None and not more:
             raise TypeError(f"{self.name}.backward needs logits and labels")
         else:

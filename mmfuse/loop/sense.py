@@ -16,9 +16,9 @@ from ..noise import NoiseStream
 from ..ops._eager import Eager
 from ..ops.modality_scores import named_scores
 from .contract import Batch, Clock, Rule, State
-from .given import Kind, Looked, Loss, More, look, makes_tables
+from .given import Kind, Looked, Loss, More, anywhere, check_present, look, makes_tables
 from .modalities import Modalities
-from .ranks import Group, Observations, Observed, agree, several
+from .ranks import Group, Observations, Observed, agree, over_ranks, several
 
 
 def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ class Senses:
             scores, mask = looked.scores, looked.known if len(looked.numbers) == 0 else None
             given = self._given(labels, features, inputs) if self._needed else _NOTHING_MORE
         else:
-            self._paired, self._kind = False, "scores"
+            self._paired, self._kind, self.missing = False, "scores", _NOBODY
             given = self._given(labels, features, inputs) if self._needed else _NOTHING_MORE
             if logits is None or labels is None:
                 raise TypeError("logits and labels go together: give both or neither")
@@ -148,8 +148,8 @@ class Senses:
             modalities.device,
             backend,
         )
-        if found.known is not None:
-            self.missing = self._without_samples(found.known)
+        known = found.known
+        self.missing = _NOBODY if known is None else self._without_samples(known)
         return found
 
     def _without_samples(self, mask: Tensor) -> frozenset[str]:
@@ -162,6 +162,29 @@ class Senses:
             seen = mask.any(1).tolist()
             names -= {n for n, s in zip(self._modalities.names, seen, strict=True) if s}
         return names if self._observations.empty else names & self.missing
+
+    def who(self, present: Mapping[str, Tensor] | None) -> Observed | None:
+        """[M], above 0 for the modalities that a sample of some rank has; None if all have all.
+
+        For rules that sense nothing else.
+
+        Raises:
+            TypeError: a mask is no bool tensor.
+            ValueError: names, lengths or devices do not fit.
+        """
+        self.missing = _NOBODY
+        if present is None:
+            return None
+        names, device = self._modalities.names, self._modalities.device
+
+        def look() -> tuple[None, Observed]:
+            masks = present.values() if isinstance(present, Mapping) else ()
+            rows = next((len(x) for x in masks if isinstance(x, Tensor) and x.dim()), 0)
+            mask = check_present(names, present, rows, device)
+            self.missing = self._without_samples(mask)
+            return None, anywhere(mask)
+
+        return over_ranks(look, self._process_group, len(names) + 1, device)[1]
 
     def _given(
         self,

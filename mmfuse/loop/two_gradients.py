@@ -27,10 +27,12 @@ def two_gradients(
     modalities: Modalities,
     process_group: Group,
     retain_graph: bool,
+    every: bool = False,
 ) -> list[Tensor | None]:
     """Leaves the joint loss's gradient in ``.grad``; returns that of the unimodal losses' sum.
 
-    One for each parameter of the encoders, None where the unimodal losses do not reach it.
+    One for each parameter of the encoders, None where the unimodal losses do not reach it. With
+    `every` the losses of another rank may reach other parameters.
     """
     parameters = modalities.parameters
     total = torch.stack([loss.reshape(()) for loss in unimodal]).sum()
@@ -53,13 +55,16 @@ def two_gradients(
         total, [parameters[i] for i in wanted], retain_graph=True, allow_unused=True
     )
     (joint + total).backward(retain_graph=retain_graph)
+    if every:
+        both = zip(wanted, grads, strict=True)
+        grads = tuple(torch.zeros_like(parameters[i]) if g is None else g for i, g in both)
     reached = {i: grad for i, grad in zip(wanted, grads, strict=True) if grad is not None}
     averaged = _averaged(list(reached.values()), several(process_group))
     means = dict(zip(reached, averaged, strict=True))
-    # Whoever has a unimodal gradient has one of the sum.
-    sums = [grad for i in means if (grad := parameters[i].grad) is not None]
+    # Whoever has a unimodal gradient on some rank has one of the sum.
+    sums = {i: grad for i in means if (grad := parameters[i].grad) is not None}
     with torch.no_grad():
-        torch._foreach_sub_(sums, list(means.values()))
+        torch._foreach_sub_(list(sums.values()), [means[i] for i in sums])
     return [means.get(i) for i in range(len(parameters))]
 
 

@@ -17,6 +17,19 @@ from .._devices import WIDE
 from ..ops._tensors import kept_tensor
 from ..ops.joint_entropies import JointEntropies, joint_entropies
 from ..ops.mutual_information import normalised
+from ._means import mean_where
+
+
+class Complete(NamedTuple):
+    """Which modalities and values count, where samples miss some of them.
+
+    Attributes:
+        here: [M] bool, the modalities that some sample has, on any rank.
+        values: [P, N] bool, those of samples that have all of these.
+    """
+
+    here: Tensor
+    values: Tensor
 
 
 class Histograms(NamedTuple):
@@ -34,14 +47,26 @@ class Histograms(NamedTuple):
 
 
 def histograms(
-    rows: Sequence[Tensor], bins: int, conditional_bins: int, backend: str | None
+    rows: Sequence[Tensor],
+    bins: int,
+    conditional_bins: int,
+    backend: str | None,
+    complete: Complete | None = None,
 ) -> Histograms:
     """Two launches' worth; arguments and errors are those of `normalised_information`."""
     c = len(rows) - 1
-    pairs = joint_entropies(rows, [(m, c) for m in range(c)], bins, backend=backend)
+    present = None
+    if complete is not None:
+        present = complete.values
+        # Of a modality that nobody has nothing is known.
+        each = zip(rows[:c], complete.here.unbind(), strict=True)
+        rows = [*(torch.where(here, x, torch.nan) for x, here in each), rows[c]]
+    pairs = joint_entropies(
+        rows, [(m, c) for m in range(c)], bins, present=present, backend=backend
+    )
     others = list(combinations(range(c), 2))
     triples = joint_entropies(
-        rows, [(m, j, c) for m, j in others], conditional_bins, backend=backend
+        rows, [(m, j, c) for m, j in others], conditional_bins, present=present, backend=backend
     )
     return Histograms(pairs, triples, others)
 
@@ -51,6 +76,7 @@ def normalised_information(
     bins: int = 30,
     conditional_bins: int = 2,
     *,
+    complete: Complete | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """nmi_m and ncmi_m of all modalities, from two launches' worth of histograms.
@@ -60,6 +86,7 @@ def normalised_information(
             representation; P problems in one call.
         bins: Of nmi.
         conditional_bins: Of ncmi.
+        complete: What counts; None for everything.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -69,12 +96,12 @@ def normalised_information(
         TypeError: as `mmfuse.ops.joint_entropies`.
         ValueError: as `mmfuse.ops.joint_entropies`.
     """
-    pairs, triples, others = histograms(rows, bins, conditional_bins, backend)
+    pairs, triples, others = histograms(rows, bins, conditional_bins, backend, complete)
     of_triples = kept_tensor(_OF_TRIPLES, (7, 4), triples.entropies.dtype, triples.entropies.device)
     given = (triples.entropies @ of_triples).chunk(2, -1)
     all_of_them = normalised(*torch.cat([nmi_terms(pairs), *given]).unbind(-1))
     nmi, forth, back = all_of_them.split([len(rows) - 1, len(others), len(others)])
-    return nmi, mean_over_others(others, forth, back)
+    return nmi, mean_over_others(others, forth, back, complete)
 
 
 def nmi_terms(pairs: JointEntropies) -> Tensor:
@@ -100,16 +127,27 @@ _OF_TRIPLES = (
 # fmt: on
 
 
-def mean_over_others(others: Sequence[tuple[int, int]], forth: Tensor, back: Tensor) -> Tensor:
+def mean_over_others(
+    others: Sequence[tuple[int, int]],
+    forth: Tensor,
+    back: Tensor,
+    complete: Complete | None = None,
+) -> Tensor:
     """Means over j of what m shares with c given j: [M, P] from the pairs (m, j) and (j, m)."""
-    if len(others) == 1:
+    if len(others) == 1 and complete is None:
         return torch.cat([forth, back])
     count = max(j for _, j in others) + 1
     given: list[list[Tensor]] = [[] for _ in range(count)]
+    known: list[list[int]] = [[] for _ in range(count)]
     for q, (m, j) in enumerate(others):
         given[m].append(forth[q])
         given[j].append(back[q])
-    return torch.stack([torch.stack(each).mean(0) for each in given])
+        known[m].append(j)
+        known[j].append(m)
+    if complete is None:
+        return torch.stack([torch.stack(each).mean(0) for each in given])
+    here = torch.stack([torch.stack([complete.here[j] for j in each]) for each in known])
+    return mean_where(here, torch.stack([torch.stack(each) for each in given]), 1)
 
 
 def released_ncmi(counts: Tensor) -> Tensor:

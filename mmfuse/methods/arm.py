@@ -26,16 +26,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .._devices import narrowed
 from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.epochs import EpochWindowModule
+from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, check_group, over_ranks
 from ..loop.state import in_backward
+from ..ops._criterion import PLAIN
 from ..ops.modality_scores import named_scores
-from ._arm_rule import ARMResult, ARMRule, modality_contributions, modality_weights
+from ..ops.sample_scores import named_sample_scores
+from ._arm_information import Complete
+from ._arm_missing import complete, is_more, left_alone, shown
+from ._arm_rule import ARMResult, ARMRule, modality_contributions, modality_weights, weighted
 
 __all__ = ["ARM", "ARMResult", "modality_contributions", "modality_weights"]
 
@@ -53,8 +59,8 @@ class ARM(EpochWindowModule):
         loss = F.cross_entropy(head(torch.cat(list(out.features.values()), 1)), labels)
 
     In `eval()` no labels are needed: the weights are then the bias-corrected moving average of
-    those of training, which is in the module's buffers (1 before the first step of training). So
-    are those of a batch in which a modality contributes nothing, which does not enter the average.
+    those of training, a buffer (1 before the first step). So are those of a batch in which a
+    modality contributes nothing; neither it nor one that lacks a modality enters the average.
 
     Args:
         bins: Of the mutual information, from 1 to 256.
@@ -66,6 +72,7 @@ class ARM(EpochWindowModule):
         process_group: The ranks over which scores and information, which each rank estimates from
             its own samples, are averaged in training: None for all where torch.distributed is
             initialized, False for this rank alone.
+        criterion: The loss that logits and labels are for, as in `mmfuse.GradientMethod`.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -81,6 +88,7 @@ class ARM(EpochWindowModule):
         golden=True,
     )
     rule: ARMRule
+    criterion: Loss
     average: Tensor
     average_weight: Tensor
 
@@ -94,6 +102,7 @@ class ARM(EpochWindowModule):
         starts: int = 0,
         ends: int | None = None,
         process_group: Group = None,
+        criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -104,6 +113,7 @@ class ARM(EpochWindowModule):
         self.num_modalities = whole("num_modalities", num_modalities, least=2)
         self.momentum = momentum
         self.process_group = check_group(process_group)
+        object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.backend = backend
         self.register_buffer("average", torch.zeros(num_modalities, dtype=torch.float64))
         self.register_buffer("average_weight", torch.zeros((), dtype=torch.float64))
@@ -137,6 +147,7 @@ class ARM(EpochWindowModule):
         logits: Mapping[str, Tensor] | None = None,
         fused_logits: Tensor | None = None,
         labels: Tensor | None = None,
+        **more: Unpack[More],
     ) -> ARMResult:
         """Weights the features of a batch.
 
@@ -146,7 +157,11 @@ class ARM(EpochWindowModule):
                 are not looked at in `eval()`.
             logits: Name → [B, C] logits of each modality alone.
             fused_logits: [B, C] logits of c.
-            labels: [B] integer class indices; rows labelled −100 do not count.
+            labels: [B] class indices, or as `criterion` takes them; rows of −100 do not count.
+            **more: As in `mmfuse.GradientMethod`. With ``present`` everything is estimated from the
+                samples that have all modalities, but for those that the whole batch (of all ranks)
+                lacks: these weigh 1 and are left out of the others. ``scores`` are the p_m, with
+                p_c by the name "fused", in place of logits and labels.
 
         Returns:
             `ARMResult`, differentiable in the features. A value that is NaN or infinite makes its
@@ -160,22 +175,29 @@ class ARM(EpochWindowModule):
         if not self.training and self.rule.averages:
             named_features("ARM", features, self.num_modalities)
             average = self._average()
-            return ARMResult(_weighted(features, average), average)
-        if fused is None or logits is None or fused_logits is None or labels is None:
+            return ARMResult(weighted(features, average), average)
+        given = logits is not None and fused_logits is not None and labels is not None
+        if fused is None or not (given or more.get("scores") is not None):
             raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
         if self.training:
             self._check_told("ARM")
         with torch.no_grad():
             count = self.num_modalities
+            group = self.process_group if self.training else False
+            wanted = bool(more) and is_more(more)
+            here = self._here(features, logits, labels, more, group) if wanted else None
             _, seen = over_ranks(
-                lambda: self._look(features, fused, logits, fused_logits, labels),
-                self.process_group if self.training else False,
+                lambda: self._look(features, fused, logits, fused_logits, labels, more, here),
+                group,
                 3 * count + 2,
                 self.average.device,
             )
             nmi, ncmi, scores = seen.means.split([count, count, count + 1])
-            contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1])
-            weights, counts = self.rule.weights(contributions, self._average())
+            contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1], here)
+            average = self._average()
+            weights, counts = self.rule.weights(contributions, average, here)
+            if here is not None:
+                weights, counts = left_alone(weights, counts, here, seen.count > 0, average)
             if self.training and not self._acting:
                 weights = torch.ones_like(weights)
             # A checkpointed forward pass is repeated in the backward pass; it counts once.
@@ -185,28 +207,65 @@ class ARM(EpochWindowModule):
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
-        weighted = _weighted(features, weights)
-        return ARMResult(weighted, weights, scores[:-1], contributions, nmi, ncmi)
+        found = weighted(features, weights)
+        return ARMResult(found, weights, scores[:-1], contributions, nmi, ncmi)
+
+    def _here(
+        self,
+        features: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor] | None,
+        labels: Tensor | None,
+        more: More,
+        group: Group,
+    ) -> Tensor:
+        """[M] bool, the modalities that some sample of some rank has."""
+        count = self.num_modalities
+        _, seen = over_ranks(
+            lambda: (None, anywhere(shown(features, count, logits, labels, more).mask)),
+            group,
+            count + 1,
+            self.average.device,
+        )
+        return seen.means > 0
 
     def _look(
         self,
         features: Mapping[str, Tensor],
         fused: Tensor,
-        logits: Mapping[str, Tensor],
-        fused_logits: Tensor,
-        labels: Tensor,
+        logits: Mapping[str, Tensor] | None,
+        fused_logits: Tensor | None,
+        labels: Tensor | None,
+        more: More,
+        here: Tensor | None,
     ) -> tuple[None, Observed]:
         """nmi_m, ncmi_m, p_m and p_c of this rank; with all checks."""
         names, values = named_features("ARM", features, self.num_modalities)
-        check_names("logits", logits, names, "features")
-        nmi, ncmi = self._information(names, values, fused)
-        called = [*(f"logits[{name!r}]" for name in names), "fused_logits"]
-        every = [*(logits[name] for name in names), fused_logits]
-        scores = named_scores(called, every, labels, self.backend)
+        if logits is not None:
+            check_names("logits", logits, names, "features")
+        rows = scores = counted = None
+        if here is not None:
+            who = shown(features, len(names), logits, labels, more)
+            rows, scores = who.rows(here), who.scores(here)
+            counted = complete(here, rows, values[0])
+        nmi, ncmi = self._information(names, values, fused, counted)
+        if scores is None:
+            assert logits is not None and fused_logits is not None and labels is not None
+            called = [*(f"logits[{name!r}]" for name in names), "fused_logits"]
+            every = [*(logits[name] for name in names), fused_logits]
+            how = PLAIN if self.criterion is None else criterion_of(self.criterion)
+            if rows is None:
+                scores = named_scores(called, every, labels, self.backend, how)
+            else:
+                samples = named_sample_scores(called, every, labels, self.backend, how)
+                scores = complete_scores(samples, rows)
         return None, Observed(torch.cat([nmi, ncmi, scores.prob.to(nmi.dtype)]), scores.count)
 
     def _information(
-        self, names: Sequence[str], features: Sequence[Tensor], fused: Tensor
+        self,
+        names: Sequence[str],
+        features: Sequence[Tensor],
+        fused: Tensor,
+        counted: Complete | None,
     ) -> tuple[Tensor, Tensor]:
         for name, value in zip((*names, "fused"), (*features, fused), strict=True):
             if value.shape != features[0].shape:
@@ -216,7 +275,7 @@ class ARM(EpochWindowModule):
                     f"{name} {list(value.shape)}"
                 )
         rows = [value.reshape(1, -1) for value in (*features, fused)]
-        nmi, ncmi = self.rule.information(rows, self.backend)
+        nmi, ncmi = self.rule.information(rows, self.backend, counted)
         return nmi.squeeze(1), ncmi.squeeze(1)
 
     def _average(self) -> Tensor:
@@ -236,8 +295,3 @@ class ARM(EpochWindowModule):
     def extra_repr(self) -> str:
         """The hyper-parameters."""
         return f"{self.rule}, num_modalities={self.num_modalities}"
-
-
-def _weighted(features: Mapping[str, Tensor], weights: Tensor) -> dict[str, Tensor]:
-    pairs = zip(features.items(), weights.unbind(), strict=True)
-    return {name: feature * factor.to(feature.dtype) for (name, feature), factor in pairs}

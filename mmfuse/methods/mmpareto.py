@@ -56,7 +56,7 @@ class MMParetoResult:
 
     Attributes:
         coefficients: [M] k1, the joint gradient's weight, in the order of `encoders`; 1/2 where the
-            gradients agree.
+            gradients agree, and for a modality that no sample has.
         cosines: [M] cosine of each encoder's two gradients; NaN if one is 0.
         finite: 0-d bool, False if a gradient holds a NaN or an Inf after the step.
     """
@@ -109,6 +109,7 @@ class MMParetoRule(Stateless):
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """Weights of each modality, and the length of each tensor's gradient."""
         stats = tensors.stats
+        here = seen.means > 0 if len(seen.means) else None  # the modalities that a sample has
         if stats is None:  # outside of its epochs, or nothing has a gradient
             halves = torch.full((tensors.modalities,), 0.5, device=tensors.device)
             act = Act(pull=tensors.each(torch.ones_like(halves)))
@@ -123,8 +124,13 @@ class MMParetoRule(Stateless):
         parts = first.square() * n1 + second.square() * n2
         combined = parts + 2 * first * second * a
         longer = self.longer(plain, combined, parts) * self.gamma
-        act = Act(scale=(longer * first).to(stats.mean), pull=(longer * second).to(stats.mean))
-        return Decision(act, (k1, between / (joint * unimodal).sqrt()))
+        scale, pull = (longer * first).to(stats.mean), (longer * second).to(stats.mean)
+        cosines = between / (joint * unimodal).sqrt()
+        if here is not None:  # of the others both gradients are added, whatever they are
+            k1, cosines = torch.where(here, k1, 0.5), torch.where(here, cosines, torch.nan)
+            each = tensors.each(here)
+            scale, pull = (torch.where(each, x, 1.0) for x in (scale, pull))
+        return Decision(Act(scale=scale, pull=pull), (k1, cosines))
 
     def longer(self, plain: Tensor, combined: Tensor, parts: Tensor) -> Tensor:
         """[T] max(1, |g1 + g2| / |h|), from squares; 1 where h is rounding noise.
@@ -164,6 +170,10 @@ class MMPareto(GradientMethod):
     parts reach one encoder each. Heads keep the gradient of the sum of all losses. Where there is
     no conflict an encoder's gradient is gamma times that of this sum. Gradients that are there
     already count as the joint loss's, so that a step has one micro-batch.
+
+    `backward` takes ``present`` (see `mmfuse.GradientMethod`), which matters where the whole batch
+    (of all ranks) lacks a modality: its encoder may be without gradients then, and what it has are
+    added as they are. Else masks change nothing, since the gradients decide.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._devices import WIDE
 from .._numbers import whole
+from ..reference.joint_entropies import entropies
 from ._registry import Op
 from ._tensors import check_named, promoted
 
@@ -61,6 +62,7 @@ def joint_entropies(
     bins: int,
     *,
     names: Sequence[str] | None = None,
+    present: Tensor | None = None,
     backend: str | None = None,
 ) -> JointEntropies:
     """Joint histograms of pairs or triples of variables, and the entropies of all their margins.
@@ -84,15 +86,17 @@ def joint_entropies(
         tuples: Q pairs, or Q triples, of indices into `data`.
         bins: Number of bins for each variable: at most 256 for pairs, 32 for triples.
         names: What errors call the variables; by default ``data[k]``.
+        present: [P, N] bool, which of the paired values count; what the others hold does not
+            matter. None for all. No number of it is read by the host.
         backend: Name of a backend; None for the best one.
 
     Returns:
         `JointEntropies`.
 
     Raises:
-        TypeError: a variable is sparse, integer or complex.
-        ValueError: the variables differ in shape or device, hold no values, or `bins` or `tuples`
-            are out of range.
+        TypeError: a variable is sparse, integer or complex, or `present` no bool tensor.
+        ValueError: the variables or `present` differ in shape or device, hold no values, or `bins`
+            or `tuples` are out of range.
     """
     order = _order_of(tuples, len(data))
     bins = check_bins(bins, MAX_BINS[order])
@@ -106,7 +110,54 @@ def joint_entropies(
     if kinds != {usual} or first.dim() != 2 or first.numel() == 0:
         ready = _checked(names, data)
     flat = [k for members in tuples for k in members]
-    return JointEntropies(*_op(backend, first.device, ready, flat, order, bins))
+    if present is not None:
+        check_mask(present, ready[0])
+        ready = [_filled(x, present) for x in ready]
+    found = JointEntropies(*_op(backend, first.device, ready, flat, order, bins))
+    return found if present is None else _without_the_filled(found, present, order, bins)
+
+
+def check_mask(present: Tensor, values: Tensor) -> None:
+    """Checks which of the paired values count.
+
+    Raises:
+        TypeError: it is no bool tensor.
+        ValueError: it is not of the values' shape and device.
+    """
+    if not isinstance(present, Tensor) or present.dtype is not torch.bool:
+        kind = present.dtype if isinstance(present, Tensor) else type(present).__name__
+        raise TypeError(f"present must be a bool tensor, got {kind}")
+    if present.shape != values.shape or present.device != values.device:
+        raise ValueError(
+            f"present must be like the values, {list(values.shape)} on {values.device}, got "
+            f"{list(present.shape)} on {present.device}"
+        )
+
+
+def _filled(x: Tensor, present: Tensor) -> Tensor:
+    """The values with the smallest that counts in place of those that do not; 0 if none counts."""
+    least = torch.where(present, x, torch.inf).amin(1, keepdim=True)
+    return torch.where(present, x, torch.where(least == torch.inf, 0.0, least).to(x.dtype))
+
+
+def _without_the_filled(
+    found: JointEntropies, present: Tensor, order: int, bins: int
+) -> JointEntropies:
+    """Takes out of the counts what `_filled` has put in: all of it lies in one cell.
+
+    That cell is in the lowest bin of each variable that is not empty, since it has its smallest
+    value.
+    """
+    counts = found.counts
+    cube = counts.unflatten(-1, [bins] * order)
+    cell = torch.zeros_like(counts[..., 0])
+    for k in range(order):
+        margin = cube.sum([2 + other for other in range(order) if other != k])
+        cell = cell * bins + (margin > 0).to(torch.int64).argmax(-1)
+    # Where a value is not finite all counts are 0, and stay so.
+    extra = (~present).sum(1) * (counts.sum(-1) > 0)
+    counts = counts.scatter_add(-1, cell.unsqueeze(-1), -extra.unsqueeze(-1))
+    return JointEntropies(entropies(counts, order, bins), counts)
 
 
 def _checked(names: Sequence[str], data: Sequence[Tensor]) -> list[Tensor]:

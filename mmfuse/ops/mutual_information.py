@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from ._tensors import promoted
-from .joint_entropies import MAX_BINS, PAIRED, check_bins, check_not_empty, joint_entropies
+from .joint_entropies import (
+    MAX_BINS,
+    PAIRED,
+    check_bins,
+    check_mask,
+    check_not_empty,
+    joint_entropies,
+)
 from .soft_histogram import soft_histogram
 
 Estimator = Literal["histogram", "soft"]
@@ -53,6 +60,7 @@ def mutual_information(
     bins: int,
     estimator: Estimator = "histogram",
     *,
+    present: Tensor | None = None,
     backend: str | None = None,
 ) -> MutualInformation:
     """Plug-in estimate of the mutual information of two variables, from their joint histogram.
@@ -74,6 +82,9 @@ def mutual_information(
             between two neighbouring bins in each dimension (see `soft_histogram`), is
             differentiable once, needs at least 2 bins, and is smaller, since sharing out blurs the
             joint distribution.
+        present: [N] or [P, N] bool, which pairs count, for samples that lack one of the variables:
+            the estimate is that of the pairs that are there, NaN if there are none. What the
+            others hold does not matter. For "histogram" only.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -81,15 +92,21 @@ def mutual_information(
         value is NaN or infinite.
 
     Raises:
-        TypeError: x or y is sparse, integer or complex, or bins is no integer.
-        ValueError: their shapes or devices differ, they are empty, or `bins` or `estimator` is out
-            of range.
+        TypeError: x or y is sparse, integer or complex, bins is no integer, or `present` not bool.
+        ValueError: their shapes or devices differ, they are empty, `bins` or `estimator` is out of
+            range, or `present` is given with "soft".
     """
     rows = _rows("xy", (x, y))
     if estimator == "histogram":
-        found = joint_entropies(rows, [(0, 1)], bins, names="xy", backend=backend)
+        found = joint_entropies(
+            rows, [(0, 1)], bins, names="xy", present=_mask(present, x), backend=backend
+        )
         h_x, h_y, h_xy = found.entropies[0].unbind(-1)
     elif estimator == "soft":
+        if present is not None:
+            raise ValueError(
+                "present goes with the estimator 'histogram'; give 'soft' the pairs that are there"
+            )
         bins = check_bins(bins, MAX_BINS[2], 2)
         h_x, h_y, h_xy = _soft_entropies(rows[0], rows[1], bins, backend)
     else:
@@ -99,7 +116,13 @@ def mutual_information(
 
 
 def conditional_mutual_information(
-    x: Tensor, y: Tensor, z: Tensor, bins: int, *, backend: str | None = None
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    bins: int,
+    *,
+    present: Tensor | None = None,
+    backend: str | None = None,
 ) -> ConditionalMutualInformation:
     """Plug-in estimate of I(x; y | z), from the joint histogram of three variables.
 
@@ -108,6 +131,7 @@ def conditional_mutual_information(
         y: Like x.
         z: Like x.
         bins: Number of bins for each variable, at most 32; the bins are those of NumPy.
+        present: As in `mutual_information`.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -119,7 +143,7 @@ def conditional_mutual_information(
         ValueError: as `mutual_information`.
     """
     rows = _rows("xyz", (x, y, z))
-    h_xz, h_yz, h_xyz, h_z = _triple(rows, bins, backend)[3:]
+    h_xz, h_yz, h_xyz, h_z = _triple(rows, bins, _mask(present, x), backend)[3:]
     cmi = (h_xz + h_yz - h_xyz - h_z).clamp(min=0)
     h_x, h_y = (h_xz - h_z).clamp(min=0), (h_yz - h_z).clamp(min=0)
     ncmi = normalised(2 * cmi, h_x + h_y)
@@ -127,7 +151,13 @@ def conditional_mutual_information(
 
 
 def co_information(
-    x: Tensor, y: Tensor, z: Tensor, bins: int, *, backend: str | None = None
+    x: Tensor,
+    y: Tensor,
+    z: Tensor,
+    bins: int,
+    *,
+    present: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """I(x; y) − I(x; y | z): what z explains of it (redundancy) minus what z adds to it (synergy).
 
@@ -139,6 +169,7 @@ def co_information(
         y: Like x.
         z: Like x.
         bins: Number of bins for each variable, at most 32; the bins are those of NumPy.
+        present: As in `mutual_information`.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -150,14 +181,16 @@ def co_information(
         ValueError: as `mutual_information`.
     """
     rows = _rows("xyz", (x, y, z))
-    h_x, h_y, h_xy, h_xz, h_yz, h_xyz, h_z = _triple(rows, bins, backend)
+    h_x, h_y, h_xy, h_xz, h_yz, h_xyz, h_z = _triple(rows, bins, _mask(present, x), backend)
     (shared,) = _finish(x, rows, (h_x + h_y - h_xy) - (h_xz + h_yz - h_xyz - h_z))
     return shared
 
 
-def _triple(rows: Sequence[Tensor], bins: int, backend: str | None) -> tuple[Tensor, ...]:
+def _triple(
+    rows: Sequence[Tensor], bins: int, present: Tensor | None, backend: str | None
+) -> tuple[Tensor, ...]:
     """H(x), H(y), H(x,y), H(x,z), H(y,z), H(x,y,z), H(z), each [P] float64."""
-    found = joint_entropies(rows, [(0, 1, 2)], bins, names="xyz", backend=backend)
+    found = joint_entropies(rows, [(0, 1, 2)], bins, names="xyz", present=present, backend=backend)
     h_x, h_y, h_xy, h_z, h_xz, h_yz, h_xyz = found.entropies[0].unbind(-1)
     return h_x, h_y, h_xy, h_xz, h_yz, h_xyz, h_z
 
@@ -167,6 +200,14 @@ def _rows(names: Sequence[str], values: Sequence[Tensor]) -> list[Tensor]:
     rows = promoted(names, values, PAIRED, "[N] or [P, N]", 1, 2)
     check_not_empty(names[0], rows[0])
     return [x if x.dim() == 2 else x.unsqueeze(0) for x in rows]
+
+
+def _mask(present: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask as [P, N], checked against values that are as the user has given them."""
+    if present is None:
+        return None
+    check_mask(present, x)
+    return present if present.dim() == 2 else present.unsqueeze(0)
 
 
 def _finish(like: Tensor, rows: Sequence[Tensor], *values: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -117,7 +118,7 @@ def named_sample_scores(
     prob, log_prob, rows = _op(backend, labels.device, *arguments)
     on_cpu = labels.device.type == "cpu"
     compiled = type(backend) is not Eager and torch.compiler.is_compiling()
-    if on_cpu and not compiled and bool(prob.sum().isnan()):
+    if on_cpu and not compiled and math.isnan(prob.sum().tolist()):
         check_range(names, logits, labels, criterion)
     first = logits[0]
     shape = [*first.shape[:1], *first.shape[2:]]

@@ -122,6 +122,19 @@ def test_no_gradient_is_an_error_again_once_samples_have_the_modality() -> None:
             method.step(**nets.given(method), **more)
 
 
+@pytest.mark.parametrize("options", [{}, {"criterion": nn.CrossEntropyLoss()}])
+def test_what_a_failed_step_was_given_is_forgotten(options: dict[str, Any]) -> None:
+    nets = Networks(2)
+    method = nets.method("OGM", **options)
+    gone = {**everyone(2), "visual": torch.zeros(ROWS, dtype=torch.bool)}
+    nets.backward(without=("audio", "visual"))
+    with pytest.raises(RuntimeError, match="'audio' has a gradient"):
+        method.step(**nets.given(method), present=gone)
+    nets.backward(without=("visual",))
+    with pytest.raises(RuntimeError, match="'visual' has a gradient"):
+        method.step(**nets.given(method))
+
+
 @pytest.mark.parametrize("kind", STEPPING)
 def test_histories_do_not_know_of_a_step_without_the_modality(kind: str) -> None:
     """Steps 1 and 3 alone leave the same state of the missing one as steps 1 to 3."""

@@ -100,6 +100,60 @@ def test_ranks_are_one_process_with_the_whole_batch(how: str, size: int) -> None
         torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-12)
 
 
+class WithoutSome(Net):
+    """Runs an encoder where a sample has its modality; zeros stand for the others' features."""
+
+    def forward(
+        self, audio: Tensor, visual: Tensor, labels: Tensor, names: tuple[str, ...]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        inputs = {"audio": audio, "visual": visual}
+        features = {n: self.encoders[n](x) for n, x in inputs.items() if n in names}
+        zeros = torch.zeros(len(labels), 4, dtype=torch.float64)
+        joint = self.head(torch.cat([features.get(n, zeros) for n in inputs], 1))
+        unimodal = {
+            n: F.cross_entropy((1.0 if n == "audio" else -1.0) * self.own[n](f), labels)
+            for n, f in features.items()
+        }
+        nothing = torch.full((), torch.nan, dtype=torch.float64)
+        return F.cross_entropy(joint, labels), {n: unimodal.get(n, nothing) for n in inputs}
+
+
+def with_masks(rank: int, gone: bool) -> list[Any]:
+    """The second rank has no audio, or none has."""
+    torch.manual_seed(3)
+    model = WithoutSome().double()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    method = mmfuse.MMPareto(model.encoders)
+    mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    here = torch.full((ROWS // 2,), not (rank or gone))
+    present = {"audio": here, "visual": torch.ones_like(here)}
+    names = tuple(n for n, mask in present.items() if bool(mask.any()))
+    joint, unimodal = wrapped(*(x[mine] for x in data(0)), names)
+    out = method.backward(joint, unimodal_losses=unimodal, present=present)
+    return [out.coefficients, out.cosines, [p.grad for p in model.audio_net.parameters()]]
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_ranks_without_a_modality(gone: bool) -> None:
+    """The other's gradients reach all; what no rank has is left alone."""
+    first, second = ranks(2).run(with_masks, gone)
+    torch.testing.assert_close(first[:2], second[:2], rtol=0, atol=0, equal_nan=True)
+    coefficients, cosines, grads = first
+    assert bool(cosines[0].isnan()) == gone and not bool(cosines[1].isnan())
+    if gone:
+        assert coefficients[0] == 0.5 and all(g is None or not bool(g.any()) for g in grads)
+        return
+    torch.testing.assert_close(grads, second[2], rtol=0, atol=0)
+    # The mean over the ranks, of which the second adds nothing to either gradient.
+    torch.manual_seed(3)
+    model = WithoutSome().double()
+    joint, unimodal = model(*(x[: ROWS // 2] for x in data(0)), ("audio", "visual"))
+    alone = mmfuse.MMPareto(model.encoders).backward(joint, unimodal_losses=unimodal)
+    torch.testing.assert_close(cosines[0], alone.cosines[0], rtol=1e-9, atol=0)
+    for grad, p in zip(grads, model.audio_net.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad / 2, rtol=1e-9, atol=1e-12)
+
+
 def expanded(rank: int) -> list[Tensor]:
     """The gradient of a sum is one number, expanded over the whole weight."""
     nets = nn.ModuleDict({name: nn.Linear(2, 3, bias=False) for name in ("a", "b")})

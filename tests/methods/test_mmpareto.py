@@ -13,13 +13,13 @@ import mmfuse
 from mmfuse.methods.mmpareto import min_norm_weight
 
 
-def test_masks_and_scores_are_refused() -> None:
+@pytest.mark.parametrize("what", ["scores", "ratios", "coefficients"])
+def test_numbers_of_ones_own_are_refused(what: str) -> None:
     nets = {n: torch.nn.Linear(2, 2) for n in ("a", "b")}
     losses = {n: net(torch.ones(1, 2)).sum() for n, net in nets.items()}
     mmpareto = mmfuse.MMPareto(nets)
-    present = {n: torch.ones(1, dtype=torch.bool) for n in nets}
-    with pytest.raises(TypeError, match=r"MMPareto\.backward takes no present"):
-        mmpareto.backward(sum(losses.values()), unimodal_losses=losses, present=present)
+    with pytest.raises(TypeError, match=rf"MMPareto\.backward takes no {what}"):
+        mmpareto.backward(sum(losses.values()), unimodal_losses=losses, **{what: {"a": 1, "b": 1}})
     assert all(p.grad is None for net in nets.values() for p in net.parameters())
 
 
@@ -88,6 +88,65 @@ def test_three_modalities_and_a_frozen_one(cell: Cell) -> None:
     assert nets["c"].weight.grad is None
     for net in trained.values():
         torch.testing.assert_close(net.weight.grad, 3.0 * joint)
+
+
+def masks(cell: Cell, **missing: bool) -> dict[str, Tensor]:
+    """Of three samples, of which none has what is missing."""
+    return {n: torch.full((3,), not gone, device=cell.device) for n, gone in missing.items()}
+
+
+def test_masks_of_samples_change_nothing(cell: Cell) -> None:
+    found = []
+    joint, unimodal = torch.rand(2, 2, 3, device=cell.device)
+    for more in ({}, {"present": masks(cell, a=False, b=False)}):
+        torch.manual_seed(0)
+        method, nets = made(cell)
+        loss, losses = set_gradients(nets, joint, -0.3 * unimodal)
+        if more:
+            more["present"]["a"][1:] = False
+        out = method.backward(loss, unimodal_losses=losses, **more)
+        found.append([out.coefficients, out.cosines, *(n.weight.grad for n in nets.values())])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    assert (found[0][0] != 0.5).all()
+
+
+@pytest.mark.parametrize("gradients", ["none", "some"])
+def test_a_modality_that_no_sample_has_is_left_alone(cell: Cell, gradients: str) -> None:
+    """Where its encoder has gradients nonetheless, their sum is what the plain loss gives it."""
+    method, nets = made(cell)
+    joint, unimodal = torch.rand(2, 2, 3, device=cell.device)
+    reached = nets if gradients == "some" else {"a": nets["a"]}
+    loss, losses = set_gradients(reached, joint, -0.3 * unimodal)
+    empty = torch.full((), torch.nan, device=cell.device)  # the mean over no samples
+    gone = masks(cell, a=False, b=True)
+    out = method.backward(loss, unimodal_losses={"b": empty, **losses}, present=gone)
+    assert out.coefficients[1] == 0.5 and out.coefficients[0] != 0.5
+    assert out.cosines[1].isnan() and out.finite
+    if gradients == "none":
+        assert nets["b"].weight.grad is None
+    else:
+        torch.testing.assert_close(nets["b"].weight.grad, joint - 0.3 * unimodal)
+    # A step without masks is as strict as before, also after one that was not.
+    for net in nets.values():
+        net.weight.grad = None
+    loss, losses = set_gradients({"a": nets["a"]}, joint, unimodal)
+    with pytest.raises(RuntimeError, match="no parameter of the encoder of 'b' has a gradient"):
+        method.backward(loss, unimodal_losses={**losses, "b": empty})
+
+
+def test_wrong_masks_are_named_before_a_backward_pass(cell: Cell) -> None:
+    method, nets = made(cell)
+    loss, losses = set_gradients(nets, *torch.rand(2, 2, 3, device=cell.device))
+    good = masks(cell, a=False, b=False)
+    for wrong, error, message in (
+        ({"a": good["a"]}, ValueError, "missing"),
+        ({**good, "b": good["b"][:2]}, ValueError, r"present\['b'\] must have shape \[3\]"),
+        ({**good, "b": good["b"].float()}, TypeError, r"present\['b'\] must be a bool tensor"),
+        ([good["a"]], TypeError, "must map"),
+    ):
+        with pytest.raises(error, match=message):
+            method.backward(loss, unimodal_losses=losses, present=wrong)
+    assert all(net.weight.grad is None for net in nets.values())
 
 
 @pytest.mark.parametrize("gamma", [0.0, -1.0, math.nan, math.inf])

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .._devices import narrowed
 from .._numbers import whole
-from ..loop.contract import Card
+from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, check_group, over_ranks
@@ -56,6 +56,8 @@ class ARM(EpochWindowModule):
     those of training, which is in the module's buffers (1 before the first step of training). So
     are those of a batch in which a modality contributes nothing, which does not enter the average.
 
+    Fidelity: from the formulas; `official` has golden numbers.
+
     Args:
         bins: Of the mutual information, from 1 to 256.
         conditional_bins: Of the conditional mutual information, from 1 to 32.
@@ -77,8 +79,8 @@ class ARM(EpochWindowModule):
         "Gao et al., AAAI 2025",
         "feature",
         ("features", "fused", "logits"),
-        "Gao-xiyuan/ARM at a96d0ad",
-        golden=True,
+        (Source("Gao-xiyuan/ARM at a96d0ad", golden=True),),
+        golden=False,
     )
     rule: ARMRule
     average: Tensor
@@ -118,6 +120,9 @@ class ARM(EpochWindowModule):
         infinite; nothing is clamped. In `eval()` it needs the labels of the test set too. That its
         layer from the features to `fused` gets no gradient is a matter of your network: the weights
         are detached either way.
+
+        Fidelity: golden numbers of the authors' code (Gao-xiyuan/ARM at a96d0ad). Three modalities
+        and more are from the formulas.
 
         Args:
             bins: As in `ARM`.

@@ -26,7 +26,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._numbers import whole
-from ..loop.contract import Card
+from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import Loss, More, check_criterion, look, makes_tables
 from ..loop.modalities import check_names, named_features
@@ -58,7 +58,7 @@ class OPM(EpochWindowModule):
     In `eval()` the features pass unchanged, and logits and labels are not looked at.
 
     One launch reads and writes every feature once. q and the noise stream, which the mask comes
-    from, are buffers.
+    from, are buffers. Fidelity: from the formulas; `official` has golden numbers.
 
     Args:
         q_base: Probability at which a modality that is just dominant is dropped, in [0, 1].
@@ -83,8 +83,8 @@ class OPM(EpochWindowModule):
         "Wei et al., TPAMI 2024",
         "feature",
         ("features", "logits"),
-        "GeWu-Lab/BML_TPAMI2024 at 4b3aa4f",
-        golden=True,
+        (Source("GeWu-Lab/BML_TPAMI2024 at 4b3aa4f", golden=True),),
+        golden=False,
     )
     rule: OPMRule
     criterion: Loss
@@ -141,6 +141,9 @@ class OPM(EpochWindowModule):
         The released code's division has a backward pass of its own, which passes θ itself back to
         θ, and from there to the features through their scores: the gradient of an additional loss
         θ²/2, whatever the loss is scaled by. The features get it as well, the head does not.
+
+        Fidelity: golden numbers of the authors' code (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f), alone and
+        with OGM-GE. Three modalities and more are from the formulas.
 
         Args:
             q_base: As in `OPM`.

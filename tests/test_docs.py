@@ -12,6 +12,8 @@ from mmfuse.ops._registry import BACKENDS, OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+#: A method on features that is made, and what it becomes part of.
+MADE = re.compile(r"\b(\w+)(?:\.\w+)? = mmfuse\.(?:OPM|ARM)\(")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md")
 
 
@@ -26,6 +28,22 @@ def test_code_runs_from_top_to_bottom(document: str) -> None:
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, document, "exec"), namespace)
+
+
+def shown() -> dict[str, str]:
+    """What shows users how to train: documents, examples, docstrings of methods and adapters."""
+    named = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    package = [p for d in ("methods", "adapters") for p in (ROOT / "mmfuse" / d).glob("*.py")]
+    return {str(path.relative_to(ROOT)): path.read_text() for path in [*named, *package]}
+
+
+def test_methods_on_features_are_parts_of_the_model() -> None:
+    """One that is not goes on dropping in an evaluation."""
+    texts = {path: text for path, text in shown().items() if MADE.search(text)}
+    assert len(texts) >= 4
+    for path, text in texts.items():
+        assert set(MADE.findall(text)) <= {"self", "model"}, path
+        assert "eval()" in text or path.startswith("mmfuse/adapters"), path
 
 
 def test_the_two_commands_come_first() -> None:

@@ -45,12 +45,15 @@ class ARM(EpochWindowModule):
 
     ::
 
-        arm = mmfuse.ARM()
+        model.arm = mmfuse.ARM()               # part of the model, whose eval() it has to hear
         features = {"audio": audio_net(sounds), "visual": visual_net(images)}   # [B, D] each
         fused = neck(torch.cat([features["audio"], features["visual"]], 1))     # [B, D]
         logits = {name: classifier(f) for name, f in features.items()}
-        out = arm(features, fused, logits, classifier(fused), labels)
+        out = model.arm(features, fused, logits, classifier(fused), labels)
         loss = F.cross_entropy(head(torch.cat(list(out.features.values()), 1)), labels)
+
+        model.eval()                           # and model.train() after the evaluation
+        out = model.arm(features)
 
     In `eval()` no labels are needed: the weights are then the bias-corrected moving average of
     those of training, which is in the module's buffers (1 before the first step of training). So

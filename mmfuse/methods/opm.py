@@ -46,13 +46,14 @@ class OPM(EpochWindowModule):
 
     ::
 
-        opm = mmfuse.OPM()
+        model.opm = mmfuse.OPM()               # part of the model, whose eval() it has to hear
         for images, sounds, labels in loader:
             features = {"audio": audio_net(sounds), "visual": visual_net(images)}
             logits = mmfuse.unimodal_logits(head, features)
-            kept = opm(features, logits, labels).features
+            kept = model.opm(features, logits, labels).features
             loss = F.cross_entropy(head(torch.cat(list(kept.values()), 1)), labels)
             mmfuse.ogm_backward(loss, encoders, logits, labels)   # or loss.backward()
+        model.eval()                           # and model.train() after the evaluation
 
     OPM and OGM see the logits of the undropped features; together they are the paper's OPM + OGM.
     In `eval()` the features pass unchanged, and logits and labels are not looked at.

@@ -159,7 +159,8 @@ class Dropped(Joint):
         then: Callable[[Model, int, argparse.Namespace], OnGradients] | None = None,
     ) -> None:
         super().__init__(model, seed, args)
-        self.dropping = mmfuse.METHODS[name](
+        # Part of the model, so that it hears the evaluation begin.
+        model.dropping = mmfuse.METHODS[name](
             num_modalities=len(model.encoders),
             stream=mmfuse.NoiseStream(seed),
             backend=args.backend,
@@ -170,13 +171,17 @@ class Dropped(Joint):
         """Leaves the gradients in the model; both methods see the undropped features' logits."""
         features = self.model.features(views)
         logits = mmfuse.unimodal_logits(self.model.head, features)
-        out = self.dropping(features, logits, labels)
+        out = self.model.dropping(features, logits, labels)
         loss = F.cross_entropy(self.model.fuse(out.features), labels)
         if self.then is None:
             loss.backward()
         else:
             self.then.backward(loss, logits, labels)
         return Record(out.scores, 1 - out.drop_probability)
+
+    def predict(self, features: dict[str, Tensor]) -> Tensor:
+        """Logits of all features."""
+        return self.model.fuse(self.model.dropping(features).features)
 
 
 class LeftOut(Joint):
@@ -215,8 +220,8 @@ class Reinforced(Joint):
             fusion = nn.Linear(WIDTH * len(model.encoders), WIDTH)
             model.head = nn.Sequential(fusion, nn.Linear(WIDTH, CLASSES)).to(args.device)
         made = mmfuse.METHODS[name]
-        self.weighting = made(num_modalities=len(model.encoders), backend=args.backend)
-        self.weighting.to(args.device)
+        weighting = made(num_modalities=len(model.encoders), backend=args.backend)
+        model.weighting = weighting.to(args.device)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
         """Leaves the gradients of the weighted features' loss in the model."""
@@ -226,16 +231,13 @@ class Reinforced(Joint):
             fused = fusion(torch.cat(list(features.values()), dim=1))
             logits = {view: classifier(feature) for view, feature in features.items()}
             fused_logits = classifier(fused)
-        out = self.weighting(features, fused, logits, fused_logits, labels)
+        out = self.model.weighting(features, fused, logits, fused_logits, labels)
         F.cross_entropy(self.model.fuse(out.features), labels).backward()
         return Record(out.scores.float(), out.weights.float())
 
     def predict(self, features: dict[str, Tensor]) -> Tensor:
         """Logits of the features with the average weights of training."""
-        self.weighting.eval()
-        weighted = self.weighting(features).features
-        self.weighting.train()
-        return self.model.fuse(weighted)
+        return self.model.fuse(self.model.weighting(features).features)
 
 
 Build = Callable[[Model, int, argparse.Namespace], Joint]

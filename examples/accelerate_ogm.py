@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ogm = mmfuse.OGM(encoders, alpha=0.0 if args.plain else 0.8, noise=not args.plain)
     balance = Balance(accelerator, ogm)
     for epoch in range(args.epochs):
-        ogm.set_epoch(epoch)
+        balance.set_epoch(epoch)
         for pix, fou, labels in loader:
             with accelerator.accumulate(model):
                 joint, logits = model(pix, fou)

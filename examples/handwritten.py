@@ -93,8 +93,10 @@ class Run:
     @torch.no_grad()
     def accuracies(self) -> tuple[float, list[float]]:
         """Test accuracy of the whole model, and of a linear probe on each view's features."""
+        self.model.eval()
         train, test = self.model.features(self.data.train), self.model.features(self.data.test)
         joint = accuracy(self.backward.predict(test), self.data.test_labels)
+        self.model.train()
         return joint, [probe(train[view], test[view], self.data) for view in train]
 
 

@@ -12,6 +12,16 @@ from mmfuse.ops._registry import BACKENDS, OPS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+#: Of the package, where docstrings have training loops.
+FOLDERS = ("methods", "adapters", "loop")
+#: A method on features that is made, and what it becomes part of.
+MADE = re.compile(r"\b(\w+)(?:\.\w+)? = mmfuse\.(?:OPM|ARM)\(")
+#: A sum of the modalities' logits, which of a head that is not affine is not the head's output.
+ADDED_UP = re.compile(
+    r"logits\[[^]]*\] *\+ *\w|\+ *(?:self\.)?logits\["
+    r"|sum\((?:list\()?(?:z for z in )?logits\.values\(\)"
+    r"|(?:stack|cat)\([^\n]*logits\.values\(\)[^\n]*\.sum\("
+)
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md")
 
 
@@ -26,6 +36,38 @@ def test_code_runs_from_top_to_bottom(document: str) -> None:
     namespace: dict = {}
     for block in blocks:
         exec(compile(block, document, "exec"), namespace)
+
+
+def shown() -> dict[str, str]:
+    """What shows users how to train: documents, examples, docstrings."""
+    named = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").glob("*.py")]
+    package = [p for d in FOLDERS for p in (ROOT / "mmfuse" / d).glob("*.py")]
+    return {str(path.relative_to(ROOT)): path.read_text() for path in [*named, *package]}
+
+
+def test_methods_on_features_are_parts_of_the_model() -> None:
+    """One that is not goes on dropping in an evaluation."""
+    texts = {path: text for path, text in shown().items() if MADE.search(text)}
+    assert len(texts) >= 4
+    for path, text in texts.items():
+        assert set(MADE.findall(text)) <= {"self", "model"}, path
+        assert "eval()" in text or path.startswith("mmfuse/adapters"), path
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        'F.cross_entropy(logits["audio"] + logits["visual"], labels)',
+        "F.cross_entropy(sum(logits.values()), labels)",
+        "F.cross_entropy(sum(z for z in logits.values()), labels)",
+        "loss = F.cross_entropy(bias + logits[name], labels)",
+        "F.cross_entropy(torch.stack(list(logits.values())).sum(0), labels)",
+    ],
+)
+def test_no_example_adds_up_the_logits_of_modalities(line: str) -> None:
+    """The loss is that of the head's own output: their sum is another wherever it is not affine."""
+    assert ADDED_UP.search(line)
+    assert {path for path, text in shown().items() if ADDED_UP.search(text)} == set()
 
 
 def test_the_two_commands_come_first() -> None:

@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Iterable
 
 import torch
+from torch import nn
 
+from ..loop.epochs import EpochWindowModule
 from ..loop.gradients import GradientMethod
 from ..methods.catalogue import METHODS
 
@@ -35,6 +37,13 @@ def checked(method: object) -> GradientMethod:
             f"call {method.name}.backward(loss, unimodal_losses=...) in a training loop of your own"
         )
     return method
+
+
+def tell_epoch(model: nn.Module, epoch: int) -> None:
+    """Tells the methods that are part of a model, such as OPM and ARM, which epoch begins."""
+    for module in model.modules():
+        if isinstance(module, EpochWindowModule):
+            module.set_epoch(epoch)
 
 
 def warn_of_adaptive(

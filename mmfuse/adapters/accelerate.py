@@ -7,7 +7,7 @@
     encoders = {"audio": "audio_net", "visual": "visual_net"}
     balance = Balance(accelerator, mmfuse.OGM(mmfuse.match_parameters(model, encoders)))
     for epoch in range(epochs):
-        balance.method.set_epoch(epoch)
+        balance.set_epoch(epoch)
         for batch in loader:
             with accelerator.accumulate(model):
                 loss, logits = ...
@@ -29,7 +29,7 @@ from torch import Tensor
 from ..amp import grad_scale
 from ..loop.gradients import GradientMethod
 from ..loop.shards import whole_state
-from ._methods import checked, warn_of_adaptive
+from ._methods import checked, tell_epoch, warn_of_adaptive
 
 try:
     from accelerate import Accelerator
@@ -46,8 +46,8 @@ class Balance:
 
     Calls nothing but `observe` in a micro-batch that only accumulates, and `step` once before the
     optimizer's step, under DDP and FSDP2 after the gradients have been reduced. Epochs are yours:
-    call the method's ``set_epoch`` in each. A run that is resumed within one calls it with the same
-    number after ``load_state``; another run with the same method calls ``begin`` before.
+    call `set_epoch` in each. A run that is resumed within one calls it with the same number after
+    ``load_state``; another run with the same method calls the method's ``begin`` before.
 
     With ``mixed_precision="fp16"`` the gradients are still scaled in `backward`: methods that mix
     parameters into gradients are given the scale. The scaler has not looked for an Inf yet, so that
@@ -71,6 +71,20 @@ class Balance:
         self.method = checked(method)
         self._warned = False
         accelerator.register_for_checkpointing(self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the method which epoch begins, and OPM and ARM in the models that are prepared.
+
+        Args:
+            epoch: Counted from 0; the same number again changes nothing.
+
+        Raises:
+            TypeError: it is no integer.
+            ValueError: it is negative.
+        """
+        self.method.set_epoch(epoch)
+        for model in self.accelerator._models:
+            tell_epoch(model, epoch)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Scales this optimizer's updates, for ``apply_to="update"``; see `GradientMethod.attach`.

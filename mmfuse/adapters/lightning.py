@@ -15,7 +15,7 @@ from ..loop._parameters import Encoder
 from ..loop.matching import Named, match_parameters
 from ..loop.scalars import ScalarLog, scalars_of
 from ..loop.shards import whole_state
-from ._methods import checked, warn_of_adaptive
+from ._methods import checked, tell_epoch, warn_of_adaptive
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -36,7 +36,20 @@ else:
 _STEPS_PER_COPY = 50
 
 
-class Balance(Callback):
+class Epochs(Callback):
+    """Tells the methods that are part of a LightningModule, OPM and ARM, which epoch begins.
+
+    For a module that has no `Balance`, which does the same::
+
+        Trainer(callbacks=[Epochs()]).fit(module)    # self.opm = mmfuse.OPM(starts=5) in it
+    """
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Tells them."""
+        tell_epoch(pl_module, trainer.current_epoch)
+
+
+class Balance(Epochs):
     """Balances the modalities of a LightningModule while it is trained.
 
     ::
@@ -57,9 +70,9 @@ class Balance(Callback):
     accumulated gradient is modulated once, by the scores of all its micro-batches; under data
     parallelism by those of all ranks. With a GradScaler the method gets to know whether the step
     will be skipped and, for fused optimizers, how the gradients are scaled still. Epochs are told
-    to the method. Its state is saved in the Trainer's checkpoints; a resumed run goes on with the
-    same numbers, also within an epoch where the data loader does. A second fit of the same module
-    keeps the method and what it has learned, and takes new anchors.
+    to the method, and to OPM and ARM in the module. Its state is in the Trainer's checkpoints; a
+    resumed run goes on with the same numbers, also within an epoch where the data loader does. A
+    second fit of the same module keeps the method and what it has learned, and takes new anchors.
 
     With several optimizers (manual optimization) those that hold no parameter of an encoder are
     left alone. If the encoders are spread over several, all of their gradients are modulated
@@ -214,7 +227,8 @@ class Balance(Callback):
         self._module, self._known = module, _parameters(encoders)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Tells the method which epoch begins."""
+        """Tells all methods which epoch begins."""
+        super().on_train_epoch_start(trainer, pl_module)
         self.method.set_epoch(trainer.current_epoch)
         self._holders = None  # another callback may have changed the optimizers
 

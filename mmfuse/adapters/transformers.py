@@ -25,11 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from .._devices import WIDE
-from ..loop.epochs import EpochWindowModule
 from ..loop.gradients import GradientMethod
 from ..loop.scalars import scalars_of
 from ..loop.shards import whole_state
-from ._methods import checked, warn_of_adaptive
+from ._methods import checked, tell_epoch, warn_of_adaptive
 
 try:
     import accelerate as _accelerate  # noqa: F401
@@ -230,9 +229,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         # In a fraction, where the Trainer resumes; counted on, since an epoch may be cut short.
         epoch = int(self.state.epoch or 0) if last is None else last + 1
         self._balance_epoch = epoch
-        for module in self.model.modules():
-            if isinstance(module, EpochWindowModule):
-                module.set_epoch(epoch)
+        tell_epoch(self.model, epoch)
         if self.balance_method is not None:
             self.balance_method.set_epoch(epoch)
 

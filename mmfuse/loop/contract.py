@@ -55,6 +55,31 @@ class Common(TypedDict, total=False):
     backend: str | None
 
 
+def fidelity(golden: bool) -> str:
+    """What holds a method to its paper or release, as docstrings and documents say it."""
+    return "golden numbers of the authors' code" if golden else "from the formulas"
+
+
+class Source(NamedTuple):
+    """A release of the authors' code, which `official()` follows.
+
+    Attributes:
+        code: The repository and the commit.
+        golden: Whether numbers that this code has computed (`tests/golden`) prove it; else it is
+            made from the formulas in it.
+        release: Its name, where there are several.
+    """
+
+    code: str
+    golden: bool
+    release: str = ""
+
+    @property
+    def fidelity(self) -> str:
+        """What holds `official()` to it."""
+        return fidelity(self.golden)
+
+
 class Card(NamedTuple):
     """A method's entry in the catalogue, beside the needs of its rule.
 
@@ -65,16 +90,22 @@ class Card(NamedTuple):
             on a "head"'s gradient; between epochs on a "parameter".
         needs: What the user has to give it in a step, beside labels: "logits", "features" and
             "inputs" of each modality, "fused" representation and logits, "unimodal_losses".
-        official: The repository and the commit that `official()` follows; None for a control, which
-            has no code of authors to follow.
-        golden: Whether numbers from the authors' code prove it.
+        official: The releases that `official()` follows, its default first; none for a control,
+            which has no code of authors to follow.
+        golden: Whether numbers from the authors' code also prove what the class is by default,
+            without `official()`; else it is made from the paper's formulas.
     """
 
     paper: str
     acts: Acts
     needs: tuple[str, ...]
-    official: str | None
+    official: tuple[Source, ...]
     golden: bool
+
+    @property
+    def fidelity(self) -> str:
+        """What holds the class by default to its paper."""
+        return fidelity(self.golden)
 
 
 class Need(NamedTuple):

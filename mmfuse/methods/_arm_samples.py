@@ -29,10 +29,10 @@ def sample_contributions(
     are the logits of its C classes and p its own probability of the true class. One call for the
     whole batch; see `mmfuse.ContributionSampler`.
 
-    The formula is that of the authors' script of 2024, which their repository no longer has. It
-    took ``gate=True`` and ``conditional_bins=10``, and a conditional entropy of its own that is
-    none; that one is not reproduced here, since no numbers of it are known. The defaults are the
-    bins of ARM, and probabilities as they are.
+    Fidelity: from the formulas. They are those of the authors' script of 2024, which their
+    repository no longer has, hence no golden numbers. It took ``gate=True`` and
+    ``conditional_bins=10``, and a conditional entropy of its own that is none; that one is not
+    reproduced here. The defaults are the bins of ARM, and probabilities as they are.
 
     Args:
         logits: Name → [B, C] logits of each of M ≥ 2 modalities alone.

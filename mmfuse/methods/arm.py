@@ -30,7 +30,7 @@ from typing_extensions import Unpack
 
 from .._devices import narrowed
 from .._numbers import whole
-from ..loop.contract import Card
+from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
 from ..loop.modalities import check_names, named_features
@@ -51,16 +51,21 @@ class ARM(EpochWindowModule):
 
     ::
 
-        arm = mmfuse.ARM()
+        model.arm = mmfuse.ARM()               # part of the model, whose eval() it has to hear
         features = {"audio": audio_net(sounds), "visual": visual_net(images)}   # [B, D] each
         fused = neck(torch.cat([features["audio"], features["visual"]], 1))     # [B, D]
         logits = {name: classifier(f) for name, f in features.items()}
-        out = arm(features, fused, logits, classifier(fused), labels)
+        out = model.arm(features, fused, logits, classifier(fused), labels)
         loss = F.cross_entropy(head(torch.cat(list(out.features.values()), 1)), labels)
+
+        model.eval()                           # and model.train() after the evaluation
+        out = model.arm(features)
 
     In `eval()` no labels are needed: the weights are then the bias-corrected moving average of
     those of training, a buffer (1 before the first step). So are those of a batch in which a
     modality contributes nothing; neither it nor one that lacks a modality enters the average.
+
+    Fidelity: from the formulas; `official` has golden numbers.
 
     Args:
         bins: Of the mutual information, from 1 to 256.
@@ -84,8 +89,8 @@ class ARM(EpochWindowModule):
         "Gao et al., AAAI 2025",
         "feature",
         ("features", "fused", "logits"),
-        "Gao-xiyuan/ARM at a96d0ad",
-        golden=True,
+        (Source("Gao-xiyuan/ARM at a96d0ad", golden=True),),
+        golden=False,
     )
     rule: ARMRule
     criterion: Loss
@@ -128,6 +133,9 @@ class ARM(EpochWindowModule):
         infinite; nothing is clamped. In `eval()` it needs the labels of the test set too. That its
         layer from the features to `fused` gets no gradient is a matter of your network: the weights
         are detached either way.
+
+        Fidelity: golden numbers of the authors' code (Gao-xiyuan/ARM at a96d0ad). Three modalities
+        and more are from the formulas.
 
         Args:
             bins: As in `ARM`.

@@ -39,6 +39,7 @@ from ..loop.contract import (
     Decision,
     Need,
     Sensed,
+    Source,
     State,
     Stateless,
     Tensors,
@@ -148,8 +149,7 @@ class InfoRegRule(Stateless):
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
         """Adds |g|² to the epoch's sums."""
-        added = tensors.added_to(state["squares"], squares)
-        return {"squares": added}
+        return {"squares": tensors.added_to(state["squares"], squares)}
 
     def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
         """Ends an epoch that has had steps, and decides whether the next is in the window."""
@@ -200,7 +200,7 @@ class InfoReg(GradientMethod):
 
     A step costs one read of the gradients, and while a window is open also one of parameters and
     anchors and one write. All state is on the encoders' device; the anchors are the only part of it
-    that is as large as they are.
+    that is as large as they are. Fidelity: from the formulas; `official` has golden numbers.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
@@ -217,8 +217,11 @@ class InfoReg(GradientMethod):
         "Huang et al., CVPR 2025",
         "gradient",
         ("logits",),
-        "GeWu-Lab/InfoReg_CVPR2025 at 939b2ed",
-        golden=True,
+        (
+            Source("GeWu-Lab/InfoReg_CVPR2025 at 939b2ed", golden=True, release="november"),
+            Source("GeWu-Lab/InfoReg_CVPR2025 at b7524f8", golden=True, release="march"),
+        ),
+        golden=False,
     )
     rule: InfoRegRule
 
@@ -251,6 +254,8 @@ class InfoReg(GradientMethod):
         the sum over the convolutional and linear weights of the mean over their elements of Σg²,
         with g as the pull has left it. The gradient is that of the sum of the joint and the two
         unimodal losses, which is yours to form: one backward pass of their sum.
+        Fidelity: golden numbers of the authors' code (GeWu-Lab/InfoReg_CVPR2025 at 939b2ed), for
+        "march" golden numbers of the authors' code (GeWu-Lab/InfoReg_CVPR2025 at b7524f8).
 
         Args:
             encoders: As in `InfoReg`; audio first.

@@ -94,6 +94,8 @@ class LearningRates(GradientMethod):
     factor out again, use ``apply_to="update"``, or parameter groups. It takes the logits that other
     methods take, so that one can stand in for the other.
 
+    Fidelity: from the formulas.
+
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
         rates: c_m ≥ 0 for each modality: name → number, or numbers in the order of `encoders`. None
@@ -108,7 +110,7 @@ class LearningRates(GradientMethod):
     """
 
     card: ClassVar[Card] = Card(
-        "Yao & Mihalcea, Findings of ACL 2022", "gradient", ("logits",), None, golden=False
+        "Yao & Mihalcea, Findings of ACL 2022", "gradient", ("logits",), (), golden=False
     )
     rule: LearningRatesRule
 

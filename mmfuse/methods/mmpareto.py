@@ -38,6 +38,7 @@ from ..loop.contract import (
     Decision,
     Need,
     Sensed,
+    Source,
     State,
     Stateless,
     Tensors,
@@ -175,6 +176,8 @@ class MMPareto(GradientMethod):
     (of all ranks) lacks a modality: its encoder may be without gradients then, and what it has are
     added as they are. Else masks change nothing, since the gradients decide.
 
+    Fidelity: golden numbers of the authors' code. Three modalities and more are from the formulas.
+
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
         gamma: Factor on every encoder's combined gradient; the paper's is 1.5.
@@ -189,7 +192,7 @@ class MMPareto(GradientMethod):
         "Wei & Hu, ICML 2024",
         "gradient",
         ("unimodal_losses",),
-        "GeWu-Lab/MMPareto_ICML2024 at a339db3",
+        (Source("GeWu-Lab/MMPareto_ICML2024 at a339db3", golden=True),),
         golden=True,
     )
     rule: MMParetoRule
@@ -207,6 +210,8 @@ class MMPareto(GradientMethod):
 
         The same but for a tensor in which both gradients cancel: there it divides by next to
         nothing, or by zero, which gives NaN.
+
+        Fidelity: golden numbers of the authors' code (GeWu-Lab/MMPareto_ICML2024 at a339db3).
         """
         made = cls(encoders, gamma=gamma, **common)
         made._adopt(MMParetoReleased(gamma))

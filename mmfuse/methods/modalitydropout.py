@@ -53,6 +53,8 @@ class ModalityDropout(DrawingModule):
 
     In `eval()` the features pass unchanged. What is kept is not made larger.
 
+    Fidelity: from the formulas.
+
     Args:
         rates: Probability in [0, 1] that a sample loses a modality: a number for all, or name →
             number.
@@ -71,7 +73,7 @@ class ModalityDropout(DrawingModule):
     """
 
     card: ClassVar[Card] = Card(
-        "Neverova et al., TPAMI 2016", "feature", ("features",), None, golden=False
+        "Neverova et al., TPAMI 2016", "feature", ("features",), (), golden=False
     )
 
     def __init__(

@@ -25,6 +25,8 @@ class NoiseOnly(GradientMethod):
 
     It takes what `OGM` takes, and returns an `OGMResult` whose coefficients are 1.
 
+    Fidelity: from the formulas.
+
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
         noise: As in `OGM`, but for False.
@@ -36,7 +38,7 @@ class NoiseOnly(GradientMethod):
     """
 
     card: ClassVar[Card] = Card(
-        "OGM-GE at k = 1 (Peng et al., CVPR 2022)", "gradient", ("logits",), None, golden=False
+        "OGM-GE at k = 1 (Peng et al., CVPR 2022)", "gradient", ("logits",), (), golden=False
     )
     rule: OGMRule
 

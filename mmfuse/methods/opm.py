@@ -26,7 +26,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._numbers import whole
-from ..loop.contract import Card
+from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
 from ..loop.given import Loss, More, check_criterion, look, makes_tables
 from ..loop.modalities import check_names, named_features
@@ -45,19 +45,20 @@ class OPM(DrawingModule):
 
     ::
 
-        opm = mmfuse.OPM()
+        model.opm = mmfuse.OPM()               # part of the model, whose eval() it has to hear
         for images, sounds, labels in loader:
             features = {"audio": audio_net(sounds), "visual": visual_net(images)}
             logits = mmfuse.unimodal_logits(head, features)
-            kept = opm(features, logits, labels).features
+            kept = model.opm(features, logits, labels).features
             loss = F.cross_entropy(head(torch.cat(list(kept.values()), 1)), labels)
             mmfuse.ogm_backward(loss, encoders, logits, labels)   # or loss.backward()
+        model.eval()                           # and model.train() after the evaluation
 
     OPM and OGM see the logits of the undropped features; together they are the paper's OPM + OGM.
     In `eval()` the features pass unchanged, and logits and labels are not looked at.
 
     One launch reads and writes every feature once. q and the noise stream, which the mask comes
-    from, are buffers.
+    from, are buffers. Fidelity: from the formulas; `official` has golden numbers.
 
     Args:
         q_base: Probability at which a modality that is just dominant is dropped, in [0, 1].
@@ -82,8 +83,8 @@ class OPM(DrawingModule):
         "Wei et al., TPAMI 2024",
         "feature",
         ("features", "logits"),
-        "GeWu-Lab/BML_TPAMI2024 at 4b3aa4f",
-        golden=True,
+        (Source("GeWu-Lab/BML_TPAMI2024 at 4b3aa4f", golden=True),),
+        golden=False,
     )
     rule: OPMRule
     criterion: Loss
@@ -135,6 +136,9 @@ class OPM(DrawingModule):
         The released code's division has a backward pass of its own, which passes θ itself back to
         θ, and from there to the features through their scores: the gradient of an additional loss
         θ²/2, whatever the loss is scaled by. The features get it as well, the head does not.
+
+        Fidelity: golden numbers of the authors' code (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f), alone and
+        with OGM-GE. Three modalities and more are from the formulas.
 
         Args:
             q_base: As in `OPM`.

@@ -15,7 +15,19 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import ANCHORED, MAKERS, TWO_GRADIENTS, Make, acted, inforeg, maker, needed, ogm_ge
+from balancing import (
+    ANCHORED,
+    MAKERS,
+    ON_FEATURES,
+    TWO_GRADIENTS,
+    Make,
+    acted,
+    inforeg,
+    maker,
+    needed,
+    ogm_ge,
+)
+from balancing import make as make_method
 from networks import AudioVisual, batch
 from ranks import ranks
 from torch import Tensor, nn
@@ -457,3 +469,18 @@ def test_an_adaptive_optimizer_is_warned_of_once(kind: str) -> None:
     with pytest.warns(RuntimeWarning, match=message) as seen:
         accelerated(Accelerator(cpu=True), model, ogm_ge, data, optimizer=optimizer)
     assert len(seen) == 1
+
+
+@pytest.mark.parametrize("kind", ON_FEATURES)
+def test_a_method_in_the_model_hears_of_the_epochs(kind: str) -> None:
+    accelerator, model, other = Accelerator(cpu=True), AudioVisual(), AudioVisual()
+    model.within, other.within = (make_method(kind, {}, starts=1) for _ in range(2))
+    balance = Balance(accelerator, ogm_ge(model.encoders))
+    accelerator.prepare(model)
+    balance.set_epoch(1)
+    assert (balance.method.epoch, model.within.epoch, other.within.epoch) == (1, 1, 0)
+    accelerator.prepare(other)
+    balance.set_epoch(2)
+    assert (balance.method.epoch, model.within.epoch, other.within.epoch) == (2, 2, 2)
+    with pytest.raises(ValueError, match="epoch must be at least 0"):
+        balance.set_epoch(-1)

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import ACTING, MAKERS, TWO_GRADIENTS, Make, acted, needed
+from balancing import (
+    ACTING,
+    MAKERS,
+    ON_FEATURES,
+    TWO_GRADIENTS,
+    Make,
+    acted,
+    needed,
+)
+from balancing import make as make_method
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -24,7 +33,7 @@ from torch import Tensor, nn
 
 import mmfuse
 from mmfuse import NoiseStream, amp
-from mmfuse.adapters.lightning import Balance
+from mmfuse.adapters.lightning import Balance, Epochs
 
 pytestmark = [
     # Advice of Lightning's about data loaders and logging, which these runs are too small for.
@@ -844,3 +853,58 @@ def test_an_encoder_that_was_replaced_between_two_fits(tmp_path: Path) -> None:
     assert balance.method is not first
     mine = {id(p) for p in balance.method.modalities.parameters}
     assert {id(p) for p in net.audio_net.parameters()} <= mine
+
+
+class Within(Module):
+    """With a method that is part of the network, and no other if there is no callback of one."""
+
+    def __init__(self, kind: str, balance: Balance | None = None, **options: Any) -> None:
+        super().__init__(AudioVisual(), balance)  # type: ignore[arg-type]
+        self.within = make_method(kind, {}, **options)
+        self.epochs: list[int] = []
+        self.modes: list[bool] = []
+
+    def training_step(self, data: Data, batch_idx: int) -> Tensor:
+        self.epochs.append(self.within.epoch)
+        self.modes.append(self.within.training)
+        if self.balance is not None:
+            return super().training_step(data, batch_idx)
+        return forward(self.net, data)[0]
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Nothing to note."""
+
+    def validation_step(self, data: Data, batch_idx: int) -> None:
+        self.modes.append(self.within.training)
+
+
+@pytest.mark.parametrize("callback", ["Balance", "Epochs"])
+@pytest.mark.parametrize("kind", ON_FEATURES)
+def test_a_method_in_the_module_hears_of_the_epochs(
+    kind: str, callback: str, tmp_path: Path
+) -> None:
+    balance = Balance(mmfuse.OGM, ENCODERS) if callback == "Balance" else None
+    module = Within(kind, balance, starts=1)
+    for _ in range(2):  # a second fit begins with the first epoch again
+        trainer(tmp_path, balance or Epochs(), max_epochs=2).fit(module, Batches(), Batches(1))
+    assert module.epochs == ([0] * STEPS + [1] * STEPS) * 2
+    # Before the first epoch Lightning tries the validation, too.
+    assert module.modes == ([False] + ([True] * STEPS + [False]) * 2) * 2
+
+
+@pytest.mark.parametrize("callback", ["Balance", "Epochs"])
+@pytest.mark.parametrize("kind", ON_FEATURES)
+def test_a_method_in_the_module_goes_on_in_its_epoch(
+    kind: str, callback: str, tmp_path: Path
+) -> None:
+    """In the middle of the second one."""
+    modules = []
+    for limit, path in (({"max_steps": STEPS + 1}, None), ({}, tmp_path / "last.ckpt")):
+        balance = Balance(mmfuse.OGM, ENCODERS) if callback == "Balance" else None
+        saving = ModelCheckpoint(tmp_path, "last", every_n_train_steps=STEPS + 1)
+        modules.append(Within(kind, balance, starts=1))
+        run = trainer(tmp_path, balance or Epochs(), saving, **{"max_epochs": 3, **limit})
+        run.fit(modules[-1], Batches(), Batches(1), ckpt_path=path)
+    first, resumed = (module.epochs for module in modules)
+    assert first == [0] * STEPS + [1]
+    assert resumed == [1] * (STEPS - 1) + [2] * STEPS

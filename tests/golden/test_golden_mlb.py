@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from cells import Cell
@@ -11,10 +13,7 @@ from trajectory import Golden, Network, Replay, free_and_forced, on_every_backen
 import mmfuse
 from mmfuse.scores import error_ratios
 
-
-@on_every_backend
-@free_and_forced
-@pytest.mark.parametrize(
+of_every_file = pytest.mark.parametrize(
     ("name", "behind"),
     [
         ("mlb_m2", [2, 8]),
@@ -24,17 +23,15 @@ from mmfuse.scores import error_ratios
         ("mlb_m3_regression", [0, 4, 7]),
     ],
 )
-def test_official_reproduces_the_released_code(
-    cell: Cell, name: str, behind: list[int], forced: bool
-) -> None:
-    cell.skip_slow(name != "mlb_m3_beta" or not forced)
-    mmfuse.use_backend(cell.backend)
+
+
+def replay(made: Callable[..., mmfuse.MLB], name: str, behind: list[int], forced: bool) -> None:
     golden = Golden(name)
     model = Network(golden)
     heads = {m: getattr(model, f"head_{m}") for m in model.encoders}
     parts = {m: [*net.parameters(), heads[m].weight] for m, net in model.encoders.items()}
     beta = golden.hp("beta") if "hp.beta" in golden else 2.0
-    mlb = mmfuse.MLB.official(parts, alpha=golden.hp("alpha"), beta=beta)
+    mlb = made(parts, alpha=golden.hp("alpha"), beta=beta)
     mlb.set_epoch(0)
     run = Replay(golden, model, sgd(golden, model), forced)
     for _ in run.steps():
@@ -62,3 +59,19 @@ def test_official_reproduces_the_released_code(
         run.step()
     run.check()
     assert (run["coefficient"] > 1).sum(0).tolist() == behind
+
+
+@on_every_backend
+@free_and_forced
+@of_every_file
+def test_official_reproduces_the_released_code(
+    cell: Cell, name: str, behind: list[int], forced: bool
+) -> None:
+    cell.skip_slow(name != "mlb_m3_beta" or not forced)
+    mmfuse.use_backend(cell.backend)
+    replay(mmfuse.MLB.official, name, behind, forced)
+
+
+@of_every_file
+def test_so_does_the_default(name: str, behind: list[int]) -> None:
+    replay(mmfuse.MLB, name, behind, forced=False)

@@ -41,7 +41,7 @@ def backward(method: mmfuse.GradientMethod, net: Net) -> object:
 def test_every_method_has_every_verb(made: type[mmfuse.GradientMethod]) -> None:
     net = Net()
     methods = [made(dict(net.encoders))]
-    if made.card.official is not None:
+    if made.card.official:
         methods.append(made.official(dict(net.encoders), select="all"))
     for method in methods:
         method.begin()

@@ -51,7 +51,7 @@ ON_GRADIENTS = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "gradi
 IN_FORWARD = [k for k in KINDS if k not in ON_GRADIENTS]
 ON_FEATURES = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "feature"]
 #: Controls on gradients, whose coefficients are constants.
-CONSTANT = [k for k in ON_GRADIENTS if METHODS[KINDS[k].method].card.official is None]
+CONSTANT = [k for k in ON_GRADIENTS if METHODS[KINDS[k].method].card.official == ()]
 #: Those of which a paper says that they go together: the first in the forward pass.
 COMBINED = ["OPM + OGM-GE"]
 #: By the catalogue's names, those on gradients that need nothing but logits.
@@ -220,7 +220,7 @@ def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
             return away
     if isinstance(method, nn.Module):  # the forward pass is what it was, or there is a loss more
         return float(out.coefficients.abs().nan_to_num(1.0).sum().detach())
-    if method.card.official is None:  # a control, which does the same in every step
+    if method.card.official == ():  # a control, which does the same in every step
         return float(method._acting)
     away = (out.coefficients - method.rule.need.neutral).abs()
     return float(away.nan_to_num(1.0).sum())
@@ -252,7 +252,7 @@ def needed(method: GradientMethod, seen: dict[str, Any]) -> dict[str, Any]:
 
 def acted(method: GradientMethod, results: list[Any]) -> bool:
     """True if a step has modulated anything, as a control does in every one."""
-    if method.card.official is None:
+    if method.card.official == ():
         return bool(results)
     idle = method.rule.need.neutral
     return any(bool((r.coefficients != idle).any()) for r in results)

@@ -7,6 +7,7 @@ from .drop_modalities import DroppedModalities, drop_modalities
 from .grad_stats import GradStats, grad_stats
 from .info_nce import info_nce
 from .joint_entropies import JointEntropies, joint_entropies
+from .logit_divergence import logit_divergence
 from .modality_scores import ModalityScores, modality_scores
 from .modulation_factors import ModulationFactors, modulation_factors
 from .mutual_information import (
@@ -44,6 +45,7 @@ __all__ = [
     "grad_stats",
     "info_nce",
     "joint_entropies",
+    "logit_divergence",
     "modality_scores",
     "modulation_factors",
     "mutual_information",

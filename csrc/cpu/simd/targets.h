@@ -5,15 +5,6 @@
 
 inline F64 maximum(F64 a, F64 b) { return a > b ? a : b; }
 
-// The others become 0.
-inline F32 first_lanes(F32 x, int64_t n) {
-  return lane_index() < static_cast<int32_t>(n) ? x : F32{};
-}
-inline F64 first_lanes(F64 x, int64_t n) {
-  for (int i = 0; i < lanes_of<double>; ++i) x[i] = i < n ? x[i] : 0.0;
-  return x;
-}
-
 // a * x, and 0 for a share of nothing, whatever x is.
 template <typename vec_t>
 inline vec_t shared(vec_t a, vec_t x) {

@@ -36,7 +36,6 @@ from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores,
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, check_group, over_ranks
 from ..loop.state import in_backward
-from ..ops._criterion import PLAIN
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
 from ._arm_information import Complete
@@ -72,11 +71,10 @@ class ARM(EpochWindowModule):
         conditional_bins: Of the conditional mutual information, from 1 to 32.
         num_modalities: M ≥ 2.
         momentum: Of the weights' moving average, in [0, 1).
-        starts: First epoch in which features are weighted; see `set_epoch`.
-        ends: Last such epoch; None for no end.
-        process_group: The ranks over which scores and information, which each rank estimates from
-            its own samples, are averaged in training: None for all where torch.distributed is
-            initialized, False for this rank alone.
+        starts: First epoch in which features are weighted; `ends` is the last, None for no end.
+        ends: See there, and `set_epoch`.
+        process_group: As in `OPM`: scores and information, which each rank estimates from its own
+            samples, are averaged over the ranks in training.
         criterion: The loss that logits and labels are for, as in `mmfuse.GradientMethod`.
         backend: Name of a backend; None for the best one.
 
@@ -130,9 +128,8 @@ class ARM(EpochWindowModule):
         Its conditional entropy divides the joint probabilities by p(z) along an axis that is not
         z's and does not weight by it (see `mmfuse.methods._arm_information.released_ncmi`). After a
         ReLU ncmi stays near 1 then, P_m may be negative, and the weights of either sign or
-        infinite; nothing is clamped. In `eval()` it needs the labels of the test set too. That its
-        layer from the features to `fused` gets no gradient is a matter of your network: the weights
-        are detached either way.
+        infinite; nothing is clamped. In `eval()` it needs the labels of the test set too. The
+        weights are detached, so that only your network can give the layer to `fused` a gradient.
 
         Fidelity: golden numbers of the authors' code (Gao-xiyuan/ARM at a96d0ad). Three modalities
         and more are from the formulas.
@@ -192,8 +189,7 @@ class ARM(EpochWindowModule):
         with torch.no_grad():
             count = self.num_modalities
             group = self.process_group if self.training else False
-            wanted = bool(more) and is_more(more)
-            here = self._here(features, logits, labels, more, group) if wanted else None
+            here = self._here(features, logits, labels, more, group) if is_more(more) else None
             _, seen = over_ranks(
                 lambda: self._look(features, fused, logits, fused_logits, labels, more, here),
                 group,
@@ -215,8 +211,8 @@ class ARM(EpochWindowModule):
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
-        found = weighted(features, weights)
-        return ARMResult(found, weights, scores[:-1], contributions, nmi, ncmi)
+        out = weighted(features, weights)
+        return ARMResult(out, weights, scores[:-1], contributions, nmi, ncmi)
 
     def _here(
         self,
@@ -227,12 +223,10 @@ class ARM(EpochWindowModule):
         group: Group,
     ) -> Tensor:
         """[M] bool, the modalities that some sample of some rank has."""
-        count = self.num_modalities
+        count, device = self.num_modalities, self.average.device
         _, seen = over_ranks(
             lambda: (None, anywhere(shown(features, count, logits, labels, more).mask)),
-            group,
-            count + 1,
-            self.average.device,
+            *(group, count + 1, device),
         )
         return seen.means > 0
 
@@ -260,7 +254,7 @@ class ARM(EpochWindowModule):
             assert logits is not None and fused_logits is not None and labels is not None
             called = [*(f"logits[{name!r}]" for name in names), "fused_logits"]
             every = [*(logits[name] for name in names), fused_logits]
-            how = PLAIN if self.criterion is None else criterion_of(self.criterion)
+            how = criterion_of(self.criterion)
             if rows is None:
                 scores = named_scores(called, every, labels, self.backend, how)
             else:

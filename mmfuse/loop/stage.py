@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops._eager import Eager
-from . import _surgery
+from . import _in_turn, _surgery
 from .act import Second, act_on, carry_out, stats_of
 from .contract import Act, Clock, Decision, Tensors
 from .modalities import Active
@@ -62,7 +62,11 @@ def take_step(
     if active is None:
         return _postpone(method, seen)
     rule, need, state, stream = method.rule, method._need, method._state, method.stream
-    acting = method._acting
+    acting, eager = method._acting, type(backend) is Eager
+    last_of = _in_turn.latest
+    if eager and acting and active.ids and last_of is not None and last_of[0] != id(method):
+        ours = modalities.parameters[active.ids[0]].grad
+        _in_turn.check(method, ours, active.grads[0]._version)
     device = active.grads[0].device if active.grads else modalities.device
     finite = torch.ones((), dtype=torch.bool, device=device)
     second = method.anchors if unimodal is None else _second(active, unimodal)
@@ -94,13 +98,16 @@ def take_step(
             grad_scale=grad_scale,
             backend=backend,
         )
-    if type(backend) is Eager and active.ids:  # a version is a constant to the compiler
+    if eager and active.ids:  # a version is a constant to the compiler
         first = modalities.parameters[active.ids[0]].grad
         last = modalities.parameters[active.ids[-1]].grad
         assert first is not None and last is not None
         # FSDP2 adds to the local part, and the version of that is what changes.
         versions = active.grads[0]._version, active.grads[-1]._version
         modalities.changed = ref(first), ref(last), versions
+        if acting:
+            factor = not (need.stats or need.second or need.squares)
+            _in_turn.latest = id(method), method.name, factor, ref(first), versions[0]
     sums = squares if squares is not None or stats is None else stats.m2
     if active.shards and sums is not None:  # another rank's part shows in the sums alone
         finite.logical_and_(sums.isfinite().all().to(device))

@@ -118,6 +118,10 @@ class Parts:
 PASSES = 2 * len(TWO_GRADIENTS) or 1
 
 
+#: As `step_everything` does on purpose.
+IN_TURN = pytest.mark.filterwarnings("ignore:.* and the two do not commute:RuntimeWarning")
+
+
 def step_everything(parts: Parts, data: Data) -> Tensor:
     """All methods in one step."""
     parts.optimizer.zero_grad()
@@ -254,6 +258,7 @@ class TestCompile:
             line = reason.user_stack[-1].line
             assert ".backward(" in line or line == "try:"
 
+    @IN_TURN
     def test_compiled_encoders(self) -> None:
         """The model is compiled, the methods are not; they are given the compiled modules."""
         model = AudioVisual()
@@ -308,6 +313,7 @@ class TestCompile:
 class TestCheckpointing:
     """The forward pass is repeated in the backward pass."""
 
+    @IN_TURN
     def test_checkpointed_encoders(self, reentrant: bool) -> None:
         model = AudioVisual()
         for net in (model.audio_net, model.visual_net):

@@ -208,6 +208,32 @@ class LeftOut(Joint):
         return Record(scores, out.keep.float().mean(1))
 
 
+class Aligned(Joint):
+    """LFM, whose joint logits are the mean of the views'."""
+
+    coefficients = "weights of labels and alignment"
+
+    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
+        super().__init__(model, seed, args)
+        made = mmfuse.METHODS[name]
+        count = len(model.encoders)
+        self.lfm = made(args.epochs, num_modalities=count, backend=args.backend).to(args.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Moves the weights on."""
+        self.lfm.set_epoch(epoch)
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
+        """Leaves the gradients in the model."""
+        shares = mmfuse.unimodal_logits(self.model.head, self.model.features(views))
+        # A view's head are its columns of the joint one, of which their mean is the output.
+        logits = {view: len(shares) * z for view, z in shares.items()}
+        out = self.lfm(logits, labels)
+        out.loss.backward()
+        scores = mmfuse.ops.modality_scores([z.detach() for z in shares.values()], labels).prob
+        return Record(scores, out.coefficients)
+
+
 class Reinforced(Joint):
     """ARM, with the paper's head: a fusion to the features' width, and one classifier for all."""
 
@@ -248,6 +274,8 @@ def build(name: str) -> Build:
     card = mmfuse.METHODS[name].card
     if card.acts == "gradient":
         return partial(OnGradients, name=name)
+    if card.acts == "loss":
+        return partial(Aligned, name=name)
     if card.needs == ("features",):
         return partial(LeftOut, name=name)
     return partial(Reinforced if "fused" in card.needs else Dropped, name=name)

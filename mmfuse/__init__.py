@@ -15,6 +15,7 @@ from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.learningrates import LearningRates, LearningRatesResult
+from .methods.lfm import LFM, LFMResult
 from .methods.mlb import MLB, MLBResult
 from .methods.mmpareto import MMPareto, MMParetoResult
 from .methods.modalitydropout import ModalityDropout, ModalityDropoutResult
@@ -27,6 +28,7 @@ from .ops import use_backend
 
 __all__ = [
     "ARM",
+    "LFM",
     "METHODS",
     "MLB",
     "OGM",
@@ -36,6 +38,7 @@ __all__ = [
     "GradientMethod",
     "InfoReg",
     "InfoRegResult",
+    "LFMResult",
     "LearningRates",
     "LearningRatesResult",
     "MLBResult",

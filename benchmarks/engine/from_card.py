@@ -104,8 +104,12 @@ class CardStep(TrainingCase):
         given = {"features": features, "logits": logits, "labels": i.labels}
         taken = inspect.signature(method.forward).parameters
         seen = method(**{name: value for name, value in given.items() if name in taken})
-        out = i.model.fc(torch.cat(list(seen.features.values()), dim=1))
-        sum(F.cross_entropy(z, i.labels) for z in (out, *logits.values())).backward()
+        passed = getattr(seen, "features", features)
+        out = i.model.fc(torch.cat(list(passed.values()), dim=1))
+        losses = [F.cross_entropy(z, i.labels) for z in logits.values()]
+        if not getattr(method, "replaces_joint_loss", False):
+            losses.append(F.cross_entropy(out, i.labels))
+        sum([*losses, getattr(seen, "loss", 0)]).backward()
 
 
 def released_step(method: str) -> Callable[[Any, TrainingInputs], None] | None:

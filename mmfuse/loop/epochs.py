@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
+from .._devices import narrowed
 from .._numbers import whole
 from .ranks import Group
 from .state import MODULE_FORMAT, check_format, refuse_format
@@ -184,10 +186,17 @@ class EpochWindowModule(EpochWindow, nn.Module):
         self._go_to(self.epoch if self._told else None)
         self._agreed = False
 
-    def _apply(self, *args: Any, **keywords: Any) -> Any:
-        """Fills in the buffers that a module from the meta device gets."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Fills in the buffers that a module from the meta device gets.
+
+        A device that lacks float64 gets buffers in float32.
+        """
         empty = self.epoch_state.is_meta
-        super()._apply(*args, **keywords)
+        device = fn(torch.empty(0, device=self.epoch_state.device)).device
+        for name, buffer in self._buffers.items():
+            if buffer is not None:  # narrowed before it moves
+                self._buffers[name] = buffer.to(narrowed(buffer.dtype, device))
+        super()._apply(fn, recurse)
         if empty and not self.epoch_state.is_meta:
             self.reset_parameters()
         return self

@@ -21,14 +21,13 @@ The balanced min-max loss that the paper's summary names has no released formula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._devices import narrowed
 from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
@@ -283,16 +282,6 @@ class ARM(EpochWindowModule):
     def _average(self) -> Tensor:
         started = self.average_weight > 0
         return torch.where(started, self.average / self.average_weight, 1.0)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ARM:
-        """What `to` does to buffers; a device that lacks float64 gets averages in float32."""
-        device = fn(torch.empty(0, device=self.average.device)).device
-        for name in ("average", "average_weight"):
-            buffer = self._buffers[name]
-            assert buffer is not None
-            self._buffers[name] = buffer.to(narrowed(buffer.dtype, device))
-        super()._apply(fn, recurse)
-        return self
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""

@@ -56,8 +56,15 @@ CONSTANT = [k for k in ON_GRADIENTS if METHODS[KINDS[k].method].card.official ==
 COMBINED = ["OPM + OGM-GE"]
 #: By the catalogue's names, those on gradients that need nothing but logits.
 LOGITS_ONLY = [n for n, m in METHODS.items() if m.card[1:3] == ("gradient", ("logits",))]
-#: Modules that look at more than features.
-LOOKING = [k for k in IN_FORWARD if METHODS[KINDS[k].method].card.needs != ("features",)]
+#: Modules that decide nothing from a batch, but go by fixed rates or a schedule.
+FIXED = [
+    kind
+    for kind in IN_FORWARD
+    for made in (METHODS[KINDS[kind].method],)
+    if made.card.needs == ("features",) or getattr(made, "replaces_joint_loss", False)
+]
+#: Those that do, in one reduction over the ranks.
+LOOKING = [kind for kind in IN_FORWARD if kind not in FIXED]
 #: Those that draw a number for each sample in the forward pass.
 DROPPING = [k for k in IN_FORWARD if "stream" in signature(METHODS[KINDS[k].method]).parameters]
 
@@ -164,18 +171,24 @@ class Shown(NamedTuple):
 
 def show(method: Any, head: nn.Module, seen: dict[str, Any], reduction: str = "mean") -> Shown:
     """The rest of the forward pass, through the method if it acts there."""
-    passed, out = seen["features"], None
-    if isinstance(method, nn.Module):
-        out = method(**arguments(method, seen))
-        passed = getattr(out, "features", passed)
+    out = method(**arguments(method, seen)) if isinstance(method, nn.Module) else None
+    loss = joint_loss(method, head, seen, out, reduction)
+    return Shown(loss, unimodal_losses(seen, reduction), seen, out)
+
+
+def joint_loss(
+    method: Any, head: nn.Module, seen: Mapping[str, Any], out: Any, reduction: str = "mean"
+) -> Tensor:
+    """The loss that a method in the forward pass leaves, `out` its result; None for no such."""
+    passed = getattr(out, "features", seen["features"])
     joint = head(torch.cat(list(passed.values()), 1))
     if hasattr(out, "logits"):  # the joint ones are their sum
         joint = torch.stack(list(out.logits.values())).sum(0)
     loss = F.cross_entropy(joint, seen["labels"], reduction=reduction)
-    if hasattr(out, "loss"):
-        rows = 1 if reduction == "mean" else len(joint)
-        loss = loss + rows * out.loss
-    return Shown(loss, unimodal_losses(seen, reduction), seen, out)
+    if not hasattr(out, "loss"):
+        return loss
+    own = out.loss if reduction == "mean" else len(joint) * out.loss
+    return own if getattr(method, "replaces_joint_loss", False) else loss + own
 
 
 def unimodal_losses(seen: dict[str, Any], reduction: str = "mean") -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import samples
 import torch
-from balancing import KINDS, ON_FEATURES, STEPPING, make, needed, start
+from balancing import IN_FORWARD, KINDS, STEPPING, make, needed, start
 from cuda_on_cpu.launches import counted_launches
 from dispatched import launches_of
 from torch import Tensor, nn
@@ -158,7 +158,7 @@ def _small(name: str) -> Call:
 
 
 def _of_method(kind: str) -> Callable[[], Call]:
-    if kind in ON_FEATURES:
+    if kind in IN_FORWARD:
         return partial(_on_features, kind)
     return partial(_on_gradients if kind in STEPPING else _on_losses, kind)
 

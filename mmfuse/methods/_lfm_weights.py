@@ -1,0 +1,59 @@
+"""LFM's two weights: the authors' schedule, and what a step of the learning goes by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+#: Of the released schedule.
+EPOCHS = 200
+# Coefficients of its polynomial, as in the released script, lowest power first.
+_SCHEDULE = (
+    0.204623704,
+    3.35472727e-3,
+    1.22989557e-4,
+    -2.92947416e-6,
+    2.23835486e-8,
+    -5.39717505e-11,
+)
+
+
+def label_weight(epoch: float) -> float:
+    """lambda_0 at an epoch of 200, a fitted polynomial; above 1 in epochs 177 to 188."""
+    return sum(c * epoch**power for power, c in enumerate(_SCHEDULE))
+
+
+def mean_along(
+    logits: Sequence[Tensor], cross_entropy: Tensor, weights: Tensor, parameters: list[Tensor]
+) -> Tensor:
+    """Mean over the first parameter of h: the Hessian of the loss times the gradient of CE.
+
+    Args:
+        logits: [B, C] of each modality, with a graph.
+        cross_entropy: 0-d CE of the joint logits, likewise.
+        weights: [2] lambda_0 and lambda_1; the loss is lambda_0 CE + lambda_1 A.
+        parameters: The model's.
+    """
+    # In plain PyTorch, since the op has no second derivatives.
+    alignment = torch.stack([_mixture(a, b) for a, b in combinations(logits, 2)]).mean()
+    total = weights[0] * cross_entropy + weights[1] * alignment
+    direction = torch.autograd.grad(cross_entropy, parameters, retain_graph=True, allow_unused=True)
+    gradient = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
+    along = [
+        (g * d.detach()).sum()
+        for g, d in zip(gradient, direction, strict=True)
+        if g is not None and d is not None
+    ]
+    (h,) = torch.autograd.grad(torch.stack(along).sum(), parameters[:1])
+    return h.mean()
+
+
+def _mixture(a: Tensor, b: Tensor) -> Tensor:
+    """0-d mean over the batch of KL(mu‖p) / 2 + KL(mu‖q) / 2."""
+    log_p, log_q = a.log_softmax(1), b.log_softmax(1)
+    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
+    return (log_mean.exp() * (log_mean - (log_p + log_q) / 2)).sum(1).mean()

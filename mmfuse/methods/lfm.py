@@ -1,0 +1,289 @@
+"""LFM: learning to fuse the modality gap.
+
+Yang, Wan, Jiang & Xu, "Facilitating Multimodal Classification via Dynamically Learning Modality
+Gap", NeurIPS 2024; the formulas are those of the released code.
+
+Modalities that fit the labels at different speeds drift apart. LFM first draws their predictions
+together and turns to the labels later. With logits z^m of heads of their own, p_m = softmax(z^m)
+and mu = (p_m + p_n) / 2:
+
+    joint       z = mean of z^m
+    alignment   A = mean over pairs m < n, over the batch, of  (KL(mu || p_m) + KL(mu || p_n)) / 2
+    loss        L = 2 (lambda_0 CE(z) + lambda_1 A),   lambda_1 = 1 - lambda_0
+
+lambda_0 rises with the epoch, by a polynomial that the authors fitted, or is learned: with h the
+Hessian of lambda_0 CE + lambda_1 A times the gradient of CE, on samples that are not trained on,
+
+    learning    lambda_1 <- clip(lambda_1 - eta mean(h), 0.05, 0.95)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .._numbers import whole
+from ..loop.contract import Card, Source
+from ..loop.epochs import EpochWindowModule
+from ..loop.given import Loss, check_criterion
+from ..loop.ranks import Group, check_group, several
+from ..ops.logit_divergence import logit_divergence
+from ._lfm_weights import EPOCHS, label_weight, mean_along
+
+Weighting = Literal["schedule", "learned"]
+
+_LEAST, _MOST = 0.05, 0.95
+# Between two epochs in which the rate of the learning is halved.
+_HALVED = 20
+
+
+@dataclass(frozen=True)
+class LFMResult:
+    """The loss of one step and its parts; nothing here has waited for the device.
+
+    Attributes:
+        loss: 0-d L, in the place of the joint loss.
+        joint: [B, C] z, the joint logits.
+        coefficients: [2] lambda_0 and lambda_1.
+        cross_entropy: 0-d CE(z).
+        alignment: 0-d A.
+    """
+
+    loss: Tensor
+    joint: Tensor
+    coefficients: Tensor
+    cross_entropy: Tensor
+    alignment: Tensor
+
+
+class LFM(EpochWindowModule):
+    """LFM, in the place of the joint loss.
+
+    ::
+
+        model.lfm = mmfuse.LFM(epochs=200)
+        for epoch in range(200):
+            model.lfm.set_epoch(epoch)
+            for batch, labels in loader:
+                logits = {name: heads[name](f) for name, f in features.items()}  # of their own
+                out = model.lfm(logits, labels)
+                out.loss.backward()
+                optimizer.step()
+
+    The joint logits, in evaluation too, are the mean of the modalities'. Outside of `starts` …
+    `ends` the loss is 2 CE(z), as where all weight is on the labels.
+
+    Fidelity: from the formulas; `official` has golden numbers.
+
+    Args:
+        epochs: Of the training, over which the schedule's 200 are spread.
+        weighting: "schedule", or "learned" by `learn`, which begins with lambda_0 = 0.05.
+        rate: eta of the learning.
+        num_modalities: M ≥ 2; the paper has two.
+        starts: First epoch in which predictions are aligned; see `set_epoch`.
+        ends: Last such epoch; None for no end.
+        process_group: As in `OPM`; learning averages mean(h) over the ranks.
+        criterion: The loss of z and labels: ``nn.CrossEntropyLoss``, with whatever it has, or None
+            for ``nn.CrossEntropyLoss()``. Labels of several classes at once have no softmax.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: a number is no integer.
+        ValueError: a hyper-parameter is out of range, or there is no such weighting.
+    """
+
+    card: ClassVar[Card] = Card(
+        "Yang et al., NeurIPS 2024",
+        "loss",
+        ("logits",),
+        (Source("njustkmg/NeurIPS24-LFM at ad44fa0", golden=True),),
+        golden=False,
+    )
+    #: `loss` stands in the place of the joint loss, and is not added to it.
+    replaces_joint_loss: ClassVar[bool] = True
+    criterion: Loss
+    weights: Tensor
+    learning_rate: Tensor
+    # Whether lambda_0 may leave [0, 1], as the released schedule does.
+    _unbounded = False
+
+    def __init__(
+        self,
+        epochs: int = EPOCHS,
+        weighting: Weighting = "schedule",
+        rate: float = 1e-4,
+        *,
+        num_modalities: int = 2,
+        starts: int = 0,
+        ends: int | None = None,
+        process_group: Group = None,
+        criterion: Loss = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if weighting not in ("schedule", "learned"):
+            raise ValueError(f"weighting must be 'schedule' or 'learned', got {weighting!r}")
+        if not (math.isfinite(rate) and rate >= 0):
+            raise ValueError(f"rate must be a finite number of at least 0, got {rate}")
+        if isinstance(criterion, torch.nn.BCEWithLogitsLoss):
+            raise ValueError("criterion must be nn.CrossEntropyLoss: LFM compares softmaxes")
+        self.epochs, self.weighting, self.rate = whole("epochs", epochs, least=1), weighting, rate
+        self.num_modalities = whole("num_modalities", num_modalities, least=2)
+        self.process_group = check_group(process_group)
+        object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
+        self.backend = backend
+        self._set_window(starts, ends)
+        self._begin_at("weights", torch.tensor([_LEAST, _MOST], dtype=torch.float64))
+        self._begin_at("learning_rate", torch.tensor(rate, dtype=torch.float64))
+        self._go_to(None)
+
+    @classmethod
+    def official(
+        cls,
+        epochs: int = EPOCHS,
+        weighting: Weighting = "schedule",
+        rate: float = 1e-4,
+        **keywords: Any,
+    ) -> LFM:
+        """What the authors' released code runs.
+
+        The schedule as it is, which leaves [0, 1] in epochs 177 to 188 of 200: there lambda_0 is
+        above 1 and the predictions are driven apart a little. The default stops at 0 and 1.
+
+        Fidelity: golden numbers of the authors' code (njustkmg/NeurIPS24-LFM at ad44fa0).
+
+        Args:
+            epochs: As in `LFM`.
+            weighting: As in `LFM`.
+            rate: As in `LFM`.
+            **keywords: As in `LFM`.
+        """
+        made = cls(epochs, weighting, rate, **keywords)
+        made._unbounded = True
+        made._go_to(None)
+        return made
+
+    def _go_to(self, epoch: int | None) -> None:
+        super()._go_to(epoch)
+        if self.weighting == "schedule" and "weights" in self._buffers:
+            first = label_weight(self.epoch * EPOCHS / self.epochs)
+            if not self._unbounded:
+                first = min(max(first, 0.0), 1.0)
+            self.weights[0].fill_(first)
+            self.weights[1].fill_(1 - first)
+
+    def set_epoch(self, epoch: int) -> None:
+        """As in the other methods; halves the rate of the learning in epochs 20, 40, ….
+
+        Raises:
+            TypeError: it is no integer.
+            ValueError: it is negative.
+        """
+        before = self.epoch if self._told else None
+        super().set_epoch(epoch)
+        if before != self.epoch and self.epoch and self.epoch % _HALVED == 0:
+            self.learning_rate.mul_(0.5)
+
+    def forward(self, logits: Mapping[str, Tensor], labels: Tensor | None = None) -> LFMResult:
+        """The loss of a batch; also in `eval()`, where its labels are at hand.
+
+        Args:
+            logits: Name → [B, C] logits of each modality, of a head of its own.
+            labels: [B] class indices, or as `criterion` takes them.
+
+        Returns:
+            `LFMResult`, differentiable once in the logits.
+
+        Raises:
+            TypeError: logits or labels have an unsupported type.
+            ValueError: names, numbers or shapes do not fit.
+        """
+        each = self._checked(logits, labels)
+        assert labels is not None
+        if self.training:
+            self._check_told("LFM")
+        joint, cross_entropy = self._joint(each, labels)
+        pairs = list(combinations(each, 2))
+        alignment = logit_divergence(
+            *map(list, zip(*pairs, strict=True)), kind="mixture", backend=self.backend
+        ).mean()
+        weights = self.weights.to(joint.dtype, copy=True)  # the next epoch changes them
+        if not self._acting:
+            weights = torch.zeros_like(weights)
+            weights[0] = 1.0
+        loss = 2 * (weights[0] * cross_entropy + weights[1] * alignment)
+        return LFMResult(loss, joint, weights, cross_entropy.detach(), alignment.detach())
+
+    def _checked(self, logits: Mapping[str, Tensor], labels: Tensor | None) -> list[Tensor]:
+        if not isinstance(logits, Mapping):
+            raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
+        if len(logits) != self.num_modalities:
+            raise ValueError(
+                f"this LFM was made for num_modalities={self.num_modalities}, but logits has "
+                f"{list(logits)}"
+            )
+        if not isinstance(labels, Tensor):
+            raise TypeError("LFM needs labels, a tensor; the joint logits are the mean of logits")
+        first, of_first = next(iter(logits.items()))
+        for name, z in logits.items():
+            if not isinstance(z, Tensor) or not z.is_floating_point():
+                got = z.dtype if isinstance(z, Tensor) else type(z).__name__
+                raise TypeError(f"logits[{name!r}] must be a floating-point tensor, got {got}")
+            if z.dim() != 2 or z.shape != of_first.shape:
+                raise ValueError(
+                    f"logits[{name!r}] must be [B, C] like logits[{first!r}] "
+                    f"{list(of_first.shape)}, got {list(z.shape)}"
+                )
+        return list(logits.values())
+
+    def _joint(self, each: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Z, and its loss."""
+        joint = torch.stack(list(each)).mean(0)
+        loss = torch.nn.functional.cross_entropy if self.criterion is None else self.criterion
+        return joint, loss(joint, labels)
+
+    def learn(
+        self, logits: Mapping[str, Tensor], labels: Tensor, parameters: Sequence[Tensor]
+    ) -> None:
+        """Moves lambda, on samples that are not trained on; before each epoch, with "learned".
+
+        The model must have second derivatives, which it costs three backward passes to take.
+
+        Args:
+            logits: As in `forward`, with gradients, of the held-out samples.
+            labels: As there.
+            parameters: The model's, that of interest first: the release looks at the mean of h over
+                its first tensor, the first weight of the audio encoder.
+
+        Raises:
+            RuntimeError: the weights are a schedule's, or `set_epoch` was not called.
+            ValueError: there are no parameters, or as `forward`.
+        """
+        if self.weighting != "learned":
+            raise RuntimeError('LFM learns its weights with weighting="learned" only')
+        if not self._told:
+            raise RuntimeError("LFM: call set_epoch(epoch) first, by which the rate goes")
+        if not parameters:
+            raise ValueError("parameters must hold at least one tensor")
+        each = self._checked(logits, labels)
+        joint, cross_entropy = self._joint(each, labels)
+        step = mean_along(each, cross_entropy, self.weights.to(joint.dtype), list(parameters))
+        with torch.no_grad():
+            step = step.to(self.weights)
+            group = several(self.process_group)
+            if group is not None:
+                torch.distributed.all_reduce(step, group=group)
+                step /= group.size()
+            moved = (self.weights[1] - self.learning_rate * step).clamp(_LEAST, _MOST)
+            self.weights[1].copy_(moved)
+            self.weights[0].copy_(1 - moved)
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters."""
+        return f"epochs={self.epochs}, weighting={self.weighting!r}, rate={self.rate}"

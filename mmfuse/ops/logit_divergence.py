@@ -160,9 +160,7 @@ def _checked(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Te
                 + hint * (a.shape[1:] == (1,))
             )
         if b.shape != a.shape:
-            raise ValueError(
-                f"second[{k}] has shape {list(b.shape)}, first[{k}] {list(a.shape)}"
-            )
+            raise ValueError(f"second[{k}] has shape {list(b.shape)}, first[{k}] {list(a.shape)}")
         if a.shape[0] != first[0].shape[0]:
             raise ValueError(f"first[{k}] has {a.shape[0]} rows, first[0] {first[0].shape[0]}")
         for name, z in ((f"first[{k}]", a), (f"second[{k}]", b)):

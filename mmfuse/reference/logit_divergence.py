@@ -40,7 +40,7 @@ class _Row(NamedTuple):
     p: Tensor
     q: Tensor
     d: Tensor
-    numbers: tuple[Tensor, Tensor, Tensor, Tensor]
+    numbers: tuple[Tensor, ...]
 
 
 def _shared(a: Tensor, x: Tensor) -> Tensor:

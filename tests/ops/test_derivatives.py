@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -111,6 +112,14 @@ def examples(cell: Cell) -> dict[str, Example]:
         similarity, i = a @ b.T / half, torch.arange(ROWS, device=device)
         return -(F.cross_entropy(similarity, i) + F.cross_entropy(similarity.T, i)) / 2
 
+    def divergence(a: Tensor, b: Tensor) -> Tensor:
+        return ops.logit_divergence([a], [b], kind="mixture", backend=backend)[0].square()
+
+    def plain_divergence(a: Tensor, b: Tensor) -> Tensor:
+        log_p, log_q = a.log_softmax(1), b.log_softmax(1)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return (log_m.exp() * (log_m - (log_p + log_q) / 2)).sum(1).mean().square()
+
     return {
         "modality_scores": Example(scores, plain_scores),
         "drop_modalities": Example(drop, plain_drop),
@@ -125,6 +134,7 @@ def examples(cell: Cell) -> dict[str, Example]:
             lambda a, b: (F.normalize(a, dim=1) * F.normalize(b, dim=1)).sum(1).mean(),
         ),
         "soft_histogram": Example(histogram, plain_histogram),
+        "logit_divergence": Example(divergence, plain_divergence),
         "info_nce": Example(lambda a, b: ops.info_nce(a, b, half, backend=backend), plain_nce),
     }
 

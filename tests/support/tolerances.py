@@ -8,6 +8,7 @@ the magnitudes of the very terms that were added.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,6 +118,85 @@ def weighted_mean(dtype: torch.dtype, rows: Tensor, errors: Tensor, weight: Tens
     u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
     added = (growth(rows.numel()) + 4) * u * rows.abs()
     return (weight * (errors + 2 * added)).sum() / weight.sum() + UNDERFLOW[dtype]
+
+
+class Divergence(NamedTuple):
+    """What the bounds of a divergence are made of, [B, C] in float64, for t terms of p, q and d.
+
+    `log_p` and `log_q` are 0 where p or q is 0, which nothing rounds. `own` is how far an error of
+    p or of q moves a term, relatively; `slope` is |dt/dd|; `factors` are what p and q are
+    multiplied with in the two means of the gradient, and `rates` how fast these change with d.
+    """
+
+    p: Tensor
+    q: Tensor
+    log_p: Tensor
+    log_q: Tensor
+    terms: Tensor
+    slope: Tensor
+    factors: tuple[Tensor, Tensor]
+    rates: tuple[Tensor, Tensor]
+
+
+def _log_softmax(u: float, log_p: Tensor) -> Tensor:
+    """Error of ln p, and relative error of p: see softmax_score."""
+    return (8 + log_p.shape[1] ** 0.5) * u * (1 + log_p.abs())
+
+
+def _definition(exact: Divergence) -> Tensor:
+    """What the expected numbers are off by, whose float64 terms are differences of larger ones.
+
+    They are p and q times differences of logarithms, each with its own error.
+    """
+    sizes = (exact.p + exact.q) * (1 + exact.log_p.abs() + exact.log_q.abs())
+    return (8 + sizes.shape[1] ** 0.5) * UNIT_ROUNDOFF[torch.float64] * sizes
+
+
+def divergence(dtype: torch.dtype, exact: Divergence) -> Tensor:
+    """Bound for a row's divergence, [B], from those of ln p, ln q and their difference d.
+
+    A term t is off by 3 t times the relative error of p or q (for KL beyond |d| = 1 the parts p d,
+    p and q of t come to at most 2.8 t and 1.6 |p − q|), and by its slope times the error of d. To
+    first order the error that all d of a row share cancels, which this does not use. Evaluated from
+    a given d: exp(−|d|) is good to 4 units, 1 − exp(−|d|) absolutely so, and its share of m is at
+    most |p − q|; with log1p, the products and, beyond |d| = 1, ln 2, this comes to at most 30 u
+    (t + |p − q|). Adding up positive terms costs √C, less than what their own errors have. What is
+    below the smallest normal number may be 0: p, and with it p |d|.
+    """
+    wide = accumulation_dtype(dtype)
+    u, tiny = UNIT_ROUNDOFF[wide], torch.finfo(wide).tiny
+    of_p, of_q = (_log_softmax(u, x) for x in (exact.log_p, exact.log_q))
+    weight = (exact.p + exact.q).clamp(min=tiny)
+    own = (exact.p * of_p + exact.q * of_q) / weight
+    each = 3 * exact.terms * (own + 10 * u) + 2 * exact.slope * (of_p + of_q)
+    each = each + 30 * u * (exact.p - exact.q).abs()
+    lost = tiny * (2 + exact.log_p.abs() + exact.log_q.abs())
+    return (each + lost + _definition(exact)).sum(1)
+
+
+def divergence_gradient(
+    dtype: torch.dtype, exact: Divergence, side: int, expected: Tensor, weight: Tensor
+) -> Tensor:
+    """Bound for weight·(p (f − mean of f) + (p − q)/4), or as little as q − p, stored as `dtype`.
+
+    f is off by its rate times the error of d and, evaluated, by 40 u (1 + |f|); the mean by that of
+    its class, with that of p, and by √C; a difference of p and q by both their errors. `weight` is
+    [B, 1] and carries two roundings.
+    """
+    wide = accumulation_dtype(dtype)
+    u = UNIT_ROUNDOFF[wide]
+    p, f = (exact.p, exact.q)[side], exact.factors[side]
+    logs = (exact.log_p, exact.log_q)
+    errors = [_log_softmax(u, x) for x in (logs[side], logs[1 - side])]
+    of_f = exact.rates[side] * sum(errors) + 40 * u * (1 + f)
+    mean = (p * f).sum(1, keepdim=True)
+    of_mean = (p * (of_f + 2 * f * errors[0])).sum(1, keepdim=True)
+    each = p * (of_f + of_mean + (f + mean) * (errors[0] + 4 * u))
+    each = each + p * errors[0] + (exact.p + exact.q - p) * errors[1]
+    of_definition = _definition(exact) + p * _definition(exact).sum(1, keepdim=True)
+    computed = weight.abs() * (each + of_definition + torch.finfo(wide).tiny * (1 + f + mean))
+    stored = UNIT_ROUNDOFF[dtype] * (expected.abs() + computed) + UNDERFLOW[dtype]
+    return computed + stored
 
 
 def softmax_gradient(dtype: torch.dtype, weight: Tensor, classes: int) -> Tensor:

@@ -37,6 +37,8 @@ class ContributionSampler(Sampler[int]):
             above it, the others to the one below.
         copies: How many copies are added in each interval, one number more than thresholds.
         shuffle: A new order in each epoch, drawn from the noise stream; False for the dataset's.
+        present: [N, M] bool, which modalities each sample has, for contributions [N, M]: the mean
+            is that of these. A sample with fewer than two has nothing to balance, and no copies.
         seed: Of the order; None takes `torch.initial_seed()`. All orders follow from it and from
             `set_epoch`.
 
@@ -44,8 +46,9 @@ class ContributionSampler(Sampler[int]):
         indices: The samples with their copies, as a list, in the order of the dataset.
 
     Raises:
+        TypeError: `present` is no bool tensor.
         ValueError: the contributions are empty, of another shape, or not finite; or thresholds and
-            copies do not fit together.
+            copies, or contributions and `present`, do not fit together.
     """
 
     indices: list[int]
@@ -57,6 +60,7 @@ class ContributionSampler(Sampler[int]):
         copies: Sequence[int] = (3, 2, 1),
         *,
         shuffle: bool = True,
+        present: Tensor | None = None,
         seed: int | None = None,
     ) -> None:
         if contributions.dim() not in (1, 2) or contributions.numel() == 0:
@@ -64,7 +68,7 @@ class ContributionSampler(Sampler[int]):
                 "contributions must be [N] or [N, M] and not empty, got "
                 f"{list(contributions.shape)}"
             )
-        mean = contributions.detach().cpu().double().view(len(contributions), -1).mean(1)
+        mean, lone = _means(contributions.detach().cpu().double(), present)
         if not mean.isfinite().all():
             i = int((~mean.isfinite()).nonzero()[0])
             raise ValueError(f"contributions[{i}] is not finite: {contributions[i].tolist()}")
@@ -78,7 +82,7 @@ class ContributionSampler(Sampler[int]):
         interval = (mean >= thresholds[0]).long()
         for threshold in thresholds[1:]:
             interval += mean > threshold
-        repeats = 1 + torch.tensor(counts)[interval]
+        repeats = 1 + torch.where(lone, 0, torch.tensor(counts)[interval])
         self.indices = torch.arange(len(mean)).repeat_interleave(repeats).tolist()
         self.shuffle = shuffle
         self.epoch = 0
@@ -101,3 +105,22 @@ class ContributionSampler(Sampler[int]):
         keys = self._stream.uniform(len(self.indices))
         for i in keys.argsort(stable=True).tolist():
             yield self.indices[i]
+
+
+def _means(contributions: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[N] each sample's mean, 0 for one with fewer than two modalities; and which these are."""
+    values = contributions.view(len(contributions), -1)
+    if present is None:
+        return values.mean(1), torch.zeros(len(values), dtype=torch.bool)
+    if not isinstance(present, Tensor) or present.dtype is not torch.bool:
+        kind = present.dtype if isinstance(present, Tensor) else type(present).__name__
+        raise TypeError(f"present must be a bool tensor [N, M], got {kind}")
+    if contributions.dim() != 2 or present.shape != contributions.shape:
+        raise ValueError(
+            "present must be [N, M] as the contributions, "
+            f"{list(contributions.shape)}, got {list(present.shape)}"
+        )
+    here = present.cpu()
+    lone = here.sum(1) < 2
+    mean = torch.where(here, values, 0.0).sum(1) / here.sum(1)
+    return torch.where(lone, 0.0, mean), lone

@@ -24,12 +24,13 @@ class Complete(NamedTuple):
     """Which modalities and values count, where samples miss some of them.
 
     Attributes:
-        here: [M] bool, the modalities that some sample has, on any rank.
-        values: [P, N] bool, those of samples that have all of these.
+        here: [M, P] bool, the modalities of each problem: in a batch those that some sample has, on
+            any rank.
+        values: [P, N] bool, those of samples that have all of these; None for all values.
     """
 
     here: Tensor
-    values: Tensor
+    values: Tensor | None = None
 
 
 class Histograms(NamedTuple):
@@ -60,7 +61,7 @@ def histograms(
         present = complete.values
         # Of a modality that nobody has nothing is known.
         each = zip(rows[:c], complete.here.unbind(), strict=True)
-        rows = [*(torch.where(here, x, torch.nan) for x, here in each), rows[c]]
+        rows = [*(torch.where(here.unsqueeze(1), x, torch.nan) for x, here in each), rows[c]]
     pairs = joint_entropies(
         rows, [(m, c) for m in range(c)], bins, present=present, backend=backend
     )

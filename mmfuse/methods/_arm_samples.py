@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..loop.given import check_present
 from ..ops.modality_scores import class_indices, named_scores
-from ._arm_information import normalised_information
+from ._arm_information import Complete, normalised_information
 from ._means import mean_of_others
 
 
@@ -21,6 +22,7 @@ def sample_contributions(
     bins: int = 30,
     conditional_bins: int = 2,
     gate: bool = False,
+    present: Mapping[str, Tensor] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Each sample's own contributions, for re-sampling.
@@ -41,15 +43,18 @@ def sample_contributions(
         bins: As in `ARM`.
         conditional_bins: As in `ARM`.
         gate: Whether a probability counts as 0 where its logits' largest is not the true class.
+        present: Name → [B] bool, which samples have the modality. The others j are then those that
+            the sample has.
         backend: Name of a backend; None for the best one.
 
     Returns:
-        [B, M] float64; NaN for a sample whose logits are not finite.
+        [B, M] float64; NaN for a sample whose logits are not finite, for a modality that a sample
+        lacks, and for the only one that it has.
 
     Raises:
         TypeError: an input has an unsupported type.
-        ValueError: fewer than two modalities, shapes that do not fit, an empty batch, or, on the
-            CPU, a label out of range.
+        ValueError: fewer than two modalities, names or shapes that do not fit, an empty batch, or,
+            on the CPU, a label out of range.
     """
     if not isinstance(logits, Mapping):
         raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
@@ -64,10 +69,16 @@ def sample_contributions(
                 f"all logits must have one shape: {names[0]} is {list(rows[0].shape)}, "
                 f"{name} {list(z.shape)}"
             )
-    nmi, ncmi = normalised_information(rows, bins, conditional_bins, backend=backend)
+    complete = None
+    if present is not None:
+        complete = Complete(check_present(list(logits), present, len(labels), labels.device))
+    nmi, ncmi = normalised_information(
+        rows, bins, conditional_bins, complete=complete, backend=backend
+    )
     index = class_indices(labels).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
     p = torch.stack([z.to(nmi.dtype).softmax(1).gather(1, index).squeeze(1) for z in rows])
     if gate:
         right = torch.stack([z.argmax(1) == index.squeeze(1) for z in rows])
         p = torch.where(right, p, 0.0)
-    return (p[-1] * nmi + p[:-1] * mean_of_others(nmi - ncmi)).T.contiguous()
+    here = None if complete is None else complete.here
+    return (p[-1] * nmi + p[:-1] * mean_of_others(nmi - ncmi, here)).T.contiguous()

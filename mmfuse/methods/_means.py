@@ -11,12 +11,13 @@ def mean_of_others(values: Tensor, here: Tensor | None = None) -> Tensor:
 
     Args:
         values: [M, …].
-        here: [M] bool, which entries others are compared with; NaN where there is none. None for
-            all.
+        here: [M] or [M, …] bool, which entries others are compared with; NaN where there is none.
+            None for all.
     """
     count = len(values)
     if here is not None:
-        others = here & ~torch.eye(count, dtype=torch.bool, device=here.device)
+        itself = torch.eye(count, dtype=torch.bool, device=here.device)
+        others = here.unsqueeze(0) & ~itself.view(count, count, *[1] * (here.dim() - 1))
         return mean_where(others, values.unsqueeze(0), 1)
     if count == 2:
         return values.flip(0)

@@ -307,3 +307,38 @@ def test_the_gate_is_that_of_the_samples_that_have_both() -> None:
     for threshold, above in ((0.55, True), (0.65, False)):
         found = seen.above(torch.tensor(threshold, dtype=torch.float64))
         assert bool(found > 0) == above
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("modalities", [2, 3])
+def test_the_gate_of_equal_encoders_is_open_whoever_is_missing(modalities: int, parts: int) -> None:
+    """Their features are alike; over all samples their mean cosine would be below 0.9."""
+    nets = Networks(modalities)
+    method = nets.method("RedReg", agreement=(0.9, 0.9))
+    for name in nets.names:
+        nets.encoders[name].load_state_dict(nets.encoders["audio"].state_dict())
+        nets.inputs[name] = nets.inputs["audio"]
+        nets.logits[name] = nets.logits["audio"].clone()
+    rows = torch.arange(ROWS)
+    p = nets.logits["audio"].softmax(1)[rows, nets.labels]
+    present = {**everyone(modalities), "audio": p > p.quantile(0.3)}  # not the hard samples
+    nets.logits["audio"][rows, nets.labels] += 0.5  # a little ahead, for the gate to act on
+    nets.inputs["audio"][~present["audio"]] = torch.nan
+    for name in nets.names[1:]:
+        nets.inputs[name] = nets.inputs[name].nan_to_num(0.5)
+    nets.backward()
+    cut = ROWS // parts
+    for start in range(0, ROWS - cut, cut):
+        part = slice(start, start + cut)
+        shown = {n: m[part] for n, m in present.items()}
+        method.observe(**nets.given(method, part), present=shown)
+    last = slice(ROWS - cut, ROWS)
+    given = nets.given(method, last)
+    out = method.step(**given, present={n: m[last] for n, m in present.items()})
+    assert out.gate == 1 and out.coefficients[0] > 0
+    strict = nets.method("RedReg", agreement=(0.9, 0.9))
+    nets.backward()
+    filled = {
+        k: {n: x.nan_to_num(0.0) for n, x in v.items()} for k, v in given.items() if k != "labels"
+    }
+    assert strict.step(labels=given["labels"], **filled).gate == 0, "without masks it is shut"

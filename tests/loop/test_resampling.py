@@ -31,6 +31,35 @@ def test_the_mean_over_the_modalities_counts() -> None:
     }
 
 
+def test_the_mean_is_over_the_modalities_that_a_sample_has() -> None:
+    nan = torch.nan
+    contributions = torch.tensor([[0.2, 0.4, 3.0], [0.2, 0.4, nan], [nan, 0.3, nan], [nan] * 3])
+    present = torch.tensor(
+        [[True, True, True], [True, True, False], [False, True, False], [False] * 3]
+    )
+    sampler = ContributionSampler(contributions, present=present)
+    assert Counter(sampler.indices) == {0: 2, 1: 4, 2: 1, 3: 1}
+    everybody = ContributionSampler(contributions[:1], present=present[:1])
+    assert everybody.indices == ContributionSampler(contributions[:1]).indices
+    with pytest.raises(ValueError, match=r"contributions\[1\] is not finite"):
+        ContributionSampler(contributions, present=torch.ones_like(present))
+
+
+@pytest.mark.parametrize(
+    ("contributions", "present", "error", "message"),
+    [
+        (torch.ones(2, 2), torch.ones(2, 2), TypeError, r"present must be a bool tensor \[N, M\]"),
+        (torch.ones(2, 2), torch.ones(2, 3) > 0, ValueError, r"\[2, 2\], got \[2, 3\]"),
+        (torch.ones(2), torch.ones(2) > 0, ValueError, r"must be \[N, M\]"),
+    ],
+)
+def test_wrong_masks_are_named(
+    contributions: torch.Tensor, present: torch.Tensor, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ContributionSampler(contributions, present=present)
+
+
 def test_other_thresholds_and_copies() -> None:
     sampler = ContributionSampler(CONTRIBUTIONS, thresholds=(0.0, 0.6, 0.8), copies=(5, 0, 1, 2))
     assert Counter(sampler.indices) == {0: 1, 1: 1, 2: 2, 3: 3, 4: 3, 5: 6}

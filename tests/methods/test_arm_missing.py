@@ -330,3 +330,31 @@ def test_wrong_arguments_are_named_before_anything_changes(name: str) -> None:
     assert arm.average_weight == 0
     with pytest.raises(TypeError, match=r"criterion must be nn\.CrossEntropyLoss"):
         ARM(criterion=nn.MSELoss())
+
+
+def test_contributions_of_samples_that_miss_modalities() -> None:
+    """Each sample's are those among the modalities that it has; of one alone nothing is known."""
+    given, present = batch(), masks(3, 0.4)
+    logits, fused_logits, labels = (given[k] for k in ("logits", "fused_logits", "labels"))
+    whole = mmfuse.sample_contributions(logits, fused_logits, labels, bins=3)
+    for name, z in logits.items():
+        z[~present[name]] = torch.nan
+    found = mmfuse.sample_contributions(logits, fused_logits, labels, bins=3, present=present)
+    mask = torch.stack([present[n] for n in NAMES], 1)
+    known = mask & (mask.sum(1, keepdim=True) > 1)
+    assert torch.equal(found.isfinite(), known)
+    assert {int(n) for n in mask.sum(1)} >= {1, 2, 3}
+    for i, has in enumerate(mask):
+        names = [n for n, there in zip(NAMES, has, strict=True) if there]
+        if len(names) == 2:
+            rows = {n: logits[n][i : i + 1] for n in names}
+            want = mmfuse.sample_contributions(
+                rows, fused_logits[i : i + 1], labels[i : i + 1], bins=3
+            )
+            torch.testing.assert_close(found[i : i + 1, has], want, rtol=1e-9, atol=1e-12)
+    full = mask.all(1)
+    torch.testing.assert_close(found[full], whole[full], rtol=1e-9, atol=1e-12)
+    sampler = mmfuse.ContributionSampler(found, present=mask)
+    assert len(sampler) > ROWS
+    with pytest.raises(ValueError, match="missing"):
+        mmfuse.sample_contributions(logits, fused_logits, labels, present={"a": present["a"]})

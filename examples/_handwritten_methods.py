@@ -234,6 +234,34 @@ class Aligned(Joint):
         return Record(scores, out.coefficients)
 
 
+class Added(Joint):
+    """A method that adds a loss of its own."""
+
+    coefficients = "contributions to the prediction"
+
+    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
+        super().__init__(model, seed, args)
+        made = mmfuse.METHODS[name]
+        options = {"num_modalities": len(model.encoders), "backend": args.backend}
+        if "stream" in signature(made).parameters:
+            options["stream"] = mmfuse.NoiseStream(seed)
+        self.method = made(**options).to(args.device)
+        self.all_losses = name in ON_ALL_LOSSES
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the method."""
+        self.method.set_epoch(epoch)
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
+        """Leaves the gradients in the model."""
+        features = self.model.features(views)
+        joint, own, logits = losses(self.model, features, labels)
+        out = self.method(features, logits, labels)
+        (joint + (sum(own.values()) if self.all_losses else 0) + out.loss).backward()
+        scores = torch.stack([torch.exp(-loss.detach()) for loss in own.values()])
+        return Record(scores, out.contributions)
+
+
 class Reinforced(Joint):
     """ARM, with the paper's head: a fusion to the features' width, and one classifier for all."""
 
@@ -275,7 +303,7 @@ def build(name: str) -> Build:
     if card.acts == "gradient":
         return partial(OnGradients, name=name)
     if card.acts == "loss":
-        return partial(Aligned, name=name)
+        return partial(Aligned if name == "LFM" else Added, name=name)
     if card.needs == ("features",):
         return partial(LeftOut, name=name)
     return partial(Reinforced if "fused" in card.needs else Dropped, name=name)
@@ -283,7 +311,7 @@ def build(name: str) -> Build:
 
 # What neither card nor rule says: whose papers train on every modality's own loss as well, beside
 # those that need them; and whose scores are mean logarithms of probabilities.
-ON_ALL_LOSSES = {"MLB"} | {
+ON_ALL_LOSSES = {"MLB", "MCR"} | {
     name for name, made in mmfuse.METHODS.items() if "unimodal_losses" in made.card.needs
 }
 OF_LOGARITHMS = {"InfoReg"}

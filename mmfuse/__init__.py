@@ -16,6 +16,7 @@ from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.learningrates import LearningRates, LearningRatesResult
 from .methods.lfm import LFM, LFMResult
+from .methods.mcr import MCR, MCRResult
 from .methods.mlb import MLB, MLBResult
 from .methods.mmpareto import MMPareto, MMParetoResult
 from .methods.modalitydropout import ModalityDropout, ModalityDropoutResult
@@ -29,6 +30,7 @@ from .ops import use_backend
 __all__ = [
     "ARM",
     "LFM",
+    "MCR",
     "METHODS",
     "MLB",
     "OGM",
@@ -41,6 +43,7 @@ __all__ = [
     "LFMResult",
     "LearningRates",
     "LearningRatesResult",
+    "MCRResult",
     "MLBResult",
     "MMPareto",
     "MMParetoResult",

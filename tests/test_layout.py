@@ -166,7 +166,9 @@ def test_the_released_sequences_stand_alone_and_are_replayed() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert "released" not in imported_packages(path), path
     for name in methods:
-        assert (TESTS / "golden" / f"test_released_{name}.py").is_file(), name
+        if not (TESTS / "golden" / f"test_released_{name}.py").is_file():  # there are no numbers
+            text = (TESTS / "methods" / f"test_{name}.py").read_text()
+            assert f"from released import {name}" in text, name
 
 
 def test_no_two_test_files_have_one_name() -> None:

@@ -6,6 +6,7 @@ from .arm import ARM
 from .inforeg import InfoReg
 from .learningrates import LearningRates
 from .lfm import LFM
+from .mcr import MCR
 from .mlb import MLB
 from .mmpareto import MMPareto
 from .modalitydropout import ModalityDropout
@@ -15,7 +16,7 @@ from .opm import OPM
 from .redreg import RedReg
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
-_Forward = OPM | ARM | LFM | ModalityDropout
+_Forward = OPM | ARM | LFM | MCR | ModalityDropout
 _ALL: tuple[type[_Gradient | _Forward], ...] = (
     OGM,
     OPM,
@@ -25,6 +26,7 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     MLB,
     MMPareto,
     LFM,
+    MCR,
     LearningRates,
     ModalityDropout,
     NoiseOnly,

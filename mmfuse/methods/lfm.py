@@ -107,6 +107,8 @@ class LFM(EpochWindowModule):
     )
     #: `loss` stands in the place of the joint loss, and is not added to it.
     replaces_joint_loss: ClassVar[bool] = True
+    #: Nothing is averaged over the ranks but, by DDP, gradients.
+    decides_over_ranks: ClassVar[bool] = False
     criterion: Loss
     weights: Tensor
     learning_rate: Tensor

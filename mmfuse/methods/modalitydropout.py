@@ -76,6 +76,9 @@ class ModalityDropout(DrawingModule):
         "Neverova et al., TPAMI 2016", "feature", ("features",), (), golden=False
     )
 
+    #: Nothing is averaged over the ranks.
+    decides_over_ranks: ClassVar[bool] = False
+
     def __init__(
         self,
         rates: float | Mapping[str, float] = 0.3,

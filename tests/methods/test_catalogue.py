@@ -61,6 +61,12 @@ def test_a_card_is_true(name: str) -> None:
     assert year is not None and year[0] in released_code(name).splitlines()[0]
 
 
+def golden_test(name: str) -> str:
+    """Empty for a method of which there are no numbers."""
+    path = GOLDEN / f"test_golden_{name.lower()}.py"
+    return path.read_text() if path.is_file() else ""
+
+
 def released_code(name: str) -> str:
     return (ROOT / "released" / f"{name.lower()}.py").read_text()
 
@@ -72,7 +78,7 @@ def test_a_release_is_the_one_that_it_says(name: str, source: Source) -> None:
     files = {name, *(other for other, its in SOURCES if its.code == source.code)}
     texts = [released_code(other) for other in files]
     assert any(repository in text and re.search(rf"\b{commit}\b", text) for text in texts)
-    replays = "".join((GOLDEN / f"test_golden_{other.lower()}.py").read_text() for other in files)
+    replays = "".join(map(golden_test, sorted(files)))
     listed = (GOLDEN / "data" / "README.md").read_text()
     assert source.golden == (
         f"mmfuse.{name}.official" in replays
@@ -98,7 +104,7 @@ def test_releases_are_those_that_official_takes(name: str) -> None:
 @pytest.mark.parametrize("name", RELEASED)
 def test_a_class_is_from_the_formulas_unless_golden_numbers_are_its_own(name: str) -> None:
     made = mmfuse.METHODS[name]
-    replays = (GOLDEN / f"test_golden_{name.lower()}.py").read_text()
+    replays = golden_test(name)
     assert made.card.golden == bool(re.search(rf"replay\(.*\bmmfuse\.{name},", replays))
 
 

@@ -56,17 +56,16 @@ CONSTANT = [k for k in ON_GRADIENTS if METHODS[KINDS[k].method].card.official ==
 COMBINED = ["OPM + OGM-GE"]
 #: By the catalogue's names, those on gradients that need nothing but logits.
 LOGITS_ONLY = [n for n, m in METHODS.items() if m.card[1:3] == ("gradient", ("logits",))]
-#: Modules that decide nothing from a batch, but go by fixed rates or a schedule.
+#: Modules that decide nothing by all ranks' samples: fixed rates, a schedule, a loss of each part.
 FIXED = [
     kind
     for kind in IN_FORWARD
-    for made in (METHODS[KINDS[kind].method],)
-    if made.card.needs == ("features",) or getattr(made, "replaces_joint_loss", False)
+    if not getattr(METHODS[KINDS[kind].method], "decides_over_ranks", True)
 ]
 #: Those that do, in one reduction over the ranks.
 LOOKING = [kind for kind in IN_FORWARD if kind not in FIXED]
 #: Those that draw a number for each sample in the forward pass.
-DROPPING = [k for k in IN_FORWARD if "stream" in signature(METHODS[KINDS[k].method]).parameters]
+DROPPING = [k for k in ON_FEATURES if "stream" in signature(METHODS[KINDS[k].method]).parameters]
 
 
 def make(
@@ -80,7 +79,7 @@ def make(
         if stream is not None and method.rule.need.stream:
             method.stream = stream
         return method
-    if stream is not None and kind in DROPPING:
+    if stream is not None and "stream" in signature(METHODS[name]).parameters:
         options["stream"] = stream
     return METHODS[name](**options)  # type: ignore[call-arg]
 
@@ -231,6 +230,8 @@ def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
         away = sum(float((a - b).abs().sum().detach()) for a, b in pairs)
         if away or not hasattr(out, "coefficients"):
             return away
+    if isinstance(method, nn.Module) and not hasattr(out, "coefficients"):
+        return float(out.loss.detach().abs())
     if isinstance(method, nn.Module):  # the forward pass is what it was, or there is a loss more
         return float(out.coefficients.abs().nan_to_num(1.0).sum().detach())
     if method.card.official == ():  # a control, which does the same in every step

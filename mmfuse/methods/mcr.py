@@ -1,0 +1,283 @@
+"""MCR: the multimodal competition regularizer.
+
+Kontras, Strypsteen, Chatzichristos, Liang, Blaschko & De Vos, "Balancing Multimodal Training
+Through Game-Theoretic Regularization", NeurIPS 2025; the formulas are those of the released code.
+
+A modality contributes if the prediction changes where its features are exchanged among the samples
+of a batch. Every encoder plays to raise its own contribution, and lowers, ignores or raises those
+of the others. With z the joint logits, and z~m those with modality m permuted:
+
+    contribution  J_m = Jensen-Shannon divergence of softmax(z~m) and softmax(z), batch mean
+    play          encoder m gets the gradient of  -lambda (J_m + k sum_{j != m} J_j);
+                  k = -1 greedy, 0 independent, 1 collaborative
+    contrast      N = supervised NT-Xent loss of all modalities' features, at a temperature
+    loss          CE(z) + sum_m CE(z^m) + play + c N
+
+The paper's third term, a bound on what features hold beyond the task, has weight 0 in the released
+configurations and is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .._numbers import whole
+from ..loop.contract import Card, Source
+from ..loop.drawing import DrawingModule
+from ..loop.modalities import check_names, named_features
+from ..loop.ranks import Group, check_group
+from ..loop.state import in_backward
+from ..noise import NoiseStream
+from ..ops.logit_divergence import logit_divergence
+from ._mcr_parts import added, nt_xent, repeated, through, weighted
+
+Strategy = Literal["greedy", "independent", "collaborative"]
+
+_WEIGHT_OF_OTHERS: dict[str, int] = {"greedy": -1, "independent": 0, "collaborative": 1}
+
+
+@dataclass(frozen=True)
+class MCRResult:
+    """The loss of one step and its parts; nothing here has waited for the device.
+
+    Attributes:
+        loss: 0-d, to be added to the other losses; 0 in `eval()`.
+        contributions: [M] J_m, in the order of `features`.
+        contrast: 0-d N.
+    """
+
+    loss: Tensor
+    contributions: Tensor
+    contrast: Tensor
+
+
+class MCR(DrawingModule):
+    """MCR, a loss beside the joint and the unimodal ones.
+
+    ::
+
+        model.mcr = mmfuse.MCR()
+        features = {"audio": audio_net(sounds), "visual": visual_net(images)}
+        logits = mmfuse.unimodal_logits(head, features)   # of an affine head: they add up
+        loss = F.cross_entropy(head(torch.cat(list(features.values()), 1)), labels)
+        loss = loss + sum(mmfuse.unimodal_losses(logits, labels).values())
+        loss = loss + model.mcr(features, logits, labels).loss
+
+    With a fusion whose logits do not add up, give the head: ``model.mcr(features, logits, labels,
+    head=head)``; it is then called on the permuted features, 2 M times the `permutations` and one
+    more batch of rows.
+
+    Fidelity: from the formulas.
+
+    Args:
+        strength: lambda, the weight of the play; the authors take 0.01 for CREMA-D.
+        strategy: "greedy", "independent" or "collaborative", their k.
+        contrast: c, the weight of the contrastive loss; 0 leaves it out, and labels with it.
+        temperature: Of the contrastive loss.
+        permutations: How many permutations of a batch J_m is a mean over.
+        num_modalities: M ≥ 2.
+        starts: First epoch in which there is a loss; see `set_epoch`.
+        ends: Last such epoch; None for no end.
+        process_group: The ranks, each of which permutes its own part of the batch.
+        stream: As in `ModalityDropout`.
+        name: As there.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        ValueError: a hyper-parameter is out of range, or there is no such strategy.
+    """
+
+    card: ClassVar[Card] = Card(
+        "Kontras et al., NeurIPS 2025",
+        "loss",
+        ("features", "logits"),
+        (Source("kkontras/MCR at 338d370", golden=False),),
+        golden=False,
+    )
+    #: Nothing is averaged over the ranks but, by DDP, gradients.
+    decides_over_ranks: ClassVar[bool] = False
+    # Whether J_m's gradient leaves the unpermuted prediction alone, as the released play does.
+    _released = False
+
+    def __init__(
+        self,
+        strength: float = 0.01,
+        strategy: Strategy = "greedy",
+        contrast: float = 1.0,
+        temperature: float = 0.5,
+        permutations: int = 32,
+        *,
+        num_modalities: int = 2,
+        starts: int = 0,
+        ends: int | None = None,
+        process_group: Group = None,
+        stream: NoiseStream | None = None,
+        name: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self._set_window(starts, ends)
+        if strategy not in _WEIGHT_OF_OTHERS:
+            known = ", ".join(map(repr, _WEIGHT_OF_OTHERS))
+            raise ValueError(f"strategy must be one of {known}, got {strategy!r}")
+        for what, value in (("strength", strength), ("contrast", contrast)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{what} must be a finite number of at least 0, got {value}")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be a positive finite number, got {temperature}")
+        self.strength, self.strategy, self.contrast = strength, strategy, contrast
+        self.temperature = temperature
+        self.permutations = whole("permutations", permutations, least=1)
+        self.num_modalities = whole("num_modalities", num_modalities, least=2)
+        self.process_group = check_group(process_group)
+        self.backend = backend
+        self._begin_stream(stream, name)
+
+    @classmethod
+    def official(
+        cls, strength: float = 0.01, strategy: Strategy = "greedy", **keywords: Any
+    ) -> MCR:
+        """As the released code computes the terms, for two modalities.
+
+        There J_m's gradient goes through the unpermuted prediction as well, without the weight k:
+        with "greedy" it cancels between the two terms of each contribution. The released function
+        computes the sum of its terms and returns the loss without it; here it is added. Its
+        features for the permutations come from another pass, in evaluation mode; these here are
+        those that you give.
+
+        Fidelity: from the formulas (kkontras/MCR at 338d370).
+
+        Args:
+            strength: As in `MCR`.
+            strategy: As in `MCR`.
+            **keywords: As in `MCR`.
+
+        Raises:
+            ValueError: as `MCR`, or there are more than two modalities.
+        """
+        made = cls(strength, strategy, **keywords)
+        if made.num_modalities != 2:
+            raise ValueError("MCR.official is for num_modalities=2; MCR takes more")
+        made._released = True
+        return made
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+        *,
+        head: Callable[[Tensor], Tensor] | None = None,
+    ) -> MCRResult:
+        """The loss of a batch.
+
+        Args:
+            features: Name → [B, …] for the M modalities; those of the contrast have one size.
+            logits: Name → [B, C], whose sum are the joint logits; with `head` they are not used.
+            labels: [B] class indices, for the contrast; rows labelled −100 do not count.
+            head: From the concatenated features [B, ΣD_m], in their order, to the joint logits.
+
+        Returns:
+            `MCRResult`, differentiable once in the logits, or with `head` in the features.
+
+        Raises:
+            RuntimeError: it is called in a backward pass, by activation checkpointing.
+            TypeError: an input has an unsupported type, or labels are missing.
+            ValueError: names, numbers or shapes do not fit.
+        """
+        names, values = named_features("MCR", features, self.num_modalities)
+        check_names("logits", logits, names, "features")
+        each = [logits[name] for name in names]
+        self._check(names, values, each, labels)
+        if not self.training or not self._acting:
+            if self.training:
+                self._check_told("MCR")
+                self._advance()
+            nothing = each[0].new_zeros(())
+            return MCRResult(nothing, nothing.expand(len(names)), nothing)
+        if in_backward():
+            raise RuntimeError(
+                "MCR is called in a backward pass, as activation checkpointing does, and would "
+                "draw other permutations there; leave it outside of the checkpointed part"
+            )
+        self._check_told("MCR")
+        parts, fuse = (each, added) if head is None else (values, through(head))
+        divergences = self._divergences(parts, fuse)
+        self._advance()
+        loss = -self.strength * divergences.sum()
+        contrast = torch.zeros_like(loss)
+        if self.contrast:
+            assert labels is not None
+            contrast = nt_xent([v.flatten(1) for v in values], labels, self.temperature)
+            loss = loss + self.contrast * contrast
+        return MCRResult(loss, divergences.detach(), contrast.detach())
+
+    def _check(
+        self,
+        names: Sequence[str],
+        features: Sequence[Tensor],
+        logits: Sequence[Tensor],
+        labels: Tensor | None,
+    ) -> None:
+        for name, z in zip(names, logits, strict=True):
+            if not isinstance(z, Tensor) or not z.is_floating_point():
+                got = z.dtype if isinstance(z, Tensor) else type(z).__name__
+                raise TypeError(f"logits[{name!r}] must be a floating-point tensor, got {got}")
+            if z.dim() != 2 or z.shape != logits[0].shape or len(z) != len(features[0]):
+                raise ValueError(
+                    f"logits[{name!r}] must be [{len(features[0])}, C] and all alike, got "
+                    f"{list(z.shape)}"
+                )
+        if not self.training or not self.contrast:
+            return
+        if not isinstance(labels, Tensor) or labels.is_floating_point():
+            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+            raise TypeError(f"labels must be class indices, for the contrast; got {kind}")
+        if labels.shape != (len(features[0]),):
+            raise ValueError(
+                f"labels must have shape [{len(features[0])}], got {list(labels.shape)}"
+            )
+        sizes = {
+            name: v[0].numel() if len(v) else 0 for name, v in zip(names, features, strict=True)
+        }
+        if len(set(sizes.values())) > 1:
+            raise ValueError(
+                f"the contrast compares features, which must be of one size, not {sizes}; "
+                "contrast=0 leaves it out"
+            )
+
+    def _divergences(self, parts: Sequence[Tensor], fuse: Callable[..., Tensor]) -> Tensor:
+        """[M] J_m, with gradients in which the other modalities have weight k."""
+        k, rows = _WEIGHT_OF_OTHERS[self.strategy], len(parts[0])
+        stream, start = self.agreed_stream(), self.first_row(rows) * self.permutations
+        permuted, plain = [], []
+        for m, part in enumerate(parts):
+            drawn = stream.uniform(rows * self.permutations, stream_id=m, offset=start)
+            order = drawn.view(self.permutations, rows).argsort(1).to(part.device)
+            mine = [p if j == m else weighted(p, k) for j, p in enumerate(parts)]
+            of_order = [
+                p[order].flatten(0, 1)
+                if j == m
+                else p.repeat(self.permutations, *[1] * (p.dim() - 1))
+                for j, p in enumerate(mine)
+            ]
+            permuted.append(fuse(of_order))
+            whole_batch = list(parts) if self._released else mine
+            joint = fuse(whole_batch)
+            if self._released and k == -1:
+                joint = joint.detach()
+            plain.append(repeated(joint, self.permutations))
+        return logit_divergence(permuted, plain, kind="js", backend=self.backend)
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters."""
+        return (
+            f"strength={self.strength}, strategy={self.strategy!r}, contrast={self.contrast}, "
+            f"temperature={self.temperature}, permutations={self.permutations}"
+        )

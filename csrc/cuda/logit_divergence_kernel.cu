@@ -12,9 +12,11 @@
 namespace mmfuse::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
+// Said aloud, or the compiler would spill for more.
+constexpr int kBlocksPerSm = 2;
 constexpr int kBackwardThreads = 256;
-constexpr int kBackwardBlocksPerSm = 4;
+constexpr int kBackwardBlocksPerSm = 2;
 constexpr int kMaxPairs = 16;
 
 // The pairs from `first` on that one launch handles.
@@ -162,7 +164,7 @@ __device__ __forceinline__ double row_divergence(const DivergenceOutputs& call,
 
 // Block (x, k) handles kDivergenceRows rows of pair k.
 template <DivergenceKind kKind>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     logit_divergence_kernel(const PairTable<DivergenceOutputs> __grid_constant__ table) {
   const DivergenceOutputs& call = table.common;
   const LogitPair& pair = table.pairs[blockIdx.y];
@@ -193,7 +195,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Block k adds the partial sums of pair k.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     logit_divergence_finalise_kernel(const DivergenceOutputs __grid_constant__ call, int blocks) {
   const double* partial = call.workspace + static_cast<int64_t>(blockIdx.x) * blocks;
   double sum[1] = {0};

@@ -292,7 +292,8 @@ class _Call(NamedTuple):
 def _call_of(first: Sequence[Tensor], second: Sequence[Tensor], kind: int, per_row: bool) -> _Call:
     wide = any(z.dtype == torch.float64 for z in first)
     class_counts = tuple(z.shape[1] for z in first)
-    block_rows, block_classes = blocks_for(max(class_counts), wide)
+    tile_rows, block_classes = blocks_for(max(class_counts), wide)
+    block_rows = tile_rows // 2  # of either logits
     strides = (tuple(z.stride(0) for z in logits) for logits in (first, second))
     return _Call(
         (tuple(first), tuple(second), class_counts, *strides),

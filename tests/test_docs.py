@@ -70,6 +70,29 @@ def test_no_example_adds_up_the_logits_of_modalities(line: str) -> None:
     assert {path for path, text in shown().items() if ADDED_UP.search(text)} == set()
 
 
+TASKS = (
+    "Several labels",
+    "Segmentation",
+    "Tokens",
+    "Regression",
+    "Several tasks",
+    "Shared fusion",
+    "Formulas of other frameworks",
+)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_few_lines_that_run(task: str) -> None:
+    text = (ROOT / "docs/training.md").read_text()
+    after = text[text.index(f"\n**{task}") :]
+    block = python_blocks(after)[0]
+    assert after.index("```python") < 500, "the code comes next"
+    # Blank lines are those of the formatter.
+    lines = [line for line in block.splitlines() if line and not line.startswith("#")]
+    assert len(lines) <= 25
+    assert ".step(" in block
+
+
 def test_the_two_commands_come_first() -> None:
     first = README.index("```")
     assert README[first:].startswith("```bash\nmake demo")

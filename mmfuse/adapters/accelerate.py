@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from ..amp import grad_scale
+from ..loop.given import More
 from ..loop.gradients import GradientMethod
 from ..loop.shards import whole_state
 from ._methods import checked, tell_epoch, warn_of_adaptive
@@ -101,8 +102,8 @@ class Balance:
     def backward(
         self,
         loss: Tensor,
-        logits: Mapping[str, Tensor],
-        labels: Tensor,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         *,
@@ -120,7 +121,8 @@ class Balance:
             sync: Whether the optimizer steps after this micro-batch; None for what
                 ``accelerator.accumulate`` says. Inside ``accelerator.no_sync``, which says nothing
                 and would have gradients modulated that are this rank's alone, pass False.
-            **kwargs: As for ``accelerator.backward``.
+            **kwargs: ``present``, ``scores`` and the others of `mmfuse.GradientMethod`, or as for
+                ``accelerator.backward``.
 
         Returns:
             The method's result, or None in a micro-batch that only accumulates.
@@ -135,7 +137,8 @@ class Balance:
             prepared = getattr(self.accelerator, "_optimizers", [])
             warn_of_adaptive(self.method, map(unwrapped, prepared))
         steps = self.accelerator.sync_gradients if sync is None else sync
-        self.method.observe(logits, labels, features, inputs)
+        more: Any = {name: kwargs.pop(name) for name in More.__annotations__ if name in kwargs}
+        self.method.observe(logits, labels, features, inputs, **more)
         self.accelerator.backward(loss, **kwargs)
         return step(self.accelerator, self.method) if steps else None
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .. import amp
 from ..loop._parameters import Encoder
+from ..loop.given import More
 from ..loop.matching import Named, match_parameters
 from ..loop.scalars import ScalarLog, scalars_of
 from ..loop.shards import whole_state
@@ -158,10 +160,11 @@ class Balance(Epochs):
 
     def observe(
         self,
-        logits: Mapping[str, Tensor],
-        labels: Tensor,
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
         features: Mapping[str, Tensor] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
+        **more: Unpack[More],
     ) -> None:
         """Takes in one micro-batch; for ``training_step``.
 
@@ -173,6 +176,7 @@ class Balance(Epochs):
             labels: [B] integer class indices; rows labelled −100 do not count.
             features: Name → [B, …] features, for methods that need them.
             inputs: Name → input of each encoder, likewise.
+            **more: ``present``, ``scores`` and the others of `mmfuse.GradientMethod`.
 
         Raises:
             RuntimeError: this callback is not among the Trainer's.
@@ -180,7 +184,7 @@ class Balance(Epochs):
             ValueError: as the method's ``observe``.
         """
         if self._training:
-            self.method.observe(logits, labels, features, inputs)
+            self.method.observe(logits, labels, features, inputs, **more)
             self._observed = True
         elif torch.is_grad_enabled() and not self._tuned() and not self._fitting:
             raise RuntimeError(

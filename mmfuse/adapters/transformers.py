@@ -19,12 +19,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .._devices import WIDE
+from ..loop.given import Kind, More
 from ..loop.gradients import GradientMethod
 from ..loop.scalars import scalars_of
 from ..loop.shards import whole_state
@@ -99,7 +100,9 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self.add_callback(_Epochs(self))
 
-    def balance_inputs(self, outputs: Any, inputs: Mapping[str, Any]) -> tuple[Any, ...]:
+    def balance_inputs(
+        self, outputs: Any, inputs: Mapping[str, Any]
+    ) -> tuple[Any, ...] | dict[str, Any]:
         """What the method's `observe` is called with; override it for other models.
 
         Args:
@@ -108,7 +111,10 @@ class BalanceMixin(_Base):  # type: ignore[misc]
 
         Returns:
             ``(outputs["modality_logits"], inputs["labels"])``, then for methods that need them,
-            ``outputs["modality_features"]`` and ``outputs["modality_inputs"]``.
+            ``outputs["modality_features"]`` and ``outputs["modality_inputs"]``. Or a mapping by the
+            names of arguments, where the outputs have ``modality_present`` or the like, one for
+            each further argument of `mmfuse.GradientMethod`; with ``modality_scores``,
+            ``modality_ratios`` or ``modality_coefficients`` they need neither logits nor labels.
 
         Raises:
             ValueError: one of them is missing; it is named, with what there is.
@@ -121,19 +127,25 @@ class BalanceMixin(_Base):  # type: ignore[misc]
                 f"'modality_logits', got {type(outputs).__name__}; return one, or override "
                 "balance_inputs"
             )
+        given = {name: outputs.get(f"modality_{name}") for name in More.__annotations__}
+        given = {name: value for name, value in given.items() if value is not None}
+        own = any(name in given for name in get_args(Kind))
         more = method.rule.need.inputs
-        needed = [f"modality_{name}" for name in ("logits", *more)]
-        for what, names, given in (("outputs", needed, outputs), ("inputs", ["labels"], inputs)):
-            missing = [name for name in names if given.get(name) is None]
+        # Of the user's own numbers a method may need features and inputs, or not: `observe` says.
+        needed = [] if own else [f"modality_{name}" for name in ("logits", *more)]
+        labels = [] if own else ["labels"]
+        for what, names, found in (("outputs", needed, outputs), ("inputs", labels, inputs)):
+            missing = [name for name in names if found.get(name) is None]
             if missing:
                 raise ValueError(
                     f"{type(method).__name__} needs {missing} in the model's {what}, which have "
-                    f"{list(given)}; add them, or override balance_inputs"
+                    f"{list(found)}; add them, or override balance_inputs"
                 )
-        others = (
-            [outputs.get(f"modality_{name}") for name in ("features", "inputs")] if more else []
-        )
-        return (outputs["modality_logits"], inputs["labels"], *others)
+        others = {name: outputs.get(f"modality_{name}") for name in ("features", "inputs") if more}
+        if own:
+            return {**others, **given}
+        seen = {"logits": outputs["modality_logits"], "labels": inputs["labels"], **others}
+        return {**seen, **given} if given else tuple(seen.values())
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
@@ -143,7 +155,11 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         given = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training and self.balance_method is not None:
-            self.balance_method.observe(*self.balance_inputs(outputs, given))
+            seen = self.balance_inputs(outputs, given)
+            if isinstance(seen, Mapping):
+                self.balance_method.observe(**seen)
+            else:
+                self.balance_method.observe(*seen)
             self._balance_seen = True
         return (loss, outputs) if return_outputs else loss
 

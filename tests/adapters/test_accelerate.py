@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import ways
 from balancing import (
     ANCHORED,
     MAKERS,
@@ -48,6 +49,8 @@ from mmfuse.adapters.accelerate import Balance
 pytestmark = pytest.mark.filterwarnings("ignore:mmfuse uses its:RuntimeWarning")
 
 Batch = tuple[Tensor, Tensor, Tensor]
+# How the method is told more than logits and labels, by a test that sets it.
+WAY: str | None = None
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,7 @@ def see(model: nn.Module, data: Batch) -> dict[str, Any]:
         "labels": labels,
         "features": {"audio": a, "visual": v},
         "inputs": {"audio": audio, "visual": visual},
+        "way": WAY,
     }
 
 
@@ -175,6 +179,27 @@ def test_accumulation_with_an_uneven_end_of_the_epoch(make: Make) -> None:
     for result, other in zip(steps, expected, strict=True):
         assert torch.equal(result.coefficients, other.coefficients)
     assert acted(make(plain.encoders), steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ways.WAYS)
+@pytest.mark.parametrize("name", MAKERS)
+def test_more_than_logits_and_labels_is_passed_on(
+    name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(encoders: dict[str, nn.Module]) -> Any:
+        return MAKERS[name](encoders, **ways.options(way))
+
+    plain, data = AudioVisual(), [batch() for _ in range(4)]
+    model, untold = copy.deepcopy(plain), copy.deepcopy(plain)
+    by_hand(untold, MAKERS[name], data, epochs=3, accumulate=2)
+    monkeypatch.setattr(sys.modules[__name__], "WAY", way)
+    by_hand(plain, told, data, epochs=3, accumulate=2)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    accelerated(accelerator, model, told, data, epochs=3)
+    assert_same(model, plain)
+    weight = model.audio_net.conv1.weight
+    assert way == "scores" or not torch.equal(weight, untold.audio_net.conv1.weight)
 
 
 def test_bf16_is_the_loop_by_hand_under_autocast() -> None:

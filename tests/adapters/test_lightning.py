@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import ways
 from balancing import (
     ACTING,
     MAKERS,
@@ -46,6 +47,8 @@ pytestmark = [
 
 ENCODERS = {"audio": "net.audio_net", "visual": "net.visual_net"}
 EPOCHS, STEPS = 4, 3
+# How the method is told more than logits and labels, by a test that sets it.
+WAY: str | None = None
 Data = tuple[Tensor, ...]
 
 
@@ -82,6 +85,7 @@ def forward(net: AudioVisual, data: Data) -> tuple[Tensor, dict[str, Any]]:
         "labels": labels,
         "features": features,
         "inputs": {"audio": audio, "visual": visual},
+        "way": WAY,
     }
     return nn.functional.cross_entropy(out, labels), seen
 
@@ -109,6 +113,8 @@ class Module(LightningModule):
         loss, seen = forward(self.net, data)
         # Of a callback that the Trainer does not know, the method is None.
         method = self.balance.method
+        if method is None:
+            seen.pop("way")
         self.balance.observe(**(seen if method is None else needed(method, seen)))
         return loss
 
@@ -227,6 +233,25 @@ def test_training_is_that_of_a_loop_by_hand(tmp_path: Path, name: str) -> None:
     assert len(module.results) == EPOCHS * STEPS
     assert acted(method, module.results)
     assert_same_training(module, expected, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ways.WAYS)
+@pytest.mark.parametrize("name", MAKERS)
+def test_more_than_logits_and_labels_is_passed_on(
+    tmp_path: Path, name: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, data, told = AudioVisual(), Batches(), ways.options(way)
+    expected, plain = copy.deepcopy(net), copy.deepcopy(net)
+    by_hand(plain, data, maker(name))
+    monkeypatch.setattr(sys.modules[__name__], "WAY", way)
+    module = fit(tmp_path, net, data, balance_for(name, **told))
+    changes = {**CHANGES.get(name, {}), **told}
+    method = by_hand(expected, data, lambda encoders: MAKERS[name](encoders, **changes))
+    assert acted(method, module.results)
+    assert_same_training(module, expected, method)
+    weight = net.audio_net.conv1.weight  # of one's own scores InfoReg takes other means alone
+    assert way == "scores" or not torch.equal(weight, plain.audio_net.conv1.weight)
 
 
 def test_a_factory_makes_the_method(tmp_path: Path) -> None:

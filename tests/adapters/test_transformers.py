@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import ways
 from balancing import MAKERS, ON_FEATURES, TWO_GRADIENTS, Make, inforeg, maker, ogm_ge
 from balancing import make as make_method
 from networks import AudioVisual
@@ -47,18 +48,28 @@ def fresh() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+# How the method is told more than logits and labels, by a test that sets it.
+WAY: str | None = None
+
+
 class Model(AudioVisual):
     """What a user's model returns; the features and inputs are for RedReg."""
 
     def forward(self, audio: Tensor, visual: Tensor, labels: Tensor) -> ModelOutput:
         a, v, out = super().forward(audio, visual)
         features = {"audio": a, "visual": v}
+        found = {
+            "logits": mmfuse.unimodal_logits(self.fc, features),
+            "features": features,
+            "inputs": {"audio": audio, "visual": visual},
+        }
+        if WAY is not None:
+            told = ways.arguments(WAY, {}, {**found, "labels": labels})
+            found = {n: x for n, x in found.items() if n != "logits" or WAY != "scores"} | told
         return ModelOutput(
             loss=nn.functional.cross_entropy(out, labels),
             logits=out,
-            modality_logits=mmfuse.unimodal_logits(self.fc, features),
-            modality_features=features,
-            modality_inputs={"audio": audio, "visual": visual},
+            **{f"modality_{name}": value for name, value in found.items()},
         )
 
 
@@ -139,7 +150,12 @@ def by_hand(
                 out = (forward or model)(**item)
                 (out["loss"] / len(group)).backward()
                 more = {name: out[f"modality_{name}"] for name in method.rule.need.inputs}
-                method.observe(out["modality_logits"], item["labels"], **more)
+                for name in ("present", "scores", "count"):
+                    if f"modality_{name}" in out:
+                        more[name] = out[f"modality_{name}"]
+                logits = out.get("modality_logits")
+                labels = None if logits is None else item["labels"]
+                method.observe(logits, labels, **more)
             results.append(method.step())
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
             optimizer.step()
@@ -173,6 +189,26 @@ def test_the_trainer_is_the_loop_by_hand(make: Make, accumulate: int, tmp_path: 
     assert torch.equal(last.coefficients, expected[-1].coefficients)
     by_hand(untouched, plain_sgd, epochs=3, accumulate=accumulate)
     assert not torch.equal(untouched.audio_net.conv1.weight, model.audio_net.conv1.weight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ways.WAYS)
+@pytest.mark.parametrize("name", MAKERS)
+def test_more_than_logits_and_labels_is_passed_on(
+    name: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(encoders: dict[str, nn.Module]) -> Any:
+        return MAKERS[name](encoders, **ways.options(way))
+
+    plain = Model()
+    model, untold = copy.deepcopy(plain), copy.deepcopy(plain)
+    by_hand(untold, MAKERS[name], epochs=3, accumulate=2)
+    monkeypatch.setattr(sys.modules[__name__], "WAY", way)
+    by_hand(plain, told, epochs=3, accumulate=2)
+    train(model, told, tmp_path, num_train_epochs=3, gradient_accumulation_steps=2)
+    assert_same(model, plain)
+    weight = model.audio_net.conv1.weight
+    assert way == "scores" or not torch.equal(weight, untold.audio_net.conv1.weight)
 
 
 def test_bf16_is_the_loop_by_hand_under_autocast(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from inspect import Parameter, signature
 from typing import Any, NamedTuple
 
 import torch
+import ways
 from epochs import next_epoch
 from networks import start_third_epoch
 from torch import Tensor, nn
@@ -134,6 +135,11 @@ def see(
     }
 
 
+#: Every method with every way to tell it more that it takes.
+WITH_MORE = [
+    (kind, way) for kind in KINDS for way in (("present",) if kind in TWO_GRADIENTS else ways.WAYS)
+]
+
 _LOOKS_AT = {
     made: tuple(
         name
@@ -148,8 +154,11 @@ _LOOKS_AT = {
 def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     """What the method looks at: in its forward pass, or in `step` and `observe`."""
     if isinstance(method, nn.Module):
-        return {name: seen[name] for name in _LOOKS_AT[type(method)]}
-    return {name: seen[name] for name in ("logits", "labels", *method.rule.need.inputs)}
+        names = _LOOKS_AT[type(method)]
+    else:
+        names = ("logits", "labels", *method.rule.need.inputs)
+    found = {name: seen[name] for name in names}
+    return ways.arguments(seen["way"], found, seen) if seen.get("way") else found
 
 
 class Shown(NamedTuple):
@@ -214,6 +223,8 @@ def balance(
     """
     if not isinstance(method, nn.Module) and method.rule.need.second == "unimodal":
         losses = {name: scale(loss) for name, loss in shown.unimodal_losses.items()}
+        if shown.seen.get("way") == "present":
+            more["present"] = ways.present(shown.seen)
         return method.backward(scale(shown.loss), unimodal_losses=losses, **more)
     scale(shown.loss).backward()
     if between is not None:
@@ -260,8 +271,9 @@ ogm_ge, inforeg, redreg = MAKERS["OGM"], MAKERS["InfoReg"], MAKERS["RedReg"]
 
 def needed(method: GradientMethod, seen: dict[str, Any]) -> dict[str, Any]:
     """Without the features and inputs that the method does not look at."""
-    more = {"features", "inputs"}.difference(method.rule.need.inputs)
-    return {name: value for name, value in seen.items() if name not in more}
+    more = {"features", "inputs", "way"}.difference(method.rule.need.inputs)
+    found = {name: value for name, value in seen.items() if name not in more}
+    return ways.arguments(seen["way"], found, seen) if seen.get("way") else found
 
 
 def acted(method: GradientMethod, results: list[Any]) -> bool:

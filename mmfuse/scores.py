@@ -46,8 +46,10 @@ def inverse_error(
 
     Raises:
         TypeError: `predictions` is no mapping, or a tensor is not floating.
-        ValueError: a shape differs from the target's, or there is no such error.
+        ValueError: a shape differs from the target's, there is no such error, or `eps` is negative.
     """
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
     errors = _errors(predictions, target, error)
     return {name: 1 / (value + eps) for name, value in errors.items()}
 
@@ -70,9 +72,11 @@ def error_ratios(
 
     Raises:
         TypeError: as `inverse_error`.
-        ValueError: as `inverse_error`.
+        ValueError: as `inverse_error`, or there is one modality only.
     """
     errors = _errors(predictions, target, error)
+    if len(errors) < 2:
+        raise ValueError(f"balancing needs at least two modalities, got {list(errors)}")
     total = torch.stack(list(errors.values()))
     ratios = {}
     for m, (name, value) in enumerate(errors.items()):
@@ -82,7 +86,7 @@ def error_ratios(
 
 
 def combined(
-    *tasks: Mapping[str, Tensor], weights: Sequence[float] | None = None
+    *tasks: Mapping[str, Tensor | float], weights: Sequence[float] | None = None
 ) -> dict[str, Tensor]:
     """s_m = prod over tasks of s_m,t ** (w_t / sum of w): one score from those of several tasks.
 
@@ -95,10 +99,12 @@ def combined(
         weights: One positive number for each task; None for equal ones.
 
     Returns:
-        Name → 0-d tensor.
+        Name → 0-d tensor, in float32 at least; NaN for a modality that is NaN in a task, which
+        methods take for one that is missing.
 
     Raises:
-        ValueError: there is no task, names differ, or weights are not one positive number each.
+        ValueError: there is no task, names differ, weights are not one positive number each, or, on
+            the CPU, a score is negative, whose mean would be NaN as well.
     """
     if not tasks:
         raise ValueError("combined needs the scores of at least one task")
@@ -111,11 +117,20 @@ def combined(
         raise ValueError(f"weights must be {len(tasks)} positive numbers, got {weights}")
     found = {}
     for name in names:
-        logs = [
-            torch.as_tensor(task[name]).detach().log() * w
-            for task, w in zip(tasks, shares, strict=True)
-        ]
-        found[name] = (torch.stack(logs).sum() / sum(shares)).exp()
+        scores = [_score(f"task {t}[{name!r}]", task[name]) for t, task in enumerate(tasks)]
+        logs = [s.log() * w for s, w in zip(scores, shares, strict=True)]
+        total = sum(logs[1:], logs[0])
+        found[name] = (total / sum(shares)).exp()
+    return found
+
+
+def _score(what: str, value: Tensor | float) -> Tensor:
+    """0-d; a number in float64, whatever PyTorch's default is."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(float(value), dtype=torch.float64)
+    found = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+    if found.device.type == "cpu" and not torch.compiler.is_compiling() and bool((found < 0).any()):
+        raise ValueError(f"{what} must be positive, got {value}")
     return found
 
 

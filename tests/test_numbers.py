@@ -14,6 +14,7 @@ import mmfuse
 from mmfuse._numbers import whole
 
 X, Y = torch.arange(24.0).view(2, 1, 12).sin()
+Z, Y9 = torch.randn(4, 9), torch.tensor([7, 8, 8, 1])
 
 
 def encoders() -> dict[str, nn.Module]:
@@ -54,6 +55,14 @@ TAKES: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "bins",
         lambda n: mmfuse.ops.mutual_information(X, Y, n, estimator="soft")[0].tolist(),
     ),
+    "modality_scores": (
+        "ignore_index",
+        lambda n: mmfuse.ops.modality_scores([Z, Z], Y9, ignore_index=n).count.tolist(),
+    ),
+    "sample_scores": (
+        "ignore_index",
+        lambda n: mmfuse.ops.sample_scores([Z], Y9, ignore_index=n).weight.tolist(),
+    ),
     "ScalarLog": ("every", lambda n: mmfuse.ScalarLog(print, every=n).every),
     "ContributionSampler.copies": (
         r"copies\[1\]",
@@ -83,6 +92,21 @@ def test_what_is_no_integer_is_refused(what: str, wrong: object) -> None:
         pytest.skip("None has a meaning here")
     with pytest.raises(TypeError, match=f"{name} must be an integer, got {type(wrong).__name__}"):
         call(wrong)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, np.uint8])
+@pytest.mark.parametrize("what", ["scores", "ratios", "coefficients"])
+def test_numbers_of_ones_own_may_be_numpys(what: str, kind: Callable[[float], Any]) -> None:
+    found = []
+    for number in (kind, float):
+        nets = encoders()
+        method = mmfuse.MLB(nets)
+        sum(net(torch.ones(2, 3)).sum() for net in nets.values()).backward()
+        given = {"audio": number(2), "visual": number(3)}
+        found.append(method.step(**{what: given}, count=number(4)).coefficients.tolist())
+    assert found[0] == found[1]
+    with pytest.raises(TypeError, match="must be a number or a tensor of one, got bool"):
+        method.step(**{what: dict.fromkeys(given, np.bool_(True))})
 
 
 def test_the_least_number_is_named() -> None:

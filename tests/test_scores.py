@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 
@@ -45,3 +48,28 @@ def test_wrong_input_is_named() -> None:
         scores.combined({"a": z}, weights=[0.0])
     with pytest.raises(ValueError, match="task 1 names"):
         scores.combined({"a": z}, {"b": z})
+    with pytest.raises(ValueError, match=r"at least two modalities, got \['a'\]"):
+        scores.error_ratios({"a": z}, z)
+    with pytest.raises(ValueError, match=r"eps must be a finite number of at least 0, got -1\.0"):
+        scores.inverse_error({"a": z}, z, eps=-1.0)
+
+
+@pytest.mark.parametrize("wrong", [-0.5, torch.tensor(-0.5), np.float32(-0.5)], ids=repr)
+def test_a_negative_score_is_not_taken_for_one_that_is_missing(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"task 1\['a'\] must be positive, got .*-0\.5"):
+        scores.combined({"a": 0.5}, {"a": wrong})
+    assert torch.isnan(scores.combined({"a": torch.nan})["a"])
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_numbers_keep_their_digits(default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        found = scores.combined({"a": 1 / 3, "b": np.float32(0.3)}, {"a": 1 / 7, "b": 2})
+        half = scores.combined({"a": torch.tensor(0.1, dtype=torch.float16)})["a"]
+    finally:
+        torch.set_default_dtype(before)
+    assert float(found["a"]) == pytest.approx(21**-0.5, rel=1e-14)
+    assert float(found["b"]) == pytest.approx(0.6**0.5, rel=1e-7)
+    assert half.dtype is torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -171,7 +172,7 @@ def _number(what: str, value: object, device: torch.device, kind: str) -> Tensor
             raise TypeError(f"{what} must be one number, got {value.dtype} {list(value.shape)}")
         number = value.detach().reshape(()).to(device, WIDE[device.type])
         shown = float(value) if value.device.type == "cpu" and not _compiling() else None
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif isinstance(value, Real) and not isinstance(value, bool):  # NumPy's scalars are Real, too
         shown = float(value)
         number = torch.full((), shown, dtype=WIDE[device.type], device=device)
     else:

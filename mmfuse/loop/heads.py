@@ -8,10 +8,9 @@ from typing import TypeGuard
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from .._devices import WIDE
-from .passes import scoring, training
+from .passes import check_made, scoring, training
 from .shards import is_dtensor
 
 Head = Callable[[Tensor], Tensor]
@@ -64,7 +63,7 @@ def unimodal_logits(
     seen = _unwrapped(head)
     widths = {name: feature.shape[1] for name, feature in features.items()}
     if not _plain(seen) and isinstance(seen, nn.Module):
-        _check_made(seen)
+        check_made("head", seen)
     if not isinstance(seen, nn.Linear):
         if output is not None:
             raise ValueError(
@@ -102,11 +101,6 @@ def _check(head: object, features: object) -> None:
                 f"features[{name!r}] has {feature.shape[0]} rows, features[{first!r}] "
                 f"{of_first.shape[0]}"
             )
-
-
-def _check_made(head: nn.Module) -> None:
-    if any(isinstance(module, LazyModuleMixin) for module in head.modules()):
-        raise ValueError("the head is lazy and has no weight yet: call the model once first")
 
 
 def _unwrapped(head: Head) -> Head:
@@ -152,8 +146,6 @@ def _called_affine(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str,
     count, rows = len(features), next(iter(features.values())).shape[0]
     alone = [_alone(features, name) for name in features]
     stacked = torch.cat([*alone, torch.zeros_like(alone[0][:1])])
-    if not rows:
-        stacked = torch.cat([stacked, stacked.new_zeros(1, stacked.shape[1])])
     z = _pass(head, stacked)
     nothing = z[count * rows :][:1] * ((count - 1) / count)
     parts = [z[m * rows : (m + 1) * rows] - nothing for m in range(count)]

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .passes import scoring, training
+from .passes import check_made, scoring, training
 
 Inputs = Mapping[str, Tensor]
 #: Stands for an input that is masked: a name of a kind, or a callable on name and input.
@@ -43,10 +43,10 @@ def unimodal_outputs(
         {"audio": model(audio=audio, visual=torch.zeros_like(visual)),
          "visual": model(audio=torch.zeros_like(audio), visual=visual)}
 
-    The passes leave no trace: batch norm's statistics, training flags and PyTorch's random state
-    stay as they were. Your own forward hooks run. A model in DistributedDataParallel is called
-    without it, for nothing has to be synchronised; FSDP2 gathers parameters in each pass, so that
-    all ranks must call this.
+    The passes leave no trace: batch norm's statistics, training flags, PyTorch's random state and
+    the inputs, of which the model gets copies, stay as they were. Your own forward hooks run. A
+    model in DistributedDataParallel is called without it, for nothing has to be synchronised; FSDP2
+    gathers parameters in each pass, so that all ranks must call this.
 
     Args:
         model: A module or another callable on the inputs.
@@ -55,7 +55,8 @@ def unimodal_outputs(
         baseline: What a modality that is masked has for an input. "zero" are zeros, for token ids
             the token 0; "mean" is the batch's mean over dim 0 for every sample, of floating
             inputs; a callable gets name and input and returns a tensor like the input. It is
-            called once for each modality, and not for the only one.
+            called once for each modality, and not for the only one. What it draws from PyTorch's
+            own generator is drawn once more by what comes after; give it a generator of its own.
         forward: Calls the model with name → input where arguments of these names do not fit, as
             ``lambda x: model(x["audio"], x["visual"])``, or ``model`` for one that takes the
             mapping itself. It should call a DistributedDataParallel's ``.module``.
@@ -71,10 +72,13 @@ def unimodal_outputs(
     Raises:
         TypeError: `model` cannot be called, or not with these names; `inputs` does not map names
             to tensors; "mean" of integers; or there is no tensor in the end.
-        ValueError: there are no inputs, no such baseline, or a baseline of another shape, dtype or
-            device than the input's.
+        ValueError: there are no inputs, no such baseline, a baseline of another shape, dtype or
+            device than the input's, or the model has not been used yet (lazy).
     """
     _check(model, inputs, baseline)
+    for called, module in (("model", model), ("module of forward=", forward)):
+        if isinstance(module, nn.Module):
+            check_made(called, module)
     alone = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     with _passes(alone, forward, _device(alone, inputs), training if differentiable else scoring):
         masks = _masks(inputs, baseline)
@@ -167,7 +171,8 @@ def _described(x: Tensor) -> str:
 
 
 def _only(name: str, inputs: Inputs, masks: Inputs) -> dict[str, Tensor]:
-    return {other: x if other == name else masks[other] for other, x in inputs.items()}
+    # Copies, for a model may change its inputs in place.
+    return {o: (x if o == name else masks[o]).clone() for o, x in inputs.items()}
 
 
 def _called(

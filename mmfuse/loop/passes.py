@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 # Device types whose generators `fork_rng` keeps, or that have none.
@@ -73,6 +74,16 @@ def training(call: Callable[..., object], device: torch.device) -> Iterator[None
             yield
         finally:
             kept.restore()
+
+
+def check_made(what: str, module: nn.Module) -> None:
+    """Checks that no module is lazy still: a pass of ours would give it its first weights.
+
+    Raises:
+        ValueError: one is.
+    """
+    if any(isinstance(each, LazyModuleMixin) for each in module.modules()):
+        raise ValueError(f"the {what} is lazy and has no weight yet: call the model once first")
 
 
 class _Buffers:

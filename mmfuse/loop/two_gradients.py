@@ -91,6 +91,7 @@ def checked_losses(modalities: Modalities, losses: Mapping[str, Tensor]) -> list
     """The losses in the order of the modalities.
 
     Raises:
+        RuntimeError: a loss has no gradient, of an encoder that is to have one.
         TypeError: `losses` is not a mapping to tensors.
         ValueError: its names are not those of the encoders, or a loss is no scalar.
     """
@@ -101,5 +102,12 @@ def checked_losses(modalities: Modalities, losses: Mapping[str, Tensor]) -> list
         if loss.numel() != 1:
             raise ValueError(
                 f"unimodal_losses[{name!r}] must be a scalar, got shape {list(loss.shape)}"
+            )
+    pairs = list(zip(modalities.parameters, modalities.modality, strict=True))
+    for m, (name, loss) in enumerate(zip(modalities.names, found, strict=True)):
+        if not loss.requires_grad and any(p.requires_grad for p, owner in pairs if owner == m):
+            raise RuntimeError(
+                f"unimodal_losses[{name!r}] does not require grad, so that its encoder would have "
+                "one gradient in place of two: is it detached, or made under no_grad?"
             )
     return found

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .._devices import WIDE
+from .._numbers import whole
 from ..reference.modality_scores import IGNORED_LABEL
 from ._tensors import FLOATING, why_unsupported
 
@@ -88,12 +90,9 @@ def checked(
         return dense, labels, None, None, IGNORED_LABEL, False
     if criterion.pos_weight is not None:
         raise ValueError("pos_weight is for multilabel=True; give weight, of each class")
-    if isinstance(criterion.ignore_index, bool) or not isinstance(criterion.ignore_index, int):
-        raise TypeError(
-            f"ignore_index must be an integer, got {type(criterion.ignore_index).__name__}"
-        )
+    ignored = whole("ignore_index", criterion.ignore_index)
     weight = _of_each_class("weight", criterion.weight, names, logits)
-    return dense, labels, weight, None, criterion.ignore_index, False
+    return dense, labels, weight, None, ignored, False
 
 
 def _check_shape(name: str, z: Tensor, labels: Tensor) -> None:
@@ -118,8 +117,7 @@ def _with_floating_targets(
             "labels must be floating, of the logits' shape, with multilabel=True, "
             f"got {labels.dtype}, {labels.layout}"
         )
-    if labels.requires_grad and torch.is_grad_enabled():
-        raise ValueError("labels require a gradient, and these scores have none of it: detach them")
+    _check_constant("labels", labels)
     least = 1 if multilabel else 2
     for name, z in zip(names, logits, strict=True):
         if z.shape != labels.shape:
@@ -173,8 +171,7 @@ def _of_each_class(
     if not isinstance(values, Tensor) or values.dtype not in FLOATING:
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"{called} must be a floating tensor, got {kind}")
-    if values.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{called} requires a gradient, and these scores have none of it")
+    _check_constant(called, values)
     for name, z in zip(names, logits, strict=True):
         classes = z.shape[1] if z.dim() > 1 else 1
         if values.shape != (classes,):
@@ -185,6 +182,19 @@ def _of_each_class(
         if values.device != z.device:
             raise ValueError(f"{called} is on {values.device}, {name} on {z.device}")
     return values.detach().to(WIDE[values.device.type]).contiguous()
+
+
+def _check_constant(called: str, values: Tensor) -> None:
+    """Raises an error if a derivative in these targets or weights were lost."""
+    if values.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{called} must not require a gradient, of which these scores have none")
+    if forward_ad._current_level < 0 or torch.compiler.is_compiling():  # not in a dual level
+        return
+    if forward_ad.unpack_dual(values).tangent is not None:
+        raise NotImplementedError(
+            f"{called} carries a forward-mode tangent, of which these scores have none: give its "
+            "primal"
+        )
 
 
 def _too_few_classes(name: str, z: Tensor) -> str:

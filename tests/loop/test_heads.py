@@ -130,6 +130,27 @@ def test_other_heads_see_one_modality_at_a_time() -> None:
         torch.testing.assert_close(logits["b"], head(joined(alone)))
 
 
+class Doubling(nn.Sequential):
+    """A Sequential with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x) + 1
+
+
+def hooked_wrapper() -> nn.Module:
+    head = nn.Sequential(linear())
+    head.register_forward_hook(lambda module, args, output: 2 * output + 1)
+    return head
+
+
+@pytest.mark.parametrize("make", [hooked_wrapper, lambda: Doubling(linear())])
+def test_a_wrapper_that_changes_the_output_is_called(make: Callable[[], nn.Module]) -> None:
+    head, given = make(), features()
+    for name, z in mmfuse.unimodal_logits(head, given).items():
+        alone = {n: f if n == name else torch.zeros_like(f) for n, f in given.items()}
+        torch.testing.assert_close(z, head(joined(alone)))
+
+
 def stateful() -> nn.Module:
     return nn.Sequential(
         nn.BatchNorm1d(10), nn.Dropout(0.4), nn.Linear(10, 7), nn.BatchNorm1d(7), nn.Linear(7, 4)
@@ -269,6 +290,8 @@ class TestErrors:
             message = r"takes 5 features, but \{'a': 3, 'b': 3\} add up to 6"
             with pytest.raises(ValueError, match=message):
                 mmfuse.unimodal_logits(each, two)
+        with pytest.raises(ValueError, match=r"takes 5 features, but .* add up to 3"):
+            mmfuse.unimodal_logits(head, {"a": torch.ones(1, 3)})
         with pytest.raises(ValueError, match=r"features\['a'\] must be \[B, D\], got \[3\]"):
             mmfuse.unimodal_logits(head, {"a": torch.ones(3)})
         with pytest.raises(ValueError, match=r"features\['b'\] has 2 rows, features\['a'\] 1"):
@@ -292,6 +315,26 @@ class TestErrors:
             with pytest.raises(ValueError, match="lazy and has no weight yet: call the model once"):
                 mmfuse.unimodal_logits(head, features())
 
+    def test_an_output_that_cancels_is_the_same(self) -> None:
+        """Its rounding is that of its terms."""
+        given = {"a": torch.randn(1, 500), "b": torch.randn(1, 500)}
+        head = nn.Linear(1000, 4)
+        with torch.no_grad():
+            head.bias -= head(joined(given))[0]
+        output = head(joined(given))
+        assert output.abs().max() < 1e-5
+        logits = mmfuse.unimodal_logits(head, given, output=output)
+        assert not torch.equal(sum(logits.values()), output)
+
+    def test_an_output_that_is_off_in_the_tenth_digit(self) -> None:
+        """Seen in float64, where rounding is less; in float32 it is more."""
+        head, given = linear(), features()
+        output = head(joined(given)) + 1e-7
+        with pytest.raises(ValueError, match=r"by up to 1e-07"):
+            mmfuse.unimodal_logits(head, given, output=output)
+        given = {n: f.float() for n, f in given.items()}
+        mmfuse.unimodal_logits(head.float(), given, output=output.float())
+
     def test_features_in_another_order_than_the_head_gets_them(self) -> None:
         head = nn.Linear(6, 4)
         given = {"a": torch.randn(5, 3), "b": torch.randn(5, 3)}
@@ -305,6 +348,9 @@ class TestErrors:
             head, swapped = head.to(dtype), {n: f.to(dtype) for n, f in swapped.items()}
             output = head(joined(swapped))
             mmfuse.unimodal_logits(head, swapped, output=output)
+            wrong = {"a": swapped["a"], "b": swapped["b"]}
+            with pytest.raises(ValueError, match="add up to something else"):
+                mmfuse.unimodal_logits(head, wrong, output=output)
         with pytest.raises(ValueError, match=r"output must have shape \[5, 4\]"):
             mmfuse.unimodal_logits(head, swapped, output=output[0])
         mlp = nn.Sequential(nn.Linear(6, 4), nn.ReLU()).double()

@@ -161,6 +161,38 @@ def test_nothing_is_left_in_the_model(call: Any, differentiable: bool) -> None:
     assert not nn.modules.module._global_forward_pre_hooks
 
 
+class InPlace(nn.Module):
+    """Changes its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = made()
+
+    def forward(self, audio: Tensor, visual: Tensor) -> Tensor:
+        return self.inner(audio=audio.add_(1), visual=visual.mul_(2).add_(1))
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+@pytest.mark.parametrize("baseline", ["zero", lambda name, x: torch.full_like(x, 0.5)])
+def test_nothing_is_left_in_the_inputs(baseline: Any, differentiable: bool) -> None:
+    """Of a model that changes them in place: each pass begins with what was given."""
+    model, given = InPlace().eval(), data()
+    found = unimodal_outputs(model, given, baseline=baseline, differentiable=differentiable)
+    for name, x in data().items():
+        assert torch.equal(given[name], x)
+        others = {n: torch.full_like(v, 0.5 * (baseline != "zero")) for n, v in data().items()}
+        torch.testing.assert_close(found[name], model(**{**others, name: x}))
+
+
+def test_a_lazy_model() -> None:
+    """A pass of ours would give it its first weights."""
+    model = nn.Sequential(nn.LazyLinear(3))
+    for call in ({"model": model}, {"model": len, "forward": model}):
+        with pytest.raises(ValueError, match="is lazy and has no weight yet: call the model once"):
+            unimodal_outputs(**call, inputs={"input": torch.ones(2, 4)})
+    assert model[0].has_uninitialized_params()
+
+
 def test_nothing_is_left_after_an_error() -> None:
     model, given = made(), data()
     before = {name: value.clone() for name, value in model.state_dict().items()}

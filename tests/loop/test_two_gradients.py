@@ -227,6 +227,19 @@ def test_an_encoder_that_a_unimodal_loss_does_not_reach() -> None:
     torch.testing.assert_close(model.audio_net[0].weight.grad, 1.5 * plain)
 
 
+def test_a_unimodal_loss_without_a_gradient() -> None:
+    """One made under no_grad would leave its encoder the joint gradient alone, and say nothing."""
+    model = make()
+    joint, unimodal = model(*data(0))
+    broken = {**unimodal, "visual": unimodal["visual"].detach()}
+    mmpareto = mmfuse.MMPareto(model.encoders)
+    with pytest.raises(RuntimeError, match=r"unimodal_losses\['visual'\] does not require grad"):
+        mmpareto.backward(joint, unimodal_losses=broken)
+    assert all(p.grad is None for p in model.parameters())
+    model.visual_net.requires_grad_(False)  # whose loss needs none
+    assert mmpareto.backward(joint, unimodal_losses=broken).finite
+
+
 def test_losses_that_do_not_fit() -> None:
     modalities = Modalities({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     good = torch.ones(())

@@ -329,6 +329,41 @@ def test_results_without_a_gradient_are_constants(cell: Cell, name: str) -> None
         assert all(torch.equal(x, y) for x, y in zip(found, plain, strict=True))
 
 
+@pytest.mark.parametrize("what", ["labels", "weight", "pos_weight"])
+@pytest.mark.parametrize("name", ["modality_scores", "sample_scores"])
+def test_derivatives_in_targets_and_weights_are_errors(cell: Cell, name: str, what: str) -> None:
+    """There are none; a learned weight or a mixed target would stay as it is in silence."""
+    logits = features(cell)
+    given = {
+        "labels": torch.full((ROWS, WIDTH), 0.25, dtype=torch.float64, device=cell.device),
+        "weight": torch.ones(WIDTH, dtype=torch.float64, device=cell.device),
+    }
+    if what == "pos_weight":
+        given["pos_weight"] = torch.ones_like(given["weight"])
+
+    def call(value: Tensor) -> Tensor:
+        values = {**given, what: value}
+        many = "pos_weight" in values
+        scores = getattr(ops, name)(logits, **values, multilabel=many, backend=cell.backend)
+        return scores.prob.sum()
+
+    value = given[what]
+    with pytest.raises(ValueError, match=f"{what} must not require a gradient"):
+        call(value.clone().requires_grad_())
+    with pytest.raises(ValueError, match=f"{what} must not require a gradient"):
+        torch.func.grad(call)(value)
+    tangent = pytest.raises(NotImplementedError, match=f"{what} carries a forward-mode tangent")
+    for recording in (True, False):
+        with torch.set_grad_enabled(recording), forward_ad.dual_level(), tangent:
+            call(forward_ad.make_dual(value, value))
+    with tangent:
+        torch.func.jvp(call, (value,), (value,))
+    with torch.no_grad():
+        assert torch.equal(call(value.clone().requires_grad_()), call(value))
+    with forward_ad.dual_level():
+        assert call(value).isfinite()
+
+
 @pytest.mark.parametrize("name", CONSTANT)
 def test_vmap_of_constants_is_an_error(cell: Cell, name: str) -> None:
     op = OPS[name]

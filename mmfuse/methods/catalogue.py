@@ -11,10 +11,11 @@ from .modalitydropout import ModalityDropout
 from .noiseonly import NoiseOnly
 from .ogm import OGM
 from .opm import OPM
+from .pmr import PMR
 from .redreg import RedReg
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
-_Forward = OPM | ARM | ModalityDropout
+_Forward = OPM | ARM | PMR | ModalityDropout
 _ALL: tuple[type[_Gradient | _Forward], ...] = (
     OGM,
     OPM,
@@ -23,6 +24,7 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     ARM,
     MLB,
     MMPareto,
+    PMR,
     LearningRates,
     ModalityDropout,
     NoiseOnly,

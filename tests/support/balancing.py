@@ -25,6 +25,7 @@ ACTING: dict[str, dict[str, Any]] = {
     "RedReg": {"epochs": 3, "threshold": -1e9, "agreement": (-2.0, -2.0), "window": 2},
     "OPM": {"q_base": 0.7},
     "ARM": {"bins": 8},
+    "PMR": {"mu": 0.5},
 }
 # How an epoch begins in which a method acts, where `next_epoch` does not suffice.
 STARTS: dict[str, Callable[[Any], None]] = {"InfoReg": start_third_epoch}
@@ -56,8 +57,10 @@ CONSTANT = [k for k in ON_GRADIENTS if METHODS[KINDS[k].method].card.official ==
 COMBINED = ["OPM + OGM-GE"]
 #: By the catalogue's names, those on gradients that need nothing but logits.
 LOGITS_ONLY = [n for n, m in METHODS.items() if m.card[1:3] == ("gradient", ("logits",))]
-#: Modules that look at more than features.
-LOOKING = [k for k in IN_FORWARD if METHODS[KINDS[k].method].card.needs != ("features",)]
+#: Modules that look at labels, and so compare modalities.
+LOOKING = [
+    k for k in IN_FORWARD if "labels" in signature(METHODS[KINDS[k].method].forward).parameters
+]
 #: Those that draw a number for each sample in the forward pass.
 DROPPING = [k for k in IN_FORWARD if "stream" in signature(METHODS[KINDS[k].method]).parameters]
 
@@ -128,6 +131,20 @@ def see(
     }
 
 
+def prepare(method: Any, widths: Mapping[str, int], classes: int, like: Tensor) -> None:
+    """Gives a method the prototypes that it has to have before its first step; else nothing.
+
+    The same ones on every rank, without a reduction.
+    """
+    if not hasattr(method, "update_prototypes") or method._ready:
+        return
+    generator = torch.Generator().manual_seed(7)
+    features = {n: torch.randn(classes, d, generator=generator).to(like) for n, d in widths.items()}
+    group, method.process_group = method.process_group, False
+    method.update_prototypes([(features, torch.arange(classes).to(like.device))])
+    method.process_group = group
+
+
 _LOOKS_AT = {
     made: tuple(
         name
@@ -142,6 +159,10 @@ _LOOKS_AT = {
 def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     """What the method looks at: in its forward pass, or in `step` and `observe`."""
     if isinstance(method, nn.Module):
+        widths = {name: x[0].numel() for name, x in seen["features"].items()}
+        if "logits" in seen:
+            classes = next(iter(seen["logits"].values())).shape[1]
+            prepare(method, widths, classes, next(iter(seen["features"].values())))
         return {name: seen[name] for name in _LOOKS_AT[type(method)]}
     return {name: seen[name] for name in ("logits", "labels", *method.rule.need.inputs)}
 
@@ -173,7 +194,7 @@ def show(method: Any, head: nn.Module, seen: dict[str, Any], reduction: str = "m
         joint = torch.stack(list(out.logits.values())).sum(0)
     loss = F.cross_entropy(joint, seen["labels"], reduction=reduction)
     if hasattr(out, "loss"):
-        rows = 1 if reduction == "mean" else len(joint)
+        rows = 1 if reduction == "mean" else int((seen["labels"] != -100).sum())
         loss = loss + rows * out.loss
     return Shown(loss, unimodal_losses(seen, reduction), seen, out)
 

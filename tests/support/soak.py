@@ -59,7 +59,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "window": 4,
         "monitor_every": 3,
         "agreement": (-2.0, -1.5),
-    }
+    },
+    # Of `Network`: what DCP reads into has to have its shape before the first step.
+    "PMR": {"num_classes": 5, "widths": (8, 8)},
 }
 STEPS_PER_EPOCH = 17
 VISIT = 2 * STEPS_PER_EPOCH
@@ -123,9 +125,13 @@ class Network(nn.Module):
         passed, out = features, None
         if between is not None:
             out = between(**arguments(between, seen))
-            passed = out.features
+            passed = getattr(out, "features", features)
         joint = self.head(torch.cat(list(passed.values()), 1))
+        if hasattr(out, "logits"):  # the joint ones are their sum
+            joint = torch.stack(list(out.logits.values())).sum(0)
         loss = F.cross_entropy(joint, labels) + F.cross_entropy(seen["fused_logits"], labels)
+        if hasattr(out, "loss"):
+            loss = loss + out.loss
         return loss, seen, out
 
 

@@ -294,6 +294,36 @@ class Reinforced(Joint):
         return self.model.fuse(self.model.weighting(features).features)
 
 
+class Prototypical(Joint):
+    """PMR, whose prototypes are class means of each epoch's first batch, as released for few."""
+
+    coefficients = "weight of the loss to the prototypes"
+
+    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
+        super().__init__(model, seed, args)
+        made = mmfuse.METHODS[name]
+        pulling = made(
+            num_classes=CLASSES, num_modalities=len(model.encoders), backend=args.backend
+        )
+        model.pulling = pulling.to(args.device)
+        self.begins = True
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next batch gives the prototypes."""
+        self.model.pulling.set_epoch(epoch)
+        self.begins = True
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
+        """Leaves the gradients of both losses in the model."""
+        features = self.model.features(views)
+        if self.begins:
+            self.model.pulling.update_prototypes([(features, labels)])
+            self.begins = False
+        out = self.model.pulling(features, labels)
+        (F.cross_entropy(self.model.fuse(features), labels) + out.loss).backward()
+        return Record(out.scores, out.coefficients)
+
+
 Build = Callable[[Model, int, argparse.Namespace], Joint]
 
 
@@ -302,6 +332,8 @@ def build(name: str) -> Build:
     card = mmfuse.METHODS[name].card
     if card.acts == "gradient":
         return partial(OnGradients, name=name)
+    if hasattr(mmfuse.METHODS[name], "update_prototypes"):
+        return partial(Prototypical, name=name)
     if card.acts == "loss":
         return partial(Aligned if name == "LFM" else Added, name=name)
     if card.needs == ("features",):

@@ -23,6 +23,7 @@ from .methods.modalitydropout import ModalityDropout, ModalityDropoutResult
 from .methods.noiseonly import NoiseOnly
 from .methods.ogm import OGM, OGMResult, ogm_coefficients
 from .methods.opm import OPM, OPMResult, drop_probabilities
+from .methods.pmr import PMR, PMRResult
 from .methods.redreg import RedReg, RedRegResult
 from .noise import NoiseStream
 from .ops import use_backend
@@ -35,6 +36,7 @@ __all__ = [
     "MLB",
     "OGM",
     "OPM",
+    "PMR",
     "ARMResult",
     "ContributionSampler",
     "GradientMethod",
@@ -53,6 +55,7 @@ __all__ = [
     "NoiseStream",
     "OGMResult",
     "OPMResult",
+    "PMRResult",
     "RedReg",
     "RedRegResult",
     "ScalarLog",

@@ -9,6 +9,18 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import released
-from released import arm, inforeg, lfm, mcr, mlb, mmpareto, ogm, opm, redreg
+from released import arm, inforeg, lfm, mcr, mlb, mmpareto, ogm, opm, pmr, redreg
 
-__all__ = ["arm", "inforeg", "lfm", "mcr", "mlb", "mmpareto", "ogm", "opm", "redreg", "released"]
+__all__ = [
+    "arm",
+    "inforeg",
+    "lfm",
+    "mcr",
+    "mlb",
+    "mmpareto",
+    "ogm",
+    "opm",
+    "pmr",
+    "redreg",
+    "released",
+]

@@ -13,10 +13,11 @@ from .modalitydropout import ModalityDropout
 from .noiseonly import NoiseOnly
 from .ogm import OGM
 from .opm import OPM
+from .pmr import PMR
 from .redreg import RedReg
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
-_Forward = OPM | ARM | LFM | MCR | ModalityDropout
+_Forward = OPM | ARM | LFM | MCR | PMR | ModalityDropout
 _ALL: tuple[type[_Gradient | _Forward], ...] = (
     OGM,
     OPM,
@@ -27,6 +28,7 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     MMPareto,
     LFM,
     MCR,
+    PMR,
     LearningRates,
     ModalityDropout,
     NoiseOnly,

@@ -36,7 +36,19 @@ on_every_backend = pytest.mark.parametrize(
 free_and_forced = pytest.mark.parametrize("forced", [True, False], ids=["forced", "free"])
 
 # What goes in; everything else comes out.
-_INPUTS = ("x.", "y", "target", "init.", "hp.", "noise.", "u.", "epoch", "validation_")
+_INPUTS = (
+    "x.",
+    "y",
+    "target",
+    "init.",
+    "hp.",
+    "noise.",
+    "u.",
+    "epoch",
+    "prototype_x.",
+    "prototype_y",
+    "validation_",
+)
 
 
 class Golden:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from balancing import (
     DRAWING,
+    IN_FORWARD,
     KINDS,
     MONITORING,
     NOISY,
-    ON_FEATURES,
     ON_GRADIENTS,
     ON_UPDATES,
     STEPPING,
@@ -24,6 +24,7 @@ from balancing import (
     arguments,
     balance,
     make,
+    prepare,
     see,
     show,
     start,
@@ -70,6 +71,9 @@ class Parts:
         self.methods = {kind: make(kind, self.encoders, stream=NoiseStream(3)) for kind in KINDS}
         for method in self.methods.values():
             start(method)
+            fc = model.fc
+            widths = dict.fromkeys(self.encoders, fc.in_features // len(self.encoders))
+            prepare(method, widths, fc.out_features, fc.weight.detach())
 
     @property
     def ogm(self) -> OGM:
@@ -126,11 +130,13 @@ def step_everything(parts: Parts, data: Data) -> Tensor:
     """All methods in one step."""
     parts.optimizer.zero_grad()
     seen = parts.see(data)
-    passed = seen["features"]
-    for kind in ON_FEATURES:
+    passed, more = seen["features"], []
+    for kind in IN_FORWARD:
         method = parts.methods[kind]
-        passed = method(**arguments(method, {**seen, "features": passed})).features
-    loss = parts.loss_of(passed, data)
+        out = method(**arguments(method, {**seen, "features": passed}))
+        passed = getattr(out, "features", passed)
+        more += [out.loss] if hasattr(out, "loss") else []
+    loss = parts.loss_of(passed, data) + sum(more)
     for kind in TWO_GRADIENTS:
         parts.methods[kind].backward(loss, unimodal_losses=unimodal_losses(seen), retain_graph=True)
     if not TWO_GRADIENTS:
@@ -160,7 +166,7 @@ class TestCompile:
         yield
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("kind", [*ON_FEATURES, *STEPPING])
+    @pytest.mark.parametrize("kind", [*IN_FORWARD, *STEPPING])
     def test_no_graph_break_in_a_method(self, kind: str) -> None:
         """fullgraph=True raises at the first graph break, and error_on_recompile at recompiling."""
         model = AudioVisual()
@@ -168,7 +174,7 @@ class TestCompile:
 
         def call(parts: Parts) -> Callable[..., Any]:
             method = parts.methods[kind]
-            return method if kind in ON_FEATURES else method.step
+            return method if kind in IN_FORWARD else method.step
 
         fast = torch.compile(call(compiled), fullgraph=True, backend="aot_eager")
         acted = 0.0
@@ -186,8 +192,9 @@ class TestCompile:
                     for feature in seen["features"].values():
                         feature.requires_grad_()
                     out = act(**arguments(parts.methods[kind], seen))
-                    if kind in ON_FEATURES:
-                        parts.loss_of(out.features, data).backward()
+                    if kind in IN_FORWARD:
+                        loss = parts.loss_of(getattr(out, "features", seen["features"]), data)
+                        (loss + getattr(out, "loss", 0.0)).backward()
                     parts.passed = [f.grad for f in seen["features"].values()]
                     parts.optimizer.step()
             acted += strength(parts.methods[kind], seen, out)

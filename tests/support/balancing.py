@@ -26,6 +26,7 @@ ACTING: dict[str, dict[str, Any]] = {
     "RedReg": {"epochs": 3, "threshold": -1e9, "agreement": (-2.0, -2.0), "window": 2},
     "OPM": {"q_base": 0.7},
     "ARM": {"bins": 8},
+    "PMR": {"mu": 0.5},
 }
 # How an epoch begins in which a method acts, where `next_epoch` does not suffice.
 STARTS: dict[str, Callable[[Any], None]] = {"InfoReg": start_third_epoch}
@@ -137,8 +138,26 @@ def see(
 
 #: Every method with every way to tell it more that it takes.
 WITH_MORE = [
-    (kind, way) for kind in KINDS for way in (("present",) if kind in TWO_GRADIENTS else ways.WAYS)
+    (kind, way)
+    for kind in KINDS
+    if kind in ON_GRADIENTS or "more" in signature(METHODS[KINDS[kind].method].forward).parameters
+    for way in (("present",) if kind in TWO_GRADIENTS else ways.WAYS)
 ]
+
+
+def prepare(method: Any, widths: Mapping[str, int], classes: int, like: Tensor) -> None:
+    """Gives a method the prototypes that it has to have before its first step; else nothing.
+
+    The same ones on every rank, without a reduction.
+    """
+    if not hasattr(method, "update_prototypes") or method._ready:
+        return
+    generator = torch.Generator().manual_seed(7)
+    features = {n: torch.randn(classes, d, generator=generator).to(like) for n, d in widths.items()}
+    group, method.process_group = method.process_group, False
+    method.update_prototypes([(features, torch.arange(classes).to(like.device))])
+    method.process_group = group
+
 
 _LOOKS_AT = {
     made: tuple(
@@ -154,6 +173,10 @@ _LOOKS_AT = {
 def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     """What the method looks at: in its forward pass, or in `step` and `observe`."""
     if isinstance(method, nn.Module):
+        widths = {name: x[0].numel() for name, x in seen["features"].items()}
+        if "logits" in seen:
+            classes = next(iter(seen["logits"].values())).shape[1]
+            prepare(method, widths, classes, next(iter(seen["features"].values())))
         names = _LOOKS_AT[type(method)]
     else:
         names = ("logits", "labels", *method.rule.need.inputs)
@@ -195,7 +218,7 @@ def joint_loss(
     loss = F.cross_entropy(joint, seen["labels"], reduction=reduction)
     if not hasattr(out, "loss"):
         return loss
-    own = out.loss if reduction == "mean" else len(joint) * out.loss
+    own = out.loss if reduction == "mean" else int((seen["labels"] != -100).sum()) * out.loss
     return own if getattr(method, "replaces_joint_loss", False) else loss + own
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import samples
 import torch
-from balancing import IN_FORWARD, KINDS, STEPPING, make, needed, start
+from balancing import IN_FORWARD, KINDS, STEPPING, make, needed, prepare, start
 from cuda_on_cpu.launches import counted_launches
 from dispatched import launches_of
 from torch import Tensor, nn
@@ -114,12 +114,13 @@ def _on_losses(kind: str) -> Call:
     return Call(lambda: method.backward(**given), prepare)
 
 
-def _on_features(kind: str) -> Call:
+def _in_forward(kind: str) -> Call:
     """The module's forward pass in training."""
     networks = _Networks()
     method = make(kind, networks.encoders)
     start(method)
     features = {name: torch.randn(9, 4).requires_grad_() for name in networks.encoders}
+    prepare(method, dict.fromkeys(features, 4), 4, networks.head.weight.detach())
     fused, logits = torch.randn(9, 4), networks.forward()["logits"]
     seen = {
         "features": features,
@@ -159,7 +160,7 @@ def _small(name: str) -> Call:
 
 def _of_method(kind: str) -> Callable[[], Call]:
     if kind in IN_FORWARD:
-        return partial(_on_features, kind)
+        return partial(_in_forward, kind)
     return partial(_on_gradients if kind in STEPPING else _on_losses, kind)
 
 

@@ -60,7 +60,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "window": 4,
         "monitor_every": 3,
         "agreement": (-2.0, -1.5),
-    }
+    },
+    # Of `Network`: what DCP reads into has to have its shape before the first step.
+    "PMR": {"num_classes": 5, "widths": (8, 8)},
 }
 STEPS_PER_EPOCH = 17
 VISIT = 2 * STEPS_PER_EPOCH

@@ -1,0 +1,284 @@
+"""PMR's prototypes: class means of features, over batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._devices import WIDE
+from .._numbers import whole
+from ..loop.epochs import EpochWindowModule
+from ..loop.modalities import check_names, named_features
+from ..loop.ranks import Group, Observed, over_ranks, several
+from ._pmr_rule import PMRRule
+
+#: Rows of this label do not count.
+IGNORED = -100
+
+Batches = Iterable[tuple[Mapping[str, Tensor], Tensor]]
+
+
+@dataclass
+class ClassSums:
+    """Sums of features by class, batch after batch.
+
+    Attributes:
+        modalities: M.
+        classes: C; 0 for as many as the labels need.
+        device: Where the sums are.
+        names: The modalities; none for what the first batch has.
+        dtypes: Of their features.
+        sums: [C, D] for each modality.
+        counts: [C] samples.
+    """
+
+    modalities: int
+    classes: int
+    device: torch.device
+    names: list[str] = field(default_factory=list)
+    dtypes: list[torch.dtype] = field(default_factory=list)
+    sums: list[Tensor] = field(default_factory=list)
+    counts: Tensor | None = None
+
+    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
+        """Adds a batch.
+
+        Raises:
+            TypeError: a feature or the labels have an unsupported type.
+            ValueError: names, shapes or labels do not fit, or a feature is not finite.
+        """
+        names, _ = named_features("PMR", features, self.modalities)
+        self.names = self.names or names
+        check_names("features", features, self.names, "the prototypes")
+        values = [features[name] for name in self.names]
+        self.dtypes = self.dtypes or [value.dtype for value in values]
+        check_labels(labels, len(values[0]))
+        labels = labels.to(self.device)
+        counted = labels != IGNORED
+        least, most = torch.where(counted, labels, 0).aminmax() if len(labels) else (0, 0)
+        if int(least) < 0 or (self.classes and int(most) >= self.classes):
+            raise ValueError(
+                f"labels are from {int(least)} to {int(most)}, but there are "
+                f"{self.classes or 'no negative'} classes; rows of {IGNORED} do not count"
+            )
+        classes = self.classes or int(most) + 1
+        wide = WIDE[self.device.type]
+        rows = torch.arange(classes, device=self.device).unsqueeze(1) == labels
+        # A product with 0 and 1, not atomic additions, whose order changes from run to run.
+        members = rows.to(wide)
+        found = []
+        for name, value in zip(self.names, values, strict=True):
+            x = value.detach().to(self.device, wide).flatten(1)
+            # What does not count may hold anything, and 0 times it may be NaN.
+            x = torch.where(counted.unsqueeze(1), x, 0.0)
+            if not bool(x.isfinite().all()):
+                raise ValueError(f"features[{name!r}] holds a NaN or an Inf; it has no class means")
+            found.append(members @ x)
+        counts = members.sum(1)
+        if self.counts is None:
+            self.sums, self.counts = found, counts
+            return
+        for name, old, new in zip(self.names, self.sums, found, strict=True):
+            if old.shape[1] != new.shape[1]:
+                raise ValueError(
+                    f"features[{name!r}] has {new.shape[1]} values a sample, "
+                    f"in the first batch {old.shape[1]}"
+                )
+        self.sums = [_added(old, new) for old, new in zip(self.sums, found, strict=True)]
+        self.counts = _added(self.counts.unsqueeze(1), counts.unsqueeze(1)).squeeze(1)
+
+    def check_widths(self, widths: Iterable[int]) -> None:
+        """Checks how many values a sample has.
+
+        Raises:
+            ValueError: more or fewer than the prototypes have.
+        """
+        for name, total, width in zip(self.names, self.sums, widths, strict=True):
+            if width and total.shape[1] != width:
+                raise ValueError(
+                    f"features[{name!r}] has {total.shape[1]} values a sample, "
+                    f"the prototypes have {width}"
+                )
+
+
+def _added(a: Tensor, b: Tensor) -> Tensor:
+    """Their sum; classes that one of them lacks count 0."""
+    classes = max(len(a), len(b))
+    return sum(torch.nn.functional.pad(x, (0, 0, 0, classes - len(x))) for x in (a, b))  # type: ignore[return-value]
+
+
+def check_labels(labels: object, rows: int) -> None:
+    """Checks that labels are class indices, one for each sample.
+
+    Raises:
+        TypeError: they are no integer tensor.
+        ValueError: there are more or fewer than samples.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels must be an integer tensor of class indices, got {kind}")
+    if labels.shape != (rows,):
+        raise ValueError(f"labels must have shape [{rows}], got {list(labels.shape)}")
+
+
+def class_sums(
+    collected: ClassSums, batches: Batches, widths: list[int], process_group: Group
+) -> tuple[list[Tensor], Tensor]:
+    """Sums of features by class over all batches and ranks, [C, D] each, and their counts [C].
+
+    Args:
+        collected: Where this rank's go.
+        batches: This rank's.
+        widths: D of each modality; 0 where it is not known.
+        process_group: The ranks.
+
+    Raises:
+        Exception: what `ClassSums.add` raises, here, and as a RuntimeError on the other ranks.
+    """
+    device = collected.device
+    error: Exception | None = None
+    try:
+        for number, batch in enumerate(batches):
+            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+                raise TypeError(
+                    f"batches must give pairs (features, labels), got {type(batch).__name__} "
+                    f"as number {number}; a single batch is [(features, labels)]"
+                )
+            collected.add(*batch)
+        if collected.counts is None:
+            raise ValueError("batches is empty, so that there are no class means")
+        collected.check_widths(widths)
+    except Exception as raised:
+        error = raised
+    shape = [0] * (collected.modalities + 1)
+    if error is None and collected.counts is not None:
+        shape = [len(collected.counts), *(total.shape[1] for total in collected.sums)]
+    group = several(process_group)
+    if group is not None:
+        # A rank may have seen fewer classes, or have failed; all have to send as many numbers.
+        known = torch.tensor(shape, dtype=torch.int64, device=device)
+        dist.all_reduce(known, op=dist.ReduceOp.MAX, group=group)
+        most = known.tolist()
+    else:
+        most = shape
+
+    def look() -> tuple[None, Observed]:
+        if error is not None:
+            raise error
+        assert collected.counts is not None
+        collected.check_widths(most[1:])
+        rows = [collected.counts.unsqueeze(1), *collected.sums]
+        padded = [
+            _added(part, part.new_zeros(most[0], 1).expand(-1, part.shape[1])) for part in rows
+        ]
+        one = collected.counts.new_ones(())
+        return None, Observed(one.view(1), one, torch.cat([part.flatten() for part in padded]))
+
+    _, seen = over_ranks(look, process_group, 2 + most[0] * (1 + sum(most[1:])), device)
+    assert seen.sums is not None
+    parts = seen.sums.split([most[0], *(most[0] * width for width in most[1:])])
+    return [part.view(most[0], -1) for part in parts[1:]], parts[0]
+
+
+class PrototypeModule(EpochWindowModule):
+    """A method with prototypes of every class in each modality, which are buffers."""
+
+    rule: PMRRule
+    num_modalities: int
+    num_classes: int | None
+    # Whether there are prototypes; a step that looked at the buffers would wait for the device.
+    _ready = False
+    # The modalities, where an update in this process has named them.
+    names: list[str] | None = None
+
+    def _begin_prototypes(self, num_classes: int | None, widths: Sequence[int] | None) -> None:
+        count = self.num_modalities
+        if num_classes is not None:
+            num_classes = whole("num_classes", num_classes, least=1)
+        self.num_classes = num_classes
+        if widths is not None and (num_classes is None or len(widths) != count):
+            raise ValueError(
+                f"widths go with num_classes, and are num_modalities={count} numbers; got "
+                f"{list(widths)} with num_classes={num_classes}"
+            )
+        for m in range(count):
+            shape = (0, 0)
+            if widths is not None and num_classes is not None:
+                shape = (num_classes, whole(f"widths[{m}]", widths[m], least=1))
+            # Known on the CPU also within `torch.device("meta")`.
+            self._first[_name(m)] = torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
+            self.register_buffer(_name(m), torch.full(shape, torch.nan, dtype=torch.float32))
+
+    @property
+    def prototypes(self) -> list[Tensor]:
+        """[C, D] of each modality, in the order of `features`; NaN for a class without a sample."""
+        return [getattr(self, _name(m)) for m in range(self.num_modalities)]
+
+    @torch.no_grad()
+    def update_prototypes(self, batches: Batches) -> None:
+        """Takes class means over batches as the new prototypes, from the second time on a share.
+
+        To be called before the first epoch and between epochs, by all ranks, with features that
+        the encoders give in evaluation mode; each rank brings its part of the data. Reads the
+        labels' range on the host.
+
+        Args:
+            batches: Pairs of features, name → [B, …], and labels [B], of which rows of −100 do not
+                count. A generator runs without gradients.
+
+        Raises:
+            TypeError: a feature or the labels have an unsupported type.
+            ValueError: there is no batch, a feature is not finite, or names, shapes or labels do
+                not fit. Nothing has been changed then.
+        """
+        old, device = self.prototypes, self.epoch_state.device
+        classes = len(old[0]) or self.num_classes or 0
+        seen = ClassSums(self.num_modalities, classes, device, list(self.names or []))
+        widths = [each.shape[1] for each in old]
+        sums, counts = class_sums(seen, batches, widths, self.process_group)
+        for m, total in enumerate(sums):
+            means = total / counts.unsqueeze(1)
+            if old[m].numel():
+                new = means.to(old[m])
+                old[m].copy_(self.rule.prototype(old[m], new, not self._ready))
+            else:
+                self._buffers[_name(m)] = means.to(
+                    torch.promote_types(seen.dtypes[m], torch.float32)
+                )
+        self.names, self._ready = seen.names, True
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Sets all buffers to what they are in a new object, but for the epoch, which stays."""
+        for m, buffer in enumerate(self.prototypes):
+            first = self._first[_name(m)]
+            if first.shape != buffer.shape:
+                self._buffers[_name(m)] = first.to(buffer.device, copy=True)
+        super().reset_parameters()
+        self._ready = False
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **keywords: Any
+    ) -> None:
+        """Takes the shapes of the state where there are no prototypes yet, or none in the state."""
+        before = dict(self._buffers)
+        for m, buffer in enumerate(self.prototypes):
+            saved = state_dict.get(prefix + _name(m))
+            if isinstance(saved, Tensor) and 0 in (saved.numel(), buffer.numel()):
+                made = torch.empty_like(saved, device=buffer.device)
+                self._buffers[_name(m)] = made.fill_(torch.nan)
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *args, **keywords)
+        except ValueError:
+            self._buffers.update(before)
+            raise
+        self._ready = any(not bool(each.isnan().all()) for each in self.prototypes if each.numel())
+
+
+def _name(m: int) -> str:
+    return f"prototypes_{m}"

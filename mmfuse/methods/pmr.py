@@ -1,0 +1,260 @@
+"""PMR: prototypical modal rebalance.
+
+Fan, Xu, Wang, Wang & Guo, "PMR: Prototypical Modal Rebalance for Multimodal Learning", CVPR 2023.
+
+Every class has a prototype in each modality's feature space, and how near a sample is to that of
+its class says how far the modality has come. One that is behind is drawn towards its prototypes,
+one that is ahead is kept from settling too early; both are terms beside the joint loss:
+
+    prototype  c_k^m = mean feature of class k;  c <- eps c + (1 - eps) c_new  in later epochs
+    posterior  pi_i^m = softmax over k of -|phi_i^m - c_k^m|
+    score      S_m = mean over the batch of pi_i^m of the true class
+    ratio      rho_m = S_m / (smallest other S_j)
+    behind     k_m = clip((largest other S_j) / S_m - 1, 0, 1)
+    ahead      e_m = clip(rho_m - 1, 0, 1)
+    loss       alpha sum_m k_m PCE_m - mu sum_m e_m H_m
+
+PCE is the mean of -log pi of the true class, H the mean entropy of pi; the entropies are added in
+early epochs only. For two modalities this is the paper's (its beta and gamma are k_0 and k_1, and
+e_0 = k_1, e_1 = k_0); for more it is our extension.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._numbers import whole
+from ..loop.contract import Card, Source
+from ..loop.modalities import check_names, named_features
+from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..ops.modality_scores import ModalityScores, named_scores
+from ._pmr_prototypes import IGNORED, PrototypeModule, check_labels
+from ._pmr_rule import (
+    PMRReleased,
+    PMRResult,
+    PMRRule,
+    mean_entropy,
+    prototype_ratios,
+    similarities,
+)
+
+__all__ = ["PMR", "PMRResult"]
+
+_NEXT = "call update_prototypes(batches) before the first epoch, and between epochs"
+
+
+class PMR(PrototypeModule):
+    """PMR, a term beside the joint loss.
+
+    ::
+
+        model.pmr = mmfuse.PMR()               # part of the model, whose eval() it has to hear
+        for epoch in range(epochs):
+            model.eval()                       # from a tenth of the training data, say
+            model.pmr.update_prototypes((encode(x), y) for x, y in some_batches)
+            model.train()
+            model.pmr.set_epoch(epoch)
+            for images, sounds, labels in loader:
+                features = {"audio": audio_net(sounds), "visual": visual_net(images)}
+                joint = F.cross_entropy(head(torch.cat(list(features.values()), 1)), labels)
+                (joint + model.pmr(features, labels).loss).backward()
+
+    Prototypes are buffers, of no gradient. A class keeps its prototype while it has no sample; one
+    that never had any has no part in the posterior, and its samples do not count. In `eval()` the
+    loss is 0, and nothing is looked at.
+
+    Fidelity: from the formulas, and numbers transcribed from them; `official` has golden numbers of
+    the authors' code, which has neither clip nor entropy. Three modalities and more are our
+    extension.
+
+    Args:
+        alpha: α ≥ 0; the authors use 1 and 2.
+        mu: μ ≥ 0, of the entropies; the authors use 0.01 and 0.001. 0 leaves them out.
+        momentum: ε in [0, 1], the share of the old prototypes; 0.2 in the released code.
+        entropy_epochs: How many epochs have the entropies, from 0 on; None for all. The paper has
+            them in an early stage, of a length that goes with the data.
+        num_classes: C; None for what the labels of the first `update_prototypes` need.
+        widths: How many values a sample has in each modality, in the order of `features`; None for
+            what the first `update_prototypes` shows. With both the buffers have their shape at
+            once, which `torch.distributed.checkpoint` needs to read into them.
+        num_modalities: M ≥ 2.
+        starts: First epoch in which something is added; see `set_epoch`.
+        ends: Last such epoch; None for no end.
+        process_group: The ranks whose samples prototypes and scores are means over: None for all
+            where torch.distributed is initialized, False for this rank alone.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: a number is no integer.
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    card: ClassVar[Card] = Card(
+        "Fan et al., CVPR 2023",
+        "loss",
+        ("features",),
+        (Source("fanyunfeng-bit/Modal-Imbalance-PMR at 3615e48", golden=True),),
+        golden=False,
+    )
+    rule: PMRRule
+    # Whether the entropies are added in this epoch, if μ is above 0.
+    _entropic = True
+    entropy_epochs: int | None = None
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        mu: float = 0.01,
+        momentum: float = 0.2,
+        *,
+        entropy_epochs: int | None = None,
+        num_classes: int | None = None,
+        widths: Sequence[int] | None = None,
+        num_modalities: int = 2,
+        starts: int = 0,
+        ends: int | None = None,
+        process_group: Group = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rule = PMRRule(alpha, mu, momentum)
+        self.num_modalities = whole("num_modalities", num_modalities, least=2)
+        if entropy_epochs is not None:
+            self.entropy_epochs = whole("entropy_epochs", entropy_epochs)
+        self._set_window(starts, ends)
+        self.process_group = check_group(process_group)
+        self.backend = backend
+        self._begin_prototypes(num_classes, widths)
+
+    @classmethod
+    def official(
+        cls,
+        alpha: float = 1.0,
+        mu: float = 0.0,
+        momentum: float = 0.2,
+        *,
+        ends: int | None = 100,
+        **keywords: Any,
+    ) -> PMR:
+        """What the authors' released code runs, to reproduce its tables; for two modalities.
+
+        Who is behind gets α, however little it is, and the other 0: nothing is clipped. There is no
+        entropy; with a μ above 0 it is added as in the paper. A class without a sample makes its
+        prototype NaN, for ever, and with it every loss; the released code takes a tenth of the
+        batches, at least one. Epochs 0 to 100 inclusive. Its runs take a momentum of 0; 0.2 is the
+        default of its command line. Of AVE and CG-MNIST its prototypes are of validation data.
+
+        Fidelity: golden numbers of the authors' code
+        (fanyunfeng-bit/Modal-Imbalance-PMR at 3615e48). Three modalities and more are from the
+        formulas: everyone who is behind some other gets α.
+
+        Args:
+            alpha: As in `PMR`.
+            mu: As in `PMR`; 0 in the released code.
+            momentum: As in `PMR`.
+            ends: As in `PMR`.
+            **keywords: As in `PMR`.
+
+        Raises:
+            ValueError: a hyper-parameter is out of range.
+        """
+        made = cls(alpha, mu, momentum, ends=ends, **keywords)
+        made.rule = PMRReleased(alpha, mu, momentum)
+        return made
+
+    def forward(self, features: Mapping[str, Tensor], labels: Tensor | None = None) -> PMRResult:
+        """What is to be added to the loss of a batch.
+
+        Args:
+            features: Name → [B, …] for the M modalities. What is [M] is in the order of those that
+                the prototypes come from.
+            labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
+
+        Returns:
+            `PMRResult`, whose loss is differentiable in the features, once.
+
+        Raises:
+            RuntimeError: there are no prototypes yet.
+            TypeError: an input has an unsupported type, or is missing.
+            ValueError: names, numbers, shapes or labels do not fit.
+        """
+        nothing = self.prototypes[0].new_zeros(self.num_modalities)
+        if not self.training:
+            return PMRResult(nothing.sum(), nothing)
+        self._check_told("PMR")
+        (logits, scores, counted), seen = over_ranks(
+            lambda: self._look(features, labels),
+            self.process_group,
+            self.num_modalities + 1,
+            self.epoch_state.device,
+        )
+        ratios, behind = prototype_ratios(seen.means)
+        # Of a batch in which nothing counts the means are NaN.
+        losses = torch.where(scores.count > 0, -scores.log_prob, 0.0)
+        shown = PMRResult(nothing.sum(), nothing, seen.means, ratios, losses.detach())
+        if not self._acting:
+            return replace(shown, prototype_logits=logits)
+        k = self.rule.coefficients(behind).nan_to_num(0.0)
+        # Where k is 0, a loss that is NaN or infinite adds nothing either.
+        loss = torch.where(k > 0, self.rule.weights(k) * losses, 0.0).sum()
+        entropies = None
+        if self.rule.mu and self._entropic:
+            entropies = torch.stack([mean_entropy(z, counted) for z in logits.values()]).to(losses)
+            e = (ratios - 1).clamp(0, 1).nan_to_num(0.0)
+            loss = loss - self.rule.mu * torch.where(e > 0, e * entropies, 0.0).sum()
+            entropies = entropies.detach()
+        return replace(
+            shown, loss=loss, coefficients=k, entropies=entropies, prototype_logits=logits
+        )
+
+    def _look(
+        self, features: Mapping[str, Tensor], labels: Tensor | None
+    ) -> tuple[tuple[dict[str, Tensor], ModalityScores, Tensor], Observed]:
+        """Distances, their scores, and which rows count; S_m of this rank; with all checks."""
+        names, values = named_features("PMR", features, self.num_modalities)
+        if self.names is not None:
+            check_names("features", features, self.names, "the prototypes")
+            names, values = self.names, [features[name] for name in self.names]
+        if not self._ready:
+            raise RuntimeError(f"PMR has no prototypes yet; {_NEXT}")
+        if labels is None:
+            raise TypeError("PMR needs labels in training; call eval() to pass through")
+        check_labels(labels, len(values[0]))
+        logits, known = {}, None
+        for name, value, prototypes in zip(names, values, self.prototypes, strict=True):
+            logits[name], here = similarities(name, value, prototypes, self.rule.masks)
+            known = here if known is None else known & here
+        if self.rule.masks and known is not None:  # who has no prototype is no target either
+            possible = (labels >= 0) & (labels < len(known))
+            place = torch.where(possible, labels, 0).long()
+            labels = torch.where(possible & ~known[place], IGNORED, labels)
+        called = [f"prototype_logits[{name!r}]" for name in names]
+        scores = named_scores(called, list(logits.values()), labels, self.backend)
+        return (logits, scores, labels != IGNORED), Observed(scores.prob.detach(), scores.count)
+
+    def _check_told(self, method: str, needed: bool = False) -> None:
+        """Also warns, once, where the entropies should end, but no epoch was given."""
+        super()._check_told(method, needed)
+        if self._told or self._warned or self.entropy_epochs is None:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{method} was made with entropy_epochs={self.entropy_epochs}, but set_epoch was never "
+            "called: every epoch counts as the first; call set_epoch(epoch) in each",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _go_to(self, epoch: int | None) -> None:
+        super()._go_to(epoch)
+        self._entropic = self.entropy_epochs is None or self.epoch < self.entropy_epochs
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters."""
+        return f"{self.rule}, num_modalities={self.num_modalities}"

@@ -269,7 +269,9 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
                     f"{self.name}.backward needs unimodal_losses, one for each modality"
                 )
             losses = checked_losses(self.modalities, unimodal_losses)
-            seen = self._senses.who(more.get("present"))
+            seen, self._senses.missing = None, frozenset()
+            if more:
+                seen = self._senses.who(more.get("present"))
             group, every = self.process_group, seen is not None
             unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph, every)
         elif logits is None and not more:

@@ -172,7 +172,6 @@ class Senses:
             TypeError: a mask is no bool tensor.
             ValueError: names, lengths or devices do not fit.
         """
-        self.missing = _NOBODY
         if present is None:
             return None
         names, device = self._modalities.names, self._modalities.device

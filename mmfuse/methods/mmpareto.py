@@ -110,7 +110,7 @@ class MMParetoRule(Stateless):
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """Weights of each modality, and the length of each tensor's gradient."""
         stats = tensors.stats
-        here = seen.means > 0 if len(seen.means) else None  # the modalities that a sample has
+        here = seen.means > 0 if seen.means.numel() else None  # the modalities that a sample has
         if stats is None:  # outside of its epochs, or nothing has a gradient
             halves = torch.full((tensors.modalities,), 0.5, device=tensors.device)
             act = Act(pull=tensors.each(torch.ones_like(halves)))

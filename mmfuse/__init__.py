@@ -9,8 +9,10 @@ from .loop.masking import unimodal_outputs
 from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
 from .loop.scalars import ScalarLog, scalars_of
+from .loop.shapley import shapley_responses
 from .methods._arm_samples import sample_contributions
 from .methods._ogm_backward import ogm_backward
+from .methods.agm import AGM, AGMResult
 from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
@@ -26,11 +28,13 @@ from .noise import NoiseStream
 from .ops import use_backend
 
 __all__ = [
+    "AGM",
     "ARM",
     "METHODS",
     "MLB",
     "OGM",
     "OPM",
+    "AGMResult",
     "ARMResult",
     "ContributionSampler",
     "GradientMethod",
@@ -60,6 +64,7 @@ __all__ = [
     "sample_contributions",
     "scalars_of",
     "scores",
+    "shapley_responses",
     "unimodal_logits",
     "unimodal_losses",
     "unimodal_outputs",

@@ -104,8 +104,10 @@ class CardStep(TrainingCase):
         given = {"features": features, "logits": logits, "labels": i.labels}
         taken = inspect.signature(method.forward).parameters
         seen = method(**{name: value for name, value in given.items() if name in taken})
-        out = i.model.fc(torch.cat(list(seen.features.values()), dim=1))
-        sum(F.cross_entropy(z, i.labels) for z in (out, *logits.values())).backward()
+        out = i.model.fc(torch.cat(list(getattr(seen, "features", features).values()), dim=1))
+        passed = getattr(seen, "logits", {}).values()  # of a method on logits, with other gradients
+        losses = [F.cross_entropy(z, i.labels) for z in (out, *(passed or logits.values()))]
+        sum(losses, getattr(seen, "loss", 0)).backward()
 
 
 def released_step(method: str) -> Callable[[Any, TrainingInputs], None] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .agm import AGM
 from .arm import ARM
 from .inforeg import InfoReg
 from .learningrates import LearningRates
@@ -14,7 +15,7 @@ from .opm import OPM
 from .redreg import RedReg
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
-_Forward = OPM | ARM | ModalityDropout
+_Forward = OPM | ARM | AGM | ModalityDropout
 _ALL: tuple[type[_Gradient | _Forward], ...] = (
     OGM,
     OPM,
@@ -23,6 +24,7 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     ARM,
     MLB,
     MMPareto,
+    AGM,
     LearningRates,
     ModalityDropout,
     NoiseOnly,

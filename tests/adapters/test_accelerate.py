@@ -17,8 +17,8 @@ import pytest
 import torch
 from balancing import (
     ANCHORED,
+    IN_FORWARD,
     MAKERS,
-    ON_FEATURES,
     TWO_GRADIENTS,
     Make,
     acted,
@@ -471,7 +471,7 @@ def test_an_adaptive_optimizer_is_warned_of_once(kind: str) -> None:
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_method_in_the_model_hears_of_the_epochs(kind: str) -> None:
     accelerator, model, other = Accelerator(cpu=True), AudioVisual(), AudioVisual()
     model.within, other.within = (make_method(kind, {}, starts=1) for _ in range(2))

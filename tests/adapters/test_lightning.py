@@ -15,8 +15,8 @@ import pytest
 import torch
 from balancing import (
     ACTING,
+    IN_FORWARD,
     MAKERS,
-    ON_FEATURES,
     TWO_GRADIENTS,
     Make,
     acted,
@@ -879,7 +879,7 @@ class Within(Module):
 
 
 @pytest.mark.parametrize("callback", ["Balance", "Epochs"])
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_method_in_the_module_hears_of_the_epochs(
     kind: str, callback: str, tmp_path: Path
 ) -> None:
@@ -893,7 +893,7 @@ def test_a_method_in_the_module_hears_of_the_epochs(
 
 
 @pytest.mark.parametrize("callback", ["Balance", "Epochs"])
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_method_in_the_module_goes_on_in_its_epoch(
     kind: str, callback: str, tmp_path: Path
 ) -> None:

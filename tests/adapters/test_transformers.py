@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import MAKERS, ON_FEATURES, TWO_GRADIENTS, Make, inforeg, maker, ogm_ge
+from balancing import IN_FORWARD, MAKERS, TWO_GRADIENTS, Make, inforeg, maker, ogm_ge
 from balancing import make as make_method
 from networks import AudioVisual
 from ranks import ranks
@@ -317,7 +317,7 @@ def test_evaluation_and_label_smoothing_leave_the_method_alone(tmp_path: Path) -
     assert torch.equal(trainer.balance_method.state_dict()["stream"]["state"][1], torch.tensor(5))
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_method_in_the_model_hears_of_the_epochs(kind: str, tmp_path: Path) -> None:
     class Within(Model):
         def __init__(self) -> None:
@@ -334,7 +334,7 @@ def test_a_method_in_the_model_hears_of_the_epochs(kind: str, tmp_path: Path) ->
     assert model.epochs == [0] * 5 + [1] * 5
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_checkpoint_holds_the_method_in_the_model(kind: str, tmp_path: Path) -> None:
     class Within(Model):
         def __init__(self) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import MONITORING, ON_FEATURES, STEPPING, arguments, make, see, show
+from balancing import IN_FORWARD, MONITORING, STEPPING, arguments, make, see, show
 from networks import AudioVisual, batch
 from states import differences
 from torch import Tensor
@@ -20,7 +20,7 @@ EPOCHS = 20
 QUICK = {"OPM", "OGM-GE", "InfoReg"}
 KINDS = [
     pytest.param(kind, marks=[] if kind in QUICK else pytest.mark.slow)
-    for kind in (*ON_FEATURES, *STEPPING)
+    for kind in (*IN_FORWARD, *STEPPING)
 ]
 
 
@@ -60,7 +60,7 @@ def test_a_step_is_compiled_once(kind: str, window: dict[str, int]) -> None:
     models.append(copy.deepcopy(models[0]))
     methods = [make(kind, net.encoders, stream=NoiseStream(3), **window) for net in models]
     eager, compiled = methods
-    act = compiled if kind in ON_FEATURES else compiled.step
+    act = compiled if kind in IN_FORWARD else compiled.step
     # By default PyTorch takes a number that has changed for any number, one compilation later.
     dynamic = None if kind in MONITORING else False
     fast = torch.compile(act, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -72,7 +72,7 @@ def test_a_step_is_compiled_once(kind: str, window: dict[str, int]) -> None:
         with torch._dynamo.config.patch(error_on_recompile=epoch not in new):
             data = batch()
             out = fast(**seen(models[1], compiled, data))
-            step = eager if kind in ON_FEATURES else eager.step
+            step = eager if kind in IN_FORWARD else eager.step
             expected = step(**seen(models[0], eager, data))
         coefficients = "weights" if hasattr(out, "weights") else "coefficients"
         if hasattr(out, coefficients):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import ON_FEATURES
+from balancing import IN_FORWARD
 from torch import nn
 
 import mmfuse
@@ -90,7 +90,7 @@ def call(name: str, module: nn.Module) -> Any:
     return module(**{k: v for k, v in seen.items() if k in takes})
 
 
-@pytest.mark.parametrize("name", ON_FEATURES)
+@pytest.mark.parametrize("name", IN_FORWARD)
 def test_an_evaluation_in_training_mode_is_warned_of_once(name: str) -> None:
     """A method that is no submodule of the model is not reached by model.eval()."""
     outside, model = METHODS[name](), nn.Module()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import ON_FEATURES, arguments, make
+from balancing import IN_FORWARD, arguments, make
 from states import differences
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -105,7 +105,7 @@ SAVED: list[Callable[[Model, Model, Path], None]] = [
 
 @pytest.mark.parametrize("epoch", [None, 0, 3])
 @pytest.mark.parametrize("through", SAVED, ids=lambda f: f.__name__)
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_it_is_saved_and_read_back(
     kind: str, through: Callable[..., None], epoch: int | None, tmp_path: Path
 ) -> None:
@@ -120,12 +120,12 @@ def test_it_is_saved_and_read_back(
     assert differences(dict(other.state_dict()), dict(model.state_dict())) == []
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_all_of_it_is_tensors(kind: str) -> None:
     assert {type(value) for value in trained(kind).state_dict().values()} == {Tensor}
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_an_average_can_be_read(kind: str) -> None:
     model = trained(kind)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)
@@ -144,7 +144,7 @@ def test_an_average_can_be_read(kind: str) -> None:
         assert other.method.epoch == 2
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_state_of_the_first_format_is_read(kind: str) -> None:
     model, other = trained(kind), Model(kind, seed=1)
     old = model.state_dict()
@@ -155,7 +155,7 @@ def test_a_state_of_the_first_format_is_read(kind: str) -> None:
     assert other.method.epoch == 3
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_another_format_is_refused(kind: str) -> None:
     model, other = trained(kind), Model(kind, seed=1)
     before = copy.deepcopy(dict(other.method.state_dict()))
@@ -186,7 +186,7 @@ def within_a_model_on_meta(kind: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("make_it", [on_meta, emptied, within_a_model_on_meta])
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_it_begins_anew(kind: str, make_it: Callable[[str], nn.Module]) -> None:
     torch.manual_seed(0)
     made = make_it(kind)
@@ -194,7 +194,7 @@ def test_it_begins_anew(kind: str, make_it: Callable[[str], nn.Module]) -> None:
     assert differences(dict(made.state_dict()), dict(make(kind, {}).state_dict())) == []
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_reset_stays_in_the_epoch(kind: str) -> None:
     method = trained(kind).method
     method.reset_parameters()

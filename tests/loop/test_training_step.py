@@ -12,6 +12,7 @@ import pytest
 import torch
 from balancing import (
     DRAWING,
+    IN_FORWARD,
     KINDS,
     MONITORING,
     NOISY,
@@ -23,6 +24,7 @@ from balancing import (
     Shown,
     arguments,
     balance,
+    joint_loss,
     make,
     see,
     show,
@@ -127,6 +129,11 @@ def step_everything(parts: Parts, data: Data) -> Tensor:
         method = parts.methods[kind]
         passed = method(**arguments(method, {**seen, "features": passed})).features
     loss = parts.loss_of(passed, data)
+    for kind in IN_FORWARD:
+        if kind not in ON_FEATURES:
+            method = parts.methods[kind]
+            out = method(**arguments(method, seen))
+            loss = loss + joint_loss(parts.model.fc, seen, out)
     for kind in TWO_GRADIENTS:
         parts.methods[kind].backward(loss, unimodal_losses=unimodal_losses(seen), retain_graph=True)
     if not TWO_GRADIENTS:
@@ -156,7 +163,7 @@ class TestCompile:
         yield
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("kind", [*ON_FEATURES, *STEPPING])
+    @pytest.mark.parametrize("kind", [*IN_FORWARD, *STEPPING])
     def test_no_graph_break_in_a_method(self, kind: str) -> None:
         """fullgraph=True raises at the first graph break, and error_on_recompile at recompiling."""
         model = AudioVisual()
@@ -164,7 +171,7 @@ class TestCompile:
 
         def call(parts: Parts) -> Callable[..., Any]:
             method = parts.methods[kind]
-            return method if kind in ON_FEATURES else method.step
+            return method if kind in IN_FORWARD else method.step
 
         fast = torch.compile(call(compiled), fullgraph=True, backend="aot_eager")
         acted = 0.0
@@ -179,12 +186,13 @@ class TestCompile:
                     if kind in STEPPING:
                         parts.loss_of(seen["features"], data).backward()
                     seen = detached(seen)
-                    for feature in seen["features"].values():
-                        feature.requires_grad_()
+                    passing = [*seen["features"].values(), *seen["logits"].values()]
+                    for each in passing:
+                        each.requires_grad_()
                     out = act(**arguments(parts.methods[kind], seen))
-                    if kind in ON_FEATURES:
-                        parts.loss_of(out.features, data).backward()
-                    parts.passed = [f.grad for f in seen["features"].values()]
+                    if kind in IN_FORWARD:
+                        joint_loss(parts.model.fc, seen, out).backward()
+                    parts.passed = [each.grad for each in passing]
                     parts.optimizer.step()
             acted += strength(parts.methods[kind], seen, out)
             assert differences(compiled.state(), eager.state()) == []

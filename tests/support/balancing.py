@@ -164,18 +164,24 @@ class Shown(NamedTuple):
 
 def show(method: Any, head: nn.Module, seen: dict[str, Any], reduction: str = "mean") -> Shown:
     """The rest of the forward pass, through the method if it acts there."""
-    passed, out = seen["features"], None
-    if isinstance(method, nn.Module):
-        out = method(**arguments(method, seen))
-        passed = getattr(out, "features", passed)
-    joint = head(torch.cat(list(passed.values()), 1))
+    out = method(**arguments(method, seen)) if isinstance(method, nn.Module) else None
+    loss = joint_loss(head, seen, out, reduction)
+    return Shown(loss, unimodal_losses(seen, reduction), seen, out)
+
+
+def joint_loss(
+    head: nn.Module, seen: Mapping[str, Any], out: Any = None, reduction: str = "mean"
+) -> Tensor:
+    """The joint loss, with what a method in the forward pass has made of features or logits."""
+    features = getattr(out, "features", seen["features"])
+    joint = head(torch.cat(list(features.values()), 1))
     if hasattr(out, "logits"):  # the joint ones are their sum
         joint = torch.stack(list(out.logits.values())).sum(0)
     loss = F.cross_entropy(joint, seen["labels"], reduction=reduction)
     if hasattr(out, "loss"):
         rows = 1 if reduction == "mean" else len(joint)
         loss = loss + rows * out.loss
-    return Shown(loss, unimodal_losses(seen, reduction), seen, out)
+    return loss
 
 
 def unimodal_losses(seen: dict[str, Any], reduction: str = "mean") -> dict[str, Tensor]:
@@ -219,7 +225,9 @@ def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
         if away or not hasattr(out, "coefficients"):
             return away
     if isinstance(method, nn.Module):  # the forward pass is what it was, or there is a loss more
-        return float(out.coefficients.abs().nan_to_num(1.0).sum().detach())
+        # Of losses and parts of a gradient nothing is 0, of factors of logits' gradients 1.
+        neutral = 1.0 if hasattr(out, "logits") else 0.0
+        return float((out.coefficients - neutral).abs().nan_to_num(1.0).sum().detach())
     if method.card.official == ():  # a control, which does the same in every step
         return float(method._acting)
     away = (out.coefficients - method.rule.need.neutral).abs()

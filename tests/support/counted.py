@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import samples
 import torch
-from balancing import KINDS, ON_FEATURES, STEPPING, make, needed, start
+from balancing import IN_FORWARD, KINDS, STEPPING, make, needed, start
 from cuda_on_cpu.launches import counted_launches
 from dispatched import launches_of
 from torch import Tensor, nn
@@ -121,17 +121,24 @@ def _on_features(kind: str) -> Call:
     start(method)
     features = {name: torch.randn(9, 4).requires_grad_() for name in networks.encoders}
     fused, logits = torch.randn(9, 4), networks.forward()["logits"]
+    on_logits = method.card.acts == "logits"
     seen = {
         "features": features,
         "fused": fused,
-        "logits": {name: z.detach() for name, z in logits.items()},
+        "logits": {name: z.detach().requires_grad_(on_logits) for name, z in logits.items()},
     }
     arguments = {name: seen[name] for name in method.card.needs}
     if "fused" in arguments:
         arguments["fused_logits"] = torch.randn(9, 4)
     if "labels" in signature(method.forward).parameters:
         arguments["labels"] = networks.labels
-    return Call(partial(method.forward, **arguments))
+    once = partial(method.forward, **arguments)
+    if not on_logits:
+        return Call(once)
+    # The next step finds what it has seen before: it starts from steps with other labels.
+    method.forward(**{**arguments, "labels": networks.labels.flip(0)})
+    before = {name: x.clone() for name, x in method.state_dict().items()}
+    return Call(once, partial(method.load_state_dict, before))
 
 
 def _whole_backward() -> Call:
@@ -158,7 +165,7 @@ def _small(name: str) -> Call:
 
 
 def _of_method(kind: str) -> Callable[[], Call]:
-    if kind in ON_FEATURES:
+    if kind in IN_FORWARD:
         return partial(_on_features, kind)
     return partial(_on_gradients if kind in STEPPING else _on_losses, kind)
 

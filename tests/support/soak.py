@@ -37,6 +37,7 @@ from balancing import (
     Shown,
     arguments,
     balance,
+    joint_loss,
     make,
     strength,
     unimodal_losses,
@@ -120,12 +121,8 @@ class Network(nn.Module):
             "fused": fused,
             "fused_logits": self.classifier(fused),
         }
-        passed, out = features, None
-        if between is not None:
-            out = between(**arguments(between, seen))
-            passed = out.features
-        joint = self.head(torch.cat(list(passed.values()), 1))
-        loss = F.cross_entropy(joint, labels) + F.cross_entropy(seen["fused_logits"], labels)
+        out = None if between is None else between(**arguments(between, seen))
+        loss = joint_loss(self.head, seen, out) + F.cross_entropy(seen["fused_logits"], labels)
         return loss, seen, out
 
 

@@ -324,6 +324,31 @@ class Prototypical(Joint):
         return Record(out.scores, out.coefficients)
 
 
+class Shared(Joint):
+    """AGM, on each view's share of the joint logits."""
+
+    coefficients = "factor of the share's gradient"
+
+    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
+        super().__init__(model, seed, args)
+        made = mmfuse.METHODS[name]
+        self.method = made(num_modalities=len(model.encoders), backend=args.backend).to(args.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """By which the method's window goes."""
+        self.method.set_epoch(epoch)
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
+        """Leaves the gradients in the model; the method's scores are losses."""
+
+        def joint(given: dict[str, Tensor]) -> Tensor:
+            return self.model.fuse(self.model.features(given))
+
+        out = self.method(mmfuse.shapley_responses(self.model, views, forward=joint), labels)
+        F.cross_entropy(sum(out.logits.values()), labels).backward()
+        return Record(torch.exp(-out.scores), out.coefficients)
+
+
 Build = Callable[[Model, int, argparse.Namespace], Joint]
 
 
@@ -336,6 +361,8 @@ def build(name: str) -> Build:
         return partial(Prototypical, name=name)
     if card.acts == "loss":
         return partial(Aligned if name == "LFM" else Added, name=name)
+    if card.acts == "logits":
+        return partial(Shared, name=name)
     if card.needs == ("features",):
         return partial(LeftOut, name=name)
     return partial(Reinforced if "fused" in card.needs else Dropped, name=name)

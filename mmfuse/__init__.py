@@ -9,8 +9,10 @@ from .loop.masking import unimodal_outputs
 from .loop.matching import match_parameters
 from .loop.resampling import ContributionSampler
 from .loop.scalars import ScalarLog, scalars_of
+from .loop.shapley import shapley_responses
 from .methods._arm_samples import sample_contributions
 from .methods._ogm_backward import ogm_backward
+from .methods.agm import AGM, AGMResult
 from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
 from .methods.inforeg import InfoReg, InfoRegResult
@@ -29,6 +31,7 @@ from .noise import NoiseStream
 from .ops import use_backend
 
 __all__ = [
+    "AGM",
     "ARM",
     "LFM",
     "MCR",
@@ -37,6 +40,7 @@ __all__ = [
     "OGM",
     "OPM",
     "PMR",
+    "AGMResult",
     "ARMResult",
     "ContributionSampler",
     "GradientMethod",
@@ -69,6 +73,7 @@ __all__ = [
     "sample_contributions",
     "scalars_of",
     "scores",
+    "shapley_responses",
     "unimodal_logits",
     "unimodal_losses",
     "unimodal_outputs",

@@ -11,10 +11,10 @@ import pytest
 import torch
 from balancing import (
     ANCHORED,
+    IN_FORWARD,
     KINDS,
     NEEDS,
     NOISY,
-    ON_FEATURES,
     ON_GRADIENTS,
     ON_UPDATES,
     STATEFUL,
@@ -439,7 +439,7 @@ def test_found_inf_in_backward(kind: str) -> None:
         assert bool(after) == counts
 
 
-@pytest.mark.parametrize("kind", ON_FEATURES)
+@pytest.mark.parametrize("kind", IN_FORWARD)
 def test_what_acts_in_the_forward_pass_has_acted_before_a_step_is_skipped(kind: str) -> None:
     model, data = AudioVisual(), [batch() for _ in range(3)]
     run = Trainer(kind, model, scaler=scaler_of())

@@ -109,9 +109,8 @@ class CardStep(TrainingCase):
         seen = method(**{name: value for name, value in given.items() if name in taken})
         passed = getattr(seen, "features", features)
         out = i.model.fc(torch.cat(list(passed.values()), dim=1))
-        if hasattr(seen, "logits"):  # the joint ones are their sum
-            out = sum(seen.logits.values())
-        losses = [F.cross_entropy(z, i.labels) for z in logits.values()]
+        own = getattr(seen, "logits", logits)  # of a method on logits, with other gradients
+        losses = [F.cross_entropy(z, i.labels) for z in own.values()]
         if not getattr(method, "replaces_joint_loss", False):
             losses.append(F.cross_entropy(out, i.labels))
         sum([*losses, getattr(seen, "loss", 0)]).backward()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any, SupportsIndex
 
 import torch
@@ -129,6 +128,8 @@ class EpochWindowModule(EpochWindow, nn.Module):
     epoch_state: Tensor
     # First values of the buffers that do not begin at 0.
     _first: dict[str, Tensor]
+    # Buffers that stay float64, where the device has it, whatever the module is cast to.
+    _wide: tuple[str, ...] = ()
     # Whether all ranks are known to have one stream.
     _agreed: bool
 
@@ -186,17 +187,22 @@ class EpochWindowModule(EpochWindow, nn.Module):
         self._go_to(self.epoch if self._told else None)
         self._agreed = False
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Fills in the buffers that a module from the meta device gets.
-
-        A device that lacks float64 gets buffers in float32.
-        """
-        empty = self.epoch_state.is_meta
-        device = fn(torch.empty(0, device=self.epoch_state.device)).device
-        for name, buffer in self._buffers.items():
-            if buffer is not None:  # narrowed before it moves
-                self._buffers[name] = buffer.to(narrowed(buffer.dtype, device))
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Fills in the buffers that a module from the meta device gets."""
+        empty, wide = self.epoch_state.is_meta, {name: self._buffers[name] for name in self._wide}
+        device = fn(torch.empty(0, device=self.epoch_state.device)).device if wide else None
+        for name, buffer in wide.items():
+            assert buffer is not None and device is not None
+            self._buffers[name] = buffer.to(narrowed(torch.float64, device))
         super()._apply(fn, recurse)
+        for name, buffer in wide.items():
+            moved = self._buffers[name]
+            assert buffer is not None and moved is not None
+            if moved.dtype != narrowed(torch.float64, moved.device):
+                # From the old one: of a cast to fewer digits some would be lost.
+                self._buffers[name] = buffer.to(moved.device).to(
+                    narrowed(torch.float64, moved.device)
+                )
         if empty and not self.epoch_state.is_meta:
             self.reset_parameters()
         return self

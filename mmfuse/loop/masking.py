@@ -75,20 +75,24 @@ def unimodal_outputs(
         ValueError: there are no inputs, no such baseline, a baseline of another shape, dtype or
             device than the input's, or the model has not been used yet (lazy).
     """
-    _check(model, inputs, baseline)
+    check_inputs(model, inputs, baseline)
     for called, module in (("model", model), ("module of forward=", forward)):
         if isinstance(module, nn.Module):
             check_made(called, module)
     alone = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    with _passes(alone, forward, _device(alone, inputs), training if differentiable else scoring):
-        masks = _masks(inputs, baseline)
+    kind = training if differentiable else scoring
+    with passes_through(alone, forward, device_of(alone, inputs), kind):
+        masks = masks_of(inputs, baseline)
         return {
-            name: _called(alone, forward, output, name, _only(name, inputs, masks))
+            name: called_with(
+                alone, forward, output, f"where {name!r} is alone", _only(name, inputs, masks)
+            )
             for name in inputs
         }
 
 
-def _check(model: object, inputs: object, baseline: object) -> None:
+def check_inputs(model: object, inputs: object, baseline: object) -> None:
+    """Raises what `unimodal_outputs` says of them."""
     if not callable(model):
         hint = " (are model and inputs swapped?)" if isinstance(model, Mapping) else ""
         raise TypeError(
@@ -111,14 +115,14 @@ def _check(model: object, inputs: object, baseline: object) -> None:
         )
 
 
-def _device(model: object, inputs: Inputs) -> torch.device:
+def device_of(model: object, inputs: Inputs) -> torch.device:
     """Where the model runs; inputs may still be on the CPU."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return next(iter(inputs.values())).device if parameter is None else parameter.device
 
 
 @contextmanager
-def _passes(
+def passes_through(
     model: Callable[..., Any],
     forward: Callable[..., Any] | None,
     device: torch.device,
@@ -133,7 +137,8 @@ def _passes(
                 yield
 
 
-def _masks(inputs: Inputs, baseline: Baseline) -> dict[str, Tensor]:
+def masks_of(inputs: Inputs, baseline: Baseline) -> dict[str, Tensor]:
+    """Name → the input of a modality that is masked; none for the only one."""
     if len(inputs) == 1:
         return {}
     return {name: _mask(name, x, baseline) for name, x in inputs.items()}
@@ -175,14 +180,14 @@ def _only(name: str, inputs: Inputs, masks: Inputs) -> dict[str, Tensor]:
     return {o: (x if o == name else masks[o]).clone() for o, x in inputs.items()}
 
 
-def _called(
+def called_with(
     model: Callable[..., Any],
     forward: Callable[..., Any] | None,
     output: Callable[[Any], Tensor] | None,
-    name: str,
+    where: str,
     given: dict[str, Tensor],
 ) -> Tensor:
-    """The model's tensor for these inputs."""
+    """The model's tensor for these inputs, which errors call `where`."""
     if forward is not None:
         found = forward(given)
     else:
@@ -197,8 +202,8 @@ def _called(
             raise TypeError(f"output= must return a tensor, got {type(found).__name__}")
     elif not isinstance(found, Tensor):
         raise TypeError(
-            f"the model returns {type(found).__name__} where {name!r} is alone, not a tensor: say "
-            "with output= which of its tensors is wanted, as output=lambda out: out.logits"
+            f"the model returns {type(found).__name__} {where}, not a tensor: say with output= "
+            "which of its tensors is wanted, as output=lambda out: out.logits"
         )
     return found
 

@@ -32,6 +32,30 @@ def scoring(call: Callable[..., object], device: torch.device) -> Iterator[None]
         call: The module or callable that will be called.
         device: Where; its random generator is kept as well.
     """
+    with torch.no_grad(), _evaluation(call, device, lambda module: not _of_pytorch(module)):
+        yield
+
+
+@contextmanager
+def evaluating(call: Callable[..., object], device: torch.device) -> Iterator[None]:
+    """The same with gradients, for passes in evaluation mode that a loss goes through.
+
+    The graph of such a pass keeps batch norm's statistics for the backward pass, before which the
+    next training pass may change them in place: so all buffers are copies meanwhile.
+
+    Args:
+        call: The module or callable that will be called.
+        device: Where; its random generator is kept as well.
+    """
+    with _evaluation(call, device, lambda module: True):
+        yield
+
+
+@contextmanager
+def _evaluation(
+    call: Callable[..., object], device: torch.device, copies: Callable[[nn.Module], bool]
+) -> Iterator[None]:
+    """Evaluation mode; modules that `copies` says so of have copies of their buffers."""
     switched: list[nn.Module] = []
     kept = _Buffers()
 
@@ -40,16 +64,21 @@ def scoring(call: Callable[..., object], device: torch.device) -> Iterator[None]
             if each.training:
                 each.training = False
                 switched.append(each)
-            if not type(each).__module__.startswith("torch.nn.modules."):  # these change none then
+            if copies(each):
                 kept.replace(each)
 
-    with torch.no_grad(), _on_the_way_in(call, switch), _random_state(device):
+    with _on_the_way_in(call, switch), _random_state(device):
         try:
             yield
         finally:
             kept.restore()
             for module in switched:
                 module.training = True
+
+
+def _of_pytorch(module: nn.Module) -> bool:
+    """One of PyTorch's own, which change no buffers in evaluation mode."""
+    return type(module).__module__.startswith("torch.nn.modules.")
 
 
 @contextmanager

@@ -90,6 +90,7 @@ class ARM(EpochWindowModule):
         golden=False,
     )
     rule: ARMRule
+    _wide = ("average", "average_weight")
     criterion: Loss
     average: Tensor
     average_weight: Tensor

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .agm import AGM
 from .arm import ARM
 from .inforeg import InfoReg
 from .learningrates import LearningRates
@@ -17,7 +18,7 @@ from .pmr import PMR
 from .redreg import RedReg
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
-_Forward = OPM | ARM | LFM | MCR | PMR | ModalityDropout
+_Forward = OPM | ARM | AGM | LFM | MCR | PMR | ModalityDropout
 _ALL: tuple[type[_Gradient | _Forward], ...] = (
     OGM,
     OPM,
@@ -26,6 +27,7 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     ARM,
     MLB,
     MMPareto,
+    AGM,
     LFM,
     MCR,
     PMR,

@@ -109,6 +109,7 @@ class LFM(EpochWindowModule):
     replaces_joint_loss: ClassVar[bool] = True
     #: Nothing is averaged over the ranks but, by DDP, gradients.
     decides_over_ranks: ClassVar[bool] = False
+    _wide = ("weights", "learning_rate")
     criterion: Loss
     weights: Tensor
     learning_rate: Tensor

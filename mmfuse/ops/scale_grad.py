@@ -51,7 +51,7 @@ class _ScaleGrad(torch.autograd.Function):
         noise_state: Tensor | None,
         noise_id: int,
         noise_offset: int,
-        backend: str,
+        backend: str | None,
     ) -> Tensor:
         ctx.save_for_backward(coefficient, noise_std, noise_state)
         ctx.place = (noise_id, noise_offset)
@@ -144,13 +144,14 @@ def scale_grad(
         # A copy: the backward pass may run after the stream has moved on.
         state = stream.state.to(x.device, copy=True)
     function: type[torch.autograd.Function] = _ScaleGrad
-    if not torch.compiler.is_compiling():
+    chosen: str | None = _op.resolve(backend, x.device)
+    if torch.compiler.is_compiling():
+        chosen = backend  # the graph of the backward pass chooses again: it knows no result of ours
+    else:
         if torch._C._are_functorch_transforms_active():
             function = _Transformed
         elif forward_ad._current_level >= 0:
             # The tangent of x, or k times it? Forward and reverse mode would differ.
             refuse_tangents("scale_grad", [x])
-    result: Tensor = function.apply(
-        x, values[0], values[1], state, ids[0], offsets[0], _op.resolve(backend, x.device)
-    )
+    result: Tensor = function.apply(x, values[0], values[1], state, ids[0], offsets[0], chosen)
     return result

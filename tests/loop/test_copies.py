@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from balancing import (
+    IN_FORWARD,
     KINDS,
-    ON_FEATURES,
     ON_GRADIENTS,
     ON_UPDATES,
     Shown,
@@ -115,7 +115,7 @@ def in_a_group(rank: int, kind: str) -> tuple[Any, Any]:
     data = batch()
     for net, each in ((model, method), (other, copied)):
         start(each)
-        if kind in ON_FEATURES:
+        if kind in IN_FORWARD:
             shown(net, each, data)
         else:
             step(net, each, data)

@@ -15,8 +15,8 @@ from balancing import (
     ANCHORED,
     COMBINED,
     DROPPING,
+    IN_FORWARD,
     MONITORING,
-    ON_FEATURES,
     STATEFUL,
     STEPPING,
     TWO_GRADIENTS,
@@ -94,7 +94,7 @@ def train(
             training.begin_epoch(kind, step // per_epoch)
         batches = [batch(micro * step + i, 0, ROWS) for i in range(micro)]
         said.append(whole(training.step(kind, batches)))
-    if kind in ON_FEATURES:  # in training nothing depends on ARM's average
+    if kind in IN_FORWARD:  # in training nothing depends on ARM's average
         (method,) = training.methods[kind].values()
         features = {"audio": torch.ones(1, 1), "visual": torch.ones(1, 1)}
         said.append(whole(method.eval()(features)))
@@ -178,7 +178,7 @@ def test_anchors_of_bfloat16(kind: str, how: str, tmp_path: Path) -> None:
     assert differences(resumed.state_dict(), straight.state_dict()) == []
 
 
-@pytest.mark.parametrize("kind", [k for k in ALL if parts(k) & {*STATEFUL, *ON_FEATURES}])
+@pytest.mark.parametrize("kind", [k for k in ALL if parts(k) & {*STATEFUL, *IN_FORWARD}])
 def test_it_is_the_state_of_the_method_that_makes_the_difference(kind: str) -> None:
     """The runs above would notice a method whose state is not loaded."""
     straight, resumed = made(kind), made(kind, seed=1)
@@ -191,7 +191,7 @@ def test_it_is_the_state_of_the_method_that_makes_the_difference(kind: str) -> N
     ours, theirs = resumed.state_dict(), straight.state_dict()
     assert differences(ours["methods"], theirs["methods"])
     # In training ARM uses nothing of what it has seen before: its average is for `eval()`.
-    alike = kind in ON_FEATURES and kind not in DROPPING
+    alike = kind == "ARM"
     assert bool(differences(ours["network"], theirs["network"])) == (not alike)
 
 

@@ -16,6 +16,7 @@ from balancing import (
     KINDS,
     MONITORING,
     NOISY,
+    ON_FEATURES,
     ON_GRADIENTS,
     ON_UPDATES,
     STEPPING,
@@ -23,6 +24,7 @@ from balancing import (
     Shown,
     arguments,
     balance,
+    joint_loss,
     make,
     prepare,
     see,
@@ -133,9 +135,11 @@ def step_everything(parts: Parts, data: Data) -> Tensor:
     passed, more = seen["features"], []
     for kind in IN_FORWARD:
         method = parts.methods[kind]
-        out = method(**arguments(method, {**seen, "features": passed}))
-        passed = getattr(out, "features", passed)
-        more += [out.loss] if hasattr(out, "loss") else []
+        if kind in ON_FEATURES:
+            passed = method(**arguments(method, {**seen, "features": passed})).features
+        else:
+            out = method(**arguments(method, seen))
+            more.append(joint_loss(method, parts.model.fc, seen, out))
     loss = parts.loss_of(passed, data) + sum(more)
     for kind in TWO_GRADIENTS:
         parts.methods[kind].backward(loss, unimodal_losses=unimodal_losses(seen), retain_graph=True)
@@ -189,13 +193,13 @@ class TestCompile:
                     if kind in STEPPING:
                         parts.loss_of(seen["features"], data).backward()
                     seen = detached(seen)
-                    for feature in seen["features"].values():
-                        feature.requires_grad_()
+                    passing = [*seen["features"].values(), *seen["logits"].values()]
+                    for each in passing:
+                        each.requires_grad_()
                     out = act(**arguments(parts.methods[kind], seen))
                     if kind in IN_FORWARD:
-                        loss = parts.loss_of(getattr(out, "features", seen["features"]), data)
-                        (loss + getattr(out, "loss", 0.0)).backward()
-                    parts.passed = [f.grad for f in seen["features"].values()]
+                        joint_loss(parts.methods[kind], parts.model.fc, seen, out).backward()
+                    parts.passed = [each.grad for each in passing]
                     parts.optimizer.step()
             acted += strength(parts.methods[kind], seen, out)
             assert differences(compiled.state(), eager.state()) == []

@@ -122,17 +122,24 @@ def _in_forward(kind: str) -> Call:
     features = {name: torch.randn(9, 4).requires_grad_() for name in networks.encoders}
     prepare(method, dict.fromkeys(features, 4), 4, networks.head.weight.detach())
     fused, logits = torch.randn(9, 4), networks.forward()["logits"]
+    on_logits = method.card.acts == "logits"
     seen = {
         "features": features,
         "fused": fused,
-        "logits": {name: z.detach() for name, z in logits.items()},
+        "logits": {name: z.detach().requires_grad_(on_logits) for name, z in logits.items()},
     }
     arguments = {name: seen[name] for name in method.card.needs}
     if "fused" in arguments:
         arguments["fused_logits"] = torch.randn(9, 4)
     if "labels" in signature(method.forward).parameters:
         arguments["labels"] = networks.labels
-    return Call(partial(method.forward, **arguments))
+    once = partial(method.forward, **arguments)
+    if not on_logits:
+        return Call(once)
+    # The next step finds what it has seen before: it starts from steps with other labels.
+    method.forward(**{**arguments, "labels": networks.labels.flip(0)})
+    before = {name: x.clone() for name, x in method.state_dict().items()}
+    return Call(once, partial(method.load_state_dict, before))
 
 
 def _whole_backward() -> Call:

@@ -1,0 +1,65 @@
+"""AGM's rule: the coefficients of responses. `mmfuse.methods.agm` has the paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AGMResult:
+    """What was decided in one step; nothing here has waited for the device.
+
+    Attributes:
+        logits: Name → the response, with its values as they were; the joint logits are their sum.
+        coefficients: [M] k_m that the backward pass uses, in the order of `logits`.
+        scores: [M] s_m, the loss of each response alone; None in `eval()`.
+        ratios: [M] rho_m; None in `eval()`.
+        usual_ratios: [M] tau_m; None in `eval()`.
+    """
+
+    logits: dict[str, Tensor]
+    coefficients: Tensor
+    scores: Tensor | None = None
+    ratios: Tensor | None = None
+    usual_ratios: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class AGMRule:
+    """The equations above, of paper and released code alike.
+
+    Attributes:
+        alpha: α.
+        cap: The most that tau_m − rho_m counts; None for no limit.
+        floor: Probabilities below it count as it.
+        stays: Whether the last coefficients stay in force after the last epoch.
+    """
+
+    alpha: float = 1.0
+    cap: float | None = 10.0
+    floor: float = 0.0
+    stays: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise ValueError(f"alpha must be a finite number of at least 0, got {self.alpha}")
+        if self.cap is not None and not (math.isfinite(self.cap) and self.cap >= 0):
+            raise ValueError(f"cap must be a finite number of at least 0 or None, got {self.cap}")
+        if not 0 <= self.floor < 1:
+            raise ValueError(f"floor must be a probability below 1, got {self.floor}")
+
+    def ratios(self, scores: Tensor) -> Tensor:
+        """rho_m of s_m, or tau_m of S_m."""
+        count = len(scores)
+        return torch.exp((scores.mean() - scores) * (count / (count - 1)))
+
+    def coefficients(self, ratios: Tensor, usual: Tensor) -> Tensor:
+        """k_m."""
+        ahead = usual - ratios
+        if self.cap is not None:
+            ahead = ahead.clamp(max=self.cap)
+        return torch.exp(self.alpha * ahead)

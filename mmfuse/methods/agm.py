@@ -1,0 +1,275 @@
+"""AGM: adaptive gradient modulation.
+
+Li, Li, Hu, Lei, Li & Zhou, "Boosting Multi-modal Model Performance with Adaptive Gradient
+Modulation", ICCV 2023; the formulas are those of the released code.
+
+For any fusion: each modality's response is its Shapley share of the joint logits, with the inputs
+of the others masked (`mmfuse.shapley_responses`), and the gradient that enters a response is scaled
+by how far its modality is ahead, compared with how far it has been ahead so far:
+
+    response  z = sum of r_m
+    score     s_m = -mean over the batch of log softmax(r_m)[y];  lower for a modality that is ahead
+    ratio     rho_m = exp(M / (M - 1) (mean_j s_j - s_m));  above 1 for a modality that is ahead
+    usual     tau_m = the same of S_m, the mean of s_m over all earlier steps; 0 in the first
+    factor    k_m = exp(alpha min(tau_m - rho_m, cap))
+    backward  dL/dr_m <- k_m dL/dr_m
+
+so that the encoder and its share of the fusion are slowed alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .._numbers import whole
+from ..loop.contract import Card, Source
+from ..loop.epochs import EpochWindowModule
+from ..loop.given import Loss, check_criterion, criterion_of
+from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.shards import is_dtensor
+from ..loop.state import in_backward
+from ..ops.modality_scores import named_scores
+from ..ops.sample_scores import named_sample_scores
+from ..ops.scale_grad import scale_grad
+from ._agm_rule import AGMResult, AGMRule
+
+__all__ = ["AGM", "AGMResult"]
+
+
+class AGM(EpochWindowModule):
+    """AGM, on each modality's response.
+
+    ::
+
+        model.agm = mmfuse.AGM()               # part of the model, whose eval() it has to hear
+        for images, sounds, labels in loader:
+            inputs = {"audio": sounds, "visual": images}
+            responses = mmfuse.shapley_responses(model, inputs)
+            out = model.agm(responses, labels)
+            loss = F.cross_entropy(sum(out.logits.values()), labels)
+            loss.backward()
+
+    The forward pass keeps its values; evaluate the model as it is. Outside of its epochs, and in
+    `eval()`, coefficients are 1, but S_m goes on in every training step. A step with a score that
+    is not finite does not enter S_m, and its coefficients are 1.
+
+    S_m, their number of steps and the last coefficients are buffers, in float64 whatever the module
+    is cast to. Fidelity: from the formulas; `official` has golden numbers.
+
+    Args:
+        alpha: Strength α, at least 0; the authors use 1 to 2.5.
+        cap: The most that tau_m − rho_m counts, so that k_m ≤ exp(α·cap): 10 in the authors' script
+            for CREMA-D, 7 for UR-Funny, None (no limit) for AV-MNIST and AVE.
+        num_modalities: M ≥ 2.
+        starts: First epoch in which gradients are modulated; see `set_epoch`.
+        ends: Last such epoch; None for no end.
+        process_group: The ranks whose samples the scores are averaged over: None for all where
+            torch.distributed is initialized, False for this rank alone.
+        criterion: The loss that logits and labels are for, as in `mmfuse.GradientMethod`.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: a number is no integer.
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    card: ClassVar[Card] = Card(
+        "Li et al., ICCV 2023",
+        "logits",
+        ("logits",),
+        (Source("lihong2303/AGM_ICCV2023 at 5a65542", golden=True),),
+        golden=False,
+    )
+    _wide = ("running_scores", "coefficients")
+    rule: AGMRule
+    criterion: Loss
+    running_scores: Tensor
+    running_steps: Tensor
+    coefficients: Tensor
+
+    def __init__(
+        self,
+        alpha: float = 1.0,
+        cap: float | None = 10.0,
+        *,
+        num_modalities: int = 2,
+        starts: int = 0,
+        ends: int | None = None,
+        process_group: Group = None,
+        criterion: Loss = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rule = AGMRule(alpha, cap)
+        self._set_window(starts, ends)
+        count = self.num_modalities = whole("num_modalities", num_modalities, least=2)
+        self.process_group = check_group(process_group)
+        object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
+        self.backend = backend
+        self.register_buffer("running_scores", torch.zeros(count, dtype=torch.float64))
+        self.register_buffer("running_steps", torch.zeros(1, dtype=torch.int64))
+        # On the CPU also within `torch.device("meta")`, where they would not be known later.
+        self._begin_at("coefficients", torch.ones(count, dtype=torch.float64, device="cpu"))
+        self.coefficients = self.coefficients.to(self.epoch_state.device)
+
+    @classmethod
+    def official(
+        cls,
+        alpha: float = 1.0,
+        cap: float | None = 10.0,
+        *,
+        floor: float | None = None,
+        num_modalities: int = 2,
+        starts: int = 0,
+        ends: int | None = 20,
+        **keywords: Any,
+    ) -> AGM:
+        """What the authors' released code runs.
+
+        After the last epoch of the window coefficients are no longer updated, but the last ones
+        stay in force. Probabilities below 1e-8 count as 1e-8 where there are two modalities. After
+        the backward pass it clips gradients in a way of its own, which is `clip_`.
+
+        Fidelity: golden numbers of the authors' code (lihong2303/AGM_ICCV2023 at 5a65542), for two
+        modalities and three. Four and more are from the formulas.
+
+        Args:
+            alpha: As in `AGM`.
+            cap: As in `AGM`; their script for two modalities in the golden numbers has None, that
+                for three has 7.
+            floor: Probabilities below it count as it; None for 1e-8 with two modalities and 0 with
+                more, as released.
+            num_modalities: As in `AGM`.
+            starts: As in `AGM`.
+            ends: As in `AGM`.
+            **keywords: As in `AGM`.
+        """
+        made = cls(alpha, cap, num_modalities=num_modalities, starts=starts, ends=ends, **keywords)
+        least = (1e-8 if num_modalities == 2 else 0.0) if floor is None else floor
+        made.rule = AGMRule(alpha, cap, least, stays=True)
+        return made
+
+    def forward(self, logits: Mapping[str, Tensor], labels: Tensor | None = None) -> AGMResult:
+        """Passes the responses on, with other gradients.
+
+        Args:
+            logits: Name → [B, C] response of each of the M modalities, as `shapley_responses` gives
+                them, or other logits that add up to the joint ones.
+            labels: [B] class indices, or as `criterion` takes them; rows of −100 do not count. Not
+                needed in `eval()`.
+
+        Returns:
+            `AGMResult`, differentiable in the logits.
+
+        Raises:
+            RuntimeError: it is called in a backward pass, by activation checkpointing.
+            TypeError: an input has an unsupported type, or is missing; nothing has been changed.
+            ValueError: numbers, shapes or labels do not fit; nothing has been changed.
+        """
+        if not self.training:
+            self._check(logits)
+            return AGMResult(dict(logits), torch.ones_like(self.coefficients))
+        if in_backward():
+            raise RuntimeError(
+                "AGM is called in a backward pass, as activation checkpointing does, and would "
+                "count the step twice; leave AGM outside of the checkpointed part"
+            )
+        if labels is None:
+            raise TypeError("AGM needs labels in training; call eval() to pass through")
+        self._check_told("AGM")
+        with torch.no_grad():
+            _, seen = over_ranks(
+                lambda: (None, self._look(logits, labels)),
+                *(self.process_group, self.num_modalities + 1, self.running_scores.device),
+            )
+            scores = -seen.means.to(self.running_scores)
+            ratios, usual = self.rule.ratios(scores), self.rule.ratios(self.running_scores)
+            k = self._decide(scores, ratios, usual)
+        passed = dict(logits)
+        if self._acting or self.rule.stays:
+            for (name, r), each in zip(logits.items(), k.unbind(), strict=True):
+                passed[name] = scale_grad(r, each, backend=self.backend)
+        return AGMResult(passed, k, scores, ratios, usual)
+
+    def _look(self, logits: Mapping[str, Tensor], labels: Tensor) -> Observed:
+        """−s_m of this rank; with all checks."""
+        self._check(logits)
+        names, how = [f"logits[{name!r}]" for name in logits], criterion_of(self.criterion)
+        values = list(logits.values())
+        if not self.rule.floor:
+            found = named_scores(names, values, labels, self.backend, how)
+            return Observed(found.log_prob, found.count)
+        each = named_sample_scores(names, values, labels, self.backend, how)
+        weight = each.weight.to(each.log_prob)
+        floored = each.log_prob.clamp(min=math.log(self.rule.floor))
+        # Selected, not multiplied with 0: what does not count may be NaN.
+        total = torch.where(weight > 0, weight * floored, 0.0).flatten(1).sum(1)
+        return Observed(total / weight.sum(), each.weight.sum())
+
+    def _check(self, logits: object) -> None:
+        if not isinstance(logits, Mapping):
+            raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
+        if len(logits) != self.num_modalities:
+            raise ValueError(
+                f"this AGM was made for num_modalities={self.num_modalities}, but logits has "
+                f"{list(logits)}"
+            )
+
+    def _decide(self, scores: Tensor, ratios: Tensor, usual: Tensor) -> Tensor:
+        """k_m in force, with S_m brought up to date."""
+        k, counts = self.rule.coefficients(ratios, usual), scores.isfinite().all()
+        k = torch.where(counts & ~k.isnan(), k, 1.0)
+        after = self.running_steps + counts
+        share = counts / after.clamp(min=1).to(scores)
+        kept = self.running_scores * (1 - share) + scores.nan_to_num(0, 0, 0) * share
+        self.running_scores.copy_(kept)
+        self.running_steps.copy_(after)
+        if self._acting:
+            self.coefficients.copy_(k)
+            return k
+        return self.coefficients.clone() if self.rule.stays else torch.ones_like(k)
+
+    @torch.no_grad()
+    def clip_(
+        self, parameters: Iterable[Tensor], head_weight: Tensor, limit: float | None = None
+    ) -> Tensor:
+        """Clips gradients as the released code does, between backward pass and optimizer.
+
+        If an entry of the last layer's weight gradient lies outside ±limit, all gradients are made
+        smaller so that their global norm is at most `limit`; the device is not waited for.
+
+        Args:
+            parameters: Of the whole model.
+            head_weight: The weight of the last layer.
+            limit: None for that of the released scripts: 1 for two modalities, 5 for more.
+
+        Returns:
+            0-d bool, whether gradients were clipped.
+
+        Raises:
+            TypeError: gradients are sharded.
+            ValueError: `head_weight` has no gradient, or `limit` is not positive.
+        """
+        most = (1.0 if self.num_modalities == 2 else 5.0) if limit is None else limit
+        if not most > 0:
+            raise ValueError(f"limit must be positive, got {limit}")
+        if head_weight.grad is None:
+            raise ValueError("head_weight has no gradient: call clip_ after the backward pass")
+        grads = [p.grad for p in parameters if p.grad is not None]
+        if any(map(is_dtensor, [*grads, head_weight.grad])):
+            raise TypeError("clip_ needs whole gradients, got DTensors; use clip_grad_norm_")
+        found = (head_weight.grad.abs() > most).any()
+        norm = torch.nn.utils.get_total_norm(grads)
+        factor = torch.where(found, (most / (norm + 1e-6)).clamp(max=1.0), 1.0)
+        for grad in grads:
+            grad.mul_(factor.to(grad.device, grad.dtype))
+        return found
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters."""
+        return f"{self.rule}, num_modalities={self.num_modalities}"

@@ -13,6 +13,7 @@ from .methods._arm_samples import sample_contributions
 from .methods._ogm_backward import ogm_backward
 from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
+from .methods.cggm import CGGM, CGGMResult
 from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.learningrates import LearningRates, LearningRatesResult
 from .methods.mlb import MLB, MLBResult
@@ -27,11 +28,13 @@ from .ops import use_backend
 
 __all__ = [
     "ARM",
+    "CGGM",
     "METHODS",
     "MLB",
     "OGM",
     "OPM",
     "ARMResult",
+    "CGGMResult",
     "ContributionSampler",
     "GradientMethod",
     "InfoReg",

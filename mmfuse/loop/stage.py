@@ -102,6 +102,8 @@ def take_step(
         versions = active.grads[0]._version, active.grads[-1]._version
         modalities.changed = ref(first), ref(last), versions
     sums = squares if squares is not None or stats is None else stats.m2
+    if active.shards and sums is None and decision.state:
+        sums = active.stats(backend).m2
     if active.shards and sums is not None:  # another rank's part shows in the sums alone
         finite.logical_and_(sums.isfinite().all().to(device))
     counts = finite
@@ -149,11 +151,11 @@ def _postpone(method: GradientMethod, seen: Observed) -> Any:
         decision = method.rule.decide(method._state, seen, tensors, method._clock)
     else:
         decision = _idle(method, seen, tensors)
-    method._state.set(decision.state)
+    kept = (method._state, decision.state) if decision.state else None
     finite = torch.ones((), dtype=torch.bool, device=device)
     stream = method.stream if method._need.noise is not None and method._acting else None
     if stream is not None:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()
-    method._updates.decide(Decided(decision.report[0], stream, state, finite))
+    method._updates.decide(Decided(decision.report[0], stream, state, finite, kept))
     return method.rule.result(*decision.report, finite=finite)

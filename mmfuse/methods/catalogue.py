@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .arm import ARM
+from .cggm import CGGM
 from .inforeg import InfoReg
 from .learningrates import LearningRates
 from .mlb import MLB
@@ -13,7 +14,7 @@ from .ogm import OGM
 from .opm import OPM
 from .redreg import RedReg
 
-_Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
+_Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | CGGM | NoiseOnly | LearningRates
 _Forward = OPM | ARM | ModalityDropout
 _ALL: tuple[type[_Gradient | _Forward], ...] = (
     OGM,
@@ -23,6 +24,7 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     ARM,
     MLB,
     MMPareto,
+    CGGM,
     LearningRates,
     ModalityDropout,
     NoiseOnly,

@@ -15,6 +15,7 @@ from .methods._ogm_backward import ogm_backward
 from .methods.agm import AGM, AGMResult
 from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
+from .methods.cggm import CGGM, CGGMResult
 from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.learningrates import LearningRates, LearningRatesResult
 from .methods.lfm import LFM, LFMResult
@@ -33,6 +34,7 @@ from .ops import use_backend
 __all__ = [
     "AGM",
     "ARM",
+    "CGGM",
     "LFM",
     "MCR",
     "METHODS",
@@ -42,6 +44,7 @@ __all__ = [
     "PMR",
     "AGMResult",
     "ARMResult",
+    "CGGMResult",
     "ContributionSampler",
     "GradientMethod",
     "InfoReg",

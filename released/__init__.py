@@ -1,4 +1,4 @@
-"""The released code of eight methods: its sequence of PyTorch calls, in our own words.
+"""The released code of the methods: its sequence of PyTorch calls, in our own words.
 
 Quirks are kept, with the Python loops, the reads of device values on the host, the new tensors and
 the backward passes that only a log looks at: tests compare `official()` with these numbers, and
@@ -15,6 +15,10 @@ left out. Two modalities, for MLB also three, found by their names, as there.
 | `mlb` | MLB (BMVC 2024) | kkontras/MLB | 357b5ce |
 | `mmpareto` | MMPareto (ICML 2024) | GeWu-Lab/MMPareto_ICML2024 | a339db3 |
 | `pmr` | PMR (CVPR 2023) | fanyunfeng-bit/Modal-Imbalance-PMR | 3615e48 |
+| `agm` | AGM (ICCV 2023) | lihong2303/AGM_ICCV2023 | 5a65542 |
+| `lfm` | LFM (NeurIPS 2024) | njustkmg/NeurIPS24-LFM | ad44fa0 |
+| `mcr` | MCR (NeurIPS 2025) | kkontras/MCR | 338d370 |
+| `cggm` | CGGM (NeurIPS 2024) | zrguo/CGGM | 21e428c |
 
 `tests/golden/test_released_*.py` replay what the authors' own code has computed. Nothing here is
 installed with mmfuse, and nothing here imports it.

@@ -9,11 +9,12 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import released
-from released import agm, arm, inforeg, lfm, mcr, mlb, mmpareto, ogm, opm, pmr, redreg
+from released import agm, arm, cggm, inforeg, lfm, mcr, mlb, mmpareto, ogm, opm, pmr, redreg
 
 __all__ = [
     "agm",
     "arm",
+    "cggm",
     "inforeg",
     "lfm",
     "mcr",

@@ -124,6 +124,8 @@ class Need(NamedTuple):
             every step.
         neutral: The coefficient of a modality that nothing is done to.
         means: How many means for each modality `sense` returns.
+        accuracy: Whether the scores are shares of samples that a modality gets right, in the place
+            of the true class's probability.
     """
 
     inputs: tuple[str, ...] = ()
@@ -135,6 +137,7 @@ class Need(NamedTuple):
     draws: bool = False
     neutral: float = 1.0
     means: int = 1
+    accuracy: bool = False
 
     @property
     def anchors(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._devices import WIDE
 from ..ops import ModalityScores, SampleScores
-from ..ops._criterion import PLAIN, Criterion
+from ..ops._criterion import PLAIN, Criterion, class_indices
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
 from .ranks import Observed
@@ -67,6 +67,7 @@ def look(
     criterion: Loss,
     device: torch.device,
     backend: str | None,
+    accuracy: bool = False,
 ) -> Looked:
     """Scores where there is more than logits and labels, or the user's numbers.
 
@@ -79,6 +80,7 @@ def look(
         criterion: The loss that they are for.
         device: Where the user's numbers go.
         backend: Name of a backend; None for the best one.
+        accuracy: Whether the scores are accuracies in the place of probabilities.
 
     Raises:
         TypeError: something is missing, or two things of which one is to be given.
@@ -95,11 +97,38 @@ def look(
         _refuse_names("logits", logits, names)
     each, how = [logits[name] for name in names], criterion_of(criterion)
     present = more.get("present")
-    if present is None:
+    if present is None and not accuracy:
         return Looked(named_scores(called, each, labels, backend, how))
     samples = named_sample_scores(called, each, labels, backend, how)
+    if accuracy:
+        samples = samples._replace(prob=correct(each, labels, how))
+    if present is None:
+        return Looked(mean_scores(samples))
     mask = check_present(names, present, len(labels), labels.device)
     return Looked(pair_scores(samples, mask), mask)
+
+
+def correct(logits: Sequence[Tensor], labels: Tensor, criterion: Criterion) -> Tensor:
+    """[M, N, …] 1 where a modality's prediction is right, else 0; of several labels, their share.
+
+    A sample with a NaN among its logits is wrong. Of equal logits the first one counts.
+    """
+    if criterion.multilabel:
+        right = torch.stack([(z > 0) == (labels > 0.5) for z in logits])
+        right = right.to(WIDE[labels.device.type])
+        return right if labels.dim() < 2 else right.mean(2)
+    classes = labels.argmax(1) if labels.is_floating_point() else class_indices(labels)
+    right = torch.stack([z.argmax(1) == classes for z in logits])
+    return (right & torch.stack([~z.amax(1).isnan() for z in logits])).to(WIDE[labels.device.type])
+
+
+def mean_scores(samples: SampleScores) -> ModalityScores:
+    """Scores over all samples that count, of the mean alone; NaN if there are none."""
+    weight = samples.weight.to(WIDE[samples.weight.device.type])
+    prob = samples.prob.to(weight)
+    count = weight.sum()
+    prob = torch.where(weight > 0, prob * weight, 0.0).flatten(1).sum(1) / count
+    return ModalityScores(prob, prob.log(), count)
 
 
 def check_criterion(criterion: Loss) -> Loss:

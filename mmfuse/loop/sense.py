@@ -63,6 +63,7 @@ class Senses:
         self._rule = rule
         self._method = method
         self._needed = rule.need.inputs
+        self._accuracy = rule.need.accuracy
         self._modalities = modalities
         self._process_group = process_group
         self._criterion = criterion
@@ -93,7 +94,7 @@ class Senses:
             ValueError: names do not fit.
         """
         mask = None
-        if more or self._criterion is not None:
+        if more or self._criterion is not None or self._accuracy:
             looked = self._look(more or {}, logits, labels, backend)
             if looked.scores is None:
                 return Observed(looked.numbers, looked.weight, kind=looked.kind)
@@ -147,6 +148,7 @@ class Senses:
             self._criterion,
             modalities.device,
             backend,
+            self._accuracy,
         )
         known = found.known
         self.missing = _NOBODY if known is None else self._without_samples(known)

@@ -109,6 +109,8 @@ def take_step(
             factor = not (need.stats or need.second or need.squares)
             _in_turn.latest = id(method), method.name, factor, ref(first), versions[0]
     sums = squares if squares is not None or stats is None else stats.m2
+    if active.shards and sums is None and decision.state:
+        sums = active.stats(backend).m2
     if active.shards and sums is not None:  # another rank's part shows in the sums alone
         finite.logical_and_(sums.isfinite().all().to(device))
     counts = finite
@@ -156,11 +158,11 @@ def _postpone(method: GradientMethod, seen: Observed) -> Any:
         decision = method.rule.decide(method._state, seen, tensors, method._clock)
     else:
         decision = _idle(method, seen, tensors)
-    method._state.set(decision.state)
+    kept = (method._state, decision.state) if decision.state else None
     finite = torch.ones((), dtype=torch.bool, device=device)
     stream = method.stream if method._need.noise is not None and method._acting else None
     if stream is not None:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()
-    method._updates.decide(Decided(decision.report[0], stream, state, finite))
+    method._updates.decide(Decided(decision.report[0], stream, state, finite, kept))
     return method.rule.result(*decision.report, finite=finite)

@@ -8,6 +8,7 @@ out again. A factor on the update is not:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ..ops import grad_stats
 from .act import Second, act_on
 from .contract import Act, ApplyTo, Rule
 from .modalities import Modalities, per_tensor
+from .state import State
 
 
 class Decided(NamedTuple):
@@ -28,12 +30,14 @@ class Decided(NamedTuple):
         stream: Of the noise, or None for none.
         state: The stream's in this step: int64 [2], the same for all optimizers; None for none.
         finite: 0-d bool, set to False where a parameter ends up with a NaN or an Inf.
+        kept: The rule's state, and what changes of it if the update is not skipped.
     """
 
     coefficients: Tensor
     stream: NoiseStream | None
     state: Tensor | None
     finite: Tensor
+    kept: tuple[State, Mapping[str, Tensor]] | None = None
 
 
 class ScaledUpdates:
@@ -133,25 +137,30 @@ class ScaledUpdates:
             return
         self._check_decided()
         assert self.decided is not None
-        (coefficients, stream, state, finite), self.decided = self.decided, None
+        (coefficients, stream, state, finite, kept), self.decided = self.decided, None
         held = self._held()
         before = [self._before[i] for i in held.ids]
         pull = per_tensor(coefficients.to(finite.device), held.modality) - 1.0
         std = noise = None
-        if state is not None:
+        moved = finite
+        if state is not None or kept is not None:
             updates = torch._foreach_sub(held.params, before)
             stats = held.whole(grad_stats(updates, backend=self.backend))
             del updates
-            std = stats.std
-            noise = NoiseStream.from_state(state.to(finite.device))
+            # A step that the optimizer has skipped has moved nothing: it gets no noise, and does
+            # not count.
+            moved = (stats.sq_norm > 0).any().to(finite.device)
+            if state is not None:
+                std, noise = stats.std, NoiseStream.from_state(state.to(finite.device))
             if held.shards:  # what another rank's part holds shows in the sum alone
                 finite.logical_and_(stats.m2.isfinite().all().to(finite.device))
         act = Act(pull=pull, noise_std=std)
         second = Second(held.params, before)
         act_on(held, act, finite, second=second, noise=noise, backend=self.backend)
+        moved = moved & finite
+        if kept is not None:
+            kept[0].set(kept[1], moved)
         if stream is not None and state is not None and std is not None:
-            # A step that the optimizer has skipped has moved nothing: it gets no noise either.
-            moved = (std > 0).any().to(finite.device) & finite
             # One step, however many optimizers take part in it.
             stream.state[1].copy_(torch.maximum(stream.state[1], state[1] + moved))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .agm import AGM
 from .arm import ARM
+from .cggm import CGGM
 from .inforeg import InfoReg
 from .learningrates import LearningRates
 from .lfm import LFM
@@ -17,7 +18,7 @@ from .opm import OPM
 from .pmr import PMR
 from .redreg import RedReg
 
-_Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
+_Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | CGGM | NoiseOnly | LearningRates
 _Forward = OPM | ARM | AGM | LFM | MCR | PMR | ModalityDropout
 _ALL: tuple[type[_Gradient | _Forward], ...] = (
     OGM,
@@ -27,6 +28,7 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     ARM,
     MLB,
     MMPareto,
+    CGGM,
     AGM,
     LFM,
     MCR,

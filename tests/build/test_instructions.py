@@ -186,6 +186,8 @@ def test_what_is_counted_acts(name: str) -> None:
         len(first.unique()) == 2
         or (name == "MMPareto" and first.tolist() == [0.5, 0.5])
         or (name == "NoiseOnly" and first.tolist() == [1, 1])
+        # CGGM sees no progress on the batch of the step before.
+        or (name == "CGGM" and first.tolist() == [1.3, 1.3])
     )
     assert torch.allclose(first, second, rtol=1e-2)
 

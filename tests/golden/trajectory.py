@@ -150,10 +150,15 @@ class Network(nn.Module):
             made = ConvEncoder(shapes, shift) if is_conv else mlp_encoder(shapes, relu)
             self.add_module(name, made)
         for name, value in init.items():
-            if name.count(".") == 1 and name.endswith(".weight"):
-                layer = name.removesuffix(".weight")
-                has_bias = f"{layer}.bias" in init
-                self.add_module(layer, nn.Linear(*value.T.shape, bias=has_bias))
+            *above, layer, kind = name.split(".")
+            if kind == "weight" and [*above, layer][0] not in self.modalities:
+                has_bias = ".".join([*above, layer, "bias"]) in init
+                parent: nn.Module = self
+                for part in above:
+                    if not hasattr(parent, part):
+                        parent.add_module(part, nn.Module())
+                    parent = parent.get_submodule(part)
+                parent.add_module(layer, nn.Linear(*value.T.shape, bias=has_bias))
         self.double()
         # Statistics of batch norm are in a file only where evaluation mode matters.
         statistics = {name: b for name, b in self.named_buffers() if f"init.{name}" not in golden}
@@ -313,7 +318,8 @@ class Replay:
         self.recorded[key].append(tensor.detach().clone())
         if self.forced:
             given = key if key in self.golden or fallback is None else fallback
-            tensor.copy_(self.golden[given][self._t])
+            # Not the step: where modalities take turns, some arrays have more entries than others.
+            tensor.copy_(self.golden[given][len(self.recorded[key]) - 1])
 
     def steps(self) -> Iterator[int]:
         threads = torch.get_num_threads()

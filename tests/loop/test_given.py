@@ -60,6 +60,8 @@ def test_scores_of_ones_own_are_as_those_of_logits(kind: str) -> None:
         labels = torch.zeros(1, dtype=torch.int64)
         if own:
             p = {n: x.softmax(1)[0, 0] for n, x in z.items()}
+            if method.rule.need.accuracy:  # a score is positive
+                p = {n: (x.argmax() == 0).double().clamp(min=1e-300) for n, x in z.items()}
             out = method.step(scores=p, labels=labels, **more)
         else:
             out = method.step(z, labels, **more)
@@ -241,7 +243,19 @@ def test_a_method_scores_what_its_criterion_is_for(kind: str, task: str) -> None
                 method.observe(part, labels[rows], **shown)
             out = method.step()
             mine = want.log_prob if kind == "InfoReg" else want.prob
+            if method.rule.need.accuracy:
+                mine = _accuracies(list(z.values()), labels, keywords)
             torch.testing.assert_close(out.scores.double(), mine.double(), rtol=1e-9, atol=1e-12)
+
+
+def _accuracies(logits: list[Tensor], labels: Tensor, keywords: dict[str, Any]) -> Tensor:
+    """Of each modality, by the weights of the rows; of several labels, the share of right ones."""
+    if keywords.get("multilabel"):
+        return torch.stack([((z > 0) == (labels > 0.5)).double().mean() for z in logits])
+    weight = mmfuse.ops.sample_scores(logits, labels, **keywords).weight
+    classes = labels.argmax(1) if labels.is_floating_point() else labels
+    right = torch.stack([z.argmax(1) == classes for z in logits])
+    return (right * weight).flatten(1).sum(1) / weight.sum()
 
 
 def _rows(needed: dict[str, dict[str, Tensor]], rows: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from .methods.catalogue import METHODS
 from .methods.cggm import CGGM, CGGMResult
 from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.learningrates import LearningRates, LearningRatesResult
+from .methods.mla import MLA, MLAFusion, MLAResult
 from .methods.mlb import MLB, MLBResult
 from .methods.mmpareto import MMPareto, MMParetoResult
 from .methods.modalitydropout import ModalityDropout, ModalityDropoutResult
@@ -30,6 +31,7 @@ __all__ = [
     "ARM",
     "CGGM",
     "METHODS",
+    "MLA",
     "MLB",
     "OGM",
     "OPM",
@@ -41,6 +43,8 @@ __all__ = [
     "InfoRegResult",
     "LearningRates",
     "LearningRatesResult",
+    "MLAFusion",
+    "MLAResult",
     "MLBResult",
     "MMPareto",
     "MMParetoResult",

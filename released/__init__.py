@@ -1,4 +1,4 @@
-"""The released code of eight methods: its sequence of PyTorch calls, in our own words.
+"""The released code of nine methods: its sequence of PyTorch calls, in our own words.
 
 Quirks are kept, with the Python loops, the reads of device values on the host, the new tensors and
 the backward passes that only a log looks at: tests compare `official()` with these numbers, and
@@ -15,6 +15,7 @@ left out. Two modalities, for MLB also three, found by their names, as there.
 | `mlb` | MLB (BMVC 2024) | kkontras/MLB | 357b5ce |
 | `mmpareto` | MMPareto (ICML 2024) | GeWu-Lab/MMPareto_ICML2024 | a339db3 |
 | `cggm` | CGGM (NeurIPS 2024) | zrguo/CGGM | 21e428c |
+| `mla` | MLA (CVPR 2024), both releases | as its file says | 4735bbc, ab6c184 |
 
 `tests/golden/test_released_*.py` replay what the authors' own code has computed. Nothing here is
 installed with mmfuse, and nothing here imports it.

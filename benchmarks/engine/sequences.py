@@ -9,6 +9,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import released
-from released import arm, cggm, inforeg, mlb, mmpareto, ogm, opm, redreg
+from released import arm, cggm, inforeg, mla, mlb, mmpareto, ogm, opm, redreg
 
-__all__ = ["arm", "cggm", "inforeg", "mlb", "mmpareto", "ogm", "opm", "redreg", "released"]
+__all__ = ["arm", "cggm", "inforeg", "mla", "mlb", "mmpareto", "ogm", "opm", "redreg", "released"]

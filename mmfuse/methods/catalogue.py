@@ -6,6 +6,7 @@ from .arm import ARM
 from .cggm import CGGM
 from .inforeg import InfoReg
 from .learningrates import LearningRates
+from .mla import MLA
 from .mlb import MLB
 from .mmpareto import MMPareto
 from .modalitydropout import ModalityDropout
@@ -16,7 +17,8 @@ from .redreg import RedReg
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | CGGM | NoiseOnly | LearningRates
 _Forward = OPM | ARM | ModalityDropout
-_ALL: tuple[type[_Gradient | _Forward], ...] = (
+_InTurns = MLA
+_ALL: tuple[type[_Gradient | _Forward | _InTurns], ...] = (
     OGM,
     OPM,
     InfoReg,
@@ -25,10 +27,11 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     MLB,
     MMPareto,
     CGGM,
+    MLA,
     LearningRates,
     ModalityDropout,
     NoiseOnly,
 )
 
 #: Name → class; each has a `card` that says which paper it is, and where it acts.
-METHODS: dict[str, type[_Gradient | _Forward]] = {made.__name__: made for made in _ALL}
+METHODS: dict[str, type[_Gradient | _Forward | _InTurns]] = {made.__name__: made for made in _ALL}

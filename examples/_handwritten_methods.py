@@ -61,6 +61,8 @@ class Joint:
     """
 
     coefficients = "factor of the gradient"
+    #: Of the model, set before the first step: for methods that take steps in between.
+    optimizer: torch.optim.Optimizer
 
     def __init__(self, model: Model, seed: int, args: argparse.Namespace) -> None:
         self.model = model
@@ -349,6 +351,39 @@ class Shared(Joint):
         return Record(torch.exp(-out.scores), out.coefficients)
 
 
+class Alternating(Joint):
+    """MLA: one view after the other trains its encoder, and the head that all of them share."""
+
+    coefficients = "share of the head's gradient"
+
+    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
+        super().__init__(model, seed, args)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.head = nn.Linear(WIDTH, CLASSES).to(args.device)
+        made = mmfuse.METHODS[name]
+        model.turns = made(model.head, num_modalities=len(model.encoders), backend=args.backend)
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
+        """Takes all turns; the last one leaves its gradients in the model."""
+        features, head = self.model.features(views), self.model.head
+        scores, kept = [], []
+        for turn, feature in enumerate(features.values()):
+            if turn:
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            loss = F.cross_entropy(head(feature), labels)
+            loss.backward()
+            kept.append(self.model.turns.step(feature).kept)
+            scores.append(torch.exp(-loss.detach()))
+        return Record(torch.stack(scores), torch.stack(kept))
+
+    def predict(self, features: dict[str, Tensor]) -> Tensor:
+        """Each view's logits, by how sure they are."""
+        logits = {view: self.model.head(feature) for view, feature in features.items()}
+        return self.model.turns.fuse(logits).logits
+
+
 Build = Callable[[Model, int, argparse.Namespace], Joint]
 
 
@@ -363,6 +398,8 @@ def build(name: str) -> Build:
         return partial(Aligned if name == "LFM" else Added, name=name)
     if card.acts == "logits":
         return partial(Shared, name=name)
+    if card.acts == "head":
+        return partial(Alternating, name=name)
     if card.needs == ("features",):
         return partial(LeftOut, name=name)
     return partial(Reinforced if "fused" in card.needs else Dropped, name=name)
@@ -371,7 +408,9 @@ def build(name: str) -> Build:
 # What neither card nor rule says: whose papers train on every modality's own loss as well, beside
 # those that need them; and whose scores are mean logarithms of probabilities.
 ON_ALL_LOSSES = {"MLB", "MCR"} | {
-    name for name, made in mmfuse.METHODS.items() if "unimodal_losses" in made.card.needs
+    name
+    for name, made in mmfuse.METHODS.items()
+    if "unimodal_losses" in made.card.needs or made.card.acts == "head"
 }
 OF_LOGARITHMS = {"InfoReg"}
 

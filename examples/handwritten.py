@@ -53,6 +53,7 @@ class Run:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4
         )
+        self.backward.optimizer = self.optimizer
 
     def batches(self) -> list[tuple[dict[str, Tensor], Tensor]]:
         """One epoch in random order."""

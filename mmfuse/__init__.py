@@ -20,6 +20,7 @@ from .methods.inforeg import InfoReg, InfoRegResult
 from .methods.learningrates import LearningRates, LearningRatesResult
 from .methods.lfm import LFM, LFMResult
 from .methods.mcr import MCR, MCRResult
+from .methods.mla import MLA, MLAFusion, MLAResult
 from .methods.mlb import MLB, MLBResult
 from .methods.mmpareto import MMPareto, MMParetoResult
 from .methods.modalitydropout import ModalityDropout, ModalityDropoutResult
@@ -38,6 +39,7 @@ __all__ = [
     "LFM",
     "MCR",
     "METHODS",
+    "MLA",
     "MLB",
     "OGM",
     "OPM",
@@ -53,6 +55,8 @@ __all__ = [
     "LearningRates",
     "LearningRatesResult",
     "MCRResult",
+    "MLAFusion",
+    "MLAResult",
     "MLBResult",
     "MMPareto",
     "MMParetoResult",

@@ -18,6 +18,7 @@ left out. Two modalities, for MLB also three, found by their names, as there.
 | `agm` | AGM (ICCV 2023) | lihong2303/AGM_ICCV2023 | 5a65542 |
 | `lfm` | LFM (NeurIPS 2024) | njustkmg/NeurIPS24-LFM | ad44fa0 |
 | `mcr` | MCR (NeurIPS 2025) | kkontras/MCR | 338d370 |
+| `mla` | MLA (CVPR 2024), both releases | as its file says | 4735bbc, ab6c184 |
 | `cggm` | CGGM (NeurIPS 2024) | zrguo/CGGM | 21e428c |
 
 `tests/golden/test_released_*.py` replay what the authors' own code has computed. Nothing here is

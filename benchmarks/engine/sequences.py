@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import released
-from released import agm, arm, cggm, inforeg, lfm, mcr, mlb, mmpareto, ogm, opm, pmr, redreg
+from released import agm, arm, cggm, inforeg, lfm, mcr, mla, mlb, mmpareto, ogm, opm, pmr, redreg
 
 __all__ = [
     "agm",
@@ -18,6 +18,7 @@ __all__ = [
     "inforeg",
     "lfm",
     "mcr",
+    "mla",
     "mlb",
     "mmpareto",
     "ogm",

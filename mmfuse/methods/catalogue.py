@@ -9,6 +9,7 @@ from .inforeg import InfoReg
 from .learningrates import LearningRates
 from .lfm import LFM
 from .mcr import MCR
+from .mla import MLA
 from .mlb import MLB
 from .mmpareto import MMPareto
 from .modalitydropout import ModalityDropout
@@ -20,7 +21,8 @@ from .redreg import RedReg
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | CGGM | NoiseOnly | LearningRates
 _Forward = OPM | ARM | AGM | LFM | MCR | PMR | ModalityDropout
-_ALL: tuple[type[_Gradient | _Forward], ...] = (
+_InTurns = MLA
+_ALL: tuple[type[_Gradient | _Forward | _InTurns], ...] = (
     OGM,
     OPM,
     InfoReg,
@@ -33,10 +35,11 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     LFM,
     MCR,
     PMR,
+    MLA,
     LearningRates,
     ModalityDropout,
     NoiseOnly,
 )
 
 #: Name → class; each has a `card` that says which paper it is, and where it acts.
-METHODS: dict[str, type[_Gradient | _Forward]] = {made.__name__: made for made in _ALL}
+METHODS: dict[str, type[_Gradient | _Forward | _InTurns]] = {made.__name__: made for made in _ALL}

@@ -18,6 +18,8 @@ TWO = {"audio": nn.Linear(2, 2), "visual": nn.Linear(2, 2)}
 ROOT = Path(mmfuse.__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 LAYERS = {name: nn.Conv2d(1, 1, 1) for name in ("audio", "visual")}
+#: What a method is made on, by where it acts; one in the forward pass on nothing.
+MADE_ON: dict[str, tuple[Any, ...]] = {"gradient": (TWO,), "head": (nn.Linear(2, 2),)}
 SOURCES = [(name, source) for name, made in mmfuse.METHODS.items() for source in made.card.official]
 #: Without the controls.
 RELEASED = [name for name, made in mmfuse.METHODS.items() if made.card.official]
@@ -43,13 +45,15 @@ def test_every_file_is_a_method_of_the_catalogue() -> None:
 def test_a_card_is_true(name: str) -> None:
     made = mmfuse.METHODS[name]
     assert issubclass(made, mmfuse.GradientMethod) == (made.card.acts == "gradient")
-    assert issubclass(made, nn.Module) == (made.card.acts in ("feature", "logits", "loss"))
+    in_model = ("feature", "logits", "loss", "head")
+    assert issubclass(made, nn.Module) == (made.card.acts in in_model)
     if made.card.acts == "gradient":
         need = made(TWO).rule.need
         first = "unimodal_losses" if need.second == "unimodal" else "logits"
         assert made.card.needs == (first, *need.inputs)
     elif issubclass(made, nn.Module):
-        taken = signature(made.forward).parameters.items()
+        called = made.step if made.card.acts == "head" else made.forward
+        taken = signature(called).parameters.items()
         named = [name for name, p in taken if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
         assert [name for name in named if name not in ("self", "fused_logits", "labels")] == [
             *made.card.needs
@@ -95,10 +99,11 @@ def test_releases_are_those_that_official_takes(name: str) -> None:
         assert names == [""]
         return
     assert names[0] == taken.default
+    on = MADE_ON["head"] if made.card.acts == "head" else (LAYERS,)
     for release in names:
-        assert isinstance(made.official(LAYERS, release=release), made)
+        assert isinstance(made.official(*on, release=release), made)
     with pytest.raises(ValueError, match=" or ".join(map(repr, names))):
-        made.official(LAYERS, release="none")
+        made.official(*on, release="none")
 
 
 @pytest.mark.parametrize("name", RELEASED)
@@ -177,7 +182,7 @@ def keywords(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RELEASED)
 def test_official_takes_the_keywords_of_the_class(name: str) -> None:
     made = mmfuse.METHODS[name]
-    encoders = (TWO,) if issubclass(made, mmfuse.GradientMethod) else ()
+    encoders = MADE_ON.get(made.card.acts, ())
     given = keywords(name)
     assert {"starts", "ends", "process_group", "backend"} < given.keys()
     plain, official = made(*encoders), made.official(*encoders, **given)

@@ -1,0 +1,120 @@
+"""MLA's equations, of the paper and of the releases, and its fusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._devices import WIDE
+from .._numbers import whole
+from ..loop.given import check_present
+from ..ops._tensors import FLOATING
+from ..ops.logit_divergence import logit_divergence
+
+
+class MLAFusion(NamedTuple):
+    """Predictions of all modalities together.
+
+    Attributes:
+        logits: [B, C].
+        weights: [M, B] of each modality in each sample, in the order of the logits.
+    """
+
+    logits: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
+class MLARule:
+    """The equations above."""
+
+    alpha: float = 0.1
+    batches: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be a positive finite number, got {self.alpha}")
+        if self.batches is not None:
+            whole("batches", self.batches, least=1)
+
+    def regularisation(self, turns: Tensor, modalities: int) -> Tensor:
+        """The number a in this turn, 0-d."""
+        exponent = torch.ones_like(turns, dtype=WIDE[turns.device.type])
+        if self.batches is not None:
+            exponent += (turns // modalities % self.batches).to(exponent) / self.batches
+        return torch.pow(self.alpha, exponent)
+
+    def removed(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
+        """What P loses, [D, D], before it gets its length."""
+        return torch.outer(k, k) / (a + r @ k)
+
+    def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> Tensor:
+        """P after this turn's features, whose mean is r [D]."""
+        k = projector @ r
+        smaller = projector - self.removed(k, r, a)
+        length: Tensor = torch.linalg.matrix_norm(smaller)
+        shorter: Tensor = smaller / length
+        return shorter
+
+    def confidences(self, logits: list[Tensor], backend: str | None) -> Tensor:
+        """[M, B] −H, but for a constant: KL of softmax z_m and all classes alike."""
+        alike = [torch.zeros_like(z) for z in logits]
+        return logit_divergence(logits, alike, per_row=True, backend=backend)
+
+
+@dataclass(frozen=True)
+class MLAReleased(MLARule):
+    """With the release's division by each entry of a + k r, a matrix; and its entropies."""
+
+    def removed(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
+        """What P loses."""
+        return torch.outer(k, k) / (a + torch.outer(k, r))
+
+    def confidences(self, logits: list[Tensor], backend: str | None) -> Tensor:
+        """[M, B] −H; NaN where a probability is 0."""
+        shares = [z.softmax(1) for z in logits]
+        return torch.stack([(p * p.log()).sum(1) for p in shares])
+
+
+@dataclass(frozen=True)
+class MLALatest(MLAReleased):
+    """The latest release, which never finds the weight that it looks for."""
+
+    def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> Tensor:
+        """P as it is, the identity."""
+        return projector
+
+
+def fused(
+    rule: MLARule,
+    logits: Mapping[str, Tensor],
+    present: Mapping[str, Tensor] | None,
+    backend: str | None,
+) -> MLAFusion:
+    """`MLA.fuse`, with all checks."""
+    if not isinstance(logits, Mapping):
+        raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
+    if len(logits) < 2:
+        raise ValueError(f"logits must hold at least two modalities, got {list(logits)}")
+    names, each = list(logits), list(logits.values())
+    for name, z in logits.items():
+        if not isinstance(z, Tensor) or z.dtype not in FLOATING:
+            kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
+            raise TypeError(f"logits[{name!r}] must be a floating tensor [B, C], got {kind}")
+        if z.dim() != 2 or z.shape != each[0].shape:
+            raise ValueError(
+                f"logits[{name!r}] must be [B, C], of one shape for all, got {list(z.shape)}"
+            )
+    sure = rule.confidences(each, backend)
+    stacked = torch.stack(each)
+    if present is not None:
+        mask = check_present(names, present, stacked.shape[1], stacked.device)
+        sure = sure.masked_fill(~mask, -torch.inf)
+        stacked = torch.where(mask.unsqueeze(2), stacked, 0)
+    weights = sure.softmax(0)
+    return MLAFusion((weights.unsqueeze(2).to(stacked) * stacked).sum(0), weights)

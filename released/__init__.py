@@ -1,4 +1,4 @@
-"""The released code of eight methods: its sequence of PyTorch calls, in our own words.
+"""The released code of nine methods: its sequence of PyTorch calls, in our own words.
 
 Quirks are kept, with the Python loops, the reads of device values on the host, the new tensors and
 the backward passes that only a log looks at: tests compare `official()` with these numbers, and
@@ -14,6 +14,7 @@ left out. Two modalities, for MLB also three, found by their names, as there.
 | `arm` | ARM (AAAI 2025) | Gao-xiyuan/ARM | a96d0ad |
 | `mlb` | MLB (BMVC 2024) | kkontras/MLB | 357b5ce |
 | `mmpareto` | MMPareto (ICML 2024) | GeWu-Lab/MMPareto_ICML2024 | a339db3 |
+| `relearning` | ReLearning (ECCV 2024) | GeWu-Lab/Diagnosing_Relearning_ECCV2024 | 025085e |
 | `pmr` | PMR (CVPR 2023) | fanyunfeng-bit/Modal-Imbalance-PMR | 3615e48 |
 
 `tests/golden/test_released_*.py` replay what the authors' own code has computed. Nothing here is

@@ -9,6 +9,17 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import released
-from released import arm, inforeg, mlb, mmpareto, ogm, opm, pmr, redreg
+from released import arm, inforeg, mlb, mmpareto, ogm, opm, pmr, redreg, relearning
 
-__all__ = ["arm", "inforeg", "mlb", "mmpareto", "ogm", "opm", "pmr", "redreg", "released"]
+__all__ = [
+    "arm",
+    "inforeg",
+    "mlb",
+    "mmpareto",
+    "ogm",
+    "opm",
+    "pmr",
+    "redreg",
+    "relearning",
+    "released",
+]

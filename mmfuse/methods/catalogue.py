@@ -13,10 +13,11 @@ from .ogm import OGM
 from .opm import OPM
 from .pmr import PMR
 from .redreg import RedReg
+from .relearning import ReLearning
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
 _Forward = OPM | ARM | PMR | ModalityDropout
-_ALL: tuple[type[_Gradient | _Forward], ...] = (
+_ALL: tuple[type[_Gradient | _Forward | ReLearning], ...] = (
     OGM,
     OPM,
     InfoReg,
@@ -25,10 +26,11 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     MLB,
     MMPareto,
     PMR,
+    ReLearning,
     LearningRates,
     ModalityDropout,
     NoiseOnly,
 )
 
 #: Name → class; each has a `card` that says which paper it is, and where it acts.
-METHODS: dict[str, type[_Gradient | _Forward]] = {made.__name__: made for made in _ALL}
+METHODS: dict[str, type[_Gradient | _Forward | ReLearning]] = {made.__name__: made for made in _ALL}

@@ -48,6 +48,12 @@ def test_a_card_is_true(name: str) -> None:
         need = made(TWO).rule.need
         first = "unimodal_losses" if need.second == "unimodal" else "logits"
         assert made.card.needs == (first, *need.inputs)
+    elif made.card.acts == "parameter":  # between epochs, by what its users give it then
+        taken = signature(made.weights).parameters
+        assert {name.split("_", 1)[1] for name in taken if name.startswith("train_")} == {
+            *made.card.needs,
+            "labels",
+        }
     elif issubclass(made, nn.Module):
         taken = signature(made.forward).parameters.items()
         named = [name for name, p in taken if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
@@ -171,7 +177,7 @@ def keywords(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", RELEASED)
 def test_official_takes_the_keywords_of_the_class(name: str) -> None:
     made = mmfuse.METHODS[name]
-    encoders = (TWO,) if issubclass(made, mmfuse.GradientMethod) else ()
+    encoders = (TWO,) if "encoders" in signature(made).parameters else ()
     given = keywords(name)
     assert {"starts", "ends", "process_group", "backend"} < given.keys()
     plain, official = made(*encoders), made.official(*encoders, **given)

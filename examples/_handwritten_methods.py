@@ -423,7 +423,9 @@ FORMS: dict[str, dict[str, Build]] = {
 
 # A method is one entry: called once per run to build it, then once per step.
 METHODS: dict[str, Build] = {"joint": Joint}
-for _name in mmfuse.METHODS:
+for _name, _made in mmfuse.METHODS.items():
+    if _made.card.acts in ("head", "parameter"):
+        continue  # of no part in a training step, which this example compares
     METHODS |= FORMS.get(_name, {_name: build(_name)})
 METHODS["all losses"] = AllLosses
 

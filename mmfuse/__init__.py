@@ -29,6 +29,7 @@ from .methods.ogm import OGM, OGMResult, ogm_coefficients
 from .methods.opm import OPM, OPMResult, drop_probabilities
 from .methods.pmr import PMR, PMRResult
 from .methods.redreg import RedReg, RedRegResult
+from .methods.relearning import ReLearning, ReLearningResult
 from .noise import NoiseStream
 from .ops import use_backend
 
@@ -67,6 +68,8 @@ __all__ = [
     "OGMResult",
     "OPMResult",
     "PMRResult",
+    "ReLearning",
+    "ReLearningResult",
     "RedReg",
     "RedRegResult",
     "ScalarLog",

@@ -14,6 +14,7 @@ left out. Two modalities, for MLB also three, found by their names, as there.
 | `arm` | ARM (AAAI 2025) | Gao-xiyuan/ARM | a96d0ad |
 | `mlb` | MLB (BMVC 2024) | kkontras/MLB | 357b5ce |
 | `mmpareto` | MMPareto (ICML 2024) | GeWu-Lab/MMPareto_ICML2024 | a339db3 |
+| `relearning` | ReLearning (ECCV 2024) | GeWu-Lab/Diagnosing_Relearning_ECCV2024 | 025085e |
 | `pmr` | PMR (CVPR 2023) | fanyunfeng-bit/Modal-Imbalance-PMR | 3615e48 |
 | `agm` | AGM (ICCV 2023) | lihong2303/AGM_ICCV2023 | 5a65542 |
 | `lfm` | LFM (NeurIPS 2024) | njustkmg/NeurIPS24-LFM | ad44fa0 |

@@ -146,9 +146,9 @@ def released_step(method: str) -> Callable[[Any, TrainingInputs], None] | None:
 def add_missing_methods() -> None:
     """A case for each method of the catalogue that no registered one is a step of."""
     there = {case.method for case in CASES.values() if isinstance(case, TrainingCase)}
-    for method in mmfuse.METHODS:
-        # What acts in no ordinary step has a file.
-        if method in there or mmfuse.METHODS[method].card.acts in ("head", "parameter"):
+    for method, made in mmfuse.METHODS.items():
+        # Some have no part in every step.
+        if method in there or made.card.acts in ("head", "parameter"):
             continue
         own = {
             "name": f"{method.lower()}_training",

@@ -9,7 +9,22 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import released
-from released import agm, arm, cggm, inforeg, lfm, mcr, mla, mlb, mmpareto, ogm, opm, pmr, redreg
+from released import (
+    agm,
+    arm,
+    cggm,
+    inforeg,
+    lfm,
+    mcr,
+    mla,
+    mlb,
+    mmpareto,
+    ogm,
+    opm,
+    pmr,
+    redreg,
+    relearning,
+)
 
 __all__ = [
     "agm",
@@ -25,5 +40,6 @@ __all__ = [
     "opm",
     "pmr",
     "redreg",
+    "relearning",
     "released",
 ]

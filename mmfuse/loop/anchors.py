@@ -27,18 +27,23 @@ class Anchors:
             w − w₀ carries the rounding of w₀, up to 2⁻⁹·|w|.
         device: Where the copies are; None for each parameter's own device. From "cpu" they are
             copied to the gradients' device in every step, 64 MiB at a time.
+        frozen: Whether frozen parameters are copied too; else when they are first unfrozen.
 
     Raises:
         TypeError: `dtype` is not a floating dtype.
     """
 
     def __init__(
-        self, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+        self,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        frozen: bool = False,
     ) -> None:
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"anchor_dtype must be a floating dtype, got {dtype}")
         self.dtype = dtype
         self.device = None if device is None else torch.device(device)
+        self.frozen = frozen
         #: One for each parameter of the modalities, this rank's part; empty until `take`. Of one
         #: that was frozen then, [0]: it stays what it is, and is copied when it has a gradient.
         self.tensors: list[Tensor] = []
@@ -47,7 +52,7 @@ class Anchors:
     def take(self, parameters: Sequence[Tensor]) -> None:
         """Copies the parameters as they are now, into the memory of the last copy if it fits."""
         parts = [local_part(p.detach()) for p in parameters]
-        kept = [p.requires_grad for p in parameters]
+        kept = [p.requires_grad or self.frozen for p in parameters]
         self._allocate(parts, kept)
         pairs = zip(self.tensors, parts, kept, strict=True)
         held = [(anchor, part) for anchor, part, keep in pairs if keep]
@@ -103,7 +108,7 @@ class Anchors:
             return stats_of_checked(backend, active.device, active.grads, active.params, plain)
         parts = [
             grad_stats(active.grads[part], active.params[part], anchors, backend=backend)
-            for part, anchors in self._parts(active)
+            for part, anchors in self.parts(active)
         ]
         found = parts[0]
         if len(parts) > 1:
@@ -139,7 +144,7 @@ class Anchors:
                 pull=pull.to(active.device, active.dtype).contiguous(),
             )
             return
-        for part, anchors in self._parts(active):
+        for part, anchors in self.parts(active):
             squares = None
             if sq_norm is not None:
                 # The part itself, unless its gradients are elsewhere.
@@ -171,7 +176,7 @@ class Anchors:
                     return None
         return anchors
 
-    def _parts(self, active: Active) -> Iterator[tuple[slice, list[Tensor]]]:
+    def parts(self, active: Active) -> Iterator[tuple[slice, list[Tensor]]]:
         """Parts of the active tensors with their anchors on the gradients' devices."""
         anchors = [self.tensors[i] for i in active.ids]
         if all(a.device == g.device for a, g in zip(anchors, active.grads, strict=True)):

@@ -18,11 +18,12 @@ from .ogm import OGM
 from .opm import OPM
 from .pmr import PMR
 from .redreg import RedReg
+from .relearning import ReLearning
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | CGGM | NoiseOnly | LearningRates
 _Forward = OPM | ARM | AGM | LFM | MCR | PMR | ModalityDropout
-_InTurns = MLA
-_ALL: tuple[type[_Gradient | _Forward | _InTurns], ...] = (
+_Other = MLA | ReLearning
+_ALL: tuple[type[_Gradient | _Forward | _Other], ...] = (
     OGM,
     OPM,
     InfoReg,
@@ -36,10 +37,11 @@ _ALL: tuple[type[_Gradient | _Forward | _InTurns], ...] = (
     MCR,
     PMR,
     MLA,
+    ReLearning,
     LearningRates,
     ModalityDropout,
     NoiseOnly,
 )
 
 #: Name → class; each has a `card` that says which paper it is, and where it acts.
-METHODS: dict[str, type[_Gradient | _Forward | _InTurns]] = {made.__name__: made for made in _ALL}
+METHODS: dict[str, type[_Gradient | _Forward | _Other]] = {made.__name__: made for made in _ALL}

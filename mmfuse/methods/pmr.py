@@ -126,7 +126,7 @@ class PMR(PrototypeModule):
         self.rule = PMRRule(alpha, mu, momentum)
         self.num_modalities = whole("num_modalities", num_modalities, least=2)
         if entropy_epochs is not None:
-            self.entropy_epochs = whole("entropy_epochs", entropy_epochs)
+            self.entropy_epochs = whole("entropy_epochs", entropy_epochs, least=0)
         self._set_window(starts, ends)
         self.process_group = check_group(process_group)
         self.backend = backend

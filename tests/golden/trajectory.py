@@ -48,6 +48,9 @@ _INPUTS = (
     "prototype_x.",
     "prototype_y",
     "validation_",
+    "val_x.",
+    "val_y",
+    "clusters.",
 )
 
 
@@ -122,12 +125,11 @@ class ConvEncoder(nn.Module):
 
 
 def mlp_encoder(shapes: dict[str, Tensor], relu: bool) -> nn.Sequential:
-    """Two linear layers, maybe with batch norm; `relu` for a ReLU on the feature too."""
-    if "3.weight" in shapes:
-        wide, last = shapes["0.weight"].T.shape, shapes["3.weight"].T.shape
-        return nn.Sequential(nn.Linear(*wide), nn.BatchNorm1d(wide[1]), nn.ReLU(), nn.Linear(*last))
-    first, second = shapes["0.weight"], shapes["2.weight"]
-    layers = [nn.Linear(*first.T.shape), nn.ReLU(), nn.Linear(*second.T.shape)]
+    """Two linear layers, with batch norm if there is one; `relu` for a ReLU on the feature too."""
+    first = shapes["0.weight"]
+    norm = [nn.BatchNorm1d(len(first))] if "1.weight" in shapes else []
+    second = shapes[f"{2 + len(norm)}.weight"]
+    layers = [nn.Linear(*first.T.shape), *norm, nn.ReLU(), nn.Linear(*second.T.shape)]
     return nn.Sequential(*layers, *([nn.ReLU()] if relu else []))
 
 

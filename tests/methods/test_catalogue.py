@@ -51,6 +51,12 @@ def test_a_card_is_true(name: str) -> None:
         need = made(TWO).rule.need
         first = "unimodal_losses" if need.second == "unimodal" else "logits"
         assert made.card.needs == (first, *need.inputs)
+    elif made.card.acts == "parameter":  # between epochs, by what its users give it then
+        taken = signature(made.weights).parameters
+        assert {name.split("_", 1)[1] for name in taken if name.startswith("train_")} == {
+            *made.card.needs,
+            "labels",
+        }
     elif issubclass(made, nn.Module):
         called = made.step if made.card.acts == "head" else made.forward
         taken = signature(called).parameters.items()
@@ -183,6 +189,8 @@ def keywords(name: str) -> dict[str, Any]:
 def test_official_takes_the_keywords_of_the_class(name: str) -> None:
     made = mmfuse.METHODS[name]
     encoders = MADE_ON.get(made.card.acts, ())
+    if "encoders" in signature(made).parameters:
+        encoders = (TWO,)
     given = keywords(name)
     assert {"starts", "ends", "process_group", "backend"} < given.keys()
     plain, official = made(*encoders), made.official(*encoders, **given)

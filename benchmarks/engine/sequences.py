@@ -9,6 +9,6 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import released
-from released import agm, arm, inforeg, mlb, mmpareto, ogm, opm, redreg
+from released import agm, arl, arm, inforeg, mlb, mmpareto, ogm, opm, redreg
 
-__all__ = ["agm", "arm", "inforeg", "mlb", "mmpareto", "ogm", "opm", "redreg", "released"]
+__all__ = ["agm", "arl", "arm", "inforeg", "mlb", "mmpareto", "ogm", "opm", "redreg", "released"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .agm import AGM
+from .arl import ARL
 from .arm import ARM
 from .inforeg import InfoReg
 from .learningrates import LearningRates
@@ -15,7 +16,7 @@ from .opm import OPM
 from .redreg import RedReg
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | NoiseOnly | LearningRates
-_Forward = OPM | ARM | AGM | ModalityDropout
+_Forward = OPM | ARM | AGM | ARL | ModalityDropout
 _ALL: tuple[type[_Gradient | _Forward], ...] = (
     OGM,
     OPM,
@@ -25,6 +26,7 @@ _ALL: tuple[type[_Gradient | _Forward], ...] = (
     MLB,
     MMPareto,
     AGM,
+    ARL,
     LearningRates,
     ModalityDropout,
     NoiseOnly,

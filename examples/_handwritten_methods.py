@@ -384,6 +384,33 @@ class Alternating(Joint):
         return self.model.turns.fuse(logits).logits
 
 
+class Larger(Joint):
+    """ARL, with every view's own loss beside the joint one."""
+
+    coefficients = "factor of the feature's gradient"
+
+    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
+        super().__init__(model, seed, args)
+        made = mmfuse.METHODS[name]
+        self.method = made(num_modalities=len(model.encoders), backend=args.backend).to(args.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        """By which the method's window goes."""
+        self.method.set_epoch(epoch)
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
+        """Leaves the gradients in the model; all losses are those of the features passed on."""
+        features = self.model.features(views)
+        with torch.no_grad():
+            seen = mmfuse.unimodal_logits(self.model.head, features)
+        out = self.method(features, seen, labels)
+        logits = mmfuse.unimodal_logits(self.model.head, out.features)
+        own = mmfuse.unimodal_losses(logits, labels, weights=self.method.loss_weight)
+        joint = F.cross_entropy(self.model.fuse(out.features), labels)
+        (joint + sum(own.values())).backward()
+        return Record(out.scores, out.coefficients)
+
+
 Build = Callable[[Model, int, argparse.Namespace], Joint]
 
 
@@ -402,12 +429,15 @@ def build(name: str) -> Build:
         return partial(Alternating, name=name)
     if card.needs == ("features",):
         return partial(LeftOut, name=name)
-    return partial(Reinforced if "fused" in card.needs else Dropped, name=name)
+    if "fused" in card.needs:
+        return partial(Reinforced, name=name)
+    drops = "stream" in signature(mmfuse.METHODS[name]).parameters
+    return partial(Dropped if drops else Larger, name=name)
 
 
 # What neither card nor rule says: whose papers train on every modality's own loss as well, beside
 # those that need them; and whose scores are mean logarithms of probabilities.
-ON_ALL_LOSSES = {"MLB", "MCR"} | {
+ON_ALL_LOSSES = {"MLB", "MCR", "ARL"} | {
     name
     for name, made in mmfuse.METHODS.items()
     if "unimodal_losses" in made.card.needs or made.card.acts == "head"

@@ -13,6 +13,7 @@ from .loop.shapley import shapley_responses
 from .methods._arm_samples import sample_contributions
 from .methods._ogm_backward import ogm_backward
 from .methods.agm import AGM, AGMResult
+from .methods.arl import ARL, ARLResult
 from .methods.arm import ARM, ARMResult
 from .methods.catalogue import METHODS
 from .methods.cggm import CGGM, CGGMResult
@@ -35,6 +36,7 @@ from .ops import use_backend
 
 __all__ = [
     "AGM",
+    "ARL",
     "ARM",
     "CGGM",
     "LFM",
@@ -46,6 +48,7 @@ __all__ = [
     "OPM",
     "PMR",
     "AGMResult",
+    "ARLResult",
     "ARMResult",
     "CGGMResult",
     "ContributionSampler",

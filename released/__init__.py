@@ -17,6 +17,7 @@ left out. Two modalities, for MLB also three, found by their names, as there.
 | `relearning` | ReLearning (ECCV 2024) | GeWu-Lab/Diagnosing_Relearning_ECCV2024 | 025085e |
 | `pmr` | PMR (CVPR 2023) | fanyunfeng-bit/Modal-Imbalance-PMR | 3615e48 |
 | `agm` | AGM (ICCV 2023) | lihong2303/AGM_ICCV2023 | 5a65542 |
+| `arl` | ARL (ICCV 2025), both releases | shicaiwei123/ICCV2025-ARL | 51a9de3, adfc58c |
 | `lfm` | LFM (NeurIPS 2024) | njustkmg/NeurIPS24-LFM | ad44fa0 |
 | `mcr` | MCR (NeurIPS 2025) | kkontras/MCR | 338d370 |
 | `mla` | MLA (CVPR 2024), both releases | as its file says | 4735bbc, ab6c184 |

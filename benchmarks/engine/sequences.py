@@ -11,6 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2]))
 import released
 from released import (
     agm,
+    arl,
     arm,
     cggm,
     inforeg,
@@ -28,6 +29,7 @@ from released import (
 
 __all__ = [
     "agm",
+    "arl",
     "arm",
     "cggm",
     "inforeg",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .agm import AGM
+from .arl import ARL
 from .arm import ARM
 from .cggm import CGGM
 from .inforeg import InfoReg
@@ -21,7 +22,7 @@ from .redreg import RedReg
 from .relearning import ReLearning
 
 _Gradient = OGM | InfoReg | RedReg | MLB | MMPareto | CGGM | NoiseOnly | LearningRates
-_Forward = OPM | ARM | AGM | LFM | MCR | PMR | ModalityDropout
+_Forward = OPM | ARM | AGM | ARL | LFM | MCR | PMR | ModalityDropout
 _Other = MLA | ReLearning
 _ALL: tuple[type[_Gradient | _Forward | _Other], ...] = (
     OGM,
@@ -33,6 +34,7 @@ _ALL: tuple[type[_Gradient | _Forward | _Other], ...] = (
     MMPareto,
     CGGM,
     AGM,
+    ARL,
     LFM,
     MCR,
     PMR,

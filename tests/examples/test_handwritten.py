@@ -103,7 +103,7 @@ def test_every_method_of_the_catalogue_can_be_chosen():
     steps = {n for n, made in mmfuse.METHODS.items() if made.card.acts not in ("head", "parameter")}
     assert steps < set(handwritten.METHODS)
     # The demo compares with joint training: what trains on other losses has to be asked for.
-    assert steps - set(handwritten.DEFAULT) == {"MLB", "MMPareto", "MCR"}
+    assert steps - set(handwritten.DEFAULT) == {"MLB", "MMPareto", "MCR", "ARL"}
 
 
 def test_all_losses_are_a_baseline_of_their_own():

@@ -1,0 +1,91 @@
+"""ARL's rule: how much larger a gradient becomes. `mmfuse.methods.arl` has the paper."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ARLResult:
+    """What was decided in one step; nothing here has waited for the device.
+
+    Attributes:
+        features: Name → the feature, with its values as they were.
+        coefficients: [M] 1 + w_m that the backward pass uses, in the order of `features`.
+        scores: [M] batch mean of the true class's probability; None in `eval()` or without labels.
+        weights: [M] w_m of this step's logits; None in `eval()`.
+        magnitudes: [M] v_m; None in `eval()`.
+        entropies: [M] H_m; None in `eval()`.
+        certainties: [M] u_m; None in `eval()`.
+    """
+
+    features: dict[str, Tensor]
+    coefficients: Tensor
+    scores: Tensor | None = None
+    weights: Tensor | None = None
+    magnitudes: Tensor | None = None
+    entropies: Tensor | None = None
+    certainties: Tensor | None = None
+
+
+class Spread(NamedTuple):
+    """Of each sample and place, [B, …]: the entropy of its softmax, and Σ_c abs(z_c)."""
+
+    entropy: Tensor
+    magnitude: Tensor
+
+
+def spread(logits: Tensor) -> Spread:
+    """Of logits [B, C, …]; float32 for half precision."""
+    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+    log_p = torch.log_softmax(z, 1)
+    # A class with probability 0 adds nothing, though its logarithm be infinite.
+    each = torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0)
+    each = torch.where(log_p.isnan(), log_p, each)
+    return Spread(-each.sum(1), z.abs().sum(1))
+
+
+@dataclass(frozen=True)
+class ARLRule:
+    """The equations above.
+
+    Attributes:
+        temperature: T.
+        gamma: γ.
+        release: Whose weights act: None for this step's.
+    """
+
+    temperature: float = 8.0
+    gamma: float = 4.0
+    release: Literal["later", "july"] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "gamma"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
+
+    def decide(self, magnitudes: Tensor, entropies: Tensor) -> tuple[Tensor, ...]:
+        """w_m, v_m, H_m and u_m."""
+        count = len(magnitudes)
+        v, h = _shares(magnitudes), _shares(entropies).clamp(min=0.6 / count)
+        u = _shares(1 / h)
+        others = (v.sum() - v) / (count - 1)
+        return torch.softmax(self.temperature * others * u, 0), v, h, u
+
+    def in_force(self, new: Tensor, last: Tensor) -> Tensor:
+        """The weights that act in this step, of its own and the last one's."""
+        if self.release == "july":
+            return torch.full_like(new, 1 / len(new))
+        return last if self.release == "later" else new
+
+
+def _shares(values: Tensor) -> Tensor:
+    """Of their sum; even ones if it is 0, as where all modalities are certain."""
+    total = values.sum()
+    return torch.where(total == 0, 1 / len(values), values / total)

@@ -1,0 +1,263 @@
+"""ARL: asymmetric representation learning.
+
+Wei, Luo & Luo, "Improving Multimodal Learning via Imbalanced Learning", ICCV 2025; the formulas
+are those of the released code.
+
+The encoder whose modality says less in the joint prediction, and is surer of what it says, learns
+faster: the gradient that enters its feature is made larger. From each modality's logits alone:
+
+    magnitude  v_m = mean over the batch of sum_c abs(z_m), as a share of all modalities'
+    entropy    H_m = mean over the batch of the entropy of softmax(z_m), a share of at least 0.6 / M
+    certainty  u_m = (1 / H_m) / sum_j (1 / H_j)
+    weight     w_m = softmax over m of T u_m mean over j != m of v_j
+    backward   dL/dphi_m <- (1 + w_m) dL/dphi_m
+
+The network is trained on the joint loss and gamma times every modality's own. For two modalities
+this is the release's; the mean over the others and the floor 0.6 / M are our extension to more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._devices import WIDE
+from .._numbers import whole
+from ..loop.contract import Card, Source
+from ..loop.epochs import EpochWindowModule
+from ..loop.given import check_criterion, criterion_of
+from ..loop.modalities import check_names, named_features
+from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.state import in_backward
+from ..ops.sample_scores import named_sample_scores
+from ..ops.scale_grad import scale_grad
+from ._arl_rule import ARLResult, ARLRule, spread
+
+__all__ = ["ARL", "ARLResult"]
+
+
+class ARL(EpochWindowModule):
+    """ARL, between the encoders and whatever is made of their features.
+
+    ::
+
+        model.arl = mmfuse.ARL()               # part of the model, whose eval() it has to hear
+        for images, sounds, labels in loader:
+            features = {"audio": audio_net(sounds), "visual": visual_net(images)}
+            with torch.no_grad():              # only to decide from
+                logits = mmfuse.unimodal_logits(head, features)
+            features = model.arl(features, logits, labels).features
+            logits = mmfuse.unimodal_logits(head, features)
+            losses = mmfuse.unimodal_losses(logits, labels, weights=model.arl.loss_weight)
+            joint = F.cross_entropy(head(torch.cat(list(features.values()), 1)), labels)
+            (joint + sum(losses.values())).backward()
+
+    Take all losses from the features that it returns: their values are as they were, and what does
+    not go through them is not scaled. In `eval()` features pass, and logits are not looked at.
+    Where something in the logits is not finite, nothing is scaled.
+
+    Fidelity: from the formulas; `official` has golden numbers.
+
+    Args:
+        temperature: T ≥ 0, how far the weights are apart.
+        gamma: γ ≥ 0, the weight of the unimodal losses within the window; see `loss_weight`. 4 in
+            the authors' script for CREMA-D.
+        num_modalities: M ≥ 2.
+        starts: First epoch in which gradients are scaled; see `set_epoch`.
+        ends: Last such epoch; None for no end.
+        process_group: The ranks whose samples are averaged over: None for all where
+            torch.distributed is initialized, False for this rank alone.
+        criterion: ``nn.CrossEntropyLoss``, whose class weights and `ignore_index` say how much a
+            row counts, or None.
+        backend: Name of a backend; None for the best one.
+
+    Raises:
+        TypeError: `criterion` is none that a softmax goes with, or a number is no integer.
+        ValueError: a hyper-parameter is out of range.
+    """
+
+    card: ClassVar[Card] = Card(
+        "Wei et al., ICCV 2025",
+        "feature",
+        ("features", "logits"),
+        (
+            Source("shicaiwei123/ICCV2025-ARL at 51a9de3", golden=True, release="later"),
+            Source("shicaiwei123/ICCV2025-ARL at adfc58c", golden=True, release="july"),
+        ),
+        golden=False,
+    )
+    _wide = ("weights",)
+    rule: ARLRule
+    criterion: nn.CrossEntropyLoss | None
+    weights: Tensor
+
+    def __init__(
+        self,
+        temperature: float = 8.0,
+        gamma: float = 4.0,
+        *,
+        num_modalities: int = 2,
+        starts: int = 0,
+        ends: int | None = None,
+        process_group: Group = None,
+        criterion: nn.CrossEntropyLoss | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rule = ARLRule(temperature, gamma)
+        self._set_window(starts, ends)
+        count = self.num_modalities = whole("num_modalities", num_modalities, least=2)
+        self.process_group = check_group(process_group)
+        check_criterion(criterion)
+        if isinstance(criterion, nn.BCEWithLogitsLoss):
+            raise TypeError(
+                "criterion must be nn.CrossEntropyLoss or None: ARL compares entropies of a softmax"
+            )
+        object.__setattr__(self, "criterion", criterion)  # no module of this one
+        self.backend = backend
+        # On the CPU also within `torch.device("meta")`, where they would not be known later.
+        even = torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
+        self._begin_at("weights", even)
+        self.weights = self.weights.to(self.epoch_state.device)
+
+    @classmethod
+    def official(
+        cls,
+        temperature: float = 8.0,
+        gamma: float = 4.0,
+        *,
+        release: Literal["later", "july"] = "later",
+        starts: int = 6,
+        **keywords: Any,
+    ) -> ARL:
+        """What the authors' released code runs; theirs is for two modalities.
+
+        `later` assigns a step's weights after its forward pass, so that they act in the next one;
+        in the first step of the window, as after one outside of it, all weights are 1 / M. `july`,
+        the first release, computes the weights but never assigns them: they stay 1 / M. Its
+        function for the backward pass multiplies a tuple by a tensor, which stops; here it does
+        what the later one does. Epochs 0 to 5 are left alone (call `set_epoch`), and the weight of
+        the unimodal losses is 1 in them. Unimodal logits come from the whole head, with zeros for
+        the other feature. Afterwards both clip the gradients' norm to 40 (`clip_grad_norm_`).
+
+        Fidelity: golden numbers of the authors' code (shicaiwei123/ICCV2025-ARL at 51a9de3), and
+        golden numbers of the authors' code (shicaiwei123/ICCV2025-ARL at adfc58c). Three modalities
+        and more are from the formulas.
+
+        Args:
+            temperature: As in `ARL`.
+            gamma: As in `ARL`.
+            release: Which of the two.
+            starts: As in `ARL`.
+            **keywords: As in `ARL`.
+
+        Raises:
+            ValueError: there is no such release.
+        """
+        if release not in ("later", "july"):
+            raise ValueError(f"release must be 'later' or 'july', got {release!r}")
+        made = cls(temperature, gamma, starts=starts, **keywords)
+        made.rule = ARLRule(temperature, gamma, release)
+        return made
+
+    @property
+    def loss_weight(self) -> float:
+        """The weight of the unimodal losses in this epoch: γ within the window, else 1."""
+        return self.rule.gamma if self._acting else 1.0
+
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor] | None = None,
+        labels: Tensor | None = None,
+    ) -> ARLResult:
+        """Passes the features on, with larger gradients.
+
+        Args:
+            features: Name → [B, …] for the M modalities.
+            logits: Name → [B, C] logits of each feature alone. Not needed in `eval()`.
+            labels: [B] class indices; rows labelled −100 do not count. None for all rows, and no
+                scores.
+
+        Returns:
+            `ARLResult`, differentiable in the features.
+
+        Raises:
+            RuntimeError: it is called in a backward pass, by activation checkpointing.
+            TypeError: an input has an unsupported type, or is missing; nothing has been changed.
+            ValueError: names, numbers, shapes or labels do not fit; nothing has been changed.
+        """
+        if not self.training:
+            named_features("ARL", features, self.num_modalities)
+            return ARLResult(dict(features), torch.ones_like(self.weights))
+        if in_backward():
+            raise RuntimeError(
+                "ARL is called in a backward pass, as activation checkpointing does, where another "
+                "step's weights would act; leave ARL outside of the checkpointed part"
+            )
+        if logits is None:
+            raise TypeError("ARL needs logits in training; call eval() to pass through")
+        self._check_told("ARL")
+        count = self.num_modalities
+        with torch.no_grad():
+            _, seen = over_ranks(
+                lambda: (None, self._look(features, logits, labels)),
+                *(self.process_group, (2 if labels is None else 3) * count + 1),
+                self.weights.device,
+            )
+            entropies, magnitudes, *scores = seen.means.to(self.weights).view(-1, count)
+            new, *shown = self.rule.decide(magnitudes, entropies)
+            used = self.rule.in_force(new, self.weights.clone())
+            even = torch.full_like(new, 1 / count)
+            if self._acting:
+                k = torch.where(used.isfinite().all(), 1 + used, 1.0)
+                self.weights.copy_(torch.where(new.isfinite().all(), new, even))
+            else:
+                k = torch.ones_like(new)
+                self.weights.copy_(even)
+        passed = dict(features)
+        if self._acting:
+            for (name, feature), each in zip(features.items(), k.unbind(), strict=True):
+                passed[name] = scale_grad(feature, each, backend=self.backend)
+        return ARLResult(passed, k, scores[0] if scores else None, new, *shown)
+
+    def _look(
+        self, features: Mapping[str, Tensor], logits: Mapping[str, Tensor], labels: Tensor | None
+    ) -> Observed:
+        """Entropies, magnitudes and scores of this rank; with all checks."""
+        names, values = named_features("ARL", features, self.num_modalities)
+        check_names("logits", logits, names, "features")
+        each = [logits[name] for name in names]
+        for name, z in zip(names, each, strict=True):
+            if not isinstance(z, Tensor) or not z.is_floating_point():
+                kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
+                raise TypeError(f"logits[{name!r}] must be a floating tensor, got {kind}")
+            if z.dim() < 2 or len(z) != len(values[0]):
+                raise ValueError(
+                    f"logits[{name!r}] must be [{len(values[0])}, C], a row for each of the "
+                    f"features', got {list(z.shape)}"
+                )
+        called, how = [f"logits[{name!r}]" for name in names], criterion_of(self.criterion)
+        scores = weight = None
+        if labels is not None:
+            found = named_sample_scores(called, each, labels, self.backend, how)
+            weight = found.weight
+            scores = found.prob
+        shown = [spread(z) for z in each]
+        rows = [torch.stack([s.entropy for s in shown]), torch.stack([s.magnitude for s in shown])]
+        rows += [] if scores is None else [scores.to(rows[0])]
+        if weight is None:
+            weight = torch.ones_like(rows[0][0])
+        wide = weight.to(WIDE[weight.device.type])
+        # Selected, not multiplied with 0: what does not count may be NaN.
+        means = [
+            torch.where(wide > 0, row * wide, 0.0).flatten(1).sum(1) / wide.sum() for row in rows
+        ]
+        return Observed(torch.cat(means), wide.sum())
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters."""
+        return f"{self.rule}, num_modalities={self.num_modalities}"

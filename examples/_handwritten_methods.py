@@ -213,7 +213,7 @@ class LeftOut(Joint):
 class Aligned(Joint):
     """LFM, whose joint logits are the mean of the views'."""
 
-    coefficients = "weights of labels and alignment"
+    coefficients = "weight of the alignment"
 
     def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
         super().__init__(model, seed, args)
@@ -233,7 +233,7 @@ class Aligned(Joint):
         out = self.lfm(logits, labels)
         out.loss.backward()
         scores = mmfuse.ops.modality_scores([z.detach() for z in shares.values()], labels).prob
-        return Record(scores, out.coefficients)
+        return Record(scores, out.coefficients[1].expand(len(shares)))
 
 
 class Added(Joint):

@@ -268,10 +268,11 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
                 raise TypeError(
                     f"{self.name}.backward needs unimodal_losses, one for each modality"
                 )
-            losses = checked_losses(self.modalities, unimodal_losses)
             seen, self._senses.missing = None, frozenset()
             if more:
                 seen = self._senses.who(more.get("present"))
+            missing = self._senses.missing
+            losses = checked_losses(self.modalities, unimodal_losses, missing)
             group, every = self.process_group, seen is not None
             unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph, every)
         elif logits is None and not more:

@@ -9,7 +9,7 @@ all losses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -87,8 +87,15 @@ def _averaged(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> lis
     return found
 
 
-def checked_losses(modalities: Modalities, losses: Mapping[str, Tensor]) -> list[Tensor]:
+def checked_losses(
+    modalities: Modalities, losses: Mapping[str, Tensor], missing: Collection[str] = ()
+) -> list[Tensor]:
     """The losses in the order of the modalities.
+
+    Args:
+        modalities: The encoders.
+        losses: Name → loss.
+        missing: Modalities of which there may be no sample, and so no gradient.
 
     Raises:
         RuntimeError: a loss has no gradient, of an encoder that is to have one.
@@ -105,7 +112,9 @@ def checked_losses(modalities: Modalities, losses: Mapping[str, Tensor]) -> list
             )
     pairs = list(zip(modalities.parameters, modalities.modality, strict=True))
     for m, (name, loss) in enumerate(zip(modalities.names, found, strict=True)):
-        if not loss.requires_grad and any(p.requires_grad for p, owner in pairs if owner == m):
+        if name in missing or loss.requires_grad:
+            continue
+        if any(p.requires_grad for p, owner in pairs if owner == m):
             raise RuntimeError(
                 f"unimodal_losses[{name!r}] does not require grad, so that its encoder would have "
                 "one gradient in place of two: is it detached, or made under no_grad?"

@@ -142,8 +142,12 @@ class LFM(EpochWindowModule):
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.backend = backend
         self._set_window(starts, ends)
-        self._begin_at("weights", torch.tensor([_LEAST, _MOST], dtype=torch.float64))
-        self._begin_at("learning_rate", torch.tensor(rate, dtype=torch.float64))
+        # On the CPU also within `torch.device("meta")`, where they would not be known later.
+        like: Any = {"dtype": torch.float64, "device": "cpu"}
+        self._begin_at("weights", torch.tensor([_LEAST, _MOST], **like))
+        self._begin_at("learning_rate", torch.tensor(rate, **like))
+        self.weights = self.weights.to(self.epoch_state.device)
+        self.learning_rate = self.learning_rate.to(self.epoch_state.device)
         self._go_to(None)
 
     @classmethod
@@ -194,7 +198,7 @@ class LFM(EpochWindowModule):
             self.learning_rate.mul_(0.5)
 
     def forward(self, logits: Mapping[str, Tensor], labels: Tensor | None = None) -> LFMResult:
-        """The loss of a batch; also in `eval()`, where its labels are at hand.
+        """The loss of a batch; in `eval()` without labels the joint logits, and a loss of 0.
 
         Args:
             logits: Name → [B, C] logits of each modality, of a head of its own.
@@ -207,8 +211,14 @@ class LFM(EpochWindowModule):
             TypeError: logits or labels have an unsupported type.
             ValueError: names, numbers or shapes do not fit.
         """
-        each = self._checked(logits, labels)
-        assert labels is not None
+        if not self.training and labels is None:
+            joint = torch.stack(self._checked(logits)).mean(0)
+            nothing = joint.new_zeros(())
+            weights = self.weights.to(joint.dtype, copy=True)
+            return LFMResult(nothing, joint, weights, nothing, nothing)
+        if not isinstance(labels, Tensor):
+            raise TypeError("LFM needs labels, a tensor, in training")
+        each = self._checked(logits)
         if self.training:
             self._check_told("LFM")
         joint, cross_entropy = self._joint(each, labels)
@@ -223,7 +233,7 @@ class LFM(EpochWindowModule):
         loss = 2 * (weights[0] * cross_entropy + weights[1] * alignment)
         return LFMResult(loss, joint, weights, cross_entropy.detach(), alignment.detach())
 
-    def _checked(self, logits: Mapping[str, Tensor], labels: Tensor | None) -> list[Tensor]:
+    def _checked(self, logits: Mapping[str, Tensor]) -> list[Tensor]:
         if not isinstance(logits, Mapping):
             raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
         if len(logits) != self.num_modalities:
@@ -231,8 +241,6 @@ class LFM(EpochWindowModule):
                 f"this LFM was made for num_modalities={self.num_modalities}, but logits has "
                 f"{list(logits)}"
             )
-        if not isinstance(labels, Tensor):
-            raise TypeError("LFM needs labels, a tensor; the joint logits are the mean of logits")
         first, of_first = next(iter(logits.items()))
         for name, z in logits.items():
             if not isinstance(z, Tensor) or not z.is_floating_point():
@@ -274,7 +282,7 @@ class LFM(EpochWindowModule):
             raise RuntimeError("LFM: call set_epoch(epoch) first, by which the rate goes")
         if not parameters:
             raise ValueError("parameters must hold at least one tensor")
-        each = self._checked(logits, labels)
+        each = self._checked(logits)
         joint, cross_entropy = self._joint(each, labels)
         step = mean_along(each, cross_entropy, self.weights.to(joint.dtype), list(parameters))
         with torch.no_grad():

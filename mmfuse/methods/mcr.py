@@ -170,7 +170,7 @@ class MCR(DrawingModule):
     def forward(
         self,
         features: Mapping[str, Tensor],
-        logits: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor] | None = None,
         labels: Tensor | None = None,
         *,
         head: Callable[[Tensor], Tensor] | None = None,
@@ -179,7 +179,8 @@ class MCR(DrawingModule):
 
         Args:
             features: Name → [B, …] for the M modalities; those of the contrast have one size.
-            logits: Name → [B, C], whose sum are the joint logits; with `head` they are not used.
+            logits: Name → [B, C], whose sum are the joint logits; not used with `head`. Neither
+                they nor labels are needed in `eval()`.
             labels: [B] class indices, for the contrast; rows labelled −100 do not count.
             head: From the concatenated features [B, ΣD_m], in their order, to the joint logits.
 
@@ -192,15 +193,22 @@ class MCR(DrawingModule):
             ValueError: names, numbers or shapes do not fit.
         """
         names, values = named_features("MCR", features, self.num_modalities)
-        check_names("logits", logits, names, "features")
-        each = [logits[name] for name in names]
+        nothing = values[0].new_zeros(())
+        without = MCRResult(nothing, nothing.expand(len(names)), nothing)
+        if not self.training:
+            return without
+        if logits is None and head is None:
+            raise TypeError("MCR needs logits or a head in training; call eval() for a loss of 0")
+        each = []
+        if head is None:
+            assert logits is not None
+            check_names("logits", logits, names, "features")
+            each = [logits[name] for name in names]
         self._check(names, values, each, labels)
-        if not self.training or not self._acting:
-            if self.training:
-                self._check_told("MCR")
-                self._advance()
-            nothing = each[0].new_zeros(())
-            return MCRResult(nothing, nothing.expand(len(names)), nothing)
+        if not self._acting:
+            self._check_told("MCR")
+            self._advance()
+            return without
         if in_backward():
             raise RuntimeError(
                 "MCR is called in a backward pass, as activation checkpointing does, and would "
@@ -225,7 +233,7 @@ class MCR(DrawingModule):
         logits: Sequence[Tensor],
         labels: Tensor | None,
     ) -> None:
-        for name, z in zip(names, logits, strict=True):
+        for name, z in zip(names, logits, strict=bool(logits)):
             if not isinstance(z, Tensor) or not z.is_floating_point():
                 got = z.dtype if isinstance(z, Tensor) else type(z).__name__
                 raise TypeError(f"logits[{name!r}] must be a floating-point tensor, got {got}")
@@ -234,7 +242,7 @@ class MCR(DrawingModule):
                     f"logits[{name!r}] must be [{len(features[0])}, C] and all alike, got "
                     f"{list(z.shape)}"
                 )
-        if not self.training or not self.contrast:
+        if not self.contrast:
             return
         if not isinstance(labels, Tensor) or labels.is_floating_point():
             kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__

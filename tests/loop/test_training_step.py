@@ -513,6 +513,7 @@ def test_zero_grad_leaves_none_or_zero(kind: str) -> None:
     assert differences(*runs) == []
 
 
+@IN_TURN
 def test_a_zero_gradient_gets_the_noise_beside_std() -> None:
     """What a layer without part in this step has after zero_grad(set_to_none=False): std 0."""
     parts, data = Parts(AudioVisual()), batch()
@@ -658,6 +659,7 @@ class TestModuleSurgery:
         assert float(k[0]) < 1
         assert differences([p.grad for p in audio], [k[0] * g for g in plain[: len(audio)]]) == []
 
+    @IN_TURN
     def test_an_encoder_that_takes_no_part(self) -> None:
         """A loss that does not reach an encoder is a mistake, unless the encoder is frozen."""
         parts, data = Parts(AudioVisual()), batch()

@@ -11,6 +11,7 @@ import pytest
 import torch
 import ways
 from balancing import (
+    CONSTANT,
     DROPPING,
     ON_FEATURES,
     ON_GRADIENTS,
@@ -150,6 +151,8 @@ def acted(kind: str, run: Run, out: list[Tensor]) -> bool:
     """True if the first of the numbers, coefficients or the like, are not those of nothing."""
     if kind in ON_FEATURES:
         return bool(out[0].isfinite().all()) and bool((out[0] != 1).any())
+    if kind in CONSTANT:
+        return True
     return bool((out[0] != run.method.rule.need.neutral).any())
 
 

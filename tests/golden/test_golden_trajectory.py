@@ -15,6 +15,9 @@ FILES = {
     *("inforeg_november", "inforeg_march"),
     *("redreg_r015", "redreg_r08"),
     *("arm_official_relu", "arm_official_signed"),
+    "pmr_paper",
+    "pmr_released",
+    "relearning",
 }
 
 
@@ -24,7 +27,9 @@ def test_every_file_is_replayed() -> None:
     # The first of the golden ones is this list.
     for modules, times in (("test_golden_*.py", 2), ("test_released_*.py", 1)):
         tests = "".join(path.read_text() for path in DATA.parent.glob(modules))
-        for name in FILES - {"inforeg_november", "inforeg_march"}:
+        # Nobody has released what the paper's equations say.
+        left_out = {"pmr_paper"} if modules.startswith("test_released") else set()
+        for name in FILES - {"inforeg_november", "inforeg_march"} - left_out:
             assert tests.count(f'"{name}"') >= times, name
         assert all(f'"{release}"' in tests for release in ("november", "march"))
 

@@ -15,9 +15,12 @@ def test_every_file_is_replayed() -> None:
     assert len(FILES) > 25
     for modules in ("test_golden_*.py", "test_released_*.py"):
         tests = "".join(path.read_text() for path in DATA.parent.glob(modules))
-        for name in FILES - {"inforeg_november", "inforeg_march"}:
+        # Nobody has released what the paper's equations say.
+        left_out = {"pmr_paper"} if modules.startswith("test_released") else set()
+        by_release = {"inforeg_november", "inforeg_march", "mla_first", "mla_head"}
+        for name in FILES - by_release - left_out:
             assert f'"{name}"' in tests, (name, modules)
-        assert all(f'"{release}"' in tests for release in ("november", "march"))
+        assert all(f'"{release}"' in tests for release in ("november", "march", "first"))
 
 
 def test_an_array_that_is_missing_is_an_error() -> None:

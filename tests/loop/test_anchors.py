@@ -23,7 +23,7 @@ def test_statistics_of_parts_on_several_devices(monkeypatch: pytest.MonkeyPatch)
 
     kept = anchors.Anchors()
     parts: list[tuple[slice, list[Any]]] = [(slice(0, 2), []), (slice(2, 4), [])]
-    monkeypatch.setattr(kept, "_parts", lambda active: iter(parts))
+    monkeypatch.setattr(kept, "parts", lambda active: iter(parts))
     found = iter([on(home), on(torch.device("cpu"))])
     monkeypatch.setattr(anchors, "grad_stats", lambda *args, **kwargs: next(found))
     stats = kept.stats(Active([], [], [], (), []), None)

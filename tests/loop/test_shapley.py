@@ -115,9 +115,21 @@ def test_only_the_joint_pass_leaves_traces() -> None:
         assert torch.equal(a, b), name
     flags = [m.training for m in model.modules()]
     assert flags == [m.training for m in other.modules()] and not all(flags)
-    again = mmfuse.shapley_responses(model, data)
-    # The second joint pass has moved the statistics that the first graph has used.
-    (sum(responses.values()) + sum(again.values())).sum().backward()
+    assert all(r.requires_grad for r in responses.values())
+
+
+def test_a_later_joint_pass_does_not_change_the_gradients() -> None:
+    """It moves the statistics that the graph of an evaluation pass keeps, and PyTorch says nothing.
+
+    As with several micro-batches before one backward pass.
+    """
+    model, data = made(2)
+    loss = F.cross_entropy(mmfuse.shapley_responses(model, data)["audio"], LABELS)
+    parameters = list(model.parameters())
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
+    mmfuse.shapley_responses(model, {n: 3 + x for n, x in data.items()})
+    found = torch.autograd.grad(loss, parameters)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_an_error_within_a_pass_leaves_the_mode_as_it_was() -> None:

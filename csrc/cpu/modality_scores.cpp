@@ -208,6 +208,43 @@ std::tuple<Tensor, Tensor, Tensor> sample_scores(const TensorList& logits, const
   return {prob, log_prob, weights};
 }
 
+// prob, log_prob, weights, and of class indices correct, entropy, log_sum_exp, abs_sum.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_statistics(
+    const TensorList& logits, const Tensor& labels, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& pos_weight, int64_t ignore_index, bool multilabel) {
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "mmfuse: labels must be int64");
+  const Call call(logits, labels, weight, pos_weight, ignore_index, multilabel);
+  std::vector<int64_t> each{static_cast<int64_t>(logits.size())};
+  for (const int64_t size : shape_of_rows(labels)) each.push_back(size);
+  const ScalarType dtype = result_type(logits);
+  Tensor prob = empty_on_cpu(each, dtype), log_prob = empty_on_cpu(each, dtype);
+  Tensor weights = empty_on_cpu(shape_of_rows(labels), ScalarType::Double);
+  Tensor correct = empty_on_cpu(each, ScalarType::Bool), entropy = empty_on_cpu(each, dtype);
+  Tensor log_sum_exp = empty_on_cpu(each, dtype), abs_sum = empty_on_cpu(each, dtype);
+  const Numbers probs(prob), log_probs(log_prob), entropies(entropy), sums(log_sum_exp),
+      sizes(abs_sum);
+  double* weight_data = static_cast<double*>(weights.mutable_data_ptr());
+  bool* correct_data = static_cast<bool*>(correct.mutable_data_ptr());
+  const auto by_rows = MMFUSE_SIMD_SELECT(statistics_rows);
+  const auto by_columns = MMFUSE_SIMD_SELECT(statistics_columns);
+  call.for_each_part([&](const LogitRows& part, size_t m) {
+    double found[7][kMaxTaskRows];
+    const RowStatistics one{{found[0], found[1], found[2]}, found[3], found[4], found[5], found[6]};
+    (part.classes_adjoin ? by_rows : by_columns)(part, one);
+    for (int64_t i = 0; i < part.end - part.begin; ++i) {
+      const size_t place = m * call.rows + part.begin + i;
+      probs.set(place, one.scores.prob[i]);
+      log_probs.set(place, one.scores.log_prob[i]);
+      correct_data[place] = one.correct[i] != 0;
+      entropies.set(place, one.entropy[i]);
+      sums.set(place, one.log_sum_exp[i]);
+      sizes.set(place, one.abs_sum[i]);
+      if (m == widest(logits)) weight_data[part.begin + i] = one.scores.weight[i];
+    }
+  });
+  return {prob, log_prob, weights, correct, entropy, log_sum_exp, abs_sum};
+}
+
 TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_log_prob,
                                     const Tensor& count, const TensorList& logits,
                                     const Tensor& labels, const std::optional<Tensor>& weight,
@@ -248,5 +285,6 @@ TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, CPU, m) {
   m.impl("modality_scores.cpu", TORCH_BOX(&mmfuse::cpu::modality_scores));
   m.impl("modality_scores_backward.cpu", TORCH_BOX(&mmfuse::cpu::modality_scores_backward));
+  m.impl("sample_statistics.cpu", TORCH_BOX(&mmfuse::cpu::sample_statistics));
   m.impl("sample_scores.cpu", TORCH_BOX(&mmfuse::cpu::sample_scores));
 }

@@ -58,6 +58,15 @@ struct RowScores {
   double* weight;
 };
 
+// What else there is to say of the same rows, against class indices: 0 for one that does not count.
+struct RowStatistics {
+  RowScores scores;
+  double* correct;  // 1 where the label is the first of the largest logits
+  double* entropy;
+  double* log_sum_exp;
+  double* abs_sum;
+};
+
 // The slopes of both scores of each row are these times its weight.
 struct RowGrads {
   void* grad_logits;

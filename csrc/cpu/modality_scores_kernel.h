@@ -130,6 +130,35 @@ class ScoreRow {
     put_scores(out, i, std::exp(below_max) / sum, below_max - std::log(sum), weight);
   }
 
+  // As index_scores, and the row's statistics from the same vectors.
+  void index_statistics(const RowStatistics& out, int64_t i, int64_t label) const {
+    const double weight = index_weight(rows_, label);
+    const bool possible = label >= 0 && label < rows_.classes;
+    const acc_t nan = std::numeric_limits<acc_t>::quiet_NaN();
+    const acc_t inf = std::numeric_limits<acc_t>::infinity();
+    if (weight == 0) {
+      put_scores(out.scores, i, 0, 0, weight);
+      put_statistics(out, i, false, 0, 0, 0);
+      return;
+    }
+    const acc_t max = row_max(x_, rows_.classes);
+    const acc_t own = possible ? Element<scalar_t>::widen(x_[label]) : nan;
+    vec_t sum{}, below_sum{}, abs_sum{};
+    for (int64_t c = 0; c < rows_.classes; c += kWidth) {
+      const vec_t x = logits(c, rows_.classes - c, -inf);
+      const vec_t below = x - max;
+      const vec_t e = exp_nonpositive(below);
+      sum += e;
+      below_sum += shared(e, below);
+      abs_sum += first_lanes(x < 0 ? -x : x, rows_.classes - c);
+    }
+    const double total = sum_lanes(sum), log_sum = std::log(total);
+    const acc_t below_max = own - max;
+    put_scores(out.scores, i, std::exp(below_max) / total, below_max - log_sum, weight);
+    put_statistics(out, i, own == max && total == total && first_of_largest(own, label),
+                   log_sum - sum_lanes(below_sum) / total, max + log_sum, sum_lanes(abs_sum));
+  }
+
   void index_grads(const RowGrads& grads, int64_t label, scalar_t* out) const {
     acc_t* terms = static_cast<acc_t*>(grads.terms);
     const int64_t classes = rows_.classes;
@@ -149,6 +178,13 @@ class ScoreRow {
   }
 
  private:
+  bool first_of_largest(acc_t own, int64_t label) const {
+    for (int64_t c = 0; c < label; ++c) {
+      if (Element<scalar_t>::widen(x_[c]) == own) return false;
+    }
+    return true;
+  }
+
   static void put(scalar_t* out, int64_t n, vec_t x) {
     n >= kWidth ? store(out, x) : store_first(out, n, x);
   }
@@ -171,6 +207,15 @@ inline void score_rows(const LogitRows& rows, const RowScores& out) {
       } else {
         one.label_scores(out, i);
       }
+    }
+  });
+}
+
+inline void statistics_rows(const LogitRows& rows, const RowStatistics& out) {
+  visit_dtype(rows.dtype, [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      ScoreRow<scalar_t>(rows, row).index_statistics(out, row - rows.begin, rows.labels[row]);
     }
   });
 }

@@ -103,6 +103,34 @@ std::tuple<Tensor, Tensor, Tensor> sample_scores(const TensorList& logits, const
   return {prob, log_prob, weights};
 }
 
+// prob, log_prob, weights, and of class indices correct, entropy, log_sum_exp, abs_sum.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_statistics(
+    const TensorList& logits, const Tensor& labels, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& pos_weight, int64_t ignore_index, bool multilabel) {
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "mmfuse: labels must be int64");
+  SampleStatisticsParams call;
+  set_inputs(call.scores, logits, labels, weight, pos_weight, ignore_index, multilabel);
+  call.scores.widest = static_cast<int>(widest(logits));
+  const DeviceScope device(labels);
+  std::vector<int64_t> each{static_cast<int64_t>(logits.size())};
+  for (const int64_t size : shape_of_rows(labels)) each.push_back(size);
+  const ScalarType dtype = result_type(logits);
+  const auto make = [&](ScalarType of) { return torch::stable::new_empty(labels, each, of); };
+  Tensor prob = make(dtype), log_prob = make(dtype), correct = make(ScalarType::Bool);
+  Tensor entropy = make(dtype), log_sum_exp = make(dtype), abs_sum = make(dtype);
+  Tensor weights = torch::stable::new_empty(labels, shape_of_rows(labels), ScalarType::Double);
+  call.scores.prob = prob.mutable_data_ptr();
+  call.scores.log_prob = log_prob.mutable_data_ptr();
+  call.scores.weights = static_cast<double*>(weights.mutable_data_ptr());
+  call.scores.wide = dtype == ScalarType::Double;
+  call.correct = static_cast<bool*>(correct.mutable_data_ptr());
+  call.entropy = entropy.mutable_data_ptr();
+  call.log_sum_exp = log_sum_exp.mutable_data_ptr();
+  call.abs_sum = abs_sum.mutable_data_ptr();
+  launch_sample_statistics(call, device.stream());
+  return {prob, log_prob, weights, correct, entropy, log_sum_exp, abs_sum};
+}
+
 TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_log_prob,
                                     const Tensor& count, const TensorList& logits,
                                     const Tensor& labels, const std::optional<Tensor>& weight,
@@ -134,5 +162,6 @@ TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, MMFUSE_CUDA_KEY, m) {
   m.impl("modality_scores.cuda", TORCH_BOX(&mmfuse::cuda::modality_scores));
   m.impl("modality_scores_backward.cuda", TORCH_BOX(&mmfuse::cuda::modality_scores_backward));
+  m.impl("sample_statistics.cuda", TORCH_BOX(&mmfuse::cuda::sample_statistics));
   m.impl("sample_scores.cuda", TORCH_BOX(&mmfuse::cuda::sample_scores));
 }

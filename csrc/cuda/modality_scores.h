@@ -83,6 +83,17 @@ struct SampleScoresParams {
 
 void launch_sample_scores(const SampleScoresParams& params, cudaStream_t stream);
 
+struct SampleStatisticsParams {
+  SampleScoresParams scores;
+  bool* correct;  // [M, rows], as the others
+  void* entropy;  // float64 if the scores are
+  void* log_sum_exp;
+  void* abs_sum;
+};
+
+// Of class indices.
+void launch_sample_statistics(const SampleStatisticsParams& params, cudaStream_t stream);
+
 struct ModalityScoresBackwardParams {
   std::vector<ModalityLogits> modalities;
   ScoreTargets targets;

@@ -19,6 +19,8 @@ constexpr int kThreadsOf = kKind == TargetKind::kShares ? 256 : kScoreThreads;
 
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardBlocksPerSm = 3;
+constexpr int kStatisticsThreads = 256;
+constexpr int kStatisticsBlocksPerSm = 3;
 constexpr int kMaxModalities = 16;
 
 // The modalities from `first` on that one launch handles.
@@ -122,6 +124,61 @@ __global__ void __launch_bounds__(kThreadsOf<kKind>)
                           store_result(call.log_prob, call.wide, score.log_prob, place);
                           if (m == call.widest) call.count[row] = score.weight;
                         });
+}
+
+struct StatisticsOutputs {
+  ScoreTargets targets;
+  double* weights;  // of modality `widest`
+  void* prob;
+  void* log_prob;
+  bool* correct;
+  void* entropy;
+  void* log_sum_exp;
+  void* abs_sum;
+  int widest;
+  bool wide;
+};
+
+// Block (x, m) writes the scores and statistics of kScoreRows rows of modality m.
+__global__ void __launch_bounds__(kStatisticsThreads, kStatisticsBlocksPerSm)
+    sample_statistics_kernel(const ModalityTable<StatisticsOutputs> __grid_constant__ table) {
+  const StatisticsOutputs& call = table.common;
+  const ModalityLogits& modality = table.modalities[blockIdx.y];
+  const int m = table.first + blockIdx.y;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kScoreRows;
+  visit_teams<kStatisticsThreads>(modality, [&](auto team, auto* type) {
+    using team_t = decltype(team);
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    using acc_t = acc_type<scalar_t>;
+#pragma unroll 1
+    for (int r = team_t::row(); r < kScoreRows; r += team_t::kRows) {
+      const auto row = logit_row<scalar_t>(modality, call.targets, first + r);
+      if (!team_t::kColumns && !row.counts) break;
+      const int64_t label =
+          row.counts ? static_cast<const int64_t*>(call.targets.values)[row.target] : 0;
+      RowSoftmax<acc_t> softmax;
+      const RowStatistics<acc_t> found = row_statistics<team_t>(row, label, softmax);
+      if (!row.counts || team_t::rank() != 0) continue;
+      const double weight = index_weight(call.targets, label, row.classes);
+      const bool counts = weight != 0;
+      const bool possible = label >= 0 && label < row.classes;
+      const int64_t stride = team_t::kColumns ? row.stride : 1;
+      const acc_t log_prob =
+          possible ? widen<acc_t>(row.x[label * stride]) - softmax.max - softmax.log_sum
+                   : static_cast<acc_t>(NAN);
+      const int64_t place = m * call.targets.rows + first + r;
+      const auto put = [&](void* to, acc_t x) {
+        store_result(to, call.wide, counts ? x : acc_t(0), place);
+      };
+      put(call.prob, exp(log_prob));
+      put(call.log_prob, log_prob);
+      put(call.entropy, found.entropy);
+      put(call.log_sum_exp, found.log_sum_exp);
+      put(call.abs_sum, found.abs_sum);
+      call.correct[place] = counts && found.correct;
+      if (m == call.widest) call.weights[first + r] = weight;
+    }
+  });
 }
 
 // The gradient of one row, from its scores; for class indices (grad_prob p + grad_log_prob) w /
@@ -240,6 +297,19 @@ void launch_sample_scores(const SampleScoresParams& params, cudaStream_t stream)
       launch("sample_scores_kernel", sample_scores_kernel<kind()>, dim3(blocks, count),
              kThreadsOf<kind()>, stream, table);
     });
+  });
+}
+
+void launch_sample_statistics(const SampleStatisticsParams& params, cudaStream_t stream) {
+  const SampleScoresParams& scores = params.scores;
+  if (scores.targets.rows == 0) return;
+  const StatisticsOutputs common{
+      scores.targets, scores.weights,     scores.prob,    scores.log_prob, params.correct,
+      params.entropy, params.log_sum_exp, params.abs_sum, scores.widest,   scores.wide};
+  const unsigned blocks = static_cast<unsigned>(score_blocks(scores.targets.rows));
+  for_each_table(scores.modalities, common, [&](const auto& table, unsigned count) {
+    launch("sample_statistics_kernel", sample_statistics_kernel, dim3(blocks, count),
+           kStatisticsThreads, stream, table);
   });
 }
 

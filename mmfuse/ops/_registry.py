@@ -45,10 +45,17 @@ class Op:
         schema: Arguments and returns in PyTorch's schema language, without the name.
         fake: The shape function, shared by all backends.
         module: File name in the backends' folders, when it is not `name`.
+        public: Name of the public op, when it is not `name` without "_backward".
     """
 
     def __init__(
-        self, name: str, schema: str, fake: Callable[..., Any], *, module: str | None = None
+        self,
+        name: str,
+        schema: str,
+        fake: Callable[..., Any],
+        *,
+        module: str | None = None,
+        public: str | None = None,
     ) -> None:
         self.name = name
         self.schema = schema
@@ -59,7 +66,7 @@ class Op:
         self._kernels: dict[tuple[str, str | None, torch.device], Callable[..., Any]] = {}
         self._formula: tuple[Formula, Formula] | None = None
         #: What errors call the op: the operator of a backward pass has its op's name.
-        self.public = name.removesuffix("_backward")
+        self.public = public or name.removesuffix("_backward")
         for backend in BACKENDS:
             _library.define(f"{name}.{backend}{schema}")
             qualified = f"mmfuse::{name}.{backend}"

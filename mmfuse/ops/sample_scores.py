@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,11 +22,21 @@ class SampleScores(NamedTuple):
         prob: [M, N, d1, …]; the target's probability, 0 where a row does not count.
         log_prob: [M, N, d1, …]; its logarithm, in nats, and 0 there.
         weight: [N, d1, …] float64; how much each row counts, 0 for one that does not.
+        correct: [M, N, d1, …] bool; whether the label is the argmax, the first one if several are.
+            This and what follows are None without `statistics`, and False or 0 where a row does
+            not count.
+        entropy: [M, N, d1, …]; −Σ p log p of the softmax, in nats.
+        log_sum_exp: [M, N, d1, …]; log Σ exp z of the logits.
+        abs_sum: [M, N, d1, …]; Σ |z|.
     """
 
     prob: Tensor
     log_prob: Tensor
     weight: Tensor
+    correct: Tensor | None = None
+    entropy: Tensor | None = None
+    log_sum_exp: Tensor | None = None
+    abs_sum: Tensor | None = None
 
 
 def _fake(
@@ -47,11 +57,24 @@ def _fake(
     return prob, torch.empty_like(prob), weights
 
 
+def _fake_statistics(*arguments: Any) -> tuple[Tensor, ...]:
+    prob, log_prob, weights = _fake(*arguments)
+    correct = torch.empty_like(prob, dtype=torch.bool)
+    return prob, log_prob, weights, correct, *(torch.empty_like(prob) for _ in range(3))
+
+
 _op = Op(
     "sample_scores",
     f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     _fake,
     module="modality_scores",
+)
+_statistics_op = Op(
+    "sample_statistics",
+    f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_statistics,
+    module="modality_scores",
+    public="sample_scores",
 )
 
 
@@ -63,6 +86,7 @@ def sample_scores(
     ignore_index: int = -100,
     multilabel: bool = False,
     pos_weight: Tensor | None = None,
+    statistics: bool = False,
     backend: str | None = None,
 ) -> SampleScores:
     """The target's probability, its logarithm and the row's weight, per modality and sample.
@@ -84,6 +108,16 @@ def sample_scores(
     With `multilabel`, prob and log_prob are the means over the labels that `modality_scores` takes,
     and every row's weight is 1.
 
+    With `statistics`, the same read of the logits also gives, of each row, for class indices::
+
+        correct, entropy = z.argmax(1) == labels, -(z.softmax(1) * z.log_softmax(1)).sum(1)
+        correct, entropy, z.logsumexp(1), z.abs().sum(1)
+
+    where p log p is 0 for p = 0. All are 0 where a row does not count; where the softmax is NaN,
+    entropy and log_sum_exp are too, and no label is the argmax. Their means are what CGGM (top-1
+    rate) and ARL (entropy and Σ|z|) compare; the fusions of MLA and QMF weigh each sample by its
+    entropy or its log-sum-exp.
+
     Args:
         logits: As in `modality_scores`.
         labels: As there.
@@ -91,19 +125,21 @@ def sample_scores(
         ignore_index: As there.
         multilabel: As there.
         pos_weight: As there.
+        statistics: Also correct, entropy, log_sum_exp and abs_sum; labels are class indices then.
         backend: Name of a backend; None for the best one.
 
     Returns:
-        `SampleScores`; prob and log_prob are float64 if some logits are, otherwise float32.
+        `SampleScores`; all but weight and correct are float64 if some logits are, else float32.
 
     Raises:
         TypeError: logits, labels or weights have an unsupported dtype or layout.
-        ValueError: shapes do not match, or, on the CPU, a target is out of range; on other devices
+        ValueError: shapes do not match, statistics are asked for with other labels than class
+            indices, or, on the CPU, a target is out of range; on other devices
             the scores of that row are NaN.
     """
     names = [f"logits[{m}]" for m in range(len(logits))]
     criterion = Criterion(weight, ignore_index, multilabel, pos_weight)
-    return named_sample_scores(names, logits, labels, backend, criterion)
+    return named_sample_scores(names, logits, labels, backend, criterion, statistics)
 
 
 def named_sample_scores(
@@ -112,10 +148,15 @@ def named_sample_scores(
     labels: Tensor,
     backend: str | None,
     criterion: Criterion = PLAIN,
+    statistics: bool = False,
 ) -> SampleScores:
     """`sample_scores`, with errors that call the logits by these names."""
     arguments = checked(names, logits, labels, criterion)
-    prob, log_prob, rows = _op(backend, labels.device, *arguments)
+    if statistics and arguments[1].is_floating_point():
+        what = "multilabel=True" if criterion.multilabel else "probabilities"
+        raise ValueError(f"statistics=True is for labels that are class indices, not {what}")
+    op = _statistics_op if statistics else _op
+    prob, log_prob, rows, *more = op(backend, labels.device, *arguments)
     on_cpu = labels.device.type == "cpu"
     compiled = type(backend) is not Eager and torch.compiler.is_compiling()
     if on_cpu and not compiled and math.isnan(prob.sum().tolist()):
@@ -123,6 +164,7 @@ def named_sample_scores(
     first = logits[0]
     shape = [*first.shape[:1], *first.shape[2:]]
     if len(shape) < 3:
-        return SampleScores(prob, log_prob, rows)
+        return SampleScores(prob, log_prob, rows, *more)
     each = [len(logits), *shape]
-    return SampleScores(prob.view(each), log_prob.view(each), rows.view(shape))
+    more = [x.view(each) for x in more]
+    return SampleScores(prob.view(each), log_prob.view(each), rows.view(shape), *more)

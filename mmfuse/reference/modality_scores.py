@@ -122,6 +122,31 @@ def sample_scores(
     return torch.stack(probs), torch.stack(log_probs), rows
 
 
+def sample_statistics(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    ignore_index: int = IGNORED_LABEL,
+    multilabel: bool = False,
+) -> tuple[Tensor, ...]:
+    """`sample_scores` of class indices, and of each row what `statistics=True` adds there."""
+    dtype = accumulator(*logits)
+    scores = sample_scores(logits, labels, weight, pos_weight, ignore_index, multilabel)
+    rows = scores[2]
+    correct, numbers = [], []
+    for z in logits:
+        z = z.to(dtype)
+        log_p = z.log_softmax(1)
+        p, undefined = log_p.exp(), log_p.isnan().any(1)
+        entropy = -torch.where(p == 0, 0.0, p * log_p).sum(1)
+        correct.append((z.argmax(1) == labels) & ~undefined & (rows != 0))
+        log_sum_exp = z.logsumexp(1).masked_fill(undefined, torch.nan)
+        each = torch.stack([entropy, log_sum_exp, z.abs().sum(1)])
+        numbers.append(torch.where(rows != 0, each, 0.0))
+    return *scores, torch.stack(correct), *(torch.stack(x) for x in zip(*numbers, strict=True))
+
+
 def modality_scores(
     logits: Sequence[Tensor],
     labels: Tensor,

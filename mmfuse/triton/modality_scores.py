@@ -23,7 +23,10 @@ from ._score_rows import (
     row_places,
     score_tile,
 )
+from ._score_statistics import sample_statistics
 from ._tensor_list import launch_on
+
+__all__ = ["modality_scores", "modality_scores_backward", "sample_scores", "sample_statistics"]
 
 # Up to so many tiles of rows, one program takes them all and needs no second launch.
 TILES_IN_ONE_LAUNCH = 8

@@ -53,7 +53,7 @@ def test_the_cases_that_a_provider_lacks() -> None:
     called = {case.name for case in CALLED}
     # Calls that no release has, or that microbenchmarks alone have asked for.
     alone = {"scale_grad", "conditional_information", "modulation_factors", "sample_scores"}
-    alone |= {"scores_of_outputs"}
+    alone |= {"scores_of_outputs", "sample_statistics"}
     unreleased = {"soft_information", "soft_information_forward"}
     unreleased |= {"logit_divergence", "logit_divergence_grad"}
     lacks = {

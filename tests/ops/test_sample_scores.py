@@ -32,9 +32,12 @@ def result_dtype(logits: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if any(z.dtype == torch.float64 for z in logits) else torch.float32
 
 
-def check_samples(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> None:
+def check_samples(
+    cell: Cell, logits: Sequence[Tensor], targets: Targets, statistics: bool = False
+) -> None:
     labels, keywords = targets.on(cell.device)
-    found = ops.sample_scores(logits, labels, **keywords, backend=cell.backend)
+    keywords = keywords | {"statistics": statistics, "backend": cell.backend}
+    found = ops.sample_scores(logits, labels, **keywords)
     wide = result_dtype(logits)
     assert found.prob.dtype == found.log_prob.dtype == wide
     assert found.weight.dtype == torch.float64
@@ -272,7 +275,102 @@ def test_an_impossible_target_gives_nan_in_the_kernel(cell: Cell, kind: str) -> 
         assert bool(overload(z, wrong, *arguments)[0].isnan().all())
 
 
+def check_statistics(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> None:
+    """Against float64, with the scores that come without them."""
+    labels, keywords = targets.on(cell.device)
+    found = ops.sample_scores(logits, labels, **keywords, statistics=True, backend=cell.backend)
+    check_samples(cell, logits, targets, statistics=True)
+    wide = result_dtype(logits)
+    assert found.correct.dtype == torch.bool
+    assert found.entropy.dtype == found.log_sum_exp.dtype == found.abs_sum.dtype == wide
+    counts = targets.labels != keywords.get("ignore_index", -100)
+    for m, z in enumerate(logits):
+        exact, classes = z.detach().cpu().double(), z.shape[1]
+        correct = (exact.argmax(1) == targets.labels) & counts
+        assert torch.equal(found.correct[m].cpu(), correct)
+        log_p = exact.log_softmax(1)
+        entropy = -torch.where(log_p.exp() == 0, 0.0, log_p.exp() * log_p).sum(1)
+        of_classes = exact.movedim(1, -1).flatten(0, -2)
+        bound = tolerances.log_sum_exp(z.dtype, of_classes, torch.zeros_like(of_classes))
+        sizes = exact.abs().sum(1)
+        for name, wanted, limit in (
+            ("entropy", entropy, tolerances.row_entropy(z.dtype, entropy, classes)),
+            ("log_sum_exp", exact.logsumexp(1), bound.view(entropy.shape)),
+            ("abs_sum", sizes, tolerances.abs_sum(z.dtype, sizes, classes)),
+        ):
+            wanted = torch.where(counts, wanted, 0.0)
+            tolerances.assert_within(getattr(found, name)[m], wanted, limit, name)
+
+
+INDICES = ["indices", "weighted indices"]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", INDICES)
+def test_statistics_in_every_layout(cell: Cell, kind: str, layout: str, dtype: torch.dtype) -> None:
+    shape = (3, 5, 4, 7)
+    check_statistics(cell, logits_of(cell, shape, [dtype, dtype], layout), KINDS[kind](shape))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 2), (9, 309), (257, 10), (2, 1100, 3)], ids=str)
+def test_statistics_of_every_shape(cell: Cell, shape: tuple[int, ...]) -> None:
+    for layout in ("contiguous", "rows first"):
+        dtypes = [torch.float32, torch.bfloat16, torch.float64]
+        check_statistics(cell, logits_of(cell, shape, dtypes, layout), KINDS["indices"](shape))
+
+
+@pytest.mark.parametrize("classes", [3, 40, 700])
+@pytest.mark.parametrize("layout", ["contiguous", "rows first"])
+def test_of_equal_logits_the_first_one_is_the_argmax(cell: Cell, layout: str, classes: int) -> None:
+    z = torch.randint(0, 3, (90, classes)).float()
+    labels = torch.where(torch.rand(90) < 0.5, z.argmax(1), torch.randint(0, classes, (90,)))
+    labels[:5] = z[:5].flip(1).argmax(1).neg() + classes - 1  # the last of the largest
+    check_statistics(cell, [LAYOUTS[layout](z).to(cell.device)], Targets(labels, {}))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "rows first"])
+def test_statistics_of_masked_classes_and_extremes(cell: Cell, layout: str) -> None:
+    inf = torch.inf
+    z = torch.tensor([[0.0, -inf, 1], [1e4, -1e4, 0], [-1e4, -1e4, -1e4], [30.0, 0, -200]])
+    labels = torch.tensor([2, 1, 0, 0])
+    check_statistics(cell, [LAYOUTS[layout](z).to(cell.device)], Targets(labels, {}))
+    broken = torch.tensor([[0.0, torch.nan, 1], [-inf, -inf, -inf], [0.0, 1, 2], [inf, 0, 1]])
+    overload = getattr(torch.ops.mmfuse.sample_statistics, cell.backend)
+    labels = torch.tensor([2, 0, 2, 0], device=cell.device)
+    found = overload([LAYOUTS[layout](broken).to(cell.device)], labels, None, None, -100, False)
+    assert found[3].tolist() == [[False, False, True, False]]
+    for numbers in (found[4], found[5]):
+        assert numbers.isnan().tolist() == [[True, True, False, True]]
+    wrong = overload([z.to(cell.device)], labels + 3, None, None, 5, False)
+    assert wrong[0].isnan().tolist() == [[False, True, False, True]]
+    assert not wrong[3].any() and not wrong[5][0, 0] and not wrong[6][0, 2]
+
+
+@NOT_IN_THE_INTERPRETER
+def test_statistics_of_many_modalities_and_of_none_to_count(cell: Cell) -> None:
+    check_statistics(cell, logits_of(cell, (8, 5), [torch.float32] * 18), KINDS["indices"]((8, 5)))
+    nothing = torch.zeros(0, 3, 2).to(cell.device)
+    labels = torch.zeros(0, 2, dtype=torch.int64, device=cell.device)
+    found = ops.sample_scores([nothing], labels, statistics=True, backend=cell.backend)
+    assert all(x.shape == (1, 0, 2) for x in (found.prob, *found[3:]))
+
+
+def test_without_statistics_there_are_none(cell: Cell) -> None:
+    z, labels = torch.randn(4, 3).to(cell.device), torch.zeros(4).long().to(cell.device)
+    assert ops.sample_scores([z], labels, backend=cell.backend)[3:] == (None,) * 4
+
+
 class TestBadInput:
+    def test_statistics_are_of_class_indices(self) -> None:
+        for keywords, what in (({}, "probabilities"), ({"multilabel": True}, "multilabel=True")):
+            with pytest.raises(ValueError, match=f"statistics=True is for labels .* not {what}"):
+                ops.sample_scores([self.Z], torch.zeros(3, 2), statistics=True, **keywords)
+        with pytest.raises(ValueError, match=r"labels\[1\] = 2 is out of range for logits\[0\]"):
+            ops.sample_scores([self.Z], torch.tensor([0, 2, 1]), statistics=True)
+
     Z = torch.zeros(3, 2)
     Y = torch.tensor([0, 1, 1])
 

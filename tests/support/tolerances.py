@@ -109,6 +109,23 @@ def row_weight(dtype: torch.dtype, weight: Tensor, terms: int) -> Tensor:
     return (growth(terms) + 3) * UNIT_ROUNDOFF[accumulation_dtype(dtype)] * weight
 
 
+def row_entropy(dtype: torch.dtype, expected: Tensor, classes: int) -> Tensor:
+    """Bound for log Σ e^(z − max) − Σ p (z − max), of which neither part exceeds the entropy.
+
+    An exponential and its argument cost (8 + √C)·u, see softmax_score, for either part. Whenever a
+    larger maximum is found, both sums are turned to it for 7 roundings; as in `log_sum_exp` that
+    happens at most √C times. What is below the smallest normal number may be 0.
+    """
+    wide = accumulation_dtype(dtype)
+    relative = 2 * (8 + classes**0.5) + 7 * classes**0.5
+    return relative * UNIT_ROUNDOFF[wide] * (1 + expected) + 200 * classes * torch.finfo(wide).tiny
+
+
+def abs_sum(dtype: torch.dtype, expected: Tensor, classes: int) -> Tensor:
+    """√C + 1 roundings of Σ|z|."""
+    return (classes**0.5 + 1) * UNIT_ROUNDOFF[accumulation_dtype(dtype)] * expected
+
+
 def weighted_mean(dtype: torch.dtype, rows: Tensor, errors: Tensor, weight: Tensor) -> Tensor:
     """Bound for Σ w s / Σ w over rows: their own errors, and √L + 4 roundings of each sum's terms.
 

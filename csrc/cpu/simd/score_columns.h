@@ -35,6 +35,24 @@ class ScoreColumns {
     });
   }
 
+  // Of class indices.
+  void statistics(const RowStatistics& out) {
+    for_each_tile([&](int64_t row, int64_t n) {
+      sum_statistics(row, n);
+      finish(row, n);
+      for (int64_t j = 0; j < n; ++j) {
+        const int64_t i = row - rows_.begin + j;
+        put_scores(out.scores, i, prob_[j], log_prob_[j], weight_[j]);
+        // Without a class that can be, softmax is 0 / 0.
+        const bool defined = sum_[j] > 0;
+        const double sum = defined ? sum_[j] : std::numeric_limits<double>::quiet_NaN();
+        const bool correct = defined && lead_[j] == rows_.labels[row + j];
+        const double log_sum = std::log(sum);
+        put_statistics(out, i, correct, log_sum - below_[j] / sum, top_[j] + log_sum, abs_[j]);
+      }
+    });
+  }
+
   void grads(const RowGrads& grads) {
     for_each_tile([&](int64_t row, int64_t n) {
       scalar_t* out = static_cast<scalar_t*>(grads.grad_logits) + place(grads.strides);
@@ -137,6 +155,57 @@ class ScoreColumns {
           store(share_ + j, load(share_ + j) + a);
         }
       }
+    }
+  }
+
+  // As sum_classes<false>, with all that statistics are made of.
+  void sum_statistics(int64_t row, int64_t n) {
+    for (int64_t j = 0; j < n; j += kWidth) {
+      store(top_ + j, splat(-kInfinity));
+      for (acc_t* each : {shift_, sum_, prob_, log_prob_, share_, below_, abs_}) {
+        store(each + j, vec_t{});
+      }
+    }
+    std::fill_n(lead_, n, 0);
+    for (int64_t first = 0; first < rows_.classes; first += step_) {
+      const int64_t k = std::min(step_, rows_.classes - first);
+      for (int64_t j = 0; j < n; ++j) used_[j] = top_[j];
+      read_terms(first, k, n);
+      find_lead(first, k, n);
+      pick(row, first, k, n);
+      lower(n);
+      rescale(n);
+      for (int64_t c = 0; c < k; ++c) {
+        const acc_t* terms = terms_ + c * tile_;
+        for (int64_t j = 0; j < n; j += kWidth) {
+          const vec_t x = load(terms + j);
+          const vec_t below = x - load(shift_ + j);
+          const vec_t e = exp_nonpositive(below);
+          store(sum_ + j, load(sum_ + j) + e);
+          store(below_ + j, load(below_ + j) + shared(e, below));
+          store(abs_ + j, load(abs_ + j) + (x < 0 ? -x : x));
+        }
+      }
+    }
+  }
+
+  // The first class that has the new maximum, where it is more than the old one, in used_.
+  void find_lead(int64_t first, int64_t k, int64_t n) {
+    for (int64_t j = 0; j < n; ++j) {
+      if (!(top_[j] > used_[j])) continue;
+      int64_t c = 0;
+      while (c < k - 1 && terms_[c * tile_ + j] != top_[j]) ++c;
+      lead_[j] = first + c;
+    }
+  }
+
+  // Turns the sum of e^(x - shift) (x - shift) to the new maxima; `rescale` follows.
+  void lower(int64_t n) {
+    for (int64_t j = 0; j < n; j += kWidth) {
+      const vec_t top = load(top_ + j), sum = load(sum_ + j);
+      const vec_t shift = top == -kInfinity ? vec_t{} : top;
+      const vec_t less = sum == 0 ? vec_t{} : load(shift_ + j) - shift;
+      store(below_ + j, shared(exp_nonpositive(less), load(below_ + j) + less * sum));
     }
   }
 
@@ -281,12 +350,21 @@ class ScoreColumns {
   acc_t prob_[kMaxColumns];      // of shares times exponentials; then the score
   acc_t log_prob_[kMaxColumns];  // of shares times x - shift, or the true logit; then the score
   acc_t used_[kMaxColumns];
+  acc_t below_[kMaxColumns];  // of e^(x - shift) times x - shift
+  acc_t abs_[kMaxColumns];    // of |x|
+  int64_t lead_[kMaxColumns];
   double weight_[kMaxColumns];
 };
 
 inline void score_columns(const LogitRows& rows, const RowScores& out) {
   visit_dtype(rows.dtype, [&](auto* type) {
     ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).scores(out);
+  });
+}
+
+inline void statistics_columns(const LogitRows& rows, const RowStatistics& out) {
+  visit_dtype(rows.dtype, [&](auto* type) {
+    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).statistics(out);
   });
 }
 

@@ -87,3 +87,13 @@ inline void put_scores(const RowScores& out, int64_t i, double prob, double log_
   out.log_prob[i] = weight == 0 ? 0 : log_prob;
   out.weight[i] = weight;
 }
+
+// Stores a row's statistics, likewise, after its scores.
+inline void put_statistics(const RowStatistics& out, int64_t i, bool correct, double entropy,
+                           double log_sum_exp, double abs_sum) {
+  const bool counts = out.scores.weight[i] != 0;
+  out.correct[i] = counts && correct;
+  out.entropy[i] = counts ? entropy : 0;
+  out.log_sum_exp[i] = counts ? log_sum_exp : 0;
+  out.abs_sum[i] = counts ? abs_sum : 0;
+}

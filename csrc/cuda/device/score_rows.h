@@ -278,6 +278,65 @@ __device__ __forceinline__ RowScore<acc_type<scalar_t>> score_row(const ScoreTar
   return score;
 }
 
+// What else there is to say of a row, against a class index.
+template <typename acc_t>
+struct RowStatistics {
+  bool correct;
+  acc_t entropy;
+  acc_t log_sum_exp;
+  acc_t abs_sum;
+};
+
+// In one pass with `sum_row`'s sums, which go to `softmax` as there.
+template <typename team_t, typename scalar_t>
+__device__ __forceinline__ RowStatistics<acc_type<scalar_t>> row_statistics(
+    const LogitRow<scalar_t>& row, int64_t label, RowSoftmax<acc_type<scalar_t>>& softmax) {
+  using acc_t = acc_type<scalar_t>;
+  constexpr int kBatch = std::is_same_v<acc_t, double> ? 1 : 4;
+  constexpr int kSize = team_t::kSize;
+  const int64_t stride = team_t::kColumns ? row.stride : 1;
+  const bool possible = label >= 0 && label < row.classes;
+  const acc_t own = possible ? widen<acc_t>(row.x[label * stride]) : static_cast<acc_t>(NAN);
+  acc_t max = static_cast<acc_t>(-INFINITY), sum = 0, below_sum = 0, abs_sum = 0, ahead = 0;
+  for (int c = team_t::rank(); c < row.classes; c += kBatch * kSize) {
+    acc_t x[kBatch];
+    acc_t batch_max = max;
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const int at = c + u * kSize;
+      const bool inside = at < row.classes;
+      x[u] = inside ? widen<acc_t>(row.x[at * stride]) : static_cast<acc_t>(-INFINITY);
+      batch_max = x[u] > batch_max ? x[u] : batch_max;
+      abs_sum += inside ? fabs(x[u]) : acc_t(0);
+      ahead += inside && (x[u] > own || (x[u] == own && at < label)) ? acc_t(1) : acc_t(0);
+    }
+    const acc_t factor = shifted_exp(max, batch_max);
+    const acc_t lower = sum == acc_t(0) ? acc_t(0) : finite_max(max) - finite_max(batch_max);
+    below_sum = shared(factor, below_sum + lower * sum);
+    sum *= factor;
+    max = batch_max;
+#pragma unroll
+    for (int u = 0; u < kBatch; ++u) {
+      const acc_t e = shifted_exp(x[u], max);
+      sum += e;
+      below_sum += shared(e, x[u] - finite_max(max));
+    }
+  }
+  const acc_t row_max = team_t::max(max);
+  const acc_t factor = shifted_exp(max, row_max);
+  const acc_t lower = sum == acc_t(0) ? acc_t(0) : finite_max(max) - finite_max(row_max);
+  below_sum = team_t::sum(shared(factor, below_sum + lower * sum));
+  const acc_t row_sum = team_t::sum(sum * factor);
+  softmax = {row_max, log(row_sum)};
+  RowStatistics<acc_t> found;
+  found.correct = team_t::sum(ahead) == acc_t(0) && possible && row_sum > acc_t(0);
+  // Without a class that can be, softmax is 0 / 0.
+  found.entropy = softmax.log_sum - below_sum / row_sum;
+  found.log_sum_exp = row_sum == acc_t(0) ? static_cast<acc_t>(NAN) : row_max + softmax.log_sum;
+  found.abs_sum = team_t::sum(abs_sum);
+  return found;
+}
+
 // Row `index` of a modality; beyond the last one, a row of nothing.
 template <typename scalar_t>
 __device__ __forceinline__ LogitRow<scalar_t> logit_row(const ModalityLogits& modality,

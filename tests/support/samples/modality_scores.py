@@ -53,6 +53,7 @@ def arguments(device: str) -> Samples:
             for slope, kind in zip(slopes, kinds, strict=True)
         ],
         "sample_scores": kinds,
+        "sample_statistics": [kind for kind in kinds if kind[1].dtype == torch.int64],
     }
 
 
@@ -92,7 +93,11 @@ def _every_kind(
             logits = [inputs.normal(*shape, dtype=dtype, offset=1) for dtype in dtypes]
             leaves = [turned(z).requires_grad_() for z in logits]
             written += _gradients(leaves, ops.modality_scores(leaves, labels, **keywords))
-            written += ops.sample_scores(leaves, labels, **keywords)
+            indices = labels.dtype == torch.int64
+            found = ops.sample_scores(leaves, labels, **keywords, statistics=indices)
+            written += [x for x in found if x is not None]
+            if indices:
+                written += ops.sample_scores(leaves, labels, **keywords)[:3]
     return written
 
 

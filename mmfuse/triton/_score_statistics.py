@@ -1,0 +1,145 @@
+"""sample_statistics: scores of class indices, and what the same read of the logits says besides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._device import widen
+from ._score_call import call_of
+from ._score_rows import class_places, index_weights, row_places, shared, true_logit
+from ._tensor_list import launch_on
+
+
+@triton.jit
+def _statistics_rows(
+    logits_ptr, n_classes, outer_stride, stride, COLUMNS: tl.constexpr, label_ptr, weight_ptr,
+    ignore_index, inner, prob_ptr, log_prob_ptr, entropy_ptr, log_sum_exp_ptr, abs_sum_ptr,
+    correct_ptr, rows_ptr, BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Writes the scores and statistics of a tile of rows, and with rows_ptr the weights."""
+    ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
+    tiles = tl.cdiv(inner, BLOCK_ROWS)
+    outer = tl.program_id(0) // tiles
+    row = (tl.program_id(0) % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    rows = row < inner
+    place = outer.to(tl.int64) * inner + row
+    row_ptrs = logits_ptr + row_places(outer, row, outer_stride, stride, COLUMNS)
+    label = tl.load(label_ptr + place, mask=rows, other=0)
+    weight = index_weights(label, rows, ignore_index, weight_ptr, n_classes)
+    used = weight != 0.0
+    own = true_logit(row_ptrs, used, label, n_classes, stride, COLUMNS, ACC)
+    top = tl.full(rows.shape, float("-inf"), ACC)
+    total = tl.zeros(rows.shape, ACC)
+    below_sum = tl.zeros(rows.shape, ACC)
+    abs_sum = tl.zeros(rows.shape, ACC)
+    ahead = tl.zeros(rows.shape, tl.int32)
+    for start in range(0, n_classes, BLOCK_CLASSES):
+        c = start + tl.arange(0, BLOCK_CLASSES)
+        inside = used[:, None] & (c < n_classes)[None, :]
+        ptrs = row_ptrs[:, None] + class_places(c, stride, COLUMNS)[None, :]
+        x = widen(tl.load(ptrs, mask=inside, other=float("-inf")), ACC)
+        first = (x == own[:, None]) & (c[None, :] < label[:, None])
+        beaten = inside & ((x > own[:, None]) | first)
+        ahead += tl.sum(beaten.to(tl.int32), axis=1)
+        abs_sum += tl.sum(tl.where(inside, tl.abs(x), 0.0), axis=1)
+        # A NaN reaches the sum, not the maximum, where backends differ.
+        new_top = tl.maximum(top, tl.max(tl.where(x == x, x, float("-inf")), axis=1))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)
+        before = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.exp(top - shift)
+        lower = tl.where(total == 0.0, 0.0, before - shift)
+        below = x - shift[:, None]
+        e = tl.exp(below)
+        below_sum = shared(factor, below_sum + lower * total) + tl.sum(shared(e, below), axis=1)
+        total = total * factor + tl.sum(e, axis=1)
+        top = new_top
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    log_total = tl.log(total)
+    log_prob = own - shift - log_total
+    # Without a class that can be, softmax is 0 / 0.
+    undefined = (total > 0.0) == 0
+    defined = tl.where(undefined, float("nan"), 0.0)
+    out = prob_ptr.dtype.element_ty
+    prob = tl.where(used, tl.exp(own - shift) / total + defined, 0.0)
+    tl.store(prob_ptr + place, prob.to(out), mask=rows)
+    log_prob = tl.where(used, log_prob + defined, 0.0)
+    tl.store(log_prob_ptr + place, log_prob.to(out), mask=rows)
+    entropy = tl.where(used, log_total - below_sum / total + defined, 0.0)
+    tl.store(entropy_ptr + place, entropy.to(out), mask=rows)
+    log_sum_exp = tl.where(used, shift + log_total + defined, 0.0)
+    tl.store(log_sum_exp_ptr + place, log_sum_exp.to(out), mask=rows)
+    tl.store(abs_sum_ptr + place, tl.where(used, abs_sum, 0.0).to(out), mask=rows)
+    possible = (label >= 0) & (label < n_classes)
+    correct = used & possible & (ahead == 0) & (undefined == 0)
+    tl.store(correct_ptr + place, correct, mask=rows)
+    if rows_ptr is not None:
+        tl.store(rows_ptr + place, weight, mask=rows)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "class_counts", "outer_strides", "strides", "label_ptr", "weight_ptr", "ignore_index",
+        "prob_ptr", "log_prob_ptr", "entropy_ptr", "log_sum_exp_ptr", "abs_sum_ptr",
+        "correct_ptr", "rows_ptr", "inner", "n_rows",
+    ]
+)  # fmt: skip
+def _sample_statistics_kernel(
+    logits_ptrs, class_counts, outer_strides, strides, label_ptr, weight_ptr, ignore_index,
+    prob_ptr, log_prob_ptr, entropy_ptr, log_sum_exp_ptr, abs_sum_ptr, correct_ptr, rows_ptr,
+    inner, n_rows, COLUMNS: tl.constexpr, WIDEST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_CLASSES: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of rows of one modality; grid (tiles, M)."""
+    first = tl.program_id(1).to(tl.int64) * n_rows
+    for m in tl.static_range(len(logits_ptrs)):
+        if tl.program_id(1) == m:
+            _statistics_rows(
+                logits_ptrs[m], class_counts[m], outer_strides[m], strides[m],
+                (COLUMNS >> m) & 1, label_ptr, weight_ptr, ignore_index, inner, prob_ptr + first,
+                log_prob_ptr + first, entropy_ptr + first, log_sum_exp_ptr + first,
+                abs_sum_ptr + first, correct_ptr + first, rows_ptr if m == WIDEST else None,
+                BLOCK_ROWS, BLOCK_CLASSES,
+            )  # fmt: skip
+
+
+def sample_statistics(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None,
+    pos_weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
+) -> tuple[Tensor, ...]:
+    """See `mmfuse.reference.modality_scores`."""
+    call = call_of(logits, labels, weight, pos_weight, ignore_index, multilabel)
+    each, device = [len(logits), *labels.shape], labels.device
+    numbers = [torch.empty(each, dtype=call.dtype, device=device) for _ in range(5)]
+    correct = torch.empty(each, dtype=torch.bool, device=device)
+    rows = torch.empty(labels.shape, dtype=torch.float64, device=device)
+    class_counts, outer_strides, strides, *_ = call.rows
+    constants = {key: value for key, value in call.constants.items() if key != "KIND"}
+    if call.tiles:
+        with launch_on(device):
+            _sample_statistics_kernel[(call.tiles, len(logits))](
+                tuple(logits),
+                class_counts,
+                outer_strides,
+                strides,
+                labels,
+                weight,
+                ignore_index,
+                *numbers,
+                correct,
+                rows,
+                call.inner,
+                rows.numel(),
+                WIDEST=call.widest,
+                **constants,
+            )
+    prob, log_prob, entropy, log_sum_exp, abs_sum = numbers
+    return prob, log_prob, rows, correct, entropy, log_sum_exp, abs_sum

@@ -174,11 +174,6 @@ class Op:
             ValueError: `backend` is not the name of a backend.
             RuntimeError: the named backend is not available; the message says why.
         """
-        if (
-            torch.compiler.is_compiling()
-        ):  # what is kept would be a guard, which the next call breaks
-            named = backend if backend is not None else _forced
-            return self._choose(named, device.type, device.index)
         # One GPU may be too old for kernels that another one runs: the index belongs to the key.
         key = (backend if backend is not None else _forced, device)
         chosen = self._chosen.get(key)
@@ -219,7 +214,9 @@ class Op:
             with torch._C._AutoDispatchBelowAutograd():
                 return kernel(*args)
         if torch.compiler.is_compiling():
-            return self.overloads[self.resolve(backend, device)](*args)
+            # Not `resolve`: what that keeps would be a guard, which the next call breaks.
+            named = backend if backend is not None else _forced
+            return self.overloads[self._choose(named, device.type, device.index)](*args)
         chosen = self.resolve(backend, device)
         overload = self.overloads[chosen]
         if torch._C._are_functorch_transforms_active():

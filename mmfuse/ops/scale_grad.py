@@ -144,10 +144,9 @@ def scale_grad(
         # A copy: the backward pass may run after the stream has moved on.
         state = stream.state.to(x.device, copy=True)
     function: type[torch.autograd.Function] = _ScaleGrad
-    chosen: str | None = _op.resolve(backend, x.device)
-    if torch.compiler.is_compiling():
-        chosen = backend  # the graph of the backward pass chooses again: it knows no result of ours
-    else:
+    chosen = backend  # compiled, the graph of the backward pass chooses: it knows no result of ours
+    if not torch.compiler.is_compiling():
+        chosen = _op.resolve(backend, x.device)
         if torch._C._are_functorch_transforms_active():
             function = _Transformed
         elif forward_ad._current_level >= 0:

@@ -143,7 +143,6 @@ class TestTwice:
         for _ in range(3):
             method.step(backward(model), LABELS)
 
-    @pytest.mark.filterwarnings("ignore:.* and the two do not commute:RuntimeWarning")
     def test_two_methods_on_one_gradient_are_not(self, name: str) -> None:
         model = Model()
         one, other = made(name, model), made(name, model)

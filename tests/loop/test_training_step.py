@@ -124,10 +124,6 @@ class Parts:
 PASSES = 2 * len(TWO_GRADIENTS) or 1
 
 
-#: As `step_everything` does on purpose.
-IN_TURN = pytest.mark.filterwarnings("ignore:.* and the two do not commute:RuntimeWarning")
-
-
 def step_everything(parts: Parts, data: Data) -> Tensor:
     """All methods in one step."""
     parts.optimizer.zero_grad()
@@ -269,7 +265,6 @@ class TestCompile:
             line = reason.user_stack[-1].line
             assert ".backward(" in line or line == "try:"
 
-    @IN_TURN
     def test_compiled_encoders(self) -> None:
         """The model is compiled, the methods are not; they are given the compiled modules."""
         model = AudioVisual()
@@ -324,7 +319,6 @@ class TestCompile:
 class TestCheckpointing:
     """The forward pass is repeated in the backward pass."""
 
-    @IN_TURN
     def test_checkpointed_encoders(self, reentrant: bool) -> None:
         model = AudioVisual()
         for net in (model.audio_net, model.visual_net):
@@ -513,7 +507,6 @@ def test_zero_grad_leaves_none_or_zero(kind: str) -> None:
     assert differences(*runs) == []
 
 
-@IN_TURN
 def test_a_zero_gradient_gets_the_noise_beside_std() -> None:
     """What a layer without part in this step has after zero_grad(set_to_none=False): std 0."""
     parts, data = Parts(AudioVisual()), batch()
@@ -659,7 +652,6 @@ class TestModuleSurgery:
         assert float(k[0]) < 1
         assert differences([p.grad for p in audio], [k[0] * g for g in plain[: len(audio)]]) == []
 
-    @IN_TURN
     def test_an_encoder_that_takes_no_part(self) -> None:
         """A loss that does not reach an encoder is a mistake, unless the encoder is frozen."""
         parts, data = Parts(AudioVisual()), batch()

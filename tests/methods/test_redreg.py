@@ -222,7 +222,6 @@ def test_the_monitor_leaves_no_trace(cell: Cell) -> None:
     assert torch.equal(torch.rand(3, device=cell.device), expected[1])
 
 
-@pytest.mark.filterwarnings("ignore:.* and the two do not commute:RuntimeWarning")
 def test_any_callable_is_watched_as_discreetly() -> None:
     model = Network()
     audio, visual = model.encoders.values()

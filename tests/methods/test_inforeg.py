@@ -484,7 +484,7 @@ def test_the_trace_comes_with_the_pull(
     """One read of each gradient gives what grad_stats and a pull of its own gave."""
     nets = _mixed(cell.device)
     inforeg = InfoReg(dict(nets), threshold=-10.0 if opened_window else 2.0, backend=cell.backend)
-    whole = inforeg.anchors._parts
+    whole = inforeg.anchors.parts
 
     def cut(active: object) -> object:
         (_, anchors), *_ = whole(active)
@@ -496,7 +496,7 @@ def test_the_trace_comes_with_the_pull(
 
     monkeypatch.setattr("mmfuse.loop.modalities.grad_stats", refused)
     if parts == 2:
-        monkeypatch.setattr(inforeg.anchors, "_parts", cut)
+        monkeypatch.setattr(inforeg.anchors, "parts", cut)
     found_pull = False
     for _ in range(3):
         next_epoch(inforeg)

@@ -40,6 +40,8 @@ class Line:
     case: str
     workload: str = "resnet18"
     dtype: str = "float32"
+    #: Left out where the results are older than it.
+    optional: bool = False
 
     @property
     def unit(self) -> Unit:
@@ -60,16 +62,25 @@ class Table:
     columns: Mapping[str, Callable[[Rows], str]]
 
     def markdown(self, rows: Sequence[Row]) -> list[str]:
-        """Head and rows.
+        """Head and rows; without columns that the results know nothing of.
 
         Raises:
             LookupError: a measurement is missing.
         """
-        out = ["| | " + " | ".join(self.columns) + " |", "|---" + "|--:" * len(self.columns) + "|"]
+        shown: list[tuple[str, list[str]]] = []
         for line in self.lines:
-            found = rows_of(rows, line.unit)
-            cells = (show(found) for show in self.columns.values())
-            out.append(f"| {line.text} | " + " | ".join(cells) + " |")
+            try:
+                found = rows_of(rows, line.unit)
+            except LookupError:
+                if line.optional:
+                    continue
+                raise
+            shown.append((line.text, [show(found) for show in self.columns.values()]))
+        cells = [row for _, row in shown]
+        known = [i for i in range(len(self.columns)) if any(row[i] != NO_NUMBER for row in cells)]
+        heads = [head for i, head in enumerate(self.columns) if i in known]
+        out = ["| | " + " | ".join(heads) + " |", "|---" + "|--:" * len(heads) + "|"]
+        out += [f"| {text} | " + " | ".join(row[i] for i in known) + " |" for text, row in shown]
         return out
 
 
@@ -137,12 +148,14 @@ def _median(row: Row) -> str:
 def _steps() -> list[Line]:
     """Each training step that the catalogue has."""
     made = [c for c in CASES.values() if isinstance(c, TrainingCase) and not c.named_only]
-    return [Line(case.title.split(":")[0], case.name, "training") for case in made]
+    return [Line(case.title.split(":")[0], case.name, "training", optional=True) for case in made]
 
 
 def _with_method(name: str) -> Callable[[Rows], str]:
     def show(rows: Rows) -> str:
-        row = rows[name]
+        row = rows.get(name)
+        if row is None:
+            return NO_NUMBER
         reduced = f" ({row.reduced})" if row.reduced else ""
         return f"{show_ratio(row.of_plain)}{reduced}"
 

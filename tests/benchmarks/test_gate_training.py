@@ -181,7 +181,7 @@ IN_STEPS = [n for n, m in mmfuse.METHODS.items() if m.card.acts not in ("head", 
 
 
 def test_every_method_of_the_catalogue_has_a_training_step() -> None:
-    assert {case.method for case in TRAININGS} == set(IN_STEPS)
+    assert {case.method for case in TRAININGS} >= set(IN_STEPS)
     for case in TRAININGS:
         released = mmfuse.METHODS[case.method].card.official != ()
         assert (case.provider("official") is not None) == released

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .contract import Need
     from .gradients import GradientMethod
 
-#: The latest change of gradients: whose it was, by id and name, whether it was a factor alone, and
+#: The latest change of gradients: whose it was, and its name, whether it was a factor alone, and
 #: the first gradient with its version after it.
-latest: tuple[int, str, bool, ref[Tensor], int] | None = None
+latest: tuple[ref[GradientMethod], str, bool, ref[Tensor], int] | None = None
 
 _told: set[tuple[str, str]] = set()
 

@@ -64,7 +64,7 @@ def take_step(
     rule, need, state, stream = method.rule, method._need, method._state, method.stream
     acting, eager = method._acting, type(backend) is Eager
     last_of = _in_turn.latest
-    if eager and acting and active.ids and last_of is not None and last_of[0] != id(method):
+    if eager and acting and active.ids and last_of is not None and last_of[0]() is not method:
         ours = modalities.parameters[active.ids[0]].grad
         _in_turn.check(method, ours, active.grads[0]._version)
     device = active.grads[0].device if active.grads else modalities.device
@@ -107,7 +107,7 @@ def take_step(
         modalities.changed = ref(first), ref(last), versions
         if acting:
             factor = not (need.stats or need.second or need.squares)
-            _in_turn.latest = id(method), method.name, factor, ref(first), versions[0]
+            _in_turn.latest = ref(method), method.name, factor, ref(first), versions[0]
     sums = squares if squares is not None or stats is None else stats.m2
     if active.shards and sums is None and decision.state:
         sums = active.stats(backend).m2

@@ -33,7 +33,6 @@ from balancing import (
     ANCHORED,
     COMBINED,
     DRAWING,
-    NOISY,
     Shown,
     arguments,
     balance,
@@ -51,7 +50,8 @@ import mmfuse
 # What acts together is not trained alone as well.
 _ALONE = [k for k in balancing.KINDS if not any(c.startswith(f"{k} + ") for c in COMBINED)]
 ON_UPDATE = " on the update"
-KINDS = (*_ALONE, *COMBINED, *(kind + ON_UPDATE for kind in NOISY))
+# One alone: all that are attached to an optimizer have to decide about each of its steps.
+KINDS = (*_ALONE, *COMBINED, "OGM-GE" + ON_UPDATE)
 # Such that it acts only sometimes.
 OPTIONS: dict[str, dict[str, Any]] = {
     "RedReg": {

@@ -236,10 +236,8 @@ class Aligned(Joint):
         return Record(scores, out.coefficients[1].expand(len(shares)))
 
 
-class Added(Joint):
-    """A method that adds a loss of its own."""
-
-    coefficients = "contributions to the prediction"
+class InForward(Joint):
+    """A method that is a module of the forward pass, by the name of its class."""
 
     def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
         super().__init__(model, seed, args)
@@ -251,8 +249,14 @@ class Added(Joint):
         self.all_losses = name in ON_ALL_LOSSES
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the method."""
+        """By which the method's window goes."""
         self.method.set_epoch(epoch)
+
+
+class Added(InForward):
+    """A method that adds a loss of its own."""
+
+    coefficients = "contributions to the prediction"
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
         """Leaves the gradients in the model."""
@@ -326,19 +330,10 @@ class Prototypical(Joint):
         return Record(out.scores, out.coefficients)
 
 
-class Shared(Joint):
+class Shared(InForward):
     """AGM, on each view's share of the joint logits."""
 
     coefficients = "factor of the share's gradient"
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
-        super().__init__(model, seed, args)
-        made = mmfuse.METHODS[name]
-        self.method = made(num_modalities=len(model.encoders), backend=args.backend).to(args.device)
-
-    def set_epoch(self, epoch: int) -> None:
-        """By which the method's window goes."""
-        self.method.set_epoch(epoch)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
         """Leaves the gradients in the model; the method's scores are losses."""
@@ -384,19 +379,10 @@ class Alternating(Joint):
         return self.model.turns.fuse(logits).logits
 
 
-class Larger(Joint):
+class Larger(InForward):
     """ARL, with every view's own loss beside the joint one."""
 
     coefficients = "factor of the feature's gradient"
-
-    def __init__(self, model: Model, seed: int, args: argparse.Namespace, *, name: str) -> None:
-        super().__init__(model, seed, args)
-        made = mmfuse.METHODS[name]
-        self.method = made(num_modalities=len(model.encoders), backend=args.backend).to(args.device)
-
-    def set_epoch(self, epoch: int) -> None:
-        """By which the method's window goes."""
-        self.method.set_epoch(epoch)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Record:
         """Leaves the gradients in the model; all losses are those of the features passed on."""
@@ -427,7 +413,7 @@ class Resetting(Joint):
 
     @torch.no_grad()
     def set_epoch(self, epoch: int) -> None:
-        """What the end of the epoch before is for."""
+        """Resets the encoders, if the epoch before was one to end so."""
         if self.batches and epoch and self.method.due(epoch - 1):
             parts = []
             for which in (0, 1):

@@ -20,7 +20,7 @@ PERMUTATIONS = sequences.mcr.PERMUTATIONS
 
 
 def _orders(i: TrainingInputs) -> list[Tensor]:
-    """What MCR draws in the first step, [P, B] for each modality."""
+    """The permutations of MCR's first step, [P, B] for each modality."""
     rows, first = len(i.labels), mmfuse.NoiseStream.from_state(i.state)
     return [
         first.uniform(rows * PERMUTATIONS, m).view(PERMUTATIONS, rows).argsort(1) for m in range(2)

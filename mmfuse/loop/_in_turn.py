@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from .contract import Need
     from .gradients import GradientMethod
 
-#: The latest change of gradients: whose it was, and its name, whether it was a factor alone, and
-#: the first gradient with its version after it.
-latest: tuple[ref[GradientMethod], str, bool, ref[Tensor], int] | None = None
+#: The latest change of gradients: whose it was, its name and what its rule needs, and the first
+#: gradient with its version after it.
+latest: tuple[ref[GradientMethod], str, Need, ref[Tensor], int] | None = None
 
 _told: set[tuple[str, str]] = set()
 
@@ -30,11 +30,11 @@ def check(method: GradientMethod, first: Tensor | None, version: int) -> None:
     Two factors commute; what looks at the gradients, or adds to them, does not.
     """
     assert latest is not None
-    _, before, factor, changed, then = latest
+    _, before, need, changed, then = latest
     if first is None or changed() is not first or version != then:
         return
     pair = before, method.name
-    if (factor and _is_factor(method.rule.need)) or pair in _told:
+    if (_is_factor(need) and _is_factor(method.rule.need)) or pair in _told:
         return
     _told.add(pair)
     warnings.warn(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -148,6 +149,12 @@ class EpochWindowModule(EpochWindow, nn.Module):
             )
         self._first[name] = first.clone()
         self.register_buffer(name, first)
+
+    def _begin_with(self, name: str, numbers: float | Sequence[float]) -> None:
+        """The same with numbers in float64, where the module is."""
+        # On the CPU also within `torch.device("meta")`, where they would not be known later.
+        self._begin_at(name, torch.tensor(numbers, dtype=torch.float64, device="cpu"))
+        self._buffers[name] = self._first[name].to(self.epoch_state.device, copy=True)
 
     def _go_to(self, epoch: int | None) -> None:
         super()._go_to(epoch)

@@ -106,8 +106,7 @@ def take_step(
         versions = active.grads[0]._version, active.grads[-1]._version
         modalities.changed = ref(first), ref(last), versions
         if acting:
-            factor = not (need.stats or need.second or need.squares)
-            _in_turn.latest = ref(method), method.name, factor, ref(first), versions[0]
+            _in_turn.latest = ref(method), method.name, need, ref(first), versions[0]
     sums = squares if squares is not None or stats is None else stats.m2
     if active.shards and sums is None and decision.state:
         sums = active.stats(backend).m2

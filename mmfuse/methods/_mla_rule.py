@@ -50,7 +50,7 @@ class MLARule:
         return torch.pow(self.alpha, exponent)
 
     def removed(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
-        """What P loses, [D, D], before it gets its length."""
+        """The [D, D] matrix that P loses before it gets its length."""
         return torch.outer(k, k) / (a + r @ k)
 
     def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ class MLAReleased(MLARule):
     """With the release's division by each entry of a + k r, a matrix; and its entropies."""
 
     def removed(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
-        """What P loses."""
+        """The matrix that P loses."""
         return torch.outer(k, k) / (a + torch.outer(k, r))
 
     def confidences(self, logits: list[Tensor], backend: str | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PMRResult:
-    """What was added to the loss and why; nothing here has waited for the device.
+    """The loss that was added, and why; nothing here has waited for the device.
 
     Attributes:
         loss: 0-d, to be added to the joint loss.

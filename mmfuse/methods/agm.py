@@ -32,7 +32,7 @@ from ..loop.epochs import EpochWindowModule
 from ..loop.given import Loss, check_criterion, criterion_of
 from ..loop.ranks import Group, Observed, check_group, over_ranks
 from ..loop.shards import is_dtensor
-from ..loop.state import in_backward
+from ..loop.state import in_backward, refuse_backward
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
 from ..ops.scale_grad import scale_grad
@@ -113,9 +113,7 @@ class AGM(EpochWindowModule):
         self.backend = backend
         self.register_buffer("running_scores", torch.zeros(count, dtype=torch.float64))
         self.register_buffer("running_steps", torch.zeros(1, dtype=torch.int64))
-        # On the CPU also within `torch.device("meta")`, where they would not be known later.
-        self._begin_at("coefficients", torch.ones(count, dtype=torch.float64, device="cpu"))
-        self.coefficients = self.coefficients.to(self.epoch_state.device)
+        self._begin_with("coefficients", [1.0] * count)
 
     @classmethod
     def official(
@@ -175,10 +173,7 @@ class AGM(EpochWindowModule):
             self._check(logits)
             return AGMResult(dict(logits), torch.ones_like(self.coefficients))
         if in_backward():
-            raise RuntimeError(
-                "AGM is called in a backward pass, as activation checkpointing does, and would "
-                "count the step twice; leave AGM outside of the checkpointed part"
-            )
+            refuse_backward("AGM", "and would count the step twice")
         if labels is None:
             raise TypeError("AGM needs labels in training; call eval() to pass through")
         self._check_told("AGM")

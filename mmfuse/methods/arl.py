@@ -31,7 +31,7 @@ from ..loop.epochs import EpochWindowModule
 from ..loop.given import check_criterion, criterion_of
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, check_group, over_ranks
-from ..loop.state import in_backward
+from ..loop.state import in_backward, refuse_backward
 from ..ops.sample_scores import named_sample_scores
 from ..ops.scale_grad import scale_grad
 from ._arl_rule import ARLResult, ARLRule, spread
@@ -118,10 +118,7 @@ class ARL(EpochWindowModule):
             )
         object.__setattr__(self, "criterion", criterion)  # no module of this one
         self.backend = backend
-        # On the CPU also within `torch.device("meta")`, where they would not be known later.
-        even = torch.full((count,), 1 / count, dtype=torch.float64, device="cpu")
-        self._begin_at("weights", even)
-        self.weights = self.weights.to(self.epoch_state.device)
+        self._begin_with("weights", [1 / count] * count)
 
     @classmethod
     def official(
@@ -194,10 +191,7 @@ class ARL(EpochWindowModule):
             named_features("ARL", features, self.num_modalities)
             return ARLResult(dict(features), torch.ones_like(self.weights))
         if in_backward():
-            raise RuntimeError(
-                "ARL is called in a backward pass, as activation checkpointing does, where another "
-                "step's weights would act; leave ARL outside of the checkpointed part"
-            )
+            refuse_backward("ARL", "where another step's weights would act")
         if logits is None:
             raise TypeError("ARL needs logits in training; call eval() to pass through")
         self._check_told("ARL")

@@ -44,7 +44,7 @@ _RATES = {2: (1.3, 0.7), 3: (0.9, 1.4, 0.7)}
 
 @dataclass(frozen=True)
 class LearningRatesResult:
-    """What was done in one step; nothing here has waited for the device.
+    """The factors of one step; nothing here has waited for the device.
 
     Attributes:
         coefficients: [M] c_m, in the order of `encoders`.

@@ -142,12 +142,8 @@ class LFM(EpochWindowModule):
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.backend = backend
         self._set_window(starts, ends)
-        # On the CPU also within `torch.device("meta")`, where they would not be known later.
-        like: Any = {"dtype": torch.float64, "device": "cpu"}
-        self._begin_at("weights", torch.tensor([_LEAST, _MOST], **like))
-        self._begin_at("learning_rate", torch.tensor(rate, **like))
-        self.weights = self.weights.to(self.epoch_state.device)
-        self.learning_rate = self.learning_rate.to(self.epoch_state.device)
+        self._begin_with("weights", [_LEAST, _MOST])
+        self._begin_with("learning_rate", rate)
         self._go_to(None)
 
     @classmethod

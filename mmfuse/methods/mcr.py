@@ -32,7 +32,7 @@ from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group
-from ..loop.state import in_backward
+from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.logit_divergence import logit_divergence
 from ._mcr_parts import added, nt_xent, repeated, through, weighted
@@ -210,10 +210,7 @@ class MCR(DrawingModule):
             self._advance()
             return without
         if in_backward():
-            raise RuntimeError(
-                "MCR is called in a backward pass, as activation checkpointing does, and would "
-                "draw other permutations there; leave it outside of the checkpointed part"
-            )
+            refuse_backward("MCR", "and would draw other permutations there")
         self._check_told("MCR")
         parts, fuse = (each, added) if head is None else (values, through(head))
         divergences = self._divergences(parts, fuse)

@@ -23,7 +23,7 @@ from ..loop.drawing import DrawingModule
 from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group
-from ..loop.state import in_backward
+from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops._tensors import kept_tensor
 
@@ -134,10 +134,7 @@ class ModalityDropout(DrawingModule):
         if not self.training:
             return ModalityDropoutResult(dict(features), here)
         if in_backward():
-            raise RuntimeError(
-                "ModalityDropout is called in a backward pass, as activation checkpointing does, "
-                "and would draw another mask there; leave it outside of the checkpointed part"
-            )
+            refuse_backward("ModalityDropout", "and would draw another mask there")
         self._check_told("ModalityDropout")
         if not self._acting:
             self._advance()

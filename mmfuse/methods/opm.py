@@ -32,7 +32,7 @@ from ..loop.given import Loss, More, check_criterion, look, makes_tables
 from ..loop.modalities import check_names, named_features
 from ..loop.pairs import stages
 from ..loop.ranks import Group, Observed, check_group, over_ranks
-from ..loop.state import in_backward
+from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.discrepancy_ratios import discrepancy_ratios
 from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities, with_one_left
@@ -189,10 +189,7 @@ class OPM(DrawingModule):
             keep = values[0].new_ones(len(names), len(values[0]), dtype=torch.bool)
             return OPMResult(dict(features), keep, torch.zeros_like(self.q), None, None)
         if in_backward():
-            raise RuntimeError(
-                "OPM is called in a backward pass, as activation checkpointing does, and would "
-                "draw another mask there; leave OPM outside of the checkpointed part"
-            )
+            refuse_backward("OPM", "and would draw another mask there")
         if not more and (logits is None or labels is None):
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
         self._check_told("OPM")

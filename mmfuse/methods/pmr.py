@@ -169,7 +169,7 @@ class PMR(PrototypeModule):
         return made
 
     def forward(self, features: Mapping[str, Tensor], labels: Tensor | None = None) -> PMRResult:
-        """What is to be added to the loss of a batch.
+        """The term to add to the loss of a batch.
 
         Args:
             features: Name → [B, …] for the M modalities. What is [M] is in the order of those that

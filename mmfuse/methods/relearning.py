@@ -68,7 +68,7 @@ class ReLearningRule:
         return torch.tanh(self.lam * (purities[0] - purities[1]).abs())
 
     def due(self, epoch: int) -> bool:
-        """Whether encoders are reset at the end of this epoch."""
+        """True if encoders are reset at the end of this epoch."""
         return epoch > 0 and epoch % self.every == 0 and epoch // self.every <= self.times
 
 

@@ -21,7 +21,7 @@ EPS = 1e-12
 def history(
     old: Mapping[str, Tensor], h: Tensor, redundancy: Tensor | None, momentum: float
 ) -> dict[str, Tensor]:
-    """What of the state changes with a step, as new tensors.
+    """The parts of the state that a step changes, as new tensors.
 
     ::
 

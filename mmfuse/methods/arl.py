@@ -131,7 +131,7 @@ class ARL(EpochWindowModule):
         starts: int = 6,
         **keywords: Any,
     ) -> ARL:
-        """What the authors' released code runs; theirs is for two modalities.
+        """The method as the authors' released code runs it; theirs is for two modalities.
 
         `later` assigns a step's weights after its forward pass, so that they act in the next one;
         in the first step of the window, as after one outside of it, all weights are 1 / M. `july`,

@@ -245,7 +245,7 @@ class InfoReg(GradientMethod):
         threshold: float | None = None,
         **common: Unpack[Common],
     ) -> InfoReg:
-        """The method as the authors' released code runs it, of encoders audio, visual.
+        """The method as the authors' released code runs it, for encoders audio, visual.
 
         Its differences from the paper: s_m is the sum of the probabilities over the batch, which
         saturates tanh; alpha is 0.95·exp(tanh Δ) for the first and 0.1·exp(tanh Δ) for the second;

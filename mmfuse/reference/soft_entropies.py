@@ -57,7 +57,6 @@ def value_range(x: Tensor) -> Tensor:
     In the middle of a widened range they would lie between two centres, for an even number of bins,
     and have the entropy ln 2 of two values.
     """
-    # PyTorch 2.11 has no gradient for aminmax.
-    low, high = x.amin(dim=1), x.amax(dim=1)
-    least = (low.detach().abs() * (4 * torch.finfo(x.dtype).eps)).clamp(min=0.5)
+    low, high = torch.aminmax(x, dim=1)
+    least = (low.abs() * (4 * torch.finfo(x.dtype).eps)).clamp(min=0.5)
     return torch.stack([low, high + torch.where(low == high, 2 * least, 0.0)], dim=1)

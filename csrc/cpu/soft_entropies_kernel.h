@@ -100,8 +100,7 @@ inline void for_each_log(const acc_t* counts, int64_t n, double samples, const F
 template <typename acc_t>
 inline double entropy_of(const acc_t* counts, int64_t n, double samples) {
   auto sum = splat(acc_t(0));
-  for_each_log(counts, n, samples,
-               [&](int64_t, auto p, auto log_p, int64_t) { sum -= p * log_p; });
+  for_each_log(counts, n, samples, [&](int64_t, auto p, auto log_p, int64_t) { sum -= p * log_p; });
   return sum_lanes(sum);
 }
 

@@ -26,11 +26,12 @@ void check_values(const Tensor& x, const Tensor& y, int64_t bins) {
 
 SoftPairs soft_pairs(const Tensor& x, const Tensor& y, const Tensor& x_range,
                      const Tensor& y_range) {
-  return {{x.const_data_ptr(), y.const_data_ptr()},
-          {const_cast<void*>(x_range.const_data_ptr()), const_cast<void*>(y_range.const_data_ptr())},
-          x.size(0),
-          x.size(1),
-          x.scalar_type() == ScalarType::Double};
+  return {
+      {x.const_data_ptr(), y.const_data_ptr()},
+      {const_cast<void*>(x_range.const_data_ptr()), const_cast<void*>(y_range.const_data_ptr())},
+      x.size(0),
+      x.size(1),
+      x.scalar_type() == ScalarType::Double};
 }
 
 SoftTables soft_tables(const Tensor& x, const Tensor& weights) {

@@ -139,7 +139,8 @@ __global__ void __launch_bounds__(kThreads)
   acc_t* out = static_cast<acc_t*>(slopes) + problem * cells;
   acc_t scale[3];
   for (int k = 0; k < 3; ++k) {
-    scale[k] = static_cast<const acc_t*>(grad)[3 * problem + k] / static_cast<acc_t>(tables.samples);
+    scale[k] =
+        static_cast<const acc_t*>(grad)[3 * problem + k] / static_cast<acc_t>(tables.samples);
   }
   find_margins(weights, bins, margins);
   for (int i = threadIdx.x; i < 2 * bins; i += kThreads) {
@@ -193,8 +194,7 @@ __global__ void __launch_bounds__(kThreads)
   acc_t* out = static_cast<acc_t*>(params.grads[variable]) + part.begin;
   const Range<acc_t> range = load_range<acc_t>(pairs.ranges[variable], part.problem);
   const Range<acc_t> grad = load_range<acc_t>(params.of_ranges[variable], part.problem);
-  const unsigned long long* counts =
-      params.counts + 2 * (variable * pairs.problems + part.problem);
+  const unsigned long long* counts = params.counts + 2 * (variable * pairs.problems + part.problem);
   // The upper end of a constant row is above all values, and moves with them.
   const acc_t to_low = (counts[1] == 0 ? grad.low + grad.high : grad.low) /
                        static_cast<acc_t>(counts[0] > 0 ? counts[0] : 1);

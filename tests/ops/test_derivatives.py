@@ -117,7 +117,8 @@ def examples(cell: Cell) -> dict[str, Example]:
 
     def plain_information(a: Tensor, b: Tensor) -> Tensor:
         p = plain_table(a, b) / ROWS
-        h_x, h_y, h_xy = (torch.special.entr(q).sum(1) for q in (p.sum(2), p.sum(1), p.flatten(1)))
+        parts = (p.sum(2), p.sum(1), p.flatten(1))
+        h_x, h_y, h_xy = (-(q * q.clamp(min=1e-300).log()).sum(1) for q in parts)
         mi = h_x + h_y - h_xy
         return (mi + 2 * mi / (h_x + h_y) * h_x).sum()
 

@@ -41,9 +41,7 @@ def case(inputs: Inputs) -> list[Tensor]:
     written: list[Tensor] = []
     for dtype in WIDE:
         for problems, columns, bins in shapes:
-            x, y = (
-                inputs.sixteenths(problems, columns, most=bins - 1, dtype=dtype) for _ in "xy"
-            )
+            x, y = (inputs.sixteenths(problems, columns, most=bins - 1, dtype=dtype) for _ in "xy")
             x[1] = 2.0
             entropies, *known = forward(x, y, bins)
             grad = inputs.normal(problems, 3, dtype=dtype)

@@ -137,19 +137,16 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t problem = blockIdx.x;
   const acc_t* weights = static_cast<const acc_t*>(tables.weights) + problem * cells;
   acc_t* out = static_cast<acc_t*>(slopes) + problem * cells;
-  acc_t scale[3];
-  for (int k = 0; k < 3; ++k) {
-    scale[k] =
-        static_cast<const acc_t*>(grad)[3 * problem + k] / static_cast<acc_t>(tables.samples);
-  }
+  const acc_t* by = static_cast<const acc_t*>(grad) + 3 * problem;
+  const acc_t samples = static_cast<acc_t>(tables.samples);
   find_margins(weights, bins, margins);
   for (int i = threadIdx.x; i < 2 * bins; i += kThreads) {
     double* margin = &margins[i / bins][i % bins];
-    *margin = slope_of(*margin, tables.samples, scale[i / bins]);
+    *margin = slope_of(*margin, tables.samples, by[i / bins] / samples);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < cells; i += kThreads) {
-    const acc_t own = slope_of(static_cast<double>(weights[i]), tables.samples, scale[2]);
+    const acc_t own = slope_of(static_cast<double>(weights[i]), tables.samples, by[2] / samples);
     out[i] = static_cast<acc_t>(margins[0][i / bins] + margins[1][i % bins]) + own;
   }
 }

@@ -72,7 +72,7 @@ class SoftInformation(Case):
     name = "soft_information"
     title = "mutual_information, soft: forward and backward"
     kind = "few_pairs"
-    ops = ("soft_histogram", "soft_histogram_backward")
+    ops = ("soft_entropies", "soft_entropies_backward")
     passes = 3
     autograd = True
     workloads = (Workload("pairs_32k", "32,768 pairs, 30 bins", "few_pairs", shape=(1, 2**15)),)
@@ -117,7 +117,7 @@ class SoftForward(SoftInformation):
 
     name = "soft_information_forward"
     title = "mutual_information, soft"
-    ops = ("soft_histogram",)
+    ops = ("soft_entropies",)
     passes = 1
     autograd = False
     named_only = True

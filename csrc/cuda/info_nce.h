@@ -9,7 +9,12 @@
 
 namespace mmfuse::cuda {
 
-// Part of a [batch, batch] matrix of float32 or float64 similarities.
+// Elements of a tile: 128 blocks of 128 x 256 for the product, where a large GPU has 132
+// multiprocessors, and 16 MiB, which stay in its L2 cache.
+constexpr int64_t kTileElements = int64_t{1} << 22;
+
+// Part of a [batch, batch] matrix of float32 or float64 inner products; similarities are these,
+// divided by the temperature.
 struct Tile {
   void* values;  // [rows, columns]
   int64_t rows;
@@ -17,6 +22,7 @@ struct Tile {
   int64_t row;  // of the first element in the whole
   int64_t column;
   bool wide;  // float64
+  Coefficients temperature;
 };
 
 // For every row and column of the whole: the largest so far, the sum of e^(x - max), and the
@@ -61,10 +67,31 @@ struct SlopeParams {
   Coefficients grad;
   int64_t batch;
   double* partials;  // the block's sum of slope * similarity / scale is added to its entry
+  void* halves;      // [2, rows, columns] of half_dtype, or null: see below
+  DType half_dtype;
 };
 
-// slope = grad / batch * (diagonal - (e^(s - row) + e^(s - column)) / 2), in place.
+// slope = scale * (diagonal - (e^(s - row) + e^(s - column)) / 2). With scale = grad / batch, in
+// place; or for products in half precision with half_scale, as the sum of two halves, of
+// which the second is what rounding left of the first.
 void launch_slope(const SlopeParams& params, cudaStream_t stream);
+
+// Slopes are at most 1. In float16 small ones would lose bits below 2^-14, large ones end at 2^16.
+MMFUSE_HD constexpr float half_scale(DType dtype) {
+  return dtype == DType::kFloat16 ? 32768.0f : 1.0f;
+}
+
+// sums += product * grad / (batch * half_scale), float32.
+struct AddProductParams {
+  float* sums;
+  const float* product;
+  int64_t count;
+  Coefficients grad;
+  int64_t batch;
+  DType half_dtype;
+};
+
+void launch_add_product(const AddProductParams& params, cudaStream_t stream);
 
 struct GradTemperatureParams {
   const double* partials;

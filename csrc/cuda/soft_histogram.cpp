@@ -21,9 +21,7 @@ SoftRows soft_rows(const Tensor& x, const Tensor& y, const Tensor& x_range, cons
           static_cast<int>(bins),   dtype_of(x)};
 }
 
-int64_t soft_parts(const SoftRows& rows) {
-  return chunk_count(rows.columns, soft_chunk(rows.problems, rows.columns, rows.bins));
-}
+int64_t soft_parts(const SoftRows& rows) { return chunk_count(rows.columns, soft_chunk(rows)); }
 
 }  // namespace
 
@@ -36,7 +34,8 @@ Tensor soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
   call.weights = weights.mutable_data_ptr();
   std::optional<Tensor> sums;
   if (!block_per_problem(call.rows)) {
-    sums = new_empty(x, {call.rows.problems, bins * bins + 1}, ScalarType::Long);
+    const int64_t words = soft_sum_words(call.rows.dtype) * bins * bins + 1;
+    sums = new_empty(x, {call.rows.problems, words}, ScalarType::Long);
     torch::stable::zero_(*sums);
     call.sums = sums->mutable_data_ptr();
   }

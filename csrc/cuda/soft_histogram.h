@@ -21,20 +21,23 @@ struct SoftRows {
   DType dtype;
 };
 
-// Samples of a problem that one block shares out, a function of the shape alone. Sums of shares of
-// no more than 2^15 samples fit the words that they are kept in.
-inline int64_t soft_chunk(int64_t problems, int64_t columns, int bins) {
-  constexpr int64_t kMost = 32768;
-  if (problems >= 128 || columns > (int64_t{1} << 22)) return kMost;
-  return std::min(kMost, std::max<int64_t>(4096, int64_t{2} * bins * bins / 8 * 8));
+// Samples of a problem that one block shares out, a function of shape and dtype alone. Sums of
+// shares of no more samples fit the words that they are kept in.
+inline int64_t soft_chunk(const SoftRows& rows) {
+  const int64_t most = rows.dtype == DType::kFloat64 ? 16384 : 32768;
+  if (rows.problems >= 128 || rows.columns > (int64_t{1} << 22)) return most;
+  return std::min(most, std::max<int64_t>(4096, int64_t{2} * rows.bins * rows.bins / 8 * 8));
 }
+
+// 8-byte words of a cell in what the blocks add up: a float64 share has more bits than one holds.
+inline int64_t soft_sum_words(DType dtype) { return dtype == DType::kFloat64 ? 2 : 1; }
 
 // Whether one block makes a whole histogram.
 bool block_per_problem(const SoftRows& rows);
 
 struct SoftHistogramParams {
   SoftRows rows;
-  void* sums;     // [problems, bins * bins + 1] 8-byte zeros, unless block_per_problem
+  void* sums;     // [problems, soft_sum_words * bins² + 1] zeros, unless block_per_problem
   void* weights;  // [problems, bins, bins], float64 if x is, else float32
 };
 

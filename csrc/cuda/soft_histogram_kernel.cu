@@ -5,6 +5,7 @@
 #include "cuda/device/histogram_bins.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/row_part.h"
+#include "cuda/device/soft_shares.h"
 #include "soft_histogram.h"
 
 namespace mmfuse::cuda {
@@ -19,55 +20,6 @@ constexpr int kRangeSums = 4;
 // A block keeps copies of small histograms, so that its warps do not wait for each other.
 constexpr int kCopiesBytes = 16 * 1024;
 constexpr int kMaxCopies = 8;
-
-using Sum = unsigned long long;
-
-// float32 shares are added as integers: atomic additions of these are native in shared memory, and
-// their order does not matter. A share s is the number round(2^31 s) in two words of 16 and 15
-// bits, each with room for 2^16 of them.
-template <typename acc_t>
-struct Shares {
-  static constexpr int kWords = 2;
-  static constexpr int kLowBits = 15;
-  static constexpr float kUnit = 2147483648.0f;
-  using sum_t = Sum;
-
-  __device__ static void add(uint32_t* cell, int stride, float share) {
-    const uint32_t bits = __float2uint_rn(share * kUnit);
-    atomicAdd(cell, bits >> kLowBits);
-    atomicAdd(cell + stride, bits & ((1u << kLowBits) - 1));
-  }
-  __device__ static sum_t load(const uint32_t* cell, int stride) {
-    return (static_cast<sum_t>(cell[0]) << kLowBits) + cell[stride];
-  }
-  __device__ static void add(sum_t* sum, float share) {
-    atomicAdd(sum, static_cast<sum_t>(__float2uint_rn(share * kUnit)));
-  }
-  __device__ static float value(sum_t sum) {
-    return static_cast<float>(static_cast<double>(sum) * (1.0 / kUnit));
-  }
-};
-
-template <>
-struct Shares<double> {
-  static constexpr int kWords = 2;
-  using sum_t = double;
-
-  __device__ static void add(uint32_t* cell, int, double share) {
-    atomicAdd(reinterpret_cast<double*>(cell), share);
-  }
-  __device__ static sum_t load(const uint32_t* cell, int) {
-    return *reinterpret_cast<const double*>(cell);
-  }
-  __device__ static void add(sum_t* sum, double share) { atomicAdd(sum, share); }
-  __device__ static double value(sum_t sum) { return sum; }
-};
-
-// Where cell i of a table of so many cells starts, and how far apart its words are.
-template <typename acc_t>
-__device__ __forceinline__ uint32_t* cell_of(uint32_t* table, int i) {
-  return std::is_same_v<acc_t, double> ? table + 2 * i : table + i;
-}
 
 // One variable of one problem.
 template <typename acc_t>
@@ -132,7 +84,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
   const Axis<acc_t> y_axis = load_axis<acc_t>(rows.y_range, part.problem, bins);
   const scalar_t* x_part = static_cast<const scalar_t*>(rows.x) + part.begin;
   const scalar_t* y_part = static_cast<const scalar_t*>(rows.y) + part.begin;
-  sum_t* const sums = static_cast<sum_t*>(params.sums) + part.problem * (cells + 1);
+  constexpr int kSums = kSumWords<acc_t>;
+  Sum* const sums = static_cast<Sum*>(params.sums) + part.problem * (kSums * cells + 1);
   const int copy = grid.copies > 1 ? threadIdx.x / kWarpSize % grid.copies : 0;
   uint32_t* const mine = table + copy * table_words;
   for (int tile = 0; tile < part.elements; tile += kRowPack * kThreads) {
@@ -156,9 +109,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
                             (k % 2 == 0 ? acc_t(1) - py.share : py.share);
         const int target = cell + k / 2 * bins + k % 2;
         if (kWhole || grid.copies > 0) {
-          shares::add(cell_of<acc_t>(mine, target), cells, share);
+          shares::add(mine + target, cells, share);
         } else {
-          shares::add(sums + target, share);
+          shares::add(sums + kSums * target, share);
         }
       }
     }
@@ -166,19 +119,19 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
   __syncthreads();
   if (!kWhole && threadIdx.x == 0 && broken) {
     // A mark that nothing is added to but other marks.
-    atomicAdd(sums + cells, sum_t(1));
+    atomicAdd(sums + kSums * cells, Sum(1));
   }
   if (grid.copies == 0) return;
   for (int i = threadIdx.x; i < cells; i += kThreads) {
-    sum_t sum = 0;
+    sum_t sum{};
     for (int c = 0; c < grid.copies; ++c) {
-      sum += shares::load(cell_of<acc_t>(table + c * table_words, i), cells);
+      sum += shares::load(table + c * table_words + i, cells);
     }
     if constexpr (kWhole) {
       static_cast<acc_t*>(params.weights)[part.problem * cells + i] =
           broken ? static_cast<acc_t>(NAN) : shares::value(sum);
-    } else if (sum != 0) {
-      atomicAdd(sums + i, sum);
+    } else {
+      shares::add(sums + kSums * i, sum);
     }
   }
 }
@@ -190,11 +143,14 @@ __global__ void __launch_bounds__(kFinishThreads)
   using shares = Shares<acc_t>;
   const int cells = params.rows.bins * params.rows.bins;
   for (int64_t problem = blockIdx.y; problem < params.rows.problems; problem += gridDim.y) {
-    const auto* sums =
-        static_cast<const typename shares::sum_t*>(params.sums) + problem * (cells + 1);
+    const Sum* sums =
+        static_cast<const Sum*>(params.sums) + problem * (kSumWords<acc_t> * cells + 1);
     acc_t* weights = static_cast<acc_t*>(params.weights) + problem * cells;
     const int i = blockIdx.x * kFinishThreads + threadIdx.x;
-    if (i < cells) weights[i] = sums[cells] != 0 ? static_cast<acc_t>(NAN) : shares::value(sums[i]);
+    if (i >= cells) continue;
+    const bool broken = sums[kSumWords<acc_t> * cells] != 0;
+    weights[i] =
+        broken ? static_cast<acc_t>(NAN) : shares::value(shares::load(sums + kSumWords<acc_t> * i));
   }
 }
 
@@ -300,14 +256,15 @@ __global__ void __launch_bounds__(kFinishThreads)
 
 SoftGrid soft_grid(const SoftRows& rows) {
   SoftGrid grid{};
-  grid.chunk = soft_chunk(rows.problems, rows.columns, rows.bins);
+  grid.chunk = soft_chunk(rows);
   grid.parts = chunk_count(rows.columns, grid.chunk);
   return grid;
 }
 
 // Shared memory of one copy of the histogram.
 int table_bytes(const SoftRows& rows) {
-  return rows.bins * rows.bins * static_cast<int>(sizeof(Sum));
+  const int words = rows.dtype == DType::kFloat64 ? Shares<double>::kWords : Shares<float>::kWords;
+  return rows.bins * rows.bins * words * static_cast<int>(sizeof(uint32_t));
 }
 
 bool is_vector(const SoftRows& rows) {

@@ -10,8 +10,6 @@
 
 namespace mmfuse {
 
-// Elements of a tile: small beside the features' own memory, large enough for a fast product.
-constexpr int64_t kTileElements = int64_t{1} << 20;
 constexpr int64_t kTileColumns = 2048;
 
 struct TileShape {
@@ -19,12 +17,12 @@ struct TileShape {
   int64_t columns;
 };
 
-inline TileShape tile_shape(int64_t batch) {
+inline TileShape tile_shape(int64_t batch, int64_t elements) {
   const int64_t columns = std::clamp<int64_t>(batch, 1, kTileColumns);
-  return {std::clamp<int64_t>(kTileElements / columns, 1, batch), columns};
+  return {std::clamp<int64_t>(elements / columns, 1, batch), columns};
 }
 
-// Similarities of some rows of a, divided by the temperature, and some rows of b.
+// Similarities of some rows of a and some rows of b.
 struct C10_HIDDEN SimilarityTile {
   Tensor values;  // [rows, columns]
   Tensor a;       // [rows, D]
@@ -89,48 +87,5 @@ class NoGrad {
  private:
   bool before_;
 };
-
-// Calls f(tile) for all tiles, row after row of them; f may overwrite the values.
-template <typename F>
-inline void for_each_tile(const Tensor& a, const Tensor& b, const Tensor& temperature, const F& f) {
-  const NoGrad no_grad;
-  const int64_t batch = a.size(0), width = a.size(1);
-  const ScalarType dtype = temperature.scalar_type();
-  const TileShape shape = tile_shape(batch);
-  const Tensor wide_b = torch::stable::to(b, dtype);
-  const Tensor values = torch::stable::new_empty(a, {shape.rows * shape.columns}, dtype);
-  const Tensor scaled = torch::stable::new_empty(a, {shape.rows * width}, dtype);
-  for (int64_t row = 0; row < batch; row += shape.rows) {
-    const int64_t rows = std::min(shape.rows, batch - row);
-    const Tensor scaled_a = matrix_in(scaled, rows, width);
-    divide(torch::stable::to(rows_of(a, row, rows), dtype), temperature, scaled_a);
-    for (int64_t column = 0; column < batch; column += shape.columns) {
-      const int64_t columns = std::min(shape.columns, batch - column);
-      const Tensor tile = matrix_in(values, rows, columns);
-      const Tensor tile_b = rows_of(wide_b, column, columns);
-      call_out("aten::mm", "out", scaled_a, torch::stable::transpose(tile_b, 0, 1), tile);
-      f(SimilarityTile{tile, scaled_a, tile_b, row, column});
-    }
-  }
-}
-
-// The gradients of a and b; to_slope(tile) turns the similarities into the loss's slopes in place.
-template <typename F>
-inline std::tuple<Tensor, Tensor> product_gradients(const Tensor& a, const Tensor& b,
-                                                    const Tensor& temperature, const F& to_slope) {
-  const NoGrad no_grad;
-  const ScalarType dtype = temperature.scalar_type();
-  const Tensor grad_a = torch::stable::new_zeros(a, {a.size(0), a.size(1)}, dtype);
-  const Tensor grad_b = torch::stable::new_zeros(b, {b.size(0), b.size(1)}, dtype);
-  for_each_tile(a, b, temperature, [&](const SimilarityTile& tile) {
-    to_slope(tile);
-    const int64_t rows = tile.a.size(0), columns = tile.b.size(0);
-    add_product(tile.values, tile.b, rows_of(grad_a, tile.row, rows));
-    add_product(torch::stable::transpose(tile.values, 0, 1), tile.a,
-                rows_of(grad_b, tile.column, columns));
-  });
-  divide(grad_a, temperature, grad_a);
-  return {torch::stable::to(grad_a, a.scalar_type()), torch::stable::to(grad_b, b.scalar_type())};
-}
 
 }  // namespace mmfuse

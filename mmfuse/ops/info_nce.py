@@ -59,6 +59,8 @@ def info_nce(
 
     It cannot exceed log B, however much the features share. The B × B similarities are never held:
     they are formed tile by tile with a running log-sum-exp, and formed again for the gradient.
+    On CUDA GPUs features in half precision are multiplied as they are, with float32 sums, and the
+    similarities are float32; slopes go into the gradients' products as two halves each.
 
     Equivalent to::
 

@@ -17,7 +17,7 @@ from .joint_entropies import (
     check_not_empty,
     joint_entropies,
 )
-from .soft_histogram import soft_histogram
+from .soft_entropies import soft_entropies
 
 Estimator = Literal["histogram", "soft"]
 
@@ -108,7 +108,7 @@ def mutual_information(
                 "present goes with the estimator 'histogram'; give 'soft' the pairs that are there"
             )
         bins = check_bins(bins, MAX_BINS[2], 2)
-        h_x, h_y, h_xy = _soft_entropies(rows[0], rows[1], bins, backend)
+        h_x, h_y, h_xy = soft_entropies(rows[0], rows[1], bins, backend).unbind(-1)
     else:
         raise ValueError(f"estimator must be 'histogram' or 'soft', got {estimator!r}")
     mi = (h_x + h_y - h_xy).clamp(min=0)
@@ -224,16 +224,3 @@ def normalised(twice_mi: Tensor, total: Tensor) -> Tensor:
     """
     least = 256 * torch.finfo(total.dtype).eps
     return (twice_mi / (total + (total <= least))).clamp(0, 1)
-
-
-def _soft_entropies(
-    x: Tensor, y: Tensor, bins: int, backend: str | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    p = soft_histogram(x, y, bins, backend=backend) / x.shape[1]
-    # The slope of -p log p is infinite at 0; this keeps it finite, and p log p exact above.
-    least = torch.finfo(p.dtype).tiny
-
-    def entropy(q: Tensor) -> Tensor:
-        return -(q * q.clamp(min=least).log()).flatten(1).sum(1)
-
-    return entropy(p.sum(2)), entropy(p.sum(1)), entropy(p)

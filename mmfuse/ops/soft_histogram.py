@@ -77,8 +77,8 @@ def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = Non
     Returns:
         [P, bins, bins], float64 for float64, otherwise float32; the entries add up to N. NaN for a
         row that holds a value that is not finite, or whose range is too wide or too narrow for
-        its dtype. On GPUs the order in which a bin's shares are added is fixed in the cuda backend
-        except for float64, and not in triton.
+        its dtype. The same bits each time in the cuda backend, where shares are added as integers;
+        in triton the order in which a bin's shares are added on a GPU is not fixed.
     """
     # The gradients of x and of its range are added, which half precision has no room for.
     x, y = (v.to(_wide(v)).contiguous() for v in (x, y))

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import COMPILE_OPTIONS
+from ._device import round_to, widen
 from ._partials import accumulator
 from ._tensor_list import launch_on
 
@@ -22,6 +23,8 @@ ROW_LINES = 8
 ROW_ITEMS = 128
 COLUMN_LINES = 16
 COLUMN_ITEMS = 32
+# Slopes are at most 1. In float16 small ones would lose bits below 2^-14, large ones end at 2^16.
+HALF_SCALE = {torch.float16: 2.0**15, torch.bfloat16: 1.0}
 
 
 @triton.jit
@@ -114,6 +117,7 @@ def _merge_tile_kernel(
     ]
 )  # fmt: skip
 def _slope_kernel(
+    slopes_ptr,
     dots_ptr,
     partials_ptr,
     grad_ptr,
@@ -124,14 +128,18 @@ def _slope_kernel(
     diagonal,
     n_rows,
     n_columns,
+    HALF_SCALE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Turns similarities into slopes in place; writes the sum of slope times similarity.
+    """Turns similarities into slopes; writes the sum of slope times similarity.
 
-    The pairs are where the row, counted from the tile's first, is the column plus `diagonal`.
+    The pairs are where the row, counted from the tile's first, is the column plus `diagonal`. With
+    HALF_SCALE the slopes have that in place of grad/batch, and are sums of two numbers in half
+    precision, [2, n_rows, n_columns], of which the second is what rounding left of the first.
     """
     ACC: tl.constexpr = dots_ptr.dtype.element_ty
+    OUT: tl.constexpr = slopes_ptr.dtype.element_ty
     temperature = tl.load(temperature_ptr)
     scale = _divide(tl.load(grad_ptr), batch.to(ACC))
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -141,13 +149,20 @@ def _slope_kernel(
         column = start + tl.arange(0, BLOCK_COLUMNS)
         used = column < n_columns
         mask = (row < n_rows)[:, None] & used[None, :]
-        ptrs = dots_ptr + (row * n_columns)[:, None] + column[None, :]
-        s = _divide(tl.load(ptrs, mask=mask, other=0.0), temperature)
+        at = (row * n_columns)[:, None] + column[None, :]
+        s = _divide(tl.load(dots_ptr + at, mask=mask, other=0.0), temperature)
         column_sums = tl.load(columns_ptr + column, mask=used, other=0.0)[None, :]
         softmaxes = tl.exp(s - row_sums) + tl.exp(s - column_sums)
         paired = tl.where(row[:, None] == column[None, :] + diagonal, 1.0, 0.0)
-        slope = (paired - 0.5 * softmaxes) * scale
-        tl.store(ptrs, slope.to(ACC), mask=mask)
+        slope = ((paired - 0.5 * softmaxes) * scale).to(ACC)
+        if HALF_SCALE == 0:
+            tl.store(slopes_ptr + at, slope, mask=mask)
+        else:
+            scaled = (paired - 0.5 * softmaxes).to(ACC) * HALF_SCALE
+            first = round_to(scaled, OUT)
+            rest = round_to(scaled - widen(first, ACC), OUT)
+            tl.store(slopes_ptr + at, first, mask=mask)
+            tl.store(slopes_ptr + n_rows * n_columns + at, rest, mask=mask)
         total += tl.sum(tl.where(mask, slope * s, 0.0), axis=1).to(tl.float64)
     tl.store(partials_ptr + tl.program_id(0), tl.sum(total, axis=0))
 
@@ -157,15 +172,25 @@ def _spans(count: int) -> Iterator[slice]:
         yield slice(first, min(first + TILE_SIDE, count))
 
 
+def _multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """Writes x @ y to out, in whose dtype the products of halves are exact."""
+    if x.dtype == out.dtype:
+        return torch.mm(x, y, out=out)
+    # On tensor cores, and only there does PyTorch have such a product.
+    if x.is_cuda and x.numel() and y.numel():
+        return torch.mm(x, y, out.dtype, out=out)
+    return torch.mm(x.to(out.dtype), y.to(out.dtype), out=out)
+
+
 def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
     """Yields each tile of a @ b.T with its rows and columns; the next one overwrites it."""
     count = a.shape[0]
-    buffer = torch.empty(min(count, TILE_SIDE) ** 2, dtype=a.dtype, device=a.device)
+    buffer = torch.empty(min(count, TILE_SIDE) ** 2, dtype=accumulator(a), device=a.device)
     for rows in _spans(count):
         for columns in _spans(count):
             shape = (rows.stop - rows.start, columns.stop - columns.start)
             tile = buffer[: shape[0] * shape[1]].view(shape)
-            yield torch.mm(a[rows], b[columns].T, out=tile), rows, columns
+            yield _multiply(a[rows], b[columns].T, tile), rows, columns
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -176,7 +201,7 @@ def info_nce(a: Tensor, b: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor,
     totals = torch.zeros_like(tops)
     diagonal = torch.empty(count, dtype=dtype, device=a.device)
     with launch_on(a.device):
-        for tile, rows, columns in _tiles(a.to(dtype), b.to(dtype)):
+        for tile, rows, columns in _tiles(a, b):
             if rows == columns:
                 torch.div(tile.diagonal(), temperature, out=diagonal[rows])
             n_rows, n_columns = tile.shape
@@ -205,16 +230,23 @@ def info_nce_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of a, b and the temperature."""
     count, dtype = a.shape[0], accumulator(a)
-    wide_a, wide_b = a.to(dtype), b.to(dtype)
+    half_scale = HALF_SCALE.get(a.dtype, 0.0)
+    side = min(count, TILE_SIDE)
+    halves = torch.empty(2 * side**2 if half_scale else 0, dtype=a.dtype, device=a.device)
+    product = torch.empty(side * a.shape[1] if half_scale else 0, dtype=dtype, device=a.device)
     grad_a = torch.zeros(a.shape, dtype=dtype, device=a.device)
     grad_b = torch.zeros_like(grad_a)
     n_tiles = triton.cdiv(count, TILE_SIDE) ** 2
     programs = triton.cdiv(min(count, TILE_SIDE), ROW_LINES)
     partials = torch.zeros((n_tiles, programs), dtype=torch.float64, device=a.device)
     with launch_on(a.device):
-        for k, (tile, own, others) in enumerate(_tiles(wide_a, wide_b)):
+        for k, (tile, own, others) in enumerate(_tiles(a, b)):
             n_rows, n_columns = tile.shape
+            parts = (tile,)
+            if half_scale:
+                parts = halves[: 2 * tile.numel()].view(2, n_rows, n_columns).unbind()
             _slope_kernel[(triton.cdiv(n_rows, ROW_LINES),)](
+                parts[0],
                 tile,
                 partials[k],
                 grad,
@@ -225,17 +257,31 @@ def info_nce_backward(
                 others.start - own.start,
                 n_rows,
                 n_columns,
+                HALF_SCALE=half_scale,
                 BLOCK_ROWS=ROW_LINES,
                 BLOCK_COLUMNS=ROW_ITEMS,
                 num_warps=NUM_WARPS,
                 **COMPILE_OPTIONS,
             )
-            grad_a[own].addmm_(tile, wide_b[others])
-            grad_b[others].addmm_(tile.T, wide_a[own])
+            for part in parts:
+                _add_product(part, b[others], grad_a[own], product)
+                _add_product(part.T, a[own], grad_b[others], product)
+    if half_scale:
+        weight = grad / (count * half_scale)
+        grad_a.mul_(weight)
+        grad_b.mul_(weight)
     grad_temperature = -partials.sum().to(dtype) / temperature
     grad_a.div_(temperature)
     grad_b.div_(temperature)
     return grad_a.to(a.dtype), grad_b.to(b.dtype), grad_temperature
+
+
+def _add_product(x: Tensor, y: Tensor, sums: Tensor, buffer: Tensor) -> None:
+    """Adds x @ y; of halves by way of the buffer, since PyTorch's product does not add them."""
+    if x.dtype == sums.dtype:
+        sums.addmm_(x, y)
+    else:
+        sums.add_(_multiply(x, y, buffer[: sums.numel()].view_as(sums)))
 
 
 _BLOCKS = {

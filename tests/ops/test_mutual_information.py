@@ -132,7 +132,9 @@ def test_a_batch_is_a_loop(cell: Cell, name: str) -> None:
         alone = measure(*(x[p] for x in data), backend=cell.backend)
         for one, other in zip(alone, together, strict=True):
             assert one.shape == ()
-            if name == "soft" and cell.device == "cuda":  # its order of adding is not fixed
+            if name == "soft" and cell == Cell(
+                "triton", "cuda"
+            ):  # its order of adding is not fixed
                 torch.testing.assert_close(one, other[p])
             else:
                 assert torch.equal(one, other[p])

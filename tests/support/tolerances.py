@@ -436,6 +436,25 @@ def log_sum_exp(dtype: torch.dtype, s: Tensor, error: Tensor) -> Tensor:
     return weighted + 2 * u * (lse.squeeze(1).abs() + largest)
 
 
+def soft_entropy(dtype: torch.dtype, p: Tensor, samples: int) -> Tensor:
+    """Bound for −Σ p ln p over the last dimension, from the counts [..., n] themselves.
+
+    A count of a margin is a sum that is rounded once, p once more; by both a term moves by at most
+    2u·p(1 + |ln p|). The logarithm takes two units of 1 + |ln p|, the product one; adding up √L + 1
+    of all terms' magnitudes, and the result is stored.
+    """
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    size = p * (1 + torch.where(p > 0, p.log().abs(), 0.0))
+    return (5 + growth(p.shape[-1]) + 2) * u * size.sum(-1)
+
+
+def soft_entropy_slope(dtype: torch.dtype, p: Tensor, weight: Tensor) -> Tensor:
+    """Bound for −g(ln p + 1): p's two roundings, two units of 1 + |ln p|, three for the rest."""
+    u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
+    least = torch.finfo(accumulation_dtype(dtype)).tiny
+    return 7 * u * weight.abs() * (1 + p.clamp(min=least).log().abs())
+
+
 def info_nce(
     dtype: torch.dtype, diagonal: Tensor, diagonal_error: Tensor, sums: Tensor, sums_error: Tensor
 ) -> Tensor:
@@ -471,14 +490,23 @@ def info_nce_gradient(
     slope_error: Tensor,
     other: Tensor,
     temperature: Tensor,
+    *,
+    halves: bool = False,
 ) -> Tensor:
     """Bound for G·other/τ, stored once: G's bound, √L + 1 for each sum, six roundings on the way.
 
     Forming G from its two exponentials takes three roundings of at most its largest part, the
-    weight grad/B two, the temperature one.
+    weight grad/B two, the temperature one. With `halves`, G is handed to the product as two numbers
+    in half precision: the first is off by u_out·|G|, the second, which stands for that, by u_out of
+    it, or by half a unit of its smallest numbers, at 2^15 times the size in float16. Their products
+    with `other` are exact; adding up two sums in place of one takes √L + 1 and two roundings more.
     """
     u = UNIT_ROUNDOFF[accumulation_dtype(dtype)]
     terms = slope_error + (growth(len(other)) + 7) * u * slope
+    if halves and dtype in (torch.float16, torch.bfloat16):
+        smallest = UNDERFLOW[dtype] * (2.0**-15 if dtype == torch.float16 else 1.0)
+        terms = terms + UNIT_ROUNDOFF[dtype] ** 2 * slope + smallest
+        terms = terms + (growth(len(other)) + 3) * u * slope
     computed = terms @ other.abs() / temperature
     return computed + UNIT_ROUNDOFF[dtype] * (expected.abs() + computed) + UNDERFLOW[dtype]
 

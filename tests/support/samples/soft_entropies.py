@@ -1,0 +1,57 @@
+"""soft_entropies: rows of one part and of several, tables of several tiles, constant rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmfuse import ops
+from mmfuse.ops._registry import OPS
+
+from ._inputs import WIDE, Inputs, Samples, Small
+
+
+def arguments(device: str) -> Samples:
+    a, b = torch.randn(2, 4, 3, device=device).unbind()
+    leaves = [t.clone().requires_grad_() for t in (a, b)]
+    weights = torch.rand(4, 5, 5, device=device)
+    ends = torch.stack([a.amin(1), a.amax(1)], 1), torch.stack([b.amin(1), b.amax(1)], 1)
+    return {
+        "soft_entropies": [(a, b, 5), (*leaves, 2), (a.double(), b.double(), 7)],
+        "soft_entropies_backward": [(torch.randn(4, 3, device=device), a, b, weights, *ends)],
+    }
+
+
+def undefined(device: str) -> Samples:
+    unknown = torch.full((2, 3), torch.nan, device=device)
+    return {"soft_entropies": [(unknown, unknown, 4)]}
+
+
+def small(device: str) -> Small:
+    x, y = torch.randn(2, 1, 33, device=device)
+    return lambda: ops.mutual_information(x, y, 5, "soft")
+
+
+def case(inputs: Inputs) -> list[Tensor]:
+    """Beyond 32,768 columns several blocks look for the ends of a row."""
+    forward = OPS["soft_entropies"].overloads[inputs.backend]
+    backward = OPS["soft_entropies_backward"].overloads[inputs.backend]
+    shapes = [(3, 319, 5), (2, 40, 70)]
+    shapes += [] if inputs.interpreted else [(2, 32768 + 37, 6)]
+    written: list[Tensor] = []
+    for dtype in WIDE:
+        for problems, columns, bins in shapes:
+            x, y = (inputs.sixteenths(problems, columns, most=bins - 1, dtype=dtype) for _ in "xy")
+            x[1] = 2.0
+            entropies, *known = forward(x, y, bins)
+            grad = inputs.normal(problems, 3, dtype=dtype)
+            written += [entropies, *known, *backward(grad, x, y, *known)]
+    return written
+
+
+def compiled(inputs: Inputs) -> None:
+    for dtype in WIDE:
+        for shape, bins in (((1, 100_000), 30), ((64, 309), 5)):
+            x, y = (inputs.normal(*shape, dtype=dtype) for _ in "xy")
+            entropies, *known = OPS["soft_entropies"].overloads[inputs.backend](x, y, bins)
+            OPS["soft_entropies_backward"].overloads[inputs.backend](entropies, x, y, *known)

@@ -19,7 +19,7 @@ class TransposedTiling {
  public:
   // 32 KB of noise, for rows of a 3 x 3 kernel with 910 channels.
   static constexpr int64_t kMost = 8192;
-  static constexpr int64_t kEnough = 4096;
+  static constexpr int64_t kEnough = 2048;
   static constexpr int64_t kFewChannels = 16;  // a cache line's
 
   TransposedTiling(int64_t channels, int64_t spatial) : channels_(channels), spatial_(spatial) {
@@ -108,7 +108,11 @@ class TransposedNormals {
     while (n > 0) {
       if (place->s == 0 && n >= kBlock * tile.spatial &&
           place->channel + kBlock <= tile.channels) {
-        scatter_block(tile, z, place->first);
+        if (tile.spatial == 9) {  // 3 x 3 kernels: without a loop
+          scatter_block<9>(9, tile.channels, z, place->first);
+        } else {
+          scatter_block<0>(tile.spatial, tile.channels, z, place->first);
+        }
         z += kBlock * tile.spatial;
         n -= kBlock * tile.spatial;
         next_channel(tile, kBlock, place);
@@ -135,8 +139,10 @@ class TransposedNormals {
     return q;
   }
 
-  static void scatter_block(const TransposedTile& tile, const float* z, float* to) {
-    const int64_t spatial = tile.spatial, channels = tile.channels;
+  // kSpatial, where not 0, is `places`, known when compiling.
+  template <int kSpatial>
+  static void scatter_block(int64_t places, int64_t channels, const float* z, float* to) {
+    const int64_t spatial = kSpatial > 0 ? kSpatial : places;
     int64_t s = 0;
     for (; s + kBlock <= spatial; s += kBlock) {
       const Quad a = load_quad(z + s), b = load_quad(z + spatial + s);

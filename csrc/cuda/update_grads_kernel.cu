@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
   tensor.in = static_cast<const scalar_t*>(entry.grad);
   tensor.out = static_cast<scalar_t*>(entry.grad);
   tensor.numel = entry.numel;
+  if constexpr (kNoise) tensor.key = load_noise_key(call.noise_state, entry.noise_id);
   tensor.scale = load_coefficient<acc_t>(call.scale, entry.slot);
   if constexpr (kAnchors != Anchors::kNone) {
     tensor.pull = load_coefficient<acc_t>(call.pull, entry.slot);
@@ -41,7 +42,6 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
   }
   if constexpr (kNoise) {
     tensor.noise_std = load_coefficient<acc_t>(call.noise_std, entry.slot);
-    tensor.key = load_noise_key(call.noise_state, entry.noise_id);
     tensor.noise_offset = entry.noise_offset;
   }
   tensor.store =
@@ -56,8 +56,10 @@ using TransposedTable = TensorTable<TransposedEntry<kHasParams>, UpdateCommon>;
 
 // A batch's registers are 16 gradients, and as many displacements.
 template <typename scalar_t, Anchors kAnchors>
-constexpr int kTransposedBlocksPerSm =
-    sizeof(scalar_t) == 8 ? 2 : kAnchors == Anchors::kNone ? 4 : kAnchors == Anchors::kMixed ? 2 : 3;
+constexpr int kTransposedBlocksPerSm = sizeof(scalar_t) == 8         ? 2
+                                       : kAnchors == Anchors::kNone  ? 4
+                                       : kAnchors == Anchors::kMixed ? 2
+                                                                     : 3;
 
 // As update_grads_kernel with noise, for tensors in channels_last. A kernel of its own, so that the
 // other one stays as it was tuned.
@@ -74,13 +76,13 @@ __global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kA
   tensor.in = static_cast<const scalar_t*>(entry.grad);
   tensor.out = static_cast<scalar_t*>(entry.grad);
   tensor.numel = entry.numel;
+  tensor.key = load_noise_key(call.noise_state, entry.noise_id);
   tensor.scale = load_coefficient<acc_t>(call.scale, entry.slot);
   if constexpr (kAnchors != Anchors::kNone) {
     tensor.pull = load_coefficient<acc_t>(call.pull, entry.slot);
     tensor.pair = anchor_pair<kAnchors>(entry);
   }
   tensor.noise_std = load_coefficient<acc_t>(call.noise_std, entry.slot);
-  tensor.key = load_noise_key(call.noise_state, entry.noise_id);
   tensor.noise_offset = entry.noise_offset;
   tensor.store =
       tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);

@@ -87,9 +87,8 @@ inline std::vector<RowOrder> row_orders(const TensorList& grads, const TensorLis
   std::vector<RowOrder> orders(grads.size());
   for (size_t t = 0; t < grads.size(); ++t) {
     orders[t] = row_order(grads[t], "gradients");
-    const bool alike =
-        (params.empty() || row_order(params[t], "parameters") == orders[t]) &&
-        (anchors.empty() || row_order(anchors[t], "anchors") == orders[t]);
+    const bool alike = (params.empty() || row_order(params[t], "parameters") == orders[t]) &&
+                       (anchors.empty() || row_order(anchors[t], "anchors") == orders[t]);
     STD_TORCH_CHECK(alike, "mmfuse: params and anchors must lie in memory as their gradients do");
   }
   return orders;

@@ -134,8 +134,8 @@ class Layout(NamedTuple):
     copied: list[int]
 
 
-# So long a row (2²⁰ elements of one index of the first dimension) lets all kernels compute places in
-# it with 32 bits; csrc/glue/tensors.h has it too.
+# Elements of one index of the first dimension: in a row of so many all kernels compute places with
+# 32 bits. csrc/glue/tensors.h has the number too.
 _LONGEST_ROW = 1 << 20
 
 
@@ -158,8 +158,8 @@ def kernel_layout(
 ) -> Layout:
     """Gives the kernels memory that they can have, without copying where possible.
 
-    They take contiguous tensors and those in channels_last; params and anchors in the order of their
-    gradients. All that has to be copied is copied in one call.
+    They take contiguous tensors and those in channels_last; params and anchors in the order of
+    their gradients. What has to be copied is copied in one call.
 
     Args:
         grads: T tensors.

@@ -170,8 +170,9 @@ def update_checked_(
     """`update_grads_` of tensors that need no check.
 
     They are contiguous or in channels_last, params and anchors as their gradients are; of floating
-    dtypes, whole and on one device, at least one. The vectors are contiguous there, float64 if a gradient is, else float32. `state` and `ids` are the stream's,
-    where there is noise.
+    dtypes, whole and on one device, at least one. The vectors are contiguous there, float64 if a
+    gradient is, else float32. `state` and `ids` are the stream's, where there is
+    noise.
     """
     offsets = [0] * len(ids)
     _op(

@@ -146,7 +146,8 @@ def launch_on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-# The dtypes of all tensors; addresses of the grads, params and anchors, sizes, offsets, ids, orders.
+# The dtypes of all tensors; addresses of the grads, params and anchors, sizes, offsets, ids, and
+# the orders of their rows.
 _Contents = tuple[tuple[torch.dtype, ...], tuple[tuple[int, ...], ...]]
 _Key = tuple[torch.device, int | None, _Contents]
 

@@ -261,7 +261,7 @@ class TestMethods:
                 if last:
                     assert not encoders["a"][1].weight.grad.is_contiguous()
                 logits = {n: z.detach() for n, z in logits.items()}
-                counted = launches_of(lambda m=method, z=logits: m.step(z, labels))
+                counted = launches_of(lambda m=method, z=logits, y=labels: m.step(z, y))
                 for net in encoders.values():
                     net.zero_grad()
             counts.append((counted.operators, counted.calls))

@@ -13,13 +13,13 @@ struct TransposedTile {
   int64_t size() const { return rows * channels * spatial; }
 };
 
-// How rows of a shape are cut. Many draws of NormalSource in a tile, so that the last of them, which
-// may be cut short, counts little.
+// How rows of a shape are cut. Many draws of NormalSource in a tile, so that the last of them,
+// which may be cut short, counts little.
 class TransposedTiling {
  public:
   // 32 KB of noise, for rows of a 3 x 3 kernel with 910 channels.
   static constexpr int64_t kMost = 8192;
-  static constexpr int64_t kEnough = 2048;
+  static constexpr int64_t kEnough = 4096;
   static constexpr int64_t kFewChannels = 16;  // a cache line's
 
   TransposedTiling(int64_t channels, int64_t spatial) : channels_(channels), spatial_(spatial) {
@@ -106,8 +106,7 @@ class TransposedNormals {
 
   void scatter(const TransposedTile& tile, const float* z, int64_t n, Place* place) {
     while (n > 0) {
-      if (place->s == 0 && n >= kBlock * tile.spatial &&
-          place->channel + kBlock <= tile.channels) {
+      if (place->s == 0 && n >= kBlock * tile.spatial && place->channel + kBlock <= tile.channels) {
         if (tile.spatial == 9) {  // 3 x 3 kernels: without a loop
           scatter_block<9>(9, tile.channels, z, place->first);
         } else {

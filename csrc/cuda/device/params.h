@@ -60,8 +60,7 @@ MMFUSE_HD TransposedTiling transposed_tiling(int channels, int spatial) {
     return {1, kTransposedTile / spatial / kNoiseBlock * kNoiseBlock, spatial};
   }
   const int few = channels < kFewChannels ? channels : kFewChannels;
-  // Each channel is a run of its own then, which may begin and end within a Philox block.
-  const int fit = (kTransposedTile / few - 2 * kNoiseBlock) / kNoiseBlock * kNoiseBlock;
+  const int fit = kTransposedTile / few;
   return {1, few, fit < spatial ? fit : spatial};
 }
 

@@ -54,59 +54,68 @@ __device__ __forceinline__ TransposedTile transposed_tile(const TransposedTiling
           spatial - s < tiling.spatial ? spatial - s : tiling.spatial};
 }
 
-// Where a tile's deviates are in shared memory: runs of logically consecutive elements, each from
-// the beginning of the Philox block in which it starts.
+// Where a tile's deviates are in shared memory: in logical order, one run of them or, where the
+// tile has only some places of its channels, one for each channel.
 class TileNoise {
  public:
   __device__ __forceinline__ TileNoise(const TransposedTile& tile, int64_t noise_offset,
                                        int row_spatial, float* normals)
-      : normals_(normals), joined_(tile.spatial == row_spatial), spatial_(row_spatial) {
-    element_ = noise_offset + tile.logical;
-    // Where the tile has all places of its channels, these adjoin, and are one run.
+      : normals_(normals),
+        element_(noise_offset + tile.logical),
+        joined_(tile.spatial == row_spatial),
+        row_spatial_(row_spatial) {
+    spatial_ = tile.spatial;
     length_ = joined_ ? tile.rows * tile.channels * tile.spatial : tile.spatial;
     runs_ = joined_ ? 1 : tile.channels;
-    // A run begins up to three elements after a block does.
-    stride_ = (length_ + 2 * kNoiseBlock - 2) / kNoiseBlock * kNoiseBlock;
+    // A single run keeps what its first block has before it, so that whole blocks are stored.
+    base_ = joined_ ? static_cast<int>(element_ % kNoiseBlock) : 0;
   }
 
   // All threads of the block; they have to meet before they read.
   __device__ __forceinline__ void draw(const NoiseKey& key) const {
-    const int blocks = stride_ / kNoiseBlock;
+    // A run may begin up to three elements after a block does.
+    const int blocks = (length_ + 2 * kNoiseBlock - 2) / kNoiseBlock;
     const PhiloxConstants philox =
         philox_constants(key, static_cast<uint32_t>(element_ / kNoiseSpan));
     const SmallDivisor by_blocks(blocks);
     for (int i = threadIdx.x; i < runs_ * blocks; i += kThreads) {
       const int run = by_blocks.divide(i);
-      const int at = i - run * blocks;
-      const int64_t first = element_ + static_cast<int64_t>(run) * spatial_;
-      const int64_t block = first / kNoiseBlock + at;
-      if (at * kNoiseBlock >= static_cast<int>(first % kNoiseBlock) + length_) continue;
+      const int64_t first = element_ + static_cast<int64_t>(run) * row_spatial_;
+      const int at = (i - run * blocks) * kNoiseBlock - static_cast<int>(first % kNoiseBlock);
+      if (at >= length_) continue;
+      const int64_t block = (first + at) / kNoiseBlock;
       const bool same_span = block / (kNoiseSpan / kNoiseBlock) == element_ / kNoiseSpan;
       const NormalBlock normal =
           normal_block(same_span ? philox4x32_10(philox, static_cast<uint32_t>(block))
                                  : philox4x32_10(key, static_cast<uint64_t>(block)));
-      Pack<float, kNoiseBlock> pack;
+      if (joined_) {
+        Pack<float, kNoiseBlock> pack;
 #pragma unroll
-      for (int j = 0; j < kNoiseBlock; ++j) pack.v[j] = normal.z[j];
-      store_pack<true>(normals_ + i * kNoiseBlock, pack);
+        for (int j = 0; j < kNoiseBlock; ++j) pack.v[j] = normal.z[j];
+        store_pack<true>(normals_ + i * kNoiseBlock, pack);
+        continue;
+      }
+#pragma unroll
+      for (int j = 0; j < kNoiseBlock; ++j) {
+        if (at + j >= 0 && at + j < length_) normals_[run * length_ + at + j] = normal.z[j];
+      }
     }
   }
 
   // The deviate of an element whose channel, counted through the tile's rows, and place are these.
   __device__ __forceinline__ float at(int channel, int s) const {
-    const int phase = static_cast<int>(element_ % kNoiseBlock);
-    if (joined_) return normals_[phase + channel * spatial_ + s];
-    return normals_[channel * stride_ + (phase + channel * spatial_) % kNoiseBlock + s];
+    return normals_[base_ + channel * spatial_ + s];
   }
 
  private:
   float* normals_;
+  int64_t element_;  // the first one's place in the noise
   bool joined_;
-  int spatial_;  // of a whole row
-  int64_t element_;
+  int row_spatial_;
+  int spatial_;
   int length_;
   int runs_;
-  int stride_;
+  int base_;
 };
 
 // Several packs of a thread, loaded together; a pack is kPack channels of one place.

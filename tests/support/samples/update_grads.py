@@ -97,7 +97,7 @@ def _pulled(pull: Tensor, *beside: list[Tensor]) -> dict[str, Any]:
 
 
 def _in_channels_last(inputs: Inputs) -> list[Tensor]:
-    """Noise by the logical index: rows of a multiple of four channels and of others, cut and not."""
+    """Noise by the logical index; rows of four channels or not, cut into tiles or not."""
     shapes = [(3, 4, 3, 3), (2, 3, 1, 2, 2)]
     if not inputs.interpreted:
         shapes += [(9, 64, 3, 3), (2, 520, 3, 3), (2, 12, 20, 30), (2, 3, 70, 71)]

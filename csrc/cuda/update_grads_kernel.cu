@@ -56,10 +56,7 @@ using TransposedTable = TensorTable<TransposedEntry<kHasParams>, UpdateCommon>;
 
 // A batch's registers are 16 gradients, and as many displacements.
 template <typename scalar_t, Anchors kAnchors>
-constexpr int kTransposedBlocksPerSm = sizeof(scalar_t) == 8         ? 2
-                                       : kAnchors == Anchors::kNone  ? 4
-                                       : kAnchors == Anchors::kMixed ? 2
-                                                                     : 3;
+constexpr int kTransposedBlocksPerSm = sizeof(scalar_t) == 8 || kAnchors != Anchors::kNone ? 2 : 4;
 
 // As update_grads_kernel with noise, for tensors in channels_last. A kernel of its own, so that the
 // other one stays as it was tuned.

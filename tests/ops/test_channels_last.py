@@ -252,7 +252,7 @@ class TestMethods:
                 method = InfoReg(encoders, backend=cell.backend)
                 method.set_epoch(0)
             else:
-                method = OGM(encoders, noise=kind == "OGM-GE", ends=0, backend=cell.backend)
+                method = OGM(encoders, noise=kind == "OGM-GE", backend=cell.backend)
             labels = torch.tensor([0, 1, 2, 3], device=cell.device)
             for _ in range(2):
                 x = formatted(torch.randn(4, 3, 6, 6).to(cell.device))

@@ -102,6 +102,8 @@ class StretchUpdate {
     return static_cast<const scalar_t*>(slice_.in) + begin;
   }
 
+  void add_squares_to(double* squares) { squares_ = squares; }
+
   void run(int64_t begin, int64_t n, const float* normals) {
     using acc_t = acc_type<scalar_t>;
     UpdateTile<scalar_t, param_t> tile{};
@@ -163,12 +165,21 @@ inline bool update_transposed(const UpdateSlice& slice, double* squares) {
     const bool whole = tile.channels == slice.channels && tile.spatial == slice.spatial;
     const int64_t stretch = whole ? tile.size() : tile.channels;
     const int64_t stretches = whole ? 1 : tile.spatial;
+    // A few channels' squares a time: added to the whole one by one they would round too often.
+    constexpr int64_t kFew = 64;
+    double few = 0, all = 0;
+    if (squares != nullptr) update.add_squares_to(&few);
     for (int64_t i = 0; i < stretches; ++i) {
+      if (i % kFew == 0) {
+        all += few;
+        few = 0;
+      }
       for (int64_t done = 0; done < stretch; done += kUpdateTile) {
         update.run(tile.begin + i * slice.channels + done, std::min(kUpdateTile, stretch - done),
                    drawn + i * stretch + done);
       }
     }
+    if (squares != nullptr) *squares += all + few;
   });
   return update.finite();
 }

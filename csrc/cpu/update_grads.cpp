@@ -14,8 +14,9 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
     STD_TORCH_CHECK(params.size() == count, "mmfuse: pull needs a parameter for each gradient");
     check_pairs(grads, params, anchors);
   }
+  const TensorList none;
   const std::vector<RowOrder> orders =
-      row_orders(grads, pulled ? params : TensorList(), pulled ? anchors : TensorList());
+      row_orders(grads, pulled ? params : none, pulled ? anchors : none);
   std::vector<UpdateSlice> tensors(count);
   const Coefficients scales(scale, count, "scale");
   for (size_t t = 0; t < count; ++t) {

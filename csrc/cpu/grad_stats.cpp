@@ -43,10 +43,8 @@ std::vector<Moments<double>> all_moments(const std::vector<StatsSlice>& tensors)
 
 std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList& params,
                                       const TensorList& anchors) {
-  check_contiguous(grads, "gradients");
-  check_contiguous(params, "parameters");
-  check_contiguous(anchors, "anchors");
   check_pairs(grads, params, anchors);
+  row_orders(grads, params, anchors);  // any order will do, if they share it
   const bool displaced = !params.empty();
 
   const int64_t count = static_cast<int64_t>(grads.size());

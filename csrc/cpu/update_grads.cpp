@@ -9,7 +9,14 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
                    const std::vector<int64_t>& noise_ids, const std::vector<int64_t>& noise_offsets,
                    const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm) {
   const size_t count = grads.size();
-  check_contiguous(grads, "gradients");
+  const bool pulled = pull.has_value();
+  if (pulled) {
+    STD_TORCH_CHECK(params.size() == count, "mmfuse: pull needs a parameter for each gradient");
+    check_pairs(grads, params, anchors);
+  }
+  const TensorList none;
+  const std::vector<RowOrder> orders =
+      row_orders(grads, pulled ? params : none, pulled ? anchors : none);
   std::vector<UpdateSlice> tensors(count);
   const Coefficients scales(scale, count, "scale");
   for (size_t t = 0; t < count; ++t) {
@@ -20,11 +27,7 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
     slice.size = grads[t].numel();
     slice.scale = scales[t];
   }
-  if (pull) {
-    STD_TORCH_CHECK(params.size() == count, "mmfuse: pull needs a parameter for each gradient");
-    check_pairs(grads, params, anchors);
-    check_contiguous(params, "parameters");
-    check_contiguous(anchors, "anchors");
+  if (pulled) {
     const Coefficients pulls(*pull, count, "pull");
     for (size_t t = 0; t < count; ++t) {
       UpdateSlice& slice = tensors[t];
@@ -46,6 +49,10 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
       slice.noise_std = stds[t];
       slice.noise_key = noise_key(state, noise_ids[t]);
       slice.noise_offset = noise_offsets[t];
+      if (orders[t].transposed()) {
+        slice.channels = orders[t].channels;
+        slice.spatial = orders[t].spatial;
+      }
     }
   }
   std::vector<double> squares(sq_norm ? count : 0);

@@ -3,6 +3,7 @@
 
 #include "cuda/device/launch.h"
 #include "cuda/device/reduce.h"
+#include "cuda/device/transposed_update.h"
 #include "cuda/device/update_tensor.h"
 #include "update_grads.h"
 
@@ -33,6 +34,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
   tensor.in = static_cast<const scalar_t*>(entry.grad);
   tensor.out = static_cast<scalar_t*>(entry.grad);
   tensor.numel = entry.numel;
+  if constexpr (kNoise) tensor.key = load_noise_key(call.noise_state, entry.noise_id);
   tensor.scale = load_coefficient<acc_t>(call.scale, entry.slot);
   if constexpr (kAnchors != Anchors::kNone) {
     tensor.pull = load_coefficient<acc_t>(call.pull, entry.slot);
@@ -40,13 +42,50 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
   }
   if constexpr (kNoise) {
     tensor.noise_std = load_coefficient<acc_t>(call.noise_std, entry.slot);
-    tensor.key = load_noise_key(call.noise_state, entry.noise_id);
     tensor.noise_offset = entry.noise_offset;
   }
   tensor.store =
       tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);
   if (!tensor.store && call.finite == nullptr) return;
   const bool finite = update_chunk<kAnchors, kNoise>(tensor, chunk - entry.first_chunk);
+  if (!finite && call.finite != nullptr) *call.finite = false;
+}
+
+template <bool kHasParams>
+using TransposedTable = TensorTable<TransposedEntry<kHasParams>, UpdateCommon>;
+
+// A batch's registers are 16 gradients, and as many displacements.
+template <typename scalar_t, Anchors kAnchors>
+constexpr int kTransposedBlocksPerSm = sizeof(scalar_t) == 8 || kAnchors != Anchors::kNone ? 2 : 4;
+
+// As update_grads_kernel with noise, for tensors in channels_last. A kernel of its own, so that the
+// other one stays as it was tuned.
+template <typename scalar_t, Anchors kAnchors>
+__global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kAnchors>))
+    update_grads_transposed_kernel(
+        const TransposedTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
+  using acc_t = acc_type<scalar_t>;
+  alignas(kVectorBytes) __shared__ float normals[kTransposedTile + kNoiseBlock];
+  const UpdateCommon& call = table.common;
+  const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
+  const auto& entry = table.entries[find_entry(table, chunk)];
+  TensorUpdate<scalar_t> tensor{};
+  tensor.in = static_cast<const scalar_t*>(entry.grad);
+  tensor.out = static_cast<scalar_t*>(entry.grad);
+  tensor.numel = entry.numel;
+  tensor.key = load_noise_key(call.noise_state, entry.noise_id);
+  tensor.scale = load_coefficient<acc_t>(call.scale, entry.slot);
+  if constexpr (kAnchors != Anchors::kNone) {
+    tensor.pull = load_coefficient<acc_t>(call.pull, entry.slot);
+    tensor.pair = anchor_pair<kAnchors>(entry);
+  }
+  tensor.noise_std = load_coefficient<acc_t>(call.noise_std, entry.slot);
+  tensor.noise_offset = entry.noise_offset;
+  tensor.store =
+      tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);
+  if (!tensor.store && call.finite == nullptr) return;
+  const bool finite = update_transposed<kAnchors>(tensor, entry.channels, entry.spatial,
+                                                  chunk - entry.first_chunk, normals);
   if (!finite && call.finite != nullptr) *call.finite = false;
 }
 
@@ -135,10 +174,29 @@ void launch_group(const UpdateGradsParams& params, cudaStream_t stream) {
   constexpr bool kHasParams = kAnchors != Anchors::kNone;
   UpdateTable<kHasParams, kNoise> table;
   table.common = params.common;
-  for_each_table<kHasParams, kNoise>(
-      params.tensors, kDType<scalar_t>, kAnchors, kUpdateChunk, table, [&] {
+  // Without noise any order will do, with it a tensor in channels_last has a kernel of its own.
+  const auto chunks_of = [](const GradTensor& tensor) {
+    return kNoise && tensor.channels > 1 ? 0 : chunk_count(tensor.numel, kUpdateChunk);
+  };
+  for_each_table_of<kHasParams, kNoise>(
+      params.tensors, kDType<scalar_t>, kAnchors, chunks_of, table, [&] {
         launch("update_grads_kernel", update_grads_kernel<scalar_t, kAnchors, kNoise>, table.chunks,
                kThreads, stream, table);
+      });
+}
+
+template <typename scalar_t, Anchors kAnchors>
+void launch_transposed_group(const UpdateGradsParams& params, cudaStream_t stream) {
+  constexpr bool kHasParams = kAnchors != Anchors::kNone;
+  TransposedTable<kHasParams> table;
+  table.common = params.common;
+  const auto chunks_of = [](const GradTensor& tensor) {
+    return tensor.channels > 1 ? transposed_tiles(tensor) : 0;
+  };
+  for_each_table_of<kHasParams, true>(
+      params.tensors, kDType<scalar_t>, kAnchors, chunks_of, table, [&] {
+        launch("update_grads_transposed_kernel", update_grads_transposed_kernel<scalar_t, kAnchors>,
+               table.chunks, kThreads, stream, table);
       });
 }
 
@@ -203,6 +261,7 @@ void launch_update_grads(const UpdateGradsParams& params, cudaStream_t stream) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     if (has_noise) {
       launch_group<scalar_t, anchors.value, true>(params, stream);
+      launch_transposed_group<scalar_t, anchors.value>(params, stream);
     } else {
       launch_group<scalar_t, anchors.value, false>(params, stream);
     }

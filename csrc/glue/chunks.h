@@ -20,17 +20,23 @@ struct Chunk {
   int64_t size;
 };
 
-// `slices` have a `size`, in elements.
-template <typename slice_t>
-std::vector<Chunk> make_chunks(const std::vector<slice_t>& slices) {
+// `slices` have a `size`, in elements; `step_of` one says how many make a chunk.
+template <typename slice_t, typename F>
+std::vector<Chunk> make_chunks(const std::vector<slice_t>& slices, const F& step_of) {
   std::vector<Chunk> chunks;
   chunks.reserve(slices.size());
   for (size_t t = 0; t < slices.size(); ++t) {
-    for (int64_t begin = 0; begin < slices[t].size; begin += kChunk) {
-      chunks.push_back({t, begin, std::min(kChunk, slices[t].size - begin)});
+    const int64_t step = step_of(slices[t]);
+    for (int64_t begin = 0; begin < slices[t].size; begin += step) {
+      chunks.push_back({t, begin, std::min(step, slices[t].size - begin)});
     }
   }
   return chunks;
+}
+
+template <typename slice_t>
+std::vector<Chunk> make_chunks(const std::vector<slice_t>& slices) {
+  return make_chunks(slices, [](const slice_t&) { return kChunk; });
 }
 
 // f(i) for every i in [0, count), which together stand for `elements` elements. The next index goes

@@ -63,10 +63,8 @@ inline const int64_t* noise_state_of(const std::optional<Tensor>& state) {
 // The list that a kernel works on.
 inline std::vector<GradTensor> grad_tensors(const TensorList& grads, const TensorList& params,
                                             const TensorList& anchors, bool writes_grads) {
-  check_contiguous(grads, "gradients");
-  check_contiguous(params, "parameters");
-  check_contiguous(anchors, "anchors");
   check_pairs(grads, params, anchors);
+  const std::vector<RowOrder> orders = row_orders(grads, params, anchors);
   std::vector<GradTensor> tensors(grads.size());
   for (size_t t = 0; t < grads.size(); ++t) {
     GradTensor& tensor = tensors[t];
@@ -75,6 +73,8 @@ inline std::vector<GradTensor> grad_tensors(const TensorList& grads, const Tenso
     tensor.numel = grads[t].numel();
     tensor.slot = static_cast<int32_t>(t);
     tensor.grad_dtype = dtype_of(grads[t]);
+    tensor.channels = static_cast<int32_t>(orders[t].channels);
+    tensor.spatial = static_cast<int32_t>(orders[t].spatial);
     if (params.empty()) continue;
     tensor.param = params[t].const_data_ptr();
     tensor.param_dtype = dtype_of(params[t]);

@@ -49,6 +49,51 @@ inline void check_contiguous(const TensorList& tensors, const char* what) {
   }
 }
 
+// How the elements of one index of the first dimension lie in memory: as [spatial, channels] where
+// the tensor is in channels_last, in the order of their index where both are 1.
+struct RowOrder {
+  int64_t channels = 1;
+  int64_t spatial = 1;
+
+  bool transposed() const { return channels > 1; }
+  bool operator==(const RowOrder& other) const {
+    return channels == other.channels && spatial == other.spatial;
+  }
+};
+
+// As mmfuse/ops/_tensors.py has it: places in a row fit the arithmetic of all backends.
+constexpr int64_t kLongestRow = int64_t{1} << 20;
+
+inline RowOrder row_order(const Tensor& tensor, const char* what) {
+  if (tensor.is_contiguous()) return {};
+  const int64_t dims = tensor.dim();
+  bool last = dims == 4 || dims == 5;
+  int64_t expected = 1;
+  // From the dimension that lies closest: channels, the spatial ones from the last, rows.
+  for (int64_t i = 0; last && i < dims; ++i) {
+    const int64_t d = i == 0 ? 1 : i == dims - 1 ? 0 : dims - i;
+    last = tensor.size(d) == 1 || tensor.stride(d) == expected;
+    expected *= tensor.size(d);
+  }
+  STD_TORCH_CHECK(last, "mmfuse: ", what, " must be contiguous, or in channels_last");
+  const int64_t row = tensor.numel() / tensor.size(0);
+  STD_TORCH_CHECK(row <= kLongestRow, "mmfuse: ", what, " in channels_last have too long rows");
+  return {tensor.size(1), row / tensor.size(1)};
+}
+
+// Each gradient's order; parameters and anchors, where there are any, lie as their gradients do.
+inline std::vector<RowOrder> row_orders(const TensorList& grads, const TensorList& params,
+                                        const TensorList& anchors) {
+  std::vector<RowOrder> orders(grads.size());
+  for (size_t t = 0; t < grads.size(); ++t) {
+    orders[t] = row_order(grads[t], "gradients");
+    const bool alike = (params.empty() || row_order(params[t], "parameters") == orders[t]) &&
+                       (anchors.empty() || row_order(anchors[t], "anchors") == orders[t]);
+    STD_TORCH_CHECK(alike, "mmfuse: params and anchors must lie in memory as their gradients do");
+  }
+  return orders;
+}
+
 // The lists' lengths: no parameters, or one for each gradient, and as many anchors or none.
 inline void check_pairs(const TensorList& grads, const TensorList& params,
                         const TensorList& anchors) {

@@ -169,10 +169,11 @@ class Anchors:
             return None
         anchors = [self.tensors[i] for i in active.ids]
         for tensors in (anchors, active.params):
-            for tensor in tensors:
+            for tensor, grad in zip(tensors, active.grads, strict=True):
                 if tensor.device != device or tensor.dtype not in FLOATING:
                     return None
-                if not tensor.is_contiguous():
+                in_order = tensor.is_contiguous() and grad.is_contiguous()
+                if not in_order and tensor.stride() != grad.stride():
                     return None
         return anchors
 

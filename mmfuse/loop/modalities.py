@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ..noise import NoiseStream
-from ..ops._tensors import FLOATING, check_named, check_writable, index_tensor, why_unsupported
+from ..ops._tensors import (
+    FLOATING,
+    channels_last,
+    check_named,
+    check_writable,
+    index_tensor,
+    why_unsupported,
+)
 from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
 from . import _surgery
@@ -36,8 +43,8 @@ class Active(NamedTuple):
     modality: tuple[int, ...]
     #: Where each one's part lies; empty if no parameter is sharded.
     shards: list[Shard | None]
-    #: The device of all gradients, if they are contiguous and whole, so that kernels can have them
-    #: as they are; else None.
+    #: The device of all gradients, if they are whole, and contiguous or in channels_last, so that
+    #: kernels can have them as they are; else None.
     device: torch.device | None = None
     #: Of the kernels' vectors for these gradients: float64 if one of them is, else float32.
     dtype: torch.dtype = torch.float32
@@ -203,13 +210,8 @@ class Modalities:
         for m, name in enumerate(self.names):
             if name not in self._modules:
                 continue
-            labels = [
-                (label, p)
-                for label, p, owner in zip(
-                    self.parameter_names, self.parameters, self.modality, strict=True
-                )
-                if owner == m
-            ]
+            every = zip(self.parameter_names, self.parameters, self.modality, strict=True)
+            labels = [(label, p) for label, p, owner in every if owner == m]
             known = {id(p) for _, p in labels} | of_none
             found = named_parameters(name, self._modules[name])
             present = {id(p) for _, p in found}
@@ -248,7 +250,7 @@ class Modalities:
             params.append(parameter)
             grads.append(grad)
             ids.append(i)
-            dense = grad.layout is torch.strided and grad.is_contiguous()
+            dense = grad.layout is torch.strided and (grad.is_contiguous() or channels_last(grad))
             kinds.add((grad.layout, grad.dtype, grad.device, dense))
         device, dtype, plain = None, torch.float32, not self._sharded
         for layout, of, where, dense in kinds:
@@ -355,14 +357,9 @@ def check_names(what: str, values: Mapping[str, Tensor], names: Sequence[str], o
     missing = [name for name in names if name not in values]
     unknown = [name for name in values if name not in names]
     if missing or unknown:
-        raise ValueError(
-            f"{what} and {others} name different modalities: "
-            + "; ".join(
-                f"{kind} {which}"
-                for kind, which in (("missing", missing), ("unknown", unknown))
-                if which
-            )
-        )
+        both = (("missing", missing), ("unknown", unknown))
+        listed = "; ".join(f"{kind} {which}" for kind, which in both if which)
+        raise ValueError(f"{what} and {others} name different modalities: {listed}")
 
 
 def named_features(

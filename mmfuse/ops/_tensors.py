@@ -134,50 +134,86 @@ class Layout(NamedTuple):
     copied: list[int]
 
 
-def contiguous_layout(
+# Elements of one index of the first dimension: in a row of so many all kernels compute places with
+# 32 bits. csrc/glue/tensors.h has the number too.
+_LONGEST_ROW = 1 << 20
+
+
+def channels_last(tensor: Tensor) -> bool:
+    """Whether it is in channels_last or channels_last_3d, with rows that the kernels can have."""
+    dims = tensor.dim()
+    if dims == 4:
+        last = tensor.is_contiguous(memory_format=torch.channels_last)
+    else:
+        last = dims == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
+    return last and tensor.numel() <= _LONGEST_ROW * tensor.shape[0]
+
+
+def kernel_layout(
     grads: Sequence[Tensor],
     params: Sequence[Tensor],
     anchors: Sequence[Tensor],
     *,
     any_order: bool,
 ) -> Layout:
-    """Gives the kernels contiguous memory, without copying where possible.
+    """Gives the kernels memory that they can have, without copying where possible.
+
+    They take contiguous tensors and those in channels_last; params and anchors in the order of
+    their gradients. What has to be copied is copied in one call.
 
     Args:
         grads: T tensors.
         params: T tensors, or none.
         anchors: T tensors, or none; none without params.
         any_order: The result does not depend on which element comes first, so that a dense tensor
-            in another memory format (channels_last) can be read in storage order.
+            in any other order can be read in storage order.
     """
     rows = [row for row in (grads, params, anchors) if row]
     # A list, not a generator: that would enter and leave a frame for each tensor.
     if False not in [t.is_contiguous() for row in rows for t in row]:
         return Layout(list(grads), list(params), list(anchors), [])
-    out: list[list[Tensor]] = [[], [], []]
-    copied = []
-    for i in range(len(grads)):
-        mine = [row[i] for row in rows]
-        if all(t.is_contiguous() for t in mine):
-            flat = mine
-        elif any_order and same_dense_format(mine):
-            flat = [t.as_strided((t.numel(),), (1,)) for t in mine]
-        else:
-            if not mine[0].is_contiguous():
-                copied.append(i)
-            flat = [t.contiguous() for t in mine]
-        for target, tensor in zip(out, flat, strict=False):
-            target.append(tensor)
+    out = [list(row) for row in rows]
+    copied: list[int] = []
+    copies: list[Tensor] = []
+    sources: list[Tensor] = []
+    for i, grad in enumerate(grads):
+        as_it_is = grad.is_contiguous() or channels_last(grad)
+        flat = not as_it_is and any_order and _dense(grad)
+        for k, row in enumerate(rows):
+            mine = row[i]
+            if not _like(mine, grad) if as_it_is or flat else not mine.is_contiguous():
+                # With a dense gradient's strides, else contiguous.
+                kept = torch.preserve_format if as_it_is or flat else torch.contiguous_format
+                out[k][i] = torch.empty_like(grad, dtype=mine.dtype, memory_format=kept)
+                copies.append(out[k][i])
+                sources.append(mine)
+                if k == 0:
+                    copied.append(i)
+            if flat:
+                out[k][i] = out[k][i].as_strided((mine.numel(),), (1,))
+    if copies:
+        torch._foreach_copy_(copies, sources)
+    out += [[], []]
     return Layout(out[0], out[1], out[2], copied)
+
+
+def _like(tensor: Tensor, grad: Tensor) -> bool:
+    """Whether it lies in memory as a gradient does that is dense; strides of one element aside."""
+    if grad.is_contiguous():
+        return tensor.is_contiguous()
+    return tensor.stride() == grad.stride() or (channels_last(grad) and channels_last(tensor))
 
 
 def same_dense_format(tensors: list[Tensor]) -> bool:
     """Whether the tensors fill their memory without gaps, all in the same order."""
-    first = tensors[0]
-    if any(t.stride() != first.stride() for t in tensors):
-        return False
+    stride = tensors[0].stride()
+    return all(t.stride() == stride for t in tensors) and _dense(tensors[0])
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether the tensor fills its memory without gaps, in whatever order."""
     expected = 1
-    for stride, size in sorted(zip(first.stride(), first.shape, strict=True)):
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
             return False
         expected *= size

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._registry import Op
-from ._tensors import by_device, check_list, check_pairs, contiguous_layout, index_tensor
+from ._tensors import by_device, check_list, check_pairs, index_tensor, kernel_layout
 
 
 class GradStats(NamedTuple):
@@ -123,7 +123,7 @@ def grad_stats(
     if not grads:  # without a tensor PyTorch's dispatcher has no device to choose
         return GradStats(torch.empty(0, dtype=torch.int64), torch.empty(0), torch.empty(0))
     device = grads[0].device
-    layout = contiguous_layout(grads, params, anchors, any_order=True)
+    layout = kernel_layout(grads, params, anchors, any_order=True)
     return stats_of_checked(backend, device, layout.grads, layout.params, layout.anchors)
 
 
@@ -134,7 +134,10 @@ def stats_of_checked(
     params: Sequence[Tensor] = (),
     anchors: Sequence[Tensor] = (),
 ) -> GradStats:
-    """`grad_stats` of contiguous tensors of floating dtypes on one device, at least one."""
+    """`grad_stats` of tensors of floating dtypes on one device, at least one.
+
+    They are contiguous or in channels_last, params and anchors as their gradients are.
+    """
     numel, moments = _op(backend, device, grads, params, anchors)
     return GradStats(numel, *moments.unbind(0))
 

@@ -16,8 +16,8 @@ from ._tensors import (
     check_pairs,
     check_vector,
     check_writable,
-    contiguous_layout,
     index_tensor,
+    kernel_layout,
 )
 
 
@@ -121,7 +121,7 @@ def update_grads_(
     device = next(iter(groups))
     wide = torch.float64 in {g.dtype for g in grads}
     dtype = torch.float64 if wide else torch.float32
-    layout = contiguous_layout(grads, params, anchors, any_order=noise_std is None)
+    layout = kernel_layout(grads, params, anchors, any_order=noise_std is None)
     flag = finite.to(device) if finite is not None else None
     squares = sq_norm.contiguous() if sq_norm is not None else None
     _op(
@@ -142,8 +142,10 @@ def update_grads_(
     if not torch.compiler.is_compiling():  # functionalization does it there
         numbers = [t for t in (flag, squares) if t is not None]
         torch._C._increment_version(layout.grads + numbers)
-    for i in layout.copied:
-        grads[i].copy_(layout.grads[i])
+    if layout.copied:
+        torch._foreach_copy_(
+            [grads[i] for i in layout.copied], [layout.grads[i] for i in layout.copied]
+        )
     if finite is not None and flag is not None and flag is not finite:
         finite.logical_and_(flag.to(finite.device))
     if sq_norm is not None and squares is not None and squares is not sq_norm:
@@ -167,9 +169,10 @@ def update_checked_(
 ) -> None:
     """`update_grads_` of tensors that need no check.
 
-    They are contiguous, of floating dtypes, whole and on one device, at least one; the vectors are
-    contiguous there, float64 if a gradient is, else float32. `state` and `ids` are the stream's,
-    where there is noise.
+    They are contiguous or in channels_last, params and anchors as their gradients are; of floating
+    dtypes, whole and on one device, at least one. The vectors are contiguous there, float64 if a
+    gradient is, else float32. `state` and `ids` are the stream's, where there is
+    noise.
     """
     offsets = [0] * len(ids)
     _op(

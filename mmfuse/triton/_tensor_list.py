@@ -29,6 +29,7 @@ NUMEL = tl.constexpr(3)
 FIRST_CHUNK = tl.constexpr(4)
 NOISE_OFFSET = tl.constexpr(5)
 NOISE_ID = tl.constexpr(6)
+ROW_ORDER = tl.constexpr(7)
 _ROW_WIDTH = tl.constexpr(8)
 
 # What 128-bit loads and stores need, in bytes.
@@ -53,12 +54,14 @@ class Group(NamedTuple):
     Attributes:
         dtypes: Of the grads and, where given, of the params, and of the anchors.
         aligned: All addresses are multiples of 16 bytes and no chunk starts inside a noise block.
+        transposed: In channels_last, with noise, which goes by the logical index.
         first_chunk: Position of the first chunk among all chunks.
         n_chunks: How many chunks.
     """
 
     dtypes: tuple[torch.dtype, ...]
     aligned: bool
+    transposed: bool
     first_chunk: int
     n_chunks: int
 
@@ -143,7 +146,8 @@ def launch_on(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-# The dtypes of all tensors; addresses of the grads, params and anchors, sizes, offsets and ids.
+# The dtypes of all tensors; addresses of the grads, params and anchors, sizes, offsets, ids, and
+# the orders of their rows.
 _Contents = tuple[tuple[torch.dtype, ...], tuple[tuple[int, ...], ...]]
 _Key = tuple[torch.device, int | None, _Contents]
 
@@ -229,6 +233,7 @@ class TableCache:
             tuple(map(Tensor.numel, grads)),
             tuple(noise_offsets),
             tuple(noise_ids),
+            _row_orders(grads) if noise_ids else (),
         )
         dtypes = tuple([t.dtype for tensors in (grads, params, anchors) for t in tensors])
         # Another stream would have to wait for the copy, so each has tables of its own.
@@ -277,6 +282,19 @@ class TableCache:
         return _on_device(source, device)
 
 
+def _row_orders(grads: Sequence[Tensor]) -> tuple[int, ...]:
+    """For each gradient in channels_last its row's channels · 2³² + spatial; else 0."""
+    whole = tuple(map(Tensor.is_contiguous, grads))
+    if False not in whole:
+        return ()
+    return tuple(
+        [
+            0 if in_order else (g.shape[1] << 32) + g.numel() // (g.shape[0] * g.shape[1])
+            for g, in_order in zip(grads, whole, strict=True)
+        ]
+    )
+
+
 def _stream(device: torch.device) -> tuple[int | None, bool]:
     """A GPU's current stream, and whether it is captured."""
     if device.type != "cuda":
@@ -290,20 +308,21 @@ def _host_table(
 ) -> HostTable:
     dtypes, columns = contents
     addresses = [column for column in columns[:3] if column]
-    numels, offsets, ids = columns[3:]
+    numels, offsets, ids, orders = columns[3:]
     count = len(numels)
-    members: dict[tuple[tuple[torch.dtype, ...], bool], list[int]] = {}
+    members: dict[tuple[tuple[torch.dtype, ...], bool, bool], list[int]] = {}
     for t in range(count):
         aligned = all(column[t] % _ALIGNMENT.value == 0 for column in addresses)
         aligned = aligned and (not offsets or offsets[t] % 4 == 0)
-        members.setdefault((dtypes[t::count], aligned), []).append(t)
+        transposed = bool(orders and orders[t])
+        members.setdefault((dtypes[t::count], aligned, transposed), []).append(t)
 
     first_chunks = [0] * count
     order: list[int] = []
     n_chunks: list[int] = []
     groups: list[Group] = []
     total = 0
-    for (group_dtypes, aligned), index in members.items():
+    for (group_dtypes, aligned, transposed), index in members.items():
         start = total
         for t in index:
             # A tensor that starts inside a noise block is laid out from that block's beginning.
@@ -313,10 +332,10 @@ def _host_table(
             n_chunks.append(-(-length // chunk_size) if numels[t] else 0)
             total += n_chunks[-1]
         if total > start:
-            groups.append(Group(group_dtypes, aligned, start, total - start))
+            groups.append(Group(group_dtypes, aligned, transposed, start, total - start))
 
     zeros = (0,) * count
-    padded = [column or zeros for column in (*columns[:4], first_chunks, offsets, ids, zeros)]
+    padded = [column or zeros for column in (*columns[:4], first_chunks, offsets, ids, orders)]
     rows = torch.tensor(padded, dtype=torch.int64, device="cpu").t().reshape(-1)
     row_entries = rows.numel()
     entries = allocate(row_entries + -(-total // 2))

@@ -14,12 +14,41 @@ NUM_WARPS = 4
 
 
 @triton.jit
+def _divide(number, divisor):
+    """The quotient of int32 numbers below 2^21 by a scalar, by a float32 multiplication.
+
+    The half keeps the product 0.5 / divisor away from whole numbers, more than it is off by.
+    """
+    return ((number.to(tl.float32) + 0.5) * (1.0 / divisor.to(tl.float32))).to(tl.int32)
+
+
+@triton.jit
+def _in_memory(offsets, spot):
+    """Places in memory of a chunk's elements, counted from the first one's row on.
+
+    Args:
+        offsets: int32 logical distances from the chunk's first element.
+        spot: The rows' numbers of channels and of places in each, and the first element's channel
+            and place, all int32 scalars.
+    """
+    channels, spatial, first_channel, first_place = spot
+    place = first_place + offsets
+    carry = _divide(place, spatial)
+    place -= carry * spatial
+    channel = first_channel + carry
+    row = _divide(channel, channels)
+    channel -= row * channels
+    return (row * spatial + place) * channels + channel
+
+
+@triton.jit
 def _update_tile(
     out_ptr,
     grad_ptr,
     param_ptr,
     anchor_ptr,
     offsets,
+    spot,
     mask,
     write,
     scale,
@@ -33,6 +62,8 @@ def _update_tile(
     BLOCK_SIZE: tl.constexpr,
 ):
     """Updates one tile; returns the magnitude of what is stored, and the squares of what was."""
+    if spot is not None:
+        offsets = _in_memory(offsets, spot)
     g = widen(tl.load(grad_ptr + offsets, mask=mask), ACC)
     y = scale * g
     # By value, because 0 times a displacement that is not finite would not be 0.
@@ -76,6 +107,7 @@ def update_chunk(
     noise_state_ptr,
     noise_id,
     noise_offset,
+    row_order,
     finite_ptr,
     square_ptr,
     ACC: tl.constexpr,
@@ -102,6 +134,8 @@ def update_chunk(
         noise_state_ptr: int64 (seed, step).
         noise_id: int64 scalar, the tensor's random stream.
         noise_offset: int64 scalar, place of the first element in that stream.
+        row_order: int64 scalar, channels and places of the rows of a tensor in channels_last, whose
+            elements are counted as if it were contiguous; None for one that is.
         finite_ptr: uint8 to set to 0 where a NaN or an Inf is stored, or None.
         square_ptr: float64 for the chunk's sum of g^2 before the update, or None.
         ACC: In what to compute.
@@ -119,12 +153,26 @@ def update_chunk(
         noise_block = (noise_offset >> 2) + chunk * (CHUNK_SIZE // NOISE_BLOCK)
         if not ALIGNED:
             start -= noise_offset & 3
-    out_ptr += start
-    grad_ptr += start
+    spot = None
+    origin = start
+    if row_order is not None:
+        channels = row_order >> 32
+        spatial = row_order & 0xFFFFFFFF
+        # What precedes the tensor counts as a row of it, which the mask leaves out.
+        lead = tl.where(start < 0, channels * spatial, 0)
+        origin = (start + lead) // (channels * spatial) * (channels * spatial) - lead
+        spot = (
+            channels.to(tl.int32),
+            spatial.to(tl.int32),
+            ((start - origin) // spatial).to(tl.int32),
+            ((start - origin) % spatial).to(tl.int32),
+        )
+    out_ptr += origin
+    grad_ptr += origin
     if param_ptr is not None:
-        param_ptr += start
+        param_ptr += origin
     if anchor_ptr is not None:
-        anchor_ptr += start
+        anchor_ptr += origin
     count = tl.minimum(numel - start, CHUNK_SIZE).to(tl.int32)
     if finite_ptr is None and square_ptr is None:
         count = tl.where(write, count, 0)
@@ -137,7 +185,7 @@ def update_chunk(
     n_whole = count // BLOCK_SIZE if ALIGNED else 0
     for tile in range(n_whole):
         size, square = _update_tile(
-            out_ptr, grad_ptr, param_ptr, anchor_ptr, tile * BLOCK_SIZE + lane, None, write,
+            out_ptr, grad_ptr, param_ptr, anchor_ptr, tile * BLOCK_SIZE + lane, spot, None, write,
             scale, pull, noise_std, seed, step, noise_id,
             None if noise_std is None else noise_block + tile * (BLOCK_SIZE // NOISE_BLOCK),
             ACC, BLOCK_SIZE,
@@ -152,7 +200,7 @@ def update_chunk(
         if not ALIGNED:
             mask = mask & (offsets >= before)
         size, square = _update_tile(
-            out_ptr, grad_ptr, param_ptr, anchor_ptr, offsets, mask, write,
+            out_ptr, grad_ptr, param_ptr, anchor_ptr, offsets, spot, mask, write,
             scale, pull, noise_std, seed, step, noise_id,
             None if noise_std is None else noise_block + tile * (BLOCK_SIZE // NOISE_BLOCK),
             ACC, BLOCK_SIZE,

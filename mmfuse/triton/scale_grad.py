@@ -55,6 +55,7 @@ def _scale_grad_backward_kernel(
         noise_offset.to(tl.int64),
         None,
         None,
+        None,
         ACC,
         ALIGNED,
         CHUNK_SIZE,

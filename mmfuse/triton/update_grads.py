@@ -19,6 +19,7 @@ from ._tensor_list import (
     NOISE_OFFSET,
     NUMEL,
     PARAM,
+    ROW_ORDER,
     TRITON_DTYPES,
     TableCache,
     find_chunk,
@@ -56,6 +57,7 @@ def _update_grads_kernel(
     ANCHOR_DTYPE: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     CHUNK_SIZE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -98,6 +100,7 @@ def _update_grads_kernel(
         noise_state_ptr,
         noise_id,
         noise_offset,
+        tl.load(row_ptr + ROW_ORDER) if TRANSPOSED else None,
         finite_ptr,
         None if partials_ptr is None else partials_ptr + chunk,
         ACC,
@@ -131,9 +134,10 @@ def _update_grads_sq_norm_kernel(
     tl.store(sq_norm_ptr + slot, tl.sum(total, axis=0).to(sq_norm_ptr.dtype.element_ty))
 
 
-def _constants(dtypes: list[tl.dtype], aligned: bool) -> dict[str, Any]:
+def _constants(dtypes: list[tl.dtype], aligned: bool, transposed: bool) -> dict[str, Any]:
     return {
         **group_constants(dtypes, aligned),
+        "TRANSPOSED": transposed,
         "CHUNK_SIZE": CHUNK_SIZE,
         "BLOCK_SIZE": BLOCK_SIZE,
     }
@@ -176,7 +180,7 @@ def update_grads_(
                 noise_state,
                 None if finite is None else finite.view(torch.uint8),
                 partials,
-                **_constants(names, group.aligned),
+                **_constants(names, group.aligned, group.transposed),
                 num_warps=NUM_WARPS,
                 **COMPILE_OPTIONS,
             )

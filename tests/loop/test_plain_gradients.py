@@ -1,4 +1,4 @@
-"""The way of a step's gradients that are contiguous, whole and on one device, to the kernels.
+"""The way to the kernels of gradients that are whole, on one device, and in an order they take.
 
 It has fewer checks than the public ops, and a bound on the Python that it runs.
 """
@@ -100,7 +100,7 @@ def test_it_gives_the_numbers_of_the_checked_way(
             monkeypatch.setattr(method.modalities, "active", lambda _, checked=checked: checked)
         else:
             on_the_way = method.modalities.active().device is not None
-            assert on_the_way == (layout == "contiguous")
+            assert on_the_way == (layout in ("contiguous", "channels_last"))
         before = [p.grad.clone() for ps in nets.values() for p in ps if p.grad is not None]
         method.step(logits(), LABELS)
         after = [p.grad for ps in nets.values() for p in ps if p.grad is not None]

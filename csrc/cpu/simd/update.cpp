@@ -15,7 +15,11 @@ bool launch_update(std::vector<UpdateSlice> tensors, bool check_finite, double* 
   if (!check_finite && sq_norm == nullptr) {
     tensors.erase(std::remove_if(tensors.begin(), tensors.end(), is_identity), tensors.end());
   }
-  std::vector<Chunk> chunks = make_chunks(tensors);
+  std::vector<Chunk> chunks = make_chunks(tensors, [](const UpdateSlice& slice) {
+    if (!is_transposed(slice)) return kChunk;
+    const int64_t row = slice.channels * slice.spatial;  // whole rows, at least one
+    return std::max(row, kChunk / row * row);
+  });
   // Backwards: what grad_stats read last is still in the cache.
   std::reverse(chunks.begin(), chunks.end());
   const auto kernel = MMFUSE_SIMD_SELECT(update_slice);

@@ -25,9 +25,15 @@ struct UpdateSlice {
   double noise_std;
   NoiseKey noise_key;
   int64_t noise_offset;
+  // With noise, and where not 0: the rows of a tensor in channels_last, whose noise goes by the
+  // logical index.
+  int64_t channels;
+  int64_t spatial;
   int64_t begin;
   int64_t size;
 };
+
+inline bool is_transposed(const UpdateSlice& slice) { return slice.channels != 0; }
 
 inline bool is_identity(const UpdateSlice& slice) {
   return slice.in == slice.out && slice.scale == 1 && slice.pull == 0 && slice.noise_std == 0;

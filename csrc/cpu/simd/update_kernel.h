@@ -1,5 +1,6 @@
 // The update of one stretch of a gradient; no include guard, see foreach_simd.h.
 #include "noise_kernel.h"
+#include "transposed_noise.h"
 #include "widen.h"
 
 // With the noise and both widened tensors, a tile stays in L1.
@@ -91,36 +92,102 @@ inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
   return check.passed() && rest_finite;
 }
 
+// The `n` <= kUpdateTile elements from `begin` on, one after another in memory, with these normals.
+template <Second kSecond, bool kNoise, typename scalar_t, typename param_t>
+class StretchUpdate {
+ public:
+  StretchUpdate(const UpdateSlice& slice, double* squares) : slice_(slice), squares_(squares) {}
+
+  const scalar_t* in(int64_t begin) const {
+    return static_cast<const scalar_t*>(slice_.in) + begin;
+  }
+
+  void add_squares_to(double* squares) { squares_ = squares; }
+
+  void run(int64_t begin, int64_t n, const float* normals) {
+    using acc_t = acc_type<scalar_t>;
+    UpdateTile<scalar_t, param_t> tile{};
+    tile.in = in(begin);
+    tile.out = static_cast<scalar_t*>(slice_.out) + begin;
+    tile.normals = normals;
+    tile.scale = static_cast<acc_t>(slice_.scale);
+    tile.pull = static_cast<acc_t>(slice_.pull);
+    tile.noise_std = static_cast<acc_t>(slice_.noise_std);
+    if constexpr (kSecond != Second::kNone) {
+      tile.param = tile_as(slice_.param, slice_.param_dtype, begin, n, param_buffer_);
+    }
+    if constexpr (kSecond == Second::kBoth) {
+      tile.anchor = tile_as(slice_.anchor, slice_.anchor_dtype, begin, n, anchor_buffer_);
+    }
+    // A loop of its own leaves the update's as it is; what it has read is then in L1.
+    if (squares_ != nullptr) *squares_ += tile_squares(tile.in, n);
+    finite_ &= update_tile<kSecond, kNoise>(tile, n);
+  }
+
+  // False when a stored value is NaN or infinite.
+  bool finite() const { return finite_; }
+
+ private:
+  const UpdateSlice& slice_;
+  double* squares_;
+  bool finite_ = true;
+  param_t param_buffer_[kUpdateTile], anchor_buffer_[kUpdateTile];
+};
+
 template <Second kSecond, bool kNoise, typename scalar_t, typename param_t = acc_type<scalar_t>>
 inline bool update_tiles(const UpdateSlice& slice, double* squares) {
-  using acc_t = acc_type<scalar_t>;
-  param_t param_buffer[kUpdateTile], anchor_buffer[kUpdateTile];
+  StretchUpdate<kSecond, kNoise, scalar_t, param_t> update(slice, squares);
   NormalSource normals(slice.noise_key, slice.noise_offset + slice.begin);
-  bool all_finite = true;
   int64_t n;
   for (int64_t done = 0; done < slice.size; done += n) {
     const int64_t begin = slice.begin + done;
     const int64_t element = slice.noise_offset + begin;
     n = std::min(kUpdateTile, slice.size - done);
-    if constexpr (kNoise) n = std::min(n, NormalSource::kSpan - element % NormalSource::kSpan);
-    UpdateTile<scalar_t, param_t> tile{};
-    tile.in = static_cast<const scalar_t*>(slice.in) + begin;
-    tile.out = static_cast<scalar_t*>(slice.out) + begin;
-    tile.scale = static_cast<acc_t>(slice.scale);
-    tile.pull = static_cast<acc_t>(slice.pull);
-    tile.noise_std = static_cast<acc_t>(slice.noise_std);
-    if constexpr (kSecond != Second::kNone) {
-      tile.param = tile_as(slice.param, slice.param_dtype, begin, n, param_buffer);
+    const float* drawn = nullptr;
+    if constexpr (kNoise) {
+      n = std::min(n, NormalSource::kSpan - element % NormalSource::kSpan);
+      drawn = normals.draw(element, n, update.in(begin));
     }
-    if constexpr (kSecond == Second::kBoth) {
-      tile.anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
-    }
-    if constexpr (kNoise) tile.normals = normals.draw(element, n, tile.in);
-    // A loop of its own leaves the update's as it is; what it has read is then in L1.
-    if (squares != nullptr) *squares += tile_squares(tile.in, n);
-    all_finite &= update_tile<kSecond, kNoise>(tile, n);
+    update.run(begin, n, drawn);
   }
-  return all_finite;
+  return update.finite();
+}
+
+// With noise, of whole rows of a tensor in channels_last.
+template <Second kSecond, typename scalar_t, typename param_t = acc_type<scalar_t>>
+inline bool update_transposed(const UpdateSlice& slice, double* squares) {
+  StretchUpdate<kSecond, true, scalar_t, param_t> update(slice, squares);
+  TransposedNormals normals(slice.noise_key, slice.noise_offset, slice.spatial);
+  const TransposedTiling tiling(slice.channels, slice.spatial);
+  tiling.visit(slice.begin, slice.size, [&](const TransposedTile& tile) {
+    const float* drawn = normals.draw(tile, update.in(tile.begin));
+    // Whole rows lie one after another; of a part of one only the channels of a place do.
+    const bool whole = tile.channels == slice.channels && tile.spatial == slice.spatial;
+    const int64_t stretch = whole ? tile.size() : tile.channels;
+    const int64_t stretches = whole ? 1 : tile.spatial;
+    // A few channels' squares a time: added to the whole one by one they would round too often.
+    constexpr int64_t kFew = 64;
+    double few = 0, all = 0;
+    if (squares != nullptr) update.add_squares_to(&few);
+    for (int64_t i = 0; i < stretches; ++i) {
+      if (i % kFew == 0) {
+        all += few;
+        few = 0;
+      }
+      for (int64_t done = 0; done < stretch; done += kUpdateTile) {
+        update.run(tile.begin + i * slice.channels + done, std::min(kUpdateTile, stretch - done),
+                   drawn + i * stretch + done);
+      }
+    }
+    if (squares != nullptr) *squares += all + few;
+  });
+  return update.finite();
+}
+
+template <Second kSecond, typename scalar_t, typename param_t = acc_type<scalar_t>>
+inline bool update_noisily(const UpdateSlice& slice, double* squares) {
+  return is_transposed(slice) ? update_transposed<kSecond, scalar_t, param_t>(slice, squares)
+                              : update_tiles<kSecond, true, scalar_t, param_t>(slice, squares);
 }
 
 template <typename scalar_t>
@@ -160,7 +227,7 @@ inline bool update_slice(const UpdateSlice& slice, double* squares) {
     }
     const bool noise = slice.noise_std != 0;
     if (slice.pull == 0) {
-      return noise ? update_tiles<Second::kNone, true, scalar_t>(slice, squares)
+      return noise ? update_noisily<Second::kNone, scalar_t>(slice, squares)
                    : update_tiles<Second::kNone, false, scalar_t>(slice, squares);
     }
     const Second second = second_of(slice.param, slice.anchor);
@@ -169,8 +236,8 @@ inline bool update_slice(const UpdateSlice& slice, double* squares) {
     return visit_params(second, [&](auto given) {
       constexpr Second kSecond = given.value;
       if (noise) {
-        return alike ? update_tiles<kSecond, true, scalar_t, scalar_t>(slice, squares)
-                     : update_tiles<kSecond, true, scalar_t>(slice, squares);
+        return alike ? update_noisily<kSecond, scalar_t, scalar_t>(slice, squares)
+                     : update_noisily<kSecond, scalar_t>(slice, squares);
       }
       return alike ? update_tiles<kSecond, false, scalar_t, scalar_t>(slice, squares)
                    : update_tiles<kSecond, false, scalar_t>(slice, squares);

@@ -10,8 +10,20 @@
 
 namespace mmfuse::cuda {
 
+// Loads where it is written: the compiler would move it behind a branch that waits for other loads.
+__device__ __forceinline__ int64_t load_here(const int64_t* source) {
+#ifdef MMFUSE_CUDA_ON_CPU
+  return *source;
+#else
+  int64_t value;
+  asm volatile("ld.global.b64 %0, [%1];" : "=l"(value) : "l"(source));
+  return value;
+#endif
+}
+
 __device__ __forceinline__ NoiseKey load_noise_key(const int64_t* state, uint32_t stream_id) {
-  return {static_cast<uint64_t>(state[0]), stream_id, static_cast<uint32_t>(state[1])};
+  return {static_cast<uint64_t>(load_here(state)), stream_id,
+          static_cast<uint32_t>(load_here(state + 1))};
 }
 
 struct NormalBlock {

@@ -59,6 +59,13 @@ struct Entry : AnchorFields<kHasParams>, NoiseFields<kHasNoise> {
   int32_t first_chunk;
 };
 
+// With noise, of a tensor in channels_last.
+template <bool kHasParams>
+struct TransposedEntry : Entry<kHasParams, true> {
+  int32_t channels;
+  int32_t spatial;
+};
+
 template <typename entry_t, typename common_t>
 struct TensorTable {
   static constexpr int kCapacity = (kMaxParamBytes - static_cast<int>(sizeof(common_t)) - 16) /
@@ -86,10 +93,11 @@ __device__ __forceinline__ int find_entry(const table_t& table, int chunk) {
   return low;
 }
 
-// Fills the table with the tensors of one group and calls start() each time that it is full.
-template <bool kHasParams, bool kHasNoise, typename table_t, typename F>
-void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors anchors,
-                    int64_t chunk_elements, table_t& table, const F& start) {
+// Fills the table with the tensors of one group and calls start() each time that it is full. Of a
+// tensor come chunks_of(tensor) chunks, or it is left out where they are none.
+template <bool kHasParams, bool kHasNoise, typename table_t, typename chunks_t, typename F>
+void for_each_table_of(const std::vector<GradTensor>& tensors, DType dtype, Anchors anchors,
+                       const chunks_t& chunks_of, table_t& table, const F& start) {
   constexpr int64_t kMaxChunks = 1 << 30;  // a stride beyond the last chunk is still an int
   table.count = 0;
   table.chunks = 0;
@@ -101,7 +109,8 @@ void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors
   for (const GradTensor& tensor : tensors) {
     if (tensor.numel == 0 || tensor.grad_dtype != dtype) continue;
     if (kHasParams && anchors_of(tensor) != anchors) continue;
-    const int64_t chunks = chunk_count(tensor.numel, chunk_elements);
+    const int64_t chunks = chunks_of(tensor);
+    if (chunks == 0) continue;
     if (table.count == table_t::kCapacity || table.chunks > kMaxChunks - chunks) flush();
     auto& entry = table.entries[table.count++];
     entry.grad = tensor.grad;
@@ -118,9 +127,23 @@ void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors
       entry.noise_offset = tensor.noise_offset;
       entry.noise_id = tensor.noise_id;
     }
+    if constexpr (std::is_same_v<decltype(entry), TransposedEntry<kHasParams>&>) {
+      entry.channels = tensor.channels;
+      entry.spatial = tensor.spatial;
+    }
     table.chunks += static_cast<int32_t>(chunks);
   }
   flush();
+}
+
+// The same, in chunks of so many elements.
+template <bool kHasParams, bool kHasNoise, typename table_t, typename F>
+void for_each_table(const std::vector<GradTensor>& tensors, DType dtype, Anchors anchors,
+                    int64_t chunk_elements, table_t& table, const F& start) {
+  const auto chunks_of = [&](const GradTensor& tensor) {
+    return chunk_count(tensor.numel, chunk_elements);
+  };
+  for_each_table_of<kHasParams, kHasNoise>(tensors, dtype, anchors, chunks_of, table, start);
 }
 
 // Calls f(element type, Anchors) once for each group of tensors that one kernel serves.

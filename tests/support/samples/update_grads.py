@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfuse import NoiseStream, ops
 
-from ._inputs import Inputs, Samples, Small, mirrors
+from ._inputs import DTYPES, Inputs, Samples, Small, mirrors
 
 
 def arguments(device: str) -> Samples:
@@ -62,6 +62,7 @@ def case(inputs: Inputs) -> list[Tensor]:
                     written.append(flag)
                     written.append(_sq_norms(grads, factors, *beside))
             written += grads
+    written += _in_channels_last(inputs)
     unchanged = [inputs.normal(n) for n in (5, 1027)]
     flag = torch.ones((), dtype=torch.bool, device=inputs.device)
     ops.update_grads_(unchanged, inputs.vector(1.0, 1.0), finite=flag)
@@ -93,6 +94,38 @@ def _pulled(pull: Tensor, *beside: list[Tensor]) -> dict[str, Any]:
     return (
         {"pull": pull, **dict(zip(("params", "anchors"), beside, strict=False))} if beside else {}
     )
+
+
+def _in_channels_last(inputs: Inputs) -> list[Tensor]:
+    """Noise by the logical index; rows of four channels or not, cut into tiles or not."""
+    shapes = [(3, 4, 3, 3), (2, 3, 1, 2, 2)]
+    if not inputs.interpreted:
+        shapes += [(9, 64, 3, 3), (2, 520, 3, 3), (2, 12, 20, 30), (2, 3, 70, 71)]
+    written = []
+    for shift, dtype in enumerate(DTYPES):
+        other = DTYPES[(shift + 1) % len(DTYPES)]
+        for beside in ((), (dtype,), (dtype, dtype), (other, dtype)):
+            grads, *lists = (
+                [_channels_last(inputs, shape, of) for shape in shapes] for of in (dtype, *beside)
+            )
+            factors = [inputs.normal(len(shapes)).tanh() for _ in range(3)]
+            flag = torch.ones((), dtype=torch.bool, device=inputs.device)
+            ops.update_grads_(
+                grads,
+                factors[0],
+                **_pulled(factors[1], *lists),
+                noise_std=factors[2].abs(),
+                stream=inputs.stream(len(shapes) if shift % 2 else None),
+                finite=flag,
+            )
+            written += [flag, *grads]
+    return written
+
+
+def _channels_last(inputs: Inputs, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Random numbers in that format, by a view: copying would be a kernel of its own."""
+    rows, channels, *spatial = shape
+    return inputs.normal(rows, *spatial, channels, dtype=dtype).movedim(-1, 1)
 
 
 def _sq_norms(grads: list[Tensor], factors: Sequence[Tensor], *beside: list[Tensor]) -> Tensor:
@@ -134,8 +167,19 @@ def compiled(inputs: Inputs) -> None:
         ("noise finite squares", 0, f64, f64, f64),
         ("finite squares", 0, f32, f32),
         ("finite squares", 1, f16, f16),
+        ("noise last", 0, f32),
+        ("noise finite last", 0, bf16),
+        ("noise finite last", 1, f16),
+        ("noise finite last", 0, f64),
+        ("noise finite last", 0, f32, f32, f32),
+        ("noise finite last", 1, bf16, f32),
+        ("noise finite squares last", 0, f32),
     ):
-        grads, *beside = inputs.lists((37,), len(dtypes), *dtypes, offset=offset)
+        grads, *beside = inputs.lists((36,), len(dtypes), *dtypes, offset=offset)
+        if "last" in parts:
+            grads, *beside = (
+                [t.view(2, 2, 3, 3).movedim(-1, 1) for t in row] for row in (grads, *beside)
+            )
         wide = tolerances.accumulation_dtype(dtypes[0])
         factor = inputs.vector(0.5, dtype=wide)
         ops.update_grads_(

@@ -70,7 +70,8 @@ def started() -> dict[str, str]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
 def test_every_op_has_a_short_call() -> None:

@@ -9,6 +9,10 @@
 namespace mmfuse::cpu {
 namespace {
 
+// Of a row to draw for, and once more to copy or not; of a byte of it.
+constexpr Nanoseconds kRow = ns(0.5);
+constexpr Nanoseconds kByte = ns(0.015);
+
 int64_t batch_of(const TensorList& tensors) {
   STD_TORCH_CHECK(!tensors.empty(), "mmfuse: there must be at least one modality");
   check_contiguous(tensors, "features and gradients");
@@ -34,14 +38,16 @@ TensorList drop_modalities_backward(const TensorList& grads, const Tensor& keep,
   std::vector<DropSlice> slices;
   out.reserve(count);
   slices.reserve(count);
+  Nanoseconds cost = count * rows * kRow;
   for (int64_t m = 0; m < count; ++m) {
     out.push_back(torch::stable::empty_like(grads[m]));
     const int64_t size = grads[m].numel();
     slices.push_back({dtype_of(grads[m]), grads[m].const_data_ptr(), out[m].mutable_data_ptr(),
                       kept + m * rows, size / std::max<int64_t>(1, rows), factor, 0, size});
+    cost = cost + size * element_size(slices[m].dtype) * kByte;
   }
   const auto kernel = MMFUSE_SIMD_SELECT(drop_slice);
-  parallel_each(make_chunks(slices), [&](const Chunk& chunk, size_t) {
+  parallel_each(make_chunks(slices), cost, [&](const Chunk& chunk, size_t) {
     DropSlice slice = slices[chunk.tensor];
     slice.begin = chunk.begin;
     slice.size = chunk.size;
@@ -66,7 +72,7 @@ std::tuple<TensorList, Tensor> drop_modalities(const TensorList& features, const
   bool* kept = static_cast<bool*>(keep.mutable_data_ptr());
   const auto kernel = MMFUSE_SIMD_SELECT(draw_keep);
   const int64_t steps = (rows + kChunk - 1) / kChunk;
-  parallel_each(count * steps, count * rows, [&](int64_t i) {
+  parallel_each(count * steps, count * rows * kRow, [&](int64_t i) {
     const int64_t m = i / steps, begin = i % steps * kChunk;
     kernel({noise_key(state, noise_ids[m]), noise_offsets[m], static_cast<float>(probabilities[m]),
             kept + m * rows, begin, std::min(rows, begin + kChunk)});

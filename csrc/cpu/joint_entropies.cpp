@@ -148,15 +148,15 @@ class JointCounter {
   }
 
   void run() {
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t values = problems_ * length_ * static_cast<int64_t>(data_.size());
+    const Nanoseconds cost = range_cost() + count_cost() + entropy_cost();
+    const int64_t threads = threads_for(cost);
     const int64_t tasks = 4 * threads;
     if (threads > 1 && problems_ < tasks && length_ >= 2 * kMinPiece) {
-      run_pieces(tasks, values);
+      run_pieces(tasks);
       return;
     }
     const int64_t step = (problems_ + tasks - 1) / tasks;
-    parallel_steps(problems_, step, values, [&](int64_t, int64_t begin, int64_t end) {
+    parallel_steps(problems_, step, cost, [&](int64_t, int64_t begin, int64_t end) {
       Scratch scratch(*this);
       std::vector<RowBins> rows(data_.size());
       for (int64_t p = begin; p < end; ++p) {
@@ -183,7 +183,7 @@ class JointCounter {
   };
 
   // Few long problems: their rows are cut into pieces.
-  void run_pieces(int64_t tasks, int64_t values) {
+  void run_pieces(int64_t tasks) {
     const size_t variables = data_.size();
     const int64_t wanted = (tasks + problems_ - 1) / problems_;
     // A task also empties its histograms.
@@ -191,7 +191,7 @@ class JointCounter {
     const int64_t step = std::min(kMaxPiece, std::max(least, (length_ + wanted - 1) / wanted));
     const int64_t pieces = (length_ + step - 1) / step;
     std::vector<RowRange> ranges(problems_ * variables * pieces);
-    parallel_each(static_cast<int64_t>(ranges.size()), values, [&](int64_t i) {
+    parallel_each(static_cast<int64_t>(ranges.size()), range_cost(), [&](int64_t i) {
       const int64_t begin = i % pieces * step, row = i / pieces;
       ranges[i] =
           range_(slice(row % variables, row / variables, begin, std::min(length_, begin + step)));
@@ -211,7 +211,7 @@ class JointCounter {
       for (int64_t q = 0; q < count(); ++q) clear(q, p);
     }
     std::mutex mutex;
-    parallel_each(problems_ * pieces, values, [&](int64_t i) {
+    parallel_each(problems_ * pieces, count_cost(), [&](int64_t i) {
       const int64_t p = i / pieces, begin = i % pieces * step;
       const RowBins* bins = &rows[p * variables];
       Scratch scratch(*this);
@@ -219,11 +219,26 @@ class JointCounter {
       const std::lock_guard<std::mutex> lock(mutex);
       flush(p, bins, &scratch);
     });
-    parallel_each(count() * problems_, count() * problems_ * cells_, [&](int64_t i) {
+    parallel_each(count() * problems_, entropy_cost(), [&](int64_t i) {
       const int64_t p = i % problems_;
       finish(i / problems_, p, &rows[p * variables]);
     });
   }
+
+  Nanoseconds range_cost() const {
+    return problems_ * length_ * static_cast<double>(data_.size()) * ns(wide() ? 0.08 : 0.05);
+  }
+
+  // Two bins are compared with one edge; others take a place for each value, then a count.
+  Nanoseconds count_cost() const {
+    if (bins_ == 2) return problems_ * length_ * count() * ns(wide() ? 0.2 : 0.07);
+    const double place = static_cast<double>(data_.size()) * (wide() ? 0.5 : 0.2);
+    return problems_ * length_ * ns(place + static_cast<double>(count()) * 0.2);
+  }
+
+  Nanoseconds entropy_cost() const { return problems_ * count() * cells_ * ns(1.5); }
+
+  bool wide() const { return dtype_ == DType::kFloat64; }
 
   int64_t count() const { return static_cast<int64_t>(tuples_.size()) / order_; }
 

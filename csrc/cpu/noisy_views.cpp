@@ -7,6 +7,12 @@
 #include "cpu/simd/foreach_simd.h"
 
 namespace mmfuse::cpu {
+namespace {
+
+// Of an element: two deviates.
+constexpr Nanoseconds kElement = ns(1.4);
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> noisy_views(const Tensor& x, double sigma,
                                                const Tensor& noise_state,
@@ -28,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> noisy_views(const Tensor& x, double sigma,
     whole.noise_offsets[k] = noise_offsets[k];
   }
   const auto kernel = MMFUSE_SIMD_SELECT(write_views);
-  const double sum = sum_of_steps(count, kChunk, count, [&](int64_t begin, int64_t end) {
+  const double sum = sum_of_steps(count, kChunk, count * kElement, [&](int64_t begin, int64_t end) {
     ViewsSlice slice = whole;
     slice.begin = begin;
     slice.end = end;

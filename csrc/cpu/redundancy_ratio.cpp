@@ -10,6 +10,8 @@ namespace mmfuse::cpu {
 namespace {
 
 constexpr double kEps = 1e-12;
+// Of an element.
+constexpr Nanoseconds kNarrow = ns(0.07), kWide = ns(0.2);
 
 }  // namespace
 
@@ -22,7 +24,8 @@ Tensor redundancy_ratio(const Tensor& z1, const Tensor& z2, const Tensor& input_
   const double input = Coefficients(input_sq, 1, "input_sq")[0];
   const RepresentationSlice whole{dtype, z1.const_data_ptr(), z2.const_data_ptr(), 0, count};
   const auto kernel = MMFUSE_SIMD_SELECT(representation_distance);
-  const double sum = sum_of_steps(count, kChunk, count, [&](int64_t begin, int64_t end) {
+  const Nanoseconds cost = count * (dtype == DType::kFloat64 ? kWide : kNarrow);
+  const double sum = sum_of_steps(count, kChunk, cost, [&](int64_t begin, int64_t end) {
     RepresentationSlice slice = whole;
     slice.begin = begin;
     slice.end = end;

@@ -15,6 +15,10 @@ namespace {
 constexpr int64_t kMaxParts = 16;
 constexpr int64_t kMinPart = 65536;
 
+// Of a sample, forwards or backwards, and of a cell.
+constexpr Nanoseconds kSample = ns(3.2);
+constexpr Nanoseconds kCell = ns(0.2);
+
 int64_t parts_of(int64_t problems, int64_t samples) {
   const int64_t wanted = std::max<int64_t>(1, kMaxParts / std::max<int64_t>(1, problems));
   return std::clamp<int64_t>(samples / kMinPart, 1, wanted);
@@ -60,7 +64,8 @@ class SoftProblems {
   template <typename F>
   void for_each_problem(const F& f) const {
     const int64_t work = samples + bins_ * bins_;
-    parallel_steps(count, std::max<int64_t>(1, kChunk / work), count * work,
+    parallel_steps(count, std::max<int64_t>(1, kChunk / work),
+                   count * samples * kSample + count * bins_ * bins_ * kCell,
                    [&](int64_t, int64_t begin, int64_t end) {
                      for (int64_t p = begin; p < end; ++p) f(p);
                    });
@@ -68,9 +73,10 @@ class SoftProblems {
   template <typename F>
   void for_each_part(const F& f) const {
     const int64_t step = std::max<int64_t>(1, kChunk * parts / std::max<int64_t>(1, samples));
-    parallel_steps(count * parts, step, count * samples, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) f(i / parts, i % parts);
-    });
+    parallel_steps(count * parts, step, count * samples * kSample,
+                   [&](int64_t, int64_t begin, int64_t end) {
+                     for (int64_t i = begin; i < end; ++i) f(i / parts, i % parts);
+                   });
   }
 
   int64_t count;

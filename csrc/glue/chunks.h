@@ -41,10 +41,33 @@ std::vector<Chunk> make_chunks(const std::vector<slice_t>& slices) {
 
 // f(i) for every i in [0, count), which together stand for `elements` elements. The next index goes
 // to whichever thread is free: chunks differ in size, and other processes take cores away.
+// How long a call takes on one thread, rather too little: a second thread that comes too late costs
+// milliseconds where cores are busy, one that is missing some microseconds. A type of its own, so
+// that nobody hands over a number of elements. benchmarks/NOTES.md has where the numbers are from.
+struct Nanoseconds {
+  double value;
+};
+
+inline Nanoseconds operator+(Nanoseconds a, Nanoseconds b) { return {a.value + b.value}; }
+inline Nanoseconds operator*(double factor, Nanoseconds a) { return {factor * a.value}; }
+constexpr Nanoseconds ns(double value) { return {value}; }
+
+// Less than twice this stays on the calling thread.
+constexpr double kNsForThread = 50000;
+constexpr Nanoseconds kTask = ns(30);
+
+inline int64_t threads_for(Nanoseconds cost) {
+  const double shares = cost.value / kNsForThread;
+  if (shares < 2) return 1;
+  return static_cast<int64_t>(
+      std::min(shares, static_cast<double>(torch::stable::get_num_threads())));
+}
+
+// f(i) for every i in [0, count), which together take `cost`. The next index goes to whichever
+// thread is free: chunks differ in size, and other processes take cores away.
 template <typename F>
-void parallel_each(int64_t count, int64_t elements, const F& f) {
-  const int64_t threads = std::min(
-      {count, elements / kChunk + 1, static_cast<int64_t>(torch::stable::get_num_threads())});
+void parallel_each(int64_t count, Nanoseconds cost, const F& f) {
+  const int64_t threads = std::min(count, threads_for(cost + count * kTask));
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(i);
@@ -57,18 +80,16 @@ void parallel_each(int64_t count, int64_t elements, const F& f) {
 }
 
 template <typename F>
-void parallel_each(const std::vector<Chunk>& chunks, const F& f) {
-  int64_t elements = 0;
-  for (const Chunk& chunk : chunks) elements += chunk.size;
-  parallel_each(static_cast<int64_t>(chunks.size()), elements,
+void parallel_each(const std::vector<Chunk>& chunks, Nanoseconds cost, const F& f) {
+  parallel_each(static_cast<int64_t>(chunks.size()), cost,
                 [&](int64_t i) { f(chunks[i], static_cast<size_t>(i)); });
 }
 
-// f(i, begin, end) for every stretch i of `step` of the numbers in [0, total), which together stand
-// for `elements` elements.
+// f(i, begin, end) for every stretch i of `step` of the numbers in [0, total), which together take
+// `cost`.
 template <typename F>
-void parallel_steps(int64_t total, int64_t step, int64_t elements, const F& f) {
-  parallel_each((total + step - 1) / step, elements,
+void parallel_steps(int64_t total, int64_t step, Nanoseconds cost, const F& f) {
+  parallel_each((total + step - 1) / step, cost,
                 [&](int64_t i) { f(i, i * step, std::min(total, (i + 1) * step)); });
 }
 
@@ -81,9 +102,9 @@ inline double pairwise_sum(const double* x, size_t count) {
 
 // The sum of f(begin, end) over the same stretches.
 template <typename F>
-double sum_of_steps(int64_t total, int64_t step, int64_t elements, const F& f) {
+double sum_of_steps(int64_t total, int64_t step, Nanoseconds cost, const F& f) {
   std::vector<double> parts((total + step - 1) / step);
-  parallel_steps(total, step, elements,
+  parallel_steps(total, step, cost,
                  [&](int64_t i, int64_t begin, int64_t end) { parts[i] = f(begin, end); });
   return pairwise_sum(parts.data(), parts.size());
 }

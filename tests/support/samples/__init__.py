@@ -8,6 +8,8 @@ A new op is a new file here; test_op_contract.py, every_kernel.py, .ci/compile_t
 * `case(inputs)`: calls such that each kernel of each backend is launched, in all its variants; it
   returns what they have written;
 * `small(device)`: a call of the public op, on few numbers: what the host does for it is counted;
+* `short(device)`: a call, with its backward pass, of whose kernels each takes at most 100 µs on one
+  thread, on more than one chunk of numbers: it may start no other thread;
 
 and where they are needed
 

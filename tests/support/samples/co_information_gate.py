@@ -21,6 +21,11 @@ def small(device: str) -> Small:
     return lambda: ops.co_information_gate(features, -0.9)
 
 
+def short(device: str) -> Small:
+    features = list(torch.randn(3, 80, 512, device=device))
+    return lambda: ops.co_information_gate(features, -0.9)
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """66 pairs; a launch has 64."""
     written = []

@@ -39,6 +39,17 @@ def small(device: str) -> Small:
     return lambda: ops.drop_modalities(features, q, stream)
 
 
+def short(device: str) -> Small:
+    features, q = list(torch.randn(3, 40, 512, device=device)), torch.rand(3, device=device)
+    stream, leaves = NoiseStream(3, device), [x.requires_grad_() for x in features]
+
+    def call() -> object:
+        dropped = ops.drop_modalities(leaves, q, stream).features
+        return torch.autograd.grad(dropped, leaves, features)
+
+    return call
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """A chunk has 4,096 elements, or rows without elements."""
     written: list[Tensor] = []

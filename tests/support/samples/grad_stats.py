@@ -22,6 +22,11 @@ def small(device: str) -> Small:
     return lambda: ops.grad_stats(grads)
 
 
+def short(device: str) -> Small:
+    grads = [torch.randn(1000, device=device) for _ in range(100)]
+    return lambda: (ops.grad_stats(grads), ops.grad_stats(grads, grads, grads))
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """A chunk has 16,384 elements."""
     found = []

@@ -31,6 +31,11 @@ def small(device: str) -> Small:
     return lambda: ops.joint_entropies(data, [(0, 1)], 5)
 
 
+def short(device: str) -> Small:
+    data = list(torch.randn(2, 1, 32768, device=device))
+    return lambda: (ops.joint_entropies(data, [(0, 1)], 30), ops.joint_entropies(data, [(0, 1)], 2))
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """Up to 8,192 columns a block has a whole problem; ranges are found in parts of 16,384."""
     shapes = [(3, 309, 0), (3, 320, 0), (3, 320, 1), (1, 47, 0)]

@@ -107,6 +107,18 @@ def small(device: str) -> Small:
     return lambda: ops.modality_scores(logits, labels)
 
 
+def short(device: str) -> Small:
+    logits = [z.requires_grad_() for z in torch.randn(2, 32, 800, device=device)]
+    labels = torch.arange(32, device=device)
+
+    def call() -> object:
+        for statistics in (False, True):
+            ops.sample_scores(logits, labels, statistics=statistics)
+        return torch.autograd.grad(ops.modality_scores(logits, labels).log_prob.sum(), logits)
+
+    return call
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """A CUDA block has 128 rows, a launch 16 modalities; Triton splits from 9 tiles on."""
     rows, many, tall = (5, 2, 37) if inputs.interpreted else (37, 17, 137)

@@ -31,6 +31,11 @@ def small(device: str) -> Small:
     return lambda: ops.noisy_views(x, 0.1, stream)
 
 
+def short(device: str) -> Small:
+    x, stream = torch.randn(65, 512, device=device), NoiseStream(3, device)
+    return lambda: ops.noisy_views(x, 0.1, stream)
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """A chunk has 4,096 elements."""
     written: list[Tensor] = []

@@ -64,6 +64,12 @@ def small(device: str) -> Small:
     return lambda: ops.paired_cosine(a, b)
 
 
+def short(device: str) -> Small:
+    a, b = torch.randn(2, 65, 512, device=device)
+    a.requires_grad_()
+    return lambda: torch.autograd.grad(ops.paired_cosine(a, b), a)
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """A row belongs to a warp, or from 1,025 columns on to a block."""
     written: list[Tensor] = []

@@ -41,6 +41,12 @@ def small(device: str) -> Small:
     return lambda: ops.redundancy_ratio(z1, z2, input_sq)
 
 
+def short(device: str) -> Small:
+    z1, z2 = torch.randn(2, 65, 512, device=device)
+    input_sq = torch.tensor(0.5, device=device)
+    return lambda: ops.redundancy_ratio(z1, z2, input_sq)
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """A block has 2,048 elements."""
     written: list[Tensor] = []

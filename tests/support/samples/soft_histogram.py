@@ -39,6 +39,11 @@ def small(device: str) -> Small:
     return lambda: ops.soft_histogram(x, y, 5)
 
 
+def short(device: str) -> Small:
+    x, y = torch.randn(2, 3, 9000, device=device)
+    return lambda: ops.soft_histogram(x, y, 60)
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """The public op widens half precision; the overload under it takes it as it is."""
     forward = OPS["soft_histogram"].overloads[inputs.backend]

@@ -39,6 +39,18 @@ def small(device: str) -> Small:
     return lambda: ops.update_grads_(grads, scale, noise_std=std, stream=stream)
 
 
+def short(device: str) -> Small:
+    grads = [torch.randn(1000, device=device) for _ in range(100)]
+    scale, std = torch.ones(100, device=device), torch.full((100,), 1e-3, device=device)
+    stream = NoiseStream(3, device)
+
+    def call() -> None:
+        ops.update_grads_(grads, scale * 0.5, params=grads, anchors=grads, pull=std)
+        ops.update_grads_(grads, scale, noise_std=std, stream=stream)
+
+    return call
+
+
 def case(inputs: Inputs) -> list[Tensor]:
     """A chunk has 8,192 elements."""
     written = []

@@ -18,7 +18,7 @@ from ..loop.given import Kind
 from ..loop.pairs import own
 from ..loop.ranks import Observed
 from ..ops._tensors import check_named
-from ..ops.co_information_gate import named_gate
+from ..ops.co_information_gate import gate_of_aligned
 from ..ops.paired_cosine import aligned, paired_cosine
 from ..ops.redundancy_pull import RedundancyRule, RedundancyState, redundancy_pull_of_checked
 from . import _redreg_equations as equations
@@ -58,15 +58,13 @@ class Seen(NamedTuple):
     """The parts of one micro-batch.
 
     Attributes:
-        names: What errors call the features.
-        features: M tensors [B, D].
+        features: M tensors [B, D], contiguous and of one dtype.
         backend: Name of a backend; None for the best one.
         redundancy: [M]; None in a step without a monitor.
         input_sq: [M] mean squares of the differences between the views; None likewise.
         present: [M, B] bool, which modalities each sample has; None if all have all.
     """
 
-    names: list[str]
     features: list[Tensor]
     backend: str | None
     redundancy: Tensor | None = None
@@ -160,7 +158,7 @@ class RedRegRule(Stateless):
             f.flatten(1) if isinstance(f, Tensor) and f.dim() > 2 else f
             for f in batch.given["features"]
         ]
-        seen = Seen(labelled, aligned(labelled, flat), batch.backend, present=batch.present)
+        seen = Seen(aligned(labelled, flat), batch.backend, present=batch.present)
         rows = len(seen.features[0])
         if self._monitored(batch.clock):
             to = batch.state["average"]
@@ -216,8 +214,7 @@ class RedRegRule(Stateless):
             threshold = state["gate_threshold"]
             if only.present is not None:
                 return only.redundancy, (only.above(threshold) > 0).to(seen.means)
-            gate = named_gate(only.names, only.features, threshold, only.backend)
-            return only.redundancy, gate
+            return only.redundancy, gate_of_aligned(only.features, threshold, only.backend)
         assert seen.sums is not None
         numerator, denominator, above = seen.sums.split([count, count, 1])
         redundancy = numerator / denominator if self._monitored(clock) else None

@@ -145,7 +145,6 @@ DECIDING = {
     # The gate with its threshold in the features' dtype, and the stream's next step.
     "RedReg": {
         "grad_stats": 1,
-        "promote_types": 1,
         "_to_copy": 1,
         "co_information_gate": 1,
         "redundancy_pull": 1,

@@ -310,7 +310,7 @@ def test_the_gate_is_that_of_the_samples_that_have_both() -> None:
     a = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.float64)
     b = torch.tensor([[0.6, 0.8]] * 4, dtype=torch.float64)
     mask = torch.tensor([[True, True, True, True], [True, True, False, False]])
-    seen = Seen(["a", "b"], [a, b], None, present=mask)
+    seen = Seen([a, b], None, present=mask)
     for threshold, above in ((0.55, True), (0.65, False)):
         found = seen.above(torch.tensor(threshold, dtype=torch.float64))
         assert bool(found > 0) == above

@@ -27,11 +27,17 @@ def arguments(device: str) -> Samples:
         "keep_state_": [
             (state, _values(state), yes, None),
             (_state(device), _values(state), yes, sums),
-            (_state(device), _values(state), yes, sums.double() / 0),
             (_state(device), _values(state), ~yes, sums.double()),
             (wide, [x + 1 for x in wide], yes, sums[:0]),
         ]
     }
+
+
+def undefined(device: str) -> Samples:
+    """Nothing changes."""
+    state, sums = _state(device), torch.full((5,), torch.nan, device=device)
+    yes = torch.ones((), dtype=torch.bool, device=device)
+    return {"keep_state_": [(state, _values(state), yes, sums)]}
 
 
 def small(device: str) -> Small:

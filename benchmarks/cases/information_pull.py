@@ -44,6 +44,7 @@ class InfoRegDecision(Case):
     kind = "decision"
     ops = ("information_pull",)
     passes = 1
+    half = False
     named_only = True
     workloads = TWO_NETWORKS
     make = staticmethod(DecisionInputs)

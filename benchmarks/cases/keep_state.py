@@ -36,6 +36,7 @@ class Keeping(Case):
     kind = "decision"
     ops = ("keep_state_",)
     passes = 1
+    half = False
     named_only = True
     make = staticmethod(StateInputs)
 

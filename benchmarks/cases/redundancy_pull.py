@@ -48,6 +48,7 @@ class RedRegDecision(Case):
     kind = "decision"
     ops = ("redundancy_pull",)
     passes = 1
+    half = False
     named_only = True
     make = staticmethod(RedundancyInputs)
 

@@ -102,6 +102,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             options.left_out += [f"{name}: too slow for a run with --minutes" for name in slow]
         options.providers = [name for name in known if name not in slow]
     named = options.cases is not None
+    whole = not (named or options.workloads or options.dtype or options.quick or chosen)
     options.cases = options.cases or quick.get("cases")
     if options.cases is None:
         options.cases = [name for name, case in CASES.items() if not case.named_only]
@@ -117,6 +118,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             options.workloads = [name for name in options.workloads if name not in large]
             reason = "too much for a CPU; measured there if --workloads names it"
             options.left_out += [f"{name}: {reason}" for name in large]
+    options.once = []
+    if whole and options.device.type == "cpu":
+        options.once = [torch.bfloat16]
+        options.left_out.append(
+            "bfloat16 on other workloads than a case's first: a run would take half as long "
+            "again; measured if --dtype names it"
+        )
     options.dtype = options.dtype or quick.get("dtype", ["float32", "bfloat16"])
     options.seconds = options.seconds or quick.get("seconds", _SECONDS)
     return options
@@ -133,6 +141,7 @@ def measure_all(session: Session, options: argparse.Namespace) -> Iterator[None]
             [getattr(torch, name) for name in options.dtype],
             options.select,
             main_first=options.minutes is not None,
+            once=options.once,
         )
     session.skipped += options.left_out
     for unit, seconds in plan.share(units, options.seconds, options.minutes):

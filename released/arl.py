@@ -42,6 +42,11 @@ class _Larger(torch.autograd.Function):
         return grad + grad * weight, torch.tensor(1.0)
 
 
+def scaled(feature: Tensor, weight: Tensor) -> Tensor:
+    """The feature, whose gradient becomes 1 + weight times as large."""
+    return _Larger.apply(feature, weight)
+
+
 class Step(NamedTuple):
     """What a step has computed; pairs are audio, visual."""
 
@@ -121,7 +126,7 @@ class Training:
         applied = [float(w) if acts else 0.0 for w in self.weights]
         if acts:
             features = tuple(
-                _Larger.apply(f, torch.as_tensor(w, dtype=f.dtype).to(f.device))
+                scaled(f, torch.as_tensor(w, dtype=f.dtype).to(f.device))
                 for f, w in zip(features, self.weights, strict=True)
             )
         a, v = features

@@ -9,6 +9,7 @@ missing backend from a skip into a failure.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from ranks import close_all
 
 import mmfuse
 from mmfuse import _native
+from mmfuse.methods.catalogue import METHODS
 from mmfuse.ops._registry import OPS
 
 # A developer's every run looks at new examples; CI looks at the same ones each time.
@@ -57,30 +59,38 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     replace_worker_with_a_lost_device(nodeid)
 
 
-# Where each op is held against the reference, and what takes many calls there.
+# Where each op is held against the reference.
 _OPS = Path(__file__).parent / "ops"
-_MANY_CALLS = ("test_any", "test_gradcheck", "test_fullgraph")
+# A method's name within a test's, as one of its parameters: "ogm_ge_training", "2-OGM-GE".
+_METHOD = re.compile(
+    rf"(?<![a-z])({'|'.join(sorted(METHODS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE
+)
 
 
 def _is_slow(item: pytest.Item) -> bool:
-    """True for a test on the CPU that `make check` runs because of its backend.
+    """True for a test on the CPU that `make check` runs because of its backend or its method.
 
-    Triton's interpreter is slow. In float16 and float64 it runs the same kernels with other casts
-    than in float32 and bfloat16; what methods make of the ops is the same once each op is as the
-    reference; random examples and numerical derivatives are many calls. `slow_except_on` says it
-    for a single test.
+    What methods make of the ops is the same once each op is as the reference: above the ops `make
+    test` has the reference and the C++ kernels alone. Triton's interpreter is slow: of it `make
+    test` has each op's parity in float32, from which other dtypes differ by casts.
+    `slow_except_on` says the like for a single test, and `slow_except_for` names the methods that
+    stand for all others there.
     """
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    found = _METHOD.search(item.callspec.id) if parameters else None
+    for mark in item.iter_markers("slow_except_for"):
+        if found is not None and found.group(1).upper() not in mark.args:
+            return True
     cell = parameters.get("cell")
     if not isinstance(cell, Cell) or cell.device != "cpu":
         return False
-    if cell.slow and {torch.float16, torch.float64} & {
-        value for value in parameters.values() if isinstance(value, torch.dtype)
-    }:
-        return True
-    below = _OPS in item.path.parents or item.path.name == "test_noise.py"
-    if cell.slow and (not below or item.name.startswith(_MANY_CALLS)):
-        return True
+    if _OPS not in item.path.parents:
+        if cell.backend in ("triton", "cuda") and item.path.name != "test_noise.py":
+            return True
+    elif cell.slow:
+        dtypes = {value for value in parameters.values() if isinstance(value, torch.dtype)}
+        if "parity" not in item.name or dtypes - {torch.float32}:
+            return True
     return any(cell.backend not in mark.args for mark in item.iter_markers("slow_except_on"))
 
 

@@ -1,4 +1,4 @@
-"""AGM: a whole training step."""
+"""AGM: its own part of a step, and a whole training step."""
 
 from __future__ import annotations
 
@@ -6,16 +6,88 @@ import math
 
 import torch
 from engine import sequences
-from engine.case import register
-from engine.inputs import ALPHA
+from engine.case import Case, register
+from engine.gate import close
+from engine.inputs import ALPHA, LogitsInputs
 from engine.networks import AudioVisual
 from engine.training import TrainingInputs
 from engine.training_case import TrainingCase
 from engine.training_gate import backward, stepped
+from engine.workloads import Workload
 from torch import Tensor
 from torch.nn import functional as F
 
 import mmfuse
+
+
+class Responses(LogitsInputs):
+    """Logits that a gradient goes through, and what reaches them."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(workload, dtype, device)
+        self.arriving = [self._randn(z.shape, 1.0) for z in self.logits]
+        for z in self.logits:
+            z.requires_grad_()
+
+    def gradients(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Of the logits, below what they have gone through."""
+        return list(torch.autograd.grad(outputs, self.logits, self.arriving))
+
+
+def _factors(losses: Tensor) -> Tensor:
+    """[M] k_m of a first step, in which what is usual is 1."""
+    count = len(losses)
+    return torch.exp(ALPHA * (1 - torch.exp((losses.mean() - losses) * count / (count - 1))))
+
+
+@register
+class Step(Case):
+    """From responses to their gradients, in the first step of a run."""
+
+    name = "agm_step"
+    title = "AGM: scores, and gradients of the responses"
+    kind = "logits"
+    ops = ("modality_scores", "scale_grad_backward")
+    autograd = True
+    make = staticmethod(Responses)
+
+    def check(self, provider: str, i: Responses, result: list[Tensor]) -> None:
+        losses = [F.cross_entropy(z.detach().double(), i.labels) for z in i.logits]
+        rows = zip(result, i.arriving, _factors(torch.stack(losses)), strict=True)
+        # The released sum over the batch rounds to the logits' dtype, once for every sample.
+        rounding = len(i.labels) * torch.finfo(i.dtype).eps
+        for got, grad, k in rows:
+            close("gradient of a response", got, k * grad.double(), 1e-5 + rounding)
+
+    def official(self, i: Responses) -> list[Tensor]:
+        outputs, k = [z.view_as(z) for z in i.logits], []
+        for m, r in enumerate(outputs):
+            r.register_hook(lambda grad, m=m: grad * k[m])
+        with torch.no_grad():
+            scores = [sequences.agm.mean_score(r, i.labels, 1e-8) for r in outputs]
+        now, usual = sequences.agm.ratios(scores), sequences.agm.ratios([0.0] * len(scores))
+        k += [math.exp(ALPHA * (b - a)) for a, b in zip(now, usual, strict=True)]
+        return i.gradients(outputs)
+
+    def foreach(self, i: Responses) -> list[Tensor]:
+        outputs = [z.view_as(z) for z in i.logits]
+        with torch.no_grad():
+            losses = torch.stack([F.cross_entropy(r, i.labels) for r in outputs])
+            k = _factors(losses.to(torch.promote_types(i.dtype, torch.float32)))
+        for r, factor in zip(outputs, k.unbind(), strict=True):
+            r.register_hook(lambda grad, factor=factor: grad * factor)
+        return i.gradients(outputs)
+
+    def mmfuse(self, i: Responses, backend: str) -> list[Tensor]:
+        names = [str(m) for m in range(len(i.logits))]
+        made = i.cached(
+            ("AGM", backend),
+            lambda: mmfuse.AGM(ALPHA, None, num_modalities=len(names), backend=backend),
+        )
+        made.running_scores.zero_()  # as before a first step
+        made.running_steps.zero_()
+        out = made(dict(zip(names, i.logits, strict=True)), i.labels)
+        return i.gradients(list(out.logits.values()))
 
 
 def _outputs(model: AudioVisual, i: TrainingInputs) -> list[Tensor]:

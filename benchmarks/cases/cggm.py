@@ -1,10 +1,12 @@
-"""CGGM: a whole training step."""
+"""CGGM: its own part of a step, and a whole training step."""
 
 from __future__ import annotations
 
 import torch
-from engine import sequences
-from engine.case import register
+from engine import eager, sequences
+from engine.case import Case, register
+from engine.gate import check_update
+from engine.gradients import GradientInputs
 from engine.networks import ThreeHeads
 from engine.training import TrainingInputs
 from engine.training_case import TrainingCase, take_step
@@ -15,6 +17,54 @@ from torch.nn import functional as F
 import mmfuse
 
 RHO, CLIP = 1.3, 0.8
+
+
+def _factors(rates: Tensor) -> Tensor:
+    """[M] of top-1 rates; of a first step, whose progress they are."""
+    return RHO * (rates.sum() + 1e-8 - rates) / (rates.sum() + 1e-8)
+
+
+def _rates(logits: list[Tensor], labels: Tensor) -> Tensor:
+    return torch.stack([(z.argmax(1) == labels).double().mean() for z in logits])
+
+
+@register
+class Step(Case):
+    """The whole `CGGM.step`, the first one, from logits to gradients."""
+
+    name = "cggm_step"
+    title = "CGGM.step"
+    kind = "gradients"
+    ops = ("sample_scores", "update_grads_")
+    passes = 2
+    encoders = 2
+    make = staticmethod(GradientInputs)
+
+    def check(self, provider: str, i: GradientInputs, result: object) -> None:
+        factors = _factors(_rates(i.head.logits, i.head.labels))
+        check_update(provider, i, scale=factors[i.modality_index])
+
+    def official(self, i: GradientInputs) -> None:
+        metrics = [sequences.cggm.right_classes(z, i.head.labels) for z in i.head.logits]
+        k = sequences.cggm.decide(metrics)
+        for params, factor in zip(i.encoder_params, k, strict=True):
+            for p in params:
+                p.grad *= factor * RHO
+
+    def foreach(self, i: GradientInputs) -> None:
+        eager.scale(i, _factors(_rates(i.head.logits, i.head.labels)).to(i.wide))
+
+    def mmfuse(self, i: GradientInputs, backend: str) -> None:
+        method = i.cached(
+            ("CGGM", backend),
+            lambda: mmfuse.CGGM.official(
+                dict(zip("av", i.encoder_params, strict=True)), rho=RHO, backend=backend
+            ),
+        )
+        for value in method._state.values():  # as before a first step
+            value.zero_()
+        method.modalities.changed = None  # each call counts as after a backward pass of its own
+        method.step(dict(zip("av", i.head.logits, strict=True)), i.head.labels)
 
 
 class Guided(ThreeHeads):
@@ -62,8 +112,7 @@ class Training(TrainingCase):
             return [a, v], logits, sum(F.cross_entropy(z, i.labels) for z in logits)
 
         seen = backward(i, forward)
-        e = torch.stack([(z.argmax(1) == i.labels).double().mean() for z in seen.logits[1:]])
-        factors = RHO * (e.sum() + 1e-8 - e) / (e.sum() + 1e-8)
+        factors = _factors(_rates(seen.logits[1:], i.labels))
         grads = []
         for name, grad in seen.named_gradients():
             modality = modality_of(name)

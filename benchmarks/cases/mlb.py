@@ -1,12 +1,14 @@
-"""MLB: a whole training step."""
+"""MLB: its own part of a step, and a whole training step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-from engine import sequences
-from engine.case import register
+from engine import eager, sequences
+from engine.case import Case, register
+from engine.gate import check_update
+from engine.gradients import GradientInputs
 from engine.inputs import ALPHA
 from engine.networks import AudioVisual, ThreeHeads
 from engine.training import TrainingInputs
@@ -16,6 +18,53 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import mmfuse
+
+from .modality_scores import stacked_scores
+
+
+def _factors(scores: Sequence[Tensor]) -> Tensor:
+    """[2] k_m of two modalities' scores."""
+    a, v = scores
+    return torch.stack([1 + torch.tanh(ALPHA * (ratio - 1)) for ratio in (v / a, a / v)])
+
+
+@register
+class Step(Case):
+    """The whole `MLB.step`, from logits to gradients."""
+
+    name = "mlb_step"
+    title = "MLB.step"
+    kind = "gradients"
+    ops = ("modality_scores", "update_grads_")
+    passes = 2
+    encoders = 2
+    make = staticmethod(GradientInputs)
+
+    def check(self, provider: str, i: GradientInputs, result: object) -> None:
+        scores = [true_class(z.double(), i.head.labels).mean() for z in i.head.logits]
+        check_update(provider, i, scale=_factors(scores)[i.modality_index])
+
+    def official(self, i: GradientInputs) -> None:
+        scores = [sequences.mlb.mean_score(z, i.head.labels) for z in i.head.logits]
+        ratios = sequences.mlb.discrepancies(scores)
+        factors = sequences.mlb.decide(ratios, ALPHA)
+        sequences.mlb.log(ratios, factors)
+        for params, k in zip(i.encoder_params, factors, strict=True):
+            for p in params:
+                p.grad *= k
+
+    def foreach(self, i: GradientInputs) -> None:
+        eager.scale(i, _factors(stacked_scores(i.head).unbind()))
+
+    def mmfuse(self, i: GradientInputs, backend: str) -> None:
+        method = i.cached(
+            ("MLB", backend),
+            lambda: mmfuse.MLB(
+                dict(zip("av", i.encoder_params, strict=True)), alpha=ALPHA, backend=backend
+            ),
+        )
+        method.modalities.changed = None  # each call counts as after a backward pass of its own
+        method.step(dict(zip("av", i.head.logits, strict=True)), i.head.labels)
 
 
 def _logits(model: AudioVisual, a: Tensor, v: Tensor) -> list[Tensor]:

@@ -1,18 +1,26 @@
-"""MMPareto: a whole training step."""
+"""MMPareto: its own part of a step, and a whole training step."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from engine import sequences
-from engine.case import register
+from engine.case import Case, register
+from engine.gate import UPDATE_TOLERANCE, check_windows
+from engine.gradients import GradientInputs
 from engine.networks import AudioVisual, ThreeHeads
 from engine.training import TrainingInputs
 from engine.training_case import TrainingCase, own_heads_step
 from engine.training_gate import backward, modality_of, stepped
+from engine.windows import windows
+from engine.workloads import Workload
 from torch import Tensor
 from torch.nn import functional as F
 
 import mmfuse
+from mmfuse.loop.stage import take_step
+from mmfuse.ops._eager import Eager
 
 #: How much longer the combined gradient is made.
 GAMMA = 1.5
@@ -40,6 +48,93 @@ def _combined(joint: list[Tensor], unimodal: list[Tensor]) -> list[Tensor]:
         ratio = (g1 + g2).norm() / h.norm()
         out.append(GAMMA * h * ratio if ratio > 1 else GAMMA * h)
     return out
+
+
+class TwoGradients(GradientInputs):
+    """Of the joint loss, in `grads`, and of the unimodal ones, which disagree with it in part."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device, **k: Any):
+        super().__init__(workload, dtype, device, **k)
+        self.unimodal = [torch.empty_like(g).normal_(0, 5e-4).sub_(g) for g in self.pristine]
+
+    @torch.no_grad()
+    def restore(self, *, replaced: bool = False) -> None:
+        """What replaces gradients finds those of all losses, as its fourth pass leaves them."""
+        super().restore(replaced=replaced)
+        if replaced:
+            torch._foreach_add_([p.grad for p in self.params], self.unimodal)
+
+
+@register
+class Combination(Case):
+    """Weights from both gradients' products, and the longer sum: all but the backward passes."""
+
+    name = "mmpareto_step"
+    title = "MMPareto: the combined gradient"
+    kind = "gradients"
+    ops = ("grad_stats", "update_grads_")
+    passes = 5
+    encoders = 2
+    # The released solver adds up its products in the gradients' dtype.
+    half = False
+    make = staticmethod(TwoGradients)
+
+    def check(self, provider: str, i: TwoGradients, result: object) -> None:
+        places = windows([g.numel() for g in i.pristine])
+        want = []
+        for rows in zip(i.by_encoder(i.pristine), i.by_encoder(i.unimodal), strict=True):
+            want += _combined(*([g.double() for g in row] for row in rows))
+        want, got = (
+            [tensors[t].detach().flatten()[start:end].double() for t, start, end in places]
+            for tensors in (want, i.results())
+        )
+        # Two gradients that conflict add up to less than either, with the errors of both.
+        check_windows(places, got, want, 2 * UPDATE_TOLERANCE[i.dtype])
+
+    @torch.no_grad()
+    def official(self, i: TwoGradients) -> None:
+        rows = zip(
+            i.encoder_params, i.by_encoder(i.pristine), i.by_encoder(i.unimodal), strict=True
+        )
+        for params, *lists in rows:
+            joint, unimodal = (_kept(grads) for grads in lists)
+            _, weights = sequences.mmpareto.weigh(joint, unimodal)
+            for n, p in enumerate(params):
+                sequences.mmpareto.combine(p, joint[str(n)], unimodal[str(n)], weights)
+
+    def foreach(self, i: TwoGradients) -> None:
+        products = torch._foreach_mul(i.grads, i.unimodal)
+        between = torch.stack([x.sum(dtype=i.wide) for x in products])
+        n1 = torch.stack(torch._foreach_norm(i.grads, 2, dtype=i.wide)).square()
+        n2 = torch.stack(torch._foreach_norm(i.unimodal, 2, dtype=i.wide)).square()
+        sums = torch.zeros_like(i.coefficients)
+        joint, both, other = (sums.index_add(0, i.modality_index, x) for x in (n1, between, n2))
+        inner = (other - both) / (joint + other - 2 * both)
+        k = torch.where(both >= joint, 0.999, torch.where(both >= other, 0.001, inner))
+        k = torch.where(both > 0, 0.5, k)[i.modality_index]
+        first, second = 2 * k, 2 - 2 * k
+        combined = first.square() * n1 + 2 * first * second * between + second.square() * n2
+        longer = GAMMA * ((n1 + 2 * between + n2) / combined).sqrt().clamp(min=1)
+        scale, pull = ((longer * x).to(i.dtype).unbind() for x in (first, second))
+        torch._foreach_mul_(i.grads, list(scale))
+        torch._foreach_addcmul_(i.grads, i.unimodal, list(pull))
+
+    @torch.no_grad()
+    def mmfuse(self, i: TwoGradients, backend: str) -> None:
+        method = i.cached(
+            ("MMPareto", backend),
+            lambda: mmfuse.MMPareto.official(
+                dict(zip("av", i.encoder_params, strict=True)), gamma=GAMMA, backend=backend
+            ),
+        )
+        method.modalities.changed = None  # each call counts as after a backward pass of its own
+        take_step(method, Eager(backend), None, i.unimodal, None, None)
+
+
+def _kept(grads: list[Tensor]) -> dict[str, Tensor]:
+    """Copies, tensor by tensor and as one row, as the released code has them."""
+    rows = {str(n): g.clone() for n, g in enumerate(grads)}
+    return {**rows, "concat": torch.cat([row.flatten() for row in rows.values()])}
 
 
 @register

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,8 +90,11 @@ def units(
     select: str,
     *,
     main_first: bool,
+    once: Collection[torch.dtype] = (),
 ) -> list[Unit]:
     """All measurements, workload by workload.
+
+    In the dtypes of `once` each case is measured on the first of its workloads alone.
 
     With `main_first`, every case once, the main ones before the others, then every case for the
     second time, and so on; a workload that needs a GPU before others of its kind.
@@ -105,6 +108,8 @@ def units(
         for case in cases
         if case.fits(workload, select) and case.takes(dtype)
     ]
+    first = {unit.case.name: unit.workload for unit in reversed(found)}
+    found = [u for u in found if u.dtype not in once or u.workload is first[u.case.name]]
     if not main_first:
         return found
     turns: Counter[str] = Counter()

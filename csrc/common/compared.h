@@ -20,7 +20,7 @@ struct Compared {
     return table ? score(m * modalities + j) - score(j * modalities + m) : score(m) - score(j);
   }
 
-  // Whether no sample has both. Without a table a NaN is a score like any other.
+  // True if no sample has both. Without a table a NaN is a score like any other.
   MMFUSE_HD bool apart(int64_t m, int64_t j) const {
     return table && (isnan(score(m * modalities + j)) || isnan(score(j * modalities + m)));
   }

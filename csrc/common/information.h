@@ -1,4 +1,4 @@
-// What InfoReg decides: the information gap and the strength of the pull.
+// InfoReg's decision: the information gap and the strength of the pull.
 #pragma once
 
 #include <math.h>

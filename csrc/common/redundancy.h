@@ -1,4 +1,4 @@
-// What RedReg decides: growth of the gain, phase, strength, and a gradient's share of the pull.
+// RedReg's decision: growth of the gain, phase, strength, and a gradient's share of the pull.
 #pragma once
 
 #include <math.h>
@@ -87,7 +87,7 @@ MMFUSE_HD double square_norm(double m2, double mean, int64_t numel) {
   return m2 + mean * mean * static_cast<double>(numel);
 }
 
-// What the gradient keeps of itself when the displacement's part along it is left out.
+// The gradient's factor when the displacement's part along it is left out.
 MMFUSE_HD double orthogonal_scale(double pull, double dot, double square) {
   // 1 outright where nothing is pulled: there the share may be anything.
   return pull == 0 ? 1 : 1 - pull * (dot / (square + kRedundancyEps));

@@ -107,7 +107,15 @@ struct C10_HIDDEN Call {
       });
       for (size_t m = 0; m < modalities.size(); ++m) {
         const double* row = scores.data() + 3 * m * rows;
-        for (int64_t i = 0; i < 3 * rows; ++i) found[3 * m + i % 3] += row[i];
+        double prob = 0, log_prob = 0, weight = 0;
+        for (int64_t i = 0; i < rows; ++i, row += 3) {
+          prob += row[0];
+          log_prob += row[1];
+          weight += row[2];
+        }
+        found[3 * m] = prob;
+        found[3 * m + 1] = log_prob;
+        found[3 * m + 2] = weight;
       }
       return found;
     }

@@ -24,7 +24,7 @@ inline const double* doubles_of(const Tensor& tensor, int64_t count, const char*
   return static_cast<const double*>(tensor.const_data_ptr());
 }
 
-// Whether there are statistics; either all of them or none.
+// True if there are statistics; either all of them or none.
 inline bool check_redundancy(const Tensor& scores, const Tensor& history,
                              const RedundancyMoments& moments) {
   const int64_t modalities = scores.size(0);

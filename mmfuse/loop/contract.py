@@ -56,7 +56,7 @@ class Common(TypedDict, total=False):
 
 
 def fidelity(golden: bool) -> str:
-    """What holds a method to its paper or release, as docstrings and documents say it."""
+    """The proof that holds a method to its paper or release, as docstrings and documents say it."""
     return "golden numbers of the authors' code" if golden else "from the formulas"
 
 
@@ -76,7 +76,7 @@ class Source(NamedTuple):
 
     @property
     def fidelity(self) -> str:
-        """What holds `official()` to it."""
+        """The proof that holds `official()` to it."""
         return fidelity(self.golden)
 
 
@@ -104,7 +104,7 @@ class Card(NamedTuple):
 
     @property
     def fidelity(self) -> str:
-        """What holds the class by default to its paper."""
+        """The proof that holds the class by default to its paper."""
         return fidelity(self.golden)
 
 

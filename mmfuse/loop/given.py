@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._devices import WIDE
 from ..ops import ModalityScores, SampleScores
-from ..ops._criterion import PLAIN, Criterion, class_indices
+from ..ops._criterion import PLAIN, Criterion
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
 from .ranks import Observed
@@ -99,27 +99,43 @@ def look(
     present = more.get("present")
     if present is None and not accuracy:
         return Looked(named_scores(called, each, labels, backend, how))
-    samples = named_sample_scores(called, each, labels, backend, how)
     if accuracy:
-        samples = samples._replace(prob=correct(each, labels, how))
+        samples = accuracies(called, each, labels, backend, how)
+    else:
+        samples = named_sample_scores(called, each, labels, backend, how)
     if present is None:
         return Looked(mean_scores(samples))
     mask = check_present(names, present, len(labels), labels.device)
     return Looked(pair_scores(samples, mask), mask)
 
 
-def correct(logits: Sequence[Tensor], labels: Tensor, criterion: Criterion) -> Tensor:
-    """[M, N, …] 1 where a modality's prediction is right, else 0; of several labels, their share.
+def accuracies(
+    called: Sequence[str],
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    backend: str | None,
+    criterion: Criterion,
+) -> SampleScores:
+    """`sample_scores` with 1 in the place of `prob` where a modality is right, else 0.
 
-    A sample with a NaN among its logits is wrong. Of equal logits the first one counts.
+    Of several labels it is the share that is right. A sample with a NaN among its logits is wrong.
+    Of equal logits the first one counts, and of equal probabilities in the labels.
     """
-    if criterion.multilabel:
-        right = torch.stack([(z > 0) == (labels > 0.5) for z in logits])
-        right = right.to(WIDE[labels.device.type])
-        return right if labels.dim() < 2 else right.mean(2)
-    classes = labels.argmax(1) if labels.is_floating_point() else class_indices(labels)
-    right = torch.stack([z.argmax(1) == classes for z in logits])
-    return (right & torch.stack([~z.amax(1).isnan() for z in logits])).to(WIDE[labels.device.type])
+    if not labels.is_floating_point():
+        samples = named_sample_scores(called, logits, labels, backend, criterion, statistics=True)
+        right = samples.correct
+    else:
+        samples = named_sample_scores(called, logits, labels, backend, criterion)
+        if criterion.multilabel:
+            right = torch.stack([(z > 0) == (labels > 0.5) for z in logits])
+        else:
+            classes = labels.argmax(1)
+            right = named_sample_scores(called, logits, classes, backend, statistics=True).correct
+    assert right is not None
+    share = right.to(WIDE[labels.device.type])
+    if criterion.multilabel and labels.dim() > 1:
+        share = share.mean(2)
+    return samples._replace(prob=share)
 
 
 def mean_scores(samples: SampleScores) -> ModalityScores:

@@ -129,7 +129,7 @@ class _Names:
         self._by_parameter = _by_name(self.parameters)
 
     def match(self, pattern: str) -> nn.Module | list[Tensor] | None:
-        """What a pattern stands for; None if that is nothing."""
+        """The parameters that a pattern stands for; None if there are none."""
         for variant in _variants(pattern):
             match = self._exactly(variant)
             if match is not None:

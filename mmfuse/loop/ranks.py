@@ -1,4 +1,4 @@
-"""What several micro-batches and several ranks have seen, as one number each.
+"""Observations of several micro-batches and several ranks, as one number each.
 
 Under data parallelism every rank sees its own part of the batch. The methods decide from the whole
 of it, so that all ranks decide the same: sums over the samples are added up, on the device, over

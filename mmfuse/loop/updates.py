@@ -1,4 +1,4 @@
-"""What an optimizer does to the encoders' parameters, scaled after it has done it.
+"""Scales what an optimizer has done to the encoders' parameters.
 
 Adaptive optimizers divide a gradient by its own size, so that a factor on the gradient is divided
 out again. A factor on the update is not:
@@ -23,7 +23,7 @@ from .state import State
 
 
 class Decided(NamedTuple):
-    """What a step has decided for the optimizers' steps that follow it.
+    """The decision of a step for the optimizers' steps that follow it.
 
     Attributes:
         coefficients: [M].

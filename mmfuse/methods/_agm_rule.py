@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class AGMResult:
-    """What was decided in one step; nothing here has waited for the device.
+    """The decision of one step; nothing here has waited for the device.
 
     Attributes:
         logits: Name → the response, with its values as they were; the joint logits are their sum.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ARLResult:
-    """What was decided in one step; nothing here has waited for the device.
+    """The decision of one step; nothing here has waited for the device.
 
     Attributes:
         features: Name → the feature, with its values as they were.
@@ -31,23 +31,6 @@ class ARLResult:
     magnitudes: Tensor | None = None
     entropies: Tensor | None = None
     certainties: Tensor | None = None
-
-
-class Spread(NamedTuple):
-    """Of each sample and place, [B, …]: the entropy of its softmax, and Σ_c abs(z_c)."""
-
-    entropy: Tensor
-    magnitude: Tensor
-
-
-def spread(logits: Tensor) -> Spread:
-    """Of logits [B, C, …]; float32 for half precision."""
-    z = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
-    log_p = torch.log_softmax(z, 1)
-    # A class with probability 0 adds nothing, though its logarithm be infinite.
-    each = torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0)
-    each = torch.where(log_p.isnan(), log_p, each)
-    return Spread(-each.sum(1), z.abs().sum(1))
 
 
 @dataclass(frozen=True)

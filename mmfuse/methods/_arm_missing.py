@@ -81,7 +81,7 @@ def shown(
 
 
 def complete(here: Tensor, rows: Tensor, values: Tensor) -> Complete:
-    """What counts of values [B, …], where `rows` do."""
+    """Of values [B, …] the entries that count, where `rows` do."""
     of_each = rows.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
     return Complete(here.unsqueeze(1), of_each.reshape(1, -1))
 

@@ -19,7 +19,7 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True)
 class ARMResult:
-    """What was seen and decided in one step; nothing here has waited for the device.
+    """Scores and decision of one step; nothing here has waited for the device.
 
     Attributes:
         features: Name → the feature times its weight.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class OPMResult:
-    """What was dropped and why; nothing here has waited for the device.
+    """The features that are left, and why; nothing here has waited for the device.
 
     Attributes:
         features: Name → the feature, zero where it was dropped.

@@ -33,7 +33,7 @@ Projection = Literal["tensor", "encoder"]
 
 @dataclass(frozen=True)
 class RedRegResult:
-    """What was seen and decided in one step; nothing here has waited for the device.
+    """Scores and decision of one step; nothing here has waited for the device.
 
     Attributes:
         coefficients: [M] beta_m after the gate, in the order of `encoders`.

@@ -127,7 +127,7 @@ class AGM(EpochWindowModule):
         ends: int | None = 20,
         **keywords: Any,
     ) -> AGM:
-        """What the authors' released code runs.
+        """The method as the authors' released code runs it.
 
         After the last epoch of the window coefficients are no longer updated, but the last ones
         stay in force. Probabilities below 1e-8 count as 1e-8 where there are two modalities. After

@@ -32,9 +32,10 @@ from ..loop.given import check_criterion, criterion_of
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, check_group, over_ranks
 from ..loop.state import in_backward, refuse_backward
+from ..ops._criterion import PLAIN, Criterion
 from ..ops.sample_scores import named_sample_scores
 from ..ops.scale_grad import scale_grad
-from ._arl_rule import ARLResult, ARLRule, spread
+from ._arl_rule import ARLResult, ARLRule
 
 __all__ = ["ARL", "ARLResult"]
 
@@ -130,7 +131,7 @@ class ARL(EpochWindowModule):
         starts: int = 6,
         **keywords: Any,
     ) -> ARL:
-        """What the authors' released code runs; theirs is for two modalities.
+        """The method as the authors' released code runs it; theirs is for two modalities.
 
         `later` assigns a step's weights after its forward pass, so that they act in the next one;
         in the first step of the window, as after one outside of it, all weights are 1 / M. `july`,
@@ -235,22 +236,33 @@ class ARL(EpochWindowModule):
                     f"features', got {list(z.shape)}"
                 )
         called, how = [f"logits[{name!r}]" for name in names], criterion_of(self.criterion)
-        scores = weight = None
-        if labels is not None:
-            found = named_sample_scores(called, each, labels, self.backend, how)
-            weight = found.weight
-            scores = found.prob
-        shown = [spread(z) for z in each]
-        rows = [torch.stack([s.entropy for s in shown]), torch.stack([s.magnitude for s in shown])]
-        rows += [] if scores is None else [scores.to(rows[0])]
-        if weight is None:
-            weight = torch.ones_like(rows[0][0])
+        rows, weight = self._rows(called, each, labels, how)
         wide = weight.to(WIDE[weight.device.type])
         # Selected, not multiplied with 0: what does not count may be NaN.
         means = [
             torch.where(wide > 0, row * wide, 0.0).flatten(1).sum(1) / wide.sum() for row in rows
         ]
         return Observed(torch.cat(means), wide.sum())
+
+    def _rows(
+        self, called: list[str], logits: list[Tensor], labels: Tensor | None, how: Criterion
+    ) -> tuple[list[Tensor], Tensor]:
+        """[M, B, …] entropies, magnitudes and, of labels, probabilities; how much each row counts.
+
+        Entropies and magnitudes need no labels: where there are no class indices, zeros stand in.
+        """
+        indices = labels is not None and not labels.is_floating_point()
+        first = logits[0]
+        some = labels if indices else first.new_zeros(first[:, 0].shape, dtype=torch.int64)
+        assert some is not None
+        found = named_sample_scores(
+            called, logits, some, self.backend, how if indices else PLAIN, statistics=True
+        )
+        assert found.entropy is not None and found.abs_sum is not None
+        rows, told = [found.entropy, found.abs_sum], found
+        if labels is not None and not indices:
+            told = named_sample_scores(called, logits, labels, self.backend, how)
+        return rows if labels is None else [*rows, told.prob], told.weight
 
     def extra_repr(self) -> str:
         """The hyper-parameters."""

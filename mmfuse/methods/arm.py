@@ -123,7 +123,7 @@ class ARM(EpochWindowModule):
 
     @classmethod
     def official(cls, bins: int = 30, conditional_bins: int = 2, **keywords: Any) -> ARM:
-        """What the authors' released code runs; theirs is for two modalities.
+        """The method as the authors' released code runs it; theirs is for two modalities.
 
         Its conditional entropy divides the joint probabilities by p(z) along an axis that is not
         z's and does not weight by it (see `mmfuse.methods._arm_information.released_ncmi`). After a

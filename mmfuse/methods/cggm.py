@@ -58,7 +58,7 @@ _EPS = 1e-8
 
 @dataclass(frozen=True)
 class CGGMResult:
-    """What was decided in one step; nothing here has waited for the device.
+    """The decision of one step; nothing here has waited for the device.
 
     Attributes:
         coefficients: [M] rho k_m, the factor of each encoder's gradients, in the order of
@@ -221,7 +221,7 @@ class CGGM(GradientMethod):
         bound: float | None = None,
         **common: Unpack[Common],
     ) -> CGGM:
-        """What the authors' released code runs.
+        """The method as the authors' released code runs it.
 
         k has no bound. `direction_loss`, called once in each step, is that of the weights in the
         step before, and so is its gradient: the release makes it there and adds it one step late.

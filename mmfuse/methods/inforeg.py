@@ -55,7 +55,7 @@ Release = Literal["november", "march"]
 
 @dataclass(frozen=True)
 class InfoRegResult:
-    """What was decided in one step; nothing here has waited for the device.
+    """The decision of one step; nothing here has waited for the device.
 
     Attributes:
         coefficients: [M] alpha_m, in the order of `encoders`; 0 where nothing is regulated.
@@ -233,7 +233,7 @@ class InfoReg(GradientMethod):
         threshold: float | None = None,
         **common: Unpack[Common],
     ) -> InfoReg:
-        """What the authors' released code runs, for two encoders in the order audio, visual.
+        """The method as the authors' released code runs it, for encoders audio, visual.
 
         Its differences from the paper: s_m is the sum of the probabilities over the batch, which
         saturates tanh; alpha is 0.95·exp(tanh Δ) for the first and 0.1·exp(tanh Δ) for the second;

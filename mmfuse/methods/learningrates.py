@@ -38,7 +38,7 @@ from ..loop.pairs import own
 from ..loop.ranks import Observed
 from ..ops._tensors import kept_tensor
 
-#: What AGM's authors give this baseline, by the number of modalities (lihong2303/AGM_ICCV2023).
+#: The factors of AGM's authors, by the number of modalities (lihong2303/AGM_ICCV2023).
 _RATES = {2: (1.3, 0.7), 3: (0.9, 1.4, 0.7)}
 
 

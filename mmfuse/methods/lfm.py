@@ -154,7 +154,7 @@ class LFM(EpochWindowModule):
         rate: float = 1e-4,
         **keywords: Any,
     ) -> LFM:
-        """What the authors' released code runs.
+        """The method as the authors' released code runs it.
 
         The schedule as it is, which leaves [0, 1] in epochs 177 to 188 of 200: there lambda_0 is
         above 1 and the predictions are driven apart a little. The default stops at 0 and 1.

@@ -43,7 +43,7 @@ _CODE = "Cecile-hi/Multimodal-Learning-with-Alternating-Unimodal-Adaptation"
 
 @dataclass(frozen=True)
 class MLAResult:
-    """What was done in one turn; nothing here has waited for the device.
+    """The outcome of one turn; nothing here has waited for the device.
 
     Attributes:
         kept: 0-d, the projected gradient's norm over that of the gradient; 1 where it stays.
@@ -145,7 +145,7 @@ class MLA(EpochWindowModule):
         batches: int | None = None,
         **keywords: Any,
     ) -> MLA:
-        """What the authors' released code runs, to reproduce its tables.
+        """The method as the authors' released code runs it, to reproduce its tables.
 
         P loses k kᵀ divided entry by entry by a + k r, which is a matrix: an entry of it may be
         next to nothing. `fuse` gives NaN to a sample with a probability that has become 0. The

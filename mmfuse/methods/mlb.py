@@ -49,7 +49,7 @@ from ._means import mean_of_others
 
 @dataclass(frozen=True)
 class MLBResult:
-    """What was decided in one step; nothing here has waited for the device.
+    """The decision of one step; nothing here has waited for the device.
 
     Attributes:
         coefficients: [M] k_m, in the order of `encoders`.
@@ -157,7 +157,7 @@ class MLB(GradientMethod):
         beta: float = 2.0,
         **common: Unpack[Common],
     ) -> MLB:
-        """What the authors' released code runs: the same, in epochs 0 to 1500 inclusive.
+        """As the authors' released code runs it: the same, in epochs 0 to 1500 inclusive.
 
         Fidelity: golden numbers of the authors' code (kkontras/MLB at 357b5ce).
         """

@@ -53,7 +53,7 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class MMParetoResult:
-    """What was decided in one step; nothing here has waited for the device.
+    """The decision of one step; nothing here has waited for the device.
 
     Attributes:
         coefficients: [M] k1, the joint gradient's weight, in the order of `encoders`; 1/2 where the
@@ -206,7 +206,7 @@ class MMPareto(GradientMethod):
     def official(
         cls, encoders: Mapping[str, Encoder], *, gamma: float = 1.5, **common: Unpack[Common]
     ) -> MMPareto:
-        """What the authors' released code runs.
+        """The method as the authors' released code runs it.
 
         The same but for a tensor in which both gradients cancel: there it divides by next to
         nothing, or by zero, which gives NaN.

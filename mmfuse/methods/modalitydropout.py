@@ -30,7 +30,7 @@ from ..ops._tensors import kept_tensor
 
 @dataclass(frozen=True)
 class ModalityDropoutResult:
-    """What was dropped; nothing here has waited for the device.
+    """The features that are left; nothing here has waited for the device.
 
     Attributes:
         features: Name → the feature, zero where it was dropped.

@@ -56,7 +56,7 @@ _ONE = torch.tensor(1.0, dtype=torch.float32)
 
 @dataclass(frozen=True)
 class OGMResult:
-    """What was decided in one step; nothing here has waited for the device.
+    """The decision of one step; nothing here has waited for the device.
 
     Attributes:
         coefficients: [M] k_m, in the order of `encoders`.
@@ -208,7 +208,7 @@ class OGM(GradientMethod):
         release: Release = "cvpr",
         **common: Unpack[Common],
     ) -> OGM:
-        """What the authors' code runs on CREMA-D, to reproduce its tables.
+        """The method as the authors' code runs it on CREMA-D, to reproduce its tables.
 
         CVPR Eq. 10, in both releases, four-dimensional weights only. With
         ``noise=torch.randn_like`` the noise comes from PyTorch's generator, tensor by tensor, as it

@@ -125,7 +125,7 @@ class OPM(DrawingModule):
         starts: int = 6,
         **keywords: Any,
     ) -> OPM:
-        """What the authors' released code runs, to reproduce its tables.
+        """The method as the authors' released code runs it, to reproduce its tables.
 
         q is that of the same step; features are dropped in a share `p_exe` of the steps only; all
         that is left, gradients included, is divided by 1 − θ with θ = Σ d_m q_m / Σ d_m over the
@@ -215,7 +215,7 @@ class OPM(DrawingModule):
         labels: Tensor | None,
         more: More,
     ) -> tuple[tuple[Given, Tensor | None], Observed]:
-        """What was given, who is present, and S_m on this rank; with all checks."""
+        """The input, who is present, and S_m on this rank; with all checks."""
         names, values = named_features("OPM", features, self.num_modalities)
         called = [f"logits[{name!r}]" for name in names]
         rows = values[0].shape[0]

@@ -142,7 +142,7 @@ class PMR(PrototypeModule):
         ends: int | None = 100,
         **keywords: Any,
     ) -> PMR:
-        """What the authors' released code runs, to reproduce its tables; for two modalities.
+        """The method as the authors' released code runs it, for its tables; two modalities.
 
         Who is behind gets α, however little it is, and the other 0: nothing is clipped. There is no
         entropy; with a μ above 0 it is added as in the paper. A class without a sample makes its

@@ -147,7 +147,7 @@ class RedReg(GradientMethod):
 
     @classmethod
     def official(cls, encoders: Mapping[str, Encoder], **keywords: Any) -> RedReg:
-        """What the authors' released code runs.
+        """The method as the authors' released code runs it.
 
         Its differences: the history of gains and the moving average begin anew in every epoch, and
         the average, from 0, is not bias-corrected, so that the first ratios of an epoch are 10,

@@ -158,7 +158,7 @@ class ReLearning(EpochWindow):
         times: int = 3,
         **keywords: Any,
     ) -> ReLearning:
-        """What the authors' released code runs: the same.
+        """The method as the authors' released code runs it: the same.
 
         Its script trains 50 epochs by default, so that the third reset is not reached, and finds
         encoders by the names audio_net and visual_net.

@@ -225,8 +225,9 @@ class Op:
             return transformed_call(self.public, overload, args, *self._formula, chosen)
         if self._written or forward_ad._current_level >= 0:
             self._check_recordable(args)
-        if self._formula is not None and torch.is_grad_enabled():
-            return differentiable_call(overload, args, *self._formula, chosen)
+        formula = self._formula
+        if formula and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return differentiable_call(overload, args, *formula, chosen)
         # Past the autograd key, whose Python kernel costs more than a small op does.
         with torch._C._AutoDispatchBelowAutograd():
             return overload._op(*args)

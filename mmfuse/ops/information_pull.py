@@ -15,7 +15,7 @@ from ._tensors import kept_tensor
 
 
 class InformationPull(NamedTuple):
-    """What is decided about M modalities and T tensors.
+    """The decision about M modalities and T tensors.
 
     Attributes:
         coefficients: [M] α_m; 0 where nothing is regulated.

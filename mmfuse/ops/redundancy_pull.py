@@ -38,7 +38,7 @@ class RedundancyRule(NamedTuple):
 
 
 class RedundancyState(NamedTuple):
-    """What RedReg remembers of the steps before, for M modalities and a window of W steps.
+    """The memory of the steps before, for M modalities and a window of W steps.
 
     Attributes:
         history: [M, W + 1] the last gains h_m, the latest in the last column.
@@ -56,7 +56,7 @@ class RedundancyState(NamedTuple):
 
 
 class RedundancyPull(NamedTuple):
-    """What is decided about M modalities and T tensors.
+    """The decision about M modalities and T tensors.
 
     Attributes:
         coefficients: [M] β_m after the gate.

@@ -38,6 +38,7 @@ from mmfuse import NoiseStream, amp
 from mmfuse.adapters.lightning import Balance, Epochs
 
 pytestmark = [
+    pytest.mark.slow_except_for("OGM", "OPM"),
     # Advice of Lightning's about data loaders and logging, which these runs are too small for.
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than"),

@@ -35,7 +35,10 @@ from transformers.utils import ModelOutput
 
 from mmfuse.adapters.transformers import BalancedTrainer, BalanceMixin
 
-pytestmark = pytest.mark.filterwarnings("ignore:mmfuse uses its:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:mmfuse uses its:RuntimeWarning"),
+    pytest.mark.slow_except_for("OGM", "OPM"),
+]
 
 
 @pytest.fixture(autouse=True)

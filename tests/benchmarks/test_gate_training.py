@@ -26,6 +26,8 @@ from engine.workloads import Workload
 
 import mmfuse
 
+pytestmark = pytest.mark.slow_except_for("OGM", "OPM", "INFOREG")
+
 
 @pytest.mark.parametrize("provider", ["plain", "official", "reference"])
 @pytest.mark.parametrize(

@@ -83,6 +83,23 @@ def test_a_run_without_a_limit_keeps_its_order_and_its_seconds() -> None:
     assert [(unit.case.name, s) for unit, s in shared] == [("grad_stats", 3.0), ("ogm_ge", 3.0)]
 
 
+def test_a_whole_run_measures_bfloat16_on_the_first_workload_of_each_case() -> None:
+    whole = run.parse(["--device", "cpu"])
+    assert whole.once == [torch.bfloat16]
+    assert any("bfloat16 on other workloads" in line for line in whole.left_out)
+    cases = [CASES["grad_stats"], CASES["modality_scores"]]
+    workloads = [WORKLOADS[name] for name in ("classes_6", "resnet18", "thousand", "classes_31")]
+    dtypes = [torch.float32, torch.bfloat16]
+    found = plan.units(cases, workloads, dtypes, "all", main_first=False, once=whole.once)
+    assert [str(unit) for unit in found if unit.dtype == torch.bfloat16] == [
+        "modality_scores on classes_6, bfloat16",
+        "grad_stats on resnet18, bfloat16",
+    ]
+    assert sum(unit.dtype == torch.float32 for unit in found) == 4
+    for asked in (["--dtype", "bfloat16"], ["--cases", "grad_stats"], ["--quick"]):
+        assert run.parse(["--device", "cpu", *asked]).once == []
+
+
 @pytest.mark.usefixtures("small_machine")
 def test_a_run_without_time_lists_what_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

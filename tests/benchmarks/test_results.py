@@ -75,6 +75,7 @@ def test_a_dirty_tree_has_no_folder_and_nothing_is_measured(
     assert len(measured) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_machine")
 def test_a_run_adds_to_what_its_commit_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(results, "folder_of_commit", lambda device: tmp_path)

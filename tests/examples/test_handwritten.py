@@ -25,7 +25,10 @@ except importlib.metadata.PackageNotFoundError:
     pytest.skip(f"the digits are not installed: {digits.INSTALL}", allow_module_level=True)
 
 # Without the compiled library the example runs on the reference, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:mmfuse uses its:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:mmfuse uses its:RuntimeWarning"),
+    pytest.mark.slow_except_for("OGM", "INFOREG"),
+]
 
 WIDTHS = {"fac": 216, "fou": 76, "kar": 64, "mor": 6, "pix": 240, "zer": 47}
 

@@ -122,6 +122,7 @@ def in_a_group(rank: int, kind: str) -> tuple[Any, Any]:
     return dict(copied.state_dict()), dict(method.state_dict())
 
 
+@pytest.mark.slow_except_for("OPM")
 @pytest.mark.parametrize("kind", ["OPM", "OGM-GE", "RedReg"])
 def test_a_process_group_is_shared_by_copies_and_cannot_be_pickled(kind: str) -> None:
     for ours, theirs in ranks(2).run(in_a_group, kind):

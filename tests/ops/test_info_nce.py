@@ -155,6 +155,7 @@ def test_log_sum_exps_of_rows_and_columns(cell: Cell, dtype: torch.dtype) -> Non
             tolerances.assert_within(actual, expected, known.errors[k], what)
 
 
+@pytest.mark.slow
 @ON_THE_CPU
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_several_tiles(cell: Cell, dtype: torch.dtype) -> None:
@@ -164,6 +165,7 @@ def test_several_tiles(cell: Cell, dtype: torch.dtype) -> None:
     check(cell, a, b)
 
 
+@pytest.mark.slow
 @ON_THE_CPU
 def test_minus_infinity_fills_the_first_tile_of_a_column(cell: Cell) -> None:
     """The running sums then begin at -inf; the similarities overflow, the features do not."""

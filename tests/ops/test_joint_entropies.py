@@ -218,7 +218,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.slow_except_on("reference", "cpu", "cuda")
+@pytest.mark.slow_except_on("reference", "cpu")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_values(cell: Cell, dtype: torch.dtype, kind: str) -> None:

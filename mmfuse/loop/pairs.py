@@ -29,13 +29,6 @@ def mean_ratio(table: Tensor) -> Tensor:
     return ratios.sum(1) / compared.sum(1)
 
 
-def ahead(scores: Tensor) -> Tensor:
-    """[M, M] by how much m is ahead of j: of [M] scores, or of a table; 0 if they share nothing."""
-    if scores.dim() == 1:
-        return scores.unsqueeze(1) - scores.unsqueeze(0)
-    return (scores - scores.T).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-
-
 def stages(
     seen: Observed, ratio: Callable[[Tensor], Tensor] = mean_ratio
 ) -> tuple[Tensor, Tensor, Tensor | None]:

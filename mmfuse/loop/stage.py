@@ -112,20 +112,19 @@ def take_step(
         sums = active.stats(backend).m2
     if active.shards and sums is not None:  # another rank's part shows in the sums alone
         finite.logical_and_(sums.isfinite().all().to(device))
-    counts = finite
-    if squares is not None:  # they may overflow where the gradient does not
-        counts = counts & squares.isfinite().all()
+    counts, changed = finite, decision.state
     if found_inf is not None:
         counts = counts & (found_inf == 0).all().to(device)
-    if decision.state:
-        state.set(decision.state, counts)
     if squares is not None:
-        state.set(rule.settle(state, squares.to(state.device), tensors), counts)
+        squares = squares.to(state.device)
+        changed = {**changed, **rule.settle(state, squares, tensors)}
+    # The squares may overflow where the gradient does not.
+    state.set(changed, counts, squares, backend)
     if need.draws:  # a number that changed in every step would have every step compiled anew
         clock = method._clock
         method._clock = Clock(clock.epoch, clock.step + 1)
     if drawn or need.draws:
-        stream.advance(counts)
+        stream.advance(counts if squares is None else counts & squares.isfinite().all().to(device))
     return rule.result(*decision.report, finite=finite)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .._devices import narrowed
 from ..noise import NoiseStream, saved_state
+from ..ops.keep_state import keep_checked_
 
 #: Of what `state_dict` returns; a state of another format is refused.
 FORMAT = 1
@@ -47,17 +48,24 @@ class State(dict[str, Tensor]):
             moved = tensor.to(narrowed(tensor.dtype, device)).to(device)
             self[name] = moved.to(narrowed(self._dtypes[name], device))
 
-    def set(self, new: Mapping[str, Tensor], counts: Tensor | None = None) -> None:
-        """Takes over new values, where the 0-d bool `counts` is true."""
-        if counts is not None and new:
-            counts = counts.to(self.device)
-        for name, value in new.items():
-            old = self[name]
-            value = value.to(old)
-            if counts is None:
-                old.copy_(value)
-            else:
-                torch.where(counts, value, old, out=old)
+    def set(
+        self,
+        new: Mapping[str, Tensor],
+        counts: Tensor | None = None,
+        sums: Tensor | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """Takes over new values, where the 0-d bool `counts` is true and all [T] `sums` are finite.
+
+        Without `counts`, always.
+        """
+        if counts is None:
+            for name, value in new.items():
+                self[name].copy_(value)
+        elif new:
+            old = [self[name] for name in new]
+            values = [new[name].to(kept).contiguous() for name, kept in zip(new, old, strict=True)]
+            keep_checked_(backend, old, values, counts.to(self.device), sums)
 
     def check(self, saved: Mapping[str, Any]) -> None:
         """Checks that `saved` holds these tensors.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._devices import WIDE
 from ..loop._parameters import Encoder
-from ..loop.contract import Need, State, Tensors
+from ..loop.contract import Batch, Need, Sensed, State, Tensors
 from ..loop.modalities import Modalities
 from ..loop.ranks import Observed
 from .inforeg import InfoRegRule
@@ -25,23 +25,23 @@ RELEASES = {"november": (0.05, (0.95, 0.1)), "march": (0.04, (0.95, 0.0))}
 class InfoRegReleased(InfoRegRule):
     """The rule of the released code, for two modalities; `InfoReg.official` says how it differs."""
 
-    multipliers: tuple[float, float] = (0.95, 0.1)
+    multipliers: tuple[float, ...] = (0.95, 0.1)
     #: [T] one over the number of elements for weights of convolutional and linear layers, else 0.
     weights: Tensor | None = None
 
-    need: ClassVar[Need] = InfoRegRule.need._replace(squares="after")
+    need: ClassVar[Need] = InfoRegRule.need._replace(squares="after", means=2)
     # The list of ten traces that the released code averages over starts with as many zeros.
     history: ClassVar[int] = 11
 
-    def performance(self, prob: Tensor, log_prob: Tensor, seen: Observed) -> Tensor:
-        """[M] s_m, the sum of the probabilities."""
-        count = seen.count.to(prob)
-        return prob * (count.view_as(prob) if seen.paired else count)
+    def sense(self, batch: Batch) -> Sensed:
+        """Mean probabilities and mean log-probabilities."""
+        return Sensed(torch.cat([batch.scores.prob, batch.scores.log_prob]))
 
-    def strength(self, exponent: Tensor) -> Tensor:
-        """[M] alpha_m, with the release's multipliers."""
-        first, second = torch.exp(exponent).unbind()
-        return torch.stack([self.multipliers[0] * first, self.multipliers[1] * second])
+    def performance(self, seen: Observed) -> tuple[Tensor, Tensor | None, Tensor]:
+        """s_m, the sum of the probabilities: their mean, and the number of samples."""
+        prob, log_prob = seen.tables() if seen.paired else seen.means.chunk(2)
+        count = seen.count.to(WIDE[seen.count.device.type])
+        return prob, count.view_as(prob) if seen.paired else count, log_prob
 
     def trace(self, state: State, tensors: Tensors) -> Tensor:
         """[M] T_m of layers' weights, a sum over the steps; NaN before the first."""

@@ -1,6 +1,7 @@
 """RedReg's rule: what it senses, and its equations in their order.
 
-`mmfuse.methods.redreg` has the paper; each equation is a function of `_redreg_equations`.
+`mmfuse.methods.redreg` has the paper; each equation of a step is a function of
+`mmfuse.reference.redundancy_pull`, those of the epochs are in `_redreg_equations`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ from ..loop.given import Kind
 from ..loop.pairs import own
 from ..loop.ranks import Observed
 from ..ops._tensors import check_named
-from ..ops.co_information_gate import named_gate
+from ..ops.co_information_gate import gate_of_aligned
 from ..ops.paired_cosine import aligned, paired_cosine
+from ..ops.redundancy_pull import RedundancyRule, RedundancyState, redundancy_pull_of_checked
 from . import _redreg_equations as equations
 from ._redreg_equations import EPS
 from ._redreg_monitor import Monitor
+
+#: Of the state, what a step changes.
+_HISTORY = ("scores", "steps", "redundancy", "average", "average_weight")
 
 Projection = Literal["tensor", "encoder"]
 
@@ -53,15 +58,13 @@ class Seen(NamedTuple):
     """The parts of one micro-batch.
 
     Attributes:
-        names: What errors call the features.
-        features: M tensors [B, D].
+        features: M tensors [B, D], contiguous and of one dtype.
         backend: Name of a backend; None for the best one.
         redundancy: [M]; None in a step without a monitor.
         input_sq: [M] mean squares of the differences between the views; None likewise.
         present: [M, B] bool, which modalities each sample has; None if all have all.
     """
 
-    names: list[str]
     features: list[Tensor]
     backend: str | None
     redundancy: Tensor | None = None
@@ -102,6 +105,9 @@ class RedRegRule(Stateless):
     projection: Projection
     monitor_every: int
     monitor: Monitor | None = None
+
+    #: The redundancy's moving average is freed of the bias of its beginning at 0.
+    unbiased: ClassVar[bool] = True
 
     result = RedRegResult
     need: ClassVar[Need] = Need(
@@ -152,7 +158,7 @@ class RedRegRule(Stateless):
             f.flatten(1) if isinstance(f, Tensor) and f.dim() > 2 else f
             for f in batch.given["features"]
         ]
-        seen = Seen(labelled, aligned(labelled, flat), batch.backend, present=batch.present)
+        seen = Seen(aligned(labelled, flat), batch.backend, present=batch.present)
         rows = len(seen.features[0])
         if self._monitored(batch.clock):
             to = batch.state["average"]
@@ -160,7 +166,8 @@ class RedRegRule(Stateless):
             first = batch.first_row(rows)
             found = self.monitor(xs, batch.agreed_stream(), first, batch.present)
             redundancy, input_sq = (
-                torch.stack([number.to(to) for number in numbers]) for numbers in found
+                torch.stack([number.to(to.device) for number in numbers]).to(to)
+                for numbers in found
             )
             if batch.present is not None:
                 here = batch.present.any(1).to(redundancy.device)
@@ -207,31 +214,44 @@ class RedRegRule(Stateless):
             threshold = state["gate_threshold"]
             if only.present is not None:
                 return only.redundancy, (only.above(threshold) > 0).to(seen.means)
-            gate = named_gate(only.names, only.features, threshold, only.backend)
-            return only.redundancy, gate
+            return only.redundancy, gate_of_aligned(only.features, threshold, only.backend)
         assert seen.sums is not None
         numerator, denominator, above = seen.sums.split([count, count, 1])
         redundancy = numerator / denominator if self._monitored(clock) else None
         return redundancy, (above[0] > 0).to(seen.means)
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
-        """Growth, phase, strength and gate of each modality; c of each tensor."""
+        """Growth, phase, strength and gate of each modality; c of each tensor: in one launch."""
         if seen.kind == "coefficients":
             return self._decided(seen.means.nan_to_num(0.0), state, tensors)
         compared = seen.tables()[0] if seen.paired else seen.means
-        h = own(compared) if seen.paired else compared
         redundancy, gate = self._together(seen, state, tensors.modalities, clock)
-        new = equations.history(state, h, redundancy, self.momentum)
-        growth = equations.growth(new["scores"], new["steps"])
-        phase = equations.phase(new["redundancy"], self.average(new), growth, self.gamma)
-        strength = equations.strength(compared, phase, self.beta, self.threshold)
-        beta = strength * gate.to(h)
-        # A copy: the state is changed in place.
-        report = (beta, h, growth, new["redundancy"].clone(), phase, gate)
-        return Decision(self._act(beta, tensors), report, new)
+        device = tensors.device
+        found = redundancy_pull_of_checked(
+            tensors.backend,
+            compared.to(device).contiguous(),
+            None if redundancy is None else redundancy.to(device),
+            gate.to(device),
+            RedundancyState(*[state[name].to(device) for name in _HISTORY]),
+            self._equations,
+            tensors.owner,
+            tensors.stats,
+        )
+        h = own(compared) if seen.paired else compared
+        new = dict(zip(_HISTORY, found.state, strict=True))
+        seen_now = (h, found.growth, found.state.redundancy, found.phase, gate)
+        act = Act() if tensors.stats is None else Act(found.scale, found.pull)
+        return Decision(act, (found.coefficients, *seen_now), new)
+
+    @property
+    def _equations(self) -> RedundancyRule:
+        """The numbers of `mmfuse.reference.redundancy_pull`, which has the equations."""
+        by_encoder = self.projection == "encoder"
+        numbers = self.momentum, self.gamma, self.beta, self.threshold
+        return RedundancyRule(*numbers, self.unbiased, by_encoder)
 
     def _decided(self, beta: Tensor, state: State, tensors: Tensors) -> Decision:
-        """With the user's beta_m; nothing enters the history."""
+        """With the user's beta_m; nothing enters the history. Rare, and so without an op."""
         nothing = torch.full_like(beta, torch.nan)
         report = (beta, nothing, nothing, state["redundancy"].clone(), nothing, nothing[0])
         return Decision(self._act(beta, tensors), report)
@@ -244,10 +264,6 @@ class RedRegRule(Stateless):
         # 1 outright where nothing is pulled: there the share may be anything.
         scale = torch.where(pull == 0, 1.0, 1.0 - pull * c)
         return Act(scale=scale, pull=pull)
-
-    def average(self, new: State) -> Tensor:
-        """[M] the redundancy's moving average, free of the bias of its beginning at 0."""
-        return new["average"] / new["average_weight"]
 
     def _share(self, tensors: Tensors) -> Tensor:
         """[T] c, of each tensor or of all tensors of its encoder together."""
@@ -266,9 +282,8 @@ class RedRegRule(Stateless):
 class RedRegReleased(RedRegRule):
     """The rule of the released code; `RedReg.official` says how it differs."""
 
-    def average(self, new: State) -> Tensor:
-        """[M] the redundancy's moving average as it is."""
-        return new["average"]
+    #: The moving average counts as it is.
+    unbiased: ClassVar[bool] = False
 
     def epoch(self, state: State, epoch: int, tensors: Tensors) -> State:
         """Every epoch has a history of its own."""

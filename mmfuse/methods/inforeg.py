@@ -46,8 +46,9 @@ from ..loop.contract import (
 )
 from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
-from ..loop.pairs import ahead, own
+from ..loop.pairs import own
 from ..loop.ranks import Observed
+from ..ops.information_pull import pull_of_checked
 
 Release = Literal["november", "march"]
 
@@ -69,33 +70,17 @@ class InfoRegResult:
     finite: Tensor
 
 
-def information_gap(performance: Tensor) -> Tensor:
-    """Delta_m: by how much m is ahead, on average, of the modalities behind it (Eq. 9-10).
-
-    Args:
-        performance: [M] s_m, larger is better.
-
-    Returns:
-        [M], 0 for the modality that is last, and where s_m is NaN.
-    """
-    return gap_of(ahead(performance))
-
-
-def gap_of(differences: Tensor) -> Tensor:
-    """`information_gap` from the [M, M] differences s_m − s_j; 0 for those without a sample."""
-    behind = differences > 0
-    return torch.where(behind, differences, 0.0).sum(dim=1) / behind.sum(dim=1).clamp_(min=1)
-
-
 @dataclass(frozen=True)
 class InfoRegRule(Stateless):
     """The rule of the paper."""
 
     beta: float = 0.9
     threshold: float = 0.04
+    #: [M] factors of alpha_m, which the released code has; none for 1.
+    multipliers: tuple[float, ...] = ()
 
     result = InfoRegResult
-    need: ClassVar[Need] = Need(second="anchor", squares="before", neutral=0.0, means=2)
+    need: ClassVar[Need] = Need(second="anchor", squares="before", neutral=0.0)
     #: Epochs whose traces are kept.
     history: ClassVar[int] = 2
 
@@ -120,8 +105,8 @@ class InfoRegRule(Stateless):
         }
 
     def sense(self, batch: Batch) -> Sensed:
-        """Mean probabilities and mean log-probabilities."""
-        return Sensed(torch.cat([batch.scores.prob, batch.scores.log_prob]))
+        """s_m."""
+        return Sensed(batch.scores.log_prob)
 
     def check_takes(self, kind: Kind) -> None:
         """Takes coefficients."""
@@ -129,23 +114,29 @@ class InfoRegRule(Stateless):
             raise TypeError("InfoReg has no ratios; give scores, or coefficients alpha_m")
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
-        """Delta_m and alpha_m."""
+        """Delta_m and alpha_m: `mmfuse.reference.information_pull` has the formulas."""
         if seen.kind == "coefficients":
             alpha = seen.means.nan_to_num(0.0)
             gap = log_prob = torch.full_like(alpha, torch.nan)
             steps = state["steps"] + ~seen.means.isnan().to(state["steps"].device)
             return Decision(Act(pull=tensors.each(alpha)), (alpha, log_prob, gap), {"steps": steps})
-        prob, log_prob = seen.tables() if seen.paired else seen.means.chunk(2)
-        gap = gap_of(ahead(self.performance(prob, log_prob, seen)))
-        strength = self.strength(self.beta * torch.tanh(gap))
-        regulated = state["window_open"].to(gap.device) & (gap > 0)
-        alpha = torch.where(regulated, strength, 0.0)
-        act = Act(pull=tensors.each(alpha))
-        scores, new = log_prob, state["steps"] + 1
-        if seen.paired:
-            scores = own(log_prob)
-            new = state["steps"] + ~scores.isnan().to(state["steps"].device)
-        return Decision(act, (alpha, scores, gap), {"information_gap": gap, "steps": new})
+        performance, count, log_prob = self.performance(seen)
+        device = tensors.device
+        pull = pull_of_checked(
+            tensors.backend,
+            performance.to(device).contiguous(),
+            None if count is None else count.to(device).contiguous(),
+            state["window_open"].to(device),
+            state["steps"].to(device),
+            tensors.owner,
+            self.beta,
+            self.multipliers,
+        )
+        return Decision(
+            Act(pull.scale, pull.pull),
+            (pull.coefficients, own(log_prob) if seen.paired else log_prob, pull.gap),
+            {"information_gap": pull.gap, "steps": pull.steps},
+        )
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
         """Adds |g|² to the epoch's sums."""
@@ -165,13 +156,10 @@ class InfoRegRule(Stateless):
             "window_open": self.window_open(traces, epochs),
         }
 
-    def performance(self, prob: Tensor, log_prob: Tensor, seen: Observed) -> Tensor:
-        """[M] s_m, the mean log-probability."""
-        return log_prob
-
-    def strength(self, exponent: Tensor) -> Tensor:
-        """[M] alpha_m = exp(beta * tanh(Delta_m)), of its exponent."""
-        return torch.exp(exponent)
+    def performance(self, seen: Observed) -> tuple[Tensor, Tensor | None, Tensor]:
+        """s_m and what it is multiplied by, [M] or tables [M, M], and the mean log-probability."""
+        log_prob = seen.tables()[0] if seen.paired else seen.means
+        return log_prob, None, log_prob
 
     def trace(self, state: State, tensors: Tensors) -> Tensor:
         """[M] T_m of the epoch so far; NaN before its first step."""

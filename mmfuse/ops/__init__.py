@@ -6,7 +6,9 @@ from .discrepancy_ratios import discrepancy_ratios
 from .drop_modalities import DroppedModalities, drop_modalities
 from .grad_stats import GradStats, grad_stats
 from .info_nce import info_nce
+from .information_pull import InformationPull, information_pull
 from .joint_entropies import JointEntropies, joint_entropies
+from .keep_state import keep_state_
 from .logit_divergence import logit_divergence
 from .modality_scores import ModalityScores, modality_scores
 from .modulation_factors import ModulationFactors, modulation_factors
@@ -19,6 +21,12 @@ from .mutual_information import (
 )
 from .noisy_views import NoisyViews, noisy_views
 from .paired_cosine import paired_cosine
+from .redundancy_pull import (
+    RedundancyPull,
+    RedundancyRule,
+    RedundancyState,
+    redundancy_pull,
+)
 from .redundancy_ratio import redundancy_ratio
 from .sample_scores import SampleScores, sample_scores
 from .scale_grad import scale_grad
@@ -30,11 +38,15 @@ __all__ = [
     "ConditionalMutualInformation",
     "DroppedModalities",
     "GradStats",
+    "InformationPull",
     "JointEntropies",
     "ModalityScores",
     "ModulationFactors",
     "MutualInformation",
     "NoisyViews",
+    "RedundancyPull",
+    "RedundancyRule",
+    "RedundancyState",
     "SampleScores",
     "active_backend",
     "co_information",
@@ -44,13 +56,16 @@ __all__ = [
     "drop_modalities",
     "grad_stats",
     "info_nce",
+    "information_pull",
     "joint_entropies",
+    "keep_state_",
     "logit_divergence",
     "modality_scores",
     "modulation_factors",
     "mutual_information",
     "noisy_views",
     "paired_cosine",
+    "redundancy_pull",
     "redundancy_ratio",
     "sample_scores",
     "scale_grad",

@@ -101,7 +101,8 @@ def promoted(
             raise ValueError(f"{name} is on {tensor.device}, {names[0]} on {first.device}")
     dtype = first.dtype
     for tensor in tensors[1:]:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype is not dtype:  # asking is an operator
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return [tensor.to(dtype) for tensor in tensors]
 
 

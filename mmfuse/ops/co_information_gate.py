@@ -60,13 +60,19 @@ def named_gate(
         )
     with torch.no_grad():
         dense = aligned(names, features)
-        device = dense[0].device
-        wide = torch.float64 if dense[0].dtype == torch.float64 else torch.float32
         if isinstance(threshold, Tensor):
             if threshold.dim() != 0 or not threshold.is_floating_point():
                 raise TypeError("threshold must be a number or a 0-d floating-point tensor")
-            limit = threshold.to(device, wide)
+            limit = threshold
         else:
-            limit = torch.full((), float(threshold), dtype=wide, device=device)
-        gate: Tensor = _op(backend, device, dense, limit)
+            wide = torch.float64 if dense[0].dtype == torch.float64 else torch.float32
+            limit = torch.full((), float(threshold), dtype=wide, device=dense[0].device)
+        return gate_of_aligned(dense, limit, backend)
+
+
+def gate_of_aligned(features: list[Tensor], threshold: Tensor, backend: str | None) -> Tensor:
+    """`co_information_gate` of features that `aligned` has made, and a 0-d floating threshold."""
+    first = features[0]
+    wide = torch.float64 if first.dtype == torch.float64 else torch.float32
+    gate: Tensor = _op(backend, first.device, features, threshold.to(first.device, wide))
     return gate

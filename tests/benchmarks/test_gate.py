@@ -55,6 +55,7 @@ def test_the_cases_that_a_provider_lacks() -> None:
     # Calls that no release has, or that microbenchmarks alone have asked for.
     alone = {"scale_grad", "conditional_information", "modulation_factors", "sample_scores"}
     alone |= {"scores_of_outputs", "sample_statistics"}
+    alone |= {"information_pull", "redundancy_pull", "keep_state"}
     unreleased = {"soft_information", "soft_information_forward"}
     unreleased |= {"logit_divergence", "logit_divergence_grad"}
     own_parts = {f"{method}_step" for method in ("agm", "arl", "cggm", "mlb", "mmpareto")}
@@ -152,6 +153,8 @@ def test_gate_refuses_noise_that_is_not_standard_normal(draw: Callable[[Tensor],
         "soft_information_forward",
         "conditional_information",
         "modulation_factors",
+        "information_pull",
+        "redundancy_pull",
     ],
 )
 def test_gate_refuses_wrong_numbers(name: str) -> None:

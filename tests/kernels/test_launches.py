@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from balancing import make, start
 from cells import Cell
 from cuda_on_cpu.launches import counted_launches
 from dispatched import launches_of
@@ -135,6 +136,45 @@ def test_micro_batches_change_the_scores_alone(gpu_like: Cell, noise: bool) -> N
     assert step.operators["modulation_factors"] == 1
     assert step.operators["update_grads_"] == 1
     assert step.operators["index_select"] == 0
+
+
+# Beside the scores, the flag that all is finite, and the update of all gradients.
+DECIDING = {
+    # The sums of squares so far, with this step's.
+    "InfoReg": {"information_pull": 1, "add": 1, "keep_state_": 1},
+    # The gate with its threshold in the features' dtype, and the stream's next step.
+    "RedReg": {
+        "grad_stats": 1,
+        "_to_copy": 1,
+        "co_information_gate": 1,
+        "redundancy_pull": 1,
+        "keep_state_": 1,
+        "add_": 1,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", DECIDING)
+def test_a_step_with_a_state(gpu_like: Cell, kind: str) -> None:
+    """InfoReg's and RedReg's decisions are a launch each, and so is what becomes of their state."""
+    nets = Nets(3, gpu_like.device)
+    options = {"monitor_every": 100} if kind == "RedReg" else {}
+    method = make(kind, nets.encoders, backend=gpu_like.backend, **options)
+    features = {name: torch.randn(9, 4, device=gpu_like.device) for name in nets.encoders}
+    inputs = {name: torch.randn(9, 6, device=gpu_like.device) for name in nets.encoders}
+    start(method)
+    arguments = [nets.logits, nets.labels, features, inputs][: 4 if kind == "RedReg" else 2]
+    for _ in range(2):  # the first has RedReg's monitor
+        nets.backward()
+        method.step(*arguments)
+    nets.backward()
+    found = launches_of(lambda: method.step(*arguments))
+    assert dict(found.operators) == {
+        **DECIDING[kind],
+        "modality_scores": 1,
+        "ones": 1,
+        "update_grads_": 1,
+    }
 
 
 def test_two_gradients_need_no_list_of_zeros(gpu_like: Cell) -> None:

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 import mmfuse
 from mmfuse import InfoReg
-from mmfuse.methods.inforeg import information_gap
 
 NAMES = ["audio", "visual", "text", "depth"]
 Step = tuple[dict[str, Tensor], Tensor]
@@ -120,13 +119,6 @@ def test_training_follows_the_paper(cell: Cell, count: int, threshold: float) ->
         traces.append(torch.tensor(squares).mean(dim=0).tolist())
         torch.testing.assert_close(inforeg.fisher_trace.tolist(), traces[-1], rtol=1e-5, atol=0)
     assert max(pulled) > 0.0 or threshold > 0.0
-
-
-def test_information_gap() -> None:
-    gap = information_gap(torch.tensor([-1.0, -3.0, -2.0]))
-    torch.testing.assert_close(gap, torch.tensor([1.5, 0.0, 1.0]))
-    assert information_gap(torch.tensor([-1.0, -1.0])).tolist() == [0.0, 0.0]
-    assert information_gap(torch.tensor([-1.0, torch.nan])).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("through_file", [False, True])

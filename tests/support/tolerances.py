@@ -246,6 +246,47 @@ def modulation_noise(dtype: torch.dtype, std: Tensor) -> Tensor:
     return u * std.abs() + UNDERFLOW[dtype]
 
 
+def information_gap(count: int, gap: Tensor) -> Tensor:
+    """A mean of up to M − 1 positive differences: M + 2 float64 roundings on each side."""
+    return 2 * (count + 2) * UNIT_ROUNDOFF[torch.float64] * gap.abs()
+
+
+def strength(dtype: torch.dtype, count: int, beta: float, alpha: Tensor) -> Tensor:
+    """Bound for exp(β tanh Δ), worked out in float64 on both sides and stored as `dtype`.
+
+    δΔ ≤ (M + 2)·u·Δ moves tanh by at most 0.5·(M + 2)·u, as Δ·sech²Δ < 0.45; tanh itself, as
+    1 − 2/(e²ˣ + 1), takes four roundings and an exponential good to 2 units. The exponential of
+    β times that takes its argument's error, a product and 2 units; multiplier and gate one each.
+    """
+    u = UNIT_ROUNDOFF[torch.float64]
+    computed = (beta * (0.5 * (count + 2) + 8) + 6) * u
+    return (2 * computed + UNIT_ROUNDOFF[dtype]) * alpha.abs()
+
+
+def gain_growth(window: int, growth: Tensor) -> Tensor:
+    """A difference of stored numbers by a sum of W positive ones, ε and W·ε: W + 5 roundings."""
+    return 2 * (window + 5) * UNIT_ROUNDOFF[torch.float64] * growth.abs()
+
+
+def redundancy_phase(window: int, gamma: float, ratio: Tensor, growth: Tensor) -> Tensor:
+    """Red / EMA − γ·max(s, 0): seven roundings in average and weight, four beyond; γs and s."""
+    u = UNIT_ROUNDOFF[torch.float64]
+    return 2 * u * (12 * ratio.abs() + (window + 7) * gamma * growth.abs())
+
+
+def orthogonal_scale(
+    dtype: torch.dtype, count: int, pull: Tensor, magnitude: Tensor, scale: Tensor
+) -> Tensor:
+    """Bound for 1 − pull·c, c of up to T tensors' products, from the same pull; `dtype` stores it.
+
+    `magnitude` is Σ|⟨d, g⟩| / (Σ⟨g, g⟩ + ε). T additions in either sum, four roundings in a square,
+    and four beyond, on each side.
+    """
+    u = UNIT_ROUNDOFF[torch.float64]
+    computed = 2 * u * ((2 * count + 8) * (pull * magnitude).abs() + 1)
+    return computed + UNIT_ROUNDOFF[dtype] * scale.abs()
+
+
 def noisy_view(dtype: torch.dtype, result: Tensor, x: Tensor, sigma: Tensor, z: Tensor) -> Tensor:
     """Bound for x + σz: the update of a gradient x whose scale is one."""
     return updated_grad(dtype, result, x, torch.zeros(()), sigma, z)

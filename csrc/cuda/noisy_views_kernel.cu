@@ -72,12 +72,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kViewsChunk;
   const int64_t left = params.numel - begin;
   const int elements = left < kViewsChunk ? static_cast<int>(left) : kViewsChunk;
+  const scalar_t* source = static_cast<const scalar_t*>(params.x) + begin;
+  const auto count_at = [&](int i) { return elements - i < kCount ? elements - i : kCount; };
+  constexpr int kStride = kThreads * kCount;
   acc_t sum = 0;
-  for (int i = threadIdx.x * kCount; i < elements; i += kThreads * kCount) {
+  int i = threadIdx.x * kCount;
+  Pack<scalar_t, kCount> next = {};
+  if (i < elements) next = load_part<scalar_t, kCount>(source + i, count_at(i), vector);
+  for (; i < elements; i += kStride) {
     const int64_t index = begin + i;
-    const int count = elements - i < kCount ? elements - i : kCount;
-    const auto in =
-        load_part<scalar_t, kCount>(static_cast<const scalar_t*>(params.x) + index, count, vector);
+    const int count = count_at(i);
+    const Pack<scalar_t, kCount> in = next;
+    // The next pack is on its way while the noise of this one is drawn.
+    if (i + kStride < elements) {
+      next = load_part<scalar_t, kCount>(source + i + kStride, count_at(i + kStride), vector);
+    }
     Pack<scalar_t, kCount> a = in;
     Pack<scalar_t, kCount> b = in;
     if (sigma != acc_t(0)) {

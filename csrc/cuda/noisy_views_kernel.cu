@@ -57,6 +57,11 @@ __device__ __forceinline__ void store_part(scalar_t* target, int count, bool vec
   }
 }
 
+// Whether the next pack is loaded while the noise of one is drawn; where both views draw blocks of
+// their own for packs of eight, no register is left for it.
+template <typename scalar_t, bool kWhole>
+constexpr bool kLoadsAhead = kWhole || sizeof(scalar_t) > 2;
+
 // One block makes one chunk of both views. kWhole: a pack is made of the same whole Philox blocks
 // in both.
 template <typename scalar_t, bool kWhole>
@@ -76,17 +81,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
   const auto count_at = [&](int i) { return elements - i < kCount ? elements - i : kCount; };
   constexpr int kStride = kThreads * kCount;
   acc_t sum = 0;
-  int i = threadIdx.x * kCount;
+  const auto load = [&](int i) {
+    return load_part<scalar_t, kCount>(source + i, count_at(i), vector);
+  };
   Pack<scalar_t, kCount> next = {};
-  if (i < elements) next = load_part<scalar_t, kCount>(source + i, count_at(i), vector);
+  int i = threadIdx.x * kCount;
+  if (kLoadsAhead<scalar_t, kWhole> && i < elements) next = load(i);
   for (; i < elements; i += kStride) {
     const int64_t index = begin + i;
     const int count = count_at(i);
-    const Pack<scalar_t, kCount> in = next;
-    // The next pack is on its way while the noise of this one is drawn.
-    if (i + kStride < elements) {
-      next = load_part<scalar_t, kCount>(source + i + kStride, count_at(i + kStride), vector);
-    }
+    const Pack<scalar_t, kCount> in = kLoadsAhead<scalar_t, kWhole> ? next : load(i);
+    if (kLoadsAhead<scalar_t, kWhole> && i + kStride < elements) next = load(i + kStride);
     Pack<scalar_t, kCount> a = in;
     Pack<scalar_t, kCount> b = in;
     if (sigma != acc_t(0)) {

@@ -162,6 +162,11 @@ def test_the_means_stay_wide_whatever_the_module_is_cast_to(dtype: torch.dtype) 
             agm(responses, labels)
     assert cast.running_scores.dtype == cast.coefficients.dtype == torch.float64
     assert torch.equal(cast.running_scores, plain.running_scores)
+    assert cast.running_scores.all() and (cast.coefficients != 1).all()
+    cast.reset_parameters()
+    assert cast.running_scores.dtype == cast.coefficients.dtype == torch.float64
+    assert not cast.running_scores.any() and not cast.running_steps.any()
+    assert (cast.coefficients == 1).all()
 
 
 def norm(parameters: list[Tensor]) -> float:

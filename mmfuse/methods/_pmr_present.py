@@ -44,11 +44,10 @@ def look_at_present(
     logits, counted = {}, []
     for name, feature, rows, each in zip(names, features, mask, prototypes, strict=True):
         here = ~each.isnan().any(1)
-        known = here if masks else here.any().expand(len(each))
         possible = (labels >= 0) & (labels < len(each))
         place = torch.where(possible, labels, 0).long()
         # A label that is out of range stays, for the scores to refuse.
-        rows = rows & (labels != IGNORED) & (~possible | known[place])
+        rows = rows & (labels != IGNORED) & (~possible | here[place])
         # Selected, so that neither a NaN nor a gradient passes where there is nothing.
         shape = (-1, *[1] * (feature.dim() - 1))
         logits[name], _ = similarities(

@@ -29,10 +29,10 @@ struct DropEntry {
   uint32_t noise_id;
   DType dtype;
   int32_t slot;
-  int32_t first_chunk;
 };
 
-using DropTable = TensorTable<DropEntry, DropCommon>;
+// Modalities are few: the table has 4 KB, and more than it holds take several launches.
+using DropTable = TensorTable<DropEntry, DropCommon, 64>;
 
 // The elements that a block handles, and the rows that they belong to.
 struct DropChunk {
@@ -140,8 +140,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
   __shared__ bool kept[kDropChunk + 1];
   const DropCommon& common = table.common;
   for (int c = blockIdx.x; c < table.chunks; c += gridDim.x) {
-    const DropEntry& entry = table.entries[find_entry(table, c)];
-    const DropChunk chunk = drop_chunk(c - entry.first_chunk, entry.width, common.rows);
+    const int found = find_entry(table, c);
+    const DropEntry& entry = table.entries[found];
+    const DropChunk chunk = drop_chunk(c - table.first_chunk[found], entry.width, common.rows);
     bool* keep = common.keep + entry.slot * common.rows;
     __syncthreads();  // the previous chunk's flags have been read
     if (common.noise_state != nullptr) {
@@ -179,14 +180,10 @@ void launch_drop_modalities(const DropModalitiesParams& params, cudaStream_t str
     const int64_t chunks =
         chunk_count(params.rows * (tensor.width > 0 ? tensor.width : 1), kDropChunk);
     if (table.count == DropTable::kCapacity || table.chunks > kMaxChunks - chunks) flush();
-    table.entries[table.count++] = {tensor.in,
-                                    tensor.out,
-                                    tensor.width,
-                                    tensor.noise_offset,
-                                    tensor.noise_id,
-                                    tensor.dtype,
-                                    static_cast<int32_t>(m),
-                                    table.chunks};
+    table.first_chunk[table.count] = table.chunks;
+    table.entries[table.count++] = {
+        tensor.in,       tensor.out,   tensor.width,           tensor.noise_offset,
+        tensor.noise_id, tensor.dtype, static_cast<int32_t>(m)};
     table.chunks += static_cast<int32_t>(chunks);
   }
   flush();

@@ -14,8 +14,11 @@ constexpr int kBlocksPerSm = std::is_same_v<scalar_t, double> ? 2 : 4;
 
 constexpr int kFinaliseThreads = 256;
 
-template <bool kHasParams>
-using StatsTable = TensorTable<Entry<kHasParams, false>, double*>;
+// Tensors of a long table of merges; a short one has kShortList.
+constexpr int kLongMerges = 2000;
+
+template <Anchors kAnchors, bool kShort>
+using StatsTable = GradTable<kAnchors != Anchors::kNone, false, double*, kShort>;
 
 // Moments of one batch of which `valid` packs exist, by two passes over registers.
 template <Anchors kAnchors, bool kVector, int kPacks, typename scalar_t>
@@ -112,16 +115,18 @@ __device__ __forceinline__ Moments<acc_t> block_moments(const Moments<acc_t>& mi
 
 // One row of the workspace per chunk. All means are relative to the tensor's first element, a value
 // among the data: a mean much larger than the spread then costs no digits, in any precision.
-template <typename scalar_t, Anchors kAnchors>
+template <typename scalar_t, Anchors kAnchors, bool kShort>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
-    grad_stats_kernel(const StatsTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
+    grad_stats_kernel(const StatsTable<kAnchors, kShort> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kPack = kPackSize<scalar_t, kAnchors>;
   const int chunk = blockIdx.x;
-  const auto& entry = table.entries[find_entry(table, chunk)];
+  const int found = find_entry(table, chunk);
+  const auto& entry = table.entries[found];
+  const int part = chunk - table.first_chunk[found];
   const scalar_t* grad = static_cast<const scalar_t*>(entry.grad);
   const AnchorPair pair = anchor_pair<kAnchors>(entry);
-  const int64_t first = static_cast<int64_t>(chunk - entry.first_chunk) * kStatsChunk;
+  const int64_t first = static_cast<int64_t>(part) * kStatsChunk;
   const int64_t left = entry.numel - first;
   const int elements = left < kStatsChunk ? static_cast<int>(left) : kStatsChunk;
   const acc_t shift = widen<acc_t>(grad[0]);
@@ -147,8 +152,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
   }
   const Moments<acc_t> total = block_moments<kAnchors != Anchors::kNone>(mine, elements);
   if (threadIdx.x == 0) {
-    double* row =
-        table.common + static_cast<int64_t>(entry.slot + chunk - entry.first_chunk) * kStatsRow;
+    double* row = table.common + static_cast<int64_t>(entry.slot + part) * kStatsRow;
     row[0] = shift;
     row[1] = total.mean;
     row[2] = total.m2;
@@ -162,8 +166,7 @@ struct FinaliseEntry {
   int64_t first_row;
 };
 
-struct FinaliseTable {
-  static constexpr int kCapacity = 2000;
+struct FinaliseCommon {
   const double* workspace;
   int64_t* numel;
   void* moments;
@@ -171,25 +174,32 @@ struct FinaliseTable {
   bool has_params;
   int64_t first_slot;
   int64_t tensors;
-  FinaliseEntry entries[kCapacity];
 };
 
-__device__ __forceinline__ void store_moment(const FinaliseTable& table, int64_t index,
+template <int kLength>
+struct FinaliseTable {
+  FinaliseCommon common;
+  FinaliseEntry entries[kLength];
+};
+
+__device__ __forceinline__ void store_moment(const FinaliseCommon& common, int64_t index,
                                              double value) {
-  if (table.wide) {
-    static_cast<double*>(table.moments)[index] = value;
+  if (common.wide) {
+    static_cast<double*>(common.moments)[index] = value;
   } else {
-    static_cast<float*>(table.moments)[index] = static_cast<float>(value);
+    static_cast<float*>(common.moments)[index] = static_cast<float>(value);
   }
 }
 
 // One block per tensor merges its rows, in float64 and in the same order every time.
+template <int kLength>
 __global__ void __launch_bounds__(kFinaliseThreads)
-    grad_stats_finalise_kernel(const FinaliseTable __grid_constant__ table) {
+    grad_stats_finalise_kernel(const FinaliseTable<kLength> __grid_constant__ table) {
+  const FinaliseCommon& common = table.common;
   const FinaliseEntry& entry = table.entries[blockIdx.x];
-  const int64_t slot = table.first_slot + blockIdx.x;
+  const int64_t slot = common.first_slot + blockIdx.x;
   const int64_t rows = chunk_count(entry.numel, kStatsChunk);
-  const double* workspace = table.workspace + entry.first_row * kStatsRow;
+  const double* workspace = common.workspace + entry.first_row * kStatsRow;
   const auto row_count = [&](int64_t row) {
     const int64_t left = entry.numel - row * kStatsChunk;
     return static_cast<double>(left < kStatsChunk ? left : kStatsChunk);
@@ -213,46 +223,46 @@ __global__ void __launch_bounds__(kFinaliseThreads)
   }
   block_sum<kFinaliseThreads>(sums);
   if (threadIdx.x != 0) return;
-  table.numel[slot] = entry.numel;
-  store_moment(table, slot, rows > 0 ? workspace[0] + mean : 0.0);
-  store_moment(table, table.tensors + slot, sums[0]);
-  if (table.has_params) {
-    store_moment(table, 2 * table.tensors + slot, sums[1]);
-    store_moment(table, 3 * table.tensors + slot, sums[2]);
+  common.numel[slot] = entry.numel;
+  store_moment(common, slot, rows > 0 ? workspace[0] + mean : 0.0);
+  store_moment(common, common.tensors + slot, sums[0]);
+  if (common.has_params) {
+    store_moment(common, 2 * common.tensors + slot, sums[1]);
+    store_moment(common, 3 * common.tensors + slot, sums[2]);
   }
 }
 
 template <typename scalar_t, Anchors kAnchors>
 void launch_chunks(const std::vector<GradTensor>& tensors, double* workspace, cudaStream_t stream) {
-  constexpr bool kHasParams = kAnchors != Anchors::kNone;
-  StatsTable<kHasParams> table;
-  table.common = workspace;
-  for_each_table<kHasParams, false>(tensors, kDType<scalar_t>, kAnchors, kStatsChunk, table, [&] {
-    launch("grad_stats_kernel", grad_stats_kernel<scalar_t, kAnchors>, table.chunks, kThreads,
-           stream, table);
+  visit_table_length<scalar_t, kAnchors>(tensors, kDType<scalar_t>, [&](auto is_short) {
+    constexpr bool kShort = decltype(is_short)::value;
+    StatsTable<kAnchors, kShort> table;
+    table.common = workspace;
+    for_each_table<kAnchors != Anchors::kNone, false>(
+        tensors, kDType<scalar_t>, kAnchors, kStatsChunk, table, [&] {
+          launch("grad_stats_kernel", grad_stats_kernel<scalar_t, kAnchors, kShort>, table.chunks,
+                 kThreads, stream, table);
+        });
   });
 }
 
+template <int kLength>
 void launch_finalise(const GradStatsParams& params, cudaStream_t stream) {
-  FinaliseTable table;
-  table.workspace = params.workspace;
-  table.numel = params.numel;
-  table.moments = params.moments;
-  table.wide = params.wide;
-  table.has_params = params.has_params;
-  table.tensors = static_cast<int64_t>(params.tensors.size());
+  FinaliseTable<kLength> table;
+  const int64_t tensors = static_cast<int64_t>(params.tensors.size());
+  table.common = {params.workspace, params.numel, params.moments, params.wide, params.has_params, 0,
+                  tensors};
   int64_t row = 0;
-  for (table.first_slot = 0; table.first_slot < table.tensors;
-       table.first_slot += FinaliseTable::kCapacity) {
-    const int64_t count =
-        std::min<int64_t>(table.tensors - table.first_slot, FinaliseTable::kCapacity);
+  int64_t& first = table.common.first_slot;
+  for (first = 0; first < tensors; first += kLength) {
+    const int64_t count = std::min<int64_t>(tensors - first, kLength);
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t numel = params.tensors[table.first_slot + i].numel;
+      const int64_t numel = params.tensors[first + i].numel;
       table.entries[i] = {numel, row};
       row += chunk_count(numel, kStatsChunk);
     }
-    launch("grad_stats_finalise_kernel", grad_stats_finalise_kernel, count, kFinaliseThreads,
-           stream, table);
+    launch("grad_stats_finalise_kernel", grad_stats_finalise_kernel<kLength>, count,
+           kFinaliseThreads, stream, table);
   }
 }
 
@@ -270,7 +280,11 @@ void launch_grad_stats(const GradStatsParams& params, cudaStream_t stream) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     launch_chunks<scalar_t, anchors.value>(tensors, params.workspace, stream);
   });
-  launch_finalise(params, stream);
+  if (params.tensors.size() <= kShortList) {
+    launch_finalise<kShortList>(params, stream);
+  } else {
+    launch_finalise<kLongMerges>(params, stream);
+  }
 }
 
 }  // namespace mmfuse::cuda

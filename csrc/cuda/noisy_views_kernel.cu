@@ -57,27 +57,39 @@ __device__ __forceinline__ void store_part(scalar_t* target, int count, bool vec
   }
 }
 
-// One block makes one chunk of both views. kWhole: a pack is made of the same whole Philox blocks
-// in both.
-template <typename scalar_t, bool kWhole>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
-    noisy_views_kernel(const NoisyViewsParams __grid_constant__ params, bool vector) {
+// Makes this thread's packs of a chunk of both views; returns the sum of their squared differences.
+// kWhole: a pack is made of the same whole Philox blocks in both. kFull: all packs are whole and
+// aligned, and the next one is loaded while the noise of one is drawn.
+template <typename scalar_t, bool kWhole, bool kFull>
+__device__ __forceinline__ acc_type<scalar_t> make_views(const NoisyViewsParams& params,
+                                                         int64_t begin, int elements, bool vector) {
   using acc_t = acc_type<scalar_t>;
   constexpr int kCount = kPack<scalar_t>;
+  constexpr int kStride = kThreads * kCount;
+  static_assert(kViewsChunk % kStride == 0);
   const NoisyView& first = params.views[0];
   const NoisyView& second = params.views[1];
   const acc_t sigma = static_cast<acc_t>(params.sigma);
   const NoiseKey first_key = load_noise_key(params.noise_state, first.noise_id);
   const NoiseKey second_key = load_noise_key(params.noise_state, second.noise_id);
-  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kViewsChunk;
-  const int64_t left = params.numel - begin;
-  const int elements = left < kViewsChunk ? static_cast<int>(left) : kViewsChunk;
+  const scalar_t* source = static_cast<const scalar_t*>(params.x) + begin;
+  const int end = kFull ? kViewsChunk : elements;
+  const auto count_at = [&](int i) { return kFull || end - i > kCount ? kCount : end - i; };
+  const auto load = [&](int i) {
+    if constexpr (kFull) return load_pack<true, kCount>(source + i);
+    return load_part<scalar_t, kCount>(source + i, count_at(i), vector);
+  };
   acc_t sum = 0;
-  for (int i = threadIdx.x * kCount; i < elements; i += kThreads * kCount) {
+  int i = threadIdx.x * kCount;
+  Pack<scalar_t, kCount> next = {};
+  if constexpr (kFull) next = load(i);
+  // Unrolled, packs would need more registers than there are.
+#pragma unroll 1
+  for (; i < end; i += kStride) {
     const int64_t index = begin + i;
-    const int count = elements - i < kCount ? elements - i : kCount;
-    const auto in =
-        load_part<scalar_t, kCount>(static_cast<const scalar_t*>(params.x) + index, count, vector);
+    const int count = count_at(i);
+    const Pack<scalar_t, kCount> in = kFull ? next : load(i);
+    if (kFull && i + kStride < end) next = load(i + kStride);
     Pack<scalar_t, kCount> a = in;
     Pack<scalar_t, kCount> b = in;
     if (sigma != acc_t(0)) {
@@ -96,14 +108,29 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
         }
       }
     }
-    store_part(static_cast<scalar_t*>(first.out) + index, count, vector, a);
-    store_part(static_cast<scalar_t*>(second.out) + index, count, vector, b);
+    store_part(static_cast<scalar_t*>(first.out) + index, count, vector || kFull, a);
+    store_part(static_cast<scalar_t*>(second.out) + index, count, vector || kFull, b);
 #pragma unroll
     for (int j = 0; j < kCount; ++j) {
       const acc_t difference = widen<acc_t>(a.v[j]) - widen<acc_t>(b.v[j]);
       if (j < count) sum += difference * difference;
     }
   }
+  return sum;
+}
+
+// One block makes one chunk of both views.
+template <typename scalar_t, bool kWhole>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
+    noisy_views_kernel(const NoisyViewsParams __grid_constant__ params, bool vector) {
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kViewsChunk;
+  const int64_t left = params.numel - begin;
+  const int elements = left < kViewsChunk ? static_cast<int>(left) : kViewsChunk;
+  // Where each view draws blocks of its own, that is most of the work, and rare: one loop is
+  // enough.
+  const auto sum = kWhole && vector && elements == kViewsChunk
+                       ? make_views<scalar_t, kWhole, kWhole>(params, begin, elements, vector)
+                       : make_views<scalar_t, kWhole, false>(params, begin, elements, vector);
   double total[1] = {static_cast<double>(sum)};
   block_sum<kThreads>(total);
   if (threadIdx.x == 0) params.partials[blockIdx.x] = total[0];

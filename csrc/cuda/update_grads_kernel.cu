@@ -18,18 +18,21 @@ constexpr int kBlocksPerSm = kAnchors == Anchors::kNone ? (kNoise || sizeof(scal
 
 constexpr int kSumThreads = 256;
 
-template <bool kHasParams, bool kNoise>
-using UpdateTable = TensorTable<Entry<kHasParams, kNoise>, UpdateCommon>;
+// Tensors of a long table of sums; a short one has kShortList.
+constexpr int kLongSums = 2000;
+
+template <Anchors kAnchors, bool kNoise, bool kShort>
+using UpdateTable = GradTable<kAnchors != Anchors::kNone, kNoise, UpdateCommon, kShort>;
 
 // One block per chunk, from the last to the first: what grad_stats read last is still in the cache.
-template <typename scalar_t, Anchors kAnchors, bool kNoise>
+template <typename scalar_t, Anchors kAnchors, bool kNoise, bool kShort>
 __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kNoise>))
-    update_grads_kernel(
-        const UpdateTable<kAnchors != Anchors::kNone, kNoise> __grid_constant__ table) {
+    update_grads_kernel(const UpdateTable<kAnchors, kNoise, kShort> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;
   const UpdateCommon& call = table.common;
   const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
-  const auto& entry = table.entries[find_entry(table, chunk)];
+  const int found = find_entry(table, chunk);
+  const auto& entry = table.entries[found];
   TensorUpdate<scalar_t> tensor{};
   tensor.in = static_cast<const scalar_t*>(entry.grad);
   tensor.out = static_cast<scalar_t*>(entry.grad);
@@ -47,12 +50,13 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
   tensor.store =
       tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);
   if (!tensor.store && call.finite == nullptr) return;
-  const bool finite = update_chunk<kAnchors, kNoise>(tensor, chunk - entry.first_chunk);
+  const bool finite = update_chunk<kAnchors, kNoise>(tensor, chunk - table.first_chunk[found]);
   if (!finite && call.finite != nullptr) *call.finite = false;
 }
 
-template <bool kHasParams>
-using TransposedTable = TensorTable<TransposedEntry<kHasParams>, UpdateCommon>;
+template <Anchors kAnchors, bool kShort>
+using TransposedTable =
+    ListTable<TransposedEntry<kAnchors != Anchors::kNone>, UpdateCommon, kShort>;
 
 // A batch's registers are 16 gradients, and as many displacements.
 template <typename scalar_t, Anchors kAnchors>
@@ -60,15 +64,16 @@ constexpr int kTransposedBlocksPerSm = sizeof(scalar_t) == 8 || kAnchors != Anch
 
 // As update_grads_kernel with noise, for tensors in channels_last. A kernel of its own, so that the
 // other one stays as it was tuned.
-template <typename scalar_t, Anchors kAnchors>
+template <typename scalar_t, Anchors kAnchors, bool kShort>
 __global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kAnchors>))
     update_grads_transposed_kernel(
-        const TransposedTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
+        const TransposedTable<kAnchors, kShort> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;
   alignas(kVectorBytes) __shared__ float normals[kTransposedTile + kNoiseBlock];
   const UpdateCommon& call = table.common;
   const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
-  const auto& entry = table.entries[find_entry(table, chunk)];
+  const int found = find_entry(table, chunk);
+  const auto& entry = table.entries[found];
   TensorUpdate<scalar_t> tensor{};
   tensor.in = static_cast<const scalar_t*>(entry.grad);
   tensor.out = static_cast<scalar_t*>(entry.grad);
@@ -85,7 +90,7 @@ __global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kA
       tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);
   if (!tensor.store && call.finite == nullptr) return;
   const bool finite = update_transposed<kAnchors>(tensor, entry.channels, entry.spatial,
-                                                  chunk - entry.first_chunk, normals);
+                                                  chunk - table.first_chunk[found], normals);
   if (!finite && call.finite != nullptr) *call.finite = false;
 }
 
@@ -102,19 +107,19 @@ template <typename scalar_t, Anchors kAnchors>
 constexpr int kSquaresBlocksPerSm =
     kBlocksPerSm<float, kAnchors, false> - (std::is_same_v<scalar_t, double> ? 1 : 0);
 
-template <bool kHasParams>
-using SquaresTable = TensorTable<Entry<kHasParams, false>, SquaresCommon>;
+template <Anchors kAnchors, bool kShort>
+using SquaresTable = GradTable<kAnchors != Anchors::kNone, false, SquaresCommon, kShort>;
 
 // As update_grads_kernel without noise, and each block leaves the sum of the squares that it has
 // read. A kernel of its own, so that the other one stays as it was tuned.
-template <typename scalar_t, Anchors kAnchors>
+template <typename scalar_t, Anchors kAnchors, bool kShort>
 __global__ void __launch_bounds__(kThreads, (kSquaresBlocksPerSm<scalar_t, kAnchors>))
-    update_grads_squares_kernel(
-        const SquaresTable<kAnchors != Anchors::kNone> __grid_constant__ table) {
+    update_grads_squares_kernel(const SquaresTable<kAnchors, kShort> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;
   const SquaresCommon& call = table.common;
   const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
-  const auto& entry = table.entries[find_entry(table, chunk)];
+  const int found = find_entry(table, chunk);
+  const auto& entry = table.entries[found];
   TensorUpdate<scalar_t> tensor{};
   tensor.in = static_cast<const scalar_t*>(entry.grad);
   tensor.out = static_cast<scalar_t*>(entry.grad);
@@ -127,7 +132,8 @@ __global__ void __launch_bounds__(kThreads, (kSquaresBlocksPerSm<scalar_t, kAnch
   }
   tensor.store = tensor.scale != acc_t(1) || tensor.pull != acc_t(0);
   SquareSum<acc_t> squares;
-  const bool finite = update_chunk<kAnchors, false>(tensor, chunk - entry.first_chunk, squares);
+  const bool finite =
+      update_chunk<kAnchors, false>(tensor, chunk - table.first_chunk[found], squares);
   if (!finite && call.finite != nullptr) *call.finite = false;
   acc_t sum[1] = {squares.sum};
   block_sum<kThreads>(sum);
@@ -139,18 +145,19 @@ struct SqNormEntry {
   int64_t count;
 };
 
+template <int kLength>
 struct SqNormTable {
-  static constexpr int kCapacity = 2000;
   const double* partials;
   void* sq_norm;
   bool wide;
   int64_t first_slot;
-  SqNormEntry entries[kCapacity];
+  SqNormEntry entries[kLength];
 };
 
 // One block per tensor adds its chunks' sums, in float64 and in the same order every time.
+template <int kLength>
 __global__ void __launch_bounds__(kSumThreads)
-    update_grads_sq_norm_kernel(const SqNormTable __grid_constant__ table) {
+    update_grads_sq_norm_kernel(const SqNormTable<kLength> __grid_constant__ table) {
   const SqNormEntry& entry = table.entries[blockIdx.x];
   const int64_t slot = table.first_slot + blockIdx.x;
   double sum[1] = {0};
@@ -171,68 +178,76 @@ struct PartialRows {
 
 template <typename scalar_t, Anchors kAnchors, bool kNoise>
 void launch_group(const UpdateGradsParams& params, cudaStream_t stream) {
-  constexpr bool kHasParams = kAnchors != Anchors::kNone;
-  UpdateTable<kHasParams, kNoise> table;
-  table.common = params.common;
   // Without noise any order will do, with it a tensor in channels_last has a kernel of its own.
   const auto chunks_of = [](const GradTensor& tensor) {
     return kNoise && tensor.channels > 1 ? 0 : chunk_count(tensor.numel, kUpdateChunk);
   };
-  for_each_table_of<kHasParams, kNoise>(
-      params.tensors, kDType<scalar_t>, kAnchors, chunks_of, table, [&] {
-        launch("update_grads_kernel", update_grads_kernel<scalar_t, kAnchors, kNoise>, table.chunks,
-               kThreads, stream, table);
-      });
+  visit_table_length<scalar_t, kAnchors>(params.tensors, kDType<scalar_t>, [&](auto is_short) {
+    constexpr bool kShort = decltype(is_short)::value;
+    UpdateTable<kAnchors, kNoise, kShort> table;
+    table.common = params.common;
+    for_each_table_of<kAnchors != Anchors::kNone, kNoise>(
+        params.tensors, kDType<scalar_t>, kAnchors, chunks_of, table, [&] {
+          launch("update_grads_kernel", update_grads_kernel<scalar_t, kAnchors, kNoise, kShort>,
+                 table.chunks, kThreads, stream, table);
+        });
+  });
 }
 
 template <typename scalar_t, Anchors kAnchors>
 void launch_transposed_group(const UpdateGradsParams& params, cudaStream_t stream) {
-  constexpr bool kHasParams = kAnchors != Anchors::kNone;
-  TransposedTable<kHasParams> table;
-  table.common = params.common;
   const auto chunks_of = [](const GradTensor& tensor) {
     return tensor.channels > 1 ? transposed_tiles(tensor) : 0;
   };
-  for_each_table_of<kHasParams, true>(
-      params.tensors, kDType<scalar_t>, kAnchors, chunks_of, table, [&] {
-        launch("update_grads_transposed_kernel", update_grads_transposed_kernel<scalar_t, kAnchors>,
-               table.chunks, kThreads, stream, table);
-      });
+  visit_table_length<scalar_t, kAnchors>(params.tensors, kDType<scalar_t>, [&](auto is_short) {
+    constexpr bool kShort = decltype(is_short)::value;
+    TransposedTable<kAnchors, kShort> table;
+    table.common = params.common;
+    for_each_table_of<kAnchors != Anchors::kNone, true>(
+        params.tensors, kDType<scalar_t>, kAnchors, chunks_of, table, [&] {
+          launch("update_grads_transposed_kernel",
+                 update_grads_transposed_kernel<scalar_t, kAnchors, kShort>, table.chunks, kThreads,
+                 stream, table);
+        });
+  });
 }
 
 template <typename scalar_t, Anchors kAnchors>
 void launch_squares_group(const UpdateGradsParams& params, const SquaresCommon& common,
                           PartialRows& rows, cudaStream_t stream) {
-  constexpr bool kHasParams = kAnchors != Anchors::kNone;
-  SquaresTable<kHasParams> table;
-  table.common = common;
-  for_each_table<kHasParams, false>(
-      params.tensors, kDType<scalar_t>, kAnchors, kUpdateChunk, table, [&] {
-        table.common.partials = params.partials + rows.next;
-        for (int i = 0; i < table.count; ++i) {
-          rows.first[table.entries[i].slot] = rows.next + table.entries[i].first_chunk;
-        }
-        rows.next += table.chunks;
-        launch("update_grads_squares_kernel", update_grads_squares_kernel<scalar_t, kAnchors>,
-               table.chunks, kThreads, stream, table);
-      });
+  visit_table_length<scalar_t, kAnchors>(params.tensors, kDType<scalar_t>, [&](auto is_short) {
+    constexpr bool kShort = decltype(is_short)::value;
+    SquaresTable<kAnchors, kShort> table;
+    table.common = common;
+    for_each_table<kAnchors != Anchors::kNone, false>(
+        params.tensors, kDType<scalar_t>, kAnchors, kUpdateChunk, table, [&] {
+          table.common.partials = params.partials + rows.next;
+          for (int i = 0; i < table.count; ++i) {
+            rows.first[table.entries[i].slot] = rows.next + table.first_chunk[i];
+          }
+          rows.next += table.chunks;
+          launch("update_grads_squares_kernel",
+                 update_grads_squares_kernel<scalar_t, kAnchors, kShort>, table.chunks, kThreads,
+                 stream, table);
+        });
+  });
 }
 
+template <int kLength>
 void launch_sq_norm(const UpdateGradsParams& params, const PartialRows& rows, cudaStream_t stream) {
-  SqNormTable table;
+  SqNormTable<kLength> table;
   table.partials = params.partials;
   table.sq_norm = params.sq_norm;
   table.wide = params.wide_sq_norm;
   const int64_t tensors = static_cast<int64_t>(params.tensors.size());
-  for (table.first_slot = 0; table.first_slot < tensors;
-       table.first_slot += SqNormTable::kCapacity) {
-    const int64_t count = std::min<int64_t>(tensors - table.first_slot, SqNormTable::kCapacity);
+  for (table.first_slot = 0; table.first_slot < tensors; table.first_slot += kLength) {
+    const int64_t count = std::min<int64_t>(tensors - table.first_slot, kLength);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t slot = table.first_slot + i;
       table.entries[i] = {rows.first[slot], chunk_count(params.tensors[slot].numel, kUpdateChunk)};
     }
-    launch("update_grads_sq_norm_kernel", update_grads_sq_norm_kernel, count, kSumThreads, stream,
-           table);
+    launch("update_grads_sq_norm_kernel", update_grads_sq_norm_kernel<kLength>, count, kSumThreads,
+           stream, table);
   }
 }
 
@@ -247,7 +262,11 @@ void launch_squares(const UpdateGradsParams& params, bool has_noise, cudaStream_
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     launch_squares_group<scalar_t, anchors.value>(params, common, rows, stream);
   });
-  launch_sq_norm(params, rows, stream);
+  if (params.tensors.size() <= kShortList) {
+    launch_sq_norm<kShortList>(params, rows, stream);
+  } else {
+    launch_sq_norm<kLongSums>(params, rows, stream);
+  }
 }
 
 }  // namespace

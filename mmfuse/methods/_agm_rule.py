@@ -16,9 +16,10 @@ class AGMResult:
     Attributes:
         logits: Name → the response, with its values as they were; the joint logits are their sum.
         coefficients: [M] k_m that the backward pass uses, in the order of `logits`.
-        scores: [M] s_m, the loss of each response alone; None in `eval()`.
-        ratios: [M] rho_m; None in `eval()`.
-        usual_ratios: [M] tau_m; None in `eval()`.
+        scores: [M] s_m, the loss of each response alone; NaN for a modality that no sample has.
+            None in `eval()`, as what follows.
+        ratios: [M] rho_m; NaN for a modality that shares samples with no other.
+        usual_ratios: [M] tau_m; NaN likewise.
     """
 
     logits: dict[str, Tensor]
@@ -52,10 +53,21 @@ class AGMRule:
         if not 0 <= self.floor < 1:
             raise ValueError(f"floor must be a probability below 1, got {self.floor}")
 
-    def ratios(self, scores: Tensor) -> Tensor:
-        """rho_m of s_m, or tau_m of S_m."""
-        count = len(scores)
-        return torch.exp((scores.mean() - scores) * (count / (count - 1)))
+    def ratios(self, scores: Tensor, shared: Tensor | None) -> Tensor:
+        """rho_m of s_m, or tau_m of S_m.
+
+        Args:
+            scores: [M, M] of modality m, over the samples that have m and j.
+            shared: [M, M] bool, whether there are such; None if all modalities are everywhere.
+
+        Returns:
+            [M] exp of the mean over j ≠ m of s_j − s_m; NaN where m shares samples with nobody.
+        """
+        lead = scores.T - scores
+        if shared is None:
+            return torch.exp(lead.sum(1) / (len(scores) - 1))
+        others = shared & ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+        return torch.exp(torch.where(others, lead, 0.0).sum(1) / others.sum(1))
 
     def coefficients(self, ratios: Tensor, usual: Tensor) -> Tensor:
         """k_m."""

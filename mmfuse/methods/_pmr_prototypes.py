@@ -13,6 +13,7 @@ from torch import Tensor
 from .._devices import WIDE
 from .._numbers import whole
 from ..loop.epochs import EpochWindowModule
+from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, over_ranks, several
 from ._pmr_rule import PMRRule
@@ -20,7 +21,8 @@ from ._pmr_rule import PMRRule
 #: Rows of this label do not count.
 IGNORED = -100
 
-Batches = Iterable[tuple[Mapping[str, Tensor], Tensor]]
+Named = Mapping[str, Tensor]
+Batches = Iterable[tuple[Named, Tensor] | tuple[Named, Tensor, Named]]
 
 
 @dataclass
@@ -34,7 +36,7 @@ class ClassSums:
         names: The modalities; none for what the first batch has.
         dtypes: Of their features.
         sums: [C, D] for each modality.
-        counts: [C] samples.
+        counts: [C, M] samples.
     """
 
     modalities: int
@@ -45,8 +47,8 @@ class ClassSums:
     sums: list[Tensor] = field(default_factory=list)
     counts: Tensor | None = None
 
-    def add(self, features: Mapping[str, Tensor], labels: Tensor) -> None:
-        """Adds a batch.
+    def add(self, features: Named, labels: Tensor, present: Named | None = None) -> None:
+        """Adds a batch; `present` says which samples have which modality, if not all have all.
 
         Raises:
             TypeError: a feature or the labels have an unsupported type.
@@ -58,6 +60,9 @@ class ClassSums:
         values = [features[name] for name in self.names]
         self.dtypes = self.dtypes or [value.dtype for value in values]
         check_labels(labels, len(values[0]))
+        masks = [torch.ones_like(labels, dtype=torch.bool)] * len(values)
+        if present is not None:
+            masks = [*check_present(self.names, present, len(labels), labels.device)]
         labels = labels.to(self.device)
         counted = labels != IGNORED
         least, most = torch.where(counted, labels, 0).aminmax() if len(labels) else (0, 0)
@@ -71,15 +76,17 @@ class ClassSums:
         rows = torch.arange(classes, device=self.device).unsqueeze(1) == labels
         # A product with 0 and 1, not atomic additions, whose order changes from run to run.
         members = rows.to(wide)
-        found = []
-        for name, value in zip(self.names, values, strict=True):
+        found, members_of = [], []
+        for name, value, mask in zip(self.names, values, masks, strict=True):
             x = value.detach().to(self.device, wide).flatten(1)
+            here = counted & mask.to(self.device)
             # What does not count may hold anything, and 0 times it may be NaN.
-            x = torch.where(counted.unsqueeze(1), x, 0.0)
+            x = torch.where(here.unsqueeze(1), x, 0.0)
             if not bool(x.isfinite().all()):
                 raise ValueError(f"features[{name!r}] holds a NaN or an Inf; it has no class means")
             found.append(members @ x)
-        counts = members.sum(1)
+            members_of.append(members @ here.to(wide))
+        counts = torch.stack(members_of, 1)
         if self.counts is None:
             self.sums, self.counts = found, counts
             return
@@ -90,7 +97,7 @@ class ClassSums:
                     f"in the first batch {old.shape[1]}"
                 )
         self.sums = [_added(old, new) for old, new in zip(self.sums, found, strict=True)]
-        self.counts = _added(self.counts.unsqueeze(1), counts.unsqueeze(1)).squeeze(1)
+        self.counts = _added(self.counts, counts)
 
     def check_widths(self, widths: Iterable[int]) -> None:
         """Checks how many values a sample has.
@@ -129,7 +136,7 @@ def check_labels(labels: object, rows: int) -> None:
 def class_sums(
     collected: ClassSums, batches: Batches, widths: list[int], process_group: Group
 ) -> tuple[list[Tensor], Tensor]:
-    """Sums of features by class over all batches and ranks, [C, D] each, and their counts [C].
+    """Sums of features by class over all batches and ranks, [C, D] each, and their counts [C, M].
 
     Args:
         collected: Where this rank's go.
@@ -144,10 +151,11 @@ def class_sums(
     error: Exception | None = None
     try:
         for number, batch in enumerate(batches):
-            if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
                 raise TypeError(
-                    f"batches must give pairs (features, labels), got {type(batch).__name__} "
-                    f"as number {number}; a single batch is [(features, labels)]"
+                    "batches must give pairs (features, labels), or present as a third, got "
+                    f"{type(batch).__name__} as number {number}; a single batch is "
+                    "[(features, labels)]"
                 )
             collected.add(*batch)
         if collected.counts is None:
@@ -172,17 +180,20 @@ def class_sums(
             raise error
         assert collected.counts is not None
         collected.check_widths(most[1:])
-        rows = [collected.counts.unsqueeze(1), *collected.sums]
+        rows = [collected.counts, *collected.sums]
         padded = [
             _added(part, part.new_zeros(most[0], 1).expand(-1, part.shape[1])) for part in rows
         ]
         one = collected.counts.new_ones(())
         return None, Observed(one.view(1), one, torch.cat([part.flatten() for part in padded]))
 
-    _, seen = over_ranks(look, process_group, 2 + most[0] * (1 + sum(most[1:])), device)
+    every = [collected.modalities, *most[1:]]
+    _, seen = over_ranks(look, process_group, 2 + most[0] * sum(every), device)
     assert seen.sums is not None
-    parts = seen.sums.split([most[0], *(most[0] * width for width in most[1:])])
-    return [part.view(most[0], -1) for part in parts[1:]], parts[0]
+    counts, *sums = (
+        part.view(most[0], -1) for part in seen.sums.split([most[0] * width for width in every])
+    )
+    return sums, counts
 
 
 class PrototypeModule(EpochWindowModule):
@@ -229,7 +240,8 @@ class PrototypeModule(EpochWindowModule):
 
         Args:
             batches: Pairs of features, name → [B, …], and labels [B], of which rows of −100 do not
-                count. A generator runs without gradients.
+                count; with a third, name → [B] bool, which samples have the modality. One that no
+                sample has keeps its prototypes. A generator runs without gradients.
 
         Raises:
             TypeError: a feature or the labels have an unsupported type.
@@ -241,11 +253,12 @@ class PrototypeModule(EpochWindowModule):
         seen = ClassSums(self.num_modalities, classes, device, list(self.names or []))
         widths = [each.shape[1] for each in old]
         sums, counts = class_sums(seen, batches, widths, self.process_group)
-        for m, total in enumerate(sums):
-            means = total / counts.unsqueeze(1)
+        for m, (total, count) in enumerate(zip(sums, counts.unbind(1), strict=True)):
+            means = total / count.unsqueeze(1)
             if old[m].numel():
-                new = means.to(old[m])
-                old[m].copy_(self.rule.prototype(old[m], new, not self._ready))
+                first = not self._ready or bool(old[m].isnan().all())
+                moved = self.rule.prototype(old[m], means.to(old[m]), first)
+                old[m].copy_(torch.where(count.any(), moved, old[m]))
             else:
                 self._buffers[_name(m)] = means.to(
                     torch.promote_types(seen.dtypes[m], torch.float32)

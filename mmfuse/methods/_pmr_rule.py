@@ -17,11 +17,13 @@ class PMRResult:
     Attributes:
         loss: 0-d, to be added to the joint loss.
         coefficients: [M] k_m, how much each modality is drawn; 0 where nothing is done.
-        scores: [M] S_m over all ranks; None in `eval()`, as all that follows.
-        ratios: [M] rho_m.
+        scores: [M] S_m over all ranks, NaN for a modality that no sample has; None in `eval()`, as
+            all that follows.
+        ratios: [M] rho_m; NaN for a modality that shares samples with no other.
         prototype_losses: [M] PCE_m of this rank's samples.
         entropies: [M] H_m of them; None where they are not added.
-        prototype_logits: Name → [B, C], the negative distances.
+        prototype_logits: Name → [B, C], the negative distances; of no meaning for a sample without
+            the modality.
     """
 
     loss: Tensor
@@ -90,13 +92,14 @@ def prototype_ratios(scores: Tensor) -> tuple[Tensor, Tensor]:
     """How far each modality is ahead of the last of the others, and behind the first of them.
 
     Args:
-        scores: [M] S_m. A NaN is compared with nobody.
+        scores: [M] S_m, or a table of them (see `mmfuse.loop.pairs`). A NaN is compared with
+            nobody.
 
     Returns:
         [M] each: S_m over the smallest other, and the largest other over S_m; above 1 for who is
         ahead of some, and for who is behind some. NaN where there is nobody to compare with.
     """
-    table = scores.unsqueeze(1) / scores
+    table = scores / scores.T if scores.dim() == 2 else scores.unsqueeze(1) / scores
     itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)
     table = table.masked_fill(itself | table.isnan(), -torch.inf)
     ahead, behind = table.amax(1), table.amax(0)

@@ -29,7 +29,7 @@ from torch import Tensor
 from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
-from ..loop.given import Loss, check_criterion, criterion_of
+from ..loop.given import Loss, check_criterion, check_present, criterion_of, pair_scores
 from ..loop.ranks import Group, Observed, check_group, over_ranks
 from ..loop.shards import is_dtensor
 from ..loop.state import in_backward, refuse_backward
@@ -59,7 +59,8 @@ class AGM(EpochWindowModule):
     is not finite does not enter S_m, and its coefficients are 1.
 
     S_m, their number of steps and the last coefficients are buffers, in float64 whatever the module
-    is cast to. Fidelity: from the formulas; `official` has golden numbers.
+    is cast to; S_m is kept for the samples that m shares with each modality, [M, M], with those of
+    all its own on the diagonal. Fidelity: from the formulas; `official` has golden numbers.
 
     Args:
         alpha: Strength α, at least 0; the authors use 1 to 2.5.
@@ -111,8 +112,8 @@ class AGM(EpochWindowModule):
         self.process_group = check_group(process_group)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.backend = backend
-        self.register_buffer("running_scores", torch.zeros(count, dtype=torch.float64))
-        self.register_buffer("running_steps", torch.zeros(1, dtype=torch.int64))
+        self.register_buffer("running_scores", torch.zeros(count, count, dtype=torch.float64))
+        self.register_buffer("running_steps", torch.zeros(count, count, dtype=torch.int64))
         self._begin_with("coefficients", [1.0] * count)
 
     @classmethod
@@ -152,7 +153,13 @@ class AGM(EpochWindowModule):
         made.rule = AGMRule(alpha, cap, least, stays=True)
         return made
 
-    def forward(self, logits: Mapping[str, Tensor], labels: Tensor | None = None) -> AGMResult:
+    def forward(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+        *,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> AGMResult:
         """Passes the responses on, with other gradients.
 
         Args:
@@ -160,6 +167,9 @@ class AGM(EpochWindowModule):
                 them, or other logits that add up to the joint ones.
             labels: [B] class indices, or as `criterion` takes them; rows of −100 do not count. Not
                 needed in `eval()`.
+            present: Name → [B] bool, which samples have the modality; None if all have all. Two
+                modalities are compared over the samples that have both, also in S_m. One that
+                shares samples (of any rank) with no other has the coefficient 1.
 
         Returns:
             `AGMResult`, differentiable in the logits.
@@ -178,30 +188,43 @@ class AGM(EpochWindowModule):
             raise TypeError("AGM needs labels in training; call eval() to pass through")
         self._check_told("AGM")
         with torch.no_grad():
+            count = self.num_modalities
             _, seen = over_ranks(
-                lambda: (None, self._look(logits, labels)),
-                *(self.process_group, self.num_modalities + 1, self.running_scores.device),
+                lambda: (None, self._look(logits, labels, present)),
+                self.process_group,
+                count + 1 if present is None else 2 * count**2,
+                self.running_scores.device,
             )
-            scores = -seen.means.to(self.running_scores)
-            ratios, usual = self.rule.ratios(scores), self.rule.ratios(self.running_scores)
-            k = self._decide(scores, ratios, usual)
+            shared = None if present is None else (seen.count > 0).view(count, count)
+            table = -seen.means.to(self.running_scores).view(count, -1).expand(-1, count)
+            ratios = self.rule.ratios(table, shared)
+            usual = self.rule.ratios(self.running_scores, shared)
+            k = self._decide(table, shared, ratios, usual)
         passed = dict(logits)
         if self._acting or self.rule.stays:
             for (name, r), each in zip(logits.items(), k.unbind(), strict=True):
                 passed[name] = scale_grad(r, each, backend=self.backend)
-        return AGMResult(passed, k, scores, ratios, usual)
+        return AGMResult(passed, k, table.diagonal(), ratios, usual)
 
-    def _look(self, logits: Mapping[str, Tensor], labels: Tensor) -> Observed:
-        """−s_m of this rank; with all checks."""
+    def _look(
+        self, logits: Mapping[str, Tensor], labels: Tensor, present: Mapping[str, Tensor] | None
+    ) -> Observed:
+        """−s_m of this rank, or a table of them (see `mmfuse.loop.pairs`); with all checks."""
         self._check(logits)
         names, how = [f"logits[{name!r}]" for name in logits], criterion_of(self.criterion)
         values = list(logits.values())
-        if not self.rule.floor:
+        if not self.rule.floor and present is None:
             found = named_scores(names, values, labels, self.backend, how)
             return Observed(found.log_prob, found.count)
         each = named_sample_scores(names, values, labels, self.backend, how)
         weight = each.weight.to(each.log_prob)
-        floored = each.log_prob.clamp(min=math.log(self.rule.floor))
+        floored = each.log_prob
+        if self.rule.floor:
+            floored = floored.clamp(min=math.log(self.rule.floor))
+        if present is not None:
+            mask = check_present(list(logits), present, len(labels), labels.device)
+            found = pair_scores(each._replace(log_prob=floored), mask)
+            return Observed(found.log_prob, found.count, paired=True)
         # Selected, not multiplied with 0: what does not count may be NaN.
         total = torch.where(weight > 0, weight * floored, 0.0).flatten(1).sum(1)
         return Observed(total / weight.sum(), each.weight.sum())
@@ -215,19 +238,26 @@ class AGM(EpochWindowModule):
                 f"{list(logits)}"
             )
 
-    def _decide(self, scores: Tensor, ratios: Tensor, usual: Tensor) -> Tensor:
+    def _decide(
+        self, table: Tensor, shared: Tensor | None, ratios: Tensor, usual: Tensor
+    ) -> Tensor:
         """k_m in force, with S_m brought up to date."""
-        k, counts = self.rule.coefficients(ratios, usual), scores.isfinite().all()
-        k = torch.where(counts & ~k.isnan(), k, 1.0)
+        good = table.isfinite()
+        counts = good.all() if shared is None else (good | ~shared).all() & shared
+        k = self.rule.coefficients(ratios, usual)
+        k = torch.where(counts.any() & ~k.isnan(), k, 1.0)
         after = self.running_steps + counts
-        share = counts / after.clamp(min=1).to(scores)
-        kept = self.running_scores * (1 - share) + scores.nan_to_num(0, 0, 0) * share
+        share = counts / after.clamp(min=1).to(table)
+        kept = self.running_scores * (1 - share) + table.nan_to_num(0, 0, 0) * share
         self.running_scores.copy_(kept)
         self.running_steps.copy_(after)
-        if self._acting:
-            self.coefficients.copy_(k)
+        last, alone = self.coefficients, None if shared is None else ratios.isnan()
+        if self._acting:  # who is compared with nobody keeps what it had, for when it is back
+            last.copy_(k if alone is None else torch.where(alone, last, k))
             return k
-        return self.coefficients.clone() if self.rule.stays else torch.ones_like(k)
+        if not self.rule.stays:
+            return torch.ones_like(k)
+        return last.clone() if alone is None else torch.where(alone, 1.0, last)
 
     @torch.no_grad()
     def clip_(

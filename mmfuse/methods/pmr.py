@@ -31,9 +31,12 @@ from torch import Tensor
 
 from .._numbers import whole
 from ..loop.contract import Card, Source
+from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
+from ..loop.pairs import own
 from ..loop.ranks import Group, Observed, check_group, over_ranks
-from ..ops.modality_scores import ModalityScores, named_scores
+from ..ops.modality_scores import named_scores
+from ._pmr_present import Seen, look_at_present
 from ._pmr_prototypes import IGNORED, PrototypeModule, check_labels
 from ._pmr_rule import (
     PMRReleased,
@@ -168,13 +171,23 @@ class PMR(PrototypeModule):
         made.rule = PMRReleased(alpha, mu, momentum)
         return made
 
-    def forward(self, features: Mapping[str, Tensor], labels: Tensor | None = None) -> PMRResult:
+    def forward(
+        self,
+        features: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+        *,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> PMRResult:
         """The term to add to the loss of a batch.
 
         Args:
             features: Name → [B, …] for the M modalities. What is [M] is in the order of those that
                 the prototypes come from.
             labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
+            present: Name → [B] bool, which samples have the modality; None if all have all. Two
+                modalities are compared over the samples that have both, and a loss is of those that
+                have its modality; a class without a prototype counts as missing in that one alone.
+                A modality that shares samples (of any rank) with no other has the coefficient 0.
 
         Returns:
             `PMRResult`, whose loss is differentiable in the features, once.
@@ -188,16 +201,19 @@ class PMR(PrototypeModule):
         if not self.training:
             return PMRResult(nothing.sum(), nothing)
         self._check_told("PMR")
+        count = self.num_modalities
         (logits, scores, counted), seen = over_ranks(
-            lambda: self._look(features, labels),
+            lambda: self._look(features, labels, present),
             self.process_group,
-            self.num_modalities + 1,
+            count + 1 if present is None else 2 * count**2,
             self.epoch_state.device,
         )
-        ratios, behind = prototype_ratios(seen.means)
+        means = seen.tables()[0] if seen.paired else seen.means
+        ratios, behind = prototype_ratios(means)
+        means = own(means) if seen.paired else means
         # Of a batch in which nothing counts the means are NaN.
         losses = torch.where(scores.count > 0, -scores.log_prob, 0.0)
-        shown = PMRResult(nothing.sum(), nothing, seen.means, ratios, losses.detach())
+        shown = PMRResult(nothing.sum(), nothing, means, ratios, losses.detach())
         if not self._acting:
             return replace(shown, prototype_logits=logits)
         k = self.rule.coefficients(behind).nan_to_num(0.0)
@@ -205,7 +221,8 @@ class PMR(PrototypeModule):
         loss = torch.where(k > 0, self.rule.weights(k) * losses, 0.0).sum()
         entropies = None
         if self.rule.mu and self._entropic:
-            entropies = torch.stack([mean_entropy(z, counted) for z in logits.values()]).to(losses)
+            each = zip(logits.values(), counted, strict=True)
+            entropies = torch.stack([mean_entropy(z, rows) for z, rows in each]).to(losses)
             e = (ratios - 1).clamp(0, 1).nan_to_num(0.0)
             loss = loss - self.rule.mu * torch.where(e > 0, e * entropies, 0.0).sum()
             entropies = entropies.detach()
@@ -214,8 +231,11 @@ class PMR(PrototypeModule):
         )
 
     def _look(
-        self, features: Mapping[str, Tensor], labels: Tensor | None
-    ) -> tuple[tuple[dict[str, Tensor], ModalityScores, Tensor], Observed]:
+        self,
+        features: Mapping[str, Tensor],
+        labels: Tensor | None,
+        present: Mapping[str, Tensor] | None,
+    ) -> tuple[Seen, Observed]:
         """Distances, their scores, and which rows count; S_m of this rank; with all checks."""
         names, values = named_features("PMR", features, self.num_modalities)
         if self.names is not None:
@@ -226,6 +246,10 @@ class PMR(PrototypeModule):
         if labels is None:
             raise TypeError("PMR needs labels in training; call eval() to pass through")
         check_labels(labels, len(values[0]))
+        if present is not None:
+            mask = check_present(names, present, len(labels), labels.device)
+            told = self.prototypes, self.rule.masks, self.backend
+            return look_at_present(names, values, labels, mask, *told)
         logits, known = {}, None
         for name, value, prototypes in zip(names, values, self.prototypes, strict=True):
             logits[name], here = similarities(name, value, prototypes, self.rule.masks)
@@ -236,7 +260,8 @@ class PMR(PrototypeModule):
             labels = torch.where(possible & ~known[place], IGNORED, labels)
         called = [f"prototype_logits[{name!r}]" for name in names]
         scores = named_scores(called, list(logits.values()), labels, self.backend)
-        return (logits, scores, labels != IGNORED), Observed(scores.prob.detach(), scores.count)
+        counted = (labels != IGNORED).expand(len(names), -1)
+        return (logits, scores, counted), Observed(scores.prob.detach(), scores.count)
 
     def _check_told(self, method: str, needed: bool = False) -> None:
         """Also warns, once, where the entropies should end, but no epoch was given."""

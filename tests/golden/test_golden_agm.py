@@ -64,7 +64,7 @@ def test_official_reproduces_the_released_code(
             score=out.scores,
             ratio=out.ratios,
             running_ratio=out.usual_ratios,
-            running_score_after=agm.running_scores,
+            running_score_after=agm.running_scores.diagonal(),
             # That of this step, which after the last epoch is not in force.
             coefficient=agm.rule.coefficients(out.ratios, out.usual_ratios),
             coefficient_used=out.coefficients,

@@ -209,6 +209,66 @@ def test_what_is_kept_on_the_device_may_be_missing(
     assert differences(vars(found[1]), vars(expected[1])) == []
 
 
+class Turns:
+    """Two encoders whose features take turns at one head, with MLA on it."""
+
+    def __init__(self, device: str) -> None:
+        torch.manual_seed(2)
+        self.encoders = nn.ModuleDict({n: nn.Linear(4 + i, 6) for i, n in enumerate("av")})
+        self.head = nn.Linear(6, 3)
+        self.model = nn.ModuleList([self.encoders, self.head]).to(device)
+        self.model.append(mmfuse.MLA(self.head, batches=3))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.05)
+        self.inputs = {n: torch.zeros(5, 4 + i, device=device) for i, n in enumerate("av")}
+        self.labels = torch.arange(5, device=device) % 3
+
+    def step(self) -> list[Tensor]:
+        """A batch, of two turns: the share of the head's gradient that each has kept."""
+        kept = []
+        for name, x in self.inputs.items():
+            self.optimizer.zero_grad()
+            feature = self.encoders[name](x)
+            nn.functional.cross_entropy(self.head(feature), self.labels).backward()
+            kept.append(self.model[2].step(feature).kept)
+            self.optimizer.step()
+        return kept
+
+    def show(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for x in self.inputs.values():
+            x.copy_(torch.randn(x.shape, generator=generator))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_replay_is_two_turns_of_mla(device: str) -> None:
+    """Projector and turns go on, and the first turn, which projects nothing, is not replayed."""
+    eager, replayed = Turns(device), Turns(device)
+    side = torch.cuda.Stream() if device == "cuda" else None
+    for turns in (eager, replayed):
+        turns.show(0)
+        if side is None:
+            turns.step()
+            continue
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            turns.step()
+        torch.cuda.current_stream().wait_stream(side)
+    for i in range(1 + REPLAYS):
+        for turns in (eager, replayed):
+            turns.show(1 + i)
+        expected = eager.step()
+        if i == 0:
+            replayed.optimizer.zero_grad()
+            captured = Captured(replayed.step, device)
+        else:
+            captured.replay()
+        assert all(map(torch.equal, captured.result, expected))
+        assert all(0 < float(each) < 1 for each in expected)
+        found, state = (dict(turns.model.state_dict()) for turns in (replayed, eager))
+        assert differences(found, state) == []
+        assert int(state["2.turns"]) == 2 * (2 + i)
+
+
 def test_opm_as_released_copies_nothing_from_the_host() -> None:
     """It cannot be captured, since the number of rows that are left is read on the host."""
     features = {"audio": torch.randn(6, 2, 5), "visual": torch.randn(6, 3)}

@@ -99,6 +99,33 @@ def test_the_kernels_that_were_really_launched(noise: bool) -> None:
     assert kernels.total() + of_pytorch <= LIMITS[noise]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not in the shim")
+@pytest.mark.parametrize("count", [1, 128, 129])
+def test_a_short_list_does_not_pay_for_a_long_table(count: int) -> None:
+    """Of tensors of one kind; the empty one is in no table."""
+    grads = [torch.full((3,), 1.0 + i, device="cpu") for i in range(count)]
+    grads.insert(0, torch.empty(0))
+    scale, squares = torch.full((count + 1,), 0.5), torch.empty(count + 1)
+    with counted_launches() as kernels:
+        stats = ops.grad_stats(grads, backend="cuda")
+        ops.update_grads_(grads, scale, backend="cuda")
+        ops.update_grads_(grads, scale, sq_norm=squares, backend="cuda")
+    short = str(count <= 128).lower()
+    # The sums are of all tensors, also of the empty one.
+    length = 128 if count + 1 <= 128 else 2000
+    assert set(kernels) == {
+        f"grad_stats_kernel<float, Anchors 0, {short}>",
+        f"grad_stats_finalise_kernel<{length}>",
+        f"update_grads_kernel<float, Anchors 0, false, {short}>",
+        f"update_grads_squares_kernel<float, Anchors 0, {short}>",
+        f"update_grads_sq_norm_kernel<{length}>",
+    }
+    values = 1.0 + torch.arange(count)
+    assert torch.equal(stats.mean[1:], values)
+    assert torch.equal(squares[1:], 3 * (values / 2).square())
+    assert torch.equal(torch.stack(grads[1:]), (values / 4).unsqueeze(1).expand(-1, 3))
+
+
 @pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])
 def test_what_ogm_backward_adds_to_the_backward_pass(gpu_like: Cell, noise: bool) -> None:
     nets, stream = Nets(2, gpu_like.device), NoiseStream(3, gpu_like.device)

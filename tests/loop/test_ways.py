@@ -13,6 +13,8 @@ import ways
 from balancing import (
     CONSTANT,
     DROPPING,
+    IN_FORWARD,
+    KINDS,
     ON_FEATURES,
     ON_GRADIENTS,
     STEPPING,
@@ -147,10 +149,15 @@ def decided(out: Any) -> list[Tensor]:
     return [x.detach().double() for x in found if isinstance(x, Tensor) and x.dim() < 2]
 
 
+def acts_by_loss(kind: str) -> bool:
+    return mmfuse.METHODS[KINDS[kind].method].card.acts == "loss"
+
+
 def acted(kind: str, run: Run, out: list[Tensor]) -> bool:
     """True if the first of the numbers, coefficients or the like, are not those of nothing."""
-    if kind in ON_FEATURES:
-        return bool(out[0].isfinite().all()) and bool((out[0] != 1).any())
+    if kind in IN_FORWARD:  # a loss, or factors and the like
+        neutral = 0.0 if acts_by_loss(kind) else 1.0
+        return bool(out[0].isfinite().all()) and bool((out[0] != neutral).any())
     if kind in CONSTANT:
         return True
     return bool((out[0] != run.method.rule.need.neutral).any())
@@ -166,7 +173,7 @@ def test_it_is_what_decides(kind: str, way: str) -> None:
         for p in run.model.parameters():
             p.grad = torch.ones_like(p)
         given = arguments(run.method, {**shown.seen, "way": way if told else None})
-        found.append((run.method if kind in ON_FEATURES else run.method.step)(**given))
+        found.append((run.method if kind in IN_FORWARD else run.method.step)(**given))
         if told and way == "scores":
             own = torch.stack([given["scores"][n] for n in shown.seen["features"]]).double()
             assert any(torch.allclose(found[0].scores.double(), p) for p in (own, own.log()))
@@ -199,7 +206,7 @@ def test_scaled_gradients_are_unscaled_ones(kind: str, way: str) -> None:
         out, want = scaled.step(i, scaler), plain.step(i)
         torch.testing.assert_close(out, want, **SAME)
     torch.testing.assert_close(scaled.state()["model"], plain.state()["model"], **SAME)
-    if kind in ON_FEATURES:
+    if kind in IN_FORWARD:
         return
     before = scaled.state()
     before["method"].pop("step", None)  # a monitor counts the calls
@@ -274,8 +281,9 @@ def test_ranks_that_differ_are_one_process(kind: str, way: str, how: str) -> Non
     first, second = ranks(2).run(on_ranks, how, kind, way)
     assert differences(first[1], second[1]) == []
     assert any(acted(kind, Run(kind, way), out) for out in first[0])
-    # ARM's information is of each rank, and a score of one's own the mean of two.
-    if (kind in ON_FEATURES and kind not in DROPPING) or way == "scores":
+    # ARM's information and a loss are of each rank, and a score of one's own the mean of two.
+    alone = (kind in ON_FEATURES and kind not in DROPPING) or acts_by_loss(kind)
+    if alone or way == "scores":
         return
     results, model = on_ranks(0, "alone", kind, way)
     torch.testing.assert_close(first[0], results, rtol=1e-6, atol=1e-9, equal_nan=True)
@@ -289,7 +297,7 @@ def test_ranks_that_differ_are_one_process(kind: str, way: str, how: str) -> Non
 def test_no_graph_break(kind: str, way: str) -> None:
     torch._dynamo.reset()
     eager, compiled = Run(kind, way), Run(kind, way)
-    call = compiled.method if kind in ON_FEATURES else compiled.method.step
+    call = compiled.method if kind in IN_FORWARD else compiled.method.step
     fast = torch.compile(call, fullgraph=True, backend="aot_eager")
     for i in range(2):
         results = []

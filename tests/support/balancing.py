@@ -136,13 +136,16 @@ def see(
     }
 
 
+def _ways(kind: str) -> tuple[str, ...]:
+    """The ways to tell it more; a module whose forward pass has `present` alone takes masks."""
+    if kind in ON_GRADIENTS:
+        return ("present",) if kind in TWO_GRADIENTS else ways.WAYS
+    taken = signature(METHODS[KINDS[kind].method].forward).parameters
+    return ways.WAYS if "more" in taken else ("present",) * ("present" in taken)
+
+
 #: Every method with every way to tell it more that it takes.
-WITH_MORE = [
-    (kind, way)
-    for kind in KINDS
-    if kind in ON_GRADIENTS or "more" in signature(METHODS[KINDS[kind].method].forward).parameters
-    for way in (("present",) if kind in TWO_GRADIENTS else ways.WAYS)
-]
+WITH_MORE = [(kind, way) for kind in KINDS for way in _ways(kind)]
 
 
 def prepare(method: Any, widths: Mapping[str, int], classes: int, like: Tensor) -> None:

@@ -4,6 +4,8 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <vector>
@@ -47,7 +49,6 @@ struct NoiseFields {};
 template <>
 struct NoiseFields<true> {
   int64_t noise_offset;
-  uint32_t noise_id;
 };
 
 // A call without parameters or noise has small entries, so that more tensors share a launch.
@@ -56,7 +57,7 @@ struct Entry : AnchorFields<kHasParams>, NoiseFields<kHasNoise> {
   void* grad;
   int64_t numel;
   int32_t slot;
-  int32_t first_chunk;
+  uint32_t noise_id;  // without noise it is padding
 };
 
 // With noise, of a tensor in channels_last.
@@ -66,16 +67,37 @@ struct TransposedEntry : Entry<kHasParams, true> {
   int32_t spatial;
 };
 
-template <typename entry_t, typename common_t>
+// Tensors of a short table, of 4 to 8 KB; two ResNet-18s have 120. Every launch copies its whole
+// table, which for a long one is 32 KB.
+constexpr int kShortList = 128;
+
+// Entries of `entry_bytes` that a launch can carry beside `other_bytes`, each with its first chunk.
+constexpr int longest_list(size_t entry_bytes, size_t other_bytes) {
+  constexpr size_t kPadding = 24;
+  return static_cast<int>((kMaxParamBytes - kPadding - other_bytes) /
+                          (entry_bytes + sizeof(int32_t)));
+}
+
+template <typename entry_t, typename common_t, int kLength>
 struct TensorTable {
-  static constexpr int kCapacity = (kMaxParamBytes - static_cast<int>(sizeof(common_t)) - 16) /
-                                   static_cast<int>(sizeof(entry_t));
+  static constexpr int kCapacity = kLength;
 
   common_t common;  // what all tensors of the call share
   int32_t count;
   int32_t chunks;
+  // Apart from the entries, so that the search for a chunk's tensor touches few lines of the cache.
+  int32_t first_chunk[kCapacity];
   entry_t entries[kCapacity];
 };
+
+// A long table holds as many entries as fit.
+template <typename entry_t, typename common_t, bool kShort>
+using ListTable =
+    TensorTable<entry_t, common_t,
+                kShort ? kShortList : longest_list(sizeof(entry_t), sizeof(common_t))>;
+
+template <bool kHasParams, bool kHasNoise, typename common_t, bool kShort>
+using GradTable = ListTable<Entry<kHasParams, kHasNoise>, common_t, kShort>;
 
 // The entry that `chunk` belongs to.
 template <typename table_t>
@@ -84,13 +106,32 @@ __device__ __forceinline__ int find_entry(const table_t& table, int chunk) {
   int high = table.count;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    if (table.entries[middle].first_chunk <= chunk) {
+    if (table.first_chunk[middle] <= chunk) {
       low = middle;
     } else {
       high = middle;
     }
   }
   return low;
+}
+
+// Whether a kernel for these serves the tensor.
+inline bool in_group(const GradTensor& tensor, DType dtype, Anchors anchors) {
+  if (tensor.numel == 0 || tensor.grad_dtype != dtype) return false;
+  return anchors == Anchors::kNone || anchors_of(tensor) == anchors;
+}
+
+// Calls f(std::true_type) where a short table holds the tensors of one group, else
+// f(std::false_type). float64 and mixed dtypes are rare: a second kernel of each is not worth it.
+template <typename scalar_t, Anchors kAnchors, typename F>
+void visit_table_length(const std::vector<GradTensor>& tensors, DType dtype, const F& f) {
+  if constexpr (!std::is_same_v<scalar_t, double> && kAnchors != Anchors::kMixed) {
+    const auto count = std::count_if(tensors.begin(), tensors.end(), [&](const GradTensor& tensor) {
+      return in_group(tensor, dtype, kAnchors);
+    });
+    if (count <= kShortList) return f(std::true_type{});
+  }
+  f(std::false_type{});
 }
 
 // Fills the table with the tensors of one group and calls start() each time that it is full. Of a
@@ -107,26 +148,23 @@ void for_each_table_of(const std::vector<GradTensor>& tensors, DType dtype, Anch
     table.chunks = 0;
   };
   for (const GradTensor& tensor : tensors) {
-    if (tensor.numel == 0 || tensor.grad_dtype != dtype) continue;
-    if (kHasParams && anchors_of(tensor) != anchors) continue;
+    if (!in_group(tensor, dtype, anchors)) continue;
     const int64_t chunks = chunks_of(tensor);
     if (chunks == 0) continue;
     if (table.count == table_t::kCapacity || table.chunks > kMaxChunks - chunks) flush();
+    table.first_chunk[table.count] = table.chunks;
     auto& entry = table.entries[table.count++];
     entry.grad = tensor.grad;
     entry.numel = tensor.numel;
     entry.slot = tensor.slot;
-    entry.first_chunk = table.chunks;
+    entry.noise_id = tensor.noise_id;
     if constexpr (kHasParams) {
       entry.param = tensor.param;
       entry.anchor = tensor.anchor;
       entry.param_dtype = tensor.param_dtype;
       entry.anchor_dtype = tensor.anchor_dtype;
     }
-    if constexpr (kHasNoise) {
-      entry.noise_offset = tensor.noise_offset;
-      entry.noise_id = tensor.noise_id;
-    }
+    if constexpr (kHasNoise) entry.noise_offset = tensor.noise_offset;
     if constexpr (std::is_same_v<decltype(entry), TransposedEntry<kHasParams>&>) {
       entry.channels = tensor.channels;
       entry.spatial = tensor.spatial;

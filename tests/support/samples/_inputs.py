@@ -12,6 +12,8 @@ from mmfuse import NoiseStream
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WIDE = (torch.float32, torch.float64)
+#: In which CUDA has kernels for short lists and for long ones.
+NARROW = (torch.float32, torch.float16, torch.bfloat16)
 SEED = 20_26
 
 #: Arguments of overloads, by the operator's name.
@@ -57,9 +59,13 @@ class Inputs:
             for _, dtype in zip(range(count), dtypes, strict=True)
         ]
 
-    def many(self, count: int, size: int = 3) -> list[Tensor]:
+    def many(self, count: int, size: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         """Many tiny tensors, most of them not aligned, that share one allocation."""
-        return list(self.normal(count * size).split(size))
+        return list(self.normal(count * size, dtype=dtype).split(size))
+
+    def beyond_short(self, dtype: torch.dtype) -> list[list[Tensor]]:
+        """Three lists of one tensor more than CUDA's short tables hold, which is 128."""
+        return [self.many(2 if self.interpreted else 129, 3, dtype) for _ in range(3)]
 
     def sixteenths(self, *shape: int, most: int, dtype: torch.dtype, offset: int = 0) -> Tensor:
         """Multiples of 1/16 from 0 to `most`, both ends in each row: sums of them are exact."""

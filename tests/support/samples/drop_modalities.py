@@ -60,8 +60,8 @@ def case(inputs: Inputs) -> list[Tensor]:
         for offset in (0, 1)
         for width in widths
     ]
-    # A table of parameters holds about 680.
-    many = [t.view(3, 1).requires_grad_() for t in inputs.many(20 if inputs.interpreted else 700)]
+    # A table of parameters holds 64.
+    many = [t.view(3, 1).requires_grad_() for t in inputs.many(20 if inputs.interpreted else 70)]
     for features, scale in ((few, inputs.vector(1.5)[0]), (few, None), (many, None)):
         q = torch.full((len(features),), 0.4, device=inputs.device)
         stream = inputs.stream(len(features) if scale is None else None)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfuse import ops
 
-from ._inputs import Inputs, Samples, Small, mirrors
+from ._inputs import NARROW, Inputs, Samples, Small, mirrors
 
 
 def arguments(device: str) -> Samples:
@@ -35,6 +35,10 @@ def case(inputs: Inputs) -> list[Tensor]:
         for grads, params, anchors in mirrors(inputs, sizes, offset):
             for beside in ((), (params,), (params, anchors)):
                 found.append(ops.grad_stats(grads, *beside))
+    for dtype in NARROW:
+        grads, params, anchors = inputs.beyond_short(dtype)
+        for beside in ((), (params,), (params, anchors)):
+            found.append(ops.grad_stats(grads, *beside))
     # More than a table of the second kernel holds, which is 2,000.
     found.append(ops.grad_stats(inputs.many(40 if inputs.interpreted else 2001)))
     found.append(ops.grad_stats([inputs.normal(7)]))

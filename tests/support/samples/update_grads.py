@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmfuse import NoiseStream, ops
 
-from ._inputs import DTYPES, Inputs, Samples, Small, mirrors
+from ._inputs import DTYPES, NARROW, Inputs, Samples, Small, mirrors
 
 
 def arguments(device: str) -> Samples:
@@ -80,7 +80,17 @@ def case(inputs: Inputs) -> list[Tensor]:
     ops.update_grads_(unchanged, inputs.vector(1.0, 1.0), finite=flag)
     written.append(torch.empty(2, device=inputs.device))
     ops.update_grads_(unchanged, inputs.vector(1.0, 1.0), sq_norm=written[-1])
-    # More than one table of parameters holds: about 1,360, or 510 with anchors and noise.
+    for dtype in NARROW:
+        grads, params, anchors = inputs.beyond_short(dtype)
+        factors = [inputs.normal(len(grads)).tanh(), *(inputs.normal(len(grads)) for _ in "ab")]
+        for beside in ((), (params,), (params, anchors)):
+            pulled = _pulled(factors[1], *beside)
+            noise = {"noise_std": factors[2].abs(), "stream": inputs.stream()}
+            ops.update_grads_(grads, factors[0], **pulled)
+            ops.update_grads_(grads, factors[0], **pulled, **noise)
+            written.append(_sq_norms(grads, factors, *beside))
+        written += grads
+    # More than one table of parameters holds: about 1,160, or 540 with anchors and noise.
     many = inputs.many(40 if inputs.interpreted else 1400)
     factors = inputs.normal(len(many))
     ops.update_grads_(many, factors)

@@ -22,6 +22,7 @@ from .paired_cosine import paired_cosine
 from .redundancy_ratio import redundancy_ratio
 from .sample_scores import SampleScores, sample_scores
 from .scale_grad import scale_grad
+from .shared_information import SharedInformation, shared_information
 from .soft_histogram import soft_histogram
 from .update_grads import update_grads_
 
@@ -36,6 +37,7 @@ __all__ = [
     "MutualInformation",
     "NoisyViews",
     "SampleScores",
+    "SharedInformation",
     "active_backend",
     "co_information",
     "co_information_gate",
@@ -54,6 +56,7 @@ __all__ = [
     "redundancy_ratio",
     "sample_scores",
     "scale_grad",
+    "shared_information",
     "soft_histogram",
     "update_grads_",
     "use_backend",

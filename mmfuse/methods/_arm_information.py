@@ -100,9 +100,10 @@ def normalised_information(
     """
     if complete is None:
         found = shared_information(rows[:-1], rows[-1], bins, conditional_bins, backend=backend)
+        if len(rows) == 3:  # [0, 1] and [1, 0] are all there is
+            return found.nmi, found.ncmi.view(4, -1)[1:3]
         # The diagonal is 0.
-        sums = found.ncmi.sum(1)
-        return found.nmi, sums if len(rows) == 3 else sums / (len(rows) - 2)
+        return found.nmi, found.ncmi.sum(1) / (len(rows) - 2)
     # The op knows no mask: from counts, out of which `joint_entropies` takes what does not count.
     pairs, triples, others = histograms(rows, bins, conditional_bins, backend, complete)
     of_triples = kept_tensor(_OF_TRIPLES, (7, 4), triples.entropies.dtype, triples.entropies.device)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._devices import WIDE
 from ._registry import Op
-from .joint_entropies import MAX_BINS, check_bins, paired_rows
+from .joint_entropies import MAX_BINS, are_usual, check_bins, paired_rows
 
 
 class SharedInformation(NamedTuple):
@@ -84,6 +84,8 @@ def shared_information(
         raise ValueError("data must hold at least one variable")
     bins = check_bins(bins, MAX_BINS[2])
     conditional_bins = check_bins(conditional_bins, MAX_BINS[3], name="conditional_bins")
-    names = names or [*(f"data[{m}]" for m in range(len(data))), "target"]
-    rows = paired_rows(names, [*data, target])
+    rows = [*data, target]
+    if not are_usual(rows):
+        names = names or [*(f"data[{m}]" for m in range(len(data))), "target"]
+        rows = paired_rows(names, rows)
     return SharedInformation(*_op(backend, rows[0].device, rows, bins, conditional_bins))

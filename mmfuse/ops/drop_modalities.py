@@ -172,7 +172,7 @@ def check_batches(names: Sequence[str], features: Sequence[Tensor]) -> None:
         raise ValueError("features must hold at least one modality")
     check_named(features, names.__getitem__)
     first = features[0]
-    # What is usual costs the least.
+    # Usual arguments cost the least.
     if not torch.compiler.is_compiling() and first.dim() > 0:
         kinds = {(feature.shape[:1], feature.device) for feature in features}
         if len(kinds) == 1:

@@ -172,7 +172,7 @@ def paired_rows(names: Sequence[str], data: Sequence[Tensor]) -> list[Tensor]:
         TypeError: a variable is sparse, integer or complex.
         ValueError: they differ in shape or device, are not [P, N], or hold no values.
     """
-    # What is usual costs the least; only what is not is looked at one by one.
+    # Usual arguments cost the least; only others are looked at one by one.
     if are_usual(data):
         return list(data)
     rows = promoted(names, data, PAIRED, "[P, N]", 2)

@@ -1,4 +1,4 @@
-"""What each variable shares with one more, alone and given each of the others."""
+"""Normalised information of each variable and one more, alone and given each of the others."""
 
 from __future__ import annotations
 

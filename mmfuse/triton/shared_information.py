@@ -1,4 +1,4 @@
-"""What variables share with a target: joint histograms, and a launch that compares entropies."""
+"""Information that variables share with a target: joint histograms, and one launch after them."""
 
 from __future__ import annotations
 

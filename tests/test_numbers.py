@@ -50,6 +50,10 @@ TAKES: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "bins",
         lambda n: mmfuse.ops.joint_entropies([X, Y], [(0, 1)], n).counts.tolist(),
     ),
+    "shared_information": (
+        "bins",
+        lambda n: mmfuse.ops.shared_information([X], Y, n, 2).nmi.tolist(),
+    ),
     "mutual_information": ("bins", lambda n: mmfuse.ops.mutual_information(X, Y, n)[0].tolist()),
     "mutual_information, soft": (
         "bins",

@@ -12,8 +12,8 @@ from torch import Tensor
 from mmfuse import ops
 from mmfuse.reference import joint_entropies as reference
 
-from .arm import CONDITIONAL_BINS, FusionInputs
 from .mutual_information import TOLERANCE, bins_of, counts_of, entropy
+from .shared_information import CONDITIONAL_BINS, FusionInputs
 
 
 def _from_entropies(h_xz: Tensor, h_yz: Tensor, h_xyz: Tensor, h_z: Tensor) -> tuple[Tensor, ...]:

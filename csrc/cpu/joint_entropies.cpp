@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "glue/chunks.h"
+#include "glue/joint_counter.h"
 #include "glue/tensors.h"
 
 #define MMFUSE_KERNEL "cpu/joint_entropies_kernel.h"
@@ -130,21 +131,27 @@ void write_entropies(const int64_t* counts, int order, int bins, int64_t total, 
   }
 }
 
+// A call's tables, and how they are counted.
+struct Table : JointTables {
+  explicit Table(const JointTables& tables)
+      : JointTables(tables),
+        count(static_cast<int64_t>(tables.tuples.size()) / order),
+        cells(power(bins, order)) {
+    while (copies < kMaxCopies && 2 * copies * cells * count <= kCopiedCells) copies *= 2;
+  }
+  int64_t count;
+  int64_t cells;
+  int copies = 1;
+};
+
 class JointCounter {
  public:
-  JointCounter(const TensorList& data, const std::vector<int64_t>& tuples, int order, int bins,
-               int64_t* counts, double* entropies)
+  JointCounter(const TensorList& data, const std::vector<JointTables>& tables)
       : dtype_(dtype_of(data[0])),
-        tuples_(tuples),
-        order_(order),
-        bins_(bins),
+        tables_(tables.begin(), tables.end()),
         problems_(data[0].size(0)),
-        length_(data[0].size(1)),
-        cells_(power(bins, order)),
-        counts_(counts),
-        entropies_(entropies) {
+        length_(data[0].size(1)) {
     for (const Tensor& x : data) data_.push_back(static_cast<const char*>(x.const_data_ptr()));
-    while (copies_ < kMaxCopies && 2 * copies_ * cells_ * count() <= kCopiedCells) copies_ *= 2;
   }
 
   void run() {
@@ -158,17 +165,19 @@ class JointCounter {
     const int64_t step = (problems_ + tasks - 1) / tasks;
     parallel_steps(problems_, step, cost, [&](int64_t, int64_t begin, int64_t end) {
       Scratch scratch(*this);
-      std::vector<RowBins> rows(data_.size());
+      std::vector<RowBins> rows(tables_.size() * data_.size());
       for (int64_t p = begin; p < end; ++p) {
         for (size_t k = 0; k < data_.size(); ++k) {
-          set_row(range_(slice(k, p, 0, length_)), &rows[k]);
+          set_rows(range_(slice(k, p, 0, length_)), &rows[k]);
         }
-        for (int64_t q = 0; q < count(); ++q) clear(q, p);
+        clear(p);
         for (int64_t i = 0; i < length_; i += kMaxPiece) {
           count_piece(p, i, std::min(length_, i + kMaxPiece), rows.data(), &scratch);
           flush(p, rows.data(), &scratch);
         }
-        for (int64_t q = 0; q < count(); ++q) finish(q, p, rows.data());
+        for (size_t t = 0; t < tables_.size(); ++t) {
+          for (int64_t q = 0; q < tables_[t].count; ++q) finish(t, q, p, rows.data());
+        }
       }
     });
   }
@@ -176,10 +185,13 @@ class JointCounter {
  private:
   // What a task needs for itself.
   struct Scratch {
-    explicit Scratch(const JointCounter& job)
-        : index(job.data_.size() * kBinTile), hits(job.count() * job.copies_ * job.cells_) {}
+    explicit Scratch(const JointCounter& job) : index(job.data_.size() * kBinTile) {
+      for (const Table& table : job.tables_) {
+        hits.emplace_back(table.count * table.copies * table.cells);
+      }
+    }
     std::vector<int32_t> index;
-    std::vector<uint32_t> hits;
+    std::vector<std::vector<uint32_t>> hits;
   };
 
   // Few long problems: their rows are cut into pieces.
@@ -187,7 +199,8 @@ class JointCounter {
     const size_t variables = data_.size();
     const int64_t wanted = (tasks + problems_ - 1) / problems_;
     // A task also empties its histograms.
-    const int64_t least = std::max(kMinPiece, 2 * cells_);
+    int64_t least = kMinPiece;
+    for (const Table& table : tables_) least = std::max(least, 2 * table.cells);
     const int64_t step = std::min(kMaxPiece, std::max(least, (length_ + wanted - 1) / wanted));
     const int64_t pieces = (length_ + step - 1) / step;
     std::vector<RowRange> ranges(problems_ * variables * pieces);
@@ -196,8 +209,10 @@ class JointCounter {
       ranges[i] =
           range_(slice(row % variables, row / variables, begin, std::min(length_, begin + step)));
     });
-    std::vector<RowBins> rows(problems_ * variables);
-    for (size_t r = 0; r < rows.size(); ++r) {
+    // For each problem those of all tables, as in `run`.
+    const size_t own = tables_.size() * variables;
+    std::vector<RowBins> rows(problems_ * own);
+    for (size_t r = 0; r < problems_ * variables; ++r) {
       RowRange range = ranges[r * pieces];
       for (int64_t i = 1; i < pieces; ++i) {
         const RowRange& other = ranges[r * pieces + i];
@@ -205,24 +220,25 @@ class JointCounter {
         range.high = std::max(range.high, other.high);
         range.finite &= other.finite;
       }
-      set_row(range, &rows[r]);
+      set_rows(range, &rows[r / variables * own + r % variables]);
     }
-    for (int64_t p = 0; p < problems_; ++p) {
-      for (int64_t q = 0; q < count(); ++q) clear(q, p);
-    }
+    for (int64_t p = 0; p < problems_; ++p) clear(p);
     std::mutex mutex;
     parallel_each(problems_ * pieces, count_cost(), [&](int64_t i) {
       const int64_t p = i / pieces, begin = i % pieces * step;
-      const RowBins* bins = &rows[p * variables];
+      const RowBins* bins = &rows[p * own];
       Scratch scratch(*this);
       count_piece(p, begin, std::min(length_, begin + step), bins, &scratch);
       const std::lock_guard<std::mutex> lock(mutex);
       flush(p, bins, &scratch);
     });
-    parallel_each(count() * problems_, entropy_cost(), [&](int64_t i) {
-      const int64_t p = i % problems_;
-      finish(i / problems_, p, &rows[p * variables]);
-    });
+    for (size_t t = 0; t < tables_.size(); ++t) {
+      const int64_t count = tables_[t].count * problems_;
+      parallel_each(count, count * entropy_cost(tables_[t]), [&](int64_t i) {
+        const int64_t p = i % problems_;
+        finish(t, i / problems_, p, &rows[p * own]);
+      });
+    }
   }
 
   Nanoseconds range_cost() const {
@@ -231,106 +247,129 @@ class JointCounter {
 
   // Two bins are compared with one edge; others take a place for each value, then a count.
   Nanoseconds count_cost() const {
-    if (bins_ == 2) return problems_ * length_ * count() * ns(wide() ? 0.2 : 0.07);
+    Nanoseconds cost = ns(0);
     const double place = static_cast<double>(data_.size()) * (wide() ? 0.5 : 0.2);
-    return problems_ * length_ * ns(place + static_cast<double>(count()) * 0.2);
+    for (const Table& table : tables_) {
+      const double tuples = static_cast<double>(table.count);
+      cost = cost + ns(table.bins == 2 ? tuples * (wide() ? 0.2 : 0.07) : place + tuples * 0.2);
+    }
+    return problems_ * length_ * cost;
   }
 
-  Nanoseconds entropy_cost() const { return problems_ * count() * cells_ * ns(1.5); }
+  Nanoseconds entropy_cost() const {
+    Nanoseconds cost = ns(0);
+    for (const Table& table : tables_) cost = cost + table.count * entropy_cost(table);
+    return problems_ * cost;
+  }
+
+  // Of one tuple.
+  static Nanoseconds entropy_cost(const Table& table) { return table.cells * ns(1.5); }
 
   bool wide() const { return dtype_ == DType::kFloat64; }
-
-  int64_t count() const { return static_cast<int64_t>(tuples_.size()) / order_; }
 
   RowSlice slice(int64_t variable, int64_t problem, int64_t begin, int64_t end) const {
     return {dtype_, data_[variable] + problem * length_ * element_size(dtype_), begin, end};
   }
 
-  void set_row(const RowRange& range, RowBins* row) const {
-    row->bins = bins_;
-    if (dtype_ == DType::kFloat64) {
-      set_bins<double>(range, row);
-    } else {
-      set_bins<float>(range, row);
+  // The bins of one variable in all tables, which are as many rows apart as there are variables.
+  void set_rows(const RowRange& range, RowBins* row) const {
+    for (const Table& table : tables_) {
+      row->bins = table.bins;
+      if (dtype_ == DType::kFloat64) {
+        set_bins<double>(range, row);
+      } else {
+        set_bins<float>(range, row);
+      }
+      row += data_.size();
     }
   }
 
-  bool is_valid(int64_t tuple, const RowBins* rows) const {
-    const int64_t* members = &tuples_[tuple * order_];
-    return std::all_of(members, members + order_, [&](int64_t k) { return rows[k].valid; });
+  static bool is_valid(const Table& table, int64_t tuple, const RowBins* rows) {
+    const int64_t* members = &table.tuples[tuple * table.order];
+    return std::all_of(members, members + table.order, [&](int64_t k) { return rows[k].valid; });
   }
 
-  int64_t* counts_of(int64_t tuple, int64_t problem) const {
-    return counts_ + (tuple * problems_ + problem) * cells_;
+  int64_t* counts_of(const Table& table, int64_t tuple, int64_t problem) const {
+    return table.counts + (tuple * problems_ + problem) * table.cells;
   }
 
-  Histogram histogram(int64_t tuple, Scratch* scratch) const {
-    return {scratch->hits.data() + tuple * copies_ * cells_, cells_, copies_};
+  static Histogram histogram(const Table& table, int64_t tuple, std::vector<uint32_t>* hits) {
+    return {hits->data() + tuple * table.copies * table.cells, table.cells, table.copies};
   }
 
-  void clear(int64_t tuple, int64_t problem) const {
-    std::fill_n(counts_of(tuple, problem), cells_, 0);
+  void clear(int64_t problem) const {
+    for (const Table& table : tables_) {
+      for (int64_t q = 0; q < table.count; ++q) {
+        std::fill_n(counts_of(table, q, problem), table.cells, 0);
+      }
+    }
   }
 
   void count_piece(int64_t problem, int64_t begin, int64_t end, const RowBins* rows,
                    Scratch* scratch) const {
-    if (bins_ == 2) return count_halves(problem, begin, end, rows, scratch);
-    for (int64_t at = begin; at < end; at += kBinTile) {
-      const int64_t stop = std::min(end, at + kBinTile);
-      for (size_t k = 0; k < data_.size(); ++k) {
-        if (rows[k].valid)
-          bin_(slice(k, problem, at, stop), rows[k], &scratch->index[k * kBinTile]);
+    for (size_t t = 0; t < tables_.size(); ++t, rows += data_.size()) {
+      const Table& table = tables_[t];
+      if (table.bins == 2) {
+        count_halves(table, problem, begin, end, rows, &scratch->hits[t]);
+        continue;
       }
-      for (int64_t q = 0; q < count(); ++q) {
-        if (!is_valid(q, rows)) continue;
-        const int32_t* index[kMaxOrder];
-        for (int i = 0; i < order_; ++i) {
-          index[i] = &scratch->index[tuples_[q * order_ + i] * kBinTile];
+      for (int64_t at = begin; at < end; at += kBinTile) {
+        const int64_t stop = std::min(end, at + kBinTile);
+        for (size_t k = 0; k < data_.size(); ++k) {
+          if (rows[k].valid)
+            bin_(slice(k, problem, at, stop), rows[k], &scratch->index[k * kBinTile]);
         }
-        count_(index, order_, bins_, stop - at, histogram(q, scratch));
+        for (int64_t q = 0; q < table.count; ++q) {
+          if (!is_valid(table, q, rows)) continue;
+          const int32_t* index[kMaxOrder];
+          for (int i = 0; i < table.order; ++i) {
+            index[i] = &scratch->index[table.tuples[q * table.order + i] * kBinTile];
+          }
+          count_(index, table.order, table.bins, stop - at, histogram(table, q, &scratch->hits[t]));
+        }
       }
     }
   }
 
   // Two bins need no indices.
-  void count_halves(int64_t problem, int64_t begin, int64_t end, const RowBins* rows,
-                    Scratch* scratch) const {
-    for (int64_t q = 0; q < count(); ++q) {
-      if (!is_valid(q, rows)) continue;
+  void count_halves(const Table& table, int64_t problem, int64_t begin, int64_t end,
+                    const RowBins* rows, std::vector<uint32_t>* hits) const {
+    for (int64_t q = 0; q < table.count; ++q) {
+      if (!is_valid(table, q, rows)) continue;
       RowSlice slices[kMaxOrder];
       const RowBins* bins[kMaxOrder];
-      for (int i = 0; i < order_; ++i) {
-        const int64_t k = tuples_[q * order_ + i];
+      for (int i = 0; i < table.order; ++i) {
+        const int64_t k = table.tuples[q * table.order + i];
         slices[i] = slice(k, problem, begin, end);
         bins[i] = &rows[k];
       }
-      halves_(slices, bins, order_, histogram(q, scratch).hits);
+      halves_(slices, bins, table.order, histogram(table, q, hits).hits);
     }
   }
 
   void flush(int64_t problem, const RowBins* rows, Scratch* scratch) const {
-    for (int64_t q = 0; q < count(); ++q) {
-      if (is_valid(q, rows)) flush_(histogram(q, scratch), counts_of(q, problem));
+    for (size_t t = 0; t < tables_.size(); ++t, rows += data_.size()) {
+      const Table& table = tables_[t];
+      for (int64_t q = 0; q < table.count; ++q) {
+        if (!is_valid(table, q, rows)) continue;
+        flush_(histogram(table, q, &scratch->hits[t]), counts_of(table, q, problem));
+      }
     }
   }
 
-  void finish(int64_t tuple, int64_t problem, const RowBins* rows) const {
-    double* out = entropies_ + (tuple * problems_ + problem) * ((1 << order_) - 1);
-    write_entropies(counts_of(tuple, problem), order_, bins_, is_valid(tuple, rows) ? length_ : 0,
+  void finish(size_t t, int64_t tuple, int64_t problem, const RowBins* rows) const {
+    const Table& table = tables_[t];
+    double* out = table.entropies + (tuple * problems_ + problem) * ((1 << table.order) - 1);
+    const bool valid = is_valid(table, tuple, rows + t * data_.size());
+    write_entropies(counts_of(table, tuple, problem), table.order, table.bins, valid ? length_ : 0,
                     out);
   }
 
   DType dtype_;
   std::vector<const char*> data_;
-  const std::vector<int64_t>& tuples_;
-  int order_;
-  int bins_;
+  std::vector<Table> tables_;
   int64_t problems_;
   int64_t length_;
-  int64_t cells_;
-  int copies_ = 1;
-  int64_t* counts_;
-  double* entropies_;
   decltype(&generic::row_range) range_ = MMFUSE_SIMD_SELECT(row_range);
   decltype(&generic::bin_tile) bin_ = MMFUSE_SIMD_SELECT(bin_tile);
   decltype(&generic::count_halves) halves_ = MMFUSE_SIMD_SELECT(count_halves);
@@ -340,9 +379,7 @@ class JointCounter {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> joint_entropies(const TensorList& data,
-                                           const std::vector<int64_t>& tuples, int64_t order,
-                                           int64_t bins) {
+void count_jointly(const TensorList& data, const std::vector<JointTables>& tables) {
   STD_TORCH_CHECK(!data.empty() && data[0].numel() > 0, "mmfuse: there is nothing to count");
   check_contiguous(data, "data");
   for (const Tensor& x : data) {
@@ -350,9 +387,21 @@ std::tuple<Tensor, Tensor> joint_entropies(const TensorList& data,
                         x.scalar_type() == data[0].scalar_type(),
                     "mmfuse: data must be [P, N], of one dtype and shape");
   }
+  JointCounter(data, tables).run();
+}
+
+int64_t joint_cells(int64_t order, int64_t bins) {
   STD_TORCH_CHECK(
       (order == 2 && bins >= 1 && bins <= kMaxBins) || (order == 3 && bins >= 1 && bins <= 32),
       "mmfuse: pairs have 1 to 256 bins, triples 1 to 32");
+  return power(bins, static_cast<int>(order));
+}
+
+std::tuple<Tensor, Tensor> joint_entropies(const TensorList& data,
+                                           const std::vector<int64_t>& tuples, int64_t order,
+                                           int64_t bins) {
+  STD_TORCH_CHECK(!data.empty() && data[0].dim() == 2, "mmfuse: data must be [P, N]");
+  const int64_t cells = joint_cells(order, bins);
   STD_TORCH_CHECK(tuples.size() % order == 0, "mmfuse: tuples must hold `order` indices each");
   for (const int64_t k : tuples) {
     STD_TORCH_CHECK(k >= 0 && k < static_cast<int64_t>(data.size()),
@@ -360,12 +409,11 @@ std::tuple<Tensor, Tensor> joint_entropies(const TensorList& data,
   }
   const int64_t count = static_cast<int64_t>(tuples.size()) / order;
   const int64_t problems = data[0].size(0);
-  Tensor counts = empty_on_cpu({count, problems, power(bins, order)}, ScalarType::Long);
+  Tensor counts = empty_on_cpu({count, problems, cells}, ScalarType::Long);
   Tensor entropies = empty_on_cpu({count, problems, (1 << order) - 1}, ScalarType::Double);
-  JointCounter(data, tuples, static_cast<int>(order), static_cast<int>(bins),
-               static_cast<int64_t*>(counts.mutable_data_ptr()),
-               static_cast<double*>(entropies.mutable_data_ptr()))
-      .run();
+  count_jointly(data, {{tuples, static_cast<int>(order), static_cast<int>(bins),
+                        static_cast<int64_t*>(counts.mutable_data_ptr()),
+                        static_cast<double*>(entropies.mutable_data_ptr())}});
   return {entropies, counts};
 }
 

@@ -85,6 +85,8 @@ inline void bins_of_values(const scalar_t* x, int64_t n, const RowBins& row, int
   const vec_t lows = splat(low);
   const vec_t step = splat(static_cast<acc_t>(row.step));
   const vec_t inverse_step = splat(static_cast<acc_t>(row.inverse_step));
+  // Half a bin on, so that what is cut off leads to the nearest edge.
+  const vec_t start = splat(static_cast<acc_t>(0.5 - row.low * row.inverse_step));
   const int bins = row.bins;
   for (int64_t i = 0; i < n; i += kBlock) {
     vec_t v[kBinUnroll];
@@ -95,9 +97,9 @@ inline void bins_of_values(const scalar_t* x, int64_t n, const RowBins& row, int
     }
     if constexpr (kNearest) {
       MMFUSE_UNROLL for (int u = 0; u < kBinUnroll; ++u) {
-        const vec_t half = splat(static_cast<acc_t>(0.5));
-        auto nearest = truncate(multiply_add(v[u] - lows, inverse_step, half));
-        nearest += nearest >= bins;  // the end of the last bin belongs to it
+        const auto place = truncate(multiply_add(v[u], inverse_step, start));
+        const auto last = decltype(place){} + bins - 1;  // the end of its bin belongs to it
+        const auto nearest = place < last ? place : last;
         // The table's edge, formed again: that is quicker than to look it up.
         const vec_t edge = rounded_product(to_places(nearest) * step) + lows;
         const auto bin = nearest + lane_integers(v[u] < edge);

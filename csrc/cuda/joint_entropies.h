@@ -28,6 +28,7 @@ struct JointEntropiesParams {
   int64_t columns;
   DType dtype;
   double* ranges;     // [K, problems, chunk_count(columns, range_chunk(columns)), 2]
+  bool ranges_found;  // by the launch before, of the same data
   double* entropies;  // [Q, problems, 2^order - 1]
   int64_t* counts;    // [Q, problems, bins^order]
 };

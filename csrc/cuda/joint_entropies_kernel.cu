@@ -384,7 +384,7 @@ void launch_joint_entropies(const JointEntropiesParams& params, cudaStream_t str
   const int64_t tuples = static_cast<int64_t>(params.tuples.size()) / params.order;
   visit_dtype(params.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
-    if (!whole) launch_ranges<scalar_t>(params, vector, stream);
+    if (!whole && !params.ranges_found) launch_ranges<scalar_t>(params, vector, stream);
     for (int64_t first = 0; first < tuples; first += group.tuples) {
       fill_group(params, whole, first, group);
       launch_histograms<scalar_t>(params, whole, vector, group, stream);

@@ -16,7 +16,8 @@ from torch import Tensor
 from .._devices import WIDE
 from ..ops._tensors import kept_tensor
 from ..ops.joint_entropies import JointEntropies, joint_entropies
-from ..ops.mutual_information import normalised
+from ..ops.shared_information import shared_information
+from ..reference.shared_information import normalised
 from ._means import mean_where
 
 
@@ -80,7 +81,7 @@ def normalised_information(
     complete: Complete | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """nmi_m and ncmi_m of all modalities, from two launches' worth of histograms.
+    """nmi_m and ncmi_m of all modalities, in one call of an op where all values count.
 
     Args:
         rows: M + 1 tensors [P, N]: the paired values of each modality, and last those of the fused
@@ -97,6 +98,13 @@ def normalised_information(
         TypeError: as `mmfuse.ops.joint_entropies`.
         ValueError: as `mmfuse.ops.joint_entropies`.
     """
+    if complete is None:
+        found = shared_information(rows[:-1], rows[-1], bins, conditional_bins, backend=backend)
+        if len(rows) == 3:  # [0, 1] and [1, 0] are all there is
+            return found.nmi, found.ncmi.view(4, -1)[1:3]
+        # The diagonal is 0.
+        return found.nmi, found.ncmi.sum(1) / (len(rows) - 2)
+    # The op knows no mask: from counts, out of which `joint_entropies` takes what does not count.
     pairs, triples, others = histograms(rows, bins, conditional_bins, backend, complete)
     of_triples = kept_tensor(_OF_TRIPLES, (7, 4), triples.entropies.dtype, triples.entropies.device)
     given = (triples.entropies @ of_triples).chunk(2, -1)

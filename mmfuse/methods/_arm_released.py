@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..ops.mutual_information import normalised
+from ..reference.shared_information import normalised
 from ._arm_information import Complete, histograms, mean_over_others, nmi_terms, released_ncmi
 from ._arm_rule import ARMRule, modality_weights
 

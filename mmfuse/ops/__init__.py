@@ -30,6 +30,7 @@ from .redundancy_pull import (
 from .redundancy_ratio import redundancy_ratio
 from .sample_scores import SampleScores, sample_scores
 from .scale_grad import scale_grad
+from .shared_information import SharedInformation, shared_information
 from .soft_histogram import soft_histogram
 from .update_grads import update_grads_
 
@@ -48,6 +49,7 @@ __all__ = [
     "RedundancyRule",
     "RedundancyState",
     "SampleScores",
+    "SharedInformation",
     "active_backend",
     "co_information",
     "co_information_gate",
@@ -69,6 +71,7 @@ __all__ = [
     "redundancy_ratio",
     "sample_scores",
     "scale_grad",
+    "shared_information",
     "soft_histogram",
     "update_grads_",
     "use_backend",

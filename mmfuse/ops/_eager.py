@@ -36,32 +36,48 @@ def layout_of(values: Sequence[object]) -> list[tuple[int, bool]]:
     return [(len(tensors_in(v)), isinstance(v, Tensor)) for v in values]
 
 
-class _Call(torch.autograd.Function):
-    """One call of an overload. Its tensors come flat, since autograd sees no other."""
+class _Started:
+    """A call whose results autograd does not know yet. Nothing keeps it: it holds the results."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
+    __slots__ = ("args", "arguments", "backend", "formula", "output", "overload", "setup_context")
+
+    def __init__(
+        self,
         overload: Callable[..., Any],
         args: tuple[Any, ...],
         formula: Formula,
         setup_context: Formula,
         backend: str,
-        results: list[Any],
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
+    ) -> None:
+        self.overload, self.args, self.backend = overload, args, backend
+        self.formula, self.setup_context = formula, setup_context
+        self.arguments = layout_of(args)
+        self.output: Any = None
+
+
+class _Call(torch.autograd.Function):
+    """One call of an overload. Its tensors come flat, since autograd sees no other."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Started, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args = call.args
         with torch._C._AutoDispatchBelowAutograd():
-            output = overload(*args)
-        setup_context(ctx, args, output)
-        results.extend(output if isinstance(output, tuple) else [output])
-        ctx.formula, ctx.backend = formula, backend
-        ctx.arguments, ctx.results = layout_of(args), layout_of(results)
-        return tuple(t for r in results for t in tensors_in(r))
+            output = call.output = call.overload(*args)
+        call.setup_context(ctx, args, output)
+        ctx.formula, ctx.backend, ctx.arguments = call.formula, call.backend, call.arguments
+        # Masks and counts have no gradient: kept out, they cost none that is made of zeros.
+        flat: list[Tensor] = []
+        ctx.results = layout = []
+        for result in output if isinstance(output, tuple) else (output,):
+            own = [t for t in tensors_in(result) if t.is_floating_point()]
+            layout.append((len(own), bool(own) and own[0] is result))
+            flat += own
+        return tuple(flat)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         found = ctx.formula(ctx.backend, ctx, *nested(grads, ctx.results))
-        return (None,) * 6 + tuple(flat_gradients(found, ctx.arguments))
+        return None, *flat_gradients(found, ctx.arguments)
 
 
 def flat_gradients(found: Any, arguments: Sequence[tuple[int, bool]]) -> list[Tensor | None]:
@@ -104,8 +120,7 @@ def differentiable_call(
     if not torch._C._any_requires_grad(*args):
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
-    tensors = [t for a in args for t in tensors_in(a)]
-    results: list[Any] = []
-    flat = _Call.apply(overload, args, formula, setup_context, backend, results, *tensors)
-    found = nested(flat, layout_of(results))
-    return found[0] if len(found) == 1 else tuple(found)
+    call = _Started(overload, args, formula, setup_context, backend)
+    # The results become part of the graph as they are, in place.
+    _Call.apply(call, *[t for a in args for t in tensors_in(a)])
+    return call.output

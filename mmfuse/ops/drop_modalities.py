@@ -146,11 +146,13 @@ def named_drop(
     if scale is not None:
         wide = any(f.dtype == torch.float64 for f in features)
         scale = scale.detach().to(device, torch.float64 if wide else torch.float32)
+    if q.dtype is not torch.float32 or q.device != device or q.requires_grad:
+        q = q.detach().to(device, torch.float32)
     dropped, keep = _op(
         backend,
         device,
         [f.contiguous() for f in features],
-        q.detach().to(device, torch.float32).contiguous(),
+        q.contiguous(),
         stream.state.to(device),
         ids,
         offsets,
@@ -170,6 +172,11 @@ def check_batches(names: Sequence[str], features: Sequence[Tensor]) -> None:
         raise ValueError("features must hold at least one modality")
     check_named(features, names.__getitem__)
     first = features[0]
+    # Usual arguments cost the least.
+    if not torch.compiler.is_compiling() and first.dim() > 0:
+        kinds = {(feature.shape[:1], feature.device) for feature in features}
+        if len(kinds) == 1:
+            return
     for name, feature in zip(names, features, strict=True):
         if feature.dim() == 0:
             raise ValueError(f"{name} must be [B, …], got a 0-d tensor")

@@ -12,7 +12,7 @@ from .._devices import WIDE
 from .._numbers import whole
 from ..reference.joint_entropies import entropies
 from ._registry import Op
-from ._tensors import check_named, promoted
+from ._tensors import FLOATING, promoted
 
 #: Most bins for pairs and for triples: the counts of one problem then fit a GPU's shared memory or
 #: its L2 cache.
@@ -101,19 +101,12 @@ def joint_entropies(
     order = _order_of(tuples, len(data))
     bins = check_bins(bins, MAX_BINS[order])
     names = names or [f"data[{k}]" for k in range(len(data))]
-    check_named(data, names.__getitem__)
-    first = data[0]
-    # What is usual costs the least; only what is not is looked at one by one.
-    kinds = {(x.dtype, x.shape, x.device, x.is_contiguous(), x.requires_grad) for x in data}
-    usual = (first.dtype, first.shape, first.device, True, False)
-    ready = list(data)
-    if kinds != {usual} or first.dim() != 2 or first.numel() == 0:
-        ready = _checked(names, data)
+    ready = paired_rows(names, data)
     flat = [k for members in tuples for k in members]
     if present is not None:
         check_mask(present, ready[0])
         ready = [_filled(x, present) for x in ready]
-    found = JointEntropies(*_op(backend, first.device, ready, flat, order, bins))
+    found = JointEntropies(*_op(backend, ready[0].device, ready, flat, order, bins))
     return found if present is None else _without_the_filled(found, present, order, bins)
 
 
@@ -160,8 +153,28 @@ def _without_the_filled(
     return JointEntropies(entropies(counts, order, bins), counts)
 
 
-def _checked(names: Sequence[str], data: Sequence[Tensor]) -> list[Tensor]:
-    """The variables, contiguous, of one dtype and without a gradient; errors call them by names."""
+def are_usual(data: Sequence[Tensor]) -> bool:
+    """Whether the kernels can take the variables as they are: nearly all calls are like that."""
+    first = data[0]
+    if False in [isinstance(x, Tensor) for x in data] or first.dim() != 2 or first.numel() == 0:
+        return False
+    if first.layout is not torch.strided or first.dtype not in FLOATING:
+        return False
+    kinds = {(x.dtype, x.shape, x.device, x.layout, x.requires_grad) for x in data}
+    usual = (first.dtype, first.shape, first.device, first.layout, False)
+    return kinds == {usual} and False not in [x.is_contiguous() for x in data]
+
+
+def paired_rows(names: Sequence[str], data: Sequence[Tensor]) -> list[Tensor]:
+    """The variables, contiguous, of one dtype and without a gradient; errors call them by names.
+
+    Raises:
+        TypeError: a variable is sparse, integer or complex.
+        ValueError: they differ in shape or device, are not [P, N], or hold no values.
+    """
+    # Usual arguments cost the least; only others are looked at one by one.
+    if are_usual(data):
+        return list(data)
     rows = promoted(names, data, PAIRED, "[P, N]", 2)
     check_not_empty(names[0], rows[0])
     return [x.detach().contiguous() for x in rows]

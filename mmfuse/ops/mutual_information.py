@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..reference.shared_information import normalised
 from ._tensors import promoted
 from .joint_entropies import (
     MAX_BINS,
@@ -214,13 +215,3 @@ def _finish(like: Tensor, rows: Sequence[Tensor], *values: Tensor) -> tuple[Tens
     """The values in the shape of the input, and in the library's dtype of results."""
     dtype = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
     return tuple((v if like.dim() == 2 else v.squeeze(0)).to(dtype) for v in values)
-
-
-def normalised(twice_mi: Tensor, total: Tensor) -> Tensor:
-    """2·I/(sum of both entropies), in [0, 1]; 0 where both entropies are. NaN stays.
-
-    An entropy of 0 comes out of its sum as a few rounding errors, and the quotient of two such
-    would be anything. A single sample in another bin makes (1 + log N)/N, which is far more.
-    """
-    least = 256 * torch.finfo(total.dtype).eps
-    return (twice_mi / (total + (total <= least))).clamp(0, 1)

@@ -137,7 +137,9 @@ def scale_grad(
             raise ValueError(f"{name} must be 0-d, got shape {list(value.shape)}")
         if value.device != x.device:
             raise ValueError(f"{name} is on {value.device}, x on {x.device}")
-        values.append(value.detach().to(dtype))
+        if value.dtype is not dtype or value.requires_grad:
+            value = value.detach().to(dtype)
+        values.append(value)
     ids, offsets = stream.counters(1) if stream is not None else ([0], [0])
     state = None
     if stream is not None:

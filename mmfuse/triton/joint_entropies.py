@@ -175,7 +175,7 @@ def _entropies_kernel(
     tl.store(entropies_ptr + table * stride, tl.where(entropy < 0, 0.0, entropy), mask=used)
 
 
-def _ranges(data: Sequence[Tensor], split: ProblemSplit) -> tuple[Tensor, Tensor]:
+def row_ranges(data: Sequence[Tensor], split: ProblemSplit) -> tuple[Tensor, Tensor]:
     """Both ends of the range of every row, [K, P] each; NaN for a row that holds one."""
     first = data[0]
     n_rows, n_cols = first.shape
@@ -212,11 +212,13 @@ def _bin_edges(low: Tensor, high: Tensor, bins: int) -> Tensor:
     return torch.cat([rises + low, high], dim=-1)
 
 
-def _bin_indices(data: Sequence[Tensor], split: ProblemSplit, bins: int) -> tuple[Tensor, Tensor]:
+def _bin_indices(
+    data: Sequence[Tensor], ranges: tuple[Tensor, Tensor], split: ProblemSplit, bins: int
+) -> tuple[Tensor, Tensor]:
     """Each value's bin, [K, P, N] uint8, and whether its row has a finite range, [K, P]."""
     first = data[0]
     n_rows, n_cols = first.shape
-    low, high = _ranges(data, split)
+    low, high = ranges
     valid = (high - low).isfinite()
     edges = _bin_edges(torch.where(valid, low, 0), torch.where(valid, high, 0), bins)
     indices = torch.empty((len(data), n_rows, n_cols), dtype=torch.uint8, device=first.device)
@@ -261,31 +263,43 @@ def _entropies(counts: Tensor, order: int, bins: int) -> Tensor:
     return entropies
 
 
+def count_tuples(
+    data: Sequence[Tensor],
+    ranges: tuple[Tensor, Tensor],
+    split: ProblemSplit,
+    tuples: Sequence[int],
+    order: int,
+    bins: int,
+) -> tuple[Tensor, Tensor]:
+    """Entropies and counts of the tuples, given the rows' ranges; on the data's device."""
+    n_rows, n_cols = data[0].shape
+    shape = (len(tuples) // order, n_rows, bins**order)
+    counts = torch.zeros(shape, dtype=torch.int64, device=data[0].device)
+    indices, valid = _bin_indices(data, ranges, split, bins)
+    for q, table in enumerate(counts):
+        members = tuples[q * order : (q + 1) * order]
+        _joint_counts_kernel[split.grid](
+            table,
+            indices,
+            valid.view(torch.uint8),
+            n_rows,
+            n_cols,
+            split.cols_per_program,
+            *members,
+            *[_NONE] * (3 - order),
+            bins,
+            ORDER=order,
+            **split.constants(),
+            num_warps=NUM_WARPS,
+            **COMPILE_OPTIONS,
+        )
+    return _entropies(counts, order, bins), counts
+
+
 def joint_entropies(
     data: Sequence[Tensor], tuples: Sequence[int], order: int, bins: int
 ) -> tuple[Tensor, Tensor]:
     """See `mmfuse.ops.joint_entropies`."""
-    n_rows, n_cols = data[0].shape
-    split = split_problems(n_rows, n_cols)
-    shape = (len(tuples) // order, n_rows, bins**order)
-    counts = torch.zeros(shape, dtype=torch.int64, device=data[0].device)
+    split = split_problems(*data[0].shape)
     with launch_on(data[0].device):
-        indices, valid = _bin_indices(data, split, bins)
-        for q, table in enumerate(counts):
-            members = tuples[q * order : (q + 1) * order]
-            _joint_counts_kernel[split.grid](
-                table,
-                indices,
-                valid.view(torch.uint8),
-                n_rows,
-                n_cols,
-                split.cols_per_program,
-                *members,
-                *[_NONE] * (3 - order),
-                bins,
-                ORDER=order,
-                **split.constants(),
-                num_warps=NUM_WARPS,
-                **COMPILE_OPTIONS,
-            )
-        return _entropies(counts, order, bins), counts
+        return count_tuples(data, row_ranges(data, split), split, tuples, order, bins)

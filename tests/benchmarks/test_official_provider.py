@@ -22,8 +22,8 @@ from cases import (
     paired_cosine,
     redreg,
 )
-from cases.arm import CONDITIONAL_BINS
 from cases.noisy_views import SIGMA
+from cases.shared_information import CONDITIONAL_BINS
 from engine import cost as costs_of
 from engine import gate, measure, providers
 from engine.gradients import BETA, GradientInputs

@@ -412,6 +412,15 @@ def entropy(counts: Tensor) -> Tensor:
     return (growth(counts.numel()) + 8) * u * 2 * (1.0 + counts.sum().double().log())
 
 
+def normalised_information(entropy_bound: Tensor, total: Tensor) -> Tensor:
+    """Bound for 2·I/T, from one of all its entropies: I is made of four, each counts twice in 2·I.
+
+    T has four as well, and the quotient is at most 1: 8·e/T + 4·e/T, and the roundings of four
+    sums of entropies, each a share u of what `entropy_bound` allows for, and of the quotient.
+    """
+    return 13 * entropy_bound / total + 8 * UNIT_ROUNDOFF[torch.float64]
+
+
 def soft_counts(dtype: torch.dtype, counts: Tensor, reached: Tensor, samples: int) -> Tensor:
     """Bound for the shared counts [P, bins, bins]; `reached` counts the samples near each cell.
 

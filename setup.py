@@ -209,7 +209,8 @@ class Recipe:
         folders += [self.torch / "include", Path(sysconfig.get_path("include"))]
         flags = self._flags()
         described = [*flags, f"-DMMFUSE_FLAGS={json.dumps(' '.join(flags))}"]
-        command = [*shlex.split(self.compiler), *described, *(f"-isystem{f}" for f in folders)]
+        headers = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in folders)]
+        command = [*shlex.split(self.compiler), *described, *headers]
         compile_ = self._compile("_C", command, [CSRC / "facts" / "module.cpp"])
         return Library("_C", compile_, self._link(compile_, [], output))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib.util
 import json
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -62,20 +62,25 @@ def _load() -> None:
             _load_errors[backend] = str(error.__cause__ or error)
 
 
-@functools.cache
-def _compiler_facts() -> dict[str, str]:
-    """Compiler and flags, which a module for one version of Python knows."""
-    reason = "mmfuse._C, which knows it and the flags, was not built for this Python"
+def _load_module() -> tuple[Any, str]:
+    """mmfuse._C, or None and why; it is for one version of Python."""
     try:
         # Only the one beside these libraries: an editable install may offer another's.
         spec = PathFinder.find_spec("mmfuse._C", [str(_FOLDER)])
         if spec is not None and spec.loader is not None:
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            return dict(module.build_info())
+            return module, ""
     except ImportError as error:
-        reason = str(error)
-    return {"compiler": f"unknown: {_build_notes().get('_C', reason)}", "flags": ""}
+        return None, str(error)
+    return None, "mmfuse._C, which knows it and the flags, was not built for this Python"
+
+
+def _compiler_facts() -> dict[str, str]:
+    """Compiler and flags, which `mmfuse._C` knows."""
+    if _module is not None:
+        return dict(_module.build_info())
+    return {"compiler": f"unknown: {_build_notes().get('_C', _why_no_module)}", "flags": ""}
 
 
 def build_info() -> dict[str, Any] | None:
@@ -130,3 +135,9 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 
 _load()
+_module, _why_no_module = _load_module()
+#: Reads the gradients of a list of parameters, and makes a table of them; see csrc/python. None
+#: where `mmfuse._C` was not built, or PyTorch cannot be read that way.
+read_gradients: Callable[[list[torch.Tensor]], Any] | None = None
+if _module is not None and _module.find_tensors(torch.Tensor):
+    read_gradients = _module.read_gradients

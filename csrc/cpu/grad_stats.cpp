@@ -1,7 +1,7 @@
 #include "grad_stats.h"
 
 #include "glue/chunks.h"
-#include "glue/tensors.h"
+#include "glue/table.h"
 
 #define MMFUSE_KERNEL "cpu/grad_stats_kernel.h"
 #include "cpu/simd/foreach_simd.h"
@@ -46,6 +46,22 @@ std::vector<Moments<double>> all_moments(const std::vector<StatsSlice>& tensors)
   return moments;
 }
 
+std::tuple<Tensor, Tensor> statistics(const std::vector<StatsSlice>& tensors, bool displaced,
+                                      ScalarType dtype) {
+  const std::vector<Moments<double>> moments = all_moments(tensors);
+  const int64_t count = static_cast<int64_t>(tensors.size());
+  Tensor numel = empty_on_cpu({count}, ScalarType::Long);
+  Tensor out = empty_on_cpu({displaced ? 4 : 2, count}, dtype);
+  int64_t* sizes = static_cast<int64_t*>(numel.mutable_data_ptr());
+  for (size_t t = 0; t < tensors.size(); ++t) sizes[t] = tensors[t].size;
+  if (dtype == ScalarType::Double) {
+    write_moments(moments, displaced, static_cast<double*>(out.mutable_data_ptr()));
+  } else {
+    write_moments(moments, displaced, static_cast<float*>(out.mutable_data_ptr()));
+  }
+  return {numel, out};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList& params,
@@ -54,7 +70,6 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   row_orders(grads, params, anchors);  // any order will do, if they share it
   const bool displaced = !params.empty();
 
-  const int64_t count = static_cast<int64_t>(grads.size());
   std::vector<StatsSlice> tensors(grads.size());
   for (size_t t = 0; t < grads.size(); ++t) {
     StatsSlice& slice = tensors[t];
@@ -69,24 +84,25 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
     slice.anchor_dtype = dtype_of(anchors[t]);
     slice.anchor = anchors[t].const_data_ptr();
   }
-  const std::vector<Moments<double>> moments = all_moments(tensors);
+  return statistics(tensors, displaced, result_type(grads));
+}
 
-  const ScalarType dtype = result_type(grads);
-  Tensor numel = empty_on_cpu({count}, ScalarType::Long);
-  Tensor out = empty_on_cpu({displaced ? 4 : 2, count}, dtype);
-  for (size_t t = 0; t < grads.size(); ++t) {
-    static_cast<int64_t*>(numel.mutable_data_ptr())[t] = tensors[t].size;
+// The same of gradients that are contiguous and not empty, without a second list; `like` says on
+// which device.
+std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor&) {
+  const Rows rows(table);
+  std::vector<StatsSlice> tensors(rows.size());
+  for (size_t t = 0; t < rows.size(); ++t) {
+    tensors[t].grad_dtype = rows[t].type();
+    tensors[t].grad = rows[t].pointer();
+    tensors[t].size = rows[t].numel;
   }
-  if (dtype == ScalarType::Double) {
-    write_moments(moments, displaced, static_cast<double*>(out.mutable_data_ptr()));
-  } else {
-    write_moments(moments, displaced, static_cast<float*>(out.mutable_data_ptr()));
-  }
-  return {numel, out};
+  return statistics(tensors, false, rows.wide() ? ScalarType::Double : ScalarType::Float);
 }
 
 }  // namespace mmfuse::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, CPU, m) {
   m.impl("grad_stats.cpu", TORCH_BOX(&mmfuse::cpu::grad_stats));
+  m.impl("grad_stats_table.cpu", TORCH_BOX(&mmfuse::cpu::grad_stats_table));
 }

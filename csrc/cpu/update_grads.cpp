@@ -1,7 +1,25 @@
 #include "cpu/simd/update.h"
 #include "glue/coefficients.h"
+#include "glue/table.h"
 
 namespace mmfuse::cpu {
+namespace {
+
+void update(std::vector<UpdateSlice> tensors, const std::optional<Tensor>& finite,
+            const std::optional<Tensor>& sq_norm) {
+  const size_t count = tensors.size();
+  std::vector<double> squares(sq_norm ? count : 0);
+  if (sq_norm) Coefficients(*sq_norm, count, "sq_norm");  // checks it
+  const bool all_finite =
+      launch_update(std::move(tensors), finite.has_value(), sq_norm ? squares.data() : nullptr);
+  if (sq_norm) {
+    Tensor out = *sq_norm;
+    for (size_t t = 0; t < count; ++t) write_number(out, t, squares[t]);
+  }
+  if (finite && !all_finite) *static_cast<bool*>(finite->mutable_data_ptr()) = false;
+}
+
+}  // namespace
 
 void update_grads_(const TensorList& grads, const Tensor& scale, const TensorList& params,
                    const TensorList& anchors, const std::optional<Tensor>& pull,
@@ -55,19 +73,41 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
       }
     }
   }
-  std::vector<double> squares(sq_norm ? count : 0);
-  if (sq_norm) Coefficients(*sq_norm, count, "sq_norm");  // checks it
-  const bool all_finite =
-      launch_update(std::move(tensors), finite.has_value(), sq_norm ? squares.data() : nullptr);
-  if (sq_norm) {
-    Tensor out = *sq_norm;
-    for (size_t t = 0; t < count; ++t) write_number(out, t, squares[t]);
+  update(std::move(tensors), finite, sq_norm);
+}
+
+// The same of gradients that are contiguous and not empty, without a second list.
+void update_grads_table_(const Tensor& table, const Tensor& scale,
+                         const std::optional<Tensor>& noise_std,
+                         const std::optional<Tensor>& noise_state,
+                         const std::optional<Tensor>& finite,
+                         const std::optional<Tensor>& sq_norm) {
+  const Rows rows(table);
+  const size_t count = rows.size();
+  std::vector<UpdateSlice> tensors(count);
+  const Coefficients scales(scale, count, "scale");
+  for (size_t t = 0; t < count; ++t) {
+    UpdateSlice& slice = tensors[t];
+    slice.dtype = rows[t].type();
+    slice.in = slice.out = rows[t].pointer();
+    slice.size = rows[t].numel;
+    slice.scale = scales[t];
   }
-  if (finite && !all_finite) *static_cast<bool*>(finite->mutable_data_ptr()) = false;
+  if (noise_std) {
+    STD_TORCH_CHECK(noise_state, "mmfuse: noise_std needs noise_state");
+    const Coefficients stds(*noise_std, count, "noise_std");
+    const int64_t* state = noise_state_of(*noise_state);
+    for (size_t t = 0; t < count; ++t) {
+      tensors[t].noise_std = stds[t];
+      tensors[t].noise_key = noise_key(state, rows[t].id);
+    }
+  }
+  update(std::move(tensors), finite, sq_norm);
 }
 
 }  // namespace mmfuse::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, CPU, m) {
   m.impl("update_grads_.cpu", TORCH_BOX(&mmfuse::cpu::update_grads_));
+  m.impl("update_grads_table_.cpu", TORCH_BOX(&mmfuse::cpu::update_grads_table_));
 }

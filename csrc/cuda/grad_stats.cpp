@@ -3,19 +3,14 @@
 #include "glue/cuda_tensors.h"
 
 namespace mmfuse::cuda {
+namespace {
 
-std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList& params,
-                                      const TensorList& anchors) {
-  STD_TORCH_CHECK(!grads.empty(), "mmfuse: grad_stats needs at least one gradient");
-  GradStatsParams call;
-  call.tensors = grad_tensors(grads, params, anchors, false);
-  call.has_params = !params.empty();
-  const DeviceScope device(grads[0]);
-  const int64_t count = static_cast<int64_t>(grads.size());
-  const ScalarType dtype = result_type(grads);
-  Tensor numel = new_empty(grads[0], {count}, ScalarType::Long);
-  Tensor moments = new_empty(grads[0], {call.has_params ? 4 : 2, count}, dtype);
-  Tensor workspace = new_empty(grads[0], {stats_rows(call.tensors), kStatsRow}, ScalarType::Double);
+std::tuple<Tensor, Tensor> launch(GradStatsParams& call, const Tensor& like, ScalarType dtype) {
+  const DeviceScope device(like);
+  const int64_t count = static_cast<int64_t>(call.tensors.size());
+  Tensor numel = new_empty(like, {count}, ScalarType::Long);
+  Tensor moments = new_empty(like, {call.has_params ? 4 : 2, count}, dtype);
+  Tensor workspace = new_empty(like, {stats_rows(call.tensors), kStatsRow}, ScalarType::Double);
   call.workspace = static_cast<double*>(workspace.mutable_data_ptr());
   call.numel = static_cast<int64_t*>(numel.mutable_data_ptr());
   call.moments = moments.mutable_data_ptr();
@@ -24,8 +19,31 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   return {numel, moments};
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList& params,
+                                      const TensorList& anchors) {
+  STD_TORCH_CHECK(!grads.empty(), "mmfuse: grad_stats needs at least one gradient");
+  GradStatsParams call;
+  call.tensors = grad_tensors(grads, params, anchors, false);
+  call.has_params = !params.empty();
+  return launch(call, grads[0], result_type(grads));
+}
+
+// The same of gradients that are contiguous and not empty, without a second list; `like` says on
+// which device.
+std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor& like) {
+  const Rows rows(table);
+  STD_TORCH_CHECK(rows.size() > 0, "mmfuse: grad_stats needs at least one gradient");
+  GradStatsParams call;
+  call.tensors = grad_tensors(rows);
+  call.has_params = false;
+  return launch(call, like, rows.wide() ? ScalarType::Double : ScalarType::Float);
+}
+
 }  // namespace mmfuse::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, MMFUSE_CUDA_KEY, m) {
   m.impl("grad_stats.cuda", TORCH_BOX(&mmfuse::cuda::grad_stats));
+  m.impl("grad_stats_table.cuda", TORCH_BOX(&mmfuse::cuda::grad_stats_table));
 }

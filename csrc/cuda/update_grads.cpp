@@ -3,6 +3,24 @@
 #include "glue/cuda_tensors.h"
 
 namespace mmfuse::cuda {
+namespace {
+
+void launch(UpdateGradsParams& call, const Tensor& scale, const std::optional<Tensor>& finite,
+            const std::optional<Tensor>& sq_norm) {
+  if (finite) call.common.finite = static_cast<bool*>(finite->mutable_data_ptr());
+  const DeviceScope device(scale);
+  std::optional<Tensor> partials;
+  if (sq_norm) {
+    const Coefficients out = coefficients_of(*sq_norm, call.tensors.size(), "sq_norm");
+    partials = new_empty(scale, {update_chunks(call.tensors)}, ScalarType::Double);
+    call.partials = static_cast<double*>(partials->mutable_data_ptr());
+    call.sq_norm = sq_norm->mutable_data_ptr();
+    call.wide_sq_norm = out.wide;
+  }
+  launch_update_grads(call, device.stream());
+}
+
+}  // namespace
 
 void update_grads_(const TensorList& grads, const Tensor& scale, const TensorList& params,
                    const TensorList& anchors, const std::optional<Tensor>& pull,
@@ -27,21 +45,28 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
       call.tensors[t].noise_offset = noise_offsets[t];
     }
   }
-  if (finite) call.common.finite = static_cast<bool*>(finite->mutable_data_ptr());
-  const DeviceScope device(scale);
-  std::optional<Tensor> partials;
-  if (sq_norm) {
-    const Coefficients out = coefficients_of(*sq_norm, count, "sq_norm");
-    partials = new_empty(scale, {update_chunks(call.tensors)}, ScalarType::Double);
-    call.partials = static_cast<double*>(partials->mutable_data_ptr());
-    call.sq_norm = sq_norm->mutable_data_ptr();
-    call.wide_sq_norm = out.wide;
+  launch(call, scale, finite, sq_norm);
+}
+
+// The same of gradients that are contiguous and not empty, without a second list.
+void update_grads_table_(const Tensor& table, const Tensor& scale,
+                         const std::optional<Tensor>& noise_std,
+                         const std::optional<Tensor>& noise_state,
+                         const std::optional<Tensor>& finite,
+                         const std::optional<Tensor>& sq_norm) {
+  UpdateGradsParams call;
+  call.tensors = grad_tensors(Rows(table));
+  call.common.scale = coefficients_of(scale, call.tensors.size(), "scale");
+  if (noise_std) {
+    call.common.noise_std = coefficients_of(*noise_std, call.tensors.size(), "noise_std");
+    call.common.noise_state = noise_state_of(noise_state);
   }
-  launch_update_grads(call, device.stream());
+  launch(call, scale, finite, sq_norm);
 }
 
 }  // namespace mmfuse::cuda
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, MMFUSE_CUDA_KEY, m) {
   m.impl("update_grads_.cuda", TORCH_BOX(&mmfuse::cuda::update_grads_));
+  m.impl("update_grads_table_.cuda", TORCH_BOX(&mmfuse::cuda::update_grads_table_));
 }

@@ -1,7 +1,10 @@
-// mmfuse._C: how the build was made. The backends are libraries of their own, without Python.
+// mmfuse._C: how the build was made, and what is read from Python's objects. The backends are
+// libraries of their own, without Python.
 #include <pybind11/pybind11.h>
 
 #include <string>
+
+#include "python/gradients.h"
 
 namespace py = pybind11;
 
@@ -24,9 +27,21 @@ py::dict build_info() {
   return info;
 }
 
+mmfuse::python::Reader reader;
+
+bool find_tensors(const py::object& tensor_type) { return reader.find(tensor_type.ptr()); }
+
+py::object read_gradients(const py::object& parameters) {
+  PyObject* found = mmfuse::python::read_gradients(reader, parameters.ptr());
+  if (found == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "How mmfuse was built.";
+  m.doc() = "How mmfuse was built, and what it reads of Python's objects quickly.";
   m.def("build_info", &build_info, "Compiler and flags of this build.");
+  m.def("find_tensors", &find_tensors, "Looks up how tensors are read; whether they can be.");
+  m.def("read_gradients", &read_gradients, "Gradients of parameters and a table of them, or None.");
 }

@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/device/params.h"
+#include "table.h"
 #include "tensors.h"
 
 // tests/kernels/cuda_on_cpu defines MMFUSE_CUDA_ON_CPU and runs the same kernels on CPU tensors.
@@ -81,6 +82,19 @@ inline std::vector<GradTensor> grad_tensors(const TensorList& grads, const Tenso
     if (anchors.empty()) continue;
     tensor.anchor = anchors[t].const_data_ptr();
     tensor.anchor_dtype = dtype_of(anchors[t]);
+  }
+  return tensors;
+}
+
+inline std::vector<GradTensor> grad_tensors(const Rows& rows) {
+  std::vector<GradTensor> tensors(rows.size());
+  for (size_t t = 0; t < rows.size(); ++t) {
+    GradTensor& tensor = tensors[t];
+    tensor.grad = rows[t].pointer();
+    tensor.numel = rows[t].numel;
+    tensor.noise_id = static_cast<uint32_t>(rows[t].id);
+    tensor.slot = static_cast<int32_t>(t);
+    tensor.grad_dtype = rows[t].type();
   }
   return tensors;
 }

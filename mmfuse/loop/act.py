@@ -69,6 +69,7 @@ def act_on(
                 noise_std=std,
                 state=state,
                 ids=() if std is None else active.ids,
+                table=active.table,
             )
             return
     if scale is None:
@@ -146,7 +147,7 @@ def stats_of(
     """Statistics of whole tensors; unscaled where there are anchors, which are not scaled."""
     if second is None:
         if active.device is not None:
-            return stats_of_checked(backend, active.device, active.grads)
+            return stats_of_checked(backend, active.device, active.grads, table=active.table)
         return active.stats(backend)
     if isinstance(second, Second):
         stats = grad_stats(active.grads, second.tensors, second.origins, backend=backend)

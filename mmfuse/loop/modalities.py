@@ -9,15 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import _native
 from ..noise import NoiseStream
-from ..ops._tensors import (
-    FLOATING,
-    channels_last,
-    check_named,
-    check_writable,
-    index_tensor,
-    why_unsupported,
-)
+from ..ops._tensors import check_writable, index_tensor, why_unsupported
 from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
 from . import _surgery
@@ -29,6 +23,7 @@ from ._parameters import (
     named_parameters,
     selection,
 )
+from ._reading import read_each
 from .shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
 
 
@@ -48,6 +43,8 @@ class Active(NamedTuple):
     device: torch.device | None = None
     #: Of the kernels' vectors for these gradients: float64 if one of them is, else float32.
     dtype: torch.dtype = torch.float32
+    #: The gradients as the compiled kernels can read them, if they have been read so.
+    table: Tensor | None = None
 
     def stats(self, backend: str | None) -> GradStats:
         """Statistics of the gradients, of whole tensors."""
@@ -168,6 +165,7 @@ class Modalities:
                     f"none selected by select={select!r} that can get a gradient"
                 )
         self._owner = tuple(self.modality)
+        self._everything = list(range(len(self.parameters)))
         self._keys = frozenset(self.names)
         self._sharded = any(map(is_dtensor, self.parameters))
         # Those that had no gradient in the last step though they require one.
@@ -225,11 +223,12 @@ class Modalities:
                     )
         self.registrations = now
 
-    def active(self, missing: Collection[str] = ()) -> Active:
+    def active(self, missing: Collection[str] = (), eager: bool = False) -> Active:
         """The parameters that require and have a non-empty gradient now.
 
         Args:
             missing: Modalities whose encoders need not have any, since no sample has them.
+            eager: Nothing is compiled, so that compiled code may look at the parameters.
 
         Raises:
             RuntimeError: no parameter of an encoder has a gradient though some require one, or
@@ -238,28 +237,18 @@ class Modalities:
             ValueError: a parameter has no gradient because it has been replaced, as `fully_shard`
                 does.
         """
-        params, grads, ids, waiting = [], [], [], []
-        kinds = set()
-        for i, parameter in enumerate(self.parameters):
-            grad = parameter.grad
-            if not parameter.requires_grad or parameter.numel() == 0:
-                continue
-            if grad is None:
-                waiting.append(i)
-                continue
-            params.append(parameter)
-            grads.append(grad)
-            ids.append(i)
-            dense = grad.layout is torch.strided and (grad.is_contiguous() or channels_last(grad))
-            kinds.add((grad.layout, grad.dtype, grad.device, dense))
-        device, dtype, plain = None, torch.float32, not self._sharded
-        for layout, of, where, dense in kinds:
-            if layout is not torch.strided or of not in FLOATING:
-                check_named(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
-            if of is torch.float64:
-                dtype = of
-            plain = plain and dense and device in (None, where)
-            device = where
+        read, found = _native.read_gradients, None
+        if eager and read is not None and not self._sharded:
+            found = read(self.parameters)
+        if found is not None:
+            grads, ids, waiting, wide, table = found
+            ids = self._everything if ids is None else ids
+            device = grads[0].device if grads else None
+            dtype = torch.float64 if wide else torch.float32
+        else:
+            each = read_each(self.parameters, self.parameter_names)
+            (grads, ids, waiting, device, dtype), table = each, None
+        plain = device is not None and not self._sharded
         # One that has been replaced waits for a gradient for ever; looking takes longer than a step
         # should, so that it is done where the list has changed.
         if waiting != self._waiting:
@@ -278,11 +267,12 @@ class Modalities:
                         "once for each backward pass (of several micro-batches, observe() each "
                         "and call step() after the last)"
                     )
-        if not plain:
+        if not plain and grads:
             check_writable(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
-        if not plain or len(ids) < len(self.parameters):
-            return self._parts(params, grads, ids, device if plain else None, dtype)
-        return Active(params, grads, ids, self._owner, [], device, dtype)
+        if plain and len(ids) == len(self.parameters):
+            return Active(self.parameters, grads, ids, self._owner, [], device, dtype, table)
+        params = [self.parameters[i] for i in ids]
+        return self._parts(params, grads, ids, device if plain else None, dtype, table)
 
     def _check_reached(
         self, ids: Sequence[int], waiting: Sequence[int], missing: Collection[str]
@@ -314,10 +304,11 @@ class Modalities:
         ids: list[int],
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
+        table: Tensor | None = None,
     ) -> Active:
         modality = tuple([self.modality[i] for i in ids])
         if not self._sharded:
-            return Active(params, grads, ids, modality, [], device, dtype)
+            return Active(params, grads, ids, modality, [], device, dtype, table)
         shards = [self._place(i) for i in ids]
         return Active(
             [local_part(p) for p in params], [local_part(g) for g in grads], ids, modality, shards

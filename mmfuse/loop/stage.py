@@ -49,7 +49,7 @@ def take_step(
         if type(backend) is Eager and modalities.registrations != _surgery.registrations:
             modalities.check_unchanged()
         if method.apply_to == "gradient":
-            active = modalities.active(method._senses.missing)
+            active = modalities.active(method._senses.missing, type(backend) is Eager)
             if method.anchors is not None:
                 method.anchors.check(active, modalities.parameter_names)
     except Exception as error:

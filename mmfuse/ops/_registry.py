@@ -45,6 +45,7 @@ class Op:
         schema: Arguments and returns in PyTorch's schema language, without the name.
         fake: The shape function, shared by all backends.
         module: File name in the backends' folders, when it is not `name`.
+        table: The schema of the same op on a table of gradients, which the compiled backends have.
         public: Name of the public op, when it is not `name` without "_backward".
     """
 
@@ -55,6 +56,7 @@ class Op:
         fake: Callable[..., Any],
         *,
         module: str | None = None,
+        table: str | None = None,
         public: str | None = None,
     ) -> None:
         self.name = name
@@ -75,6 +77,15 @@ class Op:
             self._register_derivatives(backend)
         for backend in ("reference", "triton"):
             self._register_python(backend)
+        self._tables: dict[tuple[str, str | None, torch.device], Callable[..., Any] | None] = {}
+        self._of_tables: dict[str, Callable[..., Any]] = {}
+        for backend in ("cpu", "cuda") if table is not None else ():
+            # Eager calls alone come here: no fake, no derivative. A name of its own, for PyTorch
+            # aborts at exit where the overloads of one operator differ in their arguments.
+            on_table = f"{name.rstrip('_')}_table{'_' * name.endswith('_')}"
+            _library.define(f"{on_table}.{backend}{table}")
+            packet = getattr(torch.ops.mmfuse, on_table)
+            self._of_tables[backend] = getattr(packet, backend)._op
         OPS[name] = self
 
     def _register_python(self, backend: str) -> None:
@@ -207,6 +218,13 @@ class Op:
         found: Callable[..., Any] = self.overloads[self.resolve(named, device)]._op
         self._kernels[backend, _forced, device] = found
         return found
+
+    def of_table(self, backend: Eager, device: torch.device) -> Callable[..., Any] | None:
+        """The kernel that takes a table in the place of a list; None if the backend has none."""
+        key = backend, _forced, device
+        if key not in self._tables:
+            self._tables[key] = self._of_tables.get(self.resolve(str(backend) or None, device))
+        return self._tables[key]
 
     def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:
         if type(backend) is Eager:

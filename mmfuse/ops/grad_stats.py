@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._eager import Eager
 from ._registry import Op
 from ._tensors import by_device, check_list, check_pairs, index_tensor, kernel_layout
 
@@ -73,7 +74,10 @@ def _fake(
 
 
 _op = Op(
-    "grad_stats", "(Tensor[] grads, Tensor[] params, Tensor[] anchors) -> (Tensor, Tensor)", _fake
+    "grad_stats",
+    "(Tensor[] grads, Tensor[] params, Tensor[] anchors) -> (Tensor, Tensor)",
+    _fake,
+    table="(Tensor table, Tensor like) -> (Tensor, Tensor)",
 )
 
 
@@ -133,12 +137,20 @@ def stats_of_checked(
     grads: list[Tensor],
     params: Sequence[Tensor] = (),
     anchors: Sequence[Tensor] = (),
+    table: Tensor | None = None,
 ) -> GradStats:
     """`grad_stats` of tensors of floating dtypes on one device, at least one.
 
-    They are contiguous or in channels_last, params and anchors as their gradients are.
+    They are contiguous or in channels_last, params and anchors as their gradients are. `table` is what `mmfuse._native.read_gradients` has made of `grads`.
     """
-    numel, moments = _op(backend, device, grads, params, anchors)
+    kernel = None
+    if table is not None and not params and type(backend) is Eager:
+        kernel = _op.of_table(backend, device)
+    if kernel is not None:
+        with torch._C._AutoDispatchBelowAutograd():
+            numel, moments = kernel(table, grads[0])
+    else:
+        numel, moments = _op(backend, device, grads, params, anchors)
     return GradStats(numel, *moments.unbind(0))
 
 

@@ -32,6 +32,8 @@ _op = Op(
     "Tensor(b!)? finite, Tensor(c!)? sq_norm) -> ()",
     _fake,
     module="update_grads",
+    table="(Tensor table, Tensor scale, Tensor? noise_std, Tensor? noise_state, "
+    "Tensor(b!)? finite, Tensor(c!)? sq_norm) -> ()",
 )
 
 
@@ -166,30 +168,38 @@ def update_checked_(
     noise_std: Tensor | None = None,
     state: Tensor | None = None,
     ids: Sequence[int] = (),
+    table: Tensor | None = None,
 ) -> None:
     """`update_grads_` of tensors that need no check.
 
     They are contiguous or in channels_last, params and anchors as their gradients are; of floating
     dtypes, whole and on one device, at least one. The vectors are contiguous there, float64 if a
-    gradient is, else float32. `state` and `ids` are the stream's, where there is
-    noise.
+    gradient is, else float32. `state` and `ids` are the stream's, where there is noise. `table` is
+    what `mmfuse._native.read_gradients` has made of `grads`.
     """
-    offsets = [0] * len(ids)
-    _op(
-        backend,
-        device,
-        grads,
-        scale,
-        params,
-        anchors,
-        pull,
-        noise_std,
-        state,
-        ids,
-        offsets,
-        finite,
-        sq_norm,
-    )
+    kernel = None
+    if table is not None and pull is None and type(backend) is Eager:
+        kernel = _op.of_table(backend, device)
+    if kernel is not None:
+        with torch._C._AutoDispatchBelowAutograd():
+            kernel(table, scale, noise_std, state, finite, sq_norm)
+    else:
+        offsets = [0] * len(ids)
+        _op(
+            backend,
+            device,
+            grads,
+            scale,
+            params,
+            anchors,
+            pull,
+            noise_std,
+            state,
+            ids,
+            offsets,
+            finite,
+            sq_norm,
+        )
     if type(backend) is Eager or not torch.compiler.is_compiling():
         # Autograd has seen an operator, but not what it wrote to.
         torch._C._increment_version(

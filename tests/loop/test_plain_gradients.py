@@ -97,7 +97,7 @@ def test_it_gives_the_numbers_of_the_checked_way(
         method = mmfuse.OGM(nets, noise=noise, stream=mmfuse.NoiseStream(7))
         if not plain:
             checked = method.modalities.active()._replace(device=None)
-            monkeypatch.setattr(method.modalities, "active", lambda _, checked=checked: checked)
+            monkeypatch.setattr(method.modalities, "active", lambda *_, found=checked: found)
         else:
             on_the_way = method.modalities.active().device is not None
             assert on_the_way == (layout in ("contiguous", "channels_last"))

@@ -1,0 +1,225 @@
+// Reads the gradients of a list of parameters as Python has them, by DLPack's exchange interface:
+// no header of PyTorch, and none of its layouts.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "common/dtype.h"
+
+namespace mmfuse::python {
+
+// As DLPack 1 lays them out; what is not used has no type.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  int64_t* shape;
+  int64_t* strides;
+  uint64_t byte_offset;
+};
+
+struct DLManaged {
+  uint32_t major, minor;
+  void* context;
+  void (*free)(DLManaged* self);
+  uint64_t flags;
+  DLTensor tensor;
+};
+
+struct DLExchange {
+  uint32_t major, minor;
+  void *older, *allocate, *managed;
+  int (*to_python)(DLManaged* tensor, void** out);
+  int (*read)(void* object, DLTensor* out);  // borrows; waits for no device
+  void* stream;
+};
+
+constexpr int32_t kCPU = 1, kCUDA = 2;
+constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4;
+// A row of a table, as `glue/table.h` reads it: data, number of elements, dtype, stream id.
+constexpr int64_t kRow = 4;
+
+// A reference that ends with its scope.
+class Object {
+ public:
+  explicit Object(PyObject* object = nullptr) : object_(object) {}
+  Object(Object&& other) noexcept : object_(other.release()) {}
+  ~Object() { Py_XDECREF(object_); }
+  PyObject* get() const { return object_; }
+  PyObject* release() {
+    PyObject* object = object_;
+    object_ = nullptr;
+    return object;
+  }
+  explicit operator bool() const { return object_ != nullptr; }
+
+ private:
+  PyObject* object_;
+};
+
+inline bool is_contiguous(const DLTensor& tensor) {
+  if (tensor.strides == nullptr) return true;
+  int64_t expected = 1;
+  for (int32_t d = tensor.ndim - 1; d >= 0; --d) {
+    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) return false;
+    expected *= tensor.shape[d];
+  }
+  return true;
+}
+
+inline int64_t numel_of(const DLTensor& tensor) {
+  int64_t count = 1;
+  for (int32_t d = 0; d < tensor.ndim; ++d) count *= tensor.shape[d];
+  return count;
+}
+
+inline bool dtype_of(const DLTensor& tensor, DType* out) {
+  if (tensor.lanes != 1) return false;
+  if (tensor.code == kBFloat && tensor.bits == 16) return *out = DType::kBFloat16, true;
+  if (tensor.code != kFloat) return false;
+  if (tensor.bits == 32) return *out = DType::kFloat32, true;
+  if (tensor.bits == 64) return *out = DType::kFloat64, true;
+  if (tensor.bits == 16) return *out = DType::kFloat16, true;
+  return false;
+}
+
+// What is looked up once: PyTorch's type of tensors and how they are read.
+struct Reader {
+  PyTypeObject* tensor = nullptr;
+  const DLExchange* exchange = nullptr;
+  PyObject *grad, *requires_grad, *numel, *is_neg;
+
+  // False where this PyTorch has no such interface, or one of another major version.
+  bool find(PyObject* tensor_type) {
+    const Object capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
+    void* found = capsule ? PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api") : nullptr;
+    if (found == nullptr) return PyErr_Clear(), false;
+    exchange = static_cast<const DLExchange*>(found);
+    if (exchange->major != 1 || exchange->read == nullptr) return false;
+    Py_INCREF(tensor_type);
+    tensor = reinterpret_cast<PyTypeObject*>(tensor_type);
+    grad = PyUnicode_InternFromString("grad");
+    requires_grad = PyUnicode_InternFromString("requires_grad");
+    numel = PyUnicode_InternFromString("numel");
+    is_neg = PyUnicode_InternFromString("is_neg");
+    return true;
+  }
+};
+
+enum class Found { kPlain, kOther, kError };
+
+// A method without arguments that returns a number or a truth value; -1 and an error, if there is.
+inline long ask(PyObject* object, PyObject* method) {
+  const Object answer(PyObject_CallMethodNoArgs(object, method));
+  return answer ? PyLong_AsLong(answer.get()) : -1;
+}
+
+// Reads one gradient into a row of the table. Whatever a kernel could not take as it is, is other.
+inline Found read_gradient(const Reader& reader, PyObject* grad, DLTensor* first, int64_t* row) {
+  if (Py_TYPE(grad) != reader.tensor) return Found::kOther;
+  DLTensor one;
+  if (reader.exchange->read(grad, &one) != 0) return PyErr_Clear(), Found::kOther;
+  DType dtype;
+  const int64_t count = numel_of(one);
+  if (one.device_type != kCPU && one.device_type != kCUDA) return Found::kOther;
+  if (!dtype_of(one, &dtype) || count == 0 || one.data == nullptr) return Found::kOther;
+  if (!is_contiguous(one)) return Found::kOther;
+  if (first->data == nullptr) *first = one;
+  if (one.device_type != first->device_type || one.device_id != first->device_id) {
+    return Found::kOther;
+  }
+  // The negative view that an imaginary part is has gaps, unless it is of one element.
+  if (count == 1) {
+    const long negated = ask(grad, reader.is_neg);
+    if (negated != 0) return negated < 0 ? Found::kError : Found::kOther;
+  }
+  row[0] = reinterpret_cast<int64_t>(static_cast<char*>(one.data) + one.byte_offset);
+  row[1] = count;
+  row[2] = static_cast<int64_t>(dtype);
+  return Found::kPlain;
+}
+
+// A table as a tensor of PyTorch, which frees it. Not by torch.empty: that is an operator.
+struct Table {
+  DLManaged managed{};
+  int64_t shape[2], strides[2];
+  std::vector<int64_t> numbers;
+
+  static void free(DLManaged* managed) { delete static_cast<Table*>(managed->context); }
+};
+
+inline PyObject* to_python(const Reader& reader, std::unique_ptr<Table> table) {
+  table->shape[0] = static_cast<int64_t>(table->numbers.size()) / kRow;
+  table->shape[1] = table->strides[0] = kRow;
+  table->strides[1] = 1;
+  table->managed.major = 1;
+  table->managed.context = table.get();
+  table->managed.free = Table::free;
+  table->managed.tensor = {table->numbers.data(), kCPU,           0, 2, kInt, 64, 1,
+                           table->shape,          table->strides, 0};
+  void* made = nullptr;
+  // Whether PyTorch has freed it after an error is not known.
+  DLManaged* given = &table.release()->managed;
+  if (reader.exchange->to_python(given, &made) != 0) return nullptr;
+  return static_cast<PyObject*>(made);
+}
+
+inline bool append_number(PyObject* list, Py_ssize_t number) {
+  const Object made(PyLong_FromSsize_t(number));
+  return made && PyList_Append(list, made.get()) == 0;
+}
+
+// (gradients, their places or None for all, places of those that wait for one, whether one is
+// float64, table); None where a gradient is not contiguous, dense, floating, not empty and on the
+// device of the others, or is no plain tensor. Null and an error, where Python has raised one.
+inline PyObject* read_gradients(const Reader& reader, PyObject* parameters) {
+  const auto other = [] { return Py_NewRef(Py_None); };
+  if (reader.exchange == nullptr || !PyList_CheckExact(parameters)) return other();
+  const Py_ssize_t count = PyList_GET_SIZE(parameters);
+  auto table = std::make_unique<Table>();
+  table->numbers.resize(count * kRow);
+  int64_t* row = table->numbers.data();
+  Object grads(PyList_New(0)), places(PyList_New(0)), waiting(PyList_New(0));
+  if (!grads || !places || !waiting) return nullptr;
+  DLTensor first{};
+  bool wide = false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* parameter = PyList_GET_ITEM(parameters, i);
+    const Object takes(PyObject_GetAttr(parameter, reader.requires_grad));
+    if (!takes) return nullptr;
+    if (takes.get() == Py_False) continue;
+    const Object grad(PyObject_GetAttr(parameter, reader.grad));
+    if (!grad) return nullptr;
+    if (grad.get() == Py_None) {
+      const long elements = ask(parameter, reader.numel);
+      if (elements < 0 || (elements > 0 && !append_number(waiting.get(), i))) return nullptr;
+      continue;
+    }
+    const Found found = read_gradient(reader, grad.get(), &first, row);
+    if (found != Found::kPlain) return found == Found::kOther ? other() : nullptr;
+    row[3] = i;
+    wide = wide || row[2] == static_cast<int64_t>(DType::kFloat64);
+    row += kRow;
+    if (PyList_Append(grads.get(), grad.get()) != 0) return nullptr;
+  }
+  const Py_ssize_t listed = PyList_GET_SIZE(grads.get());
+  for (Py_ssize_t t = 0; listed < count && t < listed; ++t) {
+    const int64_t place = table->numbers[t * kRow + 3];
+    if (!append_number(places.get(), static_cast<Py_ssize_t>(place))) return nullptr;
+  }
+  PyObject* ids = listed == count ? Py_None : places.get();
+  table->numbers.resize(listed * kRow);
+  const Object rows(to_python(reader, std::move(table)));
+  if (!rows) return nullptr;
+  PyObject* is_wide = wide ? Py_True : Py_False;
+  return PyTuple_Pack(5, grads.get(), ids, waiting.get(), is_wide, rows.get());
+}
+
+}  // namespace mmfuse::python

@@ -55,6 +55,8 @@ std::tuple<Tensor, Tensor> product_gradients(const Tensor& a, const Tensor& b,
   });
   divide(grad_a, temperature, grad_a);
   return {torch::stable::to(grad_a, a.scalar_type()), torch::stable::to(grad_b, b.scalar_type())};
+}
+
 // Of an element of a similarity matrix, forwards or backwards.
 Nanoseconds cost_of(const SimilarityBlock& block) {
   return block.rows * block.columns * ns(block.dtype == DType::kFloat64 ? 2 : 0.8);

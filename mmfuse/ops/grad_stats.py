@@ -141,7 +141,8 @@ def stats_of_checked(
 ) -> GradStats:
     """`grad_stats` of tensors of floating dtypes on one device, at least one.
 
-    They are contiguous or in channels_last, params and anchors as their gradients are. `table` is what `mmfuse._native.read_gradients` has made of `grads`.
+    They are contiguous or in channels_last, params and anchors as their gradients are. `table` is
+    what `mmfuse._native.read_gradients` has made of `grads`.
     """
     kernel = None
     if table is not None and not params and type(backend) is Eager:

@@ -242,7 +242,7 @@ def info_nce_backward(
     with launch_on(a.device):
         for k, (tile, own, others) in enumerate(_tiles(a, b)):
             n_rows, n_columns = tile.shape
-            parts = (tile,)
+            parts: tuple[Tensor, ...] = (tile,)
             if half_scale:
                 parts = halves[: 2 * tile.numel()].view(2, n_rows, n_columns).unbind()
             _slope_kernel[(triton.cdiv(n_rows, ROW_LINES),)](

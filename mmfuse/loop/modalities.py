@@ -237,6 +237,7 @@ class Modalities:
             ValueError: a parameter has no gradient because it has been replaced, as `fully_shard`
                 does.
         """
+        grads: list[Tensor]
         read, found = _native.read_gradients, None
         if eager and read is not None and not self._sharded:
             found = read(self.parameters)

@@ -78,14 +78,14 @@ class Op:
         for backend in ("reference", "triton"):
             self._register_python(backend)
         self._tables: dict[tuple[str, str | None, torch.device], Callable[..., Any] | None] = {}
-        self._of_tables: dict[str, Callable[..., Any]] = {}
+        self._of_tables: dict[str, Any] = {}
         for backend in ("cpu", "cuda") if table is not None else ():
             # Eager calls alone come here: no fake, no derivative. A name of its own, for PyTorch
             # aborts at exit where the overloads of one operator differ in their arguments.
             on_table = f"{name.rstrip('_')}_table{'_' * name.endswith('_')}"
             _library.define(f"{on_table}.{backend}{table}")
             packet = getattr(torch.ops.mmfuse, on_table)
-            self._of_tables[backend] = getattr(packet, backend)._op
+            self._of_tables[backend] = getattr(packet, backend)
         OPS[name] = self
 
     def _register_python(self, backend: str) -> None:
@@ -223,7 +223,11 @@ class Op:
         """The kernel that takes a table in the place of a list; None if the backend has none."""
         key = backend, _forced, device
         if key not in self._tables:
-            self._tables[key] = self._of_tables.get(self.resolve(str(backend) or None, device))
+            found, has = None, torch._C._dispatch_has_kernel_for_dispatch_key
+            overload = self._of_tables.get(self.resolve(str(backend) or None, device))
+            if overload is not None and has(str(overload.name()), device.type.upper()):
+                found = overload._op
+            self._tables[key] = found
         return self._tables[key]
 
     def __call__(self, backend: str | None, device: torch.device, *args: Any) -> Any:

@@ -10,7 +10,7 @@ using RedundancyResults =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // grad_stats of the tensors, or nothing.
-struct RedundancyMoments {
+struct C10_HIDDEN RedundancyMoments {
   const std::optional<Tensor>& numel;
   const std::optional<Tensor>& mean;
   const std::optional<Tensor>& m2;

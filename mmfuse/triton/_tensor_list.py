@@ -287,12 +287,13 @@ def _row_orders(grads: Sequence[Tensor]) -> tuple[int, ...]:
     whole = tuple(map(Tensor.is_contiguous, grads))
     if False not in whole:
         return ()
-    return tuple(
-        [
-            0 if in_order else (g.shape[1] << 32) + g.numel() // (g.shape[0] * g.shape[1])
-            for g, in_order in zip(grads, whole, strict=True)
-        ]
-    )
+    orders = []
+    for grad, in_order in zip(grads, whole, strict=True):
+        if in_order or grad.dim() < 4:
+            orders.append(0)
+            continue
+        orders.append((grad.shape[1] << 32) + grad.numel() // (grad.shape[0] * grad.shape[1]))
+    return tuple(orders)
 
 
 def _stream(device: torch.device) -> tuple[int | None, bool]:

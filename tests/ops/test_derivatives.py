@@ -25,7 +25,8 @@ from mmfuse.ops._registry import OPS, Op
 WITH_FORMULA = sorted(name for name, op in OPS.items() if op._formula is not None)
 #: Their public ops, each with an operator for its gradient or a gradient in plain PyTorch.
 DIFFERENTIABLE = sorted({OPS[name].public for name in WITH_FORMULA})
-CONSTANT = sorted(set(OPS) - set(WITH_FORMULA) - {"update_grads_"})
+#: Without those that write into what they are given.
+CONSTANT = sorted(n for n in set(OPS) - set(WITH_FORMULA) if not n.endswith("_"))
 #: The others say so when they are differentiated twice.
 TWICE = {"drop_modalities", "noisy_views", "redundancy_ratio", "scale_grad"}
 

@@ -137,7 +137,12 @@ def see(
 
 
 def _ways(kind: str) -> tuple[str, ...]:
-    """The ways to tell it more; a module whose forward pass has `present` alone takes masks."""
+    """The ways to tell it more; a module whose forward pass has `present` alone takes masks.
+
+    None of those that decide nothing: ModalityDropout's tests have its masks.
+    """
+    if kind in FIXED:
+        return ()
     if kind in ON_GRADIENTS:
         return ("present",) if kind in TWO_GRADIENTS else ways.WAYS
     taken = signature(METHODS[KINDS[kind].method].forward).parameters

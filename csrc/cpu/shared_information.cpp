@@ -1,4 +1,5 @@
 #include "common/shared_information.h"
+
 #include "glue/joint_counter.h"
 
 namespace mmfuse::cpu {

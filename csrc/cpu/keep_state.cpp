@@ -17,8 +17,10 @@ void keep_state_(const TensorList& state, const TensorList& values, const Tensor
   }
   if (!counts) return;
   for (size_t i = 0; i < state.size(); ++i) {
+    const auto bytes = bytes_of(state[i]);
+    if (bytes == 0) continue;  // there may be no memory at all
     // A value may be the state itself, of which nothing changes.
-    std::memmove(state[i].mutable_data_ptr(), values[i].const_data_ptr(), bytes_of(state[i]));
+    std::memmove(state[i].mutable_data_ptr(), values[i].const_data_ptr(), bytes);
   }
 }
 

@@ -54,9 +54,9 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
   if (!finite && call.finite != nullptr) *call.finite = false;
 }
 
-template <Anchors kAnchors, bool kShort>
-using TransposedTable =
-    ListTable<TransposedEntry<kAnchors != Anchors::kNone>, UpdateCommon, kShort>;
+// Short ones alone: a longer list has more launches, not a second kernel.
+template <Anchors kAnchors>
+using TransposedTable = ListTable<TransposedEntry<kAnchors != Anchors::kNone>, UpdateCommon, true>;
 
 // A batch's registers are 16 gradients, and as many displacements.
 template <typename scalar_t, Anchors kAnchors>
@@ -64,10 +64,9 @@ constexpr int kTransposedBlocksPerSm = sizeof(scalar_t) == 8 || kAnchors != Anch
 
 // As update_grads_kernel with noise, for tensors in channels_last. A kernel of its own, so that the
 // other one stays as it was tuned.
-template <typename scalar_t, Anchors kAnchors, bool kShort>
+template <typename scalar_t, Anchors kAnchors>
 __global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kAnchors>))
-    update_grads_transposed_kernel(
-        const TransposedTable<kAnchors, kShort> __grid_constant__ table) {
+    update_grads_transposed_kernel(const TransposedTable<kAnchors> __grid_constant__ table) {
   using acc_t = acc_type<scalar_t>;
   alignas(kVectorBytes) __shared__ float normals[kTransposedTile + kNoiseBlock];
   const UpdateCommon& call = table.common;
@@ -196,20 +195,16 @@ void launch_group(const UpdateGradsParams& params, cudaStream_t stream) {
 
 template <typename scalar_t, Anchors kAnchors>
 void launch_transposed_group(const UpdateGradsParams& params, cudaStream_t stream) {
+  TransposedTable<kAnchors> table;
+  table.common = params.common;
   const auto chunks_of = [](const GradTensor& tensor) {
     return tensor.channels > 1 ? transposed_tiles(tensor) : 0;
   };
-  visit_table_length<scalar_t, kAnchors>(params.tensors, kDType<scalar_t>, [&](auto is_short) {
-    constexpr bool kShort = decltype(is_short)::value;
-    TransposedTable<kAnchors, kShort> table;
-    table.common = params.common;
-    for_each_table_of<kAnchors != Anchors::kNone, true>(
-        params.tensors, kDType<scalar_t>, kAnchors, chunks_of, table, [&] {
-          launch("update_grads_transposed_kernel",
-                 update_grads_transposed_kernel<scalar_t, kAnchors, kShort>, table.chunks, kThreads,
-                 stream, table);
-        });
-  });
+  for_each_table_of<kAnchors != Anchors::kNone, true>(
+      params.tensors, kDType<scalar_t>, kAnchors, chunks_of, table, [&] {
+        launch("update_grads_transposed_kernel", update_grads_transposed_kernel<scalar_t, kAnchors>,
+               table.chunks, kThreads, stream, table);
+      });
 }
 
 template <typename scalar_t, Anchors kAnchors>

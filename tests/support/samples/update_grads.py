@@ -119,9 +119,13 @@ def _pulled(pull: Tensor, *beside: list[Tensor]) -> dict[str, Any]:
 
 
 def _in_channels_last(inputs: Inputs) -> list[Tensor]:
-    """Noise by the logical index; rows of four channels or not, cut into tiles or not."""
+    """Noise by the logical index; rows of four channels or not, cut into tiles or not.
+
+    More than a table of parameters holds, which is 128.
+    """
     shapes = [(3, 4, 3, 3), (2, 3, 1, 2, 2)]
     if not inputs.interpreted:
+        shapes += [(1, 4, 1, 2)] * 128
         shapes += [(9, 64, 3, 3), (2, 520, 3, 3), (2, 12, 20, 30), (2, 3, 70, 71)]
     written = []
     for shift, dtype in enumerate(DTYPES):

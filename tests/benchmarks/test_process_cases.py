@@ -52,8 +52,8 @@ def test_what_is_reduced_is_a_few_numbers(found: dict[str, Found]) -> None:
     ddp, fsdp2 = found["ddp"].reduced, found["fsdp2"].reduced
     assert ddp["plain"] == fsdp2["plain"] == 0
     assert ddp["OGM-GE"] == ddp["OGM"] == fsdp2["OGM"] == m + 1
-    # Scores and their logarithms.
-    assert ddp["InfoReg"] == 2 * m + 1
+    # The logarithms of scores.
+    assert ddp["InfoReg"] == m + 1
     # Number, sum and sum of squares.
     assert fsdp2["OGM-GE"] == m + 1 + 3 * TENSORS
 

@@ -33,7 +33,9 @@ import mmfuse
 from mmfuse.reference import info_nce as reference_nce
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("provider", ["official", "foreach", "reference"])
 @pytest.mark.parametrize("case", CALLED, ids=named)
 def test_providers_pass_the_gate(case: Case, provider: str, dtype: torch.dtype) -> None:

@@ -170,6 +170,7 @@ def test_what_is_measured_has_the_released_hyper_parameters() -> None:
         ("arm_training", 3 * 64 + 3),
     ],
 )
+@pytest.mark.slow
 def test_official_steps_wait_as_often_as_the_specification_counted(name: str, syncs: int) -> None:
     case = CASES[name]
     workload = dataclasses.replace(TINY_OF["training"], batch=64, shape=(9, 9))

@@ -128,6 +128,7 @@ def test_no_result_depends_on_which_thread_goes_first(
     assert different == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_case_is_as_the_reference(
     reached: tuple[Counter[str], dict[str, list[Tensor]]], name: str

@@ -212,6 +212,7 @@ def test_the_sharded_run_equals_the_unsharded_one(
     assert_same_run(found, unsharded[name], name)
 
 
+@pytest.mark.slow_except_for("OGM")
 @pytest.mark.parametrize("layout", ["columns", "hybrid"])
 @pytest.mark.parametrize("name", CASES)
 def test_other_layouts_of_the_shards(

@@ -15,7 +15,7 @@ from mmfuse import NoiseStream, ops
 from mmfuse.ops._registry import OPS
 
 
-@pytest.mark.slow_except_on("reference", "cpu")
+@pytest.mark.slow_except_on("cpu")
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_opcheck(cell: Cell, op: str) -> None:
     overload = OPS[op].overloads[cell.backend]

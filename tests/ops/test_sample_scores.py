@@ -168,6 +168,7 @@ def test_means_are_those_of_the_losses(cell: Cell, kind: str) -> None:
     torch.testing.assert_close(found, loss)
 
 
+@pytest.mark.slow_except_on("cpu")
 @NOT_IN_THE_INTERPRETER
 @pytest.mark.parametrize("layout", ["contiguous", "classes last"])
 @pytest.mark.parametrize("kind", KINDS)

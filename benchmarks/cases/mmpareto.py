@@ -59,7 +59,7 @@ class TwoGradients(GradientInputs):
 
     @torch.no_grad()
     def restore(self, *, replaced: bool = False) -> None:
-        """What replaces gradients finds those of all losses, as its fourth pass leaves them."""
+        """The released code finds the gradients of all losses, as its fourth pass leaves them."""
         super().restore(replaced=replaced)
         if replaced:
             torch._foreach_add_([p.grad for p in self.params], self.unimodal)

@@ -28,7 +28,7 @@ inline ValueEnds ends_of_values(const SoftValues& row) {
       highest = std::max(highest, static_cast<acc_t>(high[lane]));
       sum += zero[lane];
     }
-    // What is infinite or NaN leaves no range to speak of.
+    // An infinity or a NaN leaves no range to speak of.
     return {lowest + static_cast<double>(sum), highest + static_cast<double>(sum)};
   });
 }

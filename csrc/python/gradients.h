@@ -90,7 +90,7 @@ inline bool dtype_of(const DLTensor& tensor, DType* out) {
   return false;
 }
 
-// What is looked up once: PyTorch's type of tensors and how they are read.
+// Looked up once: PyTorch's type of tensors and how they are read.
 struct Reader {
   PyTypeObject* tensor = nullptr;
   const DLExchange* exchange = nullptr;
@@ -165,7 +165,7 @@ inline PyObject* to_python(const Reader& reader, std::unique_ptr<Table> table) {
   table->managed.tensor = {table->numbers.data(), kCPU,           0, 2, kInt, 64, 1,
                            table->shape,          table->strides, 0};
   void* made = nullptr;
-  // Whether PyTorch has freed it after an error is not known.
+  // After an error nobody knows if PyTorch has freed it.
   DLManaged* given = &table.release()->managed;
   if (reader.exchange->to_python(given, &made) != 0) return nullptr;
   return static_cast<PyObject*>(made);

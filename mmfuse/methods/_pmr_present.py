@@ -27,7 +27,7 @@ def look_at_present(
     masks: bool,
     backend: str | None,
 ) -> tuple[Seen, Observed]:
-    """What the samples show that have a modality; of those that lack it nothing is looked at.
+    """Observations of the samples that have a modality; the others' values are not looked at.
 
     Args:
         names: The modalities.

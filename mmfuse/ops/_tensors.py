@@ -141,7 +141,7 @@ _LONGEST_ROW = 1 << 20
 
 
 def channels_last(tensor: Tensor) -> bool:
-    """Whether it is in channels_last or channels_last_3d, with rows that the kernels can have."""
+    """True if it is in channels_last or channels_last_3d, with rows that the kernels can have."""
     dims = tensor.dim()
     if dims == 4:
         last = tensor.is_contiguous(memory_format=torch.channels_last)
@@ -199,7 +199,7 @@ def kernel_layout(
 
 
 def _like(tensor: Tensor, grad: Tensor) -> bool:
-    """Whether it lies in memory as a gradient does that is dense; strides of one element aside."""
+    """True if it lies in memory as a gradient does that is dense; strides of one element aside."""
     if grad.is_contiguous():
         return tensor.is_contiguous()
     return tensor.stride() == grad.stride() or (channels_last(grad) and channels_last(tensor))

@@ -115,7 +115,7 @@ __device__ __forceinline__ int find_entry(const table_t& table, int chunk) {
   return low;
 }
 
-// Whether a kernel for these serves the tensor.
+// True if a kernel for these serves the tensor.
 inline bool in_group(const GradTensor& tensor, DType dtype, Anchors anchors) {
   if (tensor.numel == 0 || tensor.grad_dtype != dtype) return false;
   return anchors == Anchors::kNone || anchors_of(tensor) == anchors;

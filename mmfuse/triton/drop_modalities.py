@@ -30,14 +30,12 @@ class Layout(NamedTuple):
         units: Row widths, in units.
         unit: Elements in a unit, known to the compiler.
         block_cols: Columns of a tile; its rows are TILE_SIZE over these.
-        first_tiles: Number of tiles of all modalities before this one.
-        n_tiles: Number of tiles.
+        n_tiles: Number of tiles, for the grid; the kernel reckons its own.
     """
 
     units: tuple[int, ...]
     unit: tuple[int, ...]
     block_cols: tuple[int, ...]
-    first_tiles: tuple[int, ...]
     n_tiles: tuple[int, ...]
 
 
@@ -50,10 +48,23 @@ def layout_of(widths: Sequence[int], n_rows: int) -> Layout:
         triton.cdiv(n_rows, TILE_SIZE // c) * max(triton.cdiv(w, c), 1)
         for w, c in zip(widths, cols, strict=True)
     ]
-    first = tuple(sum(tiles[:m]) for m in range(len(tiles)))
-    return Layout(
-        tuple(w // u for w, u in zip(widths, unit, strict=True)), unit, cols, first, tuple(tiles)
-    )
+    units = tuple(w // u for w, u in zip(widths, unit, strict=True))
+    return Layout(units, unit, cols, tuple(tiles))
+
+
+def _disguised(values: Sequence[int]) -> tuple[int, ...]:
+    """Odd numbers above 1 in place of numbers of at least 0, for `_plain` to undo.
+
+    Triton compiles a kernel anew where a number in a tuple is 1, or a multiple of 16, whatever
+    `do_not_specialize` says of the tuple.
+    """
+    return tuple(2 * value + 3 for value in values)
+
+
+@triton.jit
+def _plain(disguised):
+    """The number that `_disguised` was given."""
+    return ((disguised - 3) >> 1).to(tl.int64)
 
 
 @triton.jit
@@ -87,9 +98,7 @@ def _drop_tile(
     """Writes keep ? scale x : 0 for a tile; without a noise state keep is read, not drawn."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    # From the tile, because a number known to be 1 is no tensor.
-    zero = tile * 0
-    width = (zero + units) * UNIT
+    width = units * UNIT
     col_tiles = tl.maximum(tl.cdiv(width, BLOCK_COLS), 1)
     row = tile // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = tile % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
@@ -97,7 +106,7 @@ def _drop_tile(
     if noise_state_ptr is None:
         keep = tl.load(keep_ptr + row, mask=inside, other=0) != 0
     else:
-        u = _draw(noise_state_ptr, zero + stream_id, row + offset)
+        u = _draw(noise_state_ptr, stream_id, row + offset)
         # Not u > q: where q is NaN everything stays.
         keep = (u <= q) == 0
         if tile % col_tiles == 0:
@@ -114,8 +123,7 @@ def _drop_tile(
 
 @triton.jit(
     do_not_specialize=[
-        "keep_ptr", "q_ptr", "noise_state_ptr", "stream_ids", "offsets", "scale_ptr", "n_rows",
-        "units", "first_tiles", "n_tiles",
+        "keep_ptr", "q_ptr", "noise_state_ptr", "scale_ptr", "n_rows",
     ]
 )  # fmt: skip
 def _drop_modalities_kernel(
@@ -129,36 +137,41 @@ def _drop_modalities_kernel(
     scale_ptr,
     n_rows: tl.int64,
     units,
-    first_tiles,
-    n_tiles,
     UNIT: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     TILE_SIZE: tl.constexpr,
 ):
-    """Handles one tile of one modality; scale_ptr, or what keep is drawn from, may be None."""
-    program = tl.program_id(0).to(tl.int64)
+    """Handles one tile of one modality; scale_ptr, or what keep is drawn from, may be None.
+
+    stream_ids, offsets and units are `_disguised`.
+    """
+    tile = tl.program_id(0).to(tl.int64)
     # The interpreter ignores the annotations.
     n_rows = n_rows.to(tl.int64)
     # Each modality has a pointer type of its own, hence the branches.
     for m in tl.static_range(len(x_ptrs)):
-        tile = program - first_tiles[m]
-        if (tile >= 0) & (tile < n_tiles[m]):
+        width = _plain(units[m]) * UNIT[m]
+        row_tiles = tl.cdiv(n_rows, TILE_SIZE // BLOCK_COLS[m])
+        n_tiles = row_tiles * tl.maximum(tl.cdiv(width, BLOCK_COLS[m]), 1)
+        if (tile >= 0) & (tile < n_tiles):
             _drop_tile(
                 out_ptrs[m],
                 x_ptrs[m],
                 keep_ptr + m * n_rows,
                 None if q_ptr is None else tl.load(q_ptr + m),
                 noise_state_ptr,
-                None if noise_state_ptr is None else stream_ids[m],
-                None if noise_state_ptr is None else offsets[m],
+                None if noise_state_ptr is None else _plain(stream_ids[m]),
+                None if noise_state_ptr is None else _plain(offsets[m]),
                 scale_ptr,
                 n_rows,
-                units[m],
+                _plain(units[m]),
                 tile,
                 UNIT[m],
                 TILE_SIZE // BLOCK_COLS[m],
                 BLOCK_COLS[m],
             )
+        # Among those of the next modality; those that have found their own are below 0.
+        tile -= n_tiles
 
 
 def _launch(
@@ -184,13 +197,11 @@ def _launch(
                 keep[part].view(torch.uint8),
                 None if q is None else q[part],
                 noise_state,
-                None if noise_ids is None else tuple(noise_ids[part]),
-                None if noise_offsets is None else tuple(noise_offsets[part]),
+                None if noise_ids is None else _disguised(noise_ids[part]),
+                None if noise_offsets is None else _disguised(noise_offsets[part]),
                 scale,
                 n_rows,
-                layout.units,
-                layout.first_tiles,
-                layout.n_tiles,
+                _disguised(layout.units),
                 **_constants(layout),
                 num_warps=NUM_WARPS,
                 **COMPILE_OPTIONS,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cuda_on_cpu import build
 from cuda_on_cpu.build import HERE, build_self_check
 from cuda_on_cpu.launches import SOURCES, Shim, declared
 
@@ -148,3 +149,23 @@ def test_a_kernel_without_a_name_is_an_error(tmp_path: Path) -> None:
 def test_the_qualifiers_of_csrc_are_understood() -> None:
     assert declared(SOURCES, "__global__")["partial_sums_kernel"] == 1
     assert declared(SOURCES, "__shared__")["broken"] == 1
+
+
+def test_a_source_that_is_removed_is_linked_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "OUTPUT", tmp_path / "out")
+    sources = []
+    for name in ("kept", "removed"):
+        sources.append(tmp_path / f"{name}.cpp")
+        sources[-1].write_text(f'extern "C" int {name}() {{ return 1; }}\n')
+    both = build._build("lib.so", sources)
+    made = both.stat().st_mtime_ns
+    assert ctypes.CDLL(str(both)).removed() == 1
+    assert build._build("lib.so", sources).stat().st_mtime_ns == made
+
+    sources.pop().unlink()
+    after = build._build("lib.so", sources)
+    # Read as a file: the loader would give the library of before again.
+    assert b"kept" in after.read_bytes() and b"removed" not in after.read_bytes()
+    assert build._build("lib.so", sources).stat().st_mtime_ns == after.stat().st_mtime_ns

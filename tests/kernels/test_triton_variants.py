@@ -67,3 +67,24 @@ for v in c.variants():
         print(v.signature["z1_ptr"], [place for place, known in v.attributes.items() if known])
 """
     assert run(program).stdout.splitlines() == ["*bf16 [(0,), (1,)]", "*fp16 []"]
+
+
+@pytest.mark.slow
+def test_new_sizes_are_not_compiled_anew() -> None:
+    """Batches of an epoch, the last of which is a smaller one, of one kind of network."""
+    program = """
+import torch
+from mmfuse import NoiseStream, ops
+from triton_variants import noted
+found = {}
+with noted("drop_modalities", found):
+    for step, rows in enumerate((64, 16, 1, 7, 2048, 33)):
+        stream = NoiseStream(3).place([step, 1], [16 * step, 2**40 * step])
+        x = [torch.randn(rows, width).requires_grad_() for width in (512, 309)]
+        dropped = ops.drop_modalities(x, torch.full((2,), 0.4), stream).features
+        torch.autograd.grad(dropped, x, [torch.ones_like(t) for t in x])
+print([v.signature["units"] for v in found.values()])
+"""
+    done = run(program)
+    # Forward and backward pass; an offset of more than 32 bits is of another type.
+    assert done.stdout.splitlines() == [str([("i32", "i32")] * 3)], done.stderr

@@ -73,7 +73,7 @@ def _short(kind: Any) -> str:
 
 
 @contextmanager
-def _noted(op: str, found: dict[tuple[Any, ...], Variant]) -> Iterator[None]:
+def noted(op: str, found: dict[tuple[Any, ...], Variant]) -> Iterator[None]:
     """Adds the variants that are launched in the block."""
     binders: dict[Any, Any] = {}
 
@@ -105,6 +105,6 @@ def variants() -> list[Variant]:
     for op, module in samples.MODULES.items():
         inputs = samples.Inputs("cpu", "triton")
         inputs.interpreted = False
-        with _noted(op, found):
+        with noted(op, found):
             getattr(module, "compiled", module.case)(inputs)
     return list(found.values())

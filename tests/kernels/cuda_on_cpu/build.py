@@ -45,23 +45,43 @@ def _run(command: list[str]) -> None:
     sys.stderr.write(result.stderr)
 
 
+def _made_from(target: Path) -> Path:
+    """The file beside a target that lists its inputs."""
+    return target.with_name(f"{target.name}.inputs")
+
+
+def _listed(inputs: list[Path]) -> str:
+    # Relative, so that a copied tree is as it was.
+    return "".join(f"{os.path.relpath(path, ROOT)}\n" for path in sorted(inputs))
+
+
 def _is_current(target: Path, inputs: list[Path]) -> bool:
-    return target.exists() and target.stat().st_mtime > max(p.stat().st_mtime for p in inputs)
+    # A file that was removed leaves no time behind, but the list is another one.
+    made_from = _made_from(target)
+    if not (target.exists() and made_from.exists() and made_from.read_text() == _listed(inputs)):
+        return False
+    return target.stat().st_mtime > max(p.stat().st_mtime for p in inputs)
+
+
+def _finish(partial: Path, target: Path, inputs: list[Path]) -> None:
+    """Puts a complete file in place; two processes may build at once."""
+    partial.replace(target)
+    partial.write_text(_listed(inputs))
+    partial.replace(_made_from(target))
 
 
 def _compile(source: Path, headers: list[Path]) -> Path:
-    target = OUTPUT / f"{source.name}.o"
-    if _is_current(target, [source, *headers]):
+    target, inputs = OUTPUT / f"{source.name}.o", [source, *headers]
+    if _is_current(target, inputs):
         return target
     # The shim's folder comes first, so that its cuda_runtime.h is the one that is found.
     include = [f"-I{folder}" for folder in (HERE, CSRC)]
     for folder in cpp_extension.include_paths():
         include += ["-isystem", folder]
-    # Two processes may build at once; each renames a complete file.
     partial = target.with_suffix(f".{os.getpid()}")
     compiler = os.environ.get("CXX", "g++")
     _run([compiler, *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", str(partial)])
-    partial.replace(target)
+    _finish(partial, target, inputs)
     return target
 
 
@@ -78,7 +98,7 @@ def _build(name: str, sources: list[Path]) -> Path:
         link = ["-shared", f"-L{folder}", f"-Wl,-rpath,{folder}", "-ltorch_cpu", "-lc10"]
         compiler = [os.environ.get("CXX", "g++"), *FLAGS]
         _run([*compiler, *map(str, objects), *link, "-o", str(partial)])
-        partial.replace(library)
+        _finish(partial, library, objects)
     return library
 
 

@@ -14,8 +14,10 @@ the encoder of one that takes a large part of the progress is slowed:
     direction  L = lambda / M (sum_m |k_m| - sum_m k_m cos(W_m, W)), added to the joint loss
 
 k is 1 where nothing changes, and in [0, 1] where all metrics move the same way. Else it may be
-anything: where two metrics move by +1/32 and -1/32 it is -3e6 and 3e6. W_m and W are the weights of
-the output layers of the classifiers and of the fusion; k in L is that of the step before.
+anything: where two metrics move by +1/32 and -1/32 it is -3e6 and 3e6. Below 0 it turns the
+gradient around, so that the encoder climbs: the release has it so, in the recorded steps down to
+-2. W_m and W are the weights of the output layers of the classifiers and of the fusion; k in L is
+that of the step before.
 """
 
 from __future__ import annotations
@@ -183,7 +185,8 @@ class CGGM(GradientMethod):
             others fall, and has no limit where they nearly cancel: with a batch of 32, one sample
             more and one fewer gives 3e6, which any clipping of the norm turns into a step of one
             encoder alone. 2, the default, is k of a modality that has lost as much as all
-            together have gained.
+            together have gained; the bound is on either side of 0, since the release lets k turn a
+            gradient around, for whom has gained more than all together.
         **common: As in `mmfuse.GradientMethod`.
 
     Raises:

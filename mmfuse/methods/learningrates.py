@@ -2,9 +2,13 @@
 
 Yao & Mihalcea, "Modality-specific Learning Rates for Effective Multimodal Additive Late-fusion",
 Findings of ACL 2022, train every modality at a rate of its own. With SGD a rate is a factor on the
-encoder's gradient, which stays the same for the whole training:
+encoder's gradient. It stays the same for the whole training, or goes with the modality's accuracy
+on validation data, as the authors of AGM and of MLB run the method (MSLR):
 
-    update  g <- c_m g
+    constant   g <- c_m g
+    validated  g <- c_m (A_m / mean of the last K A_m) g,  A_m of the latest validation
+
+How the paper itself comes to its rates is left out: neither it nor code of its authors was seen.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .._numbers import whole
 from ..loop._parameters import Encoder
 from ..loop.contract import (
     Act,
@@ -32,7 +37,7 @@ from ..loop.contract import (
     Stateless,
     Tensors,
 )
-from ..loop.given import Kind
+from ..loop.given import Kind, Numbers, own_numbers
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import own
 from ..loop.ranks import Observed
@@ -59,12 +64,24 @@ class LearningRatesResult:
 
 @dataclass(frozen=True)
 class LearningRatesRule(Stateless):
-    """The factors, in the order of the modalities."""
+    """The factors, in the order of the modalities; with a `window` of K, the validated ones."""
 
     rates: tuple[float, ...]
+    window: int | None = None
 
     result = LearningRatesResult
     need: ClassVar[Need] = Need()
+
+    def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
+        """[K, M] validation scores, the latest last; NaN where there is none yet."""
+        if self.window is None:
+            return {}
+        return {"scores": torch.full((self.window, modalities), math.nan, dtype=torch.float64)}
+
+    def after(self, state: State, latest: Tensor) -> dict[str, Tensor]:
+        """The state after one more validation."""
+        before = state["scores"]
+        return {"scores": torch.cat([before[1:], latest.to(before).unsqueeze(0)])}
 
     def sense(self, batch: Batch) -> Sensed:
         """Each modality's score, for the log alone."""
@@ -79,6 +96,11 @@ class LearningRatesRule(Stateless):
         """The rates; 1 for a modality that is missing."""
         rates = kept_tensor(self.rates, (len(self.rates),), torch.float32, tensors.device)
         scores, rates = seen.means, rates.to(seen.means)
+        if self.window is not None:
+            validated = state["scores"]
+            # NaN before the first validation.
+            progress = (validated[-1] / validated.nanmean(0)).nan_to_num(1.0)
+            rates = rates * progress.to(rates)
         if seen.paired:
             scores = own(seen.tables()[0])
             rates = torch.where(scores.isnan(), 1.0, rates)
@@ -88,11 +110,17 @@ class LearningRatesRule(Stateless):
 
 
 class LearningRates(GradientMethod):
-    """A constant factor on each encoder's gradient, a control for comparisons.
+    """A factor on each encoder's gradient, a control for comparisons.
 
     With SGD it is a learning rate of the encoder's own; with an adaptive optimizer, which divides a
     factor out again, use ``apply_to="update"``, or parameter groups. It takes the logits that other
-    methods take, so that one can stand in for the other.
+    methods take, so that one can stand in for the other. The factor is a constant, or with `window`
+    goes with the accuracies that `validated` is told of::
+
+        rates = mmfuse.LearningRates(encoders, window=5)
+        for epoch in range(epochs):
+            ...                                  # train
+            rates.validated({"audio": 0.61, "visual": 0.40})
 
     Fidelity: from the formulas.
 
@@ -101,12 +129,14 @@ class LearningRates(GradientMethod):
         rates: c_m ≥ 0 for each modality: name → number, or numbers in the order of `encoders`. None
             for what AGM's authors took: 1.3 and 0.7 for two modalities (AV-MNIST), 0.9, 1.4 and 0.7
             for three (UR-Funny).
+        window: K ≥ 1, how many validations, the latest among them, the mean is over: MLB's authors
+            take 5, or 20 for CREMA-D. None for constant rates.
         **common: As in `mmfuse.GradientMethod`.
 
     Raises:
-        TypeError: as `mmfuse.GradientMethod`, or a rate is no number.
-        ValueError: as `mmfuse.GradientMethod`, a rate is negative or not finite, or there is not
-            one for each modality.
+        TypeError: as `mmfuse.GradientMethod`, a rate is no number, or `window` no integer.
+        ValueError: as `mmfuse.GradientMethod`, a rate is negative or not finite, there is not
+            one for each modality, or `window` is out of range.
     """
 
     card: ClassVar[Card] = Card(
@@ -119,9 +149,31 @@ class LearningRates(GradientMethod):
         encoders: Mapping[str, Encoder],
         *,
         rates: Mapping[str, float] | Sequence[float] | None = None,
+        window: int | None = None,
         **common: Unpack[Common],
     ) -> None:
-        super().__init__(LearningRatesRule(_checked(rates, list(encoders))), encoders, **common)
+        if window is not None:
+            window = whole("window", window, least=1)
+        rule = LearningRatesRule(_checked(rates, list(encoders)), window)
+        super().__init__(rule, encoders, **common)
+
+    def validated(self, scores: Numbers) -> None:
+        """Takes each modality's accuracy, after a validation; give all ranks the same.
+
+        Args:
+            scores: Name → accuracy, or another metric that is positive and higher where the
+                modality is better; NaN for one that was not validated, whose factor is c_m then.
+
+        Raises:
+            RuntimeError: the rates are constant.
+            TypeError: a score is no number.
+            ValueError: names do not fit, or a number is out of range.
+        """
+        if self.rule.window is None:
+            raise RuntimeError("LearningRates has constant rates; give window for validated ones")
+        device = self._state["scores"].device
+        _, latest, _ = own_numbers(self.modalities.names, device, {"scores": scores}, None)
+        self._state.set(self.rule.after(self._state, latest))
 
 
 def _checked(

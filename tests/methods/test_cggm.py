@@ -84,6 +84,20 @@ def test_progress_that_cancels_is_bounded(bound: float | None) -> None:
         assert [first, second] == [-bound, bound]
 
 
+@pytest.mark.parametrize("made", [mmfuse.CGGM, mmfuse.CGGM.official])
+def test_who_gains_more_than_all_together_is_turned_around(made: Any) -> None:
+    """As in the release, whose golden numbers have such steps; the default's bound lets it be."""
+    nets, labels = networks(3), torch.zeros(ROWS, dtype=torch.int64)
+    cggm = made(nets, rho=1.0)
+    for right in ([2, 4, 4], [5, 3, 4]):  # +3, -1 and 0 of 8
+        grads = fill(nets)
+        out = cggm.step(shown(right, labels), labels)
+    assert out.shares.tolist() == pytest.approx([-0.5, 1.5, 1.0], rel=1e-6)
+    for k, (name, net) in zip([-0.5, 1.5, 1.0], nets.items(), strict=True):
+        for p, g in zip(net.parameters(), grads[name], strict=True):
+            torch.testing.assert_close(p.grad, k * g, rtol=1e-5, atol=1e-6)
+
+
 def test_nothing_is_decided_where_nothing_changes() -> None:
     nets, labels = networks(3), torch.zeros(ROWS, dtype=torch.int64)
     cggm = mmfuse.CGGM(nets)

@@ -1,7 +1,8 @@
-"""A constant factor on each encoder's gradient."""
+"""A factor on each encoder's gradient, constant or by validation."""
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -99,3 +100,82 @@ def test_a_modality_that_nobody_has_keeps_its_gradient() -> None:
     out = mmfuse.LearningRates(nets, rates=[0.5, 3.0]).step(logits, labels, present=present)
     assert out.coefficients.tolist() == [0.5, 1.0]
     assert (nets["audio"].weight.grad == 0.5).all() and (nets["visual"].weight.grad == 1).all()
+
+
+def filled(*names: str) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor], torch.Tensor]:
+    """Encoders whose gradients are 1, logits and labels."""
+    nets = nets_of(*names)
+    for net in nets.values():
+        net.weight.grad, net.bias.grad = torch.ones(4, 3), torch.ones(4)
+    return nets, {name: torch.randn(5, 4) for name in names}, torch.randint(0, 4, (5,))
+
+
+@pytest.mark.parametrize("names", [("audio", "visual"), ("audio", "visual", "text")])
+def test_rates_go_with_validation(cell: Cell, names: tuple[str, ...]) -> None:
+    rates, told = [0.9, 1.1, 0.7][: len(names)], []
+    nets, logits, labels = filled(*names)
+    nets = {name: net.to(cell.device) for name, net in nets.items()}
+    method = mmfuse.LearningRates(nets, rates=rates, window=3, backend=cell.backend)
+    for epoch in range(6):
+        for net in nets.values():
+            net.weight.grad, net.bias.grad = torch.ones_like(net.weight), torch.ones_like(net.bias)
+        method.set_epoch(epoch)
+        out = method.step(
+            {name: z.to(cell.device) for name, z in logits.items()}, labels.to(cell.device)
+        )
+        expected = list(rates)
+        for m in range(len(names) if told else 0):
+            last = [scores[m] for scores in told[-3:]]
+            expected[m] *= last[-1] / (sum(last) / len(last))
+        assert out.coefficients.tolist() == pytest.approx(expected, rel=1e-6)
+        for c, net in zip(expected, nets.values(), strict=True):
+            torch.testing.assert_close(net.weight.grad, torch.full_like(net.weight, c))
+        told.append([0.2 + 0.1 * (epoch + 1) ** 0.5 * (m + 1) for m in range(len(names))])
+        method.validated(dict(zip(names, told[-1], strict=True)))
+    assert min(abs(c / rate - 1) for c, rate in zip(expected, rates, strict=True)) > 0.01
+
+
+def test_validations_go_on_in_a_resumed_run() -> None:
+    nets, logits, labels = filled("audio", "visual")
+    first = mmfuse.LearningRates(nets, window=2)
+    for score in (0.2, 0.3, 0.6):
+        first.validated({"audio": score, "visual": torch.tensor(1 - score)})
+    second = mmfuse.LearningRates(nets, window=2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    want = [1.3 * 0.6 / 0.45, 0.7 * 0.4 / 0.55]
+    assert second.step(logits, labels).coefficients.tolist() == pytest.approx(want, rel=1e-6)
+
+
+def test_who_was_not_validated_has_its_own_rate() -> None:
+    nets, logits, labels = filled("audio", "visual")
+    method = mmfuse.LearningRates(nets, window=2)
+    method.validated({"audio": 0.5, "visual": 0.5})
+    method.validated({"audio": 0.7, "visual": math.nan})
+    want = [1.3 * 0.7 / 0.6, 0.7]
+    assert method.step(logits, labels).coefficients.tolist() == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("window", "scores", "error", "text"),
+    [
+        (None, {"audio": 0.5, "visual": 0.5}, RuntimeError, "constant rates; give window"),
+        (2, {"audio": 0.5}, ValueError, "scores must name the modalities|visual"),
+        (2, {"audio": 0.5, "visual": 0.0}, ValueError, r"scores\['visual'\] must be positive"),
+        (2, {"audio": "0.5", "visual": 0.5}, TypeError, r"scores\['audio'\] must be a number"),
+    ],
+)
+def test_bad_scores_change_nothing(
+    window: int | None, scores: Any, error: type[Exception], text: str
+) -> None:
+    method = mmfuse.LearningRates(nets_of("audio", "visual"), window=window)
+    before = copy.deepcopy(method.state_dict()["state"])
+    with pytest.raises(error, match=text):
+        method.validated(scores)
+    for name, value in method.state_dict()["state"].items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("window", "error"), [(0, ValueError), (1.5, TypeError)])
+def test_bad_windows(window: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="window must be"):
+        mmfuse.LearningRates(nets_of("audio", "visual"), window=window)

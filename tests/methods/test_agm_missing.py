@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from cells import Cell
-from ranks import ranks
 from torch import Tensor
 from torch.nn import functional as F
+from ways import some, spoilt, steps_of, two_ranks_find
 
 import mmfuse
 
@@ -29,25 +29,6 @@ def batch(count: int, step: int, device: Any = "cpu") -> tuple[dict[str, Tensor]
         z[torch.arange(ROWS), labels] += (count - i) * 0.8 + 0.1 * step
         found[f"m{i}"] = z.to(device).requires_grad_()
     return found, labels.to(device)
-
-
-def masks(count: int, step: int, device: Any = "cpu") -> dict[str, Tensor]:
-    """30 % are missing, and the first row has nothing."""
-    generator = torch.Generator().manual_seed(100 + step)
-    found = {f"m{i}": torch.rand(ROWS, generator=generator) > 0.3 for i in range(count)}
-    for mask in found.values():
-        mask[0] = False
-    return {name: mask.to(device) for name, mask in found.items()}
-
-
-def spoilt(responses: dict[str, Tensor], present: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, with NaN where a modality is missing: nobody may look there."""
-    found = {}
-    for name, z in responses.items():
-        x = z.detach().clone()
-        x[~present[name]] = math.nan
-        found[name] = x.requires_grad_()
-    return found
 
 
 class Written:
@@ -112,7 +93,7 @@ def test_pairs_are_compared_over_what_both_have(cell: Cell, count: int) -> None:
     apart = 0.0
     for step in range(2 if cell.backend == "triton" else 6):
         responses, labels = batch(count, step, cell.device)
-        present = masks(count, step, cell.device)
+        present = some(count, ROWS, step, cell.device)
         if step == 3:
             present["m0"] = torch.zeros_like(present["m0"])
         given = spoilt(responses, present)
@@ -138,10 +119,10 @@ def test_a_modality_that_nobody_has_leaves_no_trace(form: str) -> None:
     agm.set_epoch(0)
     for step in range(2):
         responses, labels = batch(3, step)
-        agm(responses, labels, present=masks(3, step))
+        agm(responses, labels, present=some(3, ROWS, step))
     before = copy.deepcopy(agm.state_dict())
     responses, labels = batch(3, 2)
-    present = masks(3, 2)
+    present = some(3, ROWS, 2)
     present["m1"] = torch.zeros(ROWS, dtype=torch.bool)
     out = agm(spoilt(responses, present), labels, present=present)
     assert out.coefficients[1] == 1 and out.scores[1].isnan() and out.ratios[1].isnan()
@@ -189,7 +170,7 @@ def test_a_score_that_is_not_finite_is_left_out() -> None:
     agm(*batch(3, 0))
     before = copy.deepcopy(agm.state_dict())
     responses, labels = batch(3, 1)
-    present = masks(3, 1)
+    present = some(3, ROWS, 1)
     wrong = responses["m2"].detach().clone()
     wrong[present["m2"].nonzero()[0]] = math.nan
     out = agm({**responses, "m2": wrong}, labels, present=present)
@@ -199,23 +180,15 @@ def test_a_score_that_is_not_finite_is_left_out() -> None:
 
 
 def steps(rank: int, size: int) -> list[Tensor]:
-    """Three steps of a rank's part; the second rank has no m0, and in the last step nobody has."""
     agm, found = mmfuse.AGM(0.8, num_modalities=3), []
-    mine = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
-    for step in range(3):
-        responses, labels = batch(3, step)
-        present = masks(3, step)
-        present["m0"][(0 if step == 2 else ROWS // 2) :] = False
-        part = {name: z[mine] for name, z in responses.items()}
-        out = agm(part, labels[mine], present={n: mask[mine] for n, mask in present.items()})
+    for responses, labels, present in steps_of(rank, size, batch):
+        out = agm(responses, labels, present=present)
         found += [out.coefficients, out.scores, out.ratios]
     return [*found, *agm.state_dict().values()]
 
 
 def test_ranks_that_differ_are_one_batch() -> None:
-    whole = steps(0, 1)
-    for found in ranks(2).run(steps, 2):
-        torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12, equal_nan=True)
+    whole = two_ranks_find(steps)
     assert whole[6][0] == 1 and (whole[3] != 1).all()
 
 
@@ -233,5 +206,5 @@ def test_bad_masks_change_nothing(
     agm, (responses, labels) = mmfuse.AGM(), batch(2, 0)
     before = copy.deepcopy(agm.state_dict())
     with pytest.raises(error, match=text):
-        agm(responses, labels, present={**masks(2, 0), **change})
+        agm(responses, labels, present={**some(2, ROWS, 0), **change})
     assert all(torch.equal(x, before[name]) for name, x in agm.state_dict().items())

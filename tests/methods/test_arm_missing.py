@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import ways
 from no_sync import no_host_sync
 from ranks import ranks
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def without(given: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def everyone(count: int = 3) -> dict[str, Tensor]:
-    return {n: torch.ones(ROWS, dtype=torch.bool) for n in NAMES[:count]}
+    return ways.everyone(NAMES[:count], ROWS)
 
 
 def masks(count: int, share: float = 0.3) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import ways
 from ranks import ranks
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ def batch(modalities: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor], Te
 
 
 def everyone(modalities: int = 3) -> dict[str, Tensor]:
-    return {n: torch.ones(ROWS, dtype=torch.bool) for n in NAMES[:modalities]}
+    return ways.everyone(NAMES[:modalities], ROWS)
 
 
 def dropping(modalities: int = 3, **options: object) -> OPM:
@@ -110,7 +111,7 @@ def on_a_rank(rank: int) -> tuple[Tensor, Tensor]:
     features, logits, labels = batch(2)
     present = everyone(2)
     present["a"][:40] = False
-    mine = slice(0, 32) if rank == 0 else slice(32, ROWS)  # the first rank has no audio
+    mine = ways.rows_of(rank, 2, ROWS)  # the first rank has no audio
     opm = OPM()
     part = [{n: x[mine] for n, x in values.items()} for values in (features, logits)]
     out = opm(*part, labels[mine], present={n: x[mine] for n, x in present.items()})

@@ -8,16 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import ranks
 from states import differences
 from torch import Tensor, nn
+from ways import Masks, some, spoilt, steps_of, two_ranks_find
 
 import mmfuse
 from mmfuse.methods._pmr_rule import PMRReleased
 
 ROWS, CLASSES = 24, 4
 Batch = tuple[dict[str, Tensor], Tensor]
-Masks = dict[str, Tensor]
 FORMS = {"default": mmfuse.PMR, "official": mmfuse.PMR.official}
 CLOSE = {"rtol": 1e-9, "atol": 1e-12}
 
@@ -32,25 +31,6 @@ def batch(count: int, seed: int) -> Batch:
         x[:, 0] += labels * (1.5 / (1 + m))
         features[f"m{m}"] = x.requires_grad_()
     return features, labels
-
-
-def masks(count: int, seed: int) -> Masks:
-    """30 % are missing, and the first row has nothing."""
-    generator = torch.Generator().manual_seed(100 + seed)
-    found = {f"m{m}": torch.rand(ROWS, generator=generator) > 0.3 for m in range(count)}
-    for mask in found.values():
-        mask[0] = False
-    return found
-
-
-def spoilt(features: dict[str, Tensor], present: Masks) -> dict[str, Tensor]:
-    """The same, with NaN where a modality is missing: nobody may look there."""
-    found = {}
-    for name, x in features.items():
-        y = x.detach().clone()
-        y[~present[name]] = math.nan
-        found[name] = y.requires_grad_()
-    return found
 
 
 def ready(count: int, form: str = "default", **options: Any) -> mmfuse.PMR:
@@ -114,7 +94,7 @@ def test_pairs_are_compared_over_what_both_have(count: int, form: str, gone: boo
     pmr, drawn = ready(count, form), 0
     for step in range(3):
         features, labels = batch(count, step)
-        present = masks(count, step)
+        present = some(count, ROWS, step)
         if gone:
             present["m1"] = torch.zeros(ROWS, dtype=torch.bool)
         loss, k, scores = written(features, labels, present, pmr)
@@ -140,7 +120,7 @@ def test_prototypes_are_means_of_what_is_there(form: str) -> None:
     pmr = ready(2, form, momentum=0.25)
     before = [c.clone() for c in pmr.prototypes]
     first, second = batch(2, 1), batch(2, 2)
-    masked = masks(2, 1)
+    masked = some(2, ROWS, 1)
     masked["m1"] = torch.zeros(ROWS, dtype=torch.bool)
     pmr.update_prototypes([(spoilt(first[0], masked), first[1], masked)])
     assert torch.equal(pmr.prototypes[1], before[1])
@@ -218,18 +198,11 @@ class Net(nn.Module):
 
 
 def decided(rank: int, size: int) -> list[Tensor]:
-    """What a rank decides from its half; the second has no m0 at all, and the last step nobody."""
     net, pmr, found = Net(), mmfuse.PMR(1.0, 0.5, num_modalities=3), []
-    mine = slice(rank * ROWS // size, (rank + 1) * ROWS // size)
-    for step in range(3):
-        inputs, labels = batch(3, step)
-        present = masks(3, step)
-        present["m0"][(0 if step == 2 else ROWS // 2) :] = False
-        part = {name: x[mine] for name, x in inputs.items()}
-        here = {name: mask[mine] for name, mask in present.items()}
+    for inputs, labels, present in steps_of(rank, size, batch):
         with torch.no_grad():
-            pmr.update_prototypes([(net(part), labels[mine], here)])
-        out = pmr(net(part), labels[mine], present=here)
+            pmr.update_prototypes([(net(inputs), labels, present)])
+        out = pmr(net(inputs), labels, present=present)
         grads = torch.autograd.grad(out.loss, list(net.parameters()))
         assert all(g.isfinite().all() for g in grads)
         found += [out.coefficients, out.scores, out.ratios, *(c.clone() for c in pmr.prototypes)]
@@ -237,9 +210,7 @@ def decided(rank: int, size: int) -> list[Tensor]:
 
 
 def test_ranks_that_differ_are_one_batch() -> None:
-    whole = decided(0, 1)
-    for found in ranks(2).run(decided, 2):
-        torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12, equal_nan=True)
+    whole = two_ranks_find(decided)
     assert whole[12][0] == 0 and torch.equal(whole[15], whole[9])
     assert any(each.any() for each in whole[::6])
 
@@ -257,7 +228,7 @@ def test_bad_masks_change_nothing(
 ) -> None:
     pmr, (features, labels) = ready(2), batch(2, 0)
     before = copy.deepcopy(dict(pmr.state_dict()))
-    bad = {**masks(2, 0), **change}
+    bad = {**some(2, ROWS, 0), **change}
     with pytest.raises(error, match=text):
         pmr(features, labels, present=bad)
     with pytest.raises(error, match=text):

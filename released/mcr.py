@@ -59,6 +59,33 @@ def nt_xent(a: Tensor, v: Tensor, labels: Tensor, temperature: float) -> Tensor:
     return torch.stack(losses).mean()
 
 
+def permutations(rows: int) -> list[list[Tensor]]:
+    """Of a step, for audio and for visual, which have the same."""
+    drawn = [torch.randperm(rows) for _ in range(PERMUTATIONS)]
+    return [drawn, drawn]
+
+
+def play(
+    z_a: Tensor, z_v: Tensor, orders: Sequence[Sequence[Tensor]], strategy: str
+) -> tuple[list[Tensor], Tensor]:
+    """Both divergences with gradients in their own encoder, and the sum of all terms."""
+    count = len(orders[0])
+    joint = torch.cat([z_a + z_v] * count)
+    moved_a = torch.cat([z_a[order] for order in orders[0]])
+    moved_v = torch.cat([z_v[order] for order in orders[1]])
+    still_a, still_v = torch.cat([z_a] * count), torch.cat([z_v] * count)
+    of_audio = js_divergence(moved_a + still_v.detach(), joint)
+    of_audio_in_visual = js_divergence(moved_a.detach() + still_v, joint)
+    of_visual = js_divergence(moved_v + still_a.detach(), joint)
+    of_visual_in_audio = js_divergence(moved_v.detach() + still_a, joint)
+    for pair in ((moved_a, still_v), (still_a, moved_v)):  # for the log
+        js_divergence(sum(z.detach() for z in pair), joint)
+    total = -of_audio - of_visual
+    if strategy == "greedy":
+        total = total + of_audio_in_visual + of_visual_in_audio
+    return [of_audio, of_visual], total
+
+
 def step(
     model: Network,
     optimizer: torch.optim.Optimizer,
@@ -89,26 +116,10 @@ def step(
     optimizer.zero_grad()
     a, v, out = model(audio, visual)
     z_a, z_v = halves(model, a, v)
-    if orders is None:
-        drawn = [torch.randperm(len(labels)) for _ in range(PERMUTATIONS)]
-        orders = [drawn, drawn]
-    count = len(orders[0])
-    joint = torch.cat([z_a + z_v] * count)
-    moved_a = torch.cat([z_a[order] for order in orders[0]])
-    moved_v = torch.cat([z_v[order] for order in orders[1]])
-    still_a, still_v = torch.cat([z_a] * count), torch.cat([z_v] * count)
-    of_audio = js_divergence(moved_a + still_v.detach(), joint)
-    of_audio_in_visual = js_divergence(moved_a.detach() + still_v, joint)
-    of_visual = js_divergence(moved_v + still_a.detach(), joint)
-    of_visual_in_audio = js_divergence(moved_v.detach() + still_a, joint)
-    for pair in ((moved_a, still_v), (still_a, moved_v)):  # for the log
-        js_divergence(sum(z.detach() for z in pair), joint)
-    play = -of_audio - of_visual
-    if strategy == "greedy":
-        play = play + of_audio_in_visual + of_visual_in_audio
-    pull = nt_xent(a, v, labels, temperature) if contrast else torch.zeros_like(play)
+    divergences, total = play(z_a, z_v, orders or permutations(len(labels)), strategy)
+    pull = nt_xent(a, v, labels, temperature) if contrast else torch.zeros_like(total)
     losses = [F.cross_entropy(z, labels) for z in (out, z_a, z_v)]
-    loss = sum(losses) + strength * play + contrast * pull
+    loss = sum(losses) + strength * total + contrast * pull
     loss.backward()
     optimizer.step()
-    return Step([of_audio, of_visual], pull, loss)
+    return Step(divergences, pull, loss)

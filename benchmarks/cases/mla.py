@@ -1,4 +1,4 @@
-"""MLA: a whole training step, of two turns."""
+"""MLA: its own part of a turn, and a whole training step, of two turns."""
 
 from __future__ import annotations
 
@@ -7,16 +7,90 @@ from collections.abc import Callable
 
 import torch
 from engine import sequences
-from engine.case import register
+from engine.case import Case, register
+from engine.gate import close
+from engine.inputs import Inputs
 from engine.networks import AudioVisual
 from engine.training import TrainingInputs, new_optimizer
 from engine.training_case import TrainingCase
+from engine.workloads import Workload
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmfuse
 
 BATCHES = 4
+#: The regularisation in the first batch of an epoch.
+LEAST = 0.1
+
+
+class Turn(Inputs):
+    """A feature after a ReLU, and a head with the gradient of a turn; not a run's first turn."""
+
+    def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(workload, dtype, device)
+        self.feature = self._randn((workload.batch, workload.width), 1.0).relu()
+        self.head = nn.Linear(workload.width, workload.classes, device=device, dtype=dtype)
+        self.pristine = self._randn((workload.classes, workload.width), 0.1)
+        self.start = torch.eye(workload.width, dtype=dtype, device=device)
+        self.projector = self.start.clone()
+        self.released = sequences.mla.Projector(self.head)
+        self.methods: list[mmfuse.MLA] = []
+        self.restore()
+
+    def restore(self, *, replaced: bool = False) -> None:
+        self.head.weight.grad = self.pristine.clone()
+        self.projector.copy_(self.start)
+        self.released.matrix, self.released.turns = self.start, 1
+        for method in self.methods:
+            method.projector.copy_(self.start)
+            method.turns.fill_(1)
+
+    def made(self, backend: str) -> mmfuse.MLA:
+        """The method in its second turn."""
+        method = mmfuse.MLA.official(self.head, batches=BATCHES, backend=backend)
+        self.methods.append(method)
+        self.restore()
+        method.set_epoch(0)
+        return method
+
+
+@register
+class Step(Case):
+    """Of a turn: the feature goes into P, and P is applied to the gradient of the head's weight.
+
+    As the release has it, whose division is entry by entry.
+    """
+
+    name = "mla_step"
+    title = "MLA.step"
+    kind = "turn"
+    half = False
+    workloads = (Workload("turn", "a feature 64×512, a head of 6 classes", "turn"),)
+    make = staticmethod(Turn)
+
+    def check(self, provider: str, i: Turn, result: object) -> None:
+        r = i.feature.double().mean(0)
+        p = i.start.double() - torch.outer(r, r) / (LEAST + torch.outer(r, r))
+        want = i.pristine.double() @ (p / p.norm()).T
+        assert i.head.weight.grad is not None
+        # A sum of 512 products, of which some cancel.
+        size = float(want.abs().max())
+        close("gradient of the head", i.head.weight.grad, want, 1e-5, 1e-5 * size)
+
+    def official(self, i: Turn) -> None:
+        i.released.before_update(i.head, i.feature, 0, BATCHES)
+
+    def foreach(self, i: Turn) -> None:
+        with torch.no_grad():
+            r = i.feature.mean(0)
+            k = i.projector @ r
+            i.projector.sub_(torch.outer(k, k).div_(torch.outer(k, r).add_(LEAST)))
+            i.projector.div_(i.projector.norm())
+            i.head.weight.grad = i.head.weight.grad @ i.projector.T
+
+    def mmfuse(self, i: Turn, backend: str) -> None:
+        i.cached(("MLA", backend), lambda: i.made(backend)).step(i.feature)
 
 
 class Shared(AudioVisual):

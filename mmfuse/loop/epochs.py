@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._devices import narrowed
 from .._numbers import whole
-from .ranks import Group
+from .ranks import Group, check_group
 from .state import MODULE_FORMAT, check_format, refuse_format
 
 
@@ -139,6 +139,25 @@ class EpochWindowModule(EpochWindow, nn.Module):
         self._first = {}
         self._agreed = False
         super()._set_window(starts, ends)
+
+    def _begin(
+        self,
+        num_modalities: int,
+        starts: int,
+        ends: int | None,
+        process_group: Group,
+        backend: str | None,
+    ) -> None:
+        """Takes the arguments that modules have in common.
+
+        Raises:
+            TypeError: a number is no integer.
+            ValueError: a number is out of range.
+        """
+        self.num_modalities = whole("num_modalities", num_modalities, least=2)
+        self.process_group = check_group(process_group)
+        self.backend = backend
+        self._set_window(starts, ends)
 
     def _begin_at(self, name: str, first: Tensor) -> None:
         """Registers a buffer that does not begin at 0, and keeps a copy of its first value."""

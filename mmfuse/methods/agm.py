@@ -26,11 +26,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import Loss, check_criterion, check_present, criterion_of, pair_scores
-from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.shards import is_dtensor
 from ..loop.state import in_backward, refuse_backward
 from ..ops.modality_scores import named_scores
@@ -107,11 +106,9 @@ class AGM(EpochWindowModule):
     ) -> None:
         super().__init__()
         self.rule = AGMRule(alpha, cap)
-        self._set_window(starts, ends)
-        count = self.num_modalities = whole("num_modalities", num_modalities, least=2)
-        self.process_group = check_group(process_group)
+        self._begin(num_modalities, starts, ends, process_group, backend)
+        count = self.num_modalities
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
-        self.backend = backend
         self.register_buffer("running_scores", torch.zeros(count, count, dtype=torch.float64))
         self.register_buffer("running_steps", torch.zeros(count, count, dtype=torch.int64))
         self._begin_with("coefficients", [1.0] * count)

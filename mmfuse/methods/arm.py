@@ -28,12 +28,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
 from ..loop.modalities import check_names, named_features
-from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.state import in_backward
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
@@ -109,15 +108,12 @@ class ARM(EpochWindowModule):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self._set_window(starts, ends)
+        self._begin(num_modalities, starts, ends, process_group, backend)
         self.rule = ARMRule(bins, conditional_bins)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
         self.momentum = momentum
-        self.process_group = check_group(process_group)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
-        self.backend = backend
         self.register_buffer("average", torch.zeros(num_modalities, dtype=torch.float64))
         self.register_buffer("average_weight", torch.zeros((), dtype=torch.float64))
 

@@ -32,7 +32,7 @@ from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import Loss, check_criterion
-from ..loop.ranks import Group, check_group, several
+from ..loop.ranks import Group, several
 from ..ops.logit_divergence import logit_divergence
 from ._lfm_weights import EPOCHS, label_weight, mean_along
 
@@ -137,11 +137,8 @@ class LFM(EpochWindowModule):
         if isinstance(criterion, torch.nn.BCEWithLogitsLoss):
             raise ValueError("criterion must be nn.CrossEntropyLoss: LFM compares softmaxes")
         self.epochs, self.weighting, self.rate = whole("epochs", epochs, least=1), weighting, rate
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
-        self.process_group = check_group(process_group)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
-        self.backend = backend
-        self._set_window(starts, ends)
+        self._begin(num_modalities, starts, ends, process_group, backend)
         self._begin_with("weights", [_LEAST, _MOST])
         self._begin_with("learning_rate", rate)
         self._go_to(None)

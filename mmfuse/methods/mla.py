@@ -28,10 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from .._devices import WIDE
-from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindow, EpochWindowModule
-from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.shards import is_dtensor, local_part
 from ..ops._tensors import FLOATING
 from ._mla_rule import MLAFusion, MLALatest, MLAReleased, MLARule, fused
@@ -122,10 +121,7 @@ class MLA(EpochWindowModule):
     ) -> None:
         super().__init__()
         self.rule = MLARule(alpha, batches)
-        self._set_window(starts, ends)
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
-        self.process_group = check_group(process_group)
-        self.backend = backend
+        self._begin(num_modalities, starts, ends, process_group, backend)
         object.__setattr__(self, "_head", head)  # no submodule, whose weights a model saves twice
         weight = self._weight()
         dtype = torch.promote_types(weight.dtype, torch.float32)

@@ -25,13 +25,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
 from ..loop.given import Loss, More, check_criterion, look, makes_tables
 from ..loop.modalities import check_names, named_features
 from ..loop.pairs import stages
-from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.discrepancy_ratios import discrepancy_ratios
@@ -106,11 +105,8 @@ class OPM(DrawingModule):
     ) -> None:
         super().__init__()
         self.rule = OPMRule(q_base, lam)
-        self._set_window(starts, ends)
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
-        self.process_group = check_group(process_group)
+        self._begin(num_modalities, starts, ends, process_group, backend)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
-        self.backend = backend
         self.register_buffer("q", torch.zeros(num_modalities, dtype=torch.float32))
         self._begin_stream(stream, name)
 

@@ -34,7 +34,7 @@ from ..loop.contract import Card, Source
 from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.pairs import own
-from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.ranks import Group, Observed, over_ranks
 from ..ops.modality_scores import named_scores
 from ._pmr_present import Seen, look_at_present
 from ._pmr_prototypes import IGNORED, PrototypeModule, check_labels
@@ -127,12 +127,9 @@ class PMR(PrototypeModule):
     ) -> None:
         super().__init__()
         self.rule = PMRRule(alpha, mu, momentum)
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
         if entropy_epochs is not None:
             self.entropy_epochs = whole("entropy_epochs", entropy_epochs, least=0)
-        self._set_window(starts, ends)
-        self.process_group = check_group(process_group)
-        self.backend = backend
+        self._begin(num_modalities, starts, ends, process_group, backend)
         self._begin_prototypes(num_classes, widths)
 
     @classmethod

@@ -119,7 +119,6 @@ class OnGradients(Joint):
         if self.two_gradients:
             self.coefficients = "weight of the joint gradient"
         self.all_losses = name in ON_ALL_LOSSES
-        self.logarithms = name in OF_LOGARITHMS
 
     def set_epoch(self, epoch: int) -> None:
         """Copies the encoders, for methods that compare with them."""
@@ -131,9 +130,7 @@ class OnGradients(Joint):
         if self.two_gradients:
             joint, own, logits = losses(self.model, features, labels)
             out = self.method.backward(joint, unimodal_losses=own)
-            with torch.no_grad():
-                scores = torch.stack([torch.exp(-loss) for loss in own.values()])
-            return Record(scores, out.coefficients)
+            return Record(torch.exp(-torch.stack(list(own.values())).detach()), out.coefficients)
         if self.all_losses:
             joint, own, logits = losses(self.model, features, labels)
             loss = joint + sum(own.values())
@@ -142,7 +139,8 @@ class OnGradients(Joint):
             logits = mmfuse.unimodal_logits(self.model.head, features)
         # Methods that need neither features nor inputs ignore them.
         out = self.method.backward(loss, logits, labels, features, views)
-        scores = out.scores.exp() if self.logarithms else out.scores
+        # Its own scores may be logarithms, or shares of samples.
+        scores = mmfuse.ops.modality_scores([z.detach() for z in logits.values()], labels).prob
         return Record(scores, out.coefficients)
 
 
@@ -467,7 +465,8 @@ def build(name: str) -> Build:
     if hasattr(mmfuse.METHODS[name], "update_prototypes"):
         return partial(Prototypical, name=name)
     if card.acts == "loss":
-        return partial(Aligned if name == "LFM" else Added, name=name)
+        alone = getattr(mmfuse.METHODS[name], "replaces_joint_loss", False)
+        return partial(Aligned if alone else Added, name=name)
     if card.acts == "logits":
         return partial(Shared, name=name)
     if card.acts == "head":
@@ -480,14 +479,12 @@ def build(name: str) -> Build:
     return partial(Dropped if drops else Larger, name=name)
 
 
-# What neither card nor rule says: whose papers train on every modality's own loss as well, beside
-# those that need them; and whose scores are mean logarithms of probabilities.
-ON_ALL_LOSSES = {"MLB", "MCR", "ARL"} | {
+#: Those that are trained on every modality's own loss as well.
+ON_ALL_LOSSES = {
     name
     for name, made in mmfuse.METHODS.items()
-    if "unimodal_losses" in made.card.needs or made.card.acts == "head"
+    if made.card.own_losses or "unimodal_losses" in made.card.needs or made.card.acts == "head"
 }
-OF_LOGARITHMS = {"InfoReg"}
 
 # The methods that are trained in several forms.
 _ogm_ge = partial(OnGradients, name="OGM", noise=True)

@@ -94,6 +94,8 @@ class Card(NamedTuple):
             which has no code of authors to follow.
         golden: Whether numbers from the authors' code also prove what the class is by default,
             without `official()`; else it is made from the paper's formulas.
+        own_losses: Whether its authors train on every modality's own loss as well, beside what the
+            method itself needs.
     """
 
     paper: str
@@ -101,6 +103,7 @@ class Card(NamedTuple):
     needs: tuple[str, ...]
     official: tuple[Source, ...]
     golden: bool
+    own_losses: bool = False
 
     @property
     def fidelity(self) -> str:

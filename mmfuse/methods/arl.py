@@ -1,7 +1,7 @@
 """ARL: asymmetric representation learning.
 
-Wei, Luo & Luo, "Improving Multimodal Learning via Imbalanced Learning", ICCV 2025; the formulas
-are those of the released code.
+"Improving Multimodal Learning via Imbalanced Learning", ICCV 2025, as the release's README has the
+title; the formulas are those of the released code.
 
 The encoder whose modality says less in the joint prediction, and is surer of what it says, learns
 faster: the gradient that enters its feature is made larger. From each modality's logits alone:
@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from .._devices import WIDE
-from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import check_criterion, criterion_of
 from ..loop.modalities import check_names, named_features
-from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.state import in_backward, refuse_backward
 from ..ops._criterion import PLAIN, Criterion
 from ..ops.sample_scores import named_sample_scores
@@ -81,7 +80,7 @@ class ARL(EpochWindowModule):
     """
 
     card: ClassVar[Card] = Card(
-        "Wei et al., ICCV 2025",
+        "Improving Multimodal Learning via Imbalanced Learning, ICCV 2025",
         "feature",
         ("features", "logits"),
         (
@@ -89,6 +88,7 @@ class ARL(EpochWindowModule):
             Source("shicaiwei123/ICCV2025-ARL at adfc58c", golden=True, release="july"),
         ),
         golden=False,
+        own_losses=True,
     )
     _wide = ("weights",)
     rule: ARLRule
@@ -109,16 +109,14 @@ class ARL(EpochWindowModule):
     ) -> None:
         super().__init__()
         self.rule = ARLRule(temperature, gamma)
-        self._set_window(starts, ends)
-        count = self.num_modalities = whole("num_modalities", num_modalities, least=2)
-        self.process_group = check_group(process_group)
+        self._begin(num_modalities, starts, ends, process_group, backend)
+        count = self.num_modalities
         check_criterion(criterion)
         if isinstance(criterion, nn.BCEWithLogitsLoss):
             raise TypeError(
                 "criterion must be nn.CrossEntropyLoss or None: ARL compares entropies of a softmax"
             )
         object.__setattr__(self, "criterion", criterion)  # no module of this one
-        self.backend = backend
         self._begin_with("weights", [1 / count] * count)
 
     @classmethod

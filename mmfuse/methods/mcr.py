@@ -31,7 +31,7 @@ from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
 from ..loop.modalities import check_names, named_features
-from ..loop.ranks import Group, check_group
+from ..loop.ranks import Group
 from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.logit_divergence import logit_divergence
@@ -99,6 +99,7 @@ class MCR(DrawingModule):
         ("features", "logits"),
         (Source("kkontras/MCR at 338d370", golden=False),),
         golden=False,
+        own_losses=True,
     )
     #: Nothing is averaged over the ranks but, by DDP, gradients.
     decides_over_ranks: ClassVar[bool] = False
@@ -122,7 +123,7 @@ class MCR(DrawingModule):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        self._set_window(starts, ends)
+        self._begin(num_modalities, starts, ends, process_group, backend)
         if strategy not in _WEIGHT_OF_OTHERS:
             known = ", ".join(map(repr, _WEIGHT_OF_OTHERS))
             raise ValueError(f"strategy must be one of {known}, got {strategy!r}")
@@ -134,9 +135,6 @@ class MCR(DrawingModule):
         self.strength, self.strategy, self.contrast = strength, strategy, contrast
         self.temperature = temperature
         self.permutations = whole("permutations", permutations, least=1)
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
-        self.process_group = check_group(process_group)
-        self.backend = backend
         self._begin_stream(stream, name)
 
     @classmethod

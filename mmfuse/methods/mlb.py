@@ -135,6 +135,7 @@ class MLB(GradientMethod):
         ("logits",),
         (Source("kkontras/MLB at 357b5ce", golden=True),),
         golden=True,
+        own_losses=True,
     )
     rule: MLBRule
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import mmfuse
 from mmfuse.loop.contract import Source, fidelity
+from mmfuse.methods import catalogue
 
 TWO = {"audio": nn.Linear(2, 2), "visual": nn.Linear(2, 2)}
 ROOT = Path(mmfuse.__file__).resolve().parents[1]
@@ -167,7 +168,20 @@ def test_the_table_in_the_readme_is_what_the_cards_say() -> None:
     assert found == expected
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "CHANGELOG.md"])
+def test_training_says_where_each_kind_is_called() -> None:
+    lines = (ROOT / "docs" / "training.md").read_text().splitlines()
+    table = lines[lines.index("| acts on | in a step |") + 2 :]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table[: table.index("")]]
+    assert {made.card.acts for made in mmfuse.METHODS.values()} == {*rows}
+
+
+def test_mmfuse_exports_the_catalogue() -> None:
+    assert len(mmfuse.__all__) == len({*mmfuse.__all__})
+    for name in catalogue.__all__:
+        assert name in mmfuse.__all__ and getattr(mmfuse, name) is getattr(catalogue, name)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CHANGELOG.md"])
 @pytest.mark.parametrize("name", mmfuse.METHODS)
 def test_the_documents_name_it(name: str, document: str) -> None:
     text = re.sub(r"(?m)^\| `.*", "", (ROOT / document).read_text())  # beside the table

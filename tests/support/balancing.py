@@ -66,8 +66,10 @@ FIXED = [
 ]
 #: Those that do, in one reduction over the ranks.
 LOOKING = [kind for kind in IN_FORWARD if kind not in FIXED]
-#: Those that draw a number for each sample in the forward pass.
-DROPPING = [k for k in ON_FEATURES if "stream" in signature(METHODS[KINDS[k].method]).parameters]
+#: Those that draw numbers in the forward pass, of each rank's own samples, and those of them that
+#: draw one for each.
+SHUFFLING = [k for k in IN_FORWARD if "stream" in signature(METHODS[KINDS[k].method]).parameters]
+DROPPING = [k for k in SHUFFLING if k in ON_FEATURES]
 
 
 def make(

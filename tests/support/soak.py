@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from datetime import timedelta
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "monitor_every": 3,
         "agreement": (-2.0, -1.5),
     },
-    # Of `Network`: what DCP reads into has to have its shape before the first step.
-    "PMR": {"num_classes": 5, "widths": (8, 8)},
 }
+# Of `Network`: what DCP reads into has to have its shape before the first step.
+SHAPES: dict[str, Any] = {"num_classes": 5, "widths": (8, 8)}
 STEPS_PER_EPOCH = 17
 VISIT = 2 * STEPS_PER_EPOCH
 CYCLE = VISIT * len(KINDS)
@@ -148,6 +149,8 @@ def make_methods(
     for part in kind.removesuffix(ON_UPDATE).split(" + "):
         # They begin in epoch 1: which epoch it is has to come out of a checkpoint.
         options: dict[str, Any] = {"starts": 1, **OPTIONS.get(part, {})}
+        taken = signature(mmfuse.METHODS[balancing.KINDS[part].method]).parameters
+        options |= {name: shape for name, shape in SHAPES.items() if name in taken}
         if kind.endswith(ON_UPDATE):
             options["apply_to"] = "update"
         if part in ANCHORED:

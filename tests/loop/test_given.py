@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -14,7 +15,13 @@ from torch.nn import functional as F
 import mmfuse
 
 NAMES = ("audio", "visual", "text")
-HAVE_RATIOS = ["OGM", "OGM-GE", "MLB", "NoiseOnly"]
+_TWO = {name: nn.Linear(1, 1) for name in ("audio", "visual")}
+#: By what a step returns.
+HAVE_RATIOS = [
+    kind
+    for kind in STEPPING
+    if "ratios" in {field.name for field in fields(make(kind, _TWO).rule.result)}
+]
 
 
 def encoders() -> dict[str, nn.Module]:

@@ -181,9 +181,9 @@ def test_anchors_of_bfloat16(kind: str, how: str, tmp_path: Path) -> None:
 def remembers(kind: str) -> bool:
     """True if a step within an epoch leaves something in the state."""
     training = made(kind)
-    train(training, 0, 1)
+    train(training, 0, WITHIN + 1)  # into the epoch in which methods begin
     before = whole(training.state_dict()["methods"])
-    train(training, 1, 2)
+    train(training, WITHIN + 1, WITHIN + 2)
     return bool(differences(training.state_dict()["methods"], before))
 
 

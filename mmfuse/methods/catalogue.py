@@ -25,6 +25,7 @@ from .opm import OPM, OPMResult, drop_probabilities
 from .pmr import PMR, PMRResult
 from .redreg import RedReg, RedRegResult
 from .relearning import ReLearning, ReLearningResult
+from .twin import Twin, TwinResult
 
 #: Name → class, in the order of README's table; each has a `card` that says which paper it is, and
 #: where it acts.
@@ -37,6 +38,7 @@ METHODS: dict[str, type[Any]] = {
         RedReg,
         ARM,
         MLB,
+        Twin,
         MMPareto,
         CGGM,
         AGM,
@@ -90,6 +92,8 @@ __all__ = [
     "ReLearningResult",
     "RedReg",
     "RedRegResult",
+    "Twin",
+    "TwinResult",
     "drop_probabilities",
     "ogm_coefficients",
 ]

@@ -25,7 +25,6 @@ from .opm import OPM, OPMResult, drop_probabilities
 from .pmr import PMR, PMRResult
 from .redreg import RedReg, RedRegResult
 from .relearning import ReLearning, ReLearningResult
-from .twin import Twin, TwinResult
 
 #: Name → class, in the order of README's table; each has a `card` that says which paper it is, and
 #: where it acts.
@@ -38,7 +37,6 @@ METHODS: dict[str, type[Any]] = {
         RedReg,
         ARM,
         MLB,
-        Twin,
         MMPareto,
         CGGM,
         AGM,
@@ -92,8 +90,6 @@ __all__ = [
     "ReLearningResult",
     "RedReg",
     "RedRegResult",
-    "Twin",
-    "TwinResult",
     "drop_probabilities",
     "ogm_coefficients",
 ]

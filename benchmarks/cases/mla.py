@@ -83,11 +83,11 @@ class Step(Case):
 
     def foreach(self, i: Turn) -> None:
         with torch.no_grad():
-            r = i.feature.mean(0)
-            k = i.projector @ r
-            i.projector.sub_(torch.outer(k, k).div_(torch.outer(k, r).add_(LEAST)))
+            r = i.feature.mean(0, True)
+            k = torch.mm(i.projector, r.T)
+            i.projector.addcdiv_(torch.mm(k, k.T), torch.mm(k, r).add_(LEAST), value=-1)
             i.projector.div_(i.projector.norm())
-            i.head.weight.grad = i.head.weight.grad @ i.projector.T
+            i.head.weight.grad = torch.mm(i.head.weight.grad, i.projector.T)
 
     def mmfuse(self, i: Turn, backend: str) -> None:
         i.cached(("MLA", backend), lambda: i.made(backend)).step(i.feature)

@@ -22,7 +22,7 @@ The balanced min-max loss that the paper's summary names has no released formula
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from typing_extensions import Unpack
 
 from .._numbers import whole
 from ..loop.contract import Card, Source
-from ..loop.epochs import EpochWindowModule
+from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, check_group, over_ranks
@@ -113,9 +113,9 @@ class ARM(EpochWindowModule):
         self.rule = ARMRule(bins, conditional_bins)
         if not 0 <= momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
+        self.num_modalities: int = whole("num_modalities", num_modalities, least=2)
         self.momentum = momentum
-        self.process_group = check_group(process_group)
+        self.process_group: Group = check_group(process_group)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.backend = backend
         self.register_buffer("average", torch.zeros(num_modalities, dtype=torch.float64))
@@ -180,7 +180,8 @@ class ARM(EpochWindowModule):
         if not self.training and self.rule.averages:
             named_features("ARM", features, self.num_modalities)
             average = self._average()
-            return ARMResult(weighted(features, average), average)
+            out = weighted(features, average)
+            return ARMResult(out, average, modalities=tuple(features))
         given = logits is not None and fused_logits is not None and labels is not None
         if fused is None or not (given or more.get("scores") is not None):
             raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
@@ -212,7 +213,13 @@ class ARM(EpochWindowModule):
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
         out = weighted(features, weights)
-        return ARMResult(out, weights, scores[:-1], contributions, nmi, ncmi)
+        shown = (weights, scores[:-1], contributions, nmi, ncmi)
+        return ARMResult(out, *shown, modalities=tuple(features))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _here(
         self,
@@ -283,7 +290,3 @@ class ARM(EpochWindowModule):
     def _average(self) -> Tensor:
         started = self.average_weight > 0
         return torch.where(started, self.average / self.average_weight, 1.0)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"{self.rule}, num_modalities={self.num_modalities}"

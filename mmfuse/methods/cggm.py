@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
     Batch,
@@ -50,6 +50,7 @@ from ..loop.gradients import GradientMethod
 from ..loop.modalities import check_names
 from ..loop.pairs import own
 from ..loop.ranks import Observed
+from ..loop.results import Result
 from ..ops._tensors import FLOATING
 from ._means import mean_of_others
 
@@ -57,7 +58,7 @@ _EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class CGGMResult:
+class CGGMResult(Result):
     """The decision of one step; nothing here has waited for the device.
 
     Attributes:
@@ -204,7 +205,7 @@ class CGGM(GradientMethod):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         rho: float = 1.3,
         bound: float | None = 2.0,
@@ -215,7 +216,7 @@ class CGGM(GradientMethod):
     @classmethod
     def official(
         cls,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         rho: float = 1.3,
         bound: float | None = None,

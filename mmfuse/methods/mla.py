@@ -32,6 +32,7 @@ from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindow, EpochWindowModule
 from ..loop.ranks import Group, Observed, check_group, over_ranks
+from ..loop.results import Result
 from ..loop.shards import is_dtensor, local_part
 from ..ops._tensors import FLOATING
 from ._mla_rule import MLAFusion, MLALatest, MLAReleased, MLARule, fused
@@ -42,7 +43,7 @@ _CODE = "Cecile-hi/Multimodal-Learning-with-Alternating-Unimodal-Adaptation"
 
 
 @dataclass(frozen=True)
-class MLAResult:
+class MLAResult(Result):
     """The outcome of one turn; nothing here has waited for the device.
 
     Attributes:
@@ -123,8 +124,8 @@ class MLA(EpochWindowModule):
         super().__init__()
         self.rule = MLARule(alpha, batches)
         self._set_window(starts, ends)
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
-        self.process_group = check_group(process_group)
+        self.num_modalities: int = whole("num_modalities", num_modalities, least=2)
+        self.process_group: Group = check_group(process_group)
         self.backend = backend
         object.__setattr__(self, "_head", head)  # no submodule, whose weights a model saves twice
         weight = self._weight()
@@ -282,7 +283,3 @@ class MLA(EpochWindowModule):
             ValueError: there are not two modalities, or shapes do not fit.
         """
         return fused(self.rule, logits, present, self.backend)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"{self.rule}, num_modalities={self.num_modalities}"

@@ -24,7 +24,7 @@ help:
 	@echo "make bench-compare A=main B=HEAD  what one commit made slower than the other"
 	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  README's tables of these results"
 	@echo "make instructions  what the host does for a step or an op, against the numbers in .ci"
-	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
+	@echo "make lint    ruff, mypy, pyright, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make sanitize  the kernels under ASan and UBSan, on the CPU"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
@@ -77,10 +77,16 @@ check: test
 soak: build $(TESTING)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/loop/test_soak.py
 
+# Pyright's engine asks the first Python of the PATH where packages are.
+TYPES = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" $(BIN)/basedpyright --verifytypes mmfuse
+
 lint: $(TESTING)
+	mkdir -p build
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/basedpyright -p tests/types
+	$(TYPES) --ignoreexternal > build/types.txt || { cat build/types.txt; false; }
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format --dry-run -Werror
 
 format: $(TESTING)

@@ -1,41 +1,55 @@
-"""mmfuse: fused kernels for balanced multimodal training."""
+"""Balanced multimodal training with fused kernels.
 
-from . import amp, ops, scores
-from ._version import __version__
-from .loop.gradients import GradientMethod
-from .loop.heads import unimodal_logits
-from .loop.losses import unimodal_losses
-from .loop.masking import unimodal_outputs
-from .loop.matching import match_parameters
-from .loop.resampling import ContributionSampler
-from .loop.scalars import ScalarLog, scalars_of
-from .loop.shapley import shapley_responses
-from .methods import catalogue
-from .methods._arm_samples import sample_contributions
-from .methods._ogm_backward import ogm_backward
+When a network learns from several modalities at once, such as audio and video, the easier one
+dominates back-propagation and the other stays under-trained. The methods here watch the modalities
+during training and correct this, in any training loop and for any number of modalities.
+
+One call takes the place of ``loss.backward()``:
+
+    mmfuse.ogm_backward(loss, encoders={"audio": audio_net, "video": video_net},
+                        logits={"audio": audio_logits, "video": video_logits}, labels=labels)
+
+For a whole run there is an object, which has a state to save:
+
+    ogm = mmfuse.OGM({"audio": audio_net, "video": video_net})
+    out = ogm.backward(loss, logits, labels)       # out.as_dict() for a logger
+
+Where to look next:
+
+    list(mmfuse.METHODS)             the names of all methods
+    help(mmfuse.OGM)                 a method: its formulas, arguments and release
+    help(mmfuse.GradientMethod)      what all methods on gradients share
+    help(mmfuse.unimodal_logits)     each modality's logits from a shared head
+    help(mmfuse.unimodal_losses)     the baseline to compare with: unimodal losses
+    help(mmfuse.scores)              scores for regression and other tasks
+    dir(mmfuse), dir(mmfuse.ops)     everything public; the kernels are in `mmfuse.ops`
+    python -m mmfuse --help          what is installed here, and a check of it
+"""
+
+from . import amp as amp
+from . import ops as ops
+from . import scores as scores
+from ._version import __version__ as __version__
+from .loop.gradients import GradientMethod as GradientMethod
+from .loop.heads import unimodal_logits as unimodal_logits
+from .loop.losses import unimodal_losses as unimodal_losses
+from .loop.masking import unimodal_outputs as unimodal_outputs
+from .loop.matching import match_parameters as match_parameters
+from .loop.resampling import ContributionSampler as ContributionSampler
+from .loop.scalars import ScalarLog as ScalarLog
+from .loop.scalars import scalars_of as scalars_of
+from .loop.shapley import shapley_responses as shapley_responses
+from .methods._arm_samples import sample_contributions as sample_contributions
+from .methods._ogm_backward import ogm_backward as ogm_backward
 from .methods.catalogue import *  # noqa: F403
-from .noise import NoiseStream
-from .ops import use_backend
+from .noise import NoiseStream as NoiseStream
+from .ops import use_backend as use_backend
 
-__all__ = [
-    "ContributionSampler",
-    "GradientMethod",
-    "NoiseStream",
-    "ScalarLog",
-    "__version__",
-    "amp",
-    "match_parameters",
-    "ogm_backward",
-    "ops",
-    "sample_contributions",
-    "scalars_of",
-    "scores",
-    "shapley_responses",
-    "unimodal_logits",
-    "unimodal_losses",
-    "unimodal_outputs",
-    "use_backend",
-]
+# Without `__all__`: `help(mmfuse)` prints each name of it in full, which were 15,000 lines. The
+# aliases above say what is public.
+_INNER = {"adapters", "loop", "methods", "noise", "reference", "triton"}
 
-# The methods, their results and their functions.
-__all__ += catalogue.__all__
+
+def __dir__() -> list[str]:
+    named = (name for name in globals() if name not in _INNER)
+    return sorted(name for name in named if not name.startswith("_") or name.startswith("__"))

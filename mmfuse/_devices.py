@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 class _Wide(dict[str, torch.dtype]):
@@ -26,6 +28,13 @@ def has_float64(device: torch.device | str) -> bool:
 def narrowed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype itself, but float32 for float64 where the device does not have that."""
     return WIDE[device.type] if dtype == torch.float64 else dtype
+
+
+def readable(value: Tensor) -> bool:
+    """False where a tensor has no value, or reading it would end the capture of a CUDA graph."""
+    if isinstance(value, FakeTensor) or value.is_meta:
+        return False
+    return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _computes(device_type: str) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
+from ._devices import readable
 from ._numbers import whole
 from .reference.noise import standard_normal, standard_uniform
 
@@ -184,7 +185,11 @@ class NoiseStream:
         self.agreed = False
 
     def __repr__(self) -> str:
-        return f"NoiseStream(device={str(self.device)!r})"
+        numbers = ""
+        if readable(self.state):
+            key, step = self.state.tolist()
+            numbers = f"key={key}, step={step}, "
+        return f"NoiseStream({numbers}device={str(self.device)!r})"
 
 
 def saved_state(state_dict: dict[str, Any]) -> Tensor:

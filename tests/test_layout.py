@@ -23,6 +23,7 @@ RELEASED = ROOT / "released"
 ORDER = ("adapters", "methods", "loop", "ops", "triton", "reference")
 # What users import, and how the package starts. Nothing else lies beside the folders.
 IN_THE_ROOT = {
+    "_check",
     "_devices",
     "_numbers",
     "__init__",

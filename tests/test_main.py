@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import json
+import pydoc
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 import mmfuse
-from mmfuse.__main__ import report
+from mmfuse.__main__ import main, report
 from mmfuse.ops._registry import BACKENDS, OPS
 
 
@@ -52,9 +58,41 @@ def test_build_info() -> None:
     assert info["simd"] in info["simd_built"]
 
 
+def public(module: ModuleType) -> list[str]:
+    return [name for name in dir(module) if not name.startswith("_")]
+
+
+def test_completion_shows_public_names_only() -> None:
+    modules = {name for name in public(mmfuse) if inspect.ismodule(getattr(mmfuse, name))}
+    assert modules == {"amp", "ops", "scores"}
+    assert {"OGM", "METHODS", "ogm_backward", "use_backend"} <= set(public(mmfuse))
+    assert set(public(mmfuse.ops)) == set(mmfuse.ops.__all__)
+    assert not any(inspect.ismodule(getattr(mmfuse.ops, name)) for name in public(mmfuse.ops))
+
+
+def test_help_leads_on() -> None:
+    """It fits on a few screens, and every name in it exists."""
+    text = pydoc.plain(pydoc.render_doc(mmfuse))
+    assert len(text.splitlines()) < 90
+    named = re.findall(r"mmfuse\.([A-Za-z_]+)", mmfuse.__doc__ or "")
+    assert len(named) > 8
+    assert set(named) <= set(public(mmfuse))
+
+
+def test_json_has_what_the_text_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", "--check"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["mmfuse"] == mmfuse.__version__
+    assert found["folder"] == str(Path(mmfuse.__file__).parent)
+    assert set(found["ops"]) == set(OPS)
+    assert set(found["devices"]) >= {"cpu", "cuda", "mps", "xpu"}
+    assert {one["op"] for one in found["checked"]} <= set(OPS)
+    assert all(one["problem"] is None for one in found["checked"])
+
+
 def test_public_names_are_documented() -> None:
     for module in (mmfuse, mmfuse.ops):
-        for name in module.__all__:
+        for name in public(module):
             thing = getattr(module, name)
             if inspect.isfunction(thing) or inspect.isclass(thing):
                 assert inspect.getdoc(thing), name
@@ -73,7 +111,7 @@ def test_public_names_are_documented() -> None:
 def test_signatures_are_the_designs() -> None:
     """The binding names and defaults of design.md, and the ranks to average over."""
     assert str(inspect.signature(mmfuse.ogm_backward)).replace("'", "").split(" ->")[0] == (
-        "(loss: Tensor, encoders: Mapping[str, Encoder], "
+        "(loss: Tensor, encoders: Encoders, "
         "logits: Mapping[str, Tensor] | None = None, labels: Tensor | None = None, *, "
         "alpha: float = 0.8, noise: Noise = True, formula: Formula = tpami, "
         "select: Select = all, shared: Shared | None = None, stream: NoiseStream | None = None, "

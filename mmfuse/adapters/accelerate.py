@@ -36,10 +36,10 @@ try:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
     from accelerate.utils import DistributedType
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         'mmfuse.adapters.accelerate needs accelerate: pip install "mmfuse[accelerate]"'
-    ) from error
+    ) from _error
 
 
 class Balance:
@@ -69,7 +69,7 @@ class Balance:
     def __init__(self, accelerator: Accelerator, method: GradientMethod) -> None:
         check_supported(accelerator)
         self.accelerator = accelerator
-        self.method = checked(method)
+        self.method: GradientMethod = checked(method)
         self._warned = False
         accelerator.register_for_checkpointing(self)
 

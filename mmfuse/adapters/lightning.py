@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .. import amp
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.given import More
 from ..loop.matching import Named, match_parameters
 from ..loop.scalars import ScalarLog, scalars_of
@@ -367,14 +367,14 @@ class Balance(Epochs):
             self._saved = state_dict
 
 
-def _parameters(encoders: Mapping[str, Encoder]) -> list[Tensor]:
+def _parameters(encoders: Encoders) -> list[Tensor]:
     found: list[Tensor] = []
     for encoder in encoders.values():
         found += encoder.parameters() if isinstance(encoder, nn.Module) else encoder
     return found
 
 
-def _same(known: list[Tensor], encoders: Mapping[str, Encoder]) -> bool:
+def _same(known: list[Tensor], encoders: Encoders) -> bool:
     now = _parameters(encoders)
     return len(now) == len(known) and all(p is q for p, q in zip(now, known, strict=True))
 

@@ -34,11 +34,11 @@ from ._methods import checked, tell_epoch, warn_of_adaptive
 try:
     import accelerate as _accelerate  # noqa: F401
     from transformers import Trainer, TrainerCallback
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "mmfuse.adapters.transformers needs transformers and accelerate: "
         'pip install "mmfuse[transformers]"'
-    ) from error
+    ) from _error
 
 from .accelerate import check_supported, step, unwrapped
 

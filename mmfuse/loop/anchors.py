@@ -42,7 +42,7 @@ class Anchors:
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"anchor_dtype must be a floating dtype, got {dtype}")
         self.dtype = dtype
-        self.device = None if device is None else torch.device(device)
+        self.device: torch.device | None = None if device is None else torch.device(device)
         self.frozen = frozen
         #: One for each parameter of the modalities, this rank's part; empty until `take`. Of one
         #: that was frozen then, [0]: it stays what it is, and is copied when it has a gradient.

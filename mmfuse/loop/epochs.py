@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Sequence
-from typing import Any, SupportsIndex
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import ParamSpec
 
 from .._devices import narrowed
 from .._numbers import whole
 from .ranks import Group, check_group
 from .state import MODULE_FORMAT, check_format, refuse_format
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def typed_as(forward: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
+    """For type checkers: a module's call takes and returns what its forward pass does."""
+    raise NotImplementedError
 
 
 class EpochWindow:
@@ -133,6 +142,8 @@ class EpochWindowModule(EpochWindow, nn.Module):
     _wide: tuple[str, ...] = ()
     # Whether all ranks are known to have one stream.
     _agreed: bool
+    # The hyper-parameters that `repr` shows, where there is no rule that has them.
+    _shown: tuple[str, ...] = ("rule",)
 
     def _set_window(self, starts: int, ends: int | None) -> None:
         self.register_buffer("epoch_state", torch.zeros(2, dtype=torch.int64))
@@ -154,9 +165,9 @@ class EpochWindowModule(EpochWindow, nn.Module):
             TypeError: a number is no integer.
             ValueError: a number is out of range.
         """
-        self.num_modalities = whole("num_modalities", num_modalities, least=2)
-        self.process_group = check_group(process_group)
-        self.backend = backend
+        self.num_modalities: int = whole("num_modalities", num_modalities, least=2)
+        self.process_group: Group = check_group(process_group)
+        self.backend: str | None = backend
         self._set_window(starts, ends)
 
     def _begin_at(self, name: str, first: Tensor) -> None:
@@ -212,6 +223,21 @@ class EpochWindowModule(EpochWindow, nn.Module):
                 buffer.zero_()
         self._go_to(self.epoch if self._told else None)
         self._agreed = False
+
+    def _check_named(self, what: str, given: object) -> None:
+        """Checks that an argument maps names, as many as there are modalities."""
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{what} must map names to tensors, got {type(given).__name__}")
+        if len(given) != self.num_modalities:
+            raise ValueError(
+                f"this {type(self).__name__} was made for num_modalities={self.num_modalities}, "
+                f"but {what} has {list(given)}"
+            )
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters, and in which epochs the module acts."""
+        shown = (*self._shown, "num_modalities", "starts", "ends", "epoch")
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Fills in the buffers that a module from the meta device gets."""

@@ -11,13 +11,14 @@ from typing_extensions import Unpack
 
 from ..noise import NoiseStream
 from ..ops._eager import Eager
-from ._parameters import Encoder, Select, Shared
+from ._parameters import Encoders, Select, Shared
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Tensors, check_fits
 from .epochs import EpochWindow
 from .given import Loss, More, check_criterion
 from .modalities import Modalities
 from .ranks import Group, Observed
+from .results import Result, method_text
 from .resume import Resumes
 from .sense import Senses
 from .stage import take_step
@@ -95,7 +96,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
     def __init__(
         self,
         rule: Rule,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         select: Select = "all",
         shared: Shared | None = None,
@@ -110,17 +111,18 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         name: str | None = None,
         backend: str | None = None,
     ) -> None:
-        self.name = type(self).__name__
-        self.rule = rule
+        self.name: str = type(self).__name__
         self._set_window(starts, ends)
         anchored = anchor_dtype is not None or anchor_device is not None
         check_fits(self.name, rule.need, apply_to, anchored, stream is not None)
         self.apply_to: ApplyTo = apply_to
-        self.modalities = Modalities(encoders, select, shared)
-        self.process_group = process_group
-        self.criterion = check_criterion(criterion)
+        self.modalities: Modalities = Modalities(encoders, select, shared)
+        self.process_group: Group = process_group
+        self.criterion: Loss = check_criterion(criterion)
         self.backend = backend
-        self.anchors = Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
+        self.anchors: Anchors | None = (
+            Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
+        )
         self.stream = stream or self._new_stream(name)
         self._updates = AttachedOptimizers(self.name, self.modalities, backend)
         self._clock = Clock(0, 0)
@@ -128,11 +130,17 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
 
     def _adopt(self, rule: Rule) -> None:
         """Takes a rule of the same needs, and begins its state anew."""
-        self.rule = rule
+        self.rule: Rule = rule
         self._need = rule.need
+        named = isinstance(rule.result, type) and issubclass(rule.result, Result)
+        # A rule of the user's may return any dataclass.
+        self._named = {"modalities": self.modalities.names} if named else {}
         self._senses = Senses(self.name, rule, self.modalities, self.process_group, self.criterion)
         count, tensors = len(self.modalities.names), len(self.modalities.parameters)
         self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
+
+    def __repr__(self) -> str:
+        return method_text(self)
 
     def _new_stream(self, name: str | None) -> NoiseStream:
         parts = [self.name, *self.modalities.names] + ([] if name is None else [name])
@@ -382,4 +390,4 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         device = self.modalities.device
         self._state.follow(device)
         if self.stream.device != device:
-            self.stream = self.stream.to(device)
+            self.stream: NoiseStream = self.stream.to(device)

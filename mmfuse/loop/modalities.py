@@ -16,7 +16,7 @@ from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
 from . import _surgery
 from ._parameters import (
-    Encoder,
+    Encoders,
     Select,
     Shared,
     SharedParameters,
@@ -110,7 +110,7 @@ class Modalities:
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         select: Select = "all",
         shared: Shared | None = None,
     ) -> None:
@@ -119,13 +119,13 @@ class Modalities:
         if len(encoders) < 2:
             raise ValueError(f"balancing needs at least two modalities, got {list(encoders)}")
         keep = selection(select)
-        self.names = tuple(encoders)
+        self.names: tuple[str, ...] = tuple(encoders)
         # Only modules can be asked again: an iterable may have been a generator.
         self._modules = {n: e for n, e in encoders.items() if isinstance(e, nn.Module)}
         self._keep = keep
         self._shared = SharedParameters(shared)
         of_none = self._shared.ids()
-        self.logits_names = [f"logits[{name!r}]" for name in encoders]
+        self.logits_names: list[str] = [f"logits[{name!r}]" for name in encoders]
         self.parameters: list[Tensor] = []
         self.parameter_names: list[str] = []
         self.modality: list[int] = []
@@ -171,7 +171,7 @@ class Modalities:
         # Those that had no gradient in the last step though they require one.
         self._waiting: list[int] = []
         #: The registrations of parameters and modules when the encoders were last looked at.
-        self.registrations = _surgery.watch()
+        self.registrations: int = _surgery.watch()
         self._forget_places()
 
     def _forget_places(self) -> None:

@@ -115,7 +115,7 @@ class Observations:
         self._error: Exception | None = None
         self._last: Observed = NOTHING
         #: Whether there is nothing to take.
-        self.empty = True
+        self.empty: bool = True
 
     def add(self, seen: Observed) -> None:
         """Adds what one micro-batch has shown.

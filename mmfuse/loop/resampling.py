@@ -85,7 +85,7 @@ class ContributionSampler(Sampler[int]):
         repeats = 1 + torch.where(lone, 0, torch.tensor(counts)[interval])
         self.indices = torch.arange(len(mean)).repeat_interleave(repeats).tolist()
         self.shuffle = shuffle
-        self.epoch = 0
+        self.epoch: int = 0
         self._stream = NoiseStream(seed, name=type(self).__name__)
 
     def set_epoch(self, epoch: int) -> None:

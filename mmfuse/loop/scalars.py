@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,7 +25,7 @@ class ScalarLog:
         with ScalarLog(writer) as log:
             for step, (batch, labels) in enumerate(loader):
                 ...
-                log.add(step, scalars_of(ogm.step(logits, labels), ogm.modalities.names))
+                log.add(step, ogm.step(logits, labels).as_dict())
 
     Reading a value of the device makes the host wait for all work before it. Here a step's values
     are put into a row of a buffer on the device; after `every` steps the buffer is copied to the
@@ -47,7 +47,7 @@ class ScalarLog:
             raise TypeError(
                 f"write must be a SummaryWriter or a callable, got {type(write).__name__}"
             )
-        self.every = whole("every", every, least=1)
+        self.every: int = whole("every", every, least=1)
         self._write: Write = write if add_scalar is None else _tensorboard(add_scalar)
         self._tags: tuple[str, ...] = ()
         self._rows: Tensor | None = None
@@ -170,14 +170,15 @@ class ScalarLog:
         self.close()
 
 
-def scalars_of(result: Any, names: Sequence[str]) -> dict[str, Tensor]:
+def scalars_of(result: Any, names: Collection[str] | None = None) -> dict[str, Tensor]:
     """The scalars in what a method's step returns, by tags such as ``"coefficients/audio"``.
 
     Features, masks and indices are left out, as is what is None.
 
     Args:
         result: A method's, such as `OGMResult`, or another dataclass of [M] and 0-d tensors.
-        names: The M modalities, in the order of the method's encoders.
+        names: The M modalities, in the order of the method's encoders, which may be given as they
+            are; None for those that the result has, or 0, 1, … if it has none.
 
     Returns:
         Tag → 0-d tensor that shares the result's memory; of 0-d tensors the tag is the field.
@@ -188,6 +189,8 @@ def scalars_of(result: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
         raise TypeError(f"result must be a dataclass, got {type(result).__name__}")
+    if names is None:
+        names = getattr(result, "modalities", ()) or None
     found: dict[str, Tensor] = {}
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
@@ -196,12 +199,14 @@ def scalars_of(result: Any, names: Sequence[str]) -> dict[str, Tensor]:
         if value.dim() == 0:
             found[field.name] = value
         elif value.dim() == 1 and value.is_floating_point():
-            if len(value) != len(names):
+            numbered = map(str, range(len(value)))
+            called = list(getattr(result, "entries", {}).get(field.name, names or numbered))
+            if len(value) != len(called):
                 raise ValueError(
-                    f"names has {list(names)}, but {type(result).__name__}.{field.name} is of "
+                    f"names has {called}, but {type(result).__name__}.{field.name} is of "
                     f"{len(value)} modalities"
                 )
-            for name, entry in zip(names, value.unbind(), strict=True):
+            for name, entry in zip(called, value.unbind(), strict=True):
                 found[f"{field.name}/{name}"] = entry
     return found
 

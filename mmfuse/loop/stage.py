@@ -125,7 +125,7 @@ def take_step(
         method._clock = Clock(clock.epoch, clock.step + 1)
     if drawn or need.draws:
         stream.advance(counts if squares is None else counts & squares.isfinite().all().to(device))
-    return rule.result(*decision.report, finite=finite)
+    return rule.result(*decision.report, finite=finite, **method._named)
 
 
 def _second(active: Active, unimodal: Sequence[Tensor | None]) -> Second:
@@ -163,4 +163,4 @@ def _postpone(method: GradientMethod, seen: Observed) -> Any:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()
     method._updates.decide(Decided(decision.report[0], stream, state, finite, kept))
-    return method.rule.result(*decision.report, finite=finite)
+    return method.rule.result(*decision.report, finite=finite, **method._named)

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..loop.results import Result
+
 
 @dataclass(frozen=True)
-class AGMResult:
+class AGMResult(Result):
     """The decision of one step; nothing here has waited for the device.
 
     Attributes:

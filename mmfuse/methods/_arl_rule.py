@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..loop.results import Result
+
 
 @dataclass(frozen=True)
-class ARLResult:
+class ARLResult(Result):
     """The decision of one step; nothing here has waited for the device.
 
     Attributes:

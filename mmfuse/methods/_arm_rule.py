@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..loop.results import Result
 from ..ops.joint_entropies import MAX_BINS, check_bins
 from ._arm_information import Complete, normalised_information
 from ._means import mean_of_others
@@ -18,7 +19,7 @@ _LEAST = 1e-6
 
 
 @dataclass(frozen=True)
-class ARMResult:
+class ARMResult(Result):
     """Scores and decision of one step; nothing here has waited for the device.
 
     Attributes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._devices import WIDE
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import Batch, Need, Sensed, State, Tensors
 from ..loop.modalities import Modalities
 from ..loop.ranks import Observed
@@ -56,7 +55,7 @@ class InfoRegReleased(InfoRegRule):
         return ((growth > self.threshold) | (epochs == 0)).expand(len(traces))
 
 
-def weights_of_layers(encoders: Mapping[str, Encoder], known: Modalities) -> Tensor:
+def weights_of_layers(encoders: Encoders, known: Modalities) -> Tensor:
     """[T] the weights of the released trace."""
     layers = {
         id(module.weight)

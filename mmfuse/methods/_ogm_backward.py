@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder, Select, Shared
+from ..loop._parameters import Encoders, Select, Shared
 from ..loop.given import Loss, More
 from ..loop.ranks import Group
 from ..noise import NoiseStream, default_stream
@@ -17,7 +17,7 @@ from .ogm import OGM, Noise, OGMResult
 
 def ogm_backward(
     loss: Tensor,
-    encoders: Mapping[str, Encoder],
+    encoders: Encoders,
     logits: Mapping[str, Tensor] | None = None,
     labels: Tensor | None = None,
     *,

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from ..loop.results import Result
+
 if TYPE_CHECKING:
     from .opm import OPM
 
 
 @dataclass(frozen=True)
-class OPMResult:
+class OPMResult(Result):
     """The features that are left, and why; nothing here has waited for the device.
 
     Attributes:

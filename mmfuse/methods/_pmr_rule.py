@@ -9,9 +9,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ..loop.results import Result
+
 
 @dataclass(frozen=True)
-class PMRResult:
+class PMRResult(Result):
     """The loss that was added, and why; nothing here has waited for the device.
 
     Attributes:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.passes import scoring
 from ..noise import NoiseStream
 from ..ops.noisy_views import noisy_views
@@ -36,19 +36,21 @@ class Monitor:
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         forward: Mapping[str, Forward],
         sigma: float | Mapping[str, float],
         clamp: Collection[str],
         noise: Noise | None,
         backend: str | None,
     ) -> None:
-        self.names = tuple(encoders)
+        self.names: tuple[str, ...] = tuple(encoders)
         for what, given in (("forward", forward), ("clamp", clamp)):
             _check_names(what, given, self.names)
-        self.forward = {name: _callable(name, encoders, forward) for name in self.names}
-        self.sigma = _sigmas(sigma, self.names)
-        self.clamp = frozenset(clamp)
+        self.forward: dict[str, Forward] = {
+            name: _callable(name, encoders, forward) for name in self.names
+        }
+        self.sigma: list[float] = _sigmas(sigma, self.names)
+        self.clamp: frozenset[str] = frozenset(clamp)
         self.noise = noise
         self.backend = backend
 
@@ -125,9 +127,7 @@ def _check_names(what: str, given: Collection[str], names: Sequence[str]) -> Non
         raise ValueError(f"{what} names {unknown}; the encoders are {list(names)}")
 
 
-def _callable(
-    name: str, encoders: Mapping[str, Encoder], forward: Mapping[str, Forward]
-) -> Forward:
+def _callable(name: str, encoders: Encoders, forward: Mapping[str, Forward]) -> Forward:
     found = forward.get(name, encoders[name])
     if isinstance(found, nn.parallel.DistributedDataParallel):
         found = found.module  # without gradients there is nothing to synchronise

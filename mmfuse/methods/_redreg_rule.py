@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import ClassVar, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from ..loop.contract import Act, Batch, Clock, Decision, Need, Sensed, State, St
 from ..loop.given import Kind
 from ..loop.pairs import own
 from ..loop.ranks import Observed
+from ..loop.results import Result
 from ..ops._tensors import check_named
 from ..ops.co_information_gate import gate_of_aligned
 from ..ops.paired_cosine import aligned, paired_cosine
@@ -32,7 +33,7 @@ Projection = Literal["tensor", "encoder"]
 
 
 @dataclass(frozen=True)
-class RedRegResult:
+class RedRegResult(Result):
     """Scores and decision of one step; nothing here has waited for the device.
 
     Attributes:
@@ -104,7 +105,7 @@ class RedRegRule(Stateless):
     agreement: tuple[float, float]
     projection: Projection
     monitor_every: int
-    monitor: Monitor | None = None
+    monitor: Monitor | None = field(default=None, repr=False)
 
     #: The redundancy's moving average is freed of the bias of its beginning at 0.
     unbiased: ClassVar[bool] = True

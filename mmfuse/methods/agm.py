@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..loop.contract import Card, Source
-from ..loop.epochs import EpochWindowModule
+from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, check_criterion, check_present, criterion_of, pair_scores
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.shards import is_dtensor
@@ -177,8 +177,9 @@ class AGM(EpochWindowModule):
             ValueError: numbers, shapes or labels do not fit; nothing has been changed.
         """
         if not self.training:
-            self._check(logits)
-            return AGMResult(dict(logits), torch.ones_like(self.coefficients))
+            self._check_named("logits", logits)
+            ones = torch.ones_like(self.coefficients)
+            return AGMResult(dict(logits), ones, modalities=tuple(logits))
         if in_backward():
             refuse_backward("AGM", "and would count the step twice")
         if labels is None:
@@ -201,13 +202,18 @@ class AGM(EpochWindowModule):
         if self._acting or self.rule.stays:
             for (name, r), each in zip(logits.items(), k.unbind(), strict=True):
                 passed[name] = scale_grad(r, each, backend=self.backend)
-        return AGMResult(passed, k, table.diagonal(), ratios, usual)
+        return AGMResult(passed, k, table.diagonal(), ratios, usual, modalities=tuple(logits))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _look(
         self, logits: Mapping[str, Tensor], labels: Tensor, present: Mapping[str, Tensor] | None
     ) -> Observed:
         """−s_m of this rank, or a table of them (see `mmfuse.loop.pairs`); with all checks."""
-        self._check(logits)
+        self._check_named("logits", logits)
         names, how = [f"logits[{name!r}]" for name in logits], criterion_of(self.criterion)
         values = list(logits.values())
         if not self.rule.floor and present is None:
@@ -225,15 +231,6 @@ class AGM(EpochWindowModule):
         # Selected, not multiplied with 0: what does not count may be NaN.
         total = torch.where(weight > 0, weight * floored, 0.0).flatten(1).sum(1)
         return Observed(total / weight.sum(), each.weight.sum())
-
-    def _check(self, logits: object) -> None:
-        if not isinstance(logits, Mapping):
-            raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
-        if len(logits) != self.num_modalities:
-            raise ValueError(
-                f"this AGM was made for num_modalities={self.num_modalities}, but logits has "
-                f"{list(logits)}"
-            )
 
     def _decide(
         self, table: Tensor, shared: Tensor | None, ratios: Tensor, usual: Tensor
@@ -291,7 +288,3 @@ class AGM(EpochWindowModule):
         for grad in grads:
             grad.mul_(factor.to(grad.device, grad.dtype))
         return found
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"{self.rule}, num_modalities={self.num_modalities}"

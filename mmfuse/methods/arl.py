@@ -19,14 +19,14 @@ this is the release's; the mean over the others and the floor 0.6 / M are our ex
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .._devices import WIDE
 from ..loop.contract import Card, Source
-from ..loop.epochs import EpochWindowModule
+from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import check_criterion, criterion_of
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, over_ranks
@@ -188,7 +188,8 @@ class ARL(EpochWindowModule):
         """
         if not self.training:
             named_features("ARL", features, self.num_modalities)
-            return ARLResult(dict(features), torch.ones_like(self.weights))
+            ones = torch.ones_like(self.weights)
+            return ARLResult(dict(features), ones, modalities=tuple(features))
         if in_backward():
             refuse_backward("ARL", "where another step's weights would act")
         if logits is None:
@@ -215,7 +216,13 @@ class ARL(EpochWindowModule):
         if self._acting:
             for (name, feature), each in zip(features.items(), k.unbind(), strict=True):
                 passed[name] = scale_grad(feature, each, backend=self.backend)
-        return ARLResult(passed, k, scores[0] if scores else None, new, *shown)
+        shown_scores = scores[0] if scores else None
+        return ARLResult(passed, k, shown_scores, new, *shown, modalities=tuple(features))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _look(
         self, features: Mapping[str, Tensor], logits: Mapping[str, Tensor], labels: Tensor | None
@@ -261,7 +268,3 @@ class ARL(EpochWindowModule):
         if labels is not None and not indices:
             told = named_sample_scores(called, logits, labels, self.backend, how)
         return rows if labels is None else [*rows, told.prob], told.weight
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"{self.rule}, num_modalities={self.num_modalities}"

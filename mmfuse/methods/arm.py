@@ -22,14 +22,14 @@ The balanced min-max loss that the paper's summary names has no released formula
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..loop.contract import Card, Source
-from ..loop.epochs import EpochWindowModule
+from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, over_ranks
@@ -176,7 +176,8 @@ class ARM(EpochWindowModule):
         if not self.training and self.rule.averages:
             named_features("ARM", features, self.num_modalities)
             average = self._average()
-            return ARMResult(weighted(features, average), average)
+            out = weighted(features, average)
+            return ARMResult(out, average, modalities=tuple(features))
         given = logits is not None and fused_logits is not None and labels is not None
         if fused is None or not (given or more.get("scores") is not None):
             raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
@@ -208,7 +209,13 @@ class ARM(EpochWindowModule):
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
         out = weighted(features, weights)
-        return ARMResult(out, weights, scores[:-1], contributions, nmi, ncmi)
+        shown = (weights, scores[:-1], contributions, nmi, ncmi)
+        return ARMResult(out, *shown, modalities=tuple(features))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _here(
         self,
@@ -279,7 +286,3 @@ class ARM(EpochWindowModule):
     def _average(self) -> Tensor:
         started = self.average_weight > 0
         return torch.where(started, self.average / self.average_weight, 1.0)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"{self.rule}, num_modalities={self.num_modalities}"

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
     Batch,
@@ -52,6 +52,7 @@ from ..loop.gradients import GradientMethod
 from ..loop.modalities import check_names
 from ..loop.pairs import own
 from ..loop.ranks import Observed
+from ..loop.results import Result
 from ..ops._tensors import FLOATING
 from ._means import mean_of_others
 
@@ -59,7 +60,7 @@ _EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class CGGMResult:
+class CGGMResult(Result):
     """The decision of one step; nothing here has waited for the device.
 
     Attributes:
@@ -207,7 +208,7 @@ class CGGM(GradientMethod):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         rho: float = 1.3,
         bound: float | None = 2.0,
@@ -218,7 +219,7 @@ class CGGM(GradientMethod):
     @classmethod
     def official(
         cls,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         rho: float = 1.3,
         bound: float | None = None,

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
     Batch,
@@ -48,13 +48,14 @@ from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import own
 from ..loop.ranks import Observed
+from ..loop.results import Result
 from ..ops.information_pull import pull_of_checked
 
 Release = Literal["november", "march"]
 
 
 @dataclass(frozen=True)
-class InfoRegResult:
+class InfoRegResult(Result):
     """The decision of one step; nothing here has waited for the device.
 
     Attributes:
@@ -215,7 +216,7 @@ class InfoReg(GradientMethod):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         beta: float = 0.9,
         threshold: float = 0.04,
@@ -226,7 +227,7 @@ class InfoReg(GradientMethod):
     @classmethod
     def official(
         cls,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         release: Release = "november",
         beta: float = 1.0,

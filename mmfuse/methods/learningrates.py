@@ -23,7 +23,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._numbers import whole
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
     Batch,
@@ -41,6 +41,7 @@ from ..loop.given import Kind, Numbers, own_numbers
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import own
 from ..loop.ranks import Observed
+from ..loop.results import Result
 from ..ops._tensors import kept_tensor
 
 #: The factors of AGM's authors, by the number of modalities (lihong2303/AGM_ICCV2023).
@@ -48,7 +49,7 @@ _RATES = {2: (1.3, 0.7), 3: (0.9, 1.4, 0.7)}
 
 
 @dataclass(frozen=True)
-class LearningRatesResult:
+class LearningRatesResult(Result):
     """The factors of one step; nothing here has waited for the device.
 
     Attributes:
@@ -146,7 +147,7 @@ class LearningRates(GradientMethod):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         rates: Mapping[str, float] | Sequence[float] | None = None,
         window: int | None = None,

@@ -23,16 +23,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from .._numbers import whole
 from ..loop.contract import Card, Source
-from ..loop.epochs import EpochWindowModule
+from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, check_criterion
 from ..loop.ranks import Group, several
+from ..loop.results import Entries, Result
 from ..ops.logit_divergence import logit_divergence
 from ._lfm_weights import EPOCHS, label_weight, mean_along
 
@@ -44,7 +45,7 @@ _HALVED = 20
 
 
 @dataclass(frozen=True)
-class LFMResult:
+class LFMResult(Result):
     """The loss of one step and its parts; nothing here has waited for the device.
 
     Attributes:
@@ -60,6 +61,8 @@ class LFMResult:
     coefficients: Tensor
     cross_entropy: Tensor
     alignment: Tensor
+
+    entries: ClassVar[Entries] = {"coefficients": ("cross_entropy", "alignment")}
 
 
 class LFM(EpochWindowModule):
@@ -98,6 +101,7 @@ class LFM(EpochWindowModule):
         ValueError: a hyper-parameter is out of range, or there is no such weighting.
     """
 
+    _shown = ("epochs", "weighting", "rate")
     card: ClassVar[Card] = Card(
         "Yang et al., NeurIPS 2024",
         "loss",
@@ -136,7 +140,9 @@ class LFM(EpochWindowModule):
             raise ValueError(f"rate must be a finite number of at least 0, got {rate}")
         if isinstance(criterion, torch.nn.BCEWithLogitsLoss):
             raise ValueError("criterion must be nn.CrossEntropyLoss: LFM compares softmaxes")
-        self.epochs, self.weighting, self.rate = whole("epochs", epochs, least=1), weighting, rate
+        self.epochs: int = whole("epochs", epochs, least=1)
+        self.weighting: Weighting = weighting
+        self.rate: float = rate
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self._begin(num_modalities, starts, ends, process_group, backend)
         self._begin_with("weights", [_LEAST, _MOST])
@@ -208,7 +214,8 @@ class LFM(EpochWindowModule):
             joint = torch.stack(self._checked(logits)).mean(0)
             nothing = joint.new_zeros(())
             weights = self.weights.to(joint.dtype, copy=True)
-            return LFMResult(nothing, joint, weights, nothing, nothing)
+            rest = weights, nothing, nothing
+            return LFMResult(nothing, joint, *rest, modalities=tuple(logits))
         if not isinstance(labels, Tensor):
             raise TypeError("LFM needs labels, a tensor, in training")
         each = self._checked(logits)
@@ -224,16 +231,16 @@ class LFM(EpochWindowModule):
             weights = torch.zeros_like(weights)
             weights[0] = 1.0
         loss = 2 * (weights[0] * cross_entropy + weights[1] * alignment)
-        return LFMResult(loss, joint, weights, cross_entropy.detach(), alignment.detach())
+        shown = (cross_entropy.detach(), alignment.detach())
+        return LFMResult(loss, joint, weights, *shown, modalities=tuple(logits))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _checked(self, logits: Mapping[str, Tensor]) -> list[Tensor]:
-        if not isinstance(logits, Mapping):
-            raise TypeError(f"logits must map names to tensors, got {type(logits).__name__}")
-        if len(logits) != self.num_modalities:
-            raise ValueError(
-                f"this LFM was made for num_modalities={self.num_modalities}, but logits has "
-                f"{list(logits)}"
-            )
+        self._check_named("logits", logits)
         first, of_first = next(iter(logits.items()))
         for name, z in logits.items():
             if not isinstance(z, Tensor) or not z.is_floating_point():
@@ -287,7 +294,3 @@ class LFM(EpochWindowModule):
             moved = (self.weights[1] - self.learning_rate * step).clamp(_LEAST, _MOST)
             self.weights[1].copy_(moved)
             self.weights[0].copy_(1 - moved)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"epochs={self.epochs}, weighting={self.weighting!r}, rate={self.rate}"

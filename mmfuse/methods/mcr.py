@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,8 +30,10 @@ from torch import Tensor
 from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
+from ..loop.epochs import typed_as
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group
+from ..loop.results import Result
 from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.logit_divergence import logit_divergence
@@ -43,7 +45,7 @@ _WEIGHT_OF_OTHERS: dict[str, int] = {"greedy": -1, "independent": 0, "collaborat
 
 
 @dataclass(frozen=True)
-class MCRResult:
+class MCRResult(Result):
     """The loss of one step and its parts; nothing here has waited for the device.
 
     Attributes:
@@ -93,6 +95,7 @@ class MCR(DrawingModule):
         ValueError: a hyper-parameter is out of range, or there is no such strategy.
     """
 
+    _shown = ("strength", "strategy", "contrast", "temperature", "permutations")
     card: ClassVar[Card] = Card(
         "Kontras et al., NeurIPS 2025",
         "loss",
@@ -132,9 +135,11 @@ class MCR(DrawingModule):
                 raise ValueError(f"{what} must be a finite number of at least 0, got {value}")
         if not (math.isfinite(temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive finite number, got {temperature}")
-        self.strength, self.strategy, self.contrast = strength, strategy, contrast
+        self.strength: float = strength
+        self.strategy: Strategy = strategy
+        self.contrast: float = contrast
         self.temperature = temperature
-        self.permutations = whole("permutations", permutations, least=1)
+        self.permutations: int = whole("permutations", permutations, least=1)
         self._begin_stream(stream, name)
 
     @classmethod
@@ -192,7 +197,8 @@ class MCR(DrawingModule):
         """
         names, values = named_features("MCR", features, self.num_modalities)
         nothing = values[0].new_zeros(())
-        without = MCRResult(nothing, nothing.expand(len(names)), nothing)
+        called = tuple(names)
+        without = MCRResult(nothing, nothing.expand(len(names)), nothing, modalities=called)
         if not self.training:
             return without
         if logits is None and head is None:
@@ -219,7 +225,12 @@ class MCR(DrawingModule):
             assert labels is not None
             contrast = nt_xent([v.flatten(1) for v in values], labels, self.temperature)
             loss = loss + self.contrast * contrast
-        return MCRResult(loss, divergences.detach(), contrast.detach())
+        return MCRResult(loss, divergences.detach(), contrast.detach(), modalities=called)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _check(
         self,
@@ -277,10 +288,3 @@ class MCR(DrawingModule):
                 joint = joint.detach()
             plain.append(repeated(joint, self.permutations))
         return logit_divergence(permuted, plain, kind="js", backend=self.backend)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return (
-            f"strength={self.strength}, strategy={self.strategy!r}, contrast={self.contrast}, "
-            f"temperature={self.temperature}, permutations={self.permutations}"
-        )

@@ -31,6 +31,7 @@ from .._devices import WIDE
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindow, EpochWindowModule
 from ..loop.ranks import Group, Observed, over_ranks
+from ..loop.results import Result
 from ..loop.shards import is_dtensor, local_part
 from ..ops._tensors import FLOATING
 from ._mla_rule import MLAFusion, MLALatest, MLAReleased, MLARule, fused
@@ -41,7 +42,7 @@ _CODE = "Cecile-hi/Multimodal-Learning-with-Alternating-Unimodal-Adaptation"
 
 
 @dataclass(frozen=True)
-class MLAResult:
+class MLAResult(Result):
     """The outcome of one turn; nothing here has waited for the device.
 
     Attributes:
@@ -278,7 +279,3 @@ class MLA(EpochWindowModule):
             ValueError: there are not two modalities, or shapes do not fit.
         """
         return fused(self.rule, logits, present, self.backend)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"{self.rule}, num_modalities={self.num_modalities}"

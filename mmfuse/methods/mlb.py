@@ -18,7 +18,6 @@ With beta = 2 both cases are one formula.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
     Batch,
@@ -44,11 +43,12 @@ from ..loop.contract import (
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import mean_ratio, stages
 from ..loop.ranks import Observed
+from ..loop.results import Result
 from ._means import mean_of_others
 
 
 @dataclass(frozen=True)
-class MLBResult:
+class MLBResult(Result):
     """The decision of one step; nothing here has waited for the device.
 
     Attributes:
@@ -141,7 +141,7 @@ class MLB(GradientMethod):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         alpha: float = 0.8,
         beta: float = 2.0,
@@ -152,7 +152,7 @@ class MLB(GradientMethod):
     @classmethod
     def official(
         cls,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         alpha: float = 0.8,
         beta: float = 2.0,

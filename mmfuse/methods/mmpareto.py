@@ -19,7 +19,6 @@ factor gamma:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +27,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._devices import WIDE
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
     Batch,
@@ -46,13 +45,14 @@ from ..loop.contract import (
 from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
 from ..loop.ranks import Observed
+from ..loop.results import Result
 
 # Below this share of the terms that it is the sum of, |h|^2 is what rounding has left of them.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class MMParetoResult:
+class MMParetoResult(Result):
     """The decision of one step; nothing here has waited for the device.
 
     Attributes:
@@ -197,14 +197,12 @@ class MMPareto(GradientMethod):
     )
     rule: MMParetoRule
 
-    def __init__(
-        self, encoders: Mapping[str, Encoder], *, gamma: float = 1.5, **common: Unpack[Common]
-    ) -> None:
+    def __init__(self, encoders: Encoders, *, gamma: float = 1.5, **common: Unpack[Common]) -> None:
         super().__init__(MMParetoRule(gamma), encoders, **common)
 
     @classmethod
     def official(
-        cls, encoders: Mapping[str, Encoder], *, gamma: float = 1.5, **common: Unpack[Common]
+        cls, encoders: Encoders, *, gamma: float = 1.5, **common: Unpack[Common]
     ) -> MMPareto:
         """The method as the authors' released code runs it.
 

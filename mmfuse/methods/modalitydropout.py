@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,16 +20,18 @@ from torch import Tensor
 from .._numbers import whole
 from ..loop.contract import Card
 from ..loop.drawing import DrawingModule
+from ..loop.epochs import typed_as
 from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group
+from ..loop.results import Result
 from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops._tensors import kept_tensor
 
 
 @dataclass(frozen=True)
-class ModalityDropoutResult:
+class ModalityDropoutResult(Result):
     """The features that are left; nothing here has waited for the device.
 
     Attributes:
@@ -72,6 +74,7 @@ class ModalityDropout(DrawingModule):
         ValueError: a rate is no probability, or there are fewer than two modalities.
     """
 
+    _shown = ("names", "rates")
     card: ClassVar[Card] = Card(
         "Neverova et al., TPAMI 2016", "feature", ("features",), (), golden=False
     )
@@ -95,14 +98,14 @@ class ModalityDropout(DrawingModule):
         self._set_window(starts, ends)
         named = isinstance(rates, Mapping)
         count = len(rates) if isinstance(rates, Mapping) else num_modalities
-        self.num_modalities = whole("num_modalities", count, least=2)
-        self.names = tuple(rates) if isinstance(rates, Mapping) else None
+        self.num_modalities: int = whole("num_modalities", count, least=2)
+        self.names: tuple[str, ...] | None = tuple(rates) if isinstance(rates, Mapping) else None
         each = list(rates.values()) if isinstance(rates, Mapping) else [rates] * count
         called = [f"rates[{n!r}]" for n in rates] if isinstance(rates, Mapping) else ["rates"]
         for what, rate in zip(called, each, strict=named):
             _check_rate(what, rate)
-        self.rates = tuple(map(float, each))
-        self.process_group = check_group(process_group)
+        self.rates: tuple[float, ...] = tuple(map(float, each))
+        self.process_group: Group = check_group(process_group)
         self.backend = backend
         self._begin_stream(stream, name)
 
@@ -132,13 +135,13 @@ class ModalityDropout(DrawingModule):
         if present is not None:
             here = check_present(names, present, rows, device)
         if not self.training:
-            return ModalityDropoutResult(dict(features), here)
+            return ModalityDropoutResult(dict(features), here, modalities=tuple(names))
         if in_backward():
             refuse_backward("ModalityDropout", "and would draw another mask there")
         self._check_told("ModalityDropout")
         if not self._acting:
             self._advance()
-            return ModalityDropoutResult(dict(features), here)
+            return ModalityDropoutResult(dict(features), here, modalities=tuple(names))
         order = self.names or names
         rates = tuple(self.rates[order.index(name)] for name in names)
         q = kept_tensor(rates, (len(rates),), torch.float32, device)
@@ -148,7 +151,13 @@ class ModalityDropout(DrawingModule):
         found = {}
         for m, (name, x) in enumerate(zip(names, out.features, strict=True)):
             found[name] = torch.where(saved[m].view(-1, *[1] * (x.dim() - 1)), values[m], x)
-        return ModalityDropoutResult(found, (out.keep | saved) & here)
+        kept = (out.keep | saved) & here
+        return ModalityDropoutResult(found, kept, modalities=tuple(names))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _saved(self, here: Tensor, left: Tensor) -> Tensor:
         """[M, B] bool, which one is given back to a sample that has lost all."""
@@ -160,11 +169,6 @@ class ModalityDropout(DrawingModule):
         )
         place = torch.minimum((drawn.to(here.device) * count).long(), count - 1)  # drawn may be 1
         return lost & here & (here.cumsum(0) - 1 == place)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        rates = self.rates if self.names is None else dict(zip(self.names, self.rates, strict=True))
-        return f"rates={rates}"
 
 
 def _check_rate(what: str, rate: object) -> None:

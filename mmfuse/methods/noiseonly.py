@@ -9,12 +9,11 @@ every coefficient at 1:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import Card, Common
 from ..loop.gradients import GradientMethod
 from .ogm import Noise, OGMRule
@@ -44,7 +43,7 @@ class NoiseOnly(GradientMethod):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         noise: Noise = True,
         **common: Unpack[Common],

@@ -15,7 +15,7 @@ encoder's gradient scaled down by k_m; GE adds noise of the gradient's own stand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
     Batch,
@@ -41,6 +41,7 @@ from ..loop.contract import (
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import stages
 from ..loop.ranks import Observed
+from ..loop.results import Result
 from ..ops.modulation_factors import Formula, check_strength, factors_of_checked, noise_std
 
 Release = Literal["cvpr", "tpami"]
@@ -55,7 +56,7 @@ _ONE = torch.tensor(1.0, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
-class OGMResult:
+class OGMResult(Result):
     """The decision of one step; nothing here has waited for the device.
 
     Attributes:
@@ -188,7 +189,7 @@ class OGM(GradientMethod):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         alpha: float = 0.8,
         noise: Noise = True,
@@ -200,7 +201,7 @@ class OGM(GradientMethod):
     @classmethod
     def official(
         cls,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         alpha: float = 0.8,
         noise: Noise = True,

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from typing_extensions import Unpack
 
 from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
+from ..loop.epochs import typed_as
 from ..loop.given import Loss, More, check_criterion, look, makes_tables
 from ..loop.modalities import check_names, named_features
 from ..loop.pairs import stages
@@ -183,7 +184,8 @@ class OPM(DrawingModule):
         if not self.training:
             names, values = named_features("OPM", features, self.num_modalities)
             keep = values[0].new_ones(len(names), len(values[0]), dtype=torch.bool)
-            return OPMResult(dict(features), keep, torch.zeros_like(self.q), None, None)
+            q = torch.zeros_like(self.q)
+            return OPMResult(dict(features), keep, q, None, None, modalities=tuple(names))
         if in_backward():
             refuse_backward("OPM", "and would draw another mask there")
         if not more and (logits is None or labels is None):
@@ -202,7 +204,12 @@ class OPM(DrawingModule):
         result = self.rule.drop(self, given._replace(scores=scores, present=present), q)
         self.q.copy_(current.detach())
         self._advance()
-        return replace(result, scores=scores, ratios=ratios)
+        return replace(result, scores=scores, ratios=ratios, modalities=tuple(given.names))
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _look(
         self,
@@ -256,7 +263,3 @@ class OPM(DrawingModule):
             kept = dict(zip(given.names, out.features, strict=True))
             return OPMResult(kept, out.keep, q, None, None)
         return with_one_left(given, out.features, out.keep, q, scale)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"{self.rule}, num_modalities={self.num_modalities}"

@@ -24,13 +24,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._numbers import whole
 from ..loop.contract import Card, Source
+from ..loop.epochs import typed_as
 from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.pairs import own
@@ -196,7 +197,7 @@ class PMR(PrototypeModule):
         """
         nothing = self.prototypes[0].new_zeros(self.num_modalities)
         if not self.training:
-            return PMRResult(nothing.sum(), nothing)
+            return PMRResult(nothing.sum(), nothing, modalities=tuple(self.names or features))
         self._check_told("PMR")
         count = self.num_modalities
         (logits, scores, counted), seen = over_ranks(
@@ -210,7 +211,9 @@ class PMR(PrototypeModule):
         means = own(means) if seen.paired else means
         # Of a batch in which nothing counts the means are NaN.
         losses = torch.where(scores.count > 0, -scores.log_prob, 0.0)
-        shown = PMRResult(nothing.sum(), nothing, means, ratios, losses.detach())
+        shown = PMRResult(
+            *(nothing.sum(), nothing, means, ratios, losses.detach()), modalities=tuple(logits)
+        )
         if not self._acting:
             return replace(shown, prototype_logits=logits)
         k = self.rule.coefficients(behind).nan_to_num(0.0)
@@ -226,6 +229,11 @@ class PMR(PrototypeModule):
         return replace(
             shown, loss=loss, coefficients=k, entropies=entropies, prototype_logits=logits
         )
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _look(
         self,
@@ -276,7 +284,3 @@ class PMR(PrototypeModule):
     def _go_to(self, epoch: int | None) -> None:
         super()._go_to(epoch)
         self._entropic = self.entropy_epochs is None or self.epoch < self.entropy_epochs
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters."""
-        return f"{self.rule}, num_modalities={self.num_modalities}"

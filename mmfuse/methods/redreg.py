@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..loop._parameters import Encoder
+from ..loop._parameters import Encoders
 from ..loop.contract import Card, Common, Source
 from ..loop.gradients import GradientMethod
 from ..loop.ranks import agree
@@ -110,7 +110,7 @@ class RedReg(GradientMethod):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         epochs: int = 80,
         threshold: float = 0.15,
@@ -146,7 +146,7 @@ class RedReg(GradientMethod):
         self._adopt(replace(rule, monitor=monitor))
 
     @classmethod
-    def official(cls, encoders: Mapping[str, Encoder], **keywords: Any) -> RedReg:
+    def official(cls, encoders: Encoders, **keywords: Any) -> RedReg:
         """The method as the authors' released code runs it.
 
         Its differences: the history of gains and the moving average begin anew in every epoch, and

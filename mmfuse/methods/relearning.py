@@ -25,19 +25,20 @@ import torch
 from torch import Tensor
 
 from .._numbers import whole
-from ..loop._parameters import Encoder, Select, Shared
+from ..loop._parameters import Encoders, Select, Shared
 from ..loop.anchors import Anchors
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindow
 from ..loop.modalities import Modalities, check_names, per_tensor
 from ..loop.ranks import Group, check_group
+from ..loop.results import Result
 from ..loop.state import FORMAT, check_format
 from ..ops import update_grads_
 from ._relearning_purity import Cluster, Features, checked, purities
 
 
 @dataclass(frozen=True)
-class ReLearningResult:
+class ReLearningResult(Result):
     """How far every encoder is to go back.
 
     Attributes:
@@ -122,7 +123,7 @@ class ReLearning(EpochWindow):
 
     def __init__(
         self,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         lam: float = 3.0,
         every: int = 20,
@@ -137,21 +138,21 @@ class ReLearning(EpochWindow):
         anchor_device: torch.device | str | None = None,
         backend: str | None = None,
     ) -> None:
-        self.rule = ReLearningRule(lam, every, times)
+        self.rule: ReLearningRule = ReLearningRule(lam, every, times)
         if num_classes is not None:
             num_classes = whole("num_classes", num_classes, least=1)
         self.num_classes = num_classes
         self._set_window(starts, ends)
-        self.process_group = check_group(process_group)
+        self.process_group: Group = check_group(process_group)
         self.backend = backend
-        self.modalities = Modalities(encoders, select, shared)
-        self.anchors = Anchors(anchor_dtype, anchor_device, frozen=True)
+        self.modalities: Modalities = Modalities(encoders, select, shared)
+        self.anchors: Anchors = Anchors(anchor_dtype, anchor_device, frozen=True)
         self.anchors.take(self.modalities.parameters)
 
     @classmethod
     def official(
         cls,
-        encoders: Mapping[str, Encoder],
+        encoders: Encoders,
         *,
         lam: float = 3.0,
         every: int = 20,
@@ -215,7 +216,7 @@ class ReLearning(EpochWindow):
             ValueError: names, numbers or shapes do not fit, or a feature is not finite.
         """
         names = self.modalities.names
-        found = purities(
+        measured = purities(
             lambda: (
                 checked("train", names, train_features, train_labels),
                 checked("val", names, val_features, val_labels),
@@ -224,10 +225,11 @@ class ReLearning(EpochWindow):
             self.num_classes,
             self.process_group,
         )
-        table = torch.tensor(found, dtype=torch.float64)
+        table = torch.tensor(measured, dtype=torch.float64)
         weights, device = self.rule.weights(table), self.modalities.device
         dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-        return ReLearningResult(weights.to(device, dtype), table.to(device, dtype))
+        found = (weights.to(device, dtype), table.to(device, dtype))
+        return ReLearningResult(*found, modalities=names)
 
     @torch.no_grad()
     def reset(self, weights: Tensor | Mapping[str, Tensor | float]) -> None:

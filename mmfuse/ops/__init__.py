@@ -76,3 +76,8 @@ __all__ = [
     "update_grads_",
     "use_backend",
 ]
+
+
+def __dir__() -> list[str]:
+    """Public names alone: beside `update_grads_` there is a module `update_grads`."""
+    return [*__all__, "__all__", "__doc__", "__file__", "__name__", "__path__"]

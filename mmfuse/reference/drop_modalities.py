@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._dtype import accumulator
+from ._example import Normal
 from .noise import standard_uniform
 
 
@@ -40,3 +42,15 @@ def drop_modalities_backward(
         shaped = kept.view(-1, *[1] * (grad.dim() - 1))
         out.append(torch.where(shaped, value, 0).to(grad.dtype).contiguous())
     return out
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    x = [normal(9, 5), normal(9, 2, 3)]
+    q, scale = normal(2).sigmoid(), normal(1)[0]
+    stream = torch.tensor([3, 0], device=q.device), [0, 1], [0, 0]
+    keep = drop_modalities(x, q, *stream, scale)[1]
+    return {
+        "drop_modalities": (x, q, *stream, scale),
+        "drop_modalities_backward": (x, keep, scale),
+    }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._devices import WIDE
 from ._dtype import accumulator
+from ._example import Normal
 
 
 def grad_stats(
@@ -39,3 +41,9 @@ def grad_stats(
             column += [(d * g).sum(), d.square().sum()]
         columns.append(torch.stack(column).to(dtype))
     return torch.stack(numel), torch.stack(columns, dim=1)
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    lists = [[normal(n) for n in (5, 37)] for _ in range(3)]
+    return {"grad_stats": tuple(lists)}

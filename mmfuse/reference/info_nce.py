@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ._dtype import accumulator
+from ._example import Normal
 
 
 def info_nce(a: Tensor, b: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -35,3 +37,14 @@ def info_nce_backward(
 def _similarity(a: Tensor, b: Tensor, temperature: Tensor) -> Tensor:
     dtype = accumulator(a)
     return (a.to(dtype) @ b.to(dtype).T) / temperature
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    a, b, temperature = normal(5, 7), normal(5, 7), normal(1)[0].exp()
+    s = a @ b.T / temperature
+    sums = s.logsumexp(1), s.logsumexp(0)
+    return {
+        "info_nce": (a, b, temperature),
+        "info_nce_backward": (normal(1)[0], a, b, temperature, *sums),
+    }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from ._example import Normal
 
 
 def information_pull(
@@ -32,3 +35,11 @@ def information_pull(
     here = ~scores.diagonal().isnan() if table else torch.ones_like(window_open)
     pull = alpha[owner]
     return alpha, gap, steps + here, torch.ones_like(pull), pull
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    scores = -normal(3).exp()
+    window = scores < -0.5, torch.arange(3, device=scores.device)
+    owner = torch.tensor([0, 2, 1, 1], device=scores.device)
+    return {"information_pull": (scores, None, *window, owner, 0.9, None)}

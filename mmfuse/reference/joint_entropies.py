@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._devices import WIDE
 from ._dtype import accumulator
+from ._example import Normal
 
 
 def bin_edges(low: Tensor, high: Tensor, bins: int) -> Tensor:
@@ -73,3 +75,8 @@ def entropies(counts: Tensor, order: int, bins: int) -> Tensor:
         margin = (cube.sum(others) if others else cube).flatten(2)
         out.append((total.log() - torch.special.xlogy(margin, margin).sum(-1) / total).clamp(min=0))
     return torch.stack(out, dim=-1)
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    return {"joint_entropies": ([normal(2, 37), normal(2, 37)], [0, 1], 2, 5)}

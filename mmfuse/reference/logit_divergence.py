@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._dtype import accumulator
+from ._example import Normal
 
 #: By their place: what `kind` is to the operators.
 KINDS = ("kl", "mixture", "js")
@@ -146,3 +147,13 @@ def logit_divergence_backward(
         for each, slope, z in zip(found, _slopes(row, kind, means), pair, strict=True):
             each.append((weight * slope).to(z.dtype))
     return [*(found[0] if to_first else ()), *(found[1] if to_second else ())]
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    first, second = ([normal(5, classes) for classes in (3, 7)] for _ in range(2))
+    rows = logit_divergence(first, second, JS, False)[1]
+    return {
+        "logit_divergence": (first, second, JS, False),
+        "logit_divergence_backward": (normal(2), rows, first, second, JS, True, True),
+    }

@@ -7,12 +7,14 @@ or floating, of the logits' shape: probabilities of the classes, or yes and no f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._devices import WIDE
 from ._dtype import accumulator
+from ._example import Normal
 
 IGNORED_LABEL = -100
 
@@ -208,3 +210,17 @@ def modality_scores_backward(
         grad = torch.where(rows.unsqueeze(1) != 0, grad, 0.0).to(z.dtype)
         grads.append(torch.empty_like(z).copy_(grad))
     return grads
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    logits = [normal(5, 3), normal(5, 7)]
+    labels = torch.tensor([0, 2, IGNORED_LABEL, 1, 0], device=logits[0].device)
+    usual = logits, labels, None, None, IGNORED_LABEL, False
+    count = modality_scores(*usual)[2]
+    return {
+        "modality_scores": usual,
+        "modality_scores_backward": (normal(2), normal(2), count, *usual),
+        "sample_scores": usual,
+        "sample_statistics": usual,
+    }

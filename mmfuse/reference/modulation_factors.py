@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from ._example import Normal
 from .discrepancy_ratios import discrepancy_ratios
 
 
@@ -35,3 +38,10 @@ def modulation_factors(
     std = (m2.to(wide) / (numel - 1).clamp(min=1)).sqrt() + eps
     noise_std = torch.where(numel > 1, std, 0.0)
     return modalities, torch.stack([modalities[1, owner].to(wide), noise_std]).to(m2.dtype)
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    scores = normal(2).sigmoid()
+    owner = torch.tensor([1, 0, 1], device=scores.device)
+    return {"modulation_factors": (scores, owner, owner + 5, normal(3).exp(), 0.8, False, 1e-8)}

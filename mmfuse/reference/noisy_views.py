@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._dtype import accumulator
+from ._example import Normal
 from .noise import standard_normal
 
 
@@ -26,3 +29,9 @@ def noisy_views(
     # Of the views as they are stored: that is what an encoder gets to see.
     difference = views[0].to(dtype) - views[1].to(dtype)
     return views[0], views[1], difference.square().mean()
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    x = normal(5, 7)
+    return {"noisy_views": (x, 0.1, torch.tensor([3, 0], device=x.device), [0, 1], [0, 0])}

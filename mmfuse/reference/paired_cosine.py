@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._dtype import accumulator
+from ._example import Normal
 
 # The norm at which torch.nn.functional.normalize stops dividing.
 MIN_NORM = 1e-12
@@ -36,3 +39,9 @@ def paired_cosine_backward(grad: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, 
         slope = scale * (other - cosines * unit) / norm.clamp(min=MIN_NORM)
         out.append(torch.where(norm <= MIN_NORM, 0.0, slope).to(x.dtype))
     return out[0], out[1]
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    a, b = normal(5, 7), normal(5, 7)
+    return {"paired_cosine": (a, b), "paired_cosine_backward": (normal(1)[0], a, b)}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from ._example import Normal
 
 #: Added to denominators.
 EPS = 1e-12
@@ -118,3 +121,15 @@ def orthogonal(pull: Tensor, dot: Tensor, square: Tensor, owner: Tensor | None) 
         square = torch.where(same, square, 0.0).sum(dim=1)
     share = dot / (square + EPS)
     return torch.where(pull == 0, 1.0, 1.0 - pull * share).to(pull.dtype)
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    numbers = normal(3).exp(), normal(3).exp(), normal(1)[0].square().ceil()
+    device = numbers[0].device
+    state = [normal(3, 5).double(), torch.arange(3, device=device) + 4]
+    state += [normal(3).double().exp() for _ in range(3)]
+    owner = torch.tensor([0, 2, 1, 1], device=device)
+    stats = owner + 5, normal(4), normal(4).exp(), normal(4)
+    rule = 0.9, 0.6, 0.9, 0.15, True, False
+    return {"redundancy_pull": (*numbers, *state, owner, *stats, *rule)}

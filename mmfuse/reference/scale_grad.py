@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._dtype import accumulator
+from ._example import Normal
 from .noise import standard_normal
 
 
@@ -25,3 +28,10 @@ def scale_grad_backward(
         noisy = out + noise_std.to(dtype) * z.to(dtype).view_as(out)
         out = torch.where(noise_std == 0, out, noisy)
     return out.to(grad.dtype)
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    grad, factors = normal(5, 7), normal(2).exp().unbind()
+    state = torch.tensor([3, 0], device=grad.device)
+    return {"scale_grad_backward": (grad, *factors, state, 1, 0)}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._example import Normal
 from .joint_entropies import joint_entropies
 
 
@@ -38,3 +40,8 @@ def shared_information(
         ncmi[m, j] = normalised(2 * (h_mj + h_jc - h_mjc - h_j), h_mj + h_jc - 2 * h_j)
         ncmi[j, m] = normalised(2 * (h_mj + h_mc - h_mjc - h_m), h_mj + h_mc - 2 * h_m)
     return nmi, ncmi
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    return {"shared_information": ([normal(2, 37) for _ in range(3)], 5, 2)}

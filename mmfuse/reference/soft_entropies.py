@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from ._example import Normal
 from .soft_histogram import soft_histogram, soft_histogram_backward
 
 
@@ -60,3 +63,13 @@ def value_range(x: Tensor) -> Tensor:
     low, high = torch.aminmax(x, dim=1)
     least = (low.abs() * (4 * torch.finfo(x.dtype).eps)).clamp(min=0.5)
     return torch.stack([low, high + torch.where(low == high, 2 * least, 0.0)], dim=1)
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    x, y = normal(2, 37), normal(2, 37)
+    _, *known = soft_entropies(x, y, 5)
+    return {
+        "soft_entropies": (x, y, 5),
+        "soft_entropies_backward": (normal(2, 3), x, y, *known),
+    }

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._dtype import accumulator
+from ._example import Normal
 
 
 def _position(x: Tensor, range_: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -56,3 +59,13 @@ def soft_histogram_backward(
         out.append(((slope * per_unit).to(source.dtype), torch.stack([low, high], dim=1)))
     (grad_x, grad_x_range), (grad_y, grad_y_range) = out
     return grad_x, grad_y, grad_x_range, grad_y_range
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    x, y = normal(2, 37), normal(2, 37)
+    ranges = [torch.stack(torch.aminmax(v, dim=1), 1) for v in (x, y)]
+    return {
+        "soft_histogram": (x, y, *ranges, 5),
+        "soft_histogram_backward": (normal(2, 5, 5), x, y, *ranges, 5),
+    }

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._devices import WIDE
 from ._dtype import accumulator
+from ._example import Normal
 from .noise import standard_normal
 
 
@@ -44,3 +46,14 @@ def update_grads_(
         grad.copy_(out)
         if finite is not None:
             finite.logical_and_(grad.isfinite().all())
+
+
+def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each operator, from standard normal numbers of a shape."""
+    lists = [[normal(n) for n in (5, 37)] for _ in range(3)]
+    scale, pull, std = (normal(2).tanh() for _ in range(3))
+    finite = torch.ones((), dtype=torch.bool, device=scale.device)
+    stream = torch.tensor([3, 0], device=scale.device), [0, 1], [0, 0]
+    rest = pull, std.abs(), *stream, finite, torch.empty_like(scale, dtype=WIDE[scale.device.type])
+    grads, params, anchors = lists
+    return {"update_grads_": (grads, scale, params, anchors, *rest)}

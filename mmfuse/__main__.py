@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+from pathlib import Path
 
 import torch
 
@@ -48,7 +49,7 @@ def _devices() -> list[str]:
 def report() -> str:
     """The text that `python -m mmfuse` prints."""
     lines = [
-        f"mmfuse   {__version__}",
+        f"mmfuse   {__version__} in {Path(__file__).parent}",
         f"python   {platform.python_version()} on {platform.platform()}",
         f"torch    {torch.__version__}",
         f"triton   {_version('triton')}",

@@ -37,4 +37,4 @@ def test_a_checkout_that_hides_the_installed_package_says_so(source: Path, insta
     ) in text
     text = report(installed.parent)
     assert text.splitlines()[0].endswith(f" in {installed / 'mmfuse'}")
-    assert "hides" not in text
+    assert "that is installed in" not in text

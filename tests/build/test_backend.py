@@ -90,6 +90,7 @@ def test_an_environment_without_pytorch_of_its_own(
     assert done.returncode == 0, done.stderr
     # Pip shows on stderr what its processes print.
     assert "cpu: simd.cpp" in done.stderr
-    assert ("torch==2.13.0" in done.stderr) == (not below)
+    brought = re.search(r"torch(==|-)2\.13\.0", done.stderr)
+    assert (brought is None) == below
     (installed,) = (tmp_path / "own").glob("lib/*/site-packages/mmfuse")
     assert (installed / "libmmfuse_cpu.so").is_file()

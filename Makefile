@@ -11,9 +11,9 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ENVIRONMENT := $(VENV)/.environment
 TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
-SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
+SOURCES     := setup.py pyproject.toml $(shell find csrc build_tools -type f)
 
-.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal clean
+.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -27,6 +27,7 @@ help:
 	@echo "make lint    ruff, mypy, pyright, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make sanitize  the kernels under ASan and UBSan, on the CPU"
+	@echo "make bounds  build and test with the oldest Python, PyTorch and packages, and Python 3.13"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
 	@echo "make gpu-library  on any machine with nvcc: the libraries for one, into build/gpu_library"
 	@echo "make gpu-rehearsal  what make gpu does, small, on the CPU"
@@ -37,7 +38,7 @@ EXTRAS = $(BIN)/python -c "import sys, tomllib; e = tomllib.load(open('pyproject
 
 $(ENVIRONMENT): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) "setuptools>=77" wheel
+	$(PIP) $(TORCH) "setuptools>=77" wheel ninja pybind11
 	$(PIP) triton numpy
 	$(EXTRAS) examples benchmarks > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
@@ -51,7 +52,9 @@ $(TESTING): $(ENVIRONMENT)
 	$(PIP) --no-warn-conflicts -r $(VENV)/requirements-test.txt
 	touch $@
 
+# Shows its progress, which pip does not; a kernel that does not compile is an error here.
 $(BUILT): $(ENVIRONMENT) $(SOURCES)
+	MMFUSE_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	$(PIP) --no-build-isolation --no-deps --editable .
 	touch $@
 
@@ -118,6 +121,10 @@ triton: build
 
 sanitize: $(TESTING)
 	$(BIN)/python .ci/sanitize.py
+
+# Downloads gigabytes, so that a release runs it and CI does not: PYTHONS="python3.10 python3.13".
+bounds:
+	$(PYTHON) .ci/bounds.py $(PYTHONS)
 
 # Uses the Python that is there, with its CUDA build of PyTorch, and installs nothing.
 gpu:

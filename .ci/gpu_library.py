@@ -10,7 +10,6 @@ compiler or nvcc.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import re
 import subprocess
@@ -18,7 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
+
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
+
+from build_tools.compiling import build_all, run_compiler
+from build_tools.finding import find_compiler, find_nvcc, find_torch
+from build_tools.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "gpu_library"
@@ -26,17 +30,6 @@ OUTPUT = ROOT / "build" / "gpu_library"
 STUB = "void aoti_torch_get_current_cuda_stream(void) {}\n"
 # Every distribution since 2022 has it; Ubuntu 22.04 has 2.35.
 NEWEST_GLIBC = (2, 34)
-
-
-def setup_script() -> ModuleType:
-    """setup.py, which knows how the libraries are compiled."""
-    spec = importlib.util.spec_from_file_location("mmfuse_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    # Its dataclasses look themselves up there.
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def stub_command(compiler: Sequence[str], folder: Path) -> list[str]:
@@ -86,10 +79,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of the two libraries")
     output = parser.parse_args(argv).output.resolve()
     began = time.monotonic()
-    script = setup_script()
-    compiler, nvcc = script.find_compiler(), script.find_nvcc()
+    compiler, nvcc = find_compiler(), find_nvcc()
     missing = [name for name, found in (("a C++ compiler", compiler), ("nvcc", nvcc)) if not found]
-    if missing:
+    if compiler is None or nvcc is None:
         print(
             f"make gpu-library needs {' and '.join(missing)}, which was not found", file=sys.stderr
         )
@@ -101,13 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     for stale in output.glob("*.so"):
         stale.unlink()
-    recipe = script.Recipe(compiler, script.find_torch(), objects, output)
+    recipe = Recipe(compiler, find_torch(), objects, output)
     cpu, cuda = recipe.cpu(), recipe.cuda(nvcc)
-    script.run_compiler(stub_command(compiler.split(), objects))
+    run_compiler(stub_command(compiler, objects))
     for library in (cpu, cuda):
         # What neither PyTorch nor the stub has would be missing on the GPU machine too.
         library.link += [f"-L{objects}", "-Wl,-z,defs"]
-    script.build_all([cpu, cuda], optional=set())
+    build_all([cpu, cuda], set(), objects, recipe.tools(nvcc))
     found = []
     for backend in ("cpu", "cuda"):
         path = output / f"libmmfuse_{backend}.so"

@@ -18,16 +18,18 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from case_processes import Job, describe, run_jobs
-from gpu_library import setup_script
 from processes import Ended
+
+from build_tools.compiling import build_all
+from build_tools.finding import find_compiler, find_torch
+from build_tools.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "sanitize"
@@ -77,11 +79,11 @@ CONTROLS = {
 }
 
 
-def runtimes(compiler: str) -> list[str]:
+def runtimes(compiler: list[str]) -> list[str]:
     """The libraries that have to be loaded first; fewer than two where GCC's are not there."""
     answers = []
     for name in ("libasan.so", "libubsan.so"):
-        command = [*shlex.split(compiler), f"-print-file-name={name}"]
+        command = [*compiler, f"-print-file-name={name}"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         answers.append(done.stdout.strip())
     # Without such a file the answer is the name alone; Clang's runtimes have others.
@@ -101,47 +103,32 @@ def copy_checkout() -> None:
             shutil.copy2(ROOT / name, COPY / name)
 
 
-def stale(target: Path, sources: Iterable[Path]) -> bool:
-    """True if a file is not there, or is older than one that it is made of."""
-    made = target.stat().st_mtime if target.exists() else 0.0
-    return any(not source.exists() or source.stat().st_mtime >= made for source in sources)
-
-
-def made_of(target: Path) -> list[Path]:
-    """The sources of an object, and the list of them that -MMD has left beside it."""
-    listed = target.with_suffix(".d")
-    words = listed.read_text().replace("\\\n", " ").split()[1:] if listed.exists() else []
-    return [ROOT / "setup.py", listed, *map(Path, words)]
-
-
-def build_cpu(script: ModuleType, compiler: str) -> None:
+def build_cpu(compiler: list[str]) -> None:
     """libmmfuse_cpu.so, with setup.py's recipe; what has not changed is kept."""
-    os.environ["CXXFLAGS"] = f"{FLAGS} -MMD"
-    recipe = script.Recipe(f"{compiler} {CHECKS}", script.find_torch(), OUTPUT, OUTPUT)
+    os.environ["CXXFLAGS"] = FLAGS
+    recipe = Recipe([*compiler, CHECKS], find_torch(), OUTPUT, OUTPUT)
     library = recipe.cpu()
-    objects = [Path(command[-1]) for command in library.compile]
-    library.compile = [c for c in library.compile if stale(Path(c[-1]), made_of(Path(c[-1])))]
-    built = OUTPUT / "libmmfuse_cpu.so"
-    if library.compile or stale(built, objects):
-        script.build_all([library], optional=set())
-    shutil.copy2(built, COPY / "mmfuse")
+    build_all([library], set(), OUTPUT, recipe.tools())
+    shutil.copy2(library.path, COPY / "mmfuse")
 
 
-def build(script: ModuleType, compiler: str) -> str:
+def build(compiler: list[str]) -> str:
     """Builds everything, on all cores, and returns the path of the shim's self-check."""
-    stamp = OUTPUT / "flags.txt"
-    if not stamp.exists() or stamp.read_text() != f"{compiler} {FLAGS}":
+    stamp, command = OUTPUT / "flags.txt", shlex.join(compiler)
+    if not stamp.exists() or stamp.read_text() != f"{command} {FLAGS}":
         shutil.rmtree(OUTPUT, ignore_errors=True)
     copy_checkout()
-    stamp.write_text(f"{compiler} {FLAGS}")
+    stamp.write_text(f"{command} {FLAGS}")
     program = "import cuda_on_cpu.build as b; b.build_kernels(); print(b.build_self_check())"
     (folder,) = COPY.glob("tests/**/cuda_on_cpu")
-    environment = {"PYTHONPATH": str(folder.parent), "MMFUSE_SHIM_FLAGS": FLAGS, "CXX": compiler}
-    command = [sys.executable, "-c", program]
+    environment = {"PYTHONPATH": str(folder.parent), "MMFUSE_SHIM_FLAGS": FLAGS, "CXX": command}
     shim = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", program],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    build_cpu(script, compiler)
+    build_cpu(compiler)
     printed = shim.communicate()[0]
     if shim.returncode:
         raise SystemExit("make sanitize: the host shim does not build")
@@ -180,13 +167,12 @@ def main() -> int:
     began = time.monotonic()
     # So that the processes of a run that is cut off end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    script = setup_script()
-    compiler = script.find_compiler()
+    compiler = find_compiler()
     preloaded = runtimes(compiler) if compiler and shutil.which("git") else []
     if len(preloaded) < 2:
         print("make sanitize needs git, and GCC with libasan and libubsan", file=sys.stderr)
         return 2
-    self_check = build(script, compiler)
+    self_check = build(compiler)
     print(f"built in {time.monotonic() - began:.0f} s", flush=True)
     logs = OUTPUT / "logs"
     shutil.rmtree(logs, ignore_errors=True)

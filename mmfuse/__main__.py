@@ -80,8 +80,8 @@ def facts() -> dict[str, Any]:
 def report(found: dict[str, Any] | None = None) -> str:
     """The text that `python -m mmfuse` prints."""
     found = facts() if found is None else found
-    keys = ("mmfuse", "folder", "python", "torch", "triton", "threads")
-    lines = [f"{key:<9}{found[key]}" for key in keys]
+    lines = [f"mmfuse   {found['mmfuse']} in {found['folder']}"]
+    lines += [f"{key:<9}{found[key]}" for key in ("python", "torch", "triton", "threads")]
     for i, gpu in enumerate(found["gpus"]):
         lines.append(f"cuda:{i}   {gpu['name']} ({gpu['capability']})")
         if gpu["why_not"] is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -108,8 +109,25 @@ def why_missing(backend: str) -> str | None:
         return None
     if backend in _load_errors:
         return f"libmmfuse_{backend}.so could not be loaded: {_load_errors[backend]}"
-    notes = _build_notes()
-    return notes.get(backend, f"there is no libmmfuse_{backend}.so in {_FOLDER}: it was not built")
+    sentence = f"there is no libmmfuse_{backend}.so in {_FOLDER}: it was not built"
+    hidden = why_hidden()
+    return _build_notes().get(backend, f"{sentence}; {hidden}" if hidden else sentence)
+
+
+def why_hidden() -> str | None:
+    """Returns which installed mmfuse this folder hides, and what to do; None where it hides none.
+
+    In a checkout the folder mmfuse/ comes before the installed package, and has no libraries
+    unless they were built in place.
+    """
+    for folder in sys.path:
+        package = (Path(folder) / "mmfuse").resolve()
+        if package != _FOLDER.resolve() and (package / "_native.py").is_file():
+            return (
+                f"{_FOLDER} hides the mmfuse that is installed in {package}: run Python from "
+                f"another folder, or install with `pip install -e {_FOLDER.parent}`"
+            )
+    return None
 
 
 def why_not_on(capability: tuple[int, int]) -> str | None:

@@ -45,9 +45,10 @@ def script() -> ModuleType:
 def toy(tmp_path: Path) -> Path:
     """A checkout with one line of glue and an empty kernel, and beside it a toolkit."""
     checkout = tmp_path / "checkout"
-    for name in ("setup.py", ".ci/gpu_library.py", "csrc/facts/cpu.cpp", "csrc/facts/cuda.cpp"):
+    for name in (".ci/gpu_library.py", "csrc/facts/cpu.cpp", "csrc/facts/cuda.cpp"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
+    shutil.copytree(ROOT / "build_tools", checkout / "build_tools")
     for name in ("cpu/simd", "cuda"):
         (checkout / "csrc" / name).mkdir(parents=True)
     for name in ("simd.h", "simd.cpp"):
@@ -130,12 +131,10 @@ def test_an_undefined_symbol_is_found_here(toy: Path) -> None:
 def test_without_nvcc_it_says_so(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    setup = script.setup_script()
-    monkeypatch.setattr(script, "setup_script", lambda: setup)
-    monkeypatch.setattr(setup, "find_nvcc", lambda: None)
+    monkeypatch.setattr(script, "find_nvcc", lambda: None)
     assert script.main([]) == 2
     assert capsys.readouterr().err == "make gpu-library needs nvcc, which was not found\n"
-    monkeypatch.setattr(setup, "find_compiler", lambda: None)
+    monkeypatch.setattr(script, "find_compiler", lambda: None)
     assert script.main([]) == 2
     assert "needs a C++ compiler and nvcc, which" in capsys.readouterr().err
 

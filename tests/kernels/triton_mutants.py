@@ -4,10 +4,11 @@
     python tests/kernels/triton_mutants.py --case soft_histogram --module soft_histogram
 
 Each case of every_kernel.py runs first as it is, in the interpreter, under the checker of
-tests/support/triton_bounds.py and with new memory poisoned: that tells in which case which
-mask keeps lanes out, and must find nothing. Then each access loses its mask, and these cases run
-again, the short ones first, until one fails. "bounds" is what the checker has found; "results" are
-others than those of the reference. What nobody has noticed is listed with its source; exit code 1.
+tests/support/triton_bounds.py and with new memory poisoned: that tells in which case which mask
+keeps lanes out, and must find nothing. Then each access loses its mask, and these cases run again,
+the short ones first, until one fails. "bounds" is what the checker has found; "results" are others
+than those of the reference. What nobody has noticed, and does harm, is listed once more at the end;
+exit code 1.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is first imported
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "support"))
@@ -36,6 +40,14 @@ from triton_bounds import BoundsError, Checked, Site, checked_bounds
 from triton_source import Access, accesses, dropped_mask
 
 import mmfuse.triton
+
+
+_OWNER = "a lane of a tensor is at its owner's place, and writes there what the owner's lane does"
+# By the source of the access: why nobody could notice.
+HARMLESS = {
+    "tl.store(later_ptr + place, gain, mask=is_modality)": _OWNER,
+    "tl.store(later_ptr + newest, gain, mask=is_modality)": _OWNER,
+}
 
 
 class Case(NamedTuple):
@@ -146,6 +158,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not access.masked or (options.module and module not in options.module):
             continue
         how = verdict(access, cases)
+        if how is None and access.text in HARMLESS:
+            how = f"harmless ({HARMLESS[access.text]})"
         found["nobody" if how is None else how.split()[0]] += 1
         if how is None:
             missed.append(access)

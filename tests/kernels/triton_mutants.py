@@ -41,7 +41,6 @@ from triton_source import Access, accesses, dropped_mask
 
 import mmfuse.triton
 
-
 _OWNER = "a lane of a tensor is at its owner's place, and writes there what the owner's lane does"
 # By the source of the access: why nobody could notice.
 HARMLESS = {

@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -198,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--origins", action="store_true")
     options = parser.parse_args(arguments)
     began = time.monotonic()
+    # So that the processes of a run that is cut off end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     tool = shutil.which("valgrind")
     library = build(compiler) if tool and shutil.which(compiler[0]) else None

@@ -80,7 +80,7 @@ _REPORT = re.compile(
 )
 _FRAME = re.compile(r"^\s+(?:at|by) 0x[0-9A-F]+: (.*)$")
 # Functions that work for whoever calls them.
-_LENT = re.compile(r"/(?:libc|libm|ld-linux\S*|vgpreload\S*)\.so|\b(?:str|mem)\w+\.S:|vg_replace")
+_LENT = re.compile(r"/(?:libc|libm|ld-linux\S*|vgpreload\S*)\.so|\b(?:str|mem)[\w-]+\.S:|vg_rep")
 _OURS = re.compile(r"libmmfuse|mmfuse::|mmfuse_control")
 
 

@@ -13,7 +13,7 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc build_tools -type f)
 
-.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds clean
+.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -27,6 +27,8 @@ help:
 	@echo "make lint    ruff, mypy, pyright, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make sanitize  the kernels under ASan and UBSan, on the CPU"
+	@echo "make memcheck  the C++ kernels under Valgrind: reads of what nobody has written"
+	@echo "make triton-mutants  the Triton kernels without one mask each: who notices?"
 	@echo "make bounds  build and test with the oldest Python, PyTorch and packages, and Python 3.13"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
 	@echo "make gpu-library  on any machine with nvcc: the libraries for one, into build/gpu_library"
@@ -125,6 +127,13 @@ sanitize: $(TESTING)
 # Downloads gigabytes, so that a release runs it and CI does not: PYTHONS="python3.10 python3.13".
 bounds:
 	$(PYTHON) .ci/bounds.py $(PYTHONS)
+
+# With the library that is installed; Valgrind says what it needs where it is not there.
+memcheck: build $(TESTING)
+	$(BIN)/python .ci/memcheck.py
+
+triton-mutants: build $(TESTING)
+	$(BIN)/python tests/kernels/triton_mutants.py
 
 # Uses the Python that is there, with its CUDA build of PyTorch, and installs nothing.
 gpu:

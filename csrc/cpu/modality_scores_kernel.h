@@ -168,6 +168,7 @@ class ScoreRow {
       for (int64_t c = 0; c < classes; c += kWidth) put(out + c, classes - c, splat(fill));
       return;
     }
+    store(terms + classes, vec_t{});  // for the last vector, which is stored in part
     const acc_t sum = exp_row<true>(x_, classes, row_max(x_, classes), terms);
     const double slope = grads.grad_prob * (terms[label] / sum) + grads.grad_log_prob;
     const auto factor = splat(static_cast<acc_t>(-slope * weight / sum));

@@ -242,11 +242,11 @@ def info_nce_backward(
     with launch_on(a.device):
         for k, (tile, own, others) in enumerate(_tiles(a, b)):
             n_rows, n_columns = tile.shape
-            parts: tuple[Tensor, ...] = (tile,)
+            slopes = tile.unsqueeze(0)
             if half_scale:
-                parts = halves[: 2 * tile.numel()].view(2, n_rows, n_columns).unbind()
+                slopes = halves[: 2 * tile.numel()].view(2, n_rows, n_columns)
             _slope_kernel[(triton.cdiv(n_rows, ROW_LINES),)](
-                parts[0],
+                slopes,
                 tile,
                 partials[k],
                 grad,
@@ -263,7 +263,7 @@ def info_nce_backward(
                 num_warps=NUM_WARPS,
                 **COMPILE_OPTIONS,
             )
-            for part in parts:
+            for part in slopes.unbind():
                 _add_product(part, b[others], grad_a[own], product)
                 _add_product(part.T, a[own], grad_b[others], product)
     if half_scale:

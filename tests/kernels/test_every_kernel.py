@@ -102,16 +102,20 @@ def test_the_shim_has_every_kernel_that_nvcc_compiles(shim: Shim, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("order", "seed"), [("reverse", 0), ("random", 1)])
+@pytest.mark.parametrize(("order", "seed", "byte"), [("reverse", 0, 0xFF), ("random", 1, 0x5A)])
 def test_no_result_depends_on_which_thread_goes_first(
     shim: Shim,
     reached: tuple[Counter[str], dict[str, list[Tensor]]],
     order: str,
     seed: int,
+    byte: int,
 ) -> None:
-    """Nor on shared memory that a block has not written: that is NaN here."""
+    """Nor on what a block or a thread has not written: shared memory and stacks are NaN here.
+
+    The other byte makes a large number, which a comparison does not pass over.
+    """
     names = declared(SOURCES, "__shared__")
-    assert shim.poison_shared(True) >= len(names)
+    assert shim.poison_shared(True, byte) >= len(names)
     shim.set_order(order, seed)
     try:
         written = run("cpu", "cuda")
@@ -152,24 +156,39 @@ def _triton_kernels() -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_every_triton_kernel_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_triton_kernel_is_launched_and_keeps_to_its_tensors() -> None:
     """On a GPU `test_on_the_gpu` runs the same cases, which are many kernels to compile."""
     pytest.importorskip("triton")
     if torch.cuda.is_available():
         pytest.skip("the Triton kernels run on the GPU here, not in the interpreter")
-    kernels = _triton_kernels()
-    launched = set()
-    kinds = {type(kernel) for kernel in kernels.values()}
-    for kind in kinds:
+    from triton_bounds import checked_bounds
+    from triton_mutants import comes_to, kernels_accesses, needs_mask
 
-        def counted(kernel: object, grid: object, _original: object = kind.__getitem__) -> object:
-            launched.add(kernel.__name__)
-            return _original(kernel, grid)
-
-        monkeypatch.setattr(kind, "__getitem__", counted)
-    written = run("cpu", "triton")
-    assert sorted(set(kernels) - launched) == []
+    before = torch.are_deterministic_algorithms_enabled()
+    every_kernel.poison()
+    try:
+        with checked_bounds() as checked:
+            written = run("cpu", "triton")
+    finally:
+        every_kernel.poison(before)
+    assert sorted(set(_triton_kernels()) - set(checked.kernels)) == []
     assert all(not not_written(tensors) for tensors in written.values())
+    found = list(kernels_accesses())
+    assert len(found) > 200
+    assert [str(access) for access in found if not comes_to(checked, access)] == []
+    masked = [access for access in found if access.masked]
+    assert [str(access) for access in masked if not needs_mask(checked, access)] == []
+    different = {
+        name: lines
+        for name, tensors in written.items()
+        if (lines := comparing.compared(tensors, run_reference(name)))
+    }
+    assert different == {}
+
+
+def run_reference(name: str) -> list[Tensor]:
+    """What the interpreter's inputs of a case should give."""
+    return run("cpu", "reference", [name], interpreted=True)[name]
 
 
 @pytest.mark.gpu

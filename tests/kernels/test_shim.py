@@ -123,6 +123,16 @@ def test_poison_finds_shared_memory_that_was_not_written(run: Run, loaded: Shim)
     np.testing.assert_array_equal(out, 7)
 
 
+def test_poison_finds_a_variable_that_was_not_written(run: Run, loaded: Shim) -> None:
+    """In two runs it is another number, which is how test_every_kernel.py finds it."""
+    for byte in (0xFF, 0x5A):
+        out = np.zeros(32, np.int32)
+        loaded.poison_shared(True, byte)
+        assert run("unwritten_local", out) == "no error"
+        np.testing.assert_array_equal(out.view(np.uint8), byte)
+    loaded.poison_shared(False)
+
+
 def test_launches_are_counted_by_kernel(run: Run, loaded: Shim) -> None:
     before = loaded.launches()
     for _ in range(3):

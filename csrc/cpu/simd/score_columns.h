@@ -301,6 +301,7 @@ class ScoreColumns {
       log_prob_[j] = static_cast<acc_t>(grads.grad_prob / sum_[j]);
       used_[j] = weight_[j] == 0 ? 0 : 1;
     }
+    for (int64_t j = n; j % kWidth != 0; ++j) used_[j] = 0;
     for (int64_t first = 0; first < rows_.classes; first += step_) {
       const int64_t k = std::min(step_, rows_.classes - first);
       if (step_ < rows_.classes) exponentials(first, k, n);

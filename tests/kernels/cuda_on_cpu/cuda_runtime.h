@@ -48,7 +48,7 @@ constexpr int kSharedBytes = 99 * 1024;
 bool run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
          const std::function<void()>& body);
 
-// The running block's dynamic shared memory, filled with ones before each block.
+// The running block's dynamic shared memory, filled with `poison` before each block.
 void* dynamic_shared();
 
 // What went wrong in the last launch that failed.

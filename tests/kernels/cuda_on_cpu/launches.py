@@ -96,8 +96,14 @@ class Shim:
         assert order in ("forward", "reverse", "random")
         self._library.shim_set_order(order.encode(), ctypes.c_uint32(seed))
 
-    def poison_shared(self, on: bool) -> int:
-        """Whether `__shared__` variables are NaN before each block; returns how many there are."""
+    def poison_shared(self, on: bool, byte: int = 0xFF) -> int:
+        """Fills `__shared__` variables and stacks before each block; returns how many variables.
+
+        Args:
+            on: Or not at all, but for dynamic shared memory, which is always filled.
+            byte: What with; the default makes NaN.
+        """
+        self._library.shim_set_poison(ctypes.c_int(byte), ctypes.c_bool(on))
         variables = [
             (self._base + address, size)
             for address, size, kind, name in self._symbols

@@ -56,6 +56,8 @@ void leave(Stack&, const Stack&) {}
 void arrive(const Stack&, Stack&) {}
 #endif
 
+constexpr size_t kScribbledBytes = 4096;
+
 struct Fiber {
   std::unique_ptr<char[]> memory{new char[kStackBytes]};
   Stack stack{memory.get(), kStackBytes};
@@ -106,6 +108,9 @@ Order order = order_of_environment();
 std::mt19937 random_bits;
 std::vector<size_t> turns;
 std::vector<Variable> static_shared;
+// What memory that nobody has written holds: shared memory, and with `scribbles` a thread's stack.
+int poison = 0xFF;
+bool scribbles = false;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
 size_t running = 0;
@@ -149,9 +154,17 @@ void arrange(std::vector<size_t>& turns, size_t count) {
   if (order == Order::kRandom) std::shuffle(turns.begin(), turns.end(), random_bits);
 }
 
+// Where the kernel's variables will be.
+__attribute__((noinline)) void scribble() {
+  char area[kScribbledBytes];
+  char* volatile begin = area;
+  std::memset(begin, poison, kScribbledBytes);
+}
+
 void fiber_main() {
   arrive(fibers[running]->stack, scheduler_stack);
   for (;;) {
+    if (scribbles) scribble();
     (*kernel)();
     fibers[running]->done = true;
     yield();
@@ -178,9 +191,9 @@ void resume(size_t index) {
 }
 
 void prepare_block() {
-  if (shared_bytes > 0) std::memset(shared_memory.get(), 0xFF, shared_bytes);
+  if (shared_bytes > 0) std::memset(shared_memory.get(), poison, shared_bytes);
   for (const Variable& variable : static_shared) {
-    std::memset(variable.address, 0xFF, variable.bytes);
+    std::memset(variable.address, poison, variable.bytes);
   }
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
   warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp{});
@@ -301,7 +314,14 @@ void shim_set_order(const char* name, uint32_t seed) {
   cuda_on_cpu::random_bits.seed(seed);
 }
 
-// Fills these variables, which are declared __shared__, with ones before each block.
+// Before each block shared memory is filled with this byte, and the threads' stacks if it says so.
+void shim_set_poison(int byte, bool stacks) {
+  const std::lock_guard<std::mutex> lock(cuda_on_cpu::launch_mutex);
+  cuda_on_cpu::poison = byte;
+  cuda_on_cpu::scribbles = stacks;
+}
+
+// Fills these variables, which are declared __shared__, as well.
 void shim_poison_shared(void* const* addresses, const size_t* bytes, size_t count) {
   const std::lock_guard<std::mutex> lock(cuda_on_cpu::launch_mutex);
   cuda_on_cpu::static_shared.clear();

@@ -79,6 +79,13 @@ __global__ void unwritten_kernel(int* out) {
   out[blockIdx.x] = value;
 }
 
+// Nobody has written what it reads.
+__global__ void unwritten_local_kernel(int* out) {
+  int few[16];
+  int* volatile first = few;
+  out[threadIdx.x] = first[threadIdx.x % 16];
+}
+
 // Pointers, because the sanitizer of undefined behaviour knows an array's size without memory's.
 __global__ void beyond_static_kernel(int* out) {
   __shared__ int few[64];
@@ -116,6 +123,7 @@ const char* run_positions(int* out) {
 }
 const char* run_unordered(int* out) { return run(unordered_kernel, 1, 64, out); }
 const char* run_unwritten(int* out) { return run(unwritten_kernel, 3, 32, out); }
+const char* run_unwritten_local(int* out) { return run(unwritten_local_kernel, 3, 32, out); }
 const char* run_skipped_barrier() { return run(skipped_barrier_kernel, 1, 64); }
 const char* run_skipped_shuffle() { return run(skipped_shuffle_kernel, 1, 64); }
 const char* run_wrong_mask() { return run(wrong_mask_kernel, 1, 32); }

@@ -48,7 +48,8 @@ def case(inputs: Inputs) -> list[Tensor]:
     """The public op widens half precision; the overload under it takes it as it is."""
     forward = OPS["soft_histogram"].overloads[inputs.backend]
     backward = OPS["soft_histogram_backward"].overloads[inputs.backend]
-    shapes = [(3, 319, 0), (3, 320, 0), (3, 320, 1)]
+    # Five rows are more than a tile of Triton's has, and do not fill two.
+    shapes = [(5, 319, 0), (3, 320, 0), (3, 320, 1)]
     # Beyond 4,096 columns several blocks share a problem.
     shapes += [] if inputs.interpreted else [(2, 4096 + 37, 0), (2, 4096 + 40, 0)]
     written: list[Tensor] = []

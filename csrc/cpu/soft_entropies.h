@@ -20,11 +20,12 @@ constexpr int64_t kMaxSoftBins = 256;
 struct SoftValues {
   DType dtype;
   const void* values;
+  const bool* present;  // null where all count
   int64_t begin;
   int64_t end;
 };
 
-// Both NaN as soon as one value is.
+// Both NaN as soon as one value is; low above high where none counts.
 struct ValueEnds {
   double low;
   double high;

@@ -9,27 +9,52 @@ inline auto visit_wide(DType dtype, const F& f) {
                                   : f(static_cast<const float*>(nullptr));
 }
 
+template <typename acc_t>
+inline ValueEnds ends_of(const acc_t* x, int64_t n) {
+  auto low = splat(x[0]), high = low, zero = splat(acc_t(0));
+  for (int64_t i = 0; i < n; i += lanes_of<acc_t>) {
+    const auto v = n - i >= lanes_of<acc_t> ? load(x + i) : load_first(x + i, n - i, x[0]);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+    // NaN from the first NaN or infinity on.
+    zero = multiply_add(v, splat(acc_t(0)), zero);
+  }
+  acc_t lowest = x[0], highest = x[0], sum = 0;
+  for (int lane = 0; lane < lanes_of<acc_t>; ++lane) {
+    lowest = std::min(lowest, static_cast<acc_t>(low[lane]));
+    highest = std::max(highest, static_cast<acc_t>(high[lane]));
+    sum += zero[lane];
+  }
+  // An infinity or a NaN leaves no range to speak of.
+  return {lowest + static_cast<double>(sum), highest + static_cast<double>(sum)};
+}
+
+// Of the values that count; the others are taken for the first of these.
+template <typename acc_t>
+inline ValueEnds ends_of_present(const acc_t* x, const bool* present, int64_t n) {
+  constexpr int64_t kTogether = 512;
+  ValueEnds ends{std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()};
+  const bool* one = std::find(present, present + n, true);
+  if (one == present + n) return ends;
+  const acc_t first = x[one - present];
+  double broken = 0;
+  for (int64_t begin = 0; begin < n; begin += kTogether) {
+    acc_t values[kTogether];
+    const int64_t count = std::min(kTogether, n - begin);
+    for (int64_t i = 0; i < count; ++i) values[i] = present[begin + i] ? x[begin + i] : first;
+    const ValueEnds found = ends_of(values, count);
+    ends = {std::min(ends.low, found.low), std::max(ends.high, found.high)};
+    broken += 0 * found.low;
+  }
+  return {ends.low + broken, ends.high + broken};
+}
+
 inline ValueEnds ends_of_values(const SoftValues& row) {
   return visit_wide(row.dtype, [&](auto* type) -> ValueEnds {
     using acc_t = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
     const acc_t* x = static_cast<const acc_t*>(row.values) + row.begin;
     const int64_t n = row.end - row.begin;
-    auto low = splat(x[0]), high = low, zero = splat(acc_t(0));
-    for (int64_t i = 0; i < n; i += lanes_of<acc_t>) {
-      const auto v = n - i >= lanes_of<acc_t> ? load(x + i) : load_first(x + i, n - i, x[0]);
-      low = v < low ? v : low;
-      high = v > high ? v : high;
-      // NaN from the first NaN or infinity on.
-      zero = multiply_add(v, splat(acc_t(0)), zero);
-    }
-    acc_t lowest = x[0], highest = x[0], sum = 0;
-    for (int lane = 0; lane < lanes_of<acc_t>; ++lane) {
-      lowest = std::min(lowest, static_cast<acc_t>(low[lane]));
-      highest = std::max(highest, static_cast<acc_t>(high[lane]));
-      sum += zero[lane];
-    }
-    // An infinity or a NaN leaves no range to speak of.
-    return {lowest + static_cast<double>(sum), highest + static_cast<double>(sum)};
+    return row.present == nullptr ? ends_of(x, n) : ends_of_present(x, row.present + row.begin, n);
   });
 }
 
@@ -39,9 +64,13 @@ inline EndCounts count_ends(const SoftValues& row, const ValueEnds& ends) {
     const acc_t* x = static_cast<const acc_t*>(row.values);
     const acc_t low = static_cast<acc_t>(ends.low), high = static_cast<acc_t>(ends.high);
     int32_t at_low = 0, at_high = 0;
-    for (int64_t i = row.begin; i < row.end; ++i) {
+    for (int64_t i = row.begin; row.present == nullptr && i < row.end; ++i) {
       at_low += x[i] == low;
       at_high += x[i] == high;
+    }
+    for (int64_t i = row.begin; row.present != nullptr && i < row.end; ++i) {
+      at_low += row.present[i] && x[i] == low;
+      at_high += row.present[i] && x[i] == high;
     }
     return {at_low, at_high};
   });
@@ -57,6 +86,7 @@ inline void add_to_ends(const SoftValues& row, const ValueEnds& ends, const Valu
     const acc_t low = static_cast<acc_t>(ends.low), high = static_cast<acc_t>(ends.high);
     const acc_t to_low = static_cast<acc_t>(shares.low), to_high = static_cast<acc_t>(shares.high);
     for (int64_t i = row.begin; i < row.end; ++i) {
+      if (row.present != nullptr && !row.present[i]) continue;
       if (x[i] == low) out[i] += to_low;
       if (x[i] == high) out[i] += to_high;
     }

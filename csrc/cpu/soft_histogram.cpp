@@ -4,6 +4,7 @@
 
 #include "glue/chunks.h"
 #include "glue/coefficients.h"
+#include "soft_masked.h"
 
 #define MMFUSE_KERNEL "cpu/soft_histogram_kernel.h"
 #include "cpu/simd/foreach_simd.h"
@@ -27,10 +28,11 @@ int64_t parts_of(int64_t problems, int64_t samples) {
 class SoftProblems {
  public:
   SoftProblems(const Tensor& x, const Tensor& y, const Tensor& x_range, const Tensor& y_range,
-               int64_t bins)
+               int64_t bins, const bool* present)
       : dtype_(dtype_of(x)),
         x_(static_cast<const char*>(x.const_data_ptr())),
         y_(static_cast<const char*>(y.const_data_ptr())),
+        present_(present),
         bins_(bins) {
     check_contiguous({x, y, x_range, y_range}, "values and ranges");
     STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0) &&
@@ -53,8 +55,13 @@ class SoftProblems {
   SoftSamples part(int64_t p, int64_t k) const {
     const int64_t first = p * samples * element_size(dtype_);
     const int64_t step = (samples + parts - 1) / parts;
-    return {dtype_, axis(x_ + first, x_range_, p), axis(y_ + first, y_range_, p),
-            bins_,  std::min(samples, k * step),   std::min(samples, (k + 1) * step)};
+    return {dtype_,
+            axis(x_ + first, x_range_, p),
+            axis(y_ + first, y_range_, p),
+            present_ == nullptr ? nullptr : present_ + p * samples,
+            bins_,
+            std::min(samples, k * step),
+            std::min(samples, (k + 1) * step)};
   }
 
   double x_width(int64_t p) const { return width(x_range_, p); }
@@ -108,6 +115,7 @@ class SoftProblems {
   DType dtype_;
   const char* x_;
   const char* y_;
+  const bool* present_;
   int64_t bins_;
   const void* x_range_;
   const void* y_range_;
@@ -115,9 +123,9 @@ class SoftProblems {
 
 }  // namespace
 
-Tensor soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
-                      const Tensor& y_range, int64_t bins) {
-  const SoftProblems problems(x, y, x_range, y_range, bins);
+Tensor masked_soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
+                             const Tensor& y_range, int64_t bins, const bool* present) {
+  const SoftProblems problems(x, y, x_range, y_range, bins, present);
   const int64_t cells = bins * bins;
   Tensor weights = empty_on_cpu({problems.count, bins, bins}, result_type({x}));
   const auto kernel = MMFUSE_SIMD_SELECT(add_samples);
@@ -159,12 +167,10 @@ Tensor soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
   return weights;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> soft_histogram_backward(const Tensor& grad,
-                                                                   const Tensor& x, const Tensor& y,
-                                                                   const Tensor& x_range,
-                                                                   const Tensor& y_range,
-                                                                   int64_t bins) {
-  const SoftProblems problems(x, y, x_range, y_range, bins);
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_soft_histogram_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& x_range,
+    const Tensor& y_range, int64_t bins, const bool* present) {
+  const SoftProblems problems(x, y, x_range, y_range, bins, present);
   const int64_t cells = bins * bins, parts = problems.parts;
   STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == problems.count * cells &&
                       grad.scalar_type() == result_type({x}),
@@ -198,6 +204,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_histogram_backward(const Tensor&
     write_number(grad_y_range, 2 * p + 1, -total.y_high / problems.y_width(p));
   }
   return {grad_x, grad_y, grad_x_range, grad_y_range};
+}
+
+Tensor soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
+                      const Tensor& y_range, int64_t bins) {
+  return masked_soft_histogram(x, y, x_range, y_range, bins, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> soft_histogram_backward(const Tensor& grad,
+                                                                   const Tensor& x, const Tensor& y,
+                                                                   const Tensor& x_range,
+                                                                   const Tensor& y_range,
+                                                                   int64_t bins) {
+  return masked_soft_histogram_backward(grad, x, y, x_range, y_range, bins, nullptr);
 }
 
 }  // namespace mmfuse::cpu

@@ -19,6 +19,7 @@ struct SoftSamples {
   DType dtype;
   SoftAxis x;
   SoftAxis y;
+  const bool* present;  // of the whole problem; null where all count
   int64_t bins;
   int64_t begin;
   int64_t end;

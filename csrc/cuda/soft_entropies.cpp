@@ -1,82 +1,89 @@
 #include "soft_entropies.h"
 
 #include "glue/cuda_tensors.h"
+#include "glue/soft_pairs.h"
+#include "soft_masked.h"
 
 namespace mmfuse::cuda {
 
-// In soft_histogram.cpp.
-Tensor soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
-                      const Tensor& y_range, int64_t bins);
-std::tuple<Tensor, Tensor, Tensor, Tensor> soft_histogram_backward(const Tensor& grad,
-                                                                   const Tensor& x, const Tensor& y,
-                                                                   const Tensor& x_range,
-                                                                   const Tensor& y_range,
-                                                                   int64_t bins);
-
 namespace {
 
-void check_values(const Tensor& x, const Tensor& y, int64_t bins) {
-  check_contiguous({x, y}, "values");
-  STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0) &&
-                      x.size(1) == y.size(1) && x.size(1) > 0 &&
-                      x.scalar_type() == y.scalar_type() && x.scalar_type() == result_type({x}),
-                  "mmfuse: x and y must be [P, N], of one shape, both float32 or both float64");
-  STD_TORCH_CHECK(bins >= 2 && bins <= 256, "mmfuse: bins must be from 2 to 256");
-}
-
-SoftPairs soft_pairs(const Tensor& x, const Tensor& y, const Tensor& x_range,
-                     const Tensor& y_range) {
+SoftPairs soft_pairs(const Tensor& x, const Tensor& y, const Tensor& x_range, const Tensor& y_range,
+                     const bool* present) {
   return {
       {x.const_data_ptr(), y.const_data_ptr()},
       {const_cast<void*>(x_range.const_data_ptr()), const_cast<void*>(y_range.const_data_ptr())},
+      present,
       x.size(0),
       x.size(1),
       x.scalar_type() == ScalarType::Double};
 }
 
-SoftTables soft_tables(const Tensor& x, const Tensor& weights) {
-  return {weights.const_data_ptr(), x.size(0), x.size(1), static_cast<int>(weights.size(1)),
+// Of the problems of a call, how many samples count in each.
+struct C10_HIDDEN Counts {
+  std::optional<Tensor> numbers;
+
+  Counts(const Tensor& x, const SoftPairs& pairs, cudaStream_t stream) {
+    if (pairs.present == nullptr) return;
+    numbers = torch::stable::new_zeros(x, {x.size(0)}, ScalarType::Long);
+    launch_soft_counts(pairs, data(), stream);
+  }
+
+  unsigned long long* data() {
+    return numbers ? static_cast<unsigned long long*>(numbers->mutable_data_ptr()) : nullptr;
+  }
+};
+
+SoftTables soft_tables(const Tensor& x, const Tensor& weights, Counts& counts) {
+  return {weights.const_data_ptr(),
+          counts.data(),
+          x.size(0),
+          x.size(1),
+          static_cast<int>(weights.size(1)),
           x.scalar_type() == ScalarType::Double};
 }
 
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> soft_entropies(const Tensor& x, const Tensor& y,
-                                                          int64_t bins) {
-  check_values(x, y, bins);
+                                                          int64_t bins,
+                                                          const std::optional<Tensor>& present) {
+  check_soft_pairs(x, y, bins, present);
+  const bool* mask = mask_of(present);
   const DeviceScope device(x);
   const int64_t problems = x.size(0);
   const Tensor x_range = new_empty(x, {problems, 2}, x.scalar_type());
   const Tensor y_range = new_empty(x, {problems, 2}, x.scalar_type());
   Tensor partials =
       new_empty(x, {2, problems, chunk_count(x.size(1), kEndsChunk), 2}, x.scalar_type());
-  launch_soft_ranges({soft_pairs(x, y, x_range, y_range), partials.mutable_data_ptr()},
-                     device.stream());
-  const Tensor weights = soft_histogram(x, y, x_range, y_range, bins);
+  const SoftPairs pairs = soft_pairs(x, y, x_range, y_range, mask);
+  launch_soft_ranges({pairs, partials.mutable_data_ptr()}, device.stream());
+  Counts counts(x, pairs, device.stream());
+  const Tensor weights = masked_soft_histogram(x, y, x_range, y_range, bins, mask);
   Tensor entropies = new_empty(x, {problems, 3}, x.scalar_type());
-  launch_soft_entropies(soft_tables(x, weights), entropies.mutable_data_ptr(), device.stream());
+  launch_soft_entropies(soft_tables(x, weights, counts), entropies.mutable_data_ptr(),
+                        device.stream());
   return {entropies, weights, x_range, y_range};
 }
 
 std::tuple<Tensor, Tensor> soft_entropies_backward(const Tensor& grad, const Tensor& x,
                                                    const Tensor& y, const Tensor& weights,
-                                                   const Tensor& x_range, const Tensor& y_range) {
+                                                   const Tensor& x_range, const Tensor& y_range,
+                                                   const std::optional<Tensor>& present) {
   const int64_t bins = weights.dim() == 3 ? weights.size(1) : 0;
-  check_values(x, y, bins);
-  check_contiguous({grad, weights}, "the gradient and the histogram");
-  STD_TORCH_CHECK(grad.numel() == 3 * x.size(0) && grad.scalar_type() == x.scalar_type() &&
-                      weights.numel() == x.size(0) * bins * bins &&
-                      weights.scalar_type() == x.scalar_type(),
-                  "mmfuse: the gradient must be [P, 3], the histogram [P, bins, bins], like x");
+  check_soft_pairs(x, y, bins, present);
+  check_soft_gradient(grad, x, weights, bins);
+  const bool* mask = mask_of(present);
   const DeviceScope device(x);
-  Tensor slopes = torch::stable::empty_like(weights);
-  launch_soft_slopes(soft_tables(x, weights), grad.const_data_ptr(), slopes.mutable_data_ptr(),
-                     device.stream());
-  auto [grad_x, grad_y, grad_x_range, grad_y_range] =
-      soft_histogram_backward(slopes, x, y, x_range, y_range, bins);
-  Tensor counts = torch::stable::new_zeros(x, {2, x.size(0), 2}, ScalarType::Long);
   SoftEndsParams ends{};
-  ends.pairs = soft_pairs(x, y, x_range, y_range);
+  ends.pairs = soft_pairs(x, y, x_range, y_range, mask);
+  Counts samples(x, ends.pairs, device.stream());
+  Tensor slopes = torch::stable::empty_like(weights);
+  launch_soft_slopes(soft_tables(x, weights, samples), grad.const_data_ptr(),
+                     slopes.mutable_data_ptr(), device.stream());
+  auto [grad_x, grad_y, grad_x_range, grad_y_range] =
+      masked_soft_histogram_backward(slopes, x, y, x_range, y_range, bins, mask);
+  Tensor counts = torch::stable::new_zeros(x, {2, x.size(0), 2}, ScalarType::Long);
   ends.of_ranges[0] = grad_x_range.const_data_ptr();
   ends.of_ranges[1] = grad_y_range.const_data_ptr();
   ends.grads[0] = grad_x.mutable_data_ptr();

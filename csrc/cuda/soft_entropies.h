@@ -13,6 +13,7 @@ namespace mmfuse::cuda {
 struct SoftPairs {
   const void* values[2];  // [problems, columns]
   void* ranges[2];
+  const bool* present;  // [problems, columns]; null where all count
   int64_t problems;
   int64_t columns;
   bool wide;  // float64
@@ -28,8 +29,12 @@ struct SoftRangeParams {
 
 void launch_soft_ranges(const SoftRangeParams& params, cudaStream_t stream);
 
+// Adds to counts [problems], of zeros, how many samples are present.
+void launch_soft_counts(const SoftPairs& pairs, unsigned long long* counts, cudaStream_t stream);
+
 struct SoftTables {
-  const void* weights;  // [problems, bins, bins], like the values
+  const void* weights;               // [problems, bins, bins], like the values
+  const unsigned long long* counts;  // [problems] samples that count; null where all do
   int64_t problems;
   int64_t samples;
   int bins;

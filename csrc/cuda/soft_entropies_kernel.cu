@@ -19,6 +19,10 @@ constexpr acc_t kLeast = std::is_same_v<acc_t, double> ? DBL_MIN : FLT_MIN;
 template <typename acc_t>
 __device__ __forceinline__ void store_range(const SoftPairs& pairs, int variable, int64_t problem,
                                             Range<acc_t> range) {
+  if (range.low > range.high) {
+    // Nothing counts.
+    range.low = range.high = static_cast<acc_t>(NAN);
+  }
   constexpr acc_t kEpsilon = std::is_same_v<acc_t, double> ? DBL_EPSILON : FLT_EPSILON;
   if (range.low == range.high) {
     const acc_t least = fabs(range.low) * (acc_t(4) * kEpsilon);
@@ -29,15 +33,31 @@ __device__ __forceinline__ void store_range(const SoftPairs& pairs, int variable
   out[1] = range.high;
 }
 
-// Block (x, v) finds the range of one part of one row of variable v.
+// The range of the values that count, low above high if there are none.
 template <typename acc_t>
+__device__ __forceinline__ Range<acc_t> present_range(const acc_t* x, const bool* present,
+                                                      int elements) {
+  Range<acc_t> range;
+  for (int i = threadIdx.x; i < elements; i += kThreads) {
+    if (present[i]) include(range, x[i], x[i]);
+  }
+  return block_range<kThreads>(range);
+}
+
+// Block (x, v) finds the range of one part of one row of variable v.
+template <typename acc_t, bool kMasked>
 __global__ void __launch_bounds__(kThreads)
     soft_range_kernel(const SoftRangeParams __grid_constant__ params, int64_t parts) {
   const SoftPairs& pairs = params.pairs;
   const int variable = blockIdx.y;
   const RowPart part = row_part(blockIdx.x, parts, kEndsChunk, pairs.columns);
   const acc_t* x = static_cast<const acc_t*>(pairs.values[variable]) + part.begin;
-  const Range<acc_t> range = part_range<false, kThreads>(x, part.elements);
+  Range<acc_t> range;
+  if constexpr (kMasked) {
+    range = present_range(x, pairs.present + part.begin, part.elements);
+  } else {
+    range = part_range<false, kThreads>(x, part.elements);
+  }
   if (threadIdx.x != 0) return;
   if (parts == 1) return store_range(pairs, variable, part.problem, range);
   acc_t* out = static_cast<acc_t*>(params.partials) +
@@ -58,6 +78,25 @@ __global__ void __launch_bounds__(kThreads)
   }
   range = block_range<kThreads>(range);
   if (threadIdx.x == 0) store_range(params.pairs, blockIdx.y, blockIdx.x, range);
+}
+
+// Block x counts the samples that are present in one part of one row.
+__global__ void __launch_bounds__(kThreads)
+    soft_count_kernel(const SoftPairs __grid_constant__ pairs, unsigned long long* out,
+                      int64_t parts) {
+  const RowPart part = row_part(blockIdx.x, parts, kEndsChunk, pairs.columns);
+  const bool* present = pairs.present + part.begin;
+  int counts[1] = {0};
+  for (int i = threadIdx.x; i < part.elements; i += kThreads) counts[0] += present[i];
+  block_sum<kThreads>(counts);
+  // Of whole numbers the order does not matter.
+  if (threadIdx.x == 0 && counts[0] > 0) {
+    atomicAdd(out + part.problem, static_cast<unsigned long long>(counts[0]));
+  }
+}
+
+__device__ __forceinline__ int64_t samples_of(const SoftTables& tables, int64_t problem) {
+  return tables.counts == nullptr ? tables.samples : static_cast<int64_t>(tables.counts[problem]);
 }
 
 // Leaves the sums of the table's rows and columns in margins[0] and margins[1].
@@ -111,9 +150,10 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t problem = blockIdx.x;
   const acc_t* weights = static_cast<const acc_t*>(tables.weights) + problem * cells;
   find_margins(weights, bins, margins);
-  double sums[3] = {part_entropy<acc_t>(margins[0], bins, tables.samples),
-                    part_entropy<acc_t>(margins[1], bins, tables.samples),
-                    part_entropy<acc_t>(weights, cells, tables.samples)};
+  const int64_t samples = samples_of(tables, problem);
+  double sums[3] = {part_entropy<acc_t>(margins[0], bins, samples),
+                    part_entropy<acc_t>(margins[1], bins, samples),
+                    part_entropy<acc_t>(weights, cells, samples)};
   block_sum<kThreads>(sums);
   if (threadIdx.x != 0) return;
   acc_t* out = static_cast<acc_t*>(entropies) + 3 * problem;
@@ -138,15 +178,16 @@ __global__ void __launch_bounds__(kThreads)
   const acc_t* weights = static_cast<const acc_t*>(tables.weights) + problem * cells;
   acc_t* out = static_cast<acc_t*>(slopes) + problem * cells;
   const acc_t* by = static_cast<const acc_t*>(grad) + 3 * problem;
-  const acc_t samples = static_cast<acc_t>(tables.samples);
+  const int64_t count = samples_of(tables, problem);
+  const acc_t samples = static_cast<acc_t>(count);
   find_margins(weights, bins, margins);
   for (int i = threadIdx.x; i < 2 * bins; i += kThreads) {
     double* margin = &margins[i / bins][i % bins];
-    *margin = slope_of(*margin, tables.samples, by[i / bins] / samples);
+    *margin = slope_of(*margin, count, by[i / bins] / samples);
   }
   __syncthreads();
   for (int i = threadIdx.x; i < cells; i += kThreads) {
-    const acc_t own = slope_of(static_cast<double>(weights[i]), tables.samples, by[2] / samples);
+    const acc_t own = slope_of(static_cast<double>(weights[i]), count, by[2] / samples);
     out[i] = static_cast<acc_t>(margins[0][i / bins] + margins[1][i % bins]) + own;
   }
 }
@@ -158,7 +199,7 @@ __device__ __forceinline__ Range<acc_t> load_range(const void* ranges, int64_t p
 }
 
 // Block (x, v) counts the values at the ends in one part of one row of variable v.
-template <typename acc_t>
+template <typename acc_t, bool kMasked>
 __global__ void __launch_bounds__(kThreads)
     soft_count_ends_kernel(const SoftEndsParams __grid_constant__ params, int64_t parts) {
   const SoftPairs& pairs = params.pairs;
@@ -168,6 +209,7 @@ __global__ void __launch_bounds__(kThreads)
   const Range<acc_t> range = load_range<acc_t>(pairs.ranges[variable], part.problem);
   int counts[2] = {0, 0};
   for (int i = threadIdx.x; i < part.elements; i += kThreads) {
+    if (kMasked && !pairs.present[part.begin + i]) continue;
     counts[0] += x[i] == range.low;
     counts[1] += x[i] == range.high;
   }
@@ -181,7 +223,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Block (x, v) adds what the ends get, in equal shares, to the values that are there.
-template <typename acc_t>
+template <typename acc_t, bool kMasked>
 __global__ void __launch_bounds__(kThreads)
     soft_add_ends_kernel(const SoftEndsParams __grid_constant__ params, int64_t parts) {
   const SoftPairs& pairs = params.pairs;
@@ -197,6 +239,7 @@ __global__ void __launch_bounds__(kThreads)
                        static_cast<acc_t>(counts[0] > 0 ? counts[0] : 1);
   const acc_t to_high = grad.high / static_cast<acc_t>(counts[1] > 0 ? counts[1] : 1);
   for (int i = threadIdx.x; i < part.elements; i += kThreads) {
+    if (kMasked && !pairs.present[part.begin + i]) continue;
     if (x[i] == range.low) out[i] += to_low;
     if (x[i] == range.high) out[i] += to_high;
   }
@@ -216,12 +259,21 @@ void launch_soft_ranges(const SoftRangeParams& params, cudaStream_t stream) {
   const int64_t parts = chunk_count(pairs.columns, kEndsChunk);
   visit_wide(pairs.wide, [&](auto* type) {
     using acc_t = std::remove_pointer_t<decltype(type)>;
-    launch("soft_range_kernel", soft_range_kernel<acc_t>,
-           dim3(static_cast<unsigned>(pairs.problems * parts), 2), kThreads, stream, params, parts);
+    launch(
+        "soft_range_kernel",
+        pairs.present == nullptr ? soft_range_kernel<acc_t, false> : soft_range_kernel<acc_t, true>,
+        dim3(static_cast<unsigned>(pairs.problems * parts), 2), kThreads, stream, params, parts);
     if (parts == 1) return;
     launch("soft_range_merge_kernel", soft_range_merge_kernel<acc_t>,
            dim3(static_cast<unsigned>(pairs.problems), 2), kThreads, stream, params, parts);
   });
+}
+
+void launch_soft_counts(const SoftPairs& pairs, unsigned long long* counts, cudaStream_t stream) {
+  if (pairs.problems == 0) return;
+  const int64_t parts = chunk_count(pairs.columns, kEndsChunk);
+  launch("soft_count_kernel", soft_count_kernel, static_cast<unsigned>(pairs.problems * parts),
+         kThreads, stream, pairs, counts, parts);
 }
 
 void launch_soft_entropies(const SoftTables& tables, void* entropies, cudaStream_t stream) {
@@ -250,10 +302,13 @@ void launch_soft_ends(const SoftEndsParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(pairs.problems * parts), 2);
   visit_wide(pairs.wide, [&](auto* type) {
     using acc_t = std::remove_pointer_t<decltype(type)>;
-    launch("soft_count_ends_kernel", soft_count_ends_kernel<acc_t>, grid, kThreads, stream, params,
-           parts);
-    launch("soft_add_ends_kernel", soft_add_ends_kernel<acc_t>, grid, kThreads, stream, params,
-           parts);
+    const bool masked = pairs.present != nullptr;
+    launch("soft_count_ends_kernel",
+           masked ? soft_count_ends_kernel<acc_t, true> : soft_count_ends_kernel<acc_t, false>,
+           grid, kThreads, stream, params, parts);
+    launch("soft_add_ends_kernel",
+           masked ? soft_add_ends_kernel<acc_t, true> : soft_add_ends_kernel<acc_t, false>, grid,
+           kThreads, stream, params, parts);
   });
 }
 

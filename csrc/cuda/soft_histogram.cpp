@@ -1,12 +1,13 @@
 #include "soft_histogram.h"
 
 #include "glue/cuda_tensors.h"
+#include "soft_masked.h"
 
 namespace mmfuse::cuda {
 namespace {
 
 SoftRows soft_rows(const Tensor& x, const Tensor& y, const Tensor& x_range, const Tensor& y_range,
-                   int64_t bins) {
+                   int64_t bins, const bool* present) {
   check_contiguous({x, y, x_range, y_range}, "values and ranges");
   STD_TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0) &&
                       x.size(1) == y.size(1) && x.scalar_type() == y.scalar_type(),
@@ -16,19 +17,27 @@ SoftRows soft_rows(const Tensor& x, const Tensor& y, const Tensor& x_range, cons
                     "mmfuse: ranges must be [P, 2], float64 for float64, otherwise float32");
   }
   STD_TORCH_CHECK(bins >= 2 && bins <= 256, "mmfuse: bins must be from 2 to 256");
-  return {x.const_data_ptr(),       y.const_data_ptr(), x_range.const_data_ptr(),
-          y_range.const_data_ptr(), x.size(0),          x.size(1),
-          static_cast<int>(bins),   dtype_of(x)};
+  STD_TORCH_CHECK(present == nullptr || x.scalar_type() == result_type({x}),
+                  "mmfuse: with a mask the values must be float32 or float64");
+  return {x.const_data_ptr(),
+          y.const_data_ptr(),
+          x_range.const_data_ptr(),
+          y_range.const_data_ptr(),
+          present,
+          x.size(0),
+          x.size(1),
+          static_cast<int>(bins),
+          dtype_of(x)};
 }
 
 int64_t soft_parts(const SoftRows& rows) { return chunk_count(rows.columns, soft_chunk(rows)); }
 
 }  // namespace
 
-Tensor soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
-                      const Tensor& y_range, int64_t bins) {
+Tensor masked_soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
+                             const Tensor& y_range, int64_t bins, const bool* present) {
   SoftHistogramParams call{};
-  call.rows = soft_rows(x, y, x_range, y_range, bins);
+  call.rows = soft_rows(x, y, x_range, y_range, bins, present);
   const DeviceScope device(x);
   Tensor weights = new_empty(x, {call.rows.problems, bins, bins}, result_type({x}));
   call.weights = weights.mutable_data_ptr();
@@ -43,13 +52,11 @@ Tensor soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
   return weights;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> soft_histogram_backward(const Tensor& grad,
-                                                                   const Tensor& x, const Tensor& y,
-                                                                   const Tensor& x_range,
-                                                                   const Tensor& y_range,
-                                                                   int64_t bins) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_soft_histogram_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& x_range,
+    const Tensor& y_range, int64_t bins, const bool* present) {
   SoftHistogramBackwardParams call{};
-  call.rows = soft_rows(x, y, x_range, y_range, bins);
+  call.rows = soft_rows(x, y, x_range, y_range, bins, present);
   STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == x.size(0) * bins * bins &&
                       grad.scalar_type() == result_type({x}),
                   "mmfuse: the gradient must be contiguous, [P, bins, bins], like the histogram");
@@ -68,6 +75,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> soft_histogram_backward(const Tensor&
   call.partials = static_cast<double*>(partials.mutable_data_ptr());
   launch_soft_histogram_backward(call, device.stream());
   return {grad_x, grad_y, grad_x_range, grad_y_range};
+}
+
+Tensor soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
+                      const Tensor& y_range, int64_t bins) {
+  return masked_soft_histogram(x, y, x_range, y_range, bins, nullptr);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> soft_histogram_backward(const Tensor& grad,
+                                                                   const Tensor& x, const Tensor& y,
+                                                                   const Tensor& x_range,
+                                                                   const Tensor& y_range,
+                                                                   int64_t bins) {
+  return masked_soft_histogram_backward(grad, x, y, x_range, y_range, bins, nullptr);
 }
 
 }  // namespace mmfuse::cuda

@@ -15,6 +15,7 @@ struct SoftRows {
   const void* y;        // likewise
   const void* x_range;  // [problems, 2], float64 if x is, else float32
   const void* y_range;  // likewise
+  const bool* present;  // [problems, columns], of float32 and float64; null where all count
   int64_t problems;
   int64_t columns;
   int bins;

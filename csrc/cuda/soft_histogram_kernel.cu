@@ -62,8 +62,15 @@ struct SoftGrid {
   int copies;  // of the histogram in shared memory; 0: it does not fit
 };
 
+// Whether this thread's element j of the tile counts.
+template <bool kVector>
+__device__ __forceinline__ bool is_present(const SoftRows& rows, const RowPart& part, int tile,
+                                           int j) {
+  return rows.present[part.begin + tile_index<kVector, kThreads>(tile, j)];
+}
+
 // Block x shares out one part of one problem. kWhole: the part is the problem.
-template <typename scalar_t, bool kVector, bool kWhole>
+template <typename scalar_t, bool kVector, bool kWhole, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
     soft_histogram_kernel(const SoftHistogramParams __grid_constant__ params,
                           const SoftGrid __grid_constant__ grid) {
@@ -96,6 +103,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
 #pragma unroll
     for (int j = 0; j < kRowPack; ++j) {
       if (j >= count) continue;
+      if (kMasked && !is_present<kVector>(rows, part, tile, j)) continue;
       const Position<acc_t> px = position_of(x_axis, x[j]);
       const Position<acc_t> py = position_of(y_axis, y[j]);
       if (px.t != px.t || py.t != py.t) {
@@ -183,7 +191,7 @@ __device__ __forceinline__ void store_range_grads(const SoftHistogramBackwardPar
 
 // Block x finds the gradients of one part of one problem, reading the table of slopes from shared
 // memory if that pays.
-template <typename scalar_t, bool kVector>
+template <typename scalar_t, bool kVector, bool kMasked>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
     soft_histogram_backward_kernel(const SoftHistogramBackwardParams __grid_constant__ params,
                                    const SoftGrid __grid_constant__ grid) {
@@ -214,6 +222,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
 #pragma unroll
     for (int j = 0; j < kRowPack; ++j) {
       if (j >= count) continue;
+      if (kMasked && !is_present<kVector>(rows, part, tile, j)) {
+        x[j] = y[j] = acc_t(0);
+        continue;
+      }
       const Position<acc_t> px = position_of(x_axis, x[j]);
       const Position<acc_t> py = position_of(y_axis, y[j]);
       acc_t by_x, by_y;
@@ -271,6 +283,35 @@ bool is_vector(const SoftRows& rows) {
   return rows_aligned(rows.problems, rows.columns) && is_aligned(rows.x) && is_aligned(rows.y);
 }
 
+template <typename scalar_t, bool kMasked>
+auto histogram_kernel_of(bool vector, bool whole) {
+  return whole    ? vector ? soft_histogram_kernel<scalar_t, true, true, kMasked>
+                           : soft_histogram_kernel<scalar_t, false, true, kMasked>
+         : vector ? soft_histogram_kernel<scalar_t, true, false, kMasked>
+                  : soft_histogram_kernel<scalar_t, false, false, kMasked>;
+}
+
+// Who masks has widened the values.
+template <typename scalar_t>
+auto histogram_kernel(const SoftRows& rows, bool vector, bool whole) {
+  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
+    if (rows.present != nullptr) return histogram_kernel_of<scalar_t, true>(vector, whole);
+  }
+  return histogram_kernel_of<scalar_t, false>(vector, whole);
+}
+
+template <typename scalar_t>
+auto backward_kernel(const SoftRows& rows, bool vector) {
+  if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {
+    if (rows.present != nullptr) {
+      return vector ? soft_histogram_backward_kernel<scalar_t, true, true>
+                    : soft_histogram_backward_kernel<scalar_t, false, true>;
+    }
+  }
+  return vector ? soft_histogram_backward_kernel<scalar_t, true, false>
+                : soft_histogram_backward_kernel<scalar_t, false, false>;
+}
+
 }  // namespace
 
 bool block_per_problem(const SoftRows& rows) {
@@ -295,12 +336,8 @@ void launch_soft_histogram(const SoftHistogramParams& params, cudaStream_t strea
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     using acc_t = acc_type<scalar_t>;
     const bool vector = is_vector(rows);
-    const auto kernel = whole    ? vector ? soft_histogram_kernel<scalar_t, true, true>
-                                          : soft_histogram_kernel<scalar_t, false, true>
-                        : vector ? soft_histogram_kernel<scalar_t, true, false>
-                                 : soft_histogram_kernel<scalar_t, false, false>;
     if (grid.parts > 0) {
-      launch_shared("soft_histogram_kernel", kernel,
+      launch_shared("soft_histogram_kernel", histogram_kernel<scalar_t>(rows, vector, whole),
                     static_cast<unsigned>(rows.problems * grid.parts), kThreads,
                     grid.copies * bytes, stream, params, grid);
     }
@@ -325,9 +362,7 @@ void launch_soft_histogram_backward(const SoftHistogramBackwardParams& params,
     grid.copies = bytes <= kFreeSharedBytes && cells <= std::min(grid.chunk, rows.columns) ? 1 : 0;
     const bool vector = is_vector(rows) && is_aligned(params.grad_x) && is_aligned(params.grad_y);
     if (grid.parts > 0) {
-      launch_shared("soft_histogram_backward_kernel",
-                    vector ? soft_histogram_backward_kernel<scalar_t, true>
-                           : soft_histogram_backward_kernel<scalar_t, false>,
+      launch_shared("soft_histogram_backward_kernel", backward_kernel<scalar_t>(rows, vector),
                     static_cast<unsigned>(rows.problems * grid.parts), kThreads,
                     grid.copies * bytes, stream, params, grid);
     }

@@ -66,24 +66,27 @@ def checked(
     if not isinstance(labels, Tensor):
         kind = type(labels).__name__
         raise TypeError(f"labels must be an integer tensor of class indices, got {kind}")
-    if labels.dtype is not torch.int64 and (criterion.multilabel or labels.dtype in FLOATING):
+    # Calls into PyTorch that are not needed are left out: together they cost what the op does.
+    indices = labels.dtype is torch.int64
+    if criterion.multilabel or (not indices and labels.dtype in FLOATING):
         return _with_floating_targets(names, logits, labels, criterion)
-    if criterion.multilabel:
-        return _with_floating_targets(names, logits, labels, criterion)
-    if labels.is_floating_point() or labels.is_complex() or labels.layout is not torch.strided:
+    if (not indices and labels.is_complex()) or labels.layout is not torch.strided:
         raise TypeError(
             "labels must be an integer tensor of class indices or a floating one of probabilities, "
             f"got {labels.dtype}, {labels.layout}"
         )
-    # Calls into PyTorch that are not needed are left out: together they cost what the op does.
     rows, device = labels.shape, labels.device
     dense = []
     for name, z in zip(names, logits, strict=True):
         shape = z.shape
-        if len(shape) != 2 or shape[:1] != rows or shape[1] < 2 or z.device != device:
+        if len(shape) == 2 and len(rows) == 1 and shape[0] == rows[0] and shape[1] > 1:
+            if z.device != device:
+                _check_shape(name, z, labels)
+            dense.append(z if z.is_contiguous() else readable(z))
+        else:
             _check_shape(name, z, labels)
-        dense.append(z if len(shape) == 2 and z.is_contiguous() else readable(z))
-    labels = labels if labels.dtype is torch.int64 else class_indices(labels)
+            dense.append(readable(z))
+    labels = labels if indices else class_indices(labels)
     labels = labels if len(rows) < 3 else labels.flatten(1)
     labels = labels if labels.is_contiguous() else labels.contiguous()
     if criterion is PLAIN:

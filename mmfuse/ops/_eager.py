@@ -45,13 +45,14 @@ class _Started:
         self,
         overload: Callable[..., Any],
         args: tuple[Any, ...],
+        arguments: list[tuple[int, bool]],
         formula: Formula,
         setup_context: Formula,
         backend: str,
     ) -> None:
         self.overload, self.args, self.backend = overload, args, backend
         self.formula, self.setup_context = formula, setup_context
-        self.arguments = layout_of(args)
+        self.arguments = arguments
         self.output: Any = None
 
 
@@ -66,10 +67,11 @@ class _Call(torch.autograd.Function):
         call.setup_context(ctx, args, output)
         ctx.formula, ctx.backend, ctx.arguments = call.formula, call.backend, call.arguments
         # Masks and counts have no gradient: kept out, they cost none that is made of zeros.
+        constant, ctx.non_differentiable = [id(t) for t in ctx.non_differentiable or ()], None
         flat: list[Tensor] = []
         ctx.results = layout = []
         for result in output if isinstance(output, tuple) else (output,):
-            own = [t for t in tensors_in(result) if t.is_floating_point()]
+            own = [t for t in tensors_in(result) if t.is_floating_point() and id(t) not in constant]
             layout.append((len(own), bool(own) and own[0] is result))
             flat += own
         return tuple(flat)
@@ -105,10 +107,10 @@ def differentiable_call(
     setup_context: Formula,
     backend: str,
 ) -> Any:
-    """Calls the overload; its results have gradients if an argument has.
+    """Calls the overload, of which an argument requires a gradient.
 
     Args:
-        overload: Of the op and `backend`.
+        overload: Of the op and `backend`, or the operator under it.
         args: Its arguments: tensors, lists of tensors, anything else.
         formula: As `backward` in `torch.library.register_autograd`, after the backend's name.
         setup_context: As there.
@@ -117,10 +119,13 @@ def differentiable_call(
     Returns:
         What the overload returns.
     """
-    if not torch._C._any_requires_grad(*args):
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*args)
-    call = _Started(overload, args, formula, setup_context, backend)
+    tensors: list[Tensor] = []
+    layout = []
+    for argument in args:
+        own = tensors_in(argument)
+        tensors += own
+        layout.append((len(own), isinstance(argument, Tensor)))
+    call = _Started(overload, args, layout, formula, setup_context, backend)
     # The results become part of the graph as they are, in place.
-    _Call.apply(call, *[t for a in args for t in tensors_in(a)])
+    _Call.apply(call, *tensors)
     return call.output

@@ -249,7 +249,7 @@ class Op:
             self._check_recordable(args)
         formula = self._formula
         if formula and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return differentiable_call(overload, args, *formula, chosen)
+            return differentiable_call(overload._op, args, *formula, chosen)
         # Past the autograd key, whose Python kernel costs more than a small op does.
         with torch._C._AutoDispatchBelowAutograd():
             return overload._op(*args)

@@ -170,9 +170,8 @@ def named_scores(
     """`modality_scores`, with errors that call the logits by these names."""
     arguments = checked(names, logits, labels, criterion)
     prob, log_prob, count = _op(backend, labels.device, *arguments)
-    on_cpu = labels.device.type == "cpu"
     compiled = type(backend) is not Eager and torch.compiler.is_compiling()
-    # An impossible target has given NaN; to look at every one first would cost more.
-    if on_cpu and not compiled and any(map(math.isnan, prob.tolist())):
+    # An impossible target has given NaN, also to the sum; to look at every one would cost more.
+    if not compiled and labels.is_cpu and math.isnan(sum(prob.tolist())):
         check_range(names, logits, labels, criterion)
     return ModalityScores(prob, log_prob, count)

@@ -85,7 +85,7 @@ def mutual_information(
             joint distribution.
         present: [N] or [P, N] bool, which pairs count, for samples that lack one of the variables:
             the estimate is that of the pairs that are there, NaN if there are none. What the
-            others hold does not matter. For "histogram" only.
+            others hold does not matter, and their gradients are 0.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -94,8 +94,8 @@ def mutual_information(
 
     Raises:
         TypeError: x or y is sparse, integer or complex, bins is no integer, or `present` not bool.
-        ValueError: their shapes or devices differ, they are empty, `bins` or `estimator` is out of
-            range, or `present` is given with "soft".
+        ValueError: their shapes or devices differ, they are empty, or `bins` or `estimator` is out
+            of range.
     """
     rows = _rows("xy", (x, y))
     if estimator == "histogram":
@@ -104,12 +104,9 @@ def mutual_information(
         )
         h_x, h_y, h_xy = found.entropies[0].unbind(-1)
     elif estimator == "soft":
-        if present is not None:
-            raise ValueError(
-                "present goes with the estimator 'histogram'; give 'soft' the pairs that are there"
-            )
         bins = check_bins(bins, MAX_BINS[2], 2)
-        h_x, h_y, h_xy = soft_entropies(rows[0], rows[1], bins, backend).unbind(-1)
+        soft = soft_entropies(rows[0], rows[1], bins, backend, _mask(present, x))
+        h_x, h_y, h_xy = soft.unbind(-1)
     else:
         raise ValueError(f"estimator must be 'histogram' or 'soft', got {estimator!r}")
     mi = (h_x + h_y - h_xy).clamp(min=0)

@@ -10,7 +10,9 @@ from torch import Tensor
 from ._registry import Op
 
 
-def _fake(x: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake(
+    x: Tensor, y: Tensor, bins: int, present: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     weights = x.new_empty(x.shape[0], bins, bins)
     ranges = x.new_empty(x.shape[0], 2)
     return x.new_empty(x.shape[0], 3), weights, ranges, torch.empty_like(ranges)
@@ -23,14 +25,14 @@ def _fake_backward(grad: Tensor, x: Tensor, y: Tensor, *_: Tensor) -> tuple[Tens
 # Who asks for the second derivative has called mutual_information.
 _op = Op(
     "soft_entropies",
-    "(Tensor x, Tensor y, int bins) -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor y, int bins, Tensor? present=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
     public="mutual_information",
 )
 _backward_op = Op(
     "soft_entropies_backward",
-    "(Tensor grad, Tensor x, Tensor y, Tensor weights, Tensor x_range, Tensor y_range) "
-    "-> (Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor y, Tensor weights, Tensor x_range, Tensor y_range, "
+    "Tensor? present=None) -> (Tensor, Tensor)",
     _fake_backward,
     module="soft_entropies",
     public="mutual_information",
@@ -38,20 +40,25 @@ _backward_op = Op(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, y, _ = inputs
+    # The dispatcher leaves a mask out that is None.
+    x, y, _, *present = inputs
+    ctx.constants = len(inputs) - 2
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, y, *output[1:])
+    ctx.save_for_backward(x, y, *output[1:], *present)
 
 
 def _backward(backend: str, ctx: Any, grad: Tensor, *_: Tensor) -> Any:
-    return *_backward_op(backend, grad.device, grad.contiguous(), *ctx.saved_tensors), None
+    found = _backward_op(backend, grad.device, grad.contiguous(), *ctx.saved_tensors)
+    return *found, *[None] * ctx.constants
 
 
 _op.register_autograd(_backward, _setup_context)
 _backward_op.register_no_second_derivative()
 
 
-def soft_entropies(x: Tensor, y: Tensor, bins: int, backend: str | None) -> Tensor:
+def soft_entropies(
+    x: Tensor, y: Tensor, bins: int, backend: str | None, present: Tensor | None = None
+) -> Tensor:
     """H(x), H(y) and H(x, y) of `soft_histogram`, [P, 3]; for values that are checked.
 
     The ranges, the histogram and the entropies are one operator, and their gradient another: in
@@ -63,14 +70,17 @@ def soft_entropies(x: Tensor, y: Tensor, bins: int, backend: str | None) -> Tens
         y: [P, N] of the same dtype, on the same device.
         bins: From 2 to 256.
         backend: Name of a backend; None for the best one.
+        present: [P, N] bool; samples that are not are left out of ranges, sums and counts, whatever
+            their values are. None for all.
 
     Returns:
-        [P, 3] in nats, float64 for float64, otherwise float32; NaN where the histogram is.
-        Differentiable once.
+        [P, 3] in nats, float64 for float64, otherwise float32; NaN where the histogram is, or no
+        sample counts. Differentiable once; the gradient of a sample that is left out is 0.
     """
     # The gradients of x and of its range are added, which half precision has no room for.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    entropies: Tensor = _op(
-        backend, x.device, x.to(wide).contiguous(), y.to(wide).contiguous(), bins
-    )[0]
+    arguments = x.to(wide).contiguous(), y.to(wide).contiguous(), bins
+    if present is not None:
+        arguments += (present.contiguous(),)
+    entropies: Tensor = _op(backend, x.device, *arguments)[0]
     return entropies

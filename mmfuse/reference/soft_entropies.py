@@ -11,11 +11,16 @@ from ._example import Normal
 from .soft_histogram import soft_histogram, soft_histogram_backward
 
 
-def soft_entropies(x: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[P, 3] H(x), H(y), H(x, y); the histogram [P, bins, bins]; both ranges [P, 2]."""
-    x_range, y_range = value_range(x), value_range(y)
-    weights = soft_histogram(x, y, x_range, y_range, bins)
-    p = weights / x.shape[1]
+def soft_entropies(
+    x: Tensor, y: Tensor, bins: int, present: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[P, 3] H(x), H(y), H(x, y); the histogram [P, bins, bins]; both ranges [P, 2].
+
+    Only samples that are `present`, [P, N], count; without one the entropies and ranges are NaN.
+    """
+    x_range, y_range = value_range(x, present), value_range(y, present)
+    weights = soft_histogram(x, y, x_range, y_range, bins, present)
+    p = weights / _samples(x, present)
     least = torch.finfo(p.dtype).tiny
 
     def entropy(q: Tensor) -> Tensor:
@@ -26,20 +31,27 @@ def soft_entropies(x: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor, Ten
 
 
 def soft_entropies_backward(
-    grad: Tensor, x: Tensor, y: Tensor, weights: Tensor, x_range: Tensor, y_range: Tensor
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    x_range: Tensor,
+    y_range: Tensor,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and y; those of the ranges' ends are shared by the values that are there."""
-    p = weights / x.shape[1]
+    samples = _samples(x, present)
+    p = weights / samples
     least = torch.finfo(p.dtype).tiny
 
     def slope(q: Tensor) -> Tensor:
         # Of -q log max(q, least): an empty cell has a finite slope.
         return -(q.clamp(min=least).log() + (q >= least))
 
-    g_x, g_y, g_xy = (g[:, None, None] for g in (grad / x.shape[1]).unbind(1))
+    g_x, g_y, g_xy = (g[:, None, None] / samples for g in grad.unbind(1))
     table = g_x * slope(p.sum(2))[:, :, None] + g_y * slope(p.sum(1))[:, None] + g_xy * slope(p)
     grad_x, grad_y, grad_x_range, grad_y_range = soft_histogram_backward(
-        table, x, y, x_range, y_range, weights.shape[1]
+        table, x, y, x_range, y_range, weights.shape[1], present
     )
     for out, values, range_, of_range in (
         (grad_x, x, x_range, grad_x_range),
@@ -48,19 +60,32 @@ def soft_entropies_backward(
         for end in (0, 1):
             # The upper end of a constant row is above all values, and moves with them.
             place = values == range_[:, end : end + 1]
-            place |= ~place.any(1, keepdim=True) & (values == range_[:, :1])
+            if present is not None:
+                place &= present
+            at_low = values == range_[:, :1]
+            place |= ~place.any(1, keepdim=True) & (at_low if present is None else at_low & present)
             share = of_range[:, end : end + 1] / place.sum(1, keepdim=True).clamp(min=1)
             out += torch.where(place, share, 0.0)
     return grad_x, grad_y
 
 
-def value_range(x: Tensor) -> Tensor:
+def _samples(x: Tensor, present: Tensor | None) -> Tensor | int:
+    """How many count, of each problem: [P, 1, 1] of the values' type."""
+    return x.shape[1] if present is None else present.sum(1).to(x.dtype)[:, None, None]
+
+
+def value_range(x: Tensor, present: Tensor | None = None) -> Tensor:
     """[P, 2] ends of each row's range; constant rows are at the first of the bins' centres.
 
     In the middle of a widened range they would lie between two centres, for an even number of bins,
     and have the entropy ln 2 of two values.
     """
-    low, high = torch.aminmax(x, dim=1)
+    if present is None:
+        low, high = torch.aminmax(x, dim=1)
+    else:
+        low = torch.where(present, x, torch.inf).amin(1)
+        high = torch.where(present, x, -torch.inf).amax(1)
+        low, high = (torch.where(present.any(1), end, torch.nan) for end in (low, high))
     least = (low.abs() * (4 * torch.finfo(x.dtype).eps)).clamp(min=0.5)
     return torch.stack([low, high + torch.where(low == high, 2 * least, 0.0)], dim=1)
 

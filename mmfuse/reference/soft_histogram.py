@@ -21,23 +21,40 @@ def _position(x: Tensor, range_: Tensor, bins: int) -> tuple[Tensor, Tensor, Ten
     return lower, t - lower, per_unit
 
 
-def soft_histogram(x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins: int) -> Tensor:
-    """See `mmfuse.ops.soft_histogram`."""
+def soft_histogram(
+    x: Tensor,
+    y: Tensor,
+    x_range: Tensor,
+    y_range: Tensor,
+    bins: int,
+    present: Tensor | None = None,
+) -> Tensor:
+    """See `mmfuse.ops.soft_histogram`; of the samples that are `present`, [P, N]."""
     i, f, _ = _position(x, x_range, bins)
     j, g, _ = _position(y, y_range, bins)
     weights = torch.zeros(len(x), bins * bins, dtype=f.dtype, device=x.device)
     for di, share_x in ((0, 1 - f), (1, f)):
         for dj, share_y in ((0, 1 - g), (1, g)):
-            weights.scatter_add_(1, (i + di) * bins + (j + dj), share_x * share_y)
+            share = share_x * share_y
+            if present is not None:
+                share = torch.where(present, share, 0.0)
+            weights.scatter_add_(1, (i + di) * bins + (j + dj), share)
     # A value that is not finite leaves no range to speak of: the whole problem is NaN.
-    broken = ~(f.isfinite() & g.isfinite()).all(1, keepdim=True)
+    lost = ~(f.isfinite() & g.isfinite())
+    broken = (lost if present is None else lost & present).any(1, keepdim=True)
     return weights.masked_fill_(broken, torch.nan).view(-1, bins, bins)
 
 
 def soft_histogram_backward(
-    grad: Tensor, x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins: int
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_range: Tensor,
+    y_range: Tensor,
+    bins: int,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y and of both ends of their ranges."""
+    """Gradients of x, y and of both ends of their ranges; 0 where a sample is not present."""
     i, f, x_per_unit = _position(x, x_range, bins)
     j, g, y_per_unit = _position(y, y_range, bins)
     flat = grad.to(f.dtype).flatten(1)
@@ -53,10 +70,15 @@ def soft_histogram_backward(
         (y, y_range, by_g, g, j, y_per_unit),
     ):
         t = lower + share
+        if present is not None:
+            slope, t = (torch.where(present, v, 0.0) for v in (slope, t))
         width = (range_[:, 1] - range_[:, 0]).to(t.dtype)
         low = (slope * (t - (bins - 1))).sum(1) / width
         high = -(slope * t).sum(1) / width
-        out.append(((slope * per_unit).to(source.dtype), torch.stack([low, high], dim=1)))
+        own = slope * per_unit
+        if present is not None:  # no range, where none is, makes NaN of 0
+            own = torch.where(present, own, 0.0)
+        out.append((own.to(source.dtype), torch.stack([low, high], dim=1)))
     (grad_x, grad_x_range), (grad_y, grad_y_range) = out
     return grad_x, grad_y, grad_x_range, grad_y_range
 

@@ -50,12 +50,20 @@ def _column_sums(table, bins, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return sums
 
 
-@triton.jit(do_not_specialize=["out_ptr", "weights_ptr", "samples", "bins"])
+@triton.jit
+def _samples_of(counts_ptr, samples, problem, ACC: tl.constexpr, MASKED: tl.constexpr):
+    """How many samples of the problem count."""
+    return tl.load(counts_ptr + problem).to(ACC) if MASKED else samples.to(ACC)
+
+
+@triton.jit(do_not_specialize=["out_ptr", "weights_ptr", "counts_ptr", "samples", "bins"])
 def _entropies_kernel(
     out_ptr,
     weights_ptr,
+    counts_ptr,
     samples: tl.int64,
     bins,
+    MASKED: tl.constexpr,
     LEAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -64,7 +72,7 @@ def _entropies_kernel(
     ACC: tl.constexpr = weights_ptr.dtype.element_ty
     problem = tl.program_id(0).to(tl.int64)
     table = weights_ptr + problem * bins * bins
-    total = samples.to(ACC)
+    total = _samples_of(counts_ptr, samples, problem, ACC, MASKED)
     least = tl.full([1], LEAST, ACC)
     column = tl.arange(0, COLUMNS)[None, :]
     h_x = tl.zeros([ROWS], tl.float64)
@@ -83,13 +91,17 @@ def _entropies_kernel(
     tl.store(out + 2, tl.sum(h_xy, axis=0).to(ACC))
 
 
-@triton.jit(do_not_specialize=["slopes_ptr", "grad_ptr", "weights_ptr", "samples", "bins"])
+@triton.jit(
+    do_not_specialize=["slopes_ptr", "grad_ptr", "weights_ptr", "counts_ptr", "samples", "bins"]
+)
 def _slopes_kernel(
     slopes_ptr,
     grad_ptr,
     weights_ptr,
+    counts_ptr,
     samples: tl.int64,
     bins,
+    MASKED: tl.constexpr,
     LEAST: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -98,7 +110,7 @@ def _slopes_kernel(
     ACC: tl.constexpr = weights_ptr.dtype.element_ty
     problem = tl.program_id(0).to(tl.int64)
     table = weights_ptr + problem * bins * bins
-    total = samples.to(ACC)
+    total = _samples_of(counts_ptr, samples, problem, ACC, MASKED)
     least = tl.full([1], LEAST, ACC)
     by_x = tl.load(grad_ptr + 3 * problem) / total
     by_y = tl.load(grad_ptr + 3 * problem + 1) / total
@@ -123,18 +135,22 @@ def _constants(weights: Tensor) -> dict[str, int | float]:
     return {"LEAST": torch.finfo(weights.dtype).tiny, "ROWS": rows, "COLUMNS": columns}
 
 
-def soft_entropies(x: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def soft_entropies(
+    x: Tensor, y: Tensor, bins: int, present: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mmfuse.reference.soft_entropies`."""
-    x_range, y_range = _range_of(x), _range_of(y)
-    weights = soft_histogram(x, y, x_range, y_range, bins)
+    x_range, y_range = _range_of(x, present), _range_of(y, present)
+    weights = soft_histogram(x, y, x_range, y_range, bins, present)
     entropies = torch.empty((x.shape[0], 3), dtype=x.dtype, device=x.device)
     if x.shape[0]:
         with launch_on(x.device):
             _entropies_kernel[(x.shape[0],)](
                 entropies,
                 weights,
+                weights if present is None else present.sum(1),
                 x.shape[1],
                 bins,
+                MASKED=present is not None,
                 **_constants(weights),
                 num_warps=NUM_WARPS,
                 **COMPILE_OPTIONS,
@@ -143,7 +159,13 @@ def soft_entropies(x: Tensor, y: Tensor, bins: int) -> tuple[Tensor, Tensor, Ten
 
 
 def soft_entropies_backward(
-    grad: Tensor, x: Tensor, y: Tensor, weights: Tensor, x_range: Tensor, y_range: Tensor
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weights: Tensor,
+    x_range: Tensor,
+    y_range: Tensor,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and y; those of the ranges' ends are shared by the values that are there."""
     slopes = torch.empty_like(weights)
@@ -153,29 +175,40 @@ def soft_entropies_backward(
                 slopes,
                 grad,
                 weights,
+                weights if present is None else present.sum(1),
                 x.shape[1],
                 weights.shape[1],
+                MASKED=present is not None,
                 **_constants(weights),
                 num_warps=NUM_WARPS,
                 **COMPILE_OPTIONS,
             )
     grad_x, grad_y, grad_x_range, grad_y_range = soft_histogram_backward(
-        slopes, x, y, x_range, y_range, weights.shape[1]
+        slopes, x, y, x_range, y_range, weights.shape[1], present
     )
-    _add_to_ends(grad_x, x, x_range, grad_x_range)
-    _add_to_ends(grad_y, y, y_range, grad_y_range)
+    _add_to_ends(grad_x, x, x_range, grad_x_range, present)
+    _add_to_ends(grad_y, y, y_range, grad_y_range, present)
     return grad_x, grad_y
 
 
-def _range_of(x: Tensor) -> Tensor:
+def _range_of(x: Tensor, present: Tensor | None) -> Tensor:
     """[P, 2]; constant rows are at the first of the bins' centres."""
-    low, high = torch.aminmax(x, dim=1)
+    if present is None:
+        low, high = torch.aminmax(x, dim=1)
+    else:
+        low = torch.where(present, x, torch.inf).amin(1)
+        high = torch.where(present, x, -torch.inf).amax(1)
+        low, high = (torch.where(present.any(1), end, torch.nan) for end in (low, high))
     least = (low.abs() * (4 * torch.finfo(x.dtype).eps)).clamp(min=0.5)
     return torch.stack([low, high + torch.where(low == high, 2 * least, 0.0)], dim=1)
 
 
-def _add_to_ends(grad: Tensor, x: Tensor, range_: Tensor, of_range: Tensor) -> None:
+def _add_to_ends(
+    grad: Tensor, x: Tensor, range_: Tensor, of_range: Tensor, present: Tensor | None
+) -> None:
     lowest, highest = x == range_[:, :1], x == range_[:, 1:]
+    if present is not None:
+        lowest, highest = lowest & present, highest & present
     n_low, n_high = lowest.sum(1, keepdim=True), highest.sum(1, keepdim=True)
     to_low, to_high = of_range[:, :1], of_range[:, 1:]
     # The upper end of a constant row is above all values, and moves with them.

@@ -42,8 +42,8 @@ def _position(x, low, per_unit, bins):
 
 @triton.jit(
     do_not_specialize=[
-        "table_ptr", "broken_ptr", "x_range_ptr", "y_range_ptr", "n_rows", "cols_per_program",
-        "bins",
+        "table_ptr", "broken_ptr", "x_range_ptr", "y_range_ptr", "present_ptr", "n_rows",
+        "cols_per_program", "bins",
     ]
 )  # fmt: skip
 def _soft_histogram_kernel(
@@ -53,10 +53,12 @@ def _soft_histogram_kernel(
     y_ptr,
     x_range_ptr,
     y_range_ptr,
+    present_ptr,
     n_rows,
     n_cols: tl.int64,
     cols_per_program,
     bins,
+    MASKED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -74,6 +76,8 @@ def _soft_histogram_kernel(
     for start in range(0, n_own, BLOCK_COLS):
         col = (start + tl.arange(0, BLOCK_COLS))[None, :]
         mask = used[:, None] & (col < n_own)
+        if MASKED:
+            mask = mask & (tl.load(present_ptr + begin[:, None] + col, mask=mask, other=0) != 0)
         x = widen(tl.load(x_ptrs + col, mask=mask, other=0.0), ACC)
         y = widen(tl.load(y_ptrs + col, mask=mask, other=0.0), ACC)
         i, f = _position(x, x_low, x_per_unit, bins)
@@ -93,8 +97,8 @@ def _soft_histogram_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "partials_ptr", "grad_ptr", "x_range_ptr", "y_range_ptr", "n_rows", "cols_per_program",
-        "bins",
+        "partials_ptr", "grad_ptr", "x_range_ptr", "y_range_ptr", "present_ptr", "n_rows",
+        "cols_per_program", "bins",
     ]
 )  # fmt: skip
 def _soft_histogram_backward_kernel(
@@ -106,10 +110,12 @@ def _soft_histogram_backward_kernel(
     y_ptr,
     x_range_ptr,
     y_range_ptr,
+    present_ptr,
     n_rows,
     n_cols: tl.int64,
     cols_per_program,
     bins,
+    MASKED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -129,7 +135,10 @@ def _soft_histogram_backward_kernel(
     y_high_sum = tl.zeros([BLOCK_ROWS], tl.float64)
     for start in range(0, n_own, BLOCK_COLS):
         col = (start + tl.arange(0, BLOCK_COLS))[None, :]
-        mask = used[:, None] & (col < n_own)
+        own = used[:, None] & (col < n_own)
+        mask = own
+        if MASKED:
+            mask = own & (tl.load(present_ptr + begin + col, mask=own, other=0) != 0)
         x = widen(tl.load(x_ptr + begin + col, mask=mask, other=0.0), ACC)
         y = widen(tl.load(y_ptr + begin + col, mask=mask, other=0.0), ACC)
         i, f = _position(x, x_low, x_per_unit, bins)
@@ -143,8 +152,11 @@ def _soft_histogram_backward_kernel(
         by_g = (1 - f) * (g01 - g00) + f * (g11 - g10)
         slope_x = round_to(by_f * x_per_unit, DTYPE)
         slope_y = round_to(by_g * y_per_unit, DTYPE)
-        tl.store(grad_x_ptr + begin + col, slope_x, mask=mask)
-        tl.store(grad_y_ptr + begin + col, slope_y, mask=mask)
+        if MASKED:
+            slope_x = tl.where(mask, slope_x, tl.zeros_like(slope_x))
+            slope_y = tl.where(mask, slope_y, tl.zeros_like(slope_y))
+        tl.store(grad_x_ptr + begin + col, slope_x, mask=own)
+        tl.store(grad_y_ptr + begin + col, slope_y, mask=own)
         by_f = tl.where(mask, by_f, 0.0)
         by_g = tl.where(mask, by_g, 0.0)
         # Positions relative to the upper end, and to the lower.
@@ -164,8 +176,20 @@ def _soft_histogram_backward_kernel(
     tl.store(place_ptrs + 3 * stride, y_high_sum, mask=used)
 
 
-def soft_histogram(x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins: int) -> Tensor:
-    """See `mmfuse.ops.soft_histogram`."""
+def _mask_of(x: Tensor, present: Tensor | None) -> Tensor:
+    """Bytes of the mask; without one, anything that is not read."""
+    return x if present is None else present.view(torch.uint8)
+
+
+def soft_histogram(
+    x: Tensor,
+    y: Tensor,
+    x_range: Tensor,
+    y_range: Tensor,
+    bins: int,
+    present: Tensor | None = None,
+) -> Tensor:
+    """See `mmfuse.reference.soft_histogram`."""
     n_rows, n_cols = x.shape
     # In float64, because rounding by rounding a large float32 count would lose small shares.
     table = torch.zeros((n_rows, bins, bins), dtype=torch.float64, device=x.device)
@@ -180,10 +204,12 @@ def soft_histogram(x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins:
                 y,
                 x_range,
                 y_range,
+                _mask_of(x, present),
                 n_rows,
                 n_cols,
                 split.cols_per_program,
                 bins,
+                MASKED=present is not None,
                 **split.constants(),
                 num_warps=NUM_WARPS,
                 **COMPILE_OPTIONS,
@@ -193,9 +219,15 @@ def soft_histogram(x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins:
 
 
 def soft_histogram_backward(
-    grad: Tensor, x: Tensor, y: Tensor, x_range: Tensor, y_range: Tensor, bins: int
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    x_range: Tensor,
+    y_range: Tensor,
+    bins: int,
+    present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, y and of both ends of their ranges."""
+    """Gradients of x, y and of both ends of their ranges; 0 where a sample is not present."""
     grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
     grad_y = torch.empty_like(y, memory_format=torch.contiguous_format)
     if not x.numel():
@@ -213,10 +245,12 @@ def soft_histogram_backward(
             y,
             x_range,
             y_range,
+            _mask_of(x, present),
             n_rows,
             n_cols,
             split.cols_per_program,
             bins,
+            MASKED=present is not None,
             **split.constants(),
             num_warps=NUM_WARPS,
             **COMPILE_OPTIONS,

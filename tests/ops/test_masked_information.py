@@ -13,11 +13,13 @@ from numpy_bins import related
 from torch import Tensor
 
 from mmfuse import ops
+from mmfuse.ops._registry import OPS
 
 NAN = float("nan")
 SIZES = [(0,), (7, 0, 3)]  # how many values are missing, problem by problem
 MEASURES: dict[str, tuple[int, Callable[..., Any]]] = {
     "mutual": (2, lambda *v, **k: ops.mutual_information(*v, 6, **k)),
+    "soft": (2, lambda *v, **k: ops.mutual_information(*v, 6, "soft", **k)),
     "conditional": (3, lambda *v, **k: ops.conditional_mutual_information(*v, 6, **k)),
     "co": (3, lambda *v, **k: [ops.co_information(*v, 6, **k)]),
 }
@@ -105,7 +107,119 @@ def test_wrong_masks_are_named(name: str) -> None:
         measure(*x, present=torch.ones(1, 8, dtype=torch.bool))
 
 
-def test_soft_histograms_take_no_mask() -> None:
-    x, present = torch.randn(8), torch.ones(8, dtype=torch.bool)
-    with pytest.raises(ValueError, match="give 'soft' the pairs that are there"):
-        ops.mutual_information(x, x, 4, "soft", present=present)
+# Of each problem: all there, 30 % missing, one left, none left.
+SOME, ONE, NONE = 1, 2, 3
+LEFT_OUT = (0, 12, 39, 40)
+
+
+def soft(cell: Cell, x: Tensor, y: Tensor, present: Tensor | None = None) -> list[Tensor]:
+    """All four numbers, and the gradients of the information and of its share."""
+    leaves = [v.clone().requires_grad_() for v in (x, y)]
+    found = ops.mutual_information(*leaves, 5, "soft", present=present, backend=cell.backend)
+    whole = found.mi + 0.5 * found.nmi
+    return [v.detach() for v in found] + list(torch.autograd.grad(whole.sum(), leaves))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_soft_information_and_its_gradient_know_the_pairs_that_are_there(
+    cell: Cell, dtype: torch.dtype
+) -> None:
+    (x, y, _), present = data(cell, LEFT_OUT, dtype=dtype)
+    found = soft(cell, x, y, present)
+    # The same shares, added up in another order; gradients are sums over all samples.
+    wide = dtype == torch.float64
+    close = {"rtol": 1e-9, "atol": 1e-10} if wide else {"rtol": 1e-4, "atol": 2e-5}
+    if dtype == torch.bfloat16:
+        close["rtol"] = 2**-7  # as both are stored
+    for p in range(NONE):
+        there = present[p]
+        want = soft(cell, x[p, there], y[p, there])
+        for a, b in zip(found[:4], want[:4], strict=True):
+            torch.testing.assert_close(a[p], b, **close)
+        for a, b in zip(found[4:], want[4:], strict=True):
+            assert bool(b.isfinite().all()) and bool(b.any()) == (p != ONE)
+            torch.testing.assert_close(a[p, there], b, **close)
+            assert a[p, ~there].tolist() == [0.0] * LEFT_OUT[p]
+    assert all(bool(field[NONE].isnan()) for field in found[:4])
+    assert all(grad[NONE].tolist() == [0.0] * 40 for grad in found[4:])
+
+
+@pytest.mark.parametrize("count", [40, 70_001])
+def test_soft_entropies_of_some_samples_are_the_references(cell: Cell, count: int) -> None:
+    """The ranges to the bit; of long rows the first part has nothing that counts."""
+    if cell.slow and count > 40:
+        pytest.skip("Triton's interpreter takes a minute for it")
+    missing = (count // 3, count, 0)
+    (x, y, _), present = data(cell, missing, count)
+    if count > 40:
+        present[0, :33_000] = False
+        x[~present], y[~present] = NAN, float("inf")
+    name = "soft_entropies"
+    found = OPS[name].overloads[cell.backend](x, y, 6, present)
+    inputs = [v.cpu() for v in (x, y)]
+    want = OPS[name].overloads["reference"](*inputs, 6, present.cpu())
+    grad = torch.randn(3, 3)
+    found += OPS[f"{name}_backward"].overloads[cell.backend](grad.to(x), x, y, *found[1:], present)
+    wide = [v.double() for v in (grad, *inputs, *(v.cpu() for v in found[1:4]))]
+    want += OPS[f"{name}_backward"].overloads["reference"](*wide, present.cpu())
+    for end in (2, 3):
+        assert torch.equal(found[end].cpu().nan_to_num(7.0), want[end].nan_to_num(7.0))
+        assert found[end].isnan().all(1).tolist() == [False, True, False]
+    for a, b, atol in zip(found, want, (1e-5, 2e-2, 0, 0, 1e-4, 1e-4), strict=True):
+        torch.testing.assert_close(a.cpu(), b.to(a.dtype), rtol=1e-4, atol=atol, equal_nan=True)
+    for a in found[4:]:
+        assert int(a.cpu()[~present.cpu()].count_nonzero()) == 0 and bool(a[0].any())
+
+
+def test_soft_gradients_are_those_of_differences(cell: Cell) -> None:
+    """Of samples that are left out, too: theirs are 0."""
+    generator = torch.Generator().manual_seed(5)
+    x, y = torch.rand(2, 2, 9, dtype=torch.float64, generator=generator).to(cell.device)
+    present = torch.ones(2, 9, dtype=torch.bool, device=cell.device)
+    present[0, 1::3], present[1, 0] = False, False
+    x, y = (torch.where(present, v, 7.0).requires_grad_() for v in (x, y))
+    assert torch.autograd.gradcheck(
+        lambda a, b: ops.mutual_information(a, b, 3, "soft", present=present, backend=cell.backend)[
+            :3
+        ],
+        (x, y),
+        raise_exception=True,
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_modality_that_is_gone_leaves_the_other_pairs_alone(cell: Cell, count: int) -> None:
+    """Of M modalities with 30 % missing in each the last is not there at all, nor is one row."""
+    rows, present = data(cell, (12,) * count)
+    z = [torch.where(present[m], rows[0][m].nan_to_num(0.5, 0.5) + m, NAN) for m in range(count)]
+    present[-1], present[:, 5] = False, False
+    for a in range(count):
+        for b in range(a):
+            both = present[a] & present[b]
+            leaves = [v.clone().requires_grad_() for v in (z[a], z[b])]
+            mi = ops.mutual_information(*leaves, 4, "soft", present=both, backend=cell.backend).mi
+            assert bool(mi.isnan()) == (a == count - 1)
+            for grad in torch.autograd.grad(mi, leaves):
+                assert bool(grad.isfinite().all()) and not grad[~both].any()
+                assert bool(grad.any()) == (a != count - 1)
+
+
+def test_soft_masks_do_not_sync_and_go_into_graphs(cell: Cell) -> None:
+    (x, y, _), present = data(cell, (12, 40))
+    soft(cell, x, y, present)
+    with no_host_sync(cell.device):
+        found = soft(cell, x, y, present)
+    assert bool(found[0][0].isfinite())
+    function = torch.compile(soft_sum, fullgraph=True, backend="aot_eager")
+    leaves = [v.clone().requires_grad_() for v in (x, y)]
+    grads = torch.autograd.grad(function(*leaves, present, cell.backend), leaves)
+    leaves = [v.clone().requires_grad_() for v in (x, y)]
+    want = torch.autograd.grad(soft_sum(*leaves, present, cell.backend), leaves)
+    for a, b in zip(grads, want, strict=True):
+        torch.testing.assert_close(a, b)
+        assert bool(a.isfinite().all()) and bool(a[0].any())
+
+
+def soft_sum(x: Tensor, y: Tensor, present: Tensor, backend: str) -> Tensor:
+    return ops.mutual_information(x, y, 5, "soft", present=present, backend=backend).mi.nansum()

@@ -73,6 +73,10 @@ class Inputs:
         values[..., 0], values[..., 1] = 0, 16 * most
         return self.placed((values / 16).to(dtype), offset)
 
+    def mask(self, *shape: int) -> Tensor:
+        """Which values are there: seven of ten."""
+        return self.placed(torch.rand(shape, generator=self._generator) < 0.7)
+
     def stream(self, count: int | None = None) -> NoiseStream:
         """A stream of noise, or one whose tensors start within their Philox blocks."""
         stream = NoiseStream(SEED, self.device)

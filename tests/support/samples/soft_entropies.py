@@ -1,4 +1,4 @@
-"""soft_entropies: rows of one part and of several, tables of several tiles, constant rows."""
+"""soft_entropies: rows of one part and of several, tables of several tiles, constants, masks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ def arguments(device: str) -> Samples:
     leaves = [t.clone().requires_grad_() for t in (a, b)]
     weights = torch.rand(4, 5, 5, device=device)
     ends = torch.stack([a.amin(1), a.amax(1)], 1), torch.stack([b.amin(1), b.amax(1)], 1)
+    present = torch.ones(4, 3, dtype=torch.bool, device=device)
+    present[1, 2], present[3] = False, False
+    backward = torch.randn(4, 3, device=device), a, b, weights, *ends
     return {
-        "soft_entropies": [(a, b, 5), (*leaves, 2), (a.double(), b.double(), 7)],
-        "soft_entropies_backward": [(torch.randn(4, 3, device=device), a, b, weights, *ends)],
+        "soft_entropies": [
+            (a, b, 5),
+            (*leaves, 2),
+            (*leaves, 3, present),
+            (a.double(), b.double(), 7),
+        ],
+        "soft_entropies_backward": [backward, (*backward, present)],
     }
 
 
@@ -51,6 +59,12 @@ def case(inputs: Inputs) -> list[Tensor]:
             entropies, *known = forward(x, y, bins)
             grad = inputs.normal(problems, 3, dtype=dtype)
             written += [entropies, *known, *backward(grad, x, y, *known)]
+            # The values that do not count are NaN; one row has a single one that does.
+            present = inputs.mask(problems, columns)
+            present[0, 1:], present[0, 0] = False, True
+            x, y = (v.masked_fill(~present, torch.nan) for v in (x, y))
+            entropies, *known = forward(x, y, bins, present)
+            written += [entropies, *known, *backward(grad, x, y, *known, present)]
     return written
 
 
@@ -58,5 +72,11 @@ def compiled(inputs: Inputs) -> None:
     for dtype in WIDE:
         for shape, bins in (((1, 100_000), 30), ((64, 309), 5)):
             x, y = (inputs.normal(*shape, dtype=dtype) for _ in "xy")
-            entropies, *known = OPS["soft_entropies"].overloads[inputs.backend](x, y, bins)
-            OPS["soft_entropies_backward"].overloads[inputs.backend](entropies, x, y, *known)
+            present = inputs.mask(*shape)
+            for mask in ((), (present,)):
+                entropies, *known = OPS["soft_entropies"].overloads[inputs.backend](
+                    x, y, bins, *mask
+                )
+                OPS["soft_entropies_backward"].overloads[inputs.backend](
+                    entropies, x, y, *known, *mask
+                )

@@ -13,7 +13,7 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal clean
+.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize races race-mutants gpu gpu-library gpu-rehearsal clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -27,6 +27,8 @@ help:
 	@echo "make lint    ruff, mypy, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make sanitize  the kernels under ASan and UBSan, on the CPU"
+	@echo "make races   the kernels under TSan, on the CPU, without a GPU"
+	@echo "make race-mutants  the same, with every barrier and every atomic left out in turn"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
 	@echo "make gpu-library  on any machine with nvcc: the libraries for one, into build/gpu_library"
 	@echo "make gpu-rehearsal  what make gpu does, small, on the CPU"
@@ -112,6 +114,13 @@ triton: build
 
 sanitize: $(TESTING)
 	$(BIN)/python .ci/sanitize.py
+
+races: $(TESTING)
+	$(BIN)/python .ci/races.py
+
+# make races leaves out one barrier and one atomic of a file, this one all of them.
+race-mutants: $(TESTING)
+	$(BIN)/python .ci/races.py --all
 
 # Uses the Python that is there, with its CUDA build of PyTorch, and installs nothing.
 gpu:

@@ -12,29 +12,27 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from pathlib import Path
-from types import ModuleType
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"))
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from case_processes import Job, describe, run_jobs
 from gpu_library import setup_script
+from instrumented import Build, runtimes
 from processes import Ended
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "sanitize"
-COPY = OUTPUT / "checkout"
 CHECKS = "-fsanitize=address,undefined"
+COPY = OUTPUT / "checkout"
 # -g1 has the lines, which are all that a report needs; warnings are for the usual build.
-FLAGS = f"-O1 -g1 -w {CHECKS} -fno-sanitize-recover=undefined -ffile-prefix-map={COPY}={ROOT}"
+FLAGS = f"-O1 -g1 -w -fno-sanitize-recover=undefined -ffile-prefix-map={COPY}={ROOT}"
+BUILD = Build(OUTPUT, shim=f"{FLAGS} {CHECKS}", checks=CHECKS, flags=FLAGS)
 # Where, and only then the function, whose name may be long.
 TRACE = 'stack_trace_format="    #%n %L %f"'
 OPTIONS = {
@@ -43,6 +41,7 @@ OPTIONS = {
     "ASAN_OPTIONS": f"detect_leaks=0:detect_stack_use_after_return=0:{TRACE}",
     "UBSAN_OPTIONS": f"halt_on_error=1:print_stacktrace=1:{TRACE}",
 }
+RUNTIMES = ("libasan.so", "libubsan.so")
 LEVELS = ("generic", "avx2", "avx512")
 BACKENDS = "cpu-cpu or cuda-cpu"
 # Of test_every_kernel.py: all CUDA kernels are reached; poison, and in other orders that of shared
@@ -75,77 +74,6 @@ CONTROLS = {
     "run_beyond_local": "stack-buffer-overflow",
     "run_overflow": "signed integer overflow",
 }
-
-
-def runtimes(compiler: str) -> list[str]:
-    """The libraries that have to be loaded first; fewer than two where GCC's are not there."""
-    answers = []
-    for name in ("libasan.so", "libubsan.so"):
-        command = [*shlex.split(compiler), f"-print-file-name={name}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        answers.append(done.stdout.strip())
-    # Without such a file the answer is the name alone; Clang's runtimes have others.
-    return [path for path in answers if Path(path).is_absolute() and Path(path).exists()]
-
-
-def copy_checkout() -> None:
-    """Copies what git tracks or would track, with its times, beside what was built in the copy."""
-    for entry in COPY.iterdir() if COPY.exists() else ():
-        if entry.is_dir() and entry.name != "build":
-            shutil.rmtree(entry)
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, COPY / name)
-
-
-def stale(target: Path, sources: Iterable[Path]) -> bool:
-    """True if a file is not there, or is older than one that it is made of."""
-    made = target.stat().st_mtime if target.exists() else 0.0
-    return any(not source.exists() or source.stat().st_mtime >= made for source in sources)
-
-
-def made_of(target: Path) -> list[Path]:
-    """The sources of an object, and the list of them that -MMD has left beside it."""
-    listed = target.with_suffix(".d")
-    words = listed.read_text().replace("\\\n", " ").split()[1:] if listed.exists() else []
-    return [ROOT / "setup.py", listed, *map(Path, words)]
-
-
-def build_cpu(script: ModuleType, compiler: str) -> None:
-    """libmmfuse_cpu.so, with setup.py's recipe; what has not changed is kept."""
-    os.environ["CXXFLAGS"] = f"{FLAGS} -MMD"
-    recipe = script.Recipe(f"{compiler} {CHECKS}", script.find_torch(), OUTPUT, OUTPUT)
-    library = recipe.cpu()
-    objects = [Path(command[-1]) for command in library.compile]
-    library.compile = [c for c in library.compile if stale(Path(c[-1]), made_of(Path(c[-1])))]
-    built = OUTPUT / "libmmfuse_cpu.so"
-    if library.compile or stale(built, objects):
-        script.build_all([library], optional=set())
-    shutil.copy2(built, COPY / "mmfuse")
-
-
-def build(script: ModuleType, compiler: str) -> str:
-    """Builds everything, on all cores, and returns the path of the shim's self-check."""
-    stamp = OUTPUT / "flags.txt"
-    if not stamp.exists() or stamp.read_text() != f"{compiler} {FLAGS}":
-        shutil.rmtree(OUTPUT, ignore_errors=True)
-    copy_checkout()
-    stamp.write_text(f"{compiler} {FLAGS}")
-    program = "import cuda_on_cpu.build as b; b.build_kernels(); print(b.build_self_check())"
-    (folder,) = COPY.glob("tests/**/cuda_on_cpu")
-    environment = {"PYTHONPATH": str(folder.parent), "MMFUSE_SHIM_FLAGS": FLAGS, "CXX": compiler}
-    command = [sys.executable, "-c", program]
-    shim = subprocess.Popen(
-        command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True
-    )
-    build_cpu(script, compiler)
-    printed = shim.communicate()[0]
-    if shim.returncode:
-        raise SystemExit("make sanitize: the host shim does not build")
-    return printed.strip()
 
 
 def jobs_of(self_check: str, environment: dict[str, str]) -> list[Job]:
@@ -182,11 +110,11 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     script = setup_script()
     compiler = script.find_compiler()
-    preloaded = runtimes(compiler) if compiler and shutil.which("git") else []
-    if len(preloaded) < 2:
+    preloaded = runtimes(compiler, RUNTIMES) if compiler and shutil.which("git") else []
+    if len(preloaded) < len(RUNTIMES):
         print("make sanitize needs git, and GCC with libasan and libubsan", file=sys.stderr)
         return 2
-    self_check = build(script, compiler)
+    self_check = BUILD.all(script, compiler)
     print(f"built in {time.monotonic() - began:.0f} s", flush=True)
     logs = OUTPUT / "logs"
     shutil.rmtree(logs, ignore_errors=True)
@@ -194,7 +122,7 @@ def main() -> int:
     environment = {
         **OPTIONS,
         "LD_PRELOAD": " ".join(preloaded),
-        "MMFUSE_SHIM_FLAGS": FLAGS,
+        **BUILD.environment,
         "MMFUSE_REQUIRE_BACKENDS": "cpu,cuda",
         "OMP_WAIT_POLICY": "passive",
     }

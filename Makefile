@@ -13,7 +13,7 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc build_tools -type f)
 
-.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants clean
+.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -27,6 +27,8 @@ help:
 	@echo "make lint    ruff, mypy, pyright, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
 	@echo "make sanitize  the kernels under ASan and UBSan, on the CPU"
+	@echo "make races   the kernels under TSan, on the CPU, without a GPU"
+	@echo "make race-mutants  the same, with every barrier and every atomic left out in turn"
 	@echo "make memcheck  the C++ kernels under Valgrind: reads of what nobody has written"
 	@echo "make triton-mutants  the Triton kernels without one mask each: who notices?"
 	@echo "make bounds  build and test with the oldest Python, PyTorch and packages, and Python 3.13"
@@ -123,6 +125,13 @@ triton: build
 
 sanitize: $(TESTING)
 	$(BIN)/python .ci/sanitize.py
+
+races: $(TESTING)
+	$(BIN)/python .ci/races.py
+
+# make races leaves out one barrier and one atomic of a file, this one all of them.
+race-mutants: $(TESTING)
+	$(BIN)/python .ci/races.py --all
 
 # Downloads gigabytes, so that a release runs it and CI does not: PYTHONS="python3.10 python3.13".
 bounds:

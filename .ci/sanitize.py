@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,18 +23,18 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from case_processes import Job, describe, run_jobs
+from instrumented import Build, runtimes
 from processes import Ended
 
-from build_tools.compiling import build_all
-from build_tools.finding import find_compiler, find_torch
-from build_tools.recipe import Recipe
+from build_tools.finding import find_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "sanitize"
-COPY = OUTPUT / "checkout"
 CHECKS = "-fsanitize=address,undefined"
+COPY = OUTPUT / "checkout"
 # -g1 has the lines, which are all that a report needs; warnings are for the usual build.
-FLAGS = f"-O1 -g1 -w {CHECKS} -fno-sanitize-recover=undefined -ffile-prefix-map={COPY}={ROOT}"
+FLAGS = f"-O1 -g1 -w -fno-sanitize-recover=undefined -ffile-prefix-map={COPY}={ROOT}"
+BUILD = Build(OUTPUT, shim=f"{FLAGS} {CHECKS}", checks=CHECKS, flags=FLAGS)
 # Where, and only then the function, whose name may be long.
 TRACE = 'stack_trace_format="    #%n %L %f"'
 OPTIONS = {
@@ -45,6 +43,7 @@ OPTIONS = {
     "ASAN_OPTIONS": f"detect_leaks=0:detect_stack_use_after_return=0:{TRACE}",
     "UBSAN_OPTIONS": f"halt_on_error=1:print_stacktrace=1:{TRACE}",
 }
+RUNTIMES = ("libasan.so", "libubsan.so")
 LEVELS = ("generic", "avx2", "avx512")
 BACKENDS = "cpu-cpu or cuda-cpu"
 # Of test_every_kernel.py: all CUDA kernels are reached; poison, and in other orders that of shared
@@ -77,62 +76,6 @@ CONTROLS = {
     "run_beyond_local": "stack-buffer-overflow",
     "run_overflow": "signed integer overflow",
 }
-
-
-def runtimes(compiler: list[str]) -> list[str]:
-    """The libraries that have to be loaded first; fewer than two where GCC's are not there."""
-    answers = []
-    for name in ("libasan.so", "libubsan.so"):
-        command = [*compiler, f"-print-file-name={name}"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        answers.append(done.stdout.strip())
-    # Without such a file the answer is the name alone; Clang's runtimes have others.
-    return [path for path in answers if Path(path).is_absolute() and Path(path).exists()]
-
-
-def copy_checkout() -> None:
-    """Copies what git tracks or would track, with its times, beside what was built in the copy."""
-    for entry in COPY.iterdir() if COPY.exists() else ():
-        if entry.is_dir() and entry.name != "build":
-            shutil.rmtree(entry)
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (COPY / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, COPY / name)
-
-
-def build_cpu(compiler: list[str]) -> None:
-    """libmmfuse_cpu.so, with setup.py's recipe; what has not changed is kept."""
-    os.environ["CXXFLAGS"] = FLAGS
-    recipe = Recipe([*compiler, CHECKS], find_torch(), OUTPUT, OUTPUT)
-    library = recipe.cpu()
-    build_all([library], set(), OUTPUT, recipe.tools())
-    shutil.copy2(library.path, COPY / "mmfuse")
-
-
-def build(compiler: list[str]) -> str:
-    """Builds everything, on all cores, and returns the path of the shim's self-check."""
-    stamp, command = OUTPUT / "flags.txt", shlex.join(compiler)
-    if not stamp.exists() or stamp.read_text() != f"{command} {FLAGS}":
-        shutil.rmtree(OUTPUT, ignore_errors=True)
-    copy_checkout()
-    stamp.write_text(f"{command} {FLAGS}")
-    program = "import cuda_on_cpu.build as b; b.build_kernels(); print(b.build_self_check())"
-    (folder,) = COPY.glob("tests/**/cuda_on_cpu")
-    environment = {"PYTHONPATH": str(folder.parent), "MMFUSE_SHIM_FLAGS": FLAGS, "CXX": command}
-    shim = subprocess.Popen(
-        [sys.executable, "-c", program],
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    build_cpu(compiler)
-    printed = shim.communicate()[0]
-    if shim.returncode:
-        raise SystemExit("make sanitize: the host shim does not build")
-    return printed.strip()
 
 
 def jobs_of(self_check: str, environment: dict[str, str]) -> list[Job]:
@@ -168,11 +111,11 @@ def main() -> int:
     # So that the processes of a run that is cut off end with it.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     compiler = find_compiler()
-    preloaded = runtimes(compiler) if compiler and shutil.which("git") else []
-    if len(preloaded) < 2:
+    preloaded = runtimes(compiler, RUNTIMES) if compiler and shutil.which("git") else []
+    if compiler is None or len(preloaded) < len(RUNTIMES):
         print("make sanitize needs git, and GCC with libasan and libubsan", file=sys.stderr)
         return 2
-    self_check = build(compiler)
+    self_check = BUILD.all(compiler)
     print(f"built in {time.monotonic() - began:.0f} s", flush=True)
     logs = OUTPUT / "logs"
     shutil.rmtree(logs, ignore_errors=True)
@@ -180,7 +123,7 @@ def main() -> int:
     environment = {
         **OPTIONS,
         "LD_PRELOAD": " ".join(preloaded),
-        "MMFUSE_SHIM_FLAGS": FLAGS,
+        **BUILD.environment,
         "MMFUSE_REQUIRE_BACKENDS": "cpu,cuda",
         "OMP_WAIT_POLICY": "passive",
     }

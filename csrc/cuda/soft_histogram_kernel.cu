@@ -2,6 +2,7 @@
 
 #include <type_traits>
 
+#include "cuda/device/flag.h"
 #include "cuda/device/histogram_bins.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/row_part.h"
@@ -107,7 +108,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
       const Position<acc_t> px = position_of(x_axis, x[j]);
       const Position<acc_t> py = position_of(y_axis, y[j]);
       if (px.t != px.t || py.t != py.t) {
-        broken = true;
+        set_flag(&broken, true);
         continue;
       }
       const int cell = px.lower * bins + py.lower;

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <type_traits>
 
+#include "cuda/device/flag.h"
 #include "cuda/device/launch.h"
 #include "cuda/device/reduce.h"
 #include "cuda/device/transposed_update.h"
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
       tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);
   if (!tensor.store && call.finite == nullptr) return;
   const bool finite = update_chunk<kAnchors, kNoise>(tensor, chunk - table.first_chunk[found]);
-  if (!finite && call.finite != nullptr) *call.finite = false;
+  if (!finite && call.finite != nullptr) set_flag(call.finite, false);
 }
 
 // Short ones alone: a longer list has more launches, not a second kernel.
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kA
   if (!tensor.store && call.finite == nullptr) return;
   const bool finite = update_transposed<kAnchors>(tensor, entry.channels, entry.spatial,
                                                   chunk - table.first_chunk[found], normals);
-  if (!finite && call.finite != nullptr) *call.finite = false;
+  if (!finite && call.finite != nullptr) set_flag(call.finite, false);
 }
 
 // What all tensors of a call with sums share.
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, (kSquaresBlocksPerSm<scalar_t, kAnch
   SquareSum<acc_t> squares;
   const bool finite =
       update_chunk<kAnchors, false>(tensor, chunk - table.first_chunk[found], squares);
-  if (!finite && call.finite != nullptr) *call.finite = false;
+  if (!finite && call.finite != nullptr) set_flag(call.finite, false);
   acc_t sum[1] = {squares.sum};
   block_sum<kThreads>(sum);
   if (threadIdx.x == 0) call.partials[chunk] = sum[0];

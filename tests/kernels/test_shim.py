@@ -64,9 +64,9 @@ def test_ballot(run: Run) -> None:
 
 @pytest.mark.usefixtures("shim")
 def test_barrier_separates_writes_from_reads(run: Run) -> None:
-    out = np.zeros(256, np.int32)
+    out = np.zeros(3 * 256, np.int32)
     assert run("rotate_block", out) == "no error"
-    np.testing.assert_array_equal(out, (np.arange(256) + 100) % 256 + 4)
+    np.testing.assert_array_equal(out, np.tile((np.arange(256) + 100) % 256 + 4, 3))
 
 
 @pytest.mark.usefixtures("shim")

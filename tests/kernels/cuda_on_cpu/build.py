@@ -33,6 +33,11 @@ FLAGS = (
     # Into a folder of their own only: what is there counts as built with the flags of now.
     *shlex.split(os.environ.get("MMFUSE_SHIM_FLAGS", "")),
 )
+# For the kernels, but not for what runs them: a sanitizer of threads looks at these alone.
+KERNEL_FLAGS = shlex.split(os.environ.get("MMFUSE_KERNEL_FLAGS", ""))
+RUNTIME = [HERE / "runtime.cpp"]
+if "-DMMFUSE_RACES" in FLAGS:
+    RUNTIME.append(HERE / "ordering.cpp")
 
 
 def _run(command: list[str]) -> None:
@@ -80,7 +85,8 @@ def _compile(source: Path, headers: list[Path]) -> Path:
         include += ["-isystem", folder]
     partial = target.with_suffix(f".{os.getpid()}")
     compiler = os.environ.get("CXX", "g++")
-    _run([compiler, *FLAGS, *include, "-x", "c++", "-c", str(source), "-o", str(partial)])
+    flags = [*FLAGS, *(KERNEL_FLAGS if source.suffix == ".cu" else ())]
+    _run([compiler, *flags, *include, "-x", "c++", "-c", str(source), "-o", str(partial)])
     _finish(partial, target, inputs)
     return target
 
@@ -105,18 +111,18 @@ def _build(name: str, sources: list[Path]) -> Path:
 def build_kernels() -> Path:
     """Returns the library that registers every op's `cuda` overload for CPU tensors."""
     cuda = CSRC / "cuda"
-    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), HERE / "runtime.cpp"]
+    sources = [*cuda.glob("*.cu"), *cuda.glob("*.cpp"), *RUNTIME]
     return _build("libmmfuse_cuda_on_cpu.so", sorted(sources))
 
 
 def build_self_check() -> Path:
     """Returns the library with the shim's own kernels, see test_shim.py."""
-    return _build("libshim_self_check.so", [HERE / "self_check.cu", HERE / "runtime.cpp"])
+    return _build("libshim_self_check.so", [HERE / "self_check.cu", *RUNTIME])
 
 
 def build_all_words() -> Path:
     """Returns the library that all_words.py looks at the noise with."""
-    return _build("liball_words.so", [HERE.parent / "all_words.cu", HERE / "runtime.cpp"])
+    return _build("liball_words.so", [HERE.parent / "all_words.cu", *RUNTIME])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 // A kernel launch runs its blocks one after another; the threads of a block are fibers that take
 // turns and wait for each other only at barriers and warp operations. This checks indexing and
 // arithmetic, and says nothing about speed. In another order (MMFUSE_SHIM_ORDER=reverse or random)
-// a missing barrier changes results; memory errors and races of single instructions stay hidden.
+// a missing barrier changes results; memory errors are for `make sanitize`, races for `make races`.
 #pragma once
 
 #include <cmath>
@@ -17,8 +17,13 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#if defined(MMFUSE_RACES)
+// Blocks of different crews share nothing, see races.h.
+#define __shared__ static thread_local
+#else
 // Blocks run one at a time, so one copy of a block's memory is enough.
 #define __shared__ static
+#endif
 // Makes the table a reference: fibers share the caller's copy, as threads share constant memory.
 #define __grid_constant__ &
 
@@ -73,8 +78,6 @@ T from_lane(unsigned mask, T value, int lane) {
 inline int lane() { return threadIdx.x % kWarpSize; }
 
 }  // namespace cuda_on_cpu
-
-inline void __syncthreads() { cuda_on_cpu::barrier(); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
@@ -131,6 +134,11 @@ inline float __cosf(float x) {
 }
 inline unsigned __float2uint_rn(float x) { return static_cast<unsigned>(std::llrintf(x)); }
 
+#if defined(MMFUSE_RACES)
+#include "ordering.h"
+#else
+inline void __syncthreads() { cuda_on_cpu::barrier(); }
+
 // Fibers never interrupt each other, so plain arithmetic is atomic.
 template <typename T>
 T atomicAdd(T* address, T value) {
@@ -138,6 +146,13 @@ T atomicAdd(T* address, T value) {
   *address = old + value;
   return old;
 }
+
+// A store that others may do at the same time, in one piece.
+template <typename T>
+void store_relaxed(T* address, T value) {
+  *address = value;
+}
+#endif
 
 // The part of the runtime interface that the launch helper uses.
 using cudaStream_t = void*;

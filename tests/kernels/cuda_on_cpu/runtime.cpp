@@ -2,13 +2,10 @@
 // happened. Fibers and their stacks live as long as the process and serve one block after another.
 #include <setjmp.h>
 #include <ucontext.h>
-#if defined(__SANITIZE_ADDRESS__)
-#include <dlfcn.h>
-#include <sanitizer/common_interface_defs.h>
-#endif
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -18,6 +15,8 @@
 #include <vector>
 
 #include "cuda_runtime.h"
+#include "races.h"
+#include "switching.h"
 
 dim3 threadIdx;
 dim3 blockIdx;
@@ -27,38 +26,12 @@ dim3 gridDim;
 namespace cuda_on_cpu {
 namespace {
 
-// Where a stack lies, for a sanitizer, and the frames that it keeps elsewhere.
-struct Stack {
-  const void* bottom = nullptr;
-  size_t bytes = 0;
-  void* frames = nullptr;
-};
-
-#if defined(__SANITIZE_ADDRESS__)
-constexpr size_t kStackBytes = 256 * 1024;  // its frames are larger
-
-// glibc's own. The sanitizer's would take it that the frames on the stack are left for good, and
-// would no longer see what goes beyond their variables.
-using Jump = void (*)(jmp_buf, int);
-const Jump jump = reinterpret_cast<Jump>(dlsym(dlopen("libc.so.6", RTLD_LAZY), "_longjmp"));
-
-void leave(Stack& stack, const Stack& next) {
-  __sanitizer_start_switch_fiber(&stack.frames, next.bottom, next.bytes);
-}
-void arrive(const Stack& stack, Stack& last) {
-  __sanitizer_finish_switch_fiber(stack.frames, &last.bottom, &last.bytes);
-}
-#else
-constexpr size_t kStackBytes = 64 * 1024;
-
-[[noreturn]] void jump(jmp_buf state, int value) { _longjmp(state, value); }
-void leave(Stack&, const Stack&) {}
-void arrive(const Stack&, Stack&) {}
-#endif
-
 constexpr size_t kScribbledBytes = 4096;
 
 struct Fiber {
+  Fiber() { stack.thread = new_thread(); }
+  ~Fiber() { end_thread(stack.thread); }
+
   std::unique_ptr<char[]> memory{new char[kStackBytes]};
   Stack stack{memory.get(), kStackBytes};
   ucontext_t start;
@@ -111,7 +84,20 @@ std::vector<Variable> static_shared;
 // What memory that nobody has written holds: shared memory, and with `scribbles` a thread's stack.
 int poison = 0xFF;
 bool scribbles = false;
-std::vector<std::unique_ptr<Fiber>> fibers;
+
+// Who runs a block, and where. One crew is enough, but for who looks for races, see races.h.
+struct Crew {
+  Worker worker;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  // The size that a kernel asked for and no more, so that a sanitizer sees what lies beyond.
+  std::unique_ptr<char[]> shared_memory;
+  Meetings meetings;
+};
+
+// They live on when the process ends: a thread waits there.
+Crew* const crews = new Crew[kCrews];
+Crew* crew = crews;
+char launch_begins;
 std::vector<Warp> warps;
 size_t running = 0;
 unsigned barrier_arrived = 0;
@@ -120,14 +106,12 @@ unsigned threads = 0;
 const std::function<void()>* kernel = nullptr;
 std::string error;
 size_t shared_bytes = 0;
-// The size that a kernel asked for and no more, so that a sanitizer sees what lies beyond.
-std::unique_ptr<char[]> shared_memory;
 jmp_buf scheduler;
 Stack scheduler_stack;
 
 // ucontext only makes a fiber's first step; the jumps spare its two system calls per switch.
 void yield() {
-  Fiber& fiber = *fibers[running];
+  Fiber& fiber = *crew->fibers[running];
   if (_setjmp(fiber.state) == 0) {
     leave(fiber.stack, scheduler_stack);
     jump(scheduler, 1);
@@ -136,7 +120,7 @@ void yield() {
 }
 
 void wait_for(const unsigned& event, unsigned seen) {
-  Fiber& fiber = *fibers[running];
+  Fiber& fiber = *crew->fibers[running];
   fiber.event = &event;
   fiber.seen = seen;
   yield();
@@ -162,18 +146,20 @@ __attribute__((noinline)) void scribble() {
 }
 
 void fiber_main() {
-  arrive(fibers[running]->stack, scheduler_stack);
+  arrive(crew->fibers[running]->stack, scheduler_stack);
   for (;;) {
     if (scribbles) scribble();
+    crew->meetings.enter(launch_begins);
     (*kernel)();
-    fibers[running]->done = true;
+    crew->meetings.leave();
+    crew->fibers[running]->done = true;
     yield();
   }
 }
 
 void resume(size_t index) {
   running = index;
-  Fiber& fiber = *fibers[index];
+  Fiber& fiber = *crew->fibers[index];
   fiber.event = nullptr;
   threadIdx = fiber.thread;
   if (_setjmp(scheduler) == 0) {
@@ -191,11 +177,14 @@ void resume(size_t index) {
 }
 
 void prepare_block() {
-  if (shared_bytes > 0) std::memset(shared_memory.get(), poison, shared_bytes);
+  if (shared_bytes > 0) std::memset(crew->shared_memory.get(), poison, shared_bytes);
   for (const Variable& variable : static_shared) {
     std::memset(variable.address, poison, variable.bytes);
   }
+  auto& fibers = crew->fibers;
   while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+  crew->meetings.begin_block();
+  scheduler_stack.thread = this_thread();
   warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp{});
   for (unsigned i = 0; i < threads; ++i) {
     fibers[i]->done = false;
@@ -213,7 +202,7 @@ void run_block() {
   for (unsigned left = threads; left > 0;) {
     bool stuck = true;
     for (const size_t i : turns) {
-      const Fiber& fiber = *fibers[i];
+      const Fiber& fiber = *crew->fibers[i];
       if (fiber.done || (fiber.event != nullptr && *fiber.event == fiber.seen)) continue;
       stuck = false;
       // Some rest, so that others get ahead of them by more than one step.
@@ -230,10 +219,15 @@ void run_block() {
 
 void barrier() {
   const unsigned round = barrier_round;
-  if (++barrier_arrived < threads) return wait_for(barrier_round, round);
-  barrier_arrived = 0;
-  ++barrier_round;
-  pause();
+  crew->meetings.come(round);
+  if (++barrier_arrived < threads) {
+    wait_for(barrier_round, round);
+  } else {
+    barrier_arrived = 0;
+    ++barrier_round;
+    pause();
+  }
+  crew->meetings.go(round);
 }
 
 const uint64_t* exchange(unsigned mask, uint64_t value) {
@@ -253,7 +247,7 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
   return values;
 }
 
-void* dynamic_shared() { return shared_memory.get(); }
+void* dynamic_shared() { return crew->shared_memory.get(); }
 
 bool run(const void* function, dim3 grid, dim3 block, size_t bytes,
          const std::function<void()>& body) {
@@ -265,21 +259,27 @@ bool run(const void* function, dim3 grid, dim3 block, size_t bytes,
   if (bytes > kSharedBytes) error = "more shared memory than a block may have";
   if (!error.empty()) return false;
   shared_bytes = bytes;
-  shared_memory.reset(new char[bytes]);
+  for (size_t i = 0; i < kCrews; ++i) {
+    crews[i].shared_memory.reset(new char[bytes]);
+    crews[i].meetings.begin_launch();
+  }
   gridDim = grid;
   blockDim = block;
   threads = block.x * block.y * block.z;
   kernel = &body;
   std::vector<size_t> blocks;
   arrange(blocks, size_t{grid.x} * grid.y * grid.z);
+  release(launch_begins);
   for (const size_t i : blocks) {
     blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-    run_block();
+    crew = &crews[crew_of(i)];
+    crew->worker.run(run_block);
     if (error.empty()) continue;
     // Fibers that stopped half-way cannot serve another block.
-    fibers.clear();
+    crew->fibers.clear();
     return false;
   }
+  for (size_t i = 0; i < kCrews; ++i) crews[i].meetings.end_launch();
   return true;
 }
 

@@ -1,5 +1,5 @@
-// Kernels that check the shim itself; test_shim.py calls run_<kernel>, .ci/sanitize.py those at the
-// end, which do what a sanitizer must report.
+// Kernels that check the shim itself; test_shim.py calls run_<kernel>, .ci/sanitize.py and
+// .ci/races.py those at the end, which do what a sanitizer must report.
 #include <cuda_runtime.h>
 
 namespace {
@@ -34,8 +34,9 @@ __global__ void ballot_kernel(unsigned* out) {
 }
 
 // Right only if every thread has written before the first one reads.
-__global__ void rotate_block_kernel(int* out) {
+__global__ void rotate_block_kernel(int* all) {
   __shared__ int values[256];
+  int* const out = all + blockIdx.x * blockDim.x;
   for (unsigned round = 0; round < 5; ++round) {
     values[threadIdx.x] = threadIdx.x + round;
     __syncthreads();
@@ -110,6 +111,34 @@ __global__ void beyond_local_kernel(int* out) {
 
 __global__ void overflow_kernel(int* out) { out[threadIdx.x] += 0x7FFFFFFF; }
 
+// A shuffle lets the lanes meet, and orders nothing of what they have written.
+__global__ void unordered_warp_kernel(int* out) {
+  __shared__ int values[32];
+  values[threadIdx.x] = threadIdx.x;
+  const int other = __shfl_xor_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x), 1);
+  out[threadIdx.x] = values[other];
+}
+
+// Each block reads what its neighbour writes.
+__global__ void unordered_blocks_kernel(int* out) {
+  const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;
+  __syncthreads();
+  out[i] = out[(i + blockDim.x) % (gridDim.x * blockDim.x)] + 1;
+}
+
+// An addition that is lost where two threads do it at once; each in a block of its own.
+__global__ void plain_count_kernel(int* total) { *total += 1; }
+
+// The values of the next round are written while some threads still read those of the last one.
+__global__ void half_barrier_kernel(int* out) {
+  __shared__ int values[64];
+  for (unsigned round = 0; round < 3; ++round) {
+    values[threadIdx.x] = threadIdx.x + round;
+    __syncthreads();
+    out[threadIdx.x] = values[(threadIdx.x + 1) % blockDim.x];
+  }
+}
+
 }  // namespace
 
 extern "C" {
@@ -133,4 +162,8 @@ const char* run_beyond_dynamic(int* out) {
 }
 const char* run_beyond_local(int* out) { return run(beyond_local_kernel, 1, 64, out); }
 const char* run_overflow(int* out) { return run(overflow_kernel, 1, 64, out); }
+const char* run_unordered_warp(int* out) { return run(unordered_warp_kernel, 1, 32, out); }
+const char* run_unordered_blocks(int* out) { return run(unordered_blocks_kernel, 4, 32, out); }
+const char* run_plain_count(int* out) { return run(plain_count_kernel, 2, 1, out); }
+const char* run_half_barrier(int* out) { return run(half_barrier_kernel, 1, 64, out); }
 }

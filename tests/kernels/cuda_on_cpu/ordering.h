@@ -1,0 +1,36 @@
+// What a kernel orders its memory with, in the build that looks for races: each call knows where it
+// stands, so that one of them can be left out, to see whether the race that comes of it is found.
+#pragma once
+
+namespace cuda_on_cpu {
+
+// True where shim_leave_out has named this place. Notes that it was reached.
+bool left_out(const char* file, int line);
+
+void barrier();
+
+}  // namespace cuda_on_cpu
+
+inline void __syncthreads(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!cuda_on_cpu::left_out(file, line)) cuda_on_cpu::barrier();
+}
+
+template <typename T>
+T atomicAdd(T* address, T value, const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+  if (!cuda_on_cpu::left_out(file, line)) {
+    return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  }
+  const T old = *address;
+  *address = old + value;
+  return old;
+}
+
+template <typename T>
+void store_relaxed(T* address, T value, const char* file = __builtin_FILE(),
+                   int line = __builtin_LINE()) {
+  if (!cuda_on_cpu::left_out(file, line)) {
+    __atomic_store_n(address, value, __ATOMIC_RELAXED);
+  } else {
+    *address = value;
+  }
+}

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._numbers import real
+
 __all__ = ["combined", "error_ratios", "inverse_error"]
 
 Error = Literal["squared", "absolute"]
@@ -48,7 +50,7 @@ def inverse_error(
         TypeError: `predictions` is no mapping, or a tensor is not floating.
         ValueError: a shape differs from the target's, there is no such error, or `eps` is negative.
     """
-    if not 0 <= eps < math.inf:
+    if not 0 <= real("eps", eps) < math.inf:
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
     errors = _errors(predictions, target, error)
     return {name: 1 / (value + eps) for name, value in errors.items()}

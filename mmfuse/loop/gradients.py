@@ -280,6 +280,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         else:
             with torch.no_grad():
                 seen = self._sense(logits, labels, features, inputs, more)
+            if seen is not None:  # after the backward pass it would be too late
+                self._senses.check(seen)
             loss.backward(retain_graph=retain_graph)
         with torch.no_grad():
             self._follow()

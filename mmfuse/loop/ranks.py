@@ -117,6 +117,15 @@ class Observations:
         #: Whether there is nothing to take.
         self.empty = True
 
+    def check(self, seen: Observed) -> None:
+        """Raises a TypeError for a micro-batch of another kind than earlier ones of the step."""
+        last = self._last
+        if not self.empty and (last.kind, last.paired) != (seen.kind, seen.paired):
+            raise TypeError(
+                f"{self.method}: this micro-batch has {_form(seen)}, those before it have "
+                f"{_form(last)}; all of a step (and all ranks) must be given the same"
+            )
+
     def add(self, seen: Observed) -> None:
         """Adds what one micro-batch has shown.
 
@@ -126,13 +135,9 @@ class Observations:
         last = self._last
         if self._error is not None:
             return
+        self.check(seen)
         if self.empty:
             self._totals = None
-        elif (last.kind, last.paired) != (seen.kind, seen.paired):
-            raise TypeError(
-                f"{self.method}: this micro-batch has {_form(seen)}, those before it have "
-                f"{_form(last)}; all of a step (and all ranks) must be given the same"
-            )
         elif self._totals is None:
             self._totals = _totals(last)
         if self._totals is not None:

@@ -63,6 +63,9 @@ class ContributionSampler(Sampler[int]):
         present: Tensor | None = None,
         seed: int | None = None,
     ) -> None:
+        if not isinstance(contributions, Tensor) or contributions.is_complex():
+            kind = type(contributions).__name__
+            raise TypeError(f"contributions must be a real tensor, got {kind}")
         if contributions.dim() not in (1, 2) or contributions.numel() == 0:
             raise ValueError(
                 "contributions must be [N] or [N, M] and not empty, got "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import whole
+from ..ops._arguments import check_sequence
 
 #: Gets the scalars of one step, by their tags, and the step.
 Write = Callable[[dict[str, float], int], object]
@@ -188,6 +189,8 @@ def scalars_of(result: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
         raise TypeError(f"result must be a dataclass, got {type(result).__name__}")
+    if not isinstance(names, (list, tuple)):
+        check_sequence("names", names, "texts")
     found: dict[str, Tensor] = {}
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)

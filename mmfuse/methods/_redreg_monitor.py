@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._numbers import real
 from ..loop._parameters import Encoder
 from ..loop.passes import scoring
 from ..noise import NoiseStream
@@ -145,9 +146,9 @@ def _sigmas(sigma: float | Mapping[str, float], names: Sequence[str]) -> list[fl
         missing = [name for name in names if name not in sigma]
         if missing:
             raise ValueError(f"sigma lacks {missing}")
-        values = [float(sigma[name]) for name in names]
+        values = [real(f"sigma[{name!r}]", sigma[name]) for name in names]
     else:
-        values = [float(sigma)] * len(names)
+        values = [real("sigma", sigma)] * len(names)
     if not all(math.isfinite(value) and value > 0 for value in values):
         raise ValueError(f"sigma must be positive and finite, got {sigma}")
     return values

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._numbers import whole
+from .._numbers import real, whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
@@ -111,7 +111,7 @@ class ARM(EpochWindowModule):
         super().__init__()
         self._set_window(starts, ends)
         self.rule = ARMRule(bins, conditional_bins)
-        if not 0 <= momentum < 1:
+        if not 0 <= real("momentum", momentum) < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.num_modalities = whole("num_modalities", num_modalities, least=2)
         self.momentum = momentum

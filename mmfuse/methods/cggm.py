@@ -20,7 +20,6 @@ the output layers of the classifiers and of the fusion; k in L is that of the st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from .._numbers import finite
 from ..loop._parameters import Encoder
 from ..loop.contract import (
     Act,
@@ -101,7 +101,7 @@ class CGGMRule(Stateless):
     need: ClassVar[Need] = Need(accuracy=True)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho > 0):
+        if not (finite("rho", self.rho) and self.rho > 0):
             raise ValueError(f"rho must be a positive finite number, got {self.rho}")
         if self.bound is not None and not self.bound >= 1:
             raise ValueError(f"bound must be at least 1, or None for no bound, got {self.bound}")

@@ -42,7 +42,10 @@ class Anchors:
         if dtype is not None and not getattr(dtype, "is_floating_point", False):
             raise TypeError(f"anchor_dtype must be a floating dtype, got {dtype}")
         self.dtype = dtype
-        self.device = None if device is None else torch.device(device)
+        try:
+            self.device = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"anchor_device must name a device, got {device!r}") from error
         self.frozen = frozen
         #: One for each parameter of the modalities, this rank's part; empty until `take`. Of one
         #: that was frozen then, [0]: it stays what it is, and is copied when it has a gradient.

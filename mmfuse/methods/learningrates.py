@@ -121,6 +121,9 @@ class LearningRates(GradientMethod):
         rates: Mapping[str, float] | Sequence[float] | None = None,
         **common: Unpack[Common],
     ) -> None:
+        if not isinstance(encoders, Mapping):
+            kind = type(encoders).__name__
+            raise TypeError(f"encoders must map names to modules, got {kind}")
         super().__init__(LearningRatesRule(_checked(rates, list(encoders))), encoders, **common)
 
 

@@ -229,12 +229,14 @@ def check_writable(tensors: Sequence[Tensor], name_of: Callable[[int], str]) -> 
 
     Also for a view that PyTorch negates when it is read, whose memory holds other numbers.
     """
+    if not torch.compiler.is_compiling() and True in [t.is_neg() for t in tensors]:
+        # PyTorch would write to those before it, and then refuse the list.
+        i = [t.is_neg() for t in tensors].index(True)
+        raise ValueError(
+            f"{name_of(i)} is a negated view, as of a conjugate's imaginary part; "
+            "it cannot be updated in place, use .resolve_neg() first"
+        )
     for i, tensor in enumerate(tensors):
-        if not tensor.is_contiguous() and tensor.is_neg():
-            raise ValueError(
-                f"{name_of(i)} is a negated view, as of a conjugate's imaginary part; "
-                "it cannot be updated in place, use .resolve_neg() first"
-            )
         if not tensor.is_contiguous() and any(
             stride == 0 and size > 1
             for stride, size in zip(tensor.stride(), tensor.shape, strict=True)

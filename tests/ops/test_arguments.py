@@ -125,16 +125,31 @@ def test_a_soft_histogram_is_checked(what: str, call: Callable[[], Any], message
         call()
 
 
-def test_a_negated_view_is_not_updated() -> None:
-    """Its memory holds the other sign; PyTorch's own error named no argument."""
-    x = torch.complex(torch.zeros(5), torch.arange(5.0)).conj().imag
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_negated_view_is_not_updated(size: int) -> None:
+    """Its memory holds the other sign; PyTorch wrote to the tensors before it, and then refused."""
+    x = torch.complex(torch.zeros(size), torch.arange(size).float() + 1).conj().imag
+    y = torch.ones(2)
     assert x.is_neg()
     before = x.clone()
     with pytest.raises(ValueError, match=r"grads\[1\] is a negated view"):
-        ops.update_grads_([torch.ones(2), x], torch.full((2,), 0.5))
-    assert torch.equal(x, before)
+        ops.update_grads_([y, x], torch.full((2,), 0.5))
+    assert torch.equal(x, before) and torch.equal(y, torch.ones(2))
     found = ops.grad_stats([x])
-    assert float(found.mean[0]) == -2.0
+    assert float(found.mean[0]) == -(size + 1) / 2
+
+
+def test_a_negated_gradient_is_not_updated() -> None:
+    nets = {n: torch.nn.Linear(1, 3) for n in ("audio", "visual")}
+    for net in nets.values():
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+    last = nets["visual"].bias
+    last.grad = torch.complex(torch.zeros(3), torch.ones(3)).conj().imag
+    method = mmfuse.OGM(nets)
+    with pytest.raises(ValueError, match=r"encoders\['visual'\]\.bias is a negated view"):
+        method.step({n: torch.randn(4, 3) for n in nets}, LABELS)
+    assert all(bool((p.grad == 1).all()) for p in nets["audio"].parameters())
 
 
 def test_kept_state_names_what_is_no_tensor() -> None:

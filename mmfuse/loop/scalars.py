@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .._numbers import whole
-from ..ops._arguments import check_sequence
 
 #: Gets the scalars of one step, by their tags, and the step.
 Write = Callable[[dict[str, float], int], object]
@@ -189,8 +188,8 @@ def scalars_of(result: Any, names: Sequence[str]) -> dict[str, Tensor]:
     """
     if not dataclasses.is_dataclass(result) or isinstance(result, type):
         raise TypeError(f"result must be a dataclass, got {type(result).__name__}")
-    if not isinstance(names, (list, tuple)):
-        check_sequence("names", names, "texts")
+    if isinstance(names, (str, Tensor)) or not hasattr(names, "__len__"):
+        raise TypeError(f"names must be a list of texts, got {type(names).__name__}")
     found: dict[str, Tensor] = {}
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)

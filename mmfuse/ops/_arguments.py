@@ -5,7 +5,7 @@ The ops look at the type themselves, without a call, and come here with all but 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, ValuesView
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from ..noise import NoiseStream
 def check_sequence(name: str, value: object, of: str = "tensors") -> None:
     """Raises a TypeError for what has no length, or is a tensor, a text or a mapping."""
     listed = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    listed = listed or isinstance(value, ValuesView)
     if not listed or isinstance(value, (str, bytes, Mapping, Tensor, type)):
         raise TypeError(f"{name} must be a list of {of}, got {type(value).__name__}")
 

@@ -37,7 +37,7 @@ LISTS: list[tuple[str, Callable[[Any], Any]]] = [
     ("owner", lambda v: ops.modulation_factors(Z + 1, 0.8, owner=v)),
     ("owner", lambda v: ops.information_pull(Z, Z > 0, Z.long(), 0.9, owner=v)),
     ("multipliers", lambda v: ops.information_pull(Z, Z > 0, Z.long(), 0.9, multipliers=v)),
-    ("names", lambda v: mmfuse.scalars_of(mmfuse.NoiseOnly, v)),
+    ("names", lambda v: mmfuse.scalars_of(mmfuse.MLAResult(Z, Z, ONE), v)),
 ]
 NUMBERS: list[tuple[str, Callable[[Any], Any]]] = [
     ("threshold", lambda v: ops.co_information_gate([X, X], v)),
@@ -67,9 +67,8 @@ STREAMS: list[Callable[[Any], Any]] = [
 @pytest.mark.parametrize("case", range(len(LISTS)), ids=lambda i: f"{i}-{LISTS[i][0]}")
 def test_what_is_no_list(case: int, value: Any) -> None:
     name, call = LISTS[case]
-    if name == "names":
-        result = mmfuse.MLAResult(Z, Z, ONE)
-        call = lambda v: mmfuse.scalars_of(result, v)  # noqa: E731
+    if name == "names" and isinstance(value, dict):
+        pytest.skip("its keys are the names")
     with pytest.raises(TypeError, match=rf"^{re.escape(name)} must be a list"):
         call(value)
 

@@ -58,7 +58,11 @@ class NoiseStream:
             raise TypeError(f"name must be a text, got {type(name).__name__}")
         if name is not None:
             key = _named(key, name)
-        self.state = torch.tensor([key, 0], dtype=torch.int64, device=device)
+        try:
+            where = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must name a device, got {device!r}") from error
+        self.state = torch.tensor([key, 0], dtype=torch.int64, device=where)
         self.ids = None
         self.offsets = None
 

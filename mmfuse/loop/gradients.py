@@ -257,6 +257,10 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             **more: As in `observe`.
         """
         self._check_ready()
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a scalar tensor, got {type(loss).__name__}")
+        if not isinstance(retain_graph, bool):
+            raise TypeError(f"retain_graph must be a bool, got {type(retain_graph).__name__}")
         if loss.numel() != 1:
             raise ValueError(
                 f"loss must be a scalar, got shape {list(loss.shape)}: take its mean or sum"

@@ -36,7 +36,8 @@ def check_group(process_group: Group) -> Group:
         TypeError: it is neither a ProcessGroup nor None or False.
     """
     known = (dist.ProcessGroup,) if dist.is_available() else ()
-    if process_group not in (None, False) and not isinstance(process_group, known):
+    none = process_group is None or process_group is False
+    if not none and not isinstance(process_group, known):
         raise TypeError(
             "process_group must be a ProcessGroup, None (all ranks) or False (this rank alone), "
             f"got {type(process_group).__name__}"

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from .._numbers import whole
 from ..noise import NoiseStream
+from ..ops._arguments import check_sequence
 
 
 class ContributionSampler(Sampler[int]):
@@ -75,6 +76,8 @@ class ContributionSampler(Sampler[int]):
         if not mean.isfinite().all():
             i = int((~mean.isfinite()).nonzero()[0])
             raise ValueError(f"contributions[{i}] is not finite: {contributions[i].tolist()}")
+        for name, value in (("thresholds", thresholds), ("copies", copies)):
+            check_sequence(name, value, "numbers")
         if len(copies) != len(thresholds) + 1 or not thresholds:
             raise ValueError(
                 f"{len(thresholds)} thresholds need one number of copies more, got {len(copies)}"

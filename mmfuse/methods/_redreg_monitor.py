@@ -121,6 +121,8 @@ def _representation(name: str, encoder: Forward, x: Tensor) -> Tensor:
 
 
 def _check_names(what: str, given: Collection[str], names: Sequence[str]) -> None:
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        raise TypeError(f"{what} must be of names, got {type(given).__name__}")
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(f"{what} names {unknown}; the encoders are {list(names)}")

@@ -36,6 +36,7 @@ from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import own
 from ..loop.ranks import Observed
+from ..ops._arguments import check_sequence
 from ..ops._tensors import kept_tensor
 
 #: The factors of AGM's authors, by the number of modalities (lihong2303/AGM_ICCV2023).
@@ -138,6 +139,7 @@ def _checked(
         if set(rates) != set(names):
             raise ValueError(f"rates must name the modalities {names}, got {list(rates)}")
         rates = [rates[name] for name in names]
+    check_sequence("rates", rates, "numbers")
     if len(rates) != len(names):
         raise ValueError(f"rates must hold one number for each of {names}, got {len(rates)}")
     for name, rate in zip(names, rates, strict=True):

@@ -72,7 +72,8 @@ def named_gate(
             limit = threshold
         else:
             wide = torch.float64 if dense[0].dtype == torch.float64 else torch.float32
-            threshold = real("threshold", threshold)
+            most = torch.finfo(torch.float32).max  # beyond which no cosine is anyway
+            threshold = max(-most, min(real("threshold", threshold), most))
             limit = torch.full((), threshold, dtype=wide, device=dense[0].device)
         return gate_of_aligned(dense, limit, backend)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -98,7 +97,7 @@ def info_nce(
         temperature = temperature.to(a.device, wide)
     else:
         temperature = real("temperature", temperature)
-        if not (math.isfinite(temperature) and temperature > 0):
+        if not 0 < temperature <= torch.finfo(wide).max:
             raise ValueError(f"temperature must be a positive number, got {temperature}")
         temperature = torch.full((), temperature, dtype=wide, device=a.device)
     bound: Tensor = _op(backend, a.device, a, b, temperature)[0]

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 import mmfuse
 
 PACKAGE = str(Path(mmfuse.__file__).parent)
+#: Where the models are that a user would have written.
+OWN = str(Path(__file__).with_name("values.py"))
 #: The kinds of errors that the docstrings promise.
 PROMISED = (TypeError, ValueError, RuntimeError, ImportError)
 
@@ -107,7 +109,8 @@ def bits(x: Tensor) -> Any:
     if x.device.type != "cpu" or x.layout is not torch.strided:
         return about
     with torch.no_grad(), contextlib.suppress(RuntimeError, NotImplementedError):
-        return *about, x.stride(), bytes(x.untyped_storage())
+        memory = torch.empty(0, dtype=torch.uint8).set_(x.untyped_storage())
+        return *about, x.stride(), memory.numpy().tobytes()
     return about
 
 
@@ -160,6 +163,8 @@ def check_error(name: str, error: Exception, names: Iterable[str]) -> None:
     if not isinstance(error, PROMISED) or type(error) is NotImplementedError:
         raise Found(f"{name}: {kind} at {place_of(error)}", text) from error
     said = any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", str(error)) for word in names)
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    said = said or any(f.filename == OWN for f in last)
     # PyTorch's own words, which say what to do: a tensor of inference mode, a loss's target.
     said = said or any(word in str(error) for word in ("nference tensor", "arget"))
     if own_raise(error) is None and not said:

@@ -45,6 +45,7 @@ def public() -> dict[str, Callable[..., Any]]:
     spaces = {"": (mmfuse, mmfuse.__all__), "ops.": (ops, ops.__all__)}
     spaces["scores."] = (scores, scores.__all__)
     own = [n for n, f in vars(amp).items() if getattr(f, "__module__", "") == amp.__name__]
+    own = [name for name in own if not name.startswith("_")]
     spaces["amp."] = (amp, own)
     for prefix, (module, names) in spaces.items():
         for name in names:

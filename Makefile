@@ -13,13 +13,14 @@ TESTING     := $(VENV)/.testing
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc build_tools -type f)
 
-.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants clean
+.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants fuzz clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
 	@echo "make test    set up, build, run the tests; those that take long are left out"
 	@echo "make check   make test, and the tests that take long, but for the soak"
 	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"
+	@echo "make fuzz MINUTES=5  random calls of everything public; what fails is kept in build/fuzz"
 	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/<commit>/"
 	@echo "make bench-compare A=main B=HEAD  what one commit made slower than the other"
 	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  README's tables of these results"
@@ -83,6 +84,10 @@ check: test
 
 soak: build $(TESTING)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/loop/test_soak.py
+
+# By night: MINUTES=480. ONLY="ops.*" picks targets, whose names .ci/fuzz.py --list has.
+fuzz: build $(TESTING)
+	$(BIN)/python .ci/fuzz.py --minutes $(or $(MINUTES),5) --only "$(or $(ONLY),*)"
 
 # Pyright's engine asks the first Python of the PATH where packages are.
 TYPES = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" $(BIN)/basedpyright --verifytypes mmfuse

@@ -16,6 +16,7 @@ def grad_scale(scaler: torch.amp.GradScaler, device: torch.device | str) -> Tens
 
     1 if the scaler is disabled.
     """
+    _check(scaler)
     scaled = scaler.scale(torch.ones((), dtype=torch.float32, device=device))
     assert isinstance(scaled, Tensor)
     return scaled
@@ -36,6 +37,9 @@ def found_inf(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) ->
     Raises:
         RuntimeError: `unscale_` was not called since the last step.
     """
+    _check(scaler)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be an optimizer, got {type(optimizer).__name__}")
     if not scaler.is_enabled():
         return None
     found = scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"]
@@ -43,3 +47,8 @@ def found_inf(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) ->
     if not flags:
         raise RuntimeError("found_inf: call scaler.unscale_(optimizer) first")
     return torch.stack([flag.to(flags[0].device) for flag in flags]).sum()
+
+
+def _check(scaler: object) -> None:
+    if not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(f"scaler must be a torch.amp.GradScaler, got {type(scaler).__name__}")

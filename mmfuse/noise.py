@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import torch
@@ -55,9 +55,15 @@ class NoiseStream:
         name: str | None = None,
     ) -> None:
         key = _as_int64(torch.initial_seed() if seed is None else seed)
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a text, got {type(name).__name__}")
         if name is not None:
             key = _named(key, name)
-        self.state = torch.tensor([key, 0], dtype=torch.int64, device=device)
+        try:
+            where = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"device must name a device, got {device!r}") from error
+        self.state = torch.tensor([key, 0], dtype=torch.int64, device=where)
         self.ids = None
         self.offsets = None
 
@@ -198,8 +204,9 @@ def saved_state(state_dict: dict[str, Any]) -> Tensor:
     Raises:
         ValueError: `state_dict` does not hold the state of a NoiseStream.
     """
-    state = state_dict.get("state")
-    if not isinstance(state, Tensor) or state.shape != (2,) or state.dtype != torch.int64:
+    state = state_dict.get("state") if isinstance(state_dict, Mapping) else None
+    usual = isinstance(state, Tensor) and state.shape == (2,) and state.dtype == torch.int64
+    if not isinstance(state, Tensor) or not usual or state.is_meta:
         raise ValueError("expected {'state': int64 tensor [2]} as the state of a NoiseStream")
     return state
 

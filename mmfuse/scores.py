@@ -14,6 +14,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._numbers import real
+from .ops._arguments import check_sequence
+
 __all__ = ["combined", "error_ratios", "inverse_error"]
 
 Error = Literal["squared", "absolute"]
@@ -48,7 +51,7 @@ def inverse_error(
         TypeError: `predictions` is no mapping, or a tensor is not floating.
         ValueError: a shape differs from the target's, there is no such error, or `eps` is negative.
     """
-    if not 0 <= eps < math.inf:
+    if not 0 <= real("eps", eps) < math.inf:
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
     errors = _errors(predictions, target, error)
     return {name: 1 / (value + eps) for name, value in errors.items()}
@@ -108,11 +111,17 @@ def combined(
     """
     if not tasks:
         raise ValueError("combined needs the scores of at least one task")
+    for t, task in enumerate(tasks):
+        if not isinstance(task, Mapping):
+            raise TypeError(f"task {t} must map names to scores, got {type(task).__name__}")
     names = list(tasks[0])
     for t, task in enumerate(tasks):
         if set(task) != set(names):
             raise ValueError(f"task {t} names {list(task)}, task 0 names {names}")
-    shares = [1.0] * len(tasks) if weights is None else [float(w) for w in weights]
+    if weights is None:
+        weights = [1.0] * len(tasks)
+    check_sequence("weights", weights, "numbers")
+    shares = [real(f"weights[{t}]", w) for t, w in enumerate(weights)]
     if len(shares) != len(tasks) or not all(0 < w < math.inf for w in shares):
         raise ValueError(f"weights must be {len(tasks)} positive numbers, got {weights}")
     found = {}
@@ -127,7 +136,7 @@ def combined(
 def _score(what: str, value: Tensor | float) -> Tensor:
     """0-d; a number in float64, whatever PyTorch's default is."""
     if not isinstance(value, Tensor):
-        value = torch.tensor(float(value), dtype=torch.float64)
+        value = torch.tensor(real(what, value), dtype=torch.float64)
     found = value.detach().to(torch.promote_types(value.dtype, torch.float32))
     if found.device.type == "cpu" and not torch.compiler.is_compiling() and bool((found < 0).any()):
         raise ValueError(f"{what} must be positive, got {value}")

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mmfuse
-from mmfuse._numbers import whole
+from mmfuse._numbers import finite, real, whole
 
 X, Y = torch.arange(24.0).view(2, 1, 12).sin()
 Z, Y9 = torch.randn(4, 9), torch.tensor([7, 8, 8, 1])
@@ -128,3 +128,29 @@ def test_ids_of_numpy() -> None:
     torch.testing.assert_close(grads[2], stream.normal(5, 2, 8))
     with pytest.raises(TypeError, match="float"):
         stream.place([0.5])
+
+
+@pytest.mark.parametrize("value", [2, 2.5, True, np.float32(2.5), torch.tensor(2.5)], ids=repr)
+def test_real_is_pythons_own(value: Any) -> None:
+    found = real("alpha", value)
+    assert type(found) is float and found == float(value)
+
+
+@pytest.mark.parametrize(
+    "value", ["2", None, [2], 1j, torch.ones(1), torch.tensor(1j), np.ones(2), float], ids=str
+)
+def test_real_refuses_the_rest_by_name(value: Any) -> None:
+    with pytest.raises(TypeError, match="alpha must be a number, got "):
+        real("alpha", value)
+
+
+def test_an_integer_beyond_all_floats() -> None:
+    with pytest.raises(ValueError, match="alpha must be a finite number, got 1000"):
+        real("alpha", 10**400)
+
+
+def test_finite() -> None:
+    assert finite("alpha", 3) and not finite("alpha", float("inf"))
+    assert not finite("alpha", float("nan"))
+    with pytest.raises(TypeError, match="alpha must be a number"):
+        finite("alpha", "3")

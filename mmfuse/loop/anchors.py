@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,10 +39,13 @@ class Anchors:
         device: torch.device | str | None = None,
         frozen: bool = False,
     ) -> None:
-        if dtype is not None and not dtype.is_floating_point:
+        if dtype is not None and not getattr(dtype, "is_floating_point", False):
             raise TypeError(f"anchor_dtype must be a floating dtype, got {dtype}")
         self.dtype = dtype
-        self.device: torch.device | None = None if device is None else torch.device(device)
+        try:
+            self.device: torch.device | None = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"anchor_device must name a device, got {device!r}") from error
         self.frozen = frozen
         #: One for each parameter of the modalities, this rank's part; empty until `take`. Of one
         #: that was frozen then, [0]: it stays what it is, and is copied when it has a gradient.
@@ -214,9 +217,12 @@ class Anchors:
         Raises:
             ValueError: they do not fit the parameters; nothing has been changed then.
         """
-        if "tensors" not in state_dict:
+        if not isinstance(state_dict, Mapping) or "tensors" not in state_dict:
             raise ValueError("the state of the anchors lacks ['tensors']")
-        loaded = list(state_dict["tensors"])
+        loaded = state_dict["tensors"]
+        if not isinstance(loaded, (list, tuple)):
+            kind = type(loaded).__name__
+            raise ValueError(f"'tensors' in the state of the anchors must be a list, got {kind}")
         if len(loaded) != len(modalities.parameters):
             raise ValueError(
                 f"the state holds {len(loaded)} anchors, the encoders have "
@@ -225,6 +231,9 @@ class Anchors:
         for name, parameter, anchor in zip(
             modalities.parameter_names, modalities.parameters, loaded, strict=True
         ):
+            if not isinstance(anchor, Tensor) or anchor.is_meta or anchor.is_complex():
+                kind = type(anchor).__name__
+                raise ValueError(f"the state's anchor of {name} must be a real tensor, got {kind}")
             if anchor.shape != parameter.shape and not _is_nothing(anchor, parameter):
                 raise ValueError(
                     f"the state's anchor of {name} has shape {list(anchor.shape)}, the parameter "

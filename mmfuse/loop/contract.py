@@ -359,7 +359,7 @@ def check_fits(method: str, need: Need, apply_to: str, anchored: bool, streamed:
     Raises:
         ValueError: it has no use for one of them.
     """
-    if apply_to not in ("gradient", "update"):
+    if not isinstance(apply_to, str) or apply_to not in ("gradient", "update"):
         raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
     if apply_to == "update" and (need.second or need.squares):
         raise ValueError(f'{method} acts on gradients only; use apply_to="gradient"')

@@ -29,6 +29,8 @@ class DrawingModule(EpochWindowModule):
     def _begin_stream(self, stream: NoiseStream | None, name: str | None) -> None:
         """Registers the stream's state; None makes a stream from the class and the name."""
         # On the CPU also within `torch.device("meta")`, where it would not be known later.
+        if stream is not None and not isinstance(stream, NoiseStream):
+            raise TypeError(f"stream must be a mmfuse.NoiseStream, got {type(stream).__name__}")
         first = stream or NoiseStream(device="cpu", name=f"{type(self).__name__}/{name}")
         self._begin_at("noise_state", first.state)
         if stream is None:

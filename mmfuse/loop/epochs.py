@@ -16,6 +16,9 @@ from .._numbers import whole
 from .ranks import Group, check_group
 from .state import MODULE_FORMAT, check_format, refuse_format
 
+# What a buffer of int64 can hold, and one more.
+_MOST = 2**62
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -70,7 +73,10 @@ class EpochWindow:
             TypeError: it is no integer.
             ValueError: it is negative.
         """
-        self._go_to(whole("epoch", epoch, least=0))
+        epoch = whole("epoch", epoch, least=0)
+        if epoch >= _MOST:
+            raise ValueError(f"epoch must be below 2**62, got {epoch}")
+        self._go_to(epoch)
 
     def begin(self) -> None:
         """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number."""

@@ -121,6 +121,8 @@ def accuracies(
     Of several labels it is the share that is right. A sample with a NaN among its logits is wrong.
     Of equal logits the first one counts, and of equal probabilities in the labels.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
     if not labels.is_floating_point():
         samples = named_sample_scores(called, logits, labels, backend, criterion, statistics=True)
         right = samples.correct
@@ -213,8 +215,10 @@ def _refuse_names(what: str, values: object, names: Sequence[str]) -> None:
 def _number(what: str, value: object, device: torch.device, kind: str) -> Tensor:
     """0-d; numbers that are on the host are looked at."""
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.is_complex() or value.dtype is torch.bool:
-            raise TypeError(f"{what} must be one number, got {value.dtype} {list(value.shape)}")
+        usual = value.layout is torch.strided and value.is_meta == (device.type == "meta")
+        if value.numel() != 1 or value.is_complex() or value.dtype is torch.bool or not usual:
+            got = f"{value.dtype} {list(value.shape)}, {value.layout}, on {value.device}"
+            raise TypeError(f"{what} must be one number, got {got}")
         number = value.detach().reshape(()).to(device, WIDE[device.type])
         shown = float(value) if value.device.type == "cpu" and not _compiling() else None
     elif isinstance(value, Real) and not isinstance(value, bool):  # NumPy's scalars are Real, too
@@ -256,6 +260,8 @@ def check_present(
         if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
             kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise TypeError(f"present[{name!r}] must be a bool tensor [B], got {kind}")
+        if mask.layout is not torch.strided:
+            raise TypeError(f"present[{name!r}] must be dense, got {mask.layout}")
         if mask.shape != (rows,):
             raise ValueError(f"present[{name!r}] must have shape [{rows}], got {list(mask.shape)}")
         if mask.device != device:

@@ -18,7 +18,7 @@ from .epochs import EpochWindow
 from .given import Loss, More, check_criterion
 from .modalities import Modalities
 from .ranks import Group, Observed
-from .results import Result, method_text
+from .results import method_text, names_for
 from .resume import Resumes
 from .sense import Senses
 from .stage import take_step
@@ -132,9 +132,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         """Takes a rule of the same needs, and begins its state anew."""
         self.rule: Rule = rule
         self._need = rule.need
-        named = isinstance(rule.result, type) and issubclass(rule.result, Result)
-        # A rule of the user's may return any dataclass.
-        self._named = {"modalities": self.modalities.names} if named else {}
+        self._named = names_for(rule.result, self.modalities.names)
         self._senses = Senses(self.name, rule, self.modalities, self.process_group, self.criterion)
         count, tensors = len(self.modalities.names), len(self.modalities.parameters)
         self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
@@ -143,6 +141,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         return method_text(self)
 
     def _new_stream(self, name: str | None) -> NoiseStream:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a text, got {type(name).__name__}")
         parts = [self.name, *self.modalities.names] + ([] if name is None else [name])
         return NoiseStream(device=self.modalities.device, name="/".join(parts))
 
@@ -263,6 +263,10 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             **more: As in `observe`.
         """
         self._check_ready()
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a scalar tensor, got {type(loss).__name__}")
+        if not isinstance(retain_graph, bool):
+            raise TypeError(f"retain_graph must be a bool, got {type(retain_graph).__name__}")
         if loss.numel() != 1:
             raise ValueError(
                 f"loss must be a scalar, got shape {list(loss.shape)}: take its mean or sum"
@@ -288,6 +292,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         else:
             with torch.no_grad():
                 seen = self._sense(logits, labels, features, inputs, more)
+            if seen is not None:  # after the backward pass it would be too late
+                self._senses.check(seen)
             loss.backward(retain_graph=retain_graph)
         with torch.no_grad():
             self._follow()

@@ -168,6 +168,8 @@ def _pass(head: Head, x: Tensor) -> Tensor:
 
 
 def _check_sum(logits: Mapping[str, Tensor], output: Tensor) -> None:
+    if not isinstance(output, Tensor) or output.is_meta:
+        raise TypeError(f"output must be a tensor with values, got {type(output).__name__}")
     wide = WIDE[output.device.type]
     total: Tensor = sum(z.detach().to(wide) for z in logits.values())  # type: ignore[assignment]
     if total.shape != output.shape:

@@ -108,7 +108,7 @@ def check_inputs(model: object, inputs: object, baseline: object) -> None:
                 f"inputs[{name!r}] is not a tensor but {type(x).__name__}; forward= can pass on "
                 "to the model what is no modality's input"
             )
-    if not callable(baseline) and baseline not in _BASELINES:
+    if not callable(baseline) and (not isinstance(baseline, str) or baseline not in _BASELINES):
         raise ValueError(
             f"baseline must be one of {', '.join(map(repr, _BASELINES))} or a callable, "
             f"got {baseline!r}"
@@ -188,6 +188,9 @@ def called_with(
     given: dict[str, Tensor],
 ) -> Tensor:
     """The model's tensor for these inputs, which errors call `where`."""
+    for name, function in (("forward", forward), ("output", output)):
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be callable, got {type(function).__name__}")
     if forward is not None:
         found = forward(given)
     else:

@@ -36,7 +36,8 @@ def check_group(process_group: Group) -> Group:
         TypeError: it is neither a ProcessGroup nor None or False.
     """
     known = (dist.ProcessGroup,) if dist.is_available() else ()
-    if process_group not in (None, False) and not isinstance(process_group, known):
+    none = process_group is None or process_group is False
+    if not none and not isinstance(process_group, known):
         raise TypeError(
             "process_group must be a ProcessGroup, None (all ranks) or False (this rank alone), "
             f"got {type(process_group).__name__}"
@@ -117,6 +118,15 @@ class Observations:
         #: Whether there is nothing to take.
         self.empty: bool = True
 
+    def check(self, seen: Observed) -> None:
+        """Raises a TypeError for a micro-batch of another kind than earlier ones of the step."""
+        last = self._last
+        if not self.empty and (last.kind, last.paired) != (seen.kind, seen.paired):
+            raise TypeError(
+                f"{self.method}: this micro-batch has {_form(seen)}, those before it have "
+                f"{_form(last)}; all of a step (and all ranks) must be given the same"
+            )
+
     def add(self, seen: Observed) -> None:
         """Adds what one micro-batch has shown.
 
@@ -126,13 +136,9 @@ class Observations:
         last = self._last
         if self._error is not None:
             return
+        self.check(seen)
         if self.empty:
             self._totals = None
-        elif (last.kind, last.paired) != (seen.kind, seen.paired):
-            raise TypeError(
-                f"{self.method}: this micro-batch has {_form(seen)}, those before it have "
-                f"{_form(last)}; all of a step (and all ranks) must be given the same"
-            )
         elif self._totals is None:
             self._totals = _totals(last)
         if self._totals is not None:

@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from .._numbers import whole
 from ..noise import NoiseStream
+from ..ops._arguments import check_sequence
 
 
 class ContributionSampler(Sampler[int]):
@@ -63,6 +64,9 @@ class ContributionSampler(Sampler[int]):
         present: Tensor | None = None,
         seed: int | None = None,
     ) -> None:
+        if not isinstance(contributions, Tensor) or contributions.is_complex():
+            kind = type(contributions).__name__
+            raise TypeError(f"contributions must be a real tensor, got {kind}")
         if contributions.dim() not in (1, 2) or contributions.numel() == 0:
             raise ValueError(
                 "contributions must be [N] or [N, M] and not empty, got "
@@ -72,6 +76,8 @@ class ContributionSampler(Sampler[int]):
         if not mean.isfinite().all():
             i = int((~mean.isfinite()).nonzero()[0])
             raise ValueError(f"contributions[{i}] is not finite: {contributions[i].tolist()}")
+        for name, value in (("thresholds", thresholds), ("copies", copies)):
+            check_sequence(name, value, "numbers")
         if len(copies) != len(thresholds) + 1 or not thresholds:
             raise ValueError(
                 f"{len(thresholds)} thresholds need one number of copies more, got {len(copies)}"

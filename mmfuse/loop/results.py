@@ -61,6 +61,12 @@ class Result:
         return f"{type(self).__name__}({', '.join(parts)})"
 
 
+def names_for(result: Any, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """The argument that tells a result its names; a rule of the user's may return any dataclass."""
+    named = isinstance(result, type) and issubclass(result, Result)
+    return {"modalities": names} if named else {}
+
+
 def method_text(method: Any) -> str:
     """A method on gradients at the prompt: its rule, when it acts, and on which parameters."""
     window = f"starts={method.starts}, ends={method.ends}, epoch={method.epoch}"

@@ -191,6 +191,8 @@ def scalars_of(result: Any, names: Collection[str] | None = None) -> dict[str, T
         raise TypeError(f"result must be a dataclass, got {type(result).__name__}")
     if names is None:
         names = getattr(result, "modalities", ()) or None
+    elif isinstance(names, (str, Tensor)) or not hasattr(names, "__len__"):
+        raise TypeError(f"names must be a list of texts, got {type(names).__name__}")
     found: dict[str, Tensor] = {}
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)

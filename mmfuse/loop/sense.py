@@ -205,8 +205,14 @@ class Senses:
         sensed = seen.parts
         if sensed is not None:
             seen = replace(seen, sums=self._rule.sums(sensed, state), parts=None)
-            self._rows += sensed.rows
         self._observations.add(seen)
+        if sensed is not None:  # only once nothing can fail
+            self._rows += sensed.rows
+
+    def check(self, seen: Observed) -> None:
+        """Raises a TypeError for a micro-batch that cannot be added to this step's others."""
+        if several(self._process_group) is None:  # or the others would wait for this rank
+            self._observations.check(seen)
 
     def keeps(self, error: Exception, stream: NoiseStream) -> bool:
         """Whether `take` will raise this error, on all ranks; not where this rank is alone.

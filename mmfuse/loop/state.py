@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._devices import narrowed
+from .._numbers import whole
 from ..noise import NoiseStream, saved_state
 from ..ops.keep_state import keep_checked_
 
@@ -76,7 +77,7 @@ class State(dict[str, Tensor]):
         _check_entries(self.method, saved, list(self))
         for name, tensor in self.items():
             loaded = saved[name]
-            if not isinstance(loaded, Tensor) or loaded.shape != tensor.shape:
+            if not isinstance(loaded, Tensor) or loaded.shape != tensor.shape or _unlike(loaded):
                 got = list(loaded.shape) if isinstance(loaded, Tensor) else type(loaded).__name__
                 raise ValueError(
                     f"{name!r} in the state of {self.method} must be a tensor of shape "
@@ -95,6 +96,8 @@ def check_format(method: str, saved: Mapping[str, Any], entries: Sequence[str]) 
     Raises:
         ValueError: it is not, or does not.
     """
+    if not isinstance(saved, Mapping):
+        raise TypeError(f"state_dict of {method} must be a mapping, got {type(saved).__name__}")
     found = saved.get("format")
     if found != FORMAT:
         refuse_format(method, found, FORMAT)
@@ -141,9 +144,20 @@ def check_saved(
     """
     others = ["anchors"] * anchored + ["stream"] * (stream is not None)
     check_format(method, saved, ["epoch", "step", "state", *others])
+    for name in ("epoch", "step"):
+        if saved[name] is not None or name == "step":
+            whole(f"{name!r} in the state of {method}", saved[name], least=0)
+    if not isinstance(saved["state"], Mapping):
+        kind = type(saved["state"]).__name__
+        raise ValueError(f"'state' in the state of {method} must be a mapping, got {kind}")
     state.check(saved["state"])
     if stream is not None:
         saved_state(saved["stream"])
+
+
+def _unlike(loaded: Tensor) -> bool:
+    """Whether the values of a saved tensor cannot be taken over."""
+    return loaded.is_meta or loaded.is_complex() or loaded.layout is not torch.strided
 
 
 def _check_entries(method: str, saved: Mapping[str, Any], entries: Sequence[str]) -> None:

@@ -35,6 +35,8 @@ def two_gradients(
     `every` the losses of another rank may reach other parameters.
     """
     parameters = modalities.parameters
+    if not joint.requires_grad:  # found only after the other backward pass, otherwise
+        raise RuntimeError("loss does not require grad: is it detached, or made under no_grad?")
     total = torch.stack([loss.reshape(()) for loss in unimodal]).sum()
     # A group of one rank has DistributedDataParallel's hooks as well.
     grouped = process_group is not False and dist.is_available() and dist.is_initialized()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._numbers import finite, real
 from ..loop.results import Result
 
 
@@ -48,11 +48,11 @@ class AGMRule:
     stays: bool = False
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+        if not (finite("alpha", self.alpha) and self.alpha >= 0):
             raise ValueError(f"alpha must be a finite number of at least 0, got {self.alpha}")
-        if self.cap is not None and not (math.isfinite(self.cap) and self.cap >= 0):
+        if self.cap is not None and not (finite("cap", self.cap) and self.cap >= 0):
             raise ValueError(f"cap must be a finite number of at least 0 or None, got {self.cap}")
-        if not 0 <= self.floor < 1:
+        if not 0 <= real("floor", self.floor) < 1:
             raise ValueError(f"floor must be a probability below 1, got {self.floor}")
 
     def ratios(self, scores: Tensor, shared: Tensor | None) -> Tensor:

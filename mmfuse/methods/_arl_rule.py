@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from .._numbers import finite
 from ..loop.results import Result
 
 
@@ -52,7 +52,7 @@ class ARLRule:
     def __post_init__(self) -> None:
         for name in ("temperature", "gamma"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
+            if not (finite(name, value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
 
     def decide(self, magnitudes: Tensor, entropies: Tensor) -> tuple[Tensor, ...]:

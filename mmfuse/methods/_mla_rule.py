@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
-from .._numbers import whole
+from .._numbers import finite, whole
 from ..loop.given import check_present
 from ..ops._tensors import FLOATING
 from ..ops.logit_divergence import logit_divergence
@@ -37,7 +36,7 @@ class MLARule:
     batches: int | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not (finite("alpha", self.alpha) and self.alpha > 0):
             raise ValueError(f"alpha must be a positive finite number, got {self.alpha}")
         if self.batches is not None:
             whole("batches", self.batches, least=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from .._numbers import finite, real
 from ..loop.results import Result
 
 if TYPE_CHECKING:
@@ -48,6 +48,9 @@ def drop_probabilities(ratios: Tensor, q_base: float = 0.5, lam: float = 0.5) ->
     Returns:
         [M] in [0, 1]; 0 where ρ is NaN.
     """
+    if not isinstance(ratios, Tensor) or not ratios.is_floating_point():
+        raise TypeError("ratios must be a floating-point tensor")
+    q_base, lam = real("q_base", q_base), real("lam", lam)
     q = (q_base * (1 + lam * torch.tanh(ratios - 1))).clamp(max=1)
     return torch.where(ratios > 1, q, 0.0)
 
@@ -103,9 +106,9 @@ class OPMRule:
     same_step: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.q_base <= 1:
+        if not 0 <= real("q_base", self.q_base) <= 1:
             raise ValueError(f"q_base must be a probability in [0, 1], got {self.q_base}")
-        if not (math.isfinite(self.lam) and self.lam >= 0):
+        if not (finite("lam", self.lam) and self.lam >= 0):
             raise ValueError(f"lam must be a finite number of at least 0, got {self.lam}")
 
     def drop(self, opm: OPM, given: Given, q: Tensor) -> OPMResult:

@@ -16,6 +16,7 @@ from ..loop.epochs import EpochWindowModule
 from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, over_ranks, several
+from ..ops._arguments import check_sequence
 from ._pmr_rule import PMRRule
 
 #: Rows of this label do not count.
@@ -212,6 +213,8 @@ class PrototypeModule(EpochWindowModule):
         if num_classes is not None:
             num_classes = whole("num_classes", num_classes, least=1)
         self.num_classes = num_classes
+        if widths is not None and not isinstance(widths, (list, tuple)):
+            check_sequence("widths", widths, "integers")
         if widths is not None and (num_classes is None or len(widths) != count):
             raise ValueError(
                 f"widths go with num_classes, and are num_modalities={count} numbers; got "

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from .._numbers import finite, real
 from ..loop.results import Result
 
 
@@ -50,9 +50,9 @@ class PMRRule:
 
     def __post_init__(self) -> None:
         for name, value in (("alpha", self.alpha), ("mu", self.mu)):
-            if not (math.isfinite(value) and value >= 0):
+            if not (finite(name, value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {value}")
-        if not 0 <= self.momentum <= 1:
+        if not 0 <= real("momentum", self.momentum) <= 1:
             raise ValueError(f"momentum must be in [0, 1], got {self.momentum}")
 
     def coefficients(self, behind: Tensor) -> Tensor:

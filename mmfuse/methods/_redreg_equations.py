@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from .._numbers import whole
+from .._numbers import finite, real, whole
 
 #: Added to denominators.
 EPS = 1e-12
@@ -57,9 +55,9 @@ def check_hyperparameters(
     """Raises an error that names the first that is out of range, or no integer."""
     for name, value in (("epochs", epochs), ("window", window), ("monitor_every", monitor_every)):
         whole(name, value, least=1)
-    if not (math.isfinite(beta) and beta >= 0):
+    if not (finite("beta", beta) and beta >= 0):
         raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
-    if not 0 <= momentum < 1:
+    if not 0 <= real("momentum", momentum) < 1:
         raise ValueError(f"momentum must be in [0, 1), got {momentum}")
     if projection not in ("tensor", "encoder"):
         raise ValueError(f"projection must be 'tensor' or 'encoder', got {projection!r}")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from .._numbers import real
 from ..loop._parameters import Encoders
 from ..loop.passes import scoring
 from ..noise import NoiseStream
@@ -122,6 +123,8 @@ def _representation(name: str, encoder: Forward, x: Tensor) -> Tensor:
 
 
 def _check_names(what: str, given: Collection[str], names: Sequence[str]) -> None:
+    if isinstance(given, str) or not hasattr(given, "__iter__"):
+        raise TypeError(f"{what} must be of names, got {type(given).__name__}")
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(f"{what} names {unknown}; the encoders are {list(names)}")
@@ -145,9 +148,9 @@ def _sigmas(sigma: float | Mapping[str, float], names: Sequence[str]) -> list[fl
         missing = [name for name in names if name not in sigma]
         if missing:
             raise ValueError(f"sigma lacks {missing}")
-        values = [float(sigma[name]) for name in names]
+        values = [real(f"sigma[{name!r}]", sigma[name]) for name in names]
     else:
-        values = [float(sigma)] * len(names)
+        values = [real("sigma", sigma)] * len(names)
     if not all(math.isfinite(value) and value > 0 for value in values):
         raise ValueError(f"sigma must be positive and finite, got {sigma}")
     return values

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .._numbers import real
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
@@ -110,7 +111,7 @@ class ARM(EpochWindowModule):
         super().__init__()
         self._begin(num_modalities, starts, ends, process_group, backend)
         self.rule = ARMRule(bins, conditional_bins)
-        if not 0 <= momentum < 1:
+        if not 0 <= real("momentum", momentum) < 1:
             raise ValueError(f"momentum must be in [0, 1), got {momentum}")
         self.momentum = momentum
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one

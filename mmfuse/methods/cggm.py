@@ -22,7 +22,6 @@ that of the step before.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
+from .._numbers import finite
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -104,7 +104,7 @@ class CGGMRule(Stateless):
     need: ClassVar[Need] = Need(accuracy=True)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.rho) and self.rho > 0):
+        if not (finite("rho", self.rho) and self.rho > 0):
             raise ValueError(f"rho must be a positive finite number, got {self.rho}")
         if self.bound is not None and not self.bound >= 1:
             raise ValueError(f"bound must be at least 1, or None for no bound, got {self.bound}")

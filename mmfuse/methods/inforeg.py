@@ -20,7 +20,6 @@ sign, which contradicts the gap (Eq. 9-10); here a larger s_m is the better moda
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from .._numbers import finite
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -86,9 +86,9 @@ class InfoRegRule(Stateless):
     history: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.beta) and self.beta >= 0):
+        if not (finite("beta", self.beta) and self.beta >= 0):
             raise ValueError(f"beta must be a finite number of at least 0, got {self.beta}")
-        if not math.isfinite(self.threshold):
+        if not finite("threshold", self.threshold):
             raise ValueError(f"threshold must be a finite number, got {self.threshold}")
 
     def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:

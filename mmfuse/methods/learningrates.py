@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .._numbers import whole
@@ -42,6 +42,7 @@ from ..loop.gradients import GradientMethod
 from ..loop.pairs import own
 from ..loop.ranks import Observed
 from ..loop.results import Result
+from ..ops._arguments import check_sequence
 from ..ops._tensors import kept_tensor
 
 #: The factors of AGM's authors, by the number of modalities (lihong2303/AGM_ICCV2023).
@@ -153,6 +154,9 @@ class LearningRates(GradientMethod):
         window: int | None = None,
         **common: Unpack[Common],
     ) -> None:
+        if not isinstance(encoders, (Mapping, nn.ModuleDict)):
+            kind = type(encoders).__name__
+            raise TypeError(f"encoders must map names to modules, got {kind}")
         if window is not None:
             window = whole("window", window, least=1)
         rule = LearningRatesRule(_checked(rates, list(encoders)), window)
@@ -188,6 +192,7 @@ def _checked(
         if set(rates) != set(names):
             raise ValueError(f"rates must name the modalities {names}, got {list(rates)}")
         rates = [rates[name] for name in names]
+    check_sequence("rates", rates, "numbers")
     if len(rates) != len(names):
         raise ValueError(f"rates must hold one number for each of {names}, got {len(rates)}")
     for name, rate in zip(names, rates, strict=True):

@@ -19,7 +19,6 @@ Hessian of lambda_0 CE + lambda_1 A times the gradient of CE, on samples that ar
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._numbers import whole
+from .._numbers import finite, whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, check_criterion
@@ -136,7 +135,7 @@ class LFM(EpochWindowModule):
         super().__init__()
         if weighting not in ("schedule", "learned"):
             raise ValueError(f"weighting must be 'schedule' or 'learned', got {weighting!r}")
-        if not (math.isfinite(rate) and rate >= 0):
+        if not (finite("rate", rate) and rate >= 0):
             raise ValueError(f"rate must be a finite number of at least 0, got {rate}")
         if isinstance(criterion, torch.nn.BCEWithLogitsLoss):
             raise ValueError("criterion must be nn.CrossEntropyLoss: LFM compares softmaxes")

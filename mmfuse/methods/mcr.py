@@ -19,7 +19,6 @@ configurations and is left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._numbers import whole
+from .._numbers import finite, whole
 from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
 from ..loop.epochs import typed_as
@@ -131,9 +130,9 @@ class MCR(DrawingModule):
             known = ", ".join(map(repr, _WEIGHT_OF_OTHERS))
             raise ValueError(f"strategy must be one of {known}, got {strategy!r}")
         for what, value in (("strength", strength), ("contrast", contrast)):
-            if not (math.isfinite(value) and value >= 0):
+            if not (finite(what, value) and value >= 0):
                 raise ValueError(f"{what} must be a finite number of at least 0, got {value}")
-        if not (math.isfinite(temperature) and temperature > 0):
+        if not (finite("temperature", temperature) and temperature > 0):
             raise ValueError(f"temperature must be a positive finite number, got {temperature}")
         self.strength: float = strength
         self.strategy: Strategy = strategy

@@ -17,7 +17,6 @@ With beta = 2 both cases are one formula.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .._numbers import finite
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -75,9 +75,9 @@ class MLBRule(Stateless):
     need: ClassVar[Need] = Need()
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+        if not (finite("alpha", self.alpha) and self.alpha >= 0):
             raise ValueError(f"alpha must be a finite number of at least 0, got {self.alpha}")
-        if not (math.isfinite(self.beta) and self.beta >= 0):
+        if not (finite("beta", self.beta) and self.beta >= 0):
             raise ValueError(f"beta must be a finite number of at least 0, got {self.beta}")
 
     def sense(self, batch: Batch) -> Sensed:

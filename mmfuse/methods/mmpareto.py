@@ -18,7 +18,6 @@ factor gamma:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -27,6 +26,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .._devices import WIDE
+from .._numbers import finite
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -92,7 +92,7 @@ class MMParetoRule(Stateless):
     need: ClassVar[Need] = Need(second="unimodal", stats=True, neutral=0.5)
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.gamma) and self.gamma > 0):
+        if not (finite("gamma", self.gamma) and self.gamma > 0):
             raise ValueError(f"gamma must be a positive finite number, got {self.gamma}")
 
     def idle(self) -> MMParetoRule:

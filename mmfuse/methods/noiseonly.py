@@ -48,6 +48,6 @@ class NoiseOnly(GradientMethod):
         noise: Noise = True,
         **common: Unpack[Common],
     ) -> None:
-        if not noise:
+        if noise is not True and not callable(noise):
             raise ValueError("noise must be True or a callable: without it nothing is left to do")
         super().__init__(OGMRule(alpha=0.0, noise=noise), encoders, **common)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from .._numbers import real
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -85,11 +86,21 @@ def ogm_coefficients(ratios: Tensor, alpha: float, formula: Formula = "tpami") -
 
     Returns:
         [M], in [0, 1].
+
+    Raises:
+        TypeError: `ratios` is no floating tensor, or `alpha` no number.
+        ValueError: there is no such formula.
     """
+    if not isinstance(ratios, Tensor) or not ratios.is_floating_point():
+        raise TypeError("ratios must be a floating-point tensor")
+    if type(alpha) is not float:
+        alpha = real("alpha", alpha)
     if formula == "tpami":
         # The maximum with 1 is the case rho <= 1, and fmax takes a NaN for the smaller number.
         k = torch.rsub(torch.fmax(ratios, _ONE).sub_(1.0).tanh_(), 1.0, alpha=alpha)
         return k.clamp_(min=0.0) if alpha > 1.0 else k
+    if formula != "cvpr":
+        raise ValueError(f"formula must be 'tpami' or 'cvpr', got {formula!r}")
     return torch.where(ratios > 1.0, 1.0 - torch.tanh(alpha * ratios), 1.0)
 
 

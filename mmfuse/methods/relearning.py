@@ -16,7 +16,6 @@ batch norm stay as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -24,7 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._numbers import whole
+from .._numbers import finite, whole
 from ..loop._parameters import Encoders, Select, Shared
 from ..loop.anchors import Anchors
 from ..loop.contract import Card, Source
@@ -59,7 +58,7 @@ class ReLearningRule:
     times: int = 3
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.lam) and self.lam >= 0):
+        if not (finite("lam", self.lam) and self.lam >= 0):
             raise ValueError(f"lam must be a finite number of at least 0, got {self.lam}")
         whole("every", self.every, least=1)
         whole("times", self.times, least=0)

@@ -320,7 +320,7 @@ class use_backend(AbstractContextManager["use_backend"]):  # noqa: N801 - reads 
 
     def __init__(self, backend: str | None) -> None:
         global _forced
-        if backend is not None and backend not in BACKENDS:
+        if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
         self._previous = _forced
         _forced = backend
@@ -347,9 +347,14 @@ def active_backend(op: str, device: torch.device | str = "cpu", backend: str | N
         ValueError: there is no op or no backend of this name.
         RuntimeError: the named backend is not available; the message says why.
     """
-    if op not in OPS:
+    if not isinstance(op, str) or op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
-    where = torch.device(device)
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must name a device, got {device!r}") from error
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a text or None, got {type(backend).__name__}")
     if where.type == "cuda" and where.index is None and torch.cuda.is_available():
         where = torch.device("cuda", torch.cuda.current_device())
     return OPS[op].resolve(backend, where)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._arguments import check_sequence
 from ._eager import Eager
 
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -41,6 +42,8 @@ def check_named(tensors: Sequence[Tensor], name_of: Callable[[int], str]) -> Non
 
 def check_list(name: str, tensors: Sequence[Tensor]) -> None:
     """`check_named` for a list that the user knows by one name."""
+    if not isinstance(tensors, (list, tuple)):
+        check_sequence(name, tensors)
     check_named(tensors, lambda i: f"{name}[{i}]")
 
 
@@ -56,9 +59,9 @@ def check_pairs(
     if anchors is not None:
         given.append(("anchors", anchors))
     for name, tensors in given:
+        check_list(name, tensors)
         if len(tensors) != len(grads):
             raise ValueError(f"{len(grads)} grads but {len(tensors)} {name}")
-        check_list(name, tensors)
         for i, (tensor, grad) in enumerate(zip(tensors, grads, strict=True)):
             if tensor.shape != grad.shape:
                 raise ValueError(
@@ -222,7 +225,17 @@ def _dense(tensor: Tensor) -> bool:
 
 
 def check_writable(tensors: Sequence[Tensor], name_of: Callable[[int], str]) -> None:
-    """Raises a ValueError for a tensor in which one memory cell stands for several elements."""
+    """Raises a ValueError for a tensor in which one memory cell stands for several elements.
+
+    Also for a view that PyTorch negates when it is read, whose memory holds other numbers.
+    """
+    if not torch.compiler.is_compiling() and True in [t.is_neg() for t in tensors]:
+        # PyTorch would write to those before it, and then refuse the list.
+        i = [t.is_neg() for t in tensors].index(True)
+        raise ValueError(
+            f"{name_of(i)} is a negated view, as of a conjugate's imaginary part; "
+            "it cannot be updated in place, use .resolve_neg() first"
+        )
     for i, tensor in enumerate(tensors):
         if not tensor.is_contiguous() and any(
             stride == 0 and size > 1

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._numbers import real
+from ._arguments import check_sequence
 from ._registry import Op
 from .paired_cosine import aligned
 
@@ -43,6 +45,8 @@ def co_information_gate(
         TypeError: a feature is sparse, integer or complex, or the threshold no number.
         ValueError: fewer than two features, or they are not [B, D] of one shape on one device.
     """
+    if not isinstance(features, (list, tuple)):
+        check_sequence("features", features)
     names = [f"features[{m}]" for m in range(len(features))]
     return named_gate(names, features, threshold, backend)
 
@@ -63,10 +67,14 @@ def named_gate(
         if isinstance(threshold, Tensor):
             if threshold.dim() != 0 or not threshold.is_floating_point():
                 raise TypeError("threshold must be a number or a 0-d floating-point tensor")
+            if threshold.is_meta != dense[0].is_meta:
+                raise ValueError(f"threshold is on {threshold.device}, not on {dense[0].device}")
             limit = threshold
         else:
             wide = torch.float64 if dense[0].dtype == torch.float64 else torch.float32
-            limit = torch.full((), float(threshold), dtype=wide, device=dense[0].device)
+            most = torch.finfo(torch.float32).max  # beyond which no cosine is anyway
+            threshold = max(-most, min(real("threshold", threshold), most))
+            limit = torch.full((), threshold, dtype=wide, device=dense[0].device)
         return gate_of_aligned(dense, limit, backend)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
+from ._arguments import check_sequence, check_stream
 from ._registry import Op
 from ._tensors import check_named, check_vector
 
@@ -117,6 +118,8 @@ def drop_modalities(
             probability lies outside [0, 1]. On other devices looking would cost a synchronisation;
             q below 0 acts as 0 there, and above 1 as 1.
     """
+    if not isinstance(features, (list, tuple)):
+        check_sequence("features", features)
     return named_drop(
         [f"features[{m}]" for m in range(len(features))], features, q, stream, scale, backend
     )
@@ -133,8 +136,7 @@ def named_drop(
     """`drop_modalities`, with errors that call the features by these names."""
     check_batches(names, features)
     check_vector("q", q, len(features))
-    if not isinstance(stream, NoiseStream):
-        raise TypeError(f"stream must be a mmfuse.NoiseStream, got {type(stream).__name__}")
+    check_stream(stream)
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         for m, probability in enumerate(q.tolist()):
             if probability < 0 or probability > 1:

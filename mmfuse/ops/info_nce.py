@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._numbers import real
 from ._registry import Op
 from .paired_cosine import aligned
 
@@ -95,9 +95,10 @@ def info_nce(
                 f"{temperature.dtype} {list(temperature.shape)}"
             )
         temperature = temperature.to(a.device, wide)
-    elif not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(f"temperature must be a positive number, got {temperature}")
     else:
+        temperature = real("temperature", temperature)
+        if not 0 < temperature <= torch.finfo(wide).max:
+            raise ValueError(f"temperature must be a positive number, got {temperature}")
         temperature = torch.full((), temperature, dtype=wide, device=a.device)
     bound: Tensor = _op(backend, a.device, a, b, temperature)[0]
     return bound

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from .._numbers import real
+from ._arguments import check_owner, check_sequence
 from ._registry import Op
 from ._tensors import kept_tensor
 
@@ -105,6 +107,8 @@ def information_pull(
             negative or not finite.
     """
     modalities = check_compared(scores)
+    if type(beta) is not float:
+        beta = real("beta", beta)
     if not (math.isfinite(beta) and beta >= 0):
         raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
     check_owner(owner, modalities)
@@ -114,8 +118,13 @@ def information_pull(
     ):
         check_state(name, value, dtype, (modalities,), scores)
     if count is not None:
+        if not isinstance(count, Tensor) or count.is_complex():
+            raise TypeError("count must be a tensor of real numbers")
         check_state("count", count, count.dtype, count.shape and scores.shape, scores)
         count = count.detach().to(WIDE[scores.device.type]).contiguous()
+    if not isinstance(multipliers, (list, tuple)):
+        check_sequence("multipliers", multipliers, "numbers")
+    multipliers = [real(f"multipliers[{m}]", x) for m, x in enumerate(multipliers)]
     if len(multipliers) not in (0, modalities):
         raise ValueError(f"multipliers must have {modalities} numbers, got {len(multipliers)}")
     return pull_of_checked(
@@ -161,13 +170,6 @@ def check_compared(scores: Tensor) -> int:
             f"scores must have shape [M] or [M, M] with M >= 2, got {list(scores.shape)}"
         )
     return modalities
-
-
-def check_owner(owner: Sequence[int], modalities: int) -> None:
-    """Raises a ValueError for a tensor of no modality."""
-    for t, m in enumerate(owner):
-        if not 0 <= m < modalities:
-            raise ValueError(f"owner[{t}] = {m} is none of the {modalities} modalities")
 
 
 def check_state(

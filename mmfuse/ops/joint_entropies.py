@@ -11,6 +11,7 @@ from torch import Tensor
 from .._devices import WIDE
 from .._numbers import whole
 from ..reference.joint_entropies import entropies
+from ._arguments import check_sequence
 from ._registry import Op
 from ._tensors import FLOATING, promoted
 
@@ -98,6 +99,10 @@ def joint_entropies(
         ValueError: the variables or `present` differ in shape or device, hold no values, or `bins`
             or `tuples` are out of range.
     """
+    if not isinstance(data, (list, tuple)):
+        check_sequence("data", data)
+    if not isinstance(tuples, (list, tuple)):
+        check_sequence("tuples", tuples, "tuples")
     order = _order_of(tuples, len(data))
     bins = check_bins(bins, MAX_BINS[order])
     names = names or [f"data[{k}]" for k in range(len(data))]
@@ -187,11 +192,14 @@ def check_not_empty(name: str, values: Tensor) -> None:
 
 
 def _order_of(tuples: Sequence[Sequence[int]], count: int) -> int:
-    orders = set(map(len, tuples))
+    for q, members in enumerate(tuples):
+        if not isinstance(members, (list, tuple)):
+            check_sequence(f"tuples[{q}]", members, "integers")
+    orders = {*map(len, tuples)}
     if orders != {2} and orders != {3}:
         raise ValueError(f"tuples must hold pairs or triples of indices, got {list(tuples)}")
     for members in tuples:
-        if any(not 0 <= k < count for k in members):
+        if any(not 0 <= whole("tuples", k) < count for k in members):
             raise ValueError(f"tuples must index the {count} variables, got {tuple(members)}")
     return orders.pop()
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._arguments import check_sequence
 from ._eager import Eager
 from ._registry import Op
 
@@ -55,12 +56,20 @@ def keep_state_(
         ValueError: a shape or a device is wrong, or a state is not contiguous. Nothing has been
             changed then.
     """
+    if not isinstance(state, (list, tuple)):
+        check_sequence("state", state)
+    if not isinstance(values, (list, tuple)):
+        check_sequence("values", values)
     if not state and not values:
         return
     if len(state) != len(values):
         raise ValueError(f"{len(state)} tensors of the state but {len(values)} values")
-    device = state[0].device
+    device = getattr(state[0], "device", None)
     for i, (old, value) in enumerate(zip(state, values, strict=True)):
+        for name, tensor in ((f"state[{i}]", old), (f"values[{i}]", value)):
+            if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided:
+                kind = tensor.layout if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(f"{name} must be a dense tensor, got {kind}")
         if value.dtype != old.dtype:
             raise TypeError(f"values[{i}] is {value.dtype}, state[{i}] {old.dtype}")
         if value.shape != old.shape:
@@ -71,11 +80,12 @@ def keep_state_(
             raise ValueError(f"state[{i}] is not contiguous; it cannot be changed in place")
         _check_device(f"state[{i}]", old, device)
         _check_device(f"values[{i}]", value, device)
-    if finite.dtype is not torch.bool or finite.dim() != 0:
+    if not isinstance(finite, Tensor) or finite.dtype is not torch.bool or finite.dim() != 0:
         raise TypeError("finite must be a 0-d bool tensor")
     _check_device("finite", finite, device)
     if sums is not None:
-        if sums.dtype not in (torch.float32, torch.float64) or sums.dim() != 1:
+        usual = isinstance(sums, Tensor) and sums.dtype in (torch.float32, torch.float64)
+        if not usual or sums.dim() != 1:
             raise TypeError("sums must be a float32 or float64 tensor [T]")
         _check_device("sums", sums, device)
         sums = sums.contiguous()
@@ -96,6 +106,6 @@ def keep_checked_(
         torch._C._increment_version(state)
 
 
-def _check_device(name: str, value: Tensor, device: torch.device) -> None:
+def _check_device(name: str, value: Tensor, device: object) -> None:
     if value.device != device:
         raise ValueError(f"{name} is on {value.device}, state[0] on {device}")

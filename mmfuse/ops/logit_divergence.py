@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference.logit_divergence import KINDS, ROW_NUMBERS
+from ._arguments import check_sequence
 from ._registry import Op
 from ._tensors import why_unsupported
 
@@ -130,7 +131,7 @@ def logit_divergence(
         TypeError: logits are sparse, integer or complex, or not in a list.
         ValueError: `kind` is unknown, or lengths, shapes or devices do not match.
     """
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
     pairs = _checked(first, second)
     inputs = [a for a, _ in pairs], [b for _, b in pairs], KINDS.index(kind), bool(per_row)
@@ -143,6 +144,8 @@ def _checked(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Te
     for name, logits in (("first", first), ("second", second)):
         if isinstance(logits, Tensor):
             raise TypeError(f"{name} must be a list of tensors [B, C], got one tensor: [{name}]?")
+        if not isinstance(logits, (list, tuple)):
+            check_sequence(name, logits)
     if len(first) != len(second):
         raise ValueError(f"first holds {len(first)} tensors, second {len(second)}")
     if not first:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from ._arguments import check_sequence
 from ._criterion import ARGUMENTS, PLAIN, Criterion, check_range, checked, class_indices
 from ._eager import Eager
 from ._registry import Op
@@ -153,6 +154,8 @@ def modality_scores(
         ValueError: shapes do not match, or, on the CPU, a target is out of range. On other devices
             looking would cost a synchronisation; the scores of that modality are NaN there.
     """
+    if not isinstance(logits, (list, tuple)):
+        check_sequence("logits", logits)
     names = [f"logits[{m}]" for m in range(len(logits))]
     criterion = PLAIN
     if weight is not None or ignore_index != -100 or multilabel or pos_weight is not None:

@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._numbers import real
+from ._arguments import check_owner
 from ._registry import Op
 from ._tensors import kept_tensor
 from .discrepancy_ratios import check_scores
@@ -100,9 +102,9 @@ def modulation_factors(
     check_scores(scores)
     check_strength(alpha, formula)
     modalities = scores.shape[0]
-    if owner and not 0 <= min(owner) <= max(owner) < modalities:
-        t = next(t for t, m in enumerate(owner) if not 0 <= m < modalities)
-        raise ValueError(f"owner[{t}] = {owner[t]} is none of the {modalities} modalities")
+    check_owner(owner, modalities)
+    if type(eps) is not float:
+        eps = real("eps", eps)
     if stats is not None:
         _check_stats(stats, len(owner), scores)
     scores = scores.detach().contiguous()
@@ -138,6 +140,8 @@ def noise_std(stats: GradStats, eps: float) -> Tensor:
 
 def check_strength(alpha: float, formula: str) -> None:
     """Raises a ValueError for hyper-parameters of OGM that are out of range."""
+    if type(alpha) is not float:
+        alpha = real("alpha", alpha)
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
     if formula not in ("tpami", "cvpr"):
@@ -145,6 +149,10 @@ def check_strength(alpha: float, formula: str) -> None:
 
 
 def _check_stats(stats: GradStats, count: int, scores: Tensor) -> None:
+    if not isinstance(stats, GradStats):
+        raise TypeError(f"stats must be GradStats, got {type(stats).__name__}")
+    if not (isinstance(stats.numel, Tensor) and isinstance(stats.m2, Tensor)):
+        raise TypeError("stats must hold tensors")
     if stats.numel.dtype != torch.int64 or stats.m2.dtype not in (torch.float32, torch.float64):
         raise TypeError("stats must hold int64 numbers and float32 or float64 moments")
     for name, value in (("numel", stats.numel), ("m2", stats.m2)):

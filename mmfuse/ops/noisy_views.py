@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._numbers import real
 from ..noise import NoiseStream
+from ._arguments import check_stream
 from ._registry import Op
 from ._tensors import why_unsupported
 
@@ -89,8 +91,9 @@ def noisy_views(
     reason = why_unsupported(x)
     if reason is not None:
         raise TypeError(f"x {reason}")
-    if not isinstance(stream, NoiseStream):
-        raise TypeError(f"stream must be a mmfuse.NoiseStream, got {type(stream).__name__}")
+    check_stream(stream)
+    if type(sigma) is not float:
+        sigma = real("sigma", sigma)
     if not (math.isfinite(sigma) and sigma >= 0):
         raise ValueError(f"sigma must be a finite number of at least 0, got {sigma}")
     ids, offsets = stream.counters(2)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from .._numbers import finite, real
+from ._arguments import check_owner
 from ._registry import Op
 from ._tensors import kept_tensor
 from .grad_stats import GradStats
-from .information_pull import check_compared, check_owner, check_state
+from .information_pull import check_compared, check_state
 
 
 class RedundancyRule(NamedTuple):
@@ -162,9 +164,13 @@ def redundancy_pull(
             differ.
     """
     modalities = check_compared(scores)
+    if not isinstance(state, RedundancyState):
+        raise TypeError(f"state must be a RedundancyState, got {type(state).__name__}")
     check_rule(rule)
     check_owner(owner, modalities)
     wide = WIDE[scores.device.type]
+    if not isinstance(state.history, Tensor):
+        raise TypeError(f"state.history must be a tensor, got {type(state.history).__name__}")
     window = state.history.shape[1] if state.history.dim() == 2 else 0
     if window < 2:
         raise ValueError(
@@ -216,24 +222,28 @@ def redundancy_pull_of_checked(
 
 def check_rule(rule: RedundancyRule) -> None:
     """Raises a ValueError for hyper-parameters out of range."""
-    if not 0 <= rule.momentum < 1:
+    if not isinstance(rule, RedundancyRule):
+        raise TypeError(f"rule must be a RedundancyRule, got {type(rule).__name__}")
+    if not 0 <= real("momentum", rule.momentum) < 1:
         raise ValueError(f"momentum must be in [0, 1), got {rule.momentum}")
-    if not (math.isfinite(rule.beta) and rule.beta >= 0):
+    if not (finite("beta", rule.beta) and rule.beta >= 0):
         raise ValueError(f"beta must be a finite number of at least 0, got {rule.beta}")
     for name in ("gamma", "threshold"):
-        if math.isnan(getattr(rule, name)):
+        if math.isnan(real(name, getattr(rule, name))):
             raise ValueError(f"{name} must be a number, got nan")
 
 
 def _check_number(name: str, value: Tensor | None, shape: Sequence[int], scores: Tensor) -> None:
     if value is None:
         return
-    if value.dtype not in (torch.float32, torch.float64):
+    if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{name} must be a float32 or float64 tensor")
     check_state(name, value, value.dtype, shape, scores)
 
 
 def _check_stats(stats: GradStats, count: int, scores: Tensor) -> None:
+    if not isinstance(stats, GradStats) or not isinstance(stats.mean, Tensor):
+        raise TypeError(f"stats must be GradStats of tensors, got {type(stats).__name__}")
     dtype = stats.mean.dtype
     if stats.dot is None or dtype not in (torch.float32, torch.float64):
         raise TypeError("stats must have displacements, and float32 or float64 moments")

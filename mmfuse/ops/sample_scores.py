@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from ._arguments import check_sequence
 from ._criterion import ARGUMENTS, PLAIN, Criterion, check_range, checked
 from ._eager import Eager
 from ._registry import Op
@@ -137,6 +138,8 @@ def sample_scores(
             indices, or, on the CPU, a target is out of range; on other devices
             the scores of that row are NaN.
     """
+    if not isinstance(logits, (list, tuple)):
+        check_sequence("logits", logits)
     names = [f"logits[{m}]" for m in range(len(logits))]
     criterion = Criterion(weight, ignore_index, multilabel, pos_weight)
     return named_sample_scores(names, logits, labels, backend, criterion, statistics)

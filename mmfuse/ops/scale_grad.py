@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..noise import NoiseStream
+from ._arguments import check_stream
 from ._derivatives import no_forward_mode, no_vmap, refuse_tangents
 from ._registry import Op
 from ._tensors import why_unsupported
@@ -125,6 +126,8 @@ def scale_grad(
         raise TypeError(f"x {reason}")
     if (noise_std is None) != (stream is None):
         raise ValueError("noise_std needs a stream (mmfuse.NoiseStream), and a stream needs it")
+    if stream is not None:
+        check_stream(stream)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     values: list[Tensor | None] = []
     for name, value in (("coefficient", coefficient), ("noise_std", noise_std)):

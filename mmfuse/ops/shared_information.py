@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from ._arguments import check_sequence
 from ._registry import Op
 from .joint_entropies import MAX_BINS, are_usual, check_bins, paired_rows
 
@@ -80,6 +81,8 @@ def shared_information(
         ValueError: there is no variable, they differ in shape or device or hold no values, or a
             number of bins is out of range.
     """
+    if not isinstance(data, (list, tuple)):
+        check_sequence("data", data)
     if not data:
         raise ValueError("data must hold at least one variable")
     bins = check_bins(bins, MAX_BINS[2])

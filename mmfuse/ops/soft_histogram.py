@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ._registry import Op
+from ._tensors import promoted
+from .joint_entropies import MAX_BINS, PAIRED, check_bins, check_not_empty
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -70,7 +72,7 @@ def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = Non
 
     Args:
         x: [P, N], P problems with N ≥ 1 values each; float16, bfloat16, float32 or float64.
-        y: [P, N] of the same dtype, on the same device. (`mutual_information` checks its own.)
+        y: [P, N] on the same device. Mixed dtypes are promoted.
         bins: From 2 to 256.
         backend: Name of a backend; None for the best one.
 
@@ -79,7 +81,15 @@ def soft_histogram(x: Tensor, y: Tensor, bins: int, *, backend: str | None = Non
         row that holds a value that is not finite, or whose range is too wide or too narrow for
         its dtype. The same bits each time in the cuda backend, where shares are added as integers;
         in triton the order in which a bin's shares are added on a GPU is not fixed.
+
+    Raises:
+        TypeError: x or y is sparse, integer or complex, or `bins` no integer.
+        ValueError: they are not [P, N] of one shape on one device, or hold no values, or `bins` is
+            out of range.
     """
+    bins = check_bins(bins, MAX_BINS[2], 2)
+    x, y = promoted(("x", "y"), (x, y), PAIRED, "[P, N]", 2)
+    check_not_empty("x", x)
     # The gradients of x and of its range are added, which half precision has no room for.
     x, y = (v.to(_wide(v)).contiguous() for v in (x, y))
     weights: Tensor = _op(backend, x.device, x, y, _range_of(x), _range_of(y), bins)

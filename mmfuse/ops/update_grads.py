@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
+from ._arguments import check_stream
 from ._eager import Eager
 from ._registry import Op
 from ._tensors import (
@@ -103,6 +104,10 @@ def update_grads_(
         raise ValueError("noise_std needs a stream (mmfuse.NoiseStream), and a stream needs it")
     if noise_std is not None:
         check_vector("noise_std", noise_std, len(grads))
+    if stream is not None:
+        check_stream(stream)
+    if finite is not None and not isinstance(finite, Tensor):
+        raise TypeError(f"finite must be a 0-d bool tensor, got {type(finite).__name__}")
     if finite is not None and (finite.dtype != torch.bool or finite.dim() != 0):
         raise ValueError("finite must be a 0-d bool tensor")
     if sq_norm is not None:

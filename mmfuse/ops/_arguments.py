@@ -1,0 +1,47 @@
+"""Errors for arguments of a wrong type, which name the argument.
+
+The ops look at the type themselves, without a call, and come here with all but the usual one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, ValuesView
+
+from torch import Tensor
+
+from .._numbers import whole
+from ..noise import NoiseStream
+
+
+def check_sequence(name: str, value: object, of: str = "tensors") -> None:
+    """Raises a TypeError for what has no length, or is a tensor, a text or a mapping."""
+    listed = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    listed = listed or isinstance(value, ValuesView)
+    if not listed or isinstance(value, (str, bytes, Mapping, Tensor, type)):
+        raise TypeError(f"{name} must be a list of {of}, got {type(value).__name__}")
+
+
+def check_stream(stream: object) -> None:
+    """Raises a TypeError for what is no stream, and a ValueError for one without a state."""
+    if not isinstance(stream, NoiseStream):
+        raise TypeError(f"stream must be a mmfuse.NoiseStream, got {type(stream).__name__}")
+    if stream.state.is_meta:
+        raise ValueError("stream is on the meta device, where it holds no numbers")
+
+
+def check_owner(owner: Sequence[int], modalities: int) -> None:
+    """Checks the modality of each tensor.
+
+    Raises:
+        TypeError: it is no list of integers.
+        ValueError: one of them is none of the modalities.
+    """
+    if type(owner) is not tuple:
+        check_sequence("owner", owner, "integers")
+    if not owner:
+        return
+    if {*map(type, owner)} == {int} and 0 <= min(owner) <= max(owner) < modalities:
+        return
+    for t, m in enumerate(owner):
+        if not 0 <= whole(f"owner[{t}]", m) < modalities:
+            raise ValueError(f"owner[{t}] = {m} is none of the {modalities} modalities")

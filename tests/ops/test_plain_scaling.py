@@ -59,7 +59,7 @@ def test_both_ways_give_the_same_bits(
     given = flags[0] if flagged else None
     ops.update_grads_(tuple(quick), factors(cell.device), finite=given, backend=cell.backend)
     assert counts == ([len(SIZES)] if cell.backend in ("cpu", "cuda") else [])
-    assert [g._version for g in quick] == [v + 1 for v in before]
+    assert all(g._version > v for g, v in zip(quick, before, strict=True))
     monkeypatch.setattr(_native, "read_list", None)
     given = flags[1] if flagged else None
     ops.update_grads_(slow, factors(cell.device), finite=given, backend=cell.backend)

@@ -37,6 +37,12 @@ py::object read_gradients(const py::object& parameters) {
   return py::reinterpret_steal<py::object>(found);
 }
 
+py::object read_list(const py::object& grads) {
+  PyObject* found = mmfuse::python::read_list(reader, grads.ptr());
+  if (found == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -44,4 +50,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler and flags of this build.");
   m.def("find_tensors", &find_tensors, "Looks up how tensors are read; whether they can be.");
   m.def("read_gradients", &read_gradients, "Gradients of parameters and a table of them, or None.");
+  m.def("read_list", &read_list,
+        "Whether a list of gradients has a float64 one, and a table, or None.");
 }

@@ -113,6 +113,14 @@ struct Reader {
   }
 };
 
+// A kernel reads it soon. Of many small tensors this takes the wait for each one's first bytes and
+// for its page's address, while the next ones are looked at.
+inline void prefetch_head(const char* data) {
+#if defined(__GNUC__)
+  for (int line = 0; line < 4; ++line) __builtin_prefetch(data + 64 * line, 1);
+#endif
+}
+
 enum class Found { kPlain, kOther, kError };
 
 // A method without arguments that returns a number or a truth value; -1 and an error, if there is.
@@ -140,7 +148,9 @@ inline Found read_gradient(const Reader& reader, PyObject* grad, DLTensor* first
     const long negated = ask(grad, reader.is_neg);
     if (negated != 0) return negated < 0 ? Found::kError : Found::kOther;
   }
-  row[0] = reinterpret_cast<int64_t>(static_cast<char*>(one.data) + one.byte_offset);
+  char* data = static_cast<char*>(one.data) + one.byte_offset;
+  if (one.device_type == kCPU) prefetch_head(data);
+  row[0] = reinterpret_cast<int64_t>(data);
   row[1] = count;
   row[2] = static_cast<int64_t>(dtype);
   return Found::kPlain;
@@ -220,6 +230,28 @@ inline PyObject* read_gradients(const Reader& reader, PyObject* parameters) {
   if (!rows) return nullptr;
   PyObject* is_wide = wide ? Py_True : Py_False;
   return PyTuple_Pack(5, grads.get(), ids, waiting.get(), is_wide, rows.get());
+}
+
+// (whether one is float64, table) of a list of gradients; None where `read_gradients` has none.
+inline PyObject* read_list(const Reader& reader, PyObject* grads) {
+  const auto other = [] { return Py_NewRef(Py_None); };
+  if (reader.exchange == nullptr || !PyList_CheckExact(grads)) return other();
+  const Py_ssize_t count = PyList_GET_SIZE(grads);
+  if (count == 0) return other();
+  auto table = std::make_unique<Table>();
+  table->numbers.resize(count * kRow);
+  DLTensor first{};
+  bool wide = false;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    int64_t* row = &table->numbers[i * kRow];
+    const Found found = read_gradient(reader, PyList_GET_ITEM(grads, i), &first, row);
+    if (found != Found::kPlain) return found == Found::kOther ? other() : nullptr;
+    row[3] = i;
+    wide = wide || row[2] == static_cast<int64_t>(DType::kFloat64);
+  }
+  const Object rows(to_python(reader, std::move(table)));
+  if (!rows) return nullptr;
+  return PyTuple_Pack(2, wide ? Py_True : Py_False, rows.get());
 }
 
 }  // namespace mmfuse::python

@@ -53,9 +53,20 @@ inline vec_type<scalar_t> updated(const UpdateTile<scalar_t, param_t>& tile, int
   return x;
 }
 
-// False when a stored value is NaN or infinite. By value, so that the stores cannot alias `tile`.
+// False when a stored value is NaN or infinite.
 template <Second kSecond, bool kNoise, typename scalar_t, typename param_t>
-inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
+inline bool update_tile(const UpdateTile<scalar_t, param_t>& given, int64_t n) {
+  // Copied, so that stores cannot alias it, and member by member: a vector read where members were
+  // written one by one waits until all stores before it are in the cache.
+  UpdateTile<scalar_t, param_t> tile;
+  tile.in = given.in;
+  tile.out = given.out;
+  tile.param = given.param;
+  tile.anchor = given.anchor;
+  tile.normals = given.normals;
+  tile.scale = given.scale;
+  tile.pull = given.pull;
+  tile.noise_std = given.noise_std;
   using Check = FiniteCheck<scalar_t>;
   constexpr int kWidth = kVectorBytes / sizeof(scalar_t);
   Check check;
@@ -72,6 +83,16 @@ inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
     check.see(bits);
   }
   if (i == n) return check.passed();
+  if constexpr (kSecond == Second::kNone && !kNoise && sizeof(scalar_t) >= 4) {
+    // A product rounds alike wherever it is made, and a padded vector waits for stores as well.
+    bool finite = true;
+    for (; i < n; ++i) {
+      const scalar_t x = tile.in[i] * tile.scale;
+      tile.out[i] = x;
+      finite &= std::abs(x) <= std::numeric_limits<scalar_t>::max();
+    }
+    return check.passed() && finite;
+  }
   // The rest once more through the loop above, padded with zeros: where an element ends up in a
   // vector must not change its rounding.
   scalar_t in[kWidth]{}, out[kWidth];
@@ -92,7 +113,8 @@ inline bool update_tile(const UpdateTile<scalar_t, param_t> tile, int64_t n) {
   return check.passed() && rest_finite;
 }
 
-// The `n` <= kUpdateTile elements from `begin` on, one after another in memory, with these normals.
+// The `n` elements from `begin` on, one after another in memory, with these normals: at most
+// kUpdateTile of them, unless they are scaled alone.
 template <Second kSecond, bool kNoise, typename scalar_t, typename param_t>
 class StretchUpdate {
  public:
@@ -138,11 +160,14 @@ template <Second kSecond, bool kNoise, typename scalar_t, typename param_t = acc
 inline bool update_tiles(const UpdateSlice& slice, double* squares) {
   StretchUpdate<kSecond, kNoise, scalar_t, param_t> update(slice, squares);
   NormalSource normals(slice.noise_key, slice.noise_offset + slice.begin);
+  // A product alone puts nothing in a buffer, so that its loop need not end with a tile.
+  const bool plain = kSecond == Second::kNone && !kNoise && squares == nullptr;
+  const int64_t longest = plain ? slice.size : kUpdateTile;
   int64_t n;
   for (int64_t done = 0; done < slice.size; done += n) {
     const int64_t begin = slice.begin + done;
     const int64_t element = slice.noise_offset + begin;
-    n = std::min(kUpdateTile, slice.size - done);
+    n = std::min(longest, slice.size - done);
     const float* drawn = nullptr;
     if constexpr (kNoise) {
       n = std::min(n, NormalSource::kSpan - element % NormalSource::kSpan);

@@ -48,17 +48,16 @@ class MLARule:
             exponent += (turns // modalities % self.batches).to(exponent) / self.batches
         return torch.pow(self.alpha, exponent)
 
-    def removed(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
-        """The [D, D] matrix that P loses before it gets its length."""
-        return torch.outer(k, k) / (a + r @ k)
+    def divisor(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
+        """Of the k kᵀ that P loses: a number."""
+        return a + r @ k
 
-    def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> Tensor:
-        """P after this turn's features, whose mean is r [D]."""
+    def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """P [D, D] after this turn's features, whose mean is r [D], and its length to divide by."""
         k = projector @ r
-        smaller = projector - self.removed(k, r, a)
-        length: Tensor = torch.linalg.matrix_norm(smaller)
-        shorter: Tensor = smaller / length
-        return shorter
+        # Each pass over [D, D] costs as much as a product with a vector.
+        smaller = torch.addcdiv(projector, torch.outer(k, k), self.divisor(k, r, a), value=-1)
+        return smaller, torch.linalg.matrix_norm(smaller)
 
     def confidences(self, logits: list[Tensor], backend: str | None) -> Tensor:
         """[M, B] −H, but for a constant: KL of softmax z_m and all classes alike."""
@@ -70,9 +69,9 @@ class MLARule:
 class MLAReleased(MLARule):
     """With the release's division by each entry of a + k r, a matrix; and its entropies."""
 
-    def removed(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
-        """The matrix that P loses."""
-        return torch.outer(k, k) / (a + torch.outer(k, r))
+    def divisor(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
+        """A matrix."""
+        return torch.outer(k, r).add_(a)
 
     def confidences(self, logits: list[Tensor], backend: str | None) -> Tensor:
         """[M, B] −H; NaN where a probability is 0."""
@@ -84,9 +83,9 @@ class MLAReleased(MLARule):
 class MLALatest(MLAReleased):
     """The latest release, which never finds the weight that it looks for."""
 
-    def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> Tensor:
+    def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """P as it is, the identity."""
-        return projector
+        return projector, torch.ones_like(a)
 
 
 def fused(

@@ -222,14 +222,16 @@ class MLA(EpochWindowModule):
         one = torch.ones_like(a)
         if not (self.training and self._acting):
             return MLAResult(one, a, finite)
-        moved = self.rule.moved(old, r, a)
+        moved, length = self.rule.moved(old, r, a)
         acts = finite & (self.turns > 0)
-        projector = torch.where(acts & moved.isfinite().all(), moved, old)
+        # A NaN or an Inf anywhere is one in the length.
+        moves = acts & length.isfinite() & (length > 0)
+        unscaled, length = torch.where(moves, moved, old), torch.where(moves, length, one)
+        torch.div(unscaled, length, out=self.projector)
         raw = grad.to(wide)
-        found = torch.where(acts, raw @ projector.T, raw)
+        found = torch.where(acts, raw @ self.projector.to(wide).T, raw)
         kept = torch.where(found.ne(raw).any(), found.norm() / raw.norm(), one)
         grad.copy_(found)
-        self.projector.copy_(projector)
         self.turns.add_(finite)
         return MLAResult(kept, a, finite)
 

@@ -83,7 +83,12 @@ def try_with(program: str) -> bool:
     ]
     if not python.exists():
         commands.insert(0, [program, "-m", "venv", environment])
-    variables = {**os.environ, "MMFUSE_NATIVE": "1", "MMFUSE_REQUIRE_BACKENDS": "reference,cpu"}
+    variables = {
+        **os.environ,
+        "MMFUSE_NATIVE": "1",
+        "MMFUSE_CUDA": "0",
+        "MMFUSE_REQUIRE_BACKENDS": "reference,cpu",
+    }
     for command in commands:
         words = [str(word) for word in command]
         print(f"{version}: {' '.join(words[:6])} …", flush=True)

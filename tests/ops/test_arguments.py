@@ -163,3 +163,19 @@ def test_there_is_no_third_formula() -> None:
     """Any other name was taken for "cvpr"."""
     with pytest.raises(ValueError, match="formula must be 'tpami' or 'cvpr', got 'iccv'"):
         mmfuse.ogm_coefficients(Z + 2, 0.8, "iccv")  # type: ignore[arg-type]
+
+
+def test_a_backend_without_meta_tensors_says_so() -> None:
+    """PyTorch's error was of a dispatch key that nobody had named."""
+    with pytest.raises(
+        RuntimeError, match="cpu backend has no discrepancy_ratios for meta tensors"
+    ):
+        ops.discrepancy_ratios(torch.ones(2, device="meta"), backend="cpu")
+
+
+def test_an_epoch_beyond_int64_changes_nothing() -> None:
+    method = mmfuse.OPM()
+    method.set_epoch(3)
+    with pytest.raises(ValueError, match="epoch must be below"):
+        method.set_epoch(2**70)
+    assert method.epoch == 3 and method.epoch_state.tolist()[1] == 4

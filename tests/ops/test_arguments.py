@@ -176,3 +176,10 @@ def test_an_epoch_beyond_int64_changes_nothing() -> None:
     with pytest.raises(ValueError, match="epoch must be below"):
         method.set_epoch(2**70)
     assert method.epoch == 3 and method.epoch_state.tolist()[1] == 4
+
+
+def test_an_empty_batch_may_have_any_strides() -> None:
+    """PyTorch calls it contiguous, so that `contiguous` left it as it was."""
+    a, b = torch.ones(0, 2), torch.ones(0, 4)[:, ::2]
+    assert b.stride(1) == 2
+    assert ops.logit_divergence([a], [b], backend="cpu").isnan().tolist() == [True]

@@ -16,7 +16,7 @@ def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
         TypeError: it is no integer; 5.0, True and tensors are none. The message has the name.
         ValueError: it is less.
     """
-    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+    if isinstance(value, (bool, Tensor, type)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     found = operator.index(value)
     if least is not None and found < least:

@@ -17,7 +17,11 @@ def grad_scale(scaler: torch.amp.GradScaler, device: torch.device | str) -> Tens
     1 if the scaler is disabled.
     """
     _check(scaler)
-    scaled = scaler.scale(torch.ones((), dtype=torch.float32, device=device))
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must name a device, got {device!r}") from error
+    scaled = scaler.scale(torch.ones((), dtype=torch.float32, device=where))
     assert isinstance(scaled, Tensor)
     return scaled
 

@@ -141,9 +141,10 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         return method_text(self)
 
     def _new_stream(self, name: str | None) -> NoiseStream:
-        if name is not None and not isinstance(name, str):
-            raise TypeError(f"name must be a text, got {type(name).__name__}")
         parts = [self.name, *self.modalities.names] + ([] if name is None else [name])
+        wrong = [type(part).__name__ for part in parts if not isinstance(part, str)]
+        if wrong:
+            raise TypeError(f"name and the names of encoders must be texts, got {wrong[0]}")
         return NoiseStream(device=self.modalities.device, name="/".join(parts))
 
     # Epochs ---------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .._numbers import whole
+from .._numbers import real, whole
 from ..noise import NoiseStream
 from ..ops._arguments import check_sequence
 
@@ -78,6 +78,7 @@ class ContributionSampler(Sampler[int]):
             raise ValueError(f"contributions[{i}] is not finite: {contributions[i].tolist()}")
         for name, value in (("thresholds", thresholds), ("copies", copies)):
             check_sequence(name, value, "numbers")
+        thresholds = [real("thresholds", limit) for limit in thresholds]
         if len(copies) != len(thresholds) + 1 or not thresholds:
             raise ValueError(
                 f"{len(thresholds)} thresholds need one number of copies more, got {len(copies)}"

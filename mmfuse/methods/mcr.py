@@ -126,7 +126,7 @@ class MCR(DrawingModule):
     ) -> None:
         super().__init__()
         self._begin(num_modalities, starts, ends, process_group, backend)
-        if strategy not in _WEIGHT_OF_OTHERS:
+        if not isinstance(strategy, str) or strategy not in _WEIGHT_OF_OTHERS:
             known = ", ".join(map(repr, _WEIGHT_OF_OTHERS))
             raise ValueError(f"strategy must be one of {known}, got {strategy!r}")
         for what, value in (("strength", strength), ("contrast", contrast)):

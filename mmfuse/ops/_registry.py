@@ -168,7 +168,8 @@ class Op:
             reason = _native.why_missing(backend)
             if reason is not None:
                 return reason
-            keys = (kind.upper(),) if kind else ("CPU", "CUDA")
+            named = "Meta" if kind == "meta" else (kind or "").upper()
+            keys = (named,) if kind else ("CPU", "CUDA")
             qualified = f"mmfuse::{self.name}.{backend}"
             if not any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, k) for k in keys):
                 return f"the {backend} backend has no {self.name} for {kind or 'any'} tensors"

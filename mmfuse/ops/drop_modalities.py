@@ -141,6 +141,8 @@ def named_drop(
         for m, probability in enumerate(q.tolist()):
             if probability < 0 or probability > 1:
                 raise ValueError(f"q[{m}] must be a probability in [0, 1], got {probability}")
+    if scale is not None and not isinstance(scale, Tensor):
+        raise TypeError(f"scale must be a 0-d floating-point tensor, got {type(scale).__name__}")
     if scale is not None and (scale.dim() != 0 or not scale.is_floating_point()):
         raise ValueError("scale must be a 0-d floating-point tensor")
     ids, offsets = stream.counters(len(features))

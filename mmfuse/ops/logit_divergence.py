@@ -177,4 +177,6 @@ def _checked(first: Sequence[Tensor], second: Sequence[Tensor]) -> list[tuple[Te
 def _readable(z: Tensor, dtype: torch.dtype) -> Tensor:
     """Logits whose classes are one by one in memory."""
     z = z if z.dtype is dtype else z.to(dtype)
+    if z.stride(1) != 1 and z.numel() == 0:  # contiguous whatever its strides
+        return z.reshape(-1).view(z.shape)
     return z if z.stride(1) == 1 else z.contiguous()

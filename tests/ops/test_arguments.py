@@ -163,3 +163,23 @@ def test_there_is_no_third_formula() -> None:
     """Any other name was taken for "cvpr"."""
     with pytest.raises(ValueError, match="formula must be 'tpami' or 'cvpr', got 'iccv'"):
         mmfuse.ogm_coefficients(Z + 2, 0.8, "iccv")  # type: ignore[arg-type]
+
+
+def test_every_backend_takes_meta_tensors() -> None:
+    """PyTorch's error was of a dispatch key that nobody had named."""
+    assert ops.discrepancy_ratios(torch.ones(2, device="meta"), backend="cpu").is_meta
+
+
+def test_an_epoch_beyond_int64_changes_nothing() -> None:
+    method = mmfuse.OPM()
+    method.set_epoch(3)
+    with pytest.raises(ValueError, match="epoch must be below"):
+        method.set_epoch(2**70)
+    assert method.epoch == 3 and method.epoch_state.tolist()[1] == 4
+
+
+def test_an_empty_batch_may_have_any_strides() -> None:
+    """PyTorch calls it contiguous, so that `contiguous` left it as it was."""
+    a, b = torch.ones(0, 2), torch.ones(0, 4)[:, ::2]
+    assert b.stride(1) == 2
+    assert ops.logit_divergence([a], [b], backend="cpu").isnan().tolist() == [True]

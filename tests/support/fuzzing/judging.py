@@ -26,7 +26,7 @@ OWN = str(Path(__file__).with_name("values.py"))
 PROMISED = (TypeError, ValueError, RuntimeError, ImportError)
 
 #: What objects remember for speed, so as to warn once, or of the latest batch for other ranks.
-CACHES = ("_warned", "_warned_of_mode", "registrations", "_looked", "_paired", "_kind")
+CACHES = ("_warned", "_warned_of_mode", "registrations", "_looked", "_paired", "_kind", "_waiting")
 
 
 class Found(Exception):  # noqa: N818

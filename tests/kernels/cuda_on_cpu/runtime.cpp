@@ -141,8 +141,8 @@ void arrange(std::vector<size_t>& turns, size_t count) {
 // Where the kernel's variables will be.
 __attribute__((noinline)) void scribble() {
   char area[kScribbledBytes];
-  char* volatile begin = area;
-  std::memset(begin, poison, kScribbledBytes);
+  std::memset(area, poison, kScribbledBytes);
+  asm volatile("" : : "r"(area) : "memory");  // or the compiler leaves it out
 }
 
 void fiber_main() {

@@ -38,6 +38,8 @@ EXCUSE = re.compile(r"//.*\brace-mutants: (\S.*)")
 KINDS = {"__syncthreads": "barrier", "atomicAdd": "atomic addition", "store_relaxed": "store"}
 # The case that has to be reported.
 MISUSE = "one gradient twice"
+# One more than every_kernel.py has.
+SPOILED = "not finite"
 LIMIT_S = 200
 WORKERS = 2
 
@@ -125,6 +127,26 @@ def misuse() -> None:
     ops.update_grads_([grad, grad], torch.tensor([2.0, 3.0]), backend="cuda")
 
 
+def spoil() -> None:
+    """Has what no case of every_kernel.py has: results that are not finite, shares of many bits."""
+    import torch
+
+    from mmfuse import ops
+    from mmfuse.ops._registry import OPS
+
+    grads = [torch.full((9000,), torch.inf), torch.full((37,), torch.inf)]
+    finite = torch.ones((), dtype=torch.bool)
+    ops.update_grads_(grads, torch.tensor([0.5, 0.5]), finite=finite, backend="cuda")
+    assert not finite
+    # Several blocks share a problem, and several threads of each find a NaN.
+    x, y = torch.rand(2, 1, 2 * 4096 + 37, dtype=torch.float64, generator=torch.Generator())
+    ends = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    forward = OPS["soft_histogram"].overloads["cuda"]
+    assert forward(x, y, ends, ends, 5).isfinite().all()
+    x[:, ::100] = torch.nan
+    assert forward(x, y, ends, ends, 5).isnan().all()
+
+
 def threads() -> int:
     """How many threads this process has, the sanitizer's own among them."""
     return len(os.listdir("/proc/self/task"))
@@ -138,7 +160,7 @@ class Kernels:
         import every_kernel
         from cuda_on_cpu.build import build_kernels
 
-        self.cases = list(every_kernel.CASES)
+        self.cases = [*every_kernel.CASES, SPOILED]
         self._every_kernel = every_kernel
         every_kernel.load_shim()
         self._shim = ctypes.CDLL(str(build_kernels()))
@@ -153,6 +175,8 @@ class Kernels:
         try:
             if case == MISUSE:
                 misuse()
+            elif case == SPOILED:
+                spoil()
             else:
                 self._every_kernel.run("cpu", "cuda", [case])
         except Exception:
@@ -307,6 +331,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("what", choices=("check", "mutants"))
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "races" / "logs")
     parser.add_argument("--sample", action="store_true", help="one place of a kind in a file")
+    parser.add_argument("--place", default="", help="only those whose names begin like this")
     parser.add_argument("--case", action="append", default=[])
     options = parser.parse_args(arguments)
     output = options.output
@@ -315,7 +340,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.what == "check":
         return 1 if check(forks, options.case or forks.kernels.cases, output) else 0
     places = sample_of(kernel_places()) if options.sample else kernel_places()
-    return 1 if mutants(forks, places, output) else 0
+    wanted = [place for place in places if place.name.startswith(options.place)]
+    return 1 if mutants(forks, wanted, output) else 0
 
 
 if __name__ == "__main__":

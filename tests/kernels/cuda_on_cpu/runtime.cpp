@@ -29,7 +29,7 @@ namespace {
 constexpr size_t kScribbledBytes = 4096;
 
 struct Fiber {
-  Fiber() { stack.thread = new_thread(); }
+  explicit Fiber(bool watched) { stack.thread = watched ? new_thread() : nullptr; }
   ~Fiber() { end_thread(stack.thread); }
 
   std::unique_ptr<char[]> memory{new char[kStackBytes]};
@@ -92,11 +92,16 @@ struct Crew {
   // The size that a kernel asked for and no more, so that a sanitizer sees what lies beyond.
   std::unique_ptr<char[]> shared_memory;
   Meetings meetings;
+
+  bool watched() const;
 };
 
 // They live on when the process ends: a thread waits there.
 Crew* const crews = new Crew[kCrews];
 Crew* crew = crews;
+
+bool Crew::watched() const { return this != crews + kUnwatched; }
+
 char launch_begins;
 std::vector<Warp> warps;
 size_t running = 0;
@@ -149,9 +154,9 @@ void fiber_main() {
   arrive(crew->fibers[running]->stack, scheduler_stack);
   for (;;) {
     if (scribbles) scribble();
-    crew->meetings.enter(launch_begins);
+    if (crew->watched()) crew->meetings.enter(launch_begins);
     (*kernel)();
-    crew->meetings.leave();
+    if (crew->watched()) crew->meetings.leave();
     crew->fibers[running]->done = true;
     yield();
   }
@@ -182,9 +187,9 @@ void prepare_block() {
     std::memset(variable.address, poison, variable.bytes);
   }
   auto& fibers = crew->fibers;
-  while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>());
+  while (fibers.size() < threads) fibers.push_back(std::make_unique<Fiber>(crew->watched()));
   crew->meetings.begin_block();
-  scheduler_stack.thread = this_thread();
+  scheduler_stack.thread = crew->watched() ? this_thread() : nullptr;
   warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp{});
   for (unsigned i = 0; i < threads; ++i) {
     fibers[i]->done = false;
@@ -219,7 +224,7 @@ void run_block() {
 
 void barrier() {
   const unsigned round = barrier_round;
-  crew->meetings.come(round);
+  if (crew->watched()) crew->meetings.come(round);
   if (++barrier_arrived < threads) {
     wait_for(barrier_round, round);
   } else {
@@ -227,7 +232,7 @@ void barrier() {
     ++barrier_round;
     pause();
   }
-  crew->meetings.go(round);
+  if (crew->watched()) crew->meetings.go(round);
 }
 
 const uint64_t* exchange(unsigned mask, uint64_t value) {
@@ -272,7 +277,7 @@ bool run(const void* function, dim3 grid, dim3 block, size_t bytes,
   release(launch_begins);
   for (const size_t i : blocks) {
     blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
-    crew = &crews[crew_of(i)];
+    crew = &crews[crew_of(i, blocks.size())];
     crew->worker.run(run_block);
     if (error.empty()) continue;
     // Fibers that stopped half-way cannot serve another block.

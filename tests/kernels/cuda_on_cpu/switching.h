@@ -45,7 +45,10 @@ inline void arrive(const Stack& stack, Stack& last) {
 }
 #elif defined(MMFUSE_RACES)
 inline void leave(Stack&, const Stack& next) {
-  __tsan_switch_to_fiber(next.thread, __tsan_switch_to_fiber_no_sync);
+  // Without one of its own, it is the same thread to the sanitizer.
+  if (next.thread != nullptr) {
+    __tsan_switch_to_fiber(next.thread, __tsan_switch_to_fiber_no_sync);
+  }
 }
 inline void arrive(const Stack&, Stack&) {}
 #else

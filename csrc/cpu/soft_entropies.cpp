@@ -5,12 +5,20 @@
 #include "glue/chunks.h"
 #include "glue/coefficients.h"
 #include "glue/soft_pairs.h"
-#include "soft_masked.h"
 
 #define MMFUSE_KERNEL "cpu/soft_entropies_kernel.h"
 #include "cpu/simd/foreach_simd.h"
 
 namespace mmfuse::cpu {
+
+// In soft_histogram.cpp; `present` is [P, N], null where all count.
+Tensor masked_soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
+                             const Tensor& y_range, int64_t bins, const bool* present);
+
+// Gradients of x, y and both ranges; 0 where a sample does not count.
+std::tuple<Tensor, Tensor, Tensor, Tensor> masked_soft_histogram_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& y, const Tensor& x_range,
+    const Tensor& y_range, int64_t bins, const bool* present);
 
 namespace {
 

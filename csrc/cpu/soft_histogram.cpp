@@ -4,7 +4,6 @@
 
 #include "glue/chunks.h"
 #include "glue/coefficients.h"
-#include "soft_masked.h"
 
 #define MMFUSE_KERNEL "cpu/soft_histogram_kernel.h"
 #include "cpu/simd/foreach_simd.h"

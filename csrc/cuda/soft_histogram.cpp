@@ -1,7 +1,6 @@
 #include "soft_histogram.h"
 
 #include "glue/cuda_tensors.h"
-#include "soft_masked.h"
 
 namespace mmfuse::cuda {
 namespace {

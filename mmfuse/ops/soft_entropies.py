@@ -79,7 +79,7 @@ def soft_entropies(
     """
     # The gradients of x and of its range are added, which half precision has no room for.
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    arguments = x.to(wide).contiguous(), y.to(wide).contiguous(), bins
     mask = () if present is None else (present.contiguous(),)
-    entropies: Tensor = _op(backend, x.device, *arguments, *mask)[0]
+    pairs = x.to(wide).contiguous(), y.to(wide).contiguous()
+    entropies: Tensor = _op(backend, x.device, *pairs, bins, *mask)[0]
     return entropies

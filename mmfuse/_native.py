@@ -154,10 +154,11 @@ def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
 
 _load()
 _module, _why_no_module = _load_module()
-#: Reads the gradients of a list of parameters, and makes a table of them; see csrc/python. None
-#: where `mmfuse._C` was not built, or PyTorch cannot be read that way.
-read_gradients: Callable[[list[torch.Tensor]], Any] | None = None
+#: Reads the gradients of a list of parameters, and makes a table of them, with the parameters and
+#: their anchors if those are given; see csrc/python. None where `mmfuse._C` was not built, or
+#: PyTorch cannot be read that way.
+read_gradients: Callable[..., Any] | None = None
 #: The same of a list of gradients: whether one is float64, and the table.
 read_list: Callable[[list[torch.Tensor]], Any] | None = None
-if _module is not None and _module.find_tensors(torch.Tensor):
+if _module is not None and _module.find_tensors(torch.Tensor, torch.nn.Parameter):
     read_gradients, read_list = _module.read_gradients, _module.read_list

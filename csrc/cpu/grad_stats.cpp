@@ -87,17 +87,21 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   return statistics(tensors, displaced, result_type(grads));
 }
 
-// The same of gradients that are contiguous and not empty, without a second list; `like` says on
-// which device.
-std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor&) {
-  const Rows rows(table);
+// The same of a table, with its parameters and anchors if it is to be of displacements.
+std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor&, bool displaced) {
+  const Rows rows(table, displaced);
   std::vector<StatsSlice> tensors(rows.size());
   for (size_t t = 0; t < rows.size(); ++t) {
     tensors[t].grad_dtype = rows[t].type();
     tensors[t].grad = rows[t].pointer();
     tensors[t].size = rows[t].numel;
+    if (!displaced) continue;
+    tensors[t].param_dtype = rows[t].param_type();
+    tensors[t].param = rows[t].param_pointer();
+    tensors[t].anchor_dtype = rows[t].anchor_type();
+    tensors[t].anchor = rows[t].anchor_pointer();
   }
-  return statistics(tensors, false, rows.wide() ? ScalarType::Double : ScalarType::Float);
+  return statistics(tensors, displaced, rows.wide() ? ScalarType::Double : ScalarType::Float);
 }
 
 }  // namespace mmfuse::cpu

@@ -76,13 +76,13 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
   update(std::move(tensors), finite, sq_norm);
 }
 
-// The same of gradients that are contiguous and not empty, without a second list.
+// The same of a table, with its parameters and anchors if there is a pull.
 void update_grads_table_(const Tensor& table, const Tensor& scale,
-                         const std::optional<Tensor>& noise_std,
+                         const std::optional<Tensor>& pull, const std::optional<Tensor>& noise_std,
                          const std::optional<Tensor>& noise_state,
                          const std::optional<Tensor>& finite,
                          const std::optional<Tensor>& sq_norm) {
-  const Rows rows(table);
+  const Rows rows(table, pull.has_value());
   const size_t count = rows.size();
   std::vector<UpdateSlice> tensors(count);
   const Coefficients scales(scale, count, "scale");
@@ -93,13 +93,29 @@ void update_grads_table_(const Tensor& table, const Tensor& scale,
     slice.size = rows[t].numel;
     slice.scale = scales[t];
   }
+  if (pull) {
+    const Coefficients pulls(*pull, count, "pull");
+    for (size_t t = 0; t < count; ++t) {
+      UpdateSlice& slice = tensors[t];
+      slice.pull = pulls[t];
+      slice.param_dtype = rows[t].param_type();
+      slice.param = rows[t].param_pointer();
+      slice.anchor_dtype = rows[t].anchor_type();
+      slice.anchor = rows[t].anchor_pointer();
+    }
+  }
   if (noise_std) {
     STD_TORCH_CHECK(noise_state, "mmfuse: noise_std needs noise_state");
     const Coefficients stds(*noise_std, count, "noise_std");
     const int64_t* state = noise_state_of(*noise_state);
     for (size_t t = 0; t < count; ++t) {
-      tensors[t].noise_std = stds[t];
-      tensors[t].noise_key = noise_key(state, rows[t].id);
+      UpdateSlice& slice = tensors[t];
+      slice.noise_std = stds[t];
+      slice.noise_key = noise_key(state, rows[t].id);
+      if (rows[t].order().transposed()) {
+        slice.channels = rows[t].channels;
+        slice.spatial = rows[t].spatial;
+      }
     }
   }
   update(std::move(tensors), finite, sq_norm);

@@ -30,14 +30,15 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   return launch(call, grads[0], result_type(grads));
 }
 
-// The same of gradients that are contiguous and not empty, without a second list; `like` says on
-// which device.
-std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor& like) {
-  const Rows rows(table);
+// The same of a table, with its parameters and anchors if it is to be of displacements; `like` says
+// on which device.
+std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor& like,
+                                            bool displaced) {
+  const Rows rows(table, displaced);
   STD_TORCH_CHECK(rows.size() > 0, "mmfuse: grad_stats needs at least one gradient");
   GradStatsParams call;
-  call.tensors = grad_tensors(rows);
-  call.has_params = false;
+  call.tensors = grad_tensors(rows, displaced);
+  call.has_params = displaced;
   return launch(call, like, rows.wide() ? ScalarType::Double : ScalarType::Float);
 }
 

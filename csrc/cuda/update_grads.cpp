@@ -48,15 +48,16 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
   launch(call, scale, finite, sq_norm);
 }
 
-// The same of gradients that are contiguous and not empty, without a second list.
+// The same of a table, with its parameters and anchors if there is a pull.
 void update_grads_table_(const Tensor& table, const Tensor& scale,
-                         const std::optional<Tensor>& noise_std,
+                         const std::optional<Tensor>& pull, const std::optional<Tensor>& noise_std,
                          const std::optional<Tensor>& noise_state,
                          const std::optional<Tensor>& finite,
                          const std::optional<Tensor>& sq_norm) {
   UpdateGradsParams call;
-  call.tensors = grad_tensors(Rows(table));
+  call.tensors = grad_tensors(Rows(table, pull.has_value()), pull.has_value());
   call.common.scale = coefficients_of(scale, call.tensors.size(), "scale");
+  if (pull) call.common.pull = coefficients_of(*pull, call.tensors.size(), "pull");
   if (noise_std) {
     call.common.noise_std = coefficients_of(*noise_std, call.tensors.size(), "noise_std");
     call.common.noise_state = noise_state_of(noise_state);

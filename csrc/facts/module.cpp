@@ -29,10 +29,12 @@ py::dict build_info() {
 
 mmfuse::python::Reader reader;
 
-bool find_tensors(const py::object& tensor_type) { return reader.find(tensor_type.ptr()); }
+bool find_tensors(const py::object& tensor_type, const py::object& parameter_type) {
+  return reader.find(tensor_type.ptr(), parameter_type.ptr());
+}
 
-py::object read_gradients(const py::object& parameters) {
-  PyObject* found = mmfuse::python::read_gradients(reader, parameters.ptr());
+py::object read_gradients(const py::object& parameters, const py::object& anchors) {
+  PyObject* found = mmfuse::python::read_gradients(reader, parameters.ptr(), anchors.ptr());
   if (found == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(found);
 }
@@ -49,7 +51,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "How mmfuse was built, and what it reads of Python's objects quickly.";
   m.def("build_info", &build_info, "Compiler and flags of this build.");
   m.def("find_tensors", &find_tensors, "Looks up how tensors are read; whether they can be.");
-  m.def("read_gradients", &read_gradients, "Gradients of parameters and a table of them, or None.");
+  m.def("read_gradients", &read_gradients, py::arg("parameters"), py::arg("anchors") = py::none(),
+        "Gradients of parameters and a table of them, or None.");
   m.def("read_list", &read_list,
         "Whether a list of gradients has a float64 one, and a table, or None.");
 }

@@ -86,7 +86,7 @@ inline std::vector<GradTensor> grad_tensors(const TensorList& grads, const Tenso
   return tensors;
 }
 
-inline std::vector<GradTensor> grad_tensors(const Rows& rows) {
+inline std::vector<GradTensor> grad_tensors(const Rows& rows, bool paired) {
   std::vector<GradTensor> tensors(rows.size());
   for (size_t t = 0; t < rows.size(); ++t) {
     GradTensor& tensor = tensors[t];
@@ -95,6 +95,13 @@ inline std::vector<GradTensor> grad_tensors(const Rows& rows) {
     tensor.noise_id = static_cast<uint32_t>(rows[t].id);
     tensor.slot = static_cast<int32_t>(t);
     tensor.grad_dtype = rows[t].type();
+    tensor.channels = static_cast<int32_t>(rows[t].channels);
+    tensor.spatial = static_cast<int32_t>(rows[t].spatial);
+    if (!paired) continue;
+    tensor.param = rows[t].param_pointer();
+    tensor.param_dtype = rows[t].param_type();
+    tensor.anchor = rows[t].anchor_pointer();
+    tensor.anchor_dtype = rows[t].anchor_type();
   }
   return tensors;
 }

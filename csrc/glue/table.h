@@ -6,30 +6,42 @@
 namespace mmfuse {
 
 // Filled by csrc/python/gradients.h with what it has just read and the caller holds on to:
-// contiguous, on one device, not empty.
+// contiguous or in channels_last, on one device, not empty; parameter and anchor as their gradient.
 struct GradRow {
   int64_t data;
   int64_t numel;
-  int64_t dtype;
-  int64_t id;  // in the noise stream
+  int64_t dtypes;  // a byte each: of the gradient, the parameter, the anchor
+  int64_t id;      // in the noise stream
+  int64_t channels, spatial;
+  int64_t param, anchor;  // 0 without them
 
   void* pointer() const { return reinterpret_cast<void*>(data); }
-  DType type() const { return static_cast<DType>(dtype); }
+  const void* param_pointer() const { return reinterpret_cast<const void*>(param); }
+  const void* anchor_pointer() const { return reinterpret_cast<const void*>(anchor); }
+  DType type() const { return static_cast<DType>(dtypes & 0xff); }
+  DType param_type() const { return static_cast<DType>(dtypes >> 8 & 0xff); }
+  DType anchor_type() const { return static_cast<DType>(dtypes >> 16 & 0xff); }
+  RowOrder order() const { return {channels, spatial}; }
 };
 
 constexpr int64_t kRowNumbers = sizeof(GradRow) / sizeof(int64_t);
 
 class Rows {
  public:
-  explicit Rows(const Tensor& table) {
+  // `paired`: the call needs parameters and anchors.
+  explicit Rows(const Tensor& table, bool paired = false) {
     STD_TORCH_CHECK(table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
                         table.device().is_cpu() && table.dim() == 2 && table.size(1) == kRowNumbers,
                     "mmfuse: a table of gradients is int64 [T, ", kRowNumbers, "] on the CPU");
     count_ = static_cast<size_t>(table.size(0));
     rows_ = static_cast<const GradRow*>(table.const_data_ptr());
     for (const GradRow& row : *this) {
-      STD_TORCH_CHECK(row.data != 0 && row.numel > 0 && row.dtype >= 0 && row.dtype <= 3,
+      const bool known = (row.dtypes & ~int64_t{0x030303}) == 0;
+      const bool ordered = row.channels > 0 && row.spatial > 0;
+      STD_TORCH_CHECK(row.data != 0 && row.numel > 0 && known && ordered,
                       "mmfuse: this is no table of gradients");
+      STD_TORCH_CHECK(!paired || (row.param != 0 && row.anchor != 0),
+                      "mmfuse: this table has no parameters and anchors");
     }
   }
 

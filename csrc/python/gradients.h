@@ -4,6 +4,7 @@
 
 #include <Python.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -43,8 +44,11 @@ struct DLExchange {
 
 constexpr int32_t kCPU = 1, kCUDA = 2;
 constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4;
-// A row of a table, as `glue/table.h` reads it: data, number of elements, dtype, stream id.
-constexpr int64_t kRow = 4;
+// A row of a table, as `glue/table.h` reads it: data, number of elements, dtypes, stream id,
+// channels and spatial size of a row order, and the data of parameter and anchor, 0 without them.
+constexpr int64_t kRow = 8;
+// As `glue/tensors.h` has it.
+constexpr int64_t kLongestRow = int64_t{1} << 20;
 
 // A reference that ends with its scope.
 class Object {
@@ -80,6 +84,28 @@ inline int64_t numel_of(const DLTensor& tensor) {
   return count;
 }
 
+// Whether the tensor is in channels_last, with rows that the kernels can have; as `row_order` of
+// `glue/tensors.h` has it.
+inline bool is_channels_last(const DLTensor& tensor) {
+  if ((tensor.ndim != 4 && tensor.ndim != 5) || tensor.strides == nullptr) return false;
+  int64_t expected = 1;
+  for (int32_t i = 0; i < tensor.ndim; ++i) {
+    const int32_t d = i == 0 ? 1 : i == tensor.ndim - 1 ? 0 : tensor.ndim - i;
+    if (tensor.shape[d] != 1 && tensor.strides[d] != expected) return false;
+    expected *= tensor.shape[d];
+  }
+  return numel_of(tensor) <= kLongestRow * tensor.shape[0];
+}
+
+inline bool is_of_shape(const DLTensor& tensor, const DLTensor& other) {
+  return tensor.ndim == other.ndim &&
+         std::equal(tensor.shape, tensor.shape + tensor.ndim, other.shape);
+}
+
+inline int64_t data_of(const DLTensor& tensor) {
+  return reinterpret_cast<int64_t>(static_cast<char*>(tensor.data) + tensor.byte_offset);
+}
+
 inline bool dtype_of(const DLTensor& tensor, DType* out) {
   if (tensor.lanes != 1) return false;
   if (tensor.code == kBFloat && tensor.bits == 16) return *out = DType::kBFloat16, true;
@@ -92,19 +118,21 @@ inline bool dtype_of(const DLTensor& tensor, DType* out) {
 
 // Looked up once: PyTorch's type of tensors and how they are read.
 struct Reader {
-  PyTypeObject* tensor = nullptr;
+  PyTypeObject *tensor = nullptr, *parameter = nullptr;
   const DLExchange* exchange = nullptr;
   PyObject *grad, *requires_grad, *numel, *is_neg;
 
   // False where this PyTorch has no such interface, or one of another major version.
-  bool find(PyObject* tensor_type) {
+  bool find(PyObject* tensor_type, PyObject* parameter_type) {
     const Object capsule(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
     void* found = capsule ? PyCapsule_GetPointer(capsule.get(), "dlpack_exchange_api") : nullptr;
     if (found == nullptr) return PyErr_Clear(), false;
     exchange = static_cast<const DLExchange*>(found);
     if (exchange->major != 1 || exchange->read == nullptr) return false;
     Py_INCREF(tensor_type);
+    Py_INCREF(parameter_type);
     tensor = reinterpret_cast<PyTypeObject*>(tensor_type);
+    parameter = reinterpret_cast<PyTypeObject*>(parameter_type);
     grad = PyUnicode_InternFromString("grad");
     requires_grad = PyUnicode_InternFromString("requires_grad");
     numel = PyUnicode_InternFromString("numel");
@@ -129,30 +157,63 @@ inline long ask(PyObject* object, PyObject* method) {
   return answer ? PyLong_AsLong(answer.get()) : -1;
 }
 
-// Reads one gradient into a row of the table. Whatever a kernel could not take as it is, is other.
-inline Found read_gradient(const Reader& reader, PyObject* grad, DLTensor* first, int64_t* row) {
-  if (Py_TYPE(grad) != reader.tensor) return Found::kOther;
-  DLTensor one;
-  if (reader.exchange->read(grad, &one) != 0) return PyErr_Clear(), Found::kOther;
-  DType dtype;
-  const int64_t count = numel_of(one);
-  if (one.device_type != kCPU && one.device_type != kCUDA) return Found::kOther;
-  if (!dtype_of(one, &dtype) || count == 0 || one.data == nullptr) return Found::kOther;
-  if (!is_contiguous(one)) return Found::kOther;
-  if (first->data == nullptr) *first = one;
-  if (one.device_type != first->device_type || one.device_id != first->device_id) {
-    return Found::kOther;
-  }
+// Looks at one tensor: its order in memory, which is contiguous if `channels` is 1, and its dtype.
+// Whatever a kernel could not take as it is, is other.
+inline Found look_at(const Reader& reader, PyObject* tensor, DLTensor* out, DType* dtype,
+                     bool* last) {
+  if (reader.exchange->read(tensor, out) != 0) return PyErr_Clear(), Found::kOther;
+  if (out->device_type != kCPU && out->device_type != kCUDA) return Found::kOther;
+  const int64_t count = numel_of(*out);
+  if (!dtype_of(*out, dtype) || count == 0 || out->data == nullptr) return Found::kOther;
+  *last = !is_contiguous(*out);
+  if (*last && !is_channels_last(*out)) return Found::kOther;
   // The negative view that an imaginary part is has gaps, unless it is of one element.
   if (count == 1) {
-    const long negated = ask(grad, reader.is_neg);
+    const long negated = ask(tensor, reader.is_neg);
     if (negated != 0) return negated < 0 ? Found::kError : Found::kOther;
   }
-  char* data = static_cast<char*>(one.data) + one.byte_offset;
-  if (one.device_type == kCPU) prefetch_head(data);
-  row[0] = reinterpret_cast<int64_t>(data);
-  row[1] = count;
+  return Found::kPlain;
+}
+
+inline bool is_on_device_of(const DLTensor& tensor, const DLTensor& other) {
+  return tensor.device_type == other.device_type && tensor.device_id == other.device_id;
+}
+
+// Reads one gradient into a row of the table.
+inline Found read_gradient(const Reader& reader, PyObject* grad, DLTensor* one, DLTensor* first,
+                           int64_t* row) {
+  if (Py_TYPE(grad) != reader.tensor) return Found::kOther;
+  DType dtype;
+  bool last;
+  const Found found = look_at(reader, grad, one, &dtype, &last);
+  if (found != Found::kPlain) return found;
+  if (first->data == nullptr) *first = *one;
+  if (!is_on_device_of(*one, *first)) return Found::kOther;
+  row[0] = data_of(*one);
+  if (one->device_type == kCPU) prefetch_head(reinterpret_cast<const char*>(row[0]));
+  row[1] = numel_of(*one);
   row[2] = static_cast<int64_t>(dtype);
+  row[4] = last ? one->shape[1] : 1;
+  row[5] = last ? row[1] / one->shape[0] / one->shape[1] : 1;
+  row[6] = row[7] = 0;
+  return Found::kPlain;
+}
+
+// Adds a parameter (k = 0) or its anchor (k = 1) to the row of its gradient, if both lie alike.
+inline Found read_beside(const Reader& reader, PyObject* tensor, const DLTensor& grad, int k,
+                         int64_t* row) {
+  const PyTypeObject* type = Py_TYPE(tensor);
+  if (type != reader.tensor && type != reader.parameter) return Found::kOther;
+  DLTensor one;
+  DType dtype;
+  bool last;
+  const Found found = look_at(reader, tensor, &one, &dtype, &last);
+  if (found != Found::kPlain) return found;
+  if (!is_on_device_of(one, grad) || !is_of_shape(one, grad) || last != !is_contiguous(grad)) {
+    return Found::kOther;
+  }
+  row[2] |= static_cast<int64_t>(dtype) << (8 * (k + 1));
+  row[6 + k] = data_of(one);
   return Found::kPlain;
 }
 
@@ -187,18 +248,21 @@ inline bool append_number(PyObject* list, Py_ssize_t number) {
 }
 
 // (gradients, their places or None for all, places of those that wait for one, whether one is
-// float64, table); None where a gradient is not contiguous, dense, floating, not empty and on the
-// device of the others, or is no plain tensor. Null and an error, where Python has raised one.
-inline PyObject* read_gradients(const Reader& reader, PyObject* parameters) {
+// float64, table, whether the table has parameters and anchors too); None where a gradient is not
+// contiguous or in channels_last, dense, floating, not empty and on the device of the others, or is
+// no plain tensor. `anchors` is a list of one for each parameter, or None. Null and an error, where
+// Python has raised one.
+inline PyObject* read_gradients(const Reader& reader, PyObject* parameters, PyObject* anchors) {
   const auto other = [] { return Py_NewRef(Py_None); };
   if (reader.exchange == nullptr || !PyList_CheckExact(parameters)) return other();
   const Py_ssize_t count = PyList_GET_SIZE(parameters);
+  bool paired = PyList_CheckExact(anchors) && PyList_GET_SIZE(anchors) == count;
   auto table = std::make_unique<Table>();
   table->numbers.resize(count * kRow);
   int64_t* row = table->numbers.data();
   Object grads(PyList_New(0)), places(PyList_New(0)), waiting(PyList_New(0));
   if (!grads || !places || !waiting) return nullptr;
-  DLTensor first{};
+  DLTensor one, first{};
   bool wide = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* parameter = PyList_GET_ITEM(parameters, i);
@@ -212,10 +276,16 @@ inline PyObject* read_gradients(const Reader& reader, PyObject* parameters) {
       if (elements < 0 || (elements > 0 && !append_number(waiting.get(), i))) return nullptr;
       continue;
     }
-    const Found found = read_gradient(reader, grad.get(), &first, row);
+    const Found found = read_gradient(reader, grad.get(), &one, &first, row);
     if (found != Found::kPlain) return found == Found::kOther ? other() : nullptr;
     row[3] = i;
     wide = wide || row[2] == static_cast<int64_t>(DType::kFloat64);
+    for (int k = 0; paired && k < 2; ++k) {
+      PyObject* beside = k == 0 ? parameter : PyList_GET_ITEM(anchors, i);
+      const Found second = read_beside(reader, beside, one, k, row);
+      if (second == Found::kError) return nullptr;
+      paired = second == Found::kPlain;
+    }
     row += kRow;
     if (PyList_Append(grads.get(), grad.get()) != 0) return nullptr;
   }
@@ -229,7 +299,8 @@ inline PyObject* read_gradients(const Reader& reader, PyObject* parameters) {
   const Object rows(to_python(reader, std::move(table)));
   if (!rows) return nullptr;
   PyObject* is_wide = wide ? Py_True : Py_False;
-  return PyTuple_Pack(5, grads.get(), ids, waiting.get(), is_wide, rows.get());
+  PyObject* is_paired = paired ? Py_True : Py_False;
+  return PyTuple_Pack(6, grads.get(), ids, waiting.get(), is_wide, rows.get(), is_paired);
 }
 
 // (whether one is float64, table) of a list of gradients; None where `read_gradients` has none.
@@ -240,11 +311,11 @@ inline PyObject* read_list(const Reader& reader, PyObject* grads) {
   if (count == 0) return other();
   auto table = std::make_unique<Table>();
   table->numbers.resize(count * kRow);
-  DLTensor first{};
+  DLTensor one, first{};
   bool wide = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     int64_t* row = &table->numbers[i * kRow];
-    const Found found = read_gradient(reader, PyList_GET_ITEM(grads, i), &first, row);
+    const Found found = read_gradient(reader, PyList_GET_ITEM(grads, i), &one, &first, row);
     if (found != Found::kPlain) return found == Found::kOther ? other() : nullptr;
     row[3] = i;
     wide = wide || row[2] == static_cast<int64_t>(DType::kFloat64);

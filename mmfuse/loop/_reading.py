@@ -2,9 +2,10 @@
 
 A step reads every gradient anew, for nothing of one can be known from the step before: another
 tensor may be in its place, of another dtype or layout, also at the same address. The one call gives
-what is here and a table, int64 [T, 4] on the CPU, of each gradient's address, number of elements,
-dtype and place; or None where a gradient has to be looked at more closely: it is not dense,
-contiguous, floating, on the device of the others and not empty, or no plain tensor.
+what is here and a table, int64 [T, 8] on the CPU, of each gradient's address, number of elements,
+dtype, place and order, and the addresses and dtypes of its parameter and anchor; or None where a
+gradient has to be looked at more closely: it is not contiguous or in channels_last, floating, on
+the device of the others and not empty, or no plain tensor.
 """
 
 from __future__ import annotations

@@ -108,7 +108,10 @@ class Anchors:
         """`grad_stats` of the active gradients, with their parameters' displacements."""
         plain = self._plain(active)
         if plain is not None and active.device is not None:
-            return stats_of_checked(backend, active.device, active.grads, active.params, plain)
+            table = active.table if active.paired else None
+            return stats_of_checked(
+                backend, active.device, active.grads, active.params, plain, table
+            )
         parts = [
             grad_stats(active.grads[part], active.params[part], anchors, backend=backend)
             for part, anchors in self.parts(active)
@@ -145,6 +148,7 @@ class Anchors:
                 params=active.params,
                 anchors=plain,
                 pull=pull.to(active.device, active.dtype).contiguous(),
+                table=active.table if active.paired else None,
             )
             return
         for part, anchors in self.parts(active):
@@ -170,7 +174,11 @@ class Anchors:
         device = active.device
         if device is None:
             return None
-        anchors = [self.tensors[i] for i in active.ids]
+        anchors = self.tensors
+        if len(active.ids) != len(anchors):
+            anchors = [anchors[i] for i in active.ids]
+        if active.paired:  # it has been looked at
+            return anchors
         for tensors in (anchors, active.params):
             for tensor, grad in zip(tensors, active.grads, strict=True):
                 if tensor.device != device or tensor.dtype not in FLOATING:

@@ -45,6 +45,8 @@ class Active(NamedTuple):
     dtype: torch.dtype = torch.float32
     #: The gradients as the compiled kernels can read them, if they have been read so.
     table: Tensor | None = None
+    #: Whether the table has the parameters and their anchors too; each pair is alike then.
+    paired: bool = False
 
     def stats(self, backend: str | None) -> GradStats:
         """Statistics of the gradients, of whole tensors."""
@@ -223,12 +225,18 @@ class Modalities:
                     )
         self.registrations = now
 
-    def active(self, missing: Collection[str] = (), eager: bool = False) -> Active:
+    def active(
+        self,
+        missing: Collection[str] = (),
+        eager: bool = False,
+        anchors: list[Tensor] | None = None,
+    ) -> Active:
         """The parameters that require and have a non-empty gradient now.
 
         Args:
             missing: Modalities whose encoders need not have any, since no sample has them.
             eager: Nothing is compiled, so that compiled code may look at the parameters.
+            anchors: One for each parameter, to be read with it.
 
         Raises:
             RuntimeError: no parameter of an encoder has a gradient though some require one, or
@@ -240,9 +248,10 @@ class Modalities:
         grads: list[Tensor]
         read, found = _native.read_gradients, None
         if eager and read is not None and not self._sharded:
-            found = read(self.parameters)
+            found = read(self.parameters, anchors)
+        paired = False
         if found is not None:
-            grads, ids, waiting, wide, table = found
+            grads, ids, waiting, wide, table, paired = found
             ids = self._everything if ids is None else ids
             device = grads[0].device if grads else None
             dtype = torch.float64 if wide else torch.float32
@@ -271,9 +280,10 @@ class Modalities:
         if not plain and grads:
             check_writable(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
         if plain and len(ids) == len(self.parameters):
-            return Active(self.parameters, grads, ids, self._owner, [], device, dtype, table)
+            owner = self._owner
+            return Active(self.parameters, grads, ids, owner, [], device, dtype, table, paired)
         params = [self.parameters[i] for i in ids]
-        return self._parts(params, grads, ids, device if plain else None, dtype, table)
+        return self._parts(params, grads, ids, device if plain else None, dtype, table, paired)
 
     def _check_reached(
         self, ids: Sequence[int], waiting: Sequence[int], missing: Collection[str]
@@ -306,10 +316,11 @@ class Modalities:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         table: Tensor | None = None,
+        paired: bool = False,
     ) -> Active:
         modality = tuple([self.modality[i] for i in ids])
         if not self._sharded:
-            return Active(params, grads, ids, modality, [], device, dtype, table)
+            return Active(params, grads, ids, modality, [], device, dtype, table, paired)
         shards = [self._place(i) for i in ids]
         return Active(
             [local_part(p) for p in params], [local_part(g) for g in grads], ids, modality, shards

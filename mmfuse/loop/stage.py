@@ -49,9 +49,11 @@ def take_step(
         if type(backend) is Eager and modalities.registrations != _surgery.registrations:
             modalities.check_unchanged()
         if method.apply_to == "gradient":
-            active = modalities.active(method._senses.missing, type(backend) is Eager)
-            if method.anchors is not None:
-                method.anchors.check(active, modalities.parameter_names)
+            anchors, eager = method.anchors, type(backend) is Eager
+            copies = None if anchors is None else anchors.tensors
+            active = modalities.active(method._senses.missing, eager, copies)
+            if anchors is not None and not active.paired:
+                anchors.check(active, modalities.parameter_names)
     except Exception as error:
         if unimodal is not None or not method._senses.keeps(error, method.stream):
             raise

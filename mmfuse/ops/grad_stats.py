@@ -77,7 +77,7 @@ _op = Op(
     "grad_stats",
     "(Tensor[] grads, Tensor[] params, Tensor[] anchors) -> (Tensor, Tensor)",
     _fake,
-    table="(Tensor table, Tensor like) -> (Tensor, Tensor)",
+    table="(Tensor table, Tensor like, bool displaced) -> (Tensor, Tensor)",
 )
 
 
@@ -142,14 +142,15 @@ def stats_of_checked(
     """`grad_stats` of tensors of floating dtypes on one device, at least one.
 
     They are contiguous or in channels_last, params and anchors as their gradients are. `table` is
-    what `mmfuse._native.read_gradients` has made of `grads`.
+    what `mmfuse._native.read_gradients` has made of `grads`, and of params and anchors, which are
+    then both given or neither.
     """
     kernel = None
-    if table is not None and not params and type(backend) is Eager:
+    if table is not None and type(backend) is Eager:
         kernel = _op.of_table(backend, device)
     if kernel is not None:
         with torch._C._AutoDispatchBelowAutograd():
-            numel, moments = kernel(table, grads[0])
+            numel, moments = kernel(table, grads[0], bool(params))
     else:
         numel, moments = _op(backend, device, grads, params, anchors)
     return GradStats(numel, *moments.unbind(0))

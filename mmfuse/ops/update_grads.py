@@ -35,7 +35,7 @@ _op = Op(
     "Tensor(b!)? finite, Tensor(c!)? sq_norm) -> ()",
     _fake,
     module="update_grads",
-    table="(Tensor table, Tensor scale, Tensor? noise_std, Tensor? noise_state, "
+    table="(Tensor table, Tensor scale, Tensor? pull, Tensor? noise_std, Tensor? noise_state, "
     "Tensor(b!)? finite, Tensor(c!)? sq_norm) -> ()",
 )
 
@@ -235,14 +235,15 @@ def update_checked_(
     They are contiguous or in channels_last, params and anchors as their gradients are; of floating
     dtypes, whole and on one device, at least one. The vectors are contiguous there, float64 if a
     gradient is, else float32. `state` and `ids` are the stream's, where there is noise. `table` is
-    what `mmfuse._native.read_gradients` has made of `grads`.
+    what `mmfuse._native.read_gradients` has made of `grads`, and, where there is a pull, of params
+    and anchors.
     """
     kernel = None
-    if table is not None and pull is None and type(backend) is Eager:
+    if table is not None and type(backend) is Eager:
         kernel = _op.of_table(backend, device)
     if kernel is not None:
         with torch._C._AutoDispatchBelowAutograd():
-            kernel(table, scale, noise_std, state, finite, sq_norm)
+            kernel(table, scale, pull, noise_std, state, finite, sq_norm)
     else:
         offsets = [0] * len(ids)
         _op(

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from cells import Cell
 from torch import Tensor, nn
 
+import mmfuse
+from mmfuse import _native
 from mmfuse.loop import anchors
 from mmfuse.loop.modalities import Active, Modalities
 from mmfuse.ops import GradStats
+from mmfuse.ops._eager import Eager
 
 
 def test_statistics_of_parts_on_several_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,3 +128,185 @@ def test_a_parameter_that_became_strided_is_not_plain() -> None:
     assert kept._plain(active) is not None
     modalities.parameters[1].data = torch.randn(7, 9).t()
     assert kept._plain(active) is None
+
+
+needs_module = pytest.mark.skipif(
+    _native.read_gradients is None, reason="mmfuse._C was not built for this Python"
+)
+DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+CODES = {dtype: code for code, dtype in enumerate(DTYPES)}
+
+
+def parameters() -> list[nn.Parameter]:
+    torch.manual_seed(3)
+    shapes = [(16, 8), (5,), (4, 3, 3, 3), (1,), (), (2, 1)]
+    return [nn.Parameter(torch.randn(shapes[i % 6])) for i in range(12)]
+
+
+def anchored(
+    device: str = "cpu", dtype: torch.dtype | None = None, last: bool = False
+) -> tuple[Modalities, anchors.Anchors]:
+    """Twelve parameters that have moved since their anchors were taken, with gradients."""
+    given = [nn.Parameter(p.detach().to(device)) for p in parameters()]
+    for p in given if last else ():
+        if p.dim() == 4:
+            p.data = p.data.to(memory_format=torch.channels_last)
+    kept = anchors.Anchors(dtype)
+    kept.take(given)
+    generator = torch.Generator().manual_seed(11)
+    for p in given:
+        moved = torch.randn(p.shape, generator=generator).to(device)
+        p.data += moved
+        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+    return Modalities({"audio": given[:6], "visual": given[6:]}), kept
+
+
+def acted(active: Active, kept: anchors.Anchors, backend: str | None) -> list[Tensor]:
+    """Statistics, and what an update makes of the gradients, their squares and `finite`."""
+    found = list(kept.stats(active, backend))
+    before = [g.clone() for g in active.grads]
+    ramp = torch.linspace(0.5, 1.5, len(active.grads), device=active.device)
+    finite = torch.ones((), dtype=torch.bool, device=active.device)
+    squares = torch.empty(len(active.grads), dtype=torch.float64, device=active.device)
+    kept.update_(active, ramp, ramp - 0.75, finite, backend, squares)
+    found += [*(g.clone() for g in active.grads), finite, squares]
+    for grad, old in zip(active.grads, before, strict=True):
+        assert grad.numel() == 1 or not torch.equal(grad, old)
+        grad.copy_(old)
+    return found
+
+
+@needs_module
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+def test_anchors_are_read_with_their_gradients(
+    cell: Cell, last: bool, dtype: torch.dtype | None, some: bool
+) -> None:
+    """Numbers are those of lists, also where a parameter has no gradient."""
+    modalities, kept = anchored(cell.device, dtype, last)
+    if some:
+        modalities.parameters[3].grad = modalities.parameters[8].grad = None
+    quickly = modalities.active(eager=True, anchors=kept.tensors)
+    each = modalities.active()
+    assert quickly.paired and not each.paired
+    for one, other in zip(
+        acted(quickly, kept, Eager(cell.backend)), acted(each, kept, cell.backend), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@needs_module
+def test_the_table_has_parameters_and_anchors() -> None:
+    modalities, kept = anchored(dtype=torch.bfloat16, last=True)
+    active = modalities.active(eager=True, anchors=kept.tensors)
+    assert active.table is not None
+    pairs = zip(active.table.tolist(), modalities.parameters, kept.tensors, strict=True)
+    for row, parameter, anchor in pairs:
+        assert row[6:] == [parameter.data_ptr(), anchor.data_ptr()]
+        assert row[2] == CODES[parameter.dtype] << 8 | CODES[torch.bfloat16] << 16
+        assert row[4:6] == ([1, 1] if parameter.is_contiguous() else [3, 9])
+
+
+def other_shape(p: nn.Parameter, kept: list[Tensor]) -> None:
+    kept[2] = kept[2].flatten(1)
+
+
+def other_order(p: nn.Parameter, kept: list[Tensor]) -> None:
+    kept[2] = kept[2].to(memory_format=torch.channels_last)
+
+
+def moved_parameter(p: nn.Parameter, kept: list[Tensor]) -> None:
+    p.data = p.data.transpose(2, 3)
+
+
+def none_yet(p: nn.Parameter, kept: list[Tensor]) -> None:
+    kept.clear()
+
+
+def frozen_until_now(p: nn.Parameter, kept: list[Tensor]) -> None:
+    kept[2] = torch.empty(0)
+
+
+def elsewhere(p: nn.Parameter, kept: list[Tensor]) -> None:
+    kept[2] = kept[2].to("meta")
+
+
+def integers(p: nn.Parameter, kept: list[Tensor]) -> None:
+    kept[2] = kept[2].int()
+
+
+@needs_module
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_shape,
+        other_order,
+        moved_parameter,
+        none_yet,
+        frozen_until_now,
+        elsewhere,
+        integers,
+    ],
+)
+def test_pairs_that_are_not_alike_are_looked_at(
+    change: Callable[[nn.Parameter, list[Tensor]], None],
+) -> None:
+    """Gradients still come in a table, and it says that it has no pairs."""
+    modalities, kept = anchored()
+    assert modalities.active(eager=True, anchors=kept.tensors).paired
+    change(modalities.parameters[2], kept.tensors)
+    active = modalities.active(eager=True, anchors=kept.tensors)
+    assert active.table is not None and not active.paired
+
+
+@needs_module
+def test_a_table_without_pairs_is_refused(cell: Cell) -> None:
+    if cell.backend not in ("cpu", "cuda"):
+        pytest.skip("it takes lists")
+    modalities, _ = anchored(cell.device)
+    table, grad = modalities.active(eager=True).table, modalities.parameters[0].grad
+    call = getattr(torch.ops.mmfuse.grad_stats_table, cell.backend)
+    assert call(table, grad, False)[1].shape == (2, 12)
+    with pytest.raises(RuntimeError, match="no parameters and anchors"):
+        call(table, grad, True)
+
+
+@needs_module
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["InfoReg", "RedReg"])
+def test_steps_are_those_of_lists(
+    cell: Cell, name: str, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = []
+    for quickly in (True, False):
+        if not quickly:
+            monkeypatch.setattr(_native, "read_gradients", None)
+        modalities, _ = anchored(cell.device, last=last)
+        given = modalities.parameters
+        nets = {"audio": given[:6], "visual": given[6:]}
+        options = {"forward": {n: nn.Identity() for n in nets}, "threshold": -1.0}
+        method = getattr(mmfuse, name)(
+            nets, backend=cell.backend, **(options if name == "RedReg" else {})
+        )
+        method.set_epoch(0)
+        if name == "InfoReg":
+            method._state["window_open"].fill_(True)
+        generator = torch.Generator().manual_seed(5)
+        for _ in range(3):
+            for p in given:
+                p.data += torch.randn(p.shape, generator=generator).to(p)
+                p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
+            given[4].grad = None
+            shown = {n: torch.randn(8, 6, generator=generator).to(cell.device) for n in nets}
+            alike = dict.fromkeys(nets, shown["audio"])  # RedReg pulls where features agree
+            more = {"features": alike, "inputs": shown} if name == "RedReg" else {}
+            before = [p.grad.clone() for p in given if p.grad is not None]
+            method.step(shown, torch.arange(8, device=cell.device) % 6, **more)
+            after = [p.grad for p in given if p.grad is not None]
+            changed = [not torch.equal(a, b) for a, b in zip(after, before, strict=True)]
+            assert any(changed)
+            results.append([*after, *(t.clone() for t in method._state.values())])
+    for one, other in zip(results[:3], results[3:], strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert torch.equal(a, b)

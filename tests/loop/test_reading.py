@@ -37,22 +37,28 @@ def names(given: list[nn.Parameter]) -> list[str]:
 
 
 def quick(given: list[nn.Parameter]) -> tuple | None:
-    """Gradients, places or None for all, places of those that wait, whether wide, table."""
+    """Gradients, places or None for all, places of those that wait, whether wide, table, pairs."""
     assert _native.read_gradients is not None
     return _native.read_gradients(given)
+
+
+def order(tensor: Tensor) -> list[int]:
+    """Channels and spatial size where it is in channels_last, else 1 and 1."""
+    return [1, 1] if tensor.is_contiguous() else [tensor.shape[1], tensor[0, 0].numel()]
 
 
 def assert_as_looked_at(given: list[nn.Parameter]) -> None:
     """What is read at once is what is read one by one, and the table is of these very gradients."""
     found, each = quick(given), read_each(given, names(given))
     assert found is not None
-    grads, ids, waiting, wide, table = found
+    grads, ids, waiting, wide, table, paired = found
+    assert not paired
     assert [id(g) for g in grads] == [id(g) for g in each.grads]
     assert ids == (None if len(each.ids) == len(given) else each.ids)
     assert (waiting, wide) == (each.waiting, each.dtype == torch.float64)
     assert (each.device is None) == (not grads)
     rows = [
-        [g.data_ptr(), g.numel(), CODES[g.dtype], i]
+        [g.data_ptr(), g.numel(), CODES[g.dtype], i, *order(g), 0, 0]
         for i, g in zip(each.ids, each.grads, strict=True)
     ]
     assert table.tolist() == rows
@@ -65,6 +71,17 @@ def test_dtypes_and_shapes(dtype: torch.dtype) -> None:
     for p in given[1:]:
         p.data = p.data.to(dtype)
         p.grad = torch.randn_like(p)
+    assert_as_looked_at(given)
+
+
+@needs_module
+@pytest.mark.parametrize("shape", [(4, 3, 3, 3), (1, 2, 5, 1), (3, 2, 2, 3, 2), (4, 3, 1, 1)])
+def test_channels_last(shape: tuple[int, ...]) -> None:
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    given = parameters()
+    p = nn.Parameter(torch.randn(shape).to(memory_format=last))
+    p.grad = torch.randn(shape).to(memory_format=last)
+    given.insert(2, p)
     assert_as_looked_at(given)
 
 
@@ -101,7 +118,9 @@ OTHERS: dict[str, Callable[[], Tensor]] = {
     "transposed": lambda: torch.randn(8, 16).t(),
     "expanded": lambda: torch.randn(16, 1).expand(16, 8),
     "strided": lambda: torch.randn(16, 16)[:, ::2],
-    "channels last": lambda: torch.randn(4, 3, 3, 3).to(memory_format=torch.channels_last),
+    "permuted": lambda: torch.randn(4, 3, 3, 3).permute(0, 2, 3, 1),
+    "channels first": lambda: torch.randn(3, 4, 3, 2).transpose(0, 1),
+    "long rows": lambda: torch.ones(1, 2, 1024, 1024).to(memory_format=torch.channels_last),
     "sparse": lambda: torch.randn(16, 8).to_sparse(),
     "subclass": lambda: torch.randn(16, 8).as_subclass(Wrapped),
     "parameter": lambda: nn.Parameter(torch.randn(16, 8)),
@@ -192,6 +211,11 @@ def to_layout(i: int, p: nn.Parameter) -> None:
         p.grad = p.grad.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+def to_channels_last(i: int, p: nn.Parameter) -> None:
+    if p.dim() == 4:
+        p.grad = p.grad.to(memory_format=torch.channels_last)
+
+
 def to_size(i: int, p: nn.Parameter) -> None:
     p.grad = None
     p.data = torch.ones(3 + i, device=p.device)
@@ -220,6 +244,7 @@ CHANGES = {
     "nothing": lambda i, p: None,
     "dtype": to_dtype,
     "layout": to_layout,
+    "channels last": to_channels_last,
     "size": to_size,
     "address": at_the_same_address,
     "storage": in_place,
@@ -237,7 +262,9 @@ def test_nothing_of_the_step_before_is_believed(cell: Cell, change: str, noise: 
         method, given = balancing(cell, noise)
         if not quickly:
             active = method.modalities.active
-            method.modalities.active = lambda missing=(), eager=False, a=active: a(missing)
+            method.modalities.active = lambda missing=(), eager=False, kept=None, a=active: a(
+                missing
+            )
         for seed, changed in enumerate(["nothing", change, "nothing"]):
             for p in given:
                 p.requires_grad_(True)

@@ -202,7 +202,7 @@ def _scale_usual(
     wide, table = found
     factors = scale.to(device, torch.float64 if wide else torch.float32).contiguous()
     with torch._C._AutoDispatchBelowAutograd():
-        kernel(table, factors, None, None, finite, None)
+        kernel(table, factors, None, None, None, finite, None)
     torch._C._increment_version(grads if finite is None else [*grads, finite])
     return True
 

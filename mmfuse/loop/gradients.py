@@ -18,7 +18,7 @@ from .epochs import EpochWindow
 from .given import Loss, More, check_criterion
 from .modalities import Modalities
 from .ranks import Group, Observed
-from .results import method_text, names_for
+from .result import method_text, names_for
 from .resume import Resumes
 from .sense import Senses
 from .stage import take_step

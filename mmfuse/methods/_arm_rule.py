@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..loop.results import Result
+from ..loop.result import Result
 from ..ops.joint_entropies import MAX_BINS, check_bins
 from ._arm_information import Complete, normalised_information
 from ._means import mean_of_others

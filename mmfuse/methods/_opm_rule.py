@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import finite, real
-from ..loop.results import Result
+from ..loop.result import Result
 
 if TYPE_CHECKING:
     from .opm import OPM

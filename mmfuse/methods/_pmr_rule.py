@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import finite, real
-from ..loop.results import Result
+from ..loop.result import Result
 
 
 @dataclass(frozen=True)

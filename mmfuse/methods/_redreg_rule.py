@@ -17,7 +17,7 @@ from ..loop.contract import Act, Batch, Clock, Decision, Need, Sensed, State, St
 from ..loop.given import Kind
 from ..loop.pairs import own
 from ..loop.ranks import Observed
-from ..loop.results import Result
+from ..loop.result import Result
 from ..ops._tensors import check_named
 from ..ops.co_information_gate import gate_of_aligned
 from ..ops.paired_cosine import aligned, paired_cosine

@@ -52,7 +52,7 @@ from ..loop.gradients import GradientMethod
 from ..loop.modalities import check_names
 from ..loop.pairs import own
 from ..loop.ranks import Observed
-from ..loop.results import Result
+from ..loop.result import Result
 from ..ops._tensors import FLOATING
 from ._means import mean_of_others
 

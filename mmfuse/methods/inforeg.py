@@ -48,7 +48,7 @@ from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import own
 from ..loop.ranks import Observed
-from ..loop.results import Result
+from ..loop.result import Result
 from ..ops.information_pull import pull_of_checked
 
 Release = Literal["november", "march"]

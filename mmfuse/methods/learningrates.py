@@ -41,7 +41,7 @@ from ..loop.given import Kind, Numbers, own_numbers
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import own
 from ..loop.ranks import Observed
-from ..loop.results import Result
+from ..loop.result import Result
 from ..ops._arguments import check_sequence
 from ..ops._tensors import kept_tensor
 

@@ -32,7 +32,7 @@ from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, check_criterion
 from ..loop.ranks import Group, several
-from ..loop.results import Entries, Result
+from ..loop.result import Entries, Result
 from ..ops.logit_divergence import logit_divergence
 from ._lfm_weights import EPOCHS, label_weight, mean_along
 

@@ -32,7 +32,7 @@ from ..loop.drawing import DrawingModule
 from ..loop.epochs import typed_as
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group
-from ..loop.results import Result
+from ..loop.result import Result
 from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.logit_divergence import logit_divergence

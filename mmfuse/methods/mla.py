@@ -31,7 +31,7 @@ from .._devices import WIDE
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindow, EpochWindowModule
 from ..loop.ranks import Group, Observed, over_ranks
-from ..loop.results import Result
+from ..loop.result import Result
 from ..loop.shards import is_dtensor, local_part
 from ..ops._tensors import FLOATING
 from ._mla_rule import MLAFusion, MLALatest, MLAReleased, MLARule, fused

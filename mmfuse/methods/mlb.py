@@ -43,7 +43,7 @@ from ..loop.contract import (
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import mean_ratio, stages
 from ..loop.ranks import Observed
-from ..loop.results import Result
+from ..loop.result import Result
 from ._means import mean_of_others
 
 

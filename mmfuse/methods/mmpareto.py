@@ -45,7 +45,7 @@ from ..loop.contract import (
 from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
 from ..loop.ranks import Observed
-from ..loop.results import Result
+from ..loop.result import Result
 
 # Below this share of the terms that it is the sum of, |h|^2 is what rounding has left of them.
 _ROUNDING = 1e-6

@@ -24,7 +24,7 @@ from ..loop.epochs import typed_as
 from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group
-from ..loop.results import Result
+from ..loop.result import Result
 from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops._tensors import kept_tensor

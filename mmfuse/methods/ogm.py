@@ -42,7 +42,7 @@ from ..loop.contract import (
 from ..loop.gradients import GradientMethod
 from ..loop.pairs import stages
 from ..loop.ranks import Observed
-from ..loop.results import Result
+from ..loop.result import Result
 from ..ops.modulation_factors import Formula, check_strength, factors_of_checked, noise_std
 
 Release = Literal["cvpr", "tpami"]

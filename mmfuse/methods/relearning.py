@@ -30,7 +30,7 @@ from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindow
 from ..loop.modalities import Modalities, check_names, per_tensor
 from ..loop.ranks import Group, check_group
-from ..loop.results import Result
+from ..loop.result import Result
 from ..loop.state import FORMAT, check_format
 from ..ops import update_grads_
 from ._relearning_purity import Cluster, Features, checked, purities

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -73,8 +74,10 @@ def named_gate(
         else:
             wide = torch.float64 if dense[0].dtype == torch.float64 else torch.float32
             most = torch.finfo(torch.float32).max  # beyond which no cosine is anyway
-            threshold = max(-most, min(real("threshold", threshold), most))
-            limit = torch.full((), threshold, dtype=wide, device=dense[0].device)
+            number = real("threshold", threshold)
+            if abs(number) > most:  # NaN is not, and stays: it lets nothing pass
+                number = math.copysign(most, number)
+            limit = torch.full((), number, dtype=wide, device=dense[0].device)
         return gate_of_aligned(dense, limit, backend)
 
 

@@ -111,7 +111,7 @@ def update_grads_(
     if noise_std is not None:
         check_vector("noise_std", noise_std, len(grads))
     if stream is not None:
-        check_stream(stream)
+        check_stream(stream, on_meta=all(g.is_meta for g in grads))
     if finite is not None and not isinstance(finite, Tensor):
         raise TypeError(f"finite must be a 0-d bool tensor, got {type(finite).__name__}")
     if finite is not None and (finite.dtype != torch.bool or finite.dim() != 0):
@@ -182,6 +182,7 @@ def _scale_usual(
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0
         or backend == ""  # which is nobody's name, but stands for none in `Eager`
+        or not isinstance(grads, (list, tuple))
         or len(grads) == 0
         or type(scale) is not Tensor
         or type(grads[0]) is not Tensor

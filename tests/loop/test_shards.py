@@ -115,7 +115,7 @@ def train(
             shown = Shown(F.cross_entropy(out, labels), unimodal_losses(seen), seen)
             result = balance(method, shown)
             optimizer.step()
-            results.append([x.detach() for x in vars(result).values()])
+            results.append([x.detach() for x in vars(result).values() if isinstance(x, Tensor)])
     state = method.state_dict()
     return {
         "parameters": [whole(p) for p in model.parameters()],

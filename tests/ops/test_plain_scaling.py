@@ -119,9 +119,8 @@ class SeesOperators(TorchDispatchMode):
         torch.ones(4, 4).t()[:, :2],
         torch.ones(0),
         torch.ones(3).as_subclass(Marked),
-        torch.ones(2, 3, 2, 2).contiguous(memory_format=torch.channels_last),
     ],
-    ids=["strided", "empty", "subclass", "channels_last"],
+    ids=["strided", "empty", "subclass"],
 )
 def test_other_gradients_are_looked_at_one_by_one(
     monkeypatch: pytest.MonkeyPatch, grad: Tensor
@@ -132,6 +131,15 @@ def test_other_gradients_are_looked_at_one_by_one(
     assert counts == []
     assert (grads[0] == 0.5).all()
     assert (grads[1] == 0.25).all()
+
+
+@needs_module
+def test_channels_last_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    grad = torch.arange(24.0).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    expected, counts = grad * 0.25, read_at_once(monkeypatch)
+    ops.update_grads_([torch.ones(5), grad], torch.tensor([0.5, 0.25]))
+    assert counts == [2]
+    assert torch.equal(grad, expected)
 
 
 @needs_module

@@ -42,7 +42,8 @@ def _is_result(value: Any) -> bool:
 def public() -> dict[str, Callable[..., Any]]:
     """Every public function and class, by its name in `mmfuse`."""
     found: dict[str, Callable[..., Any]] = {}
-    spaces = {"": (mmfuse, mmfuse.__all__), "ops.": (ops, ops.__all__)}
+    listed = [name for name in dir(mmfuse) if not name.startswith("_")]
+    spaces = {"": (mmfuse, listed), "ops.": (ops, ops.__all__)}
     spaces["scores."] = (scores, scores.__all__)
     own = [n for n, f in vars(amp).items() if getattr(f, "__module__", "") == amp.__name__]
     own = [name for name in own if not name.startswith("_")]

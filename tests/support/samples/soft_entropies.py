@@ -17,7 +17,7 @@ def arguments(device: str) -> Samples:
     weights = torch.rand(4, 5, 5, device=device)
     ends = torch.stack([a.amin(1), a.amax(1)], 1), torch.stack([b.amin(1), b.amax(1)], 1)
     present = torch.ones(4, 3, dtype=torch.bool, device=device)
-    present[1, 2], present[3] = False, False
+    present[1, 2], present[3, 1:] = False, False
     backward = torch.randn(4, 3, device=device), a, b, weights, *ends
     return {
         "soft_entropies": [
@@ -32,7 +32,9 @@ def arguments(device: str) -> Samples:
 
 def undefined(device: str) -> Samples:
     unknown = torch.full((2, 3), torch.nan, device=device)
-    return {"soft_entropies": [(unknown, unknown, 4)]}
+    nobody = torch.tensor([[True] * 3, [False] * 3], device=device)
+    known = torch.arange(6.0, device=device).view(2, 3)
+    return {"soft_entropies": [(unknown, unknown, 4), (known, known, 4, nobody)]}
 
 
 def small(device: str) -> Small:

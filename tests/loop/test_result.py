@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmfuse
-from mmfuse.loop.results import Result
+from mmfuse.loop.result import Result
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,13 +62,14 @@ def endless(x: Tensor) -> None:
 
 def _report(function: Any, folder: Path, compared: bool = False) -> program.Report:
     name = function.__name__
-    return program.fuzz_one(name, Function(name, function, _one, compared), 8.0, 1, folder)
+    return program.fuzz_one(name, Function(name, function, _one, compared), 15.0, 1, folder)
 
 
 def _texts(folder: Path, name: str) -> list[str]:
     return [path.read_text() for path in (folder / name / "found").glob("*.txt")]
 
 
+@pytest.mark.slow
 def test_a_wrong_result_is_found_and_shrunk(tmp_path: Path) -> None:
     report = _report(doubled, tmp_path, compared=True)
     assert any(key == "doubled on cpu: the result differs" for key in report.found)
@@ -81,17 +82,20 @@ def test_a_wrong_result_is_found_and_shrunk(tmp_path: Path) -> None:
     assert _texts(tmp_path, "doubled") == []
 
 
+@pytest.mark.slow
 def test_an_error_that_has_changed_something_is_found(tmp_path: Path) -> None:
     report = _report(careless, tmp_path)
     assert "careless: changed 0.x though it raised an error" in report.found
     assert report.cases > 10
 
 
+@pytest.mark.slow
 def test_an_accident_is_found(tmp_path: Path) -> None:
     found = _report(accidental, tmp_path).found
     assert [key for key in found if key.startswith("accidental: IndexError at ")] == found != []
 
 
+@pytest.mark.slow
 def test_a_crash_ends_the_target_alone_and_leaves_its_call(tmp_path: Path) -> None:
     function = Function("crashing", crashing, _one, compared=False)
     others = {"crashing": function, "doubled": Function("doubled", doubled, _one)}
@@ -104,12 +108,14 @@ def test_a_crash_ends_the_target_alone_and_leaves_its_call(tmp_path: Path) -> No
     assert next(line for line in said if line.startswith("crashing ")).split()[1] == "?"
 
 
+@pytest.mark.slow
 def test_a_hang_ends_as_well(tmp_path: Path) -> None:
     function = Function("endless", endless, _one, compared=False)
     report = program.fuzz_one("endless", function, 0.5, 1, tmp_path, grace=1.0)
     assert report.found == ["endless: it does not end"]
 
 
+@pytest.mark.slow
 def test_nothing_found_is_exit_code_0(tmp_path: Path) -> None:
     fine = Function("fine", lambda x: None, _one, compared=False)
     said: list[str] = []

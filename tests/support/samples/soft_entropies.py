@@ -32,8 +32,8 @@ def arguments(device: str) -> Samples:
 
 def undefined(device: str) -> Samples:
     unknown = torch.full((2, 3), torch.nan, device=device)
-    nobody = torch.tensor([[True] * 3, [False] * 3], device=device)
-    known = torch.arange(6.0, device=device).view(2, 3)
+    nobody = torch.zeros(1, 3, dtype=torch.bool, device=device)
+    known = torch.arange(3.0, device=device).view(1, 3)
     return {"soft_entropies": [(unknown, unknown, 4), (known, known, 4, nobody)]}
 
 

@@ -27,6 +27,7 @@ def append(path: Path, text: str) -> None:
     path.write_text(path.read_text() + text)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_ninja() is None, reason="needs ninja")
 def test_only_what_has_changed_is_compiled(small: Path, tmp_path: Path) -> None:
     # Such a path has to survive ninja's file, the shell, and the compiler's list of headers.

@@ -22,6 +22,7 @@ def installed(source: Path, tmp_path: Path) -> Path:
     return packages
 
 
+@pytest.mark.slow
 def test_a_checkout_that_hides_the_installed_package_says_so(source: Path, installed: Path) -> None:
     def report(folder: Path) -> str:
         done = run([sys.executable, "-m", "mmfuse"], folder, PYTHONPATH=str(installed))

@@ -6,6 +6,7 @@ import ctypes
 import importlib.util
 import json
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -160,5 +161,12 @@ _module, _why_no_module = _load_module()
 read_gradients: Callable[..., Any] | None = None
 #: The same of a list of gradients: whether one is float64, and the table.
 read_list: Callable[[list[torch.Tensor]], Any] | None = None
-if _module is not None and _module.find_tensors(torch.Tensor, torch.nn.Parameter):
-    read_gradients, read_list = _module.read_gradients, _module.read_list
+try:
+    if _module is not None and _module.find_tensors(torch.Tensor, torch.nn.Parameter):
+        read_gradients, read_list = _module.read_gradients, _module.read_list
+except TypeError:  # of other sources: a checkout that was updated, and not built again
+    warnings.warn(
+        "mmfuse._C was built from other sources; build again (pip install -e . or make build)",
+        RuntimeWarning,
+        stacklevel=2,
+    )

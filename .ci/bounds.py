@@ -20,10 +20,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkout import copy_checkout
+
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "bounds"
 PYTHONS = ("python3.10", "python3.13")
-# What the tests below import, beside what the package itself needs.
+# The tests below import these, beside what the package itself needs.
 PACKAGES = ("hypothesis", "numpy", "pytest", "pytest-timeout", "pytest-xdist", "scipy")
 # The bound itself has no wheel for so new a Python.
 FIRST_FOR = {"3.13": {"numpy": "2.1.0", "scipy": "1.14.1"}}
@@ -50,24 +52,14 @@ def pins(python: str, bounds: dict[str, str]) -> list[str]:
     return [f"{name}=={version}" for name, version in chosen.items()]
 
 
-def copy_checkout(target: Path) -> None:
-    """What git tracks or would track, with its times, so that ninja keeps what it has compiled."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-
-
 def said(command: Sequence[object], cwd: Path) -> str:
-    """What a command prints."""
+    """The output of a command."""
     words = [str(word) for word in command]
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def try_with(program: str) -> bool:
-    """Whether all works with this Python."""
+    """True if all works with this Python."""
     began = time.monotonic()
     version = said([program, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"], ROOT)
     environment, checkout = OUTPUT / version, OUTPUT / f"checkout-{version}"

@@ -9,17 +9,19 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from build_tools.compiling import build_all
-from build_tools.finding import find_torch
-from build_tools.recipe import Recipe
+from checkout import copy_checkout
 
-ROOT = Path(__file__).resolve().parents[1]
+from build_tools.compiling import build_all
+from build_tools.finding import find_compiler, find_torch
+from build_tools.recipe import Recipe
 
 
 def runtimes(compiler: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -58,7 +60,7 @@ class Build:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What tells tests/kernels/cuda_on_cpu how its libraries were built."""
+        """Tells tests/kernels/cuda_on_cpu how its libraries were built."""
         return {"MMFUSE_SHIM_FLAGS": self.shim, "MMFUSE_KERNEL_FLAGS": self.kernels}
 
     def all(self, compiler: Sequence[str]) -> str:
@@ -85,16 +87,11 @@ class Build:
         return printed.strip()
 
     def _copy_checkout(self) -> None:
-        """Copies what git tracks or would track, with its times, beside what is built there."""
+        """Copies the checkout beside what is built there; what has left it goes."""
         for entry in self.copy.iterdir() if self.copy.exists() else ():
             if entry.is_dir() and entry.name != "build":
                 shutil.rmtree(entry)
-        command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        for name in filter(None, listed.stdout.split("\0")):
-            if (ROOT / name).is_file():
-                (self.copy / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / name, self.copy / name)
+        copy_checkout(self.copy)
 
     def _build_cpu(self, compiler: Sequence[str]) -> None:
         """libmmfuse_cpu.so, with setup.py's recipe; what has not changed is kept."""
@@ -103,3 +100,27 @@ class Build:
         library = recipe.cpu()
         build_all([library], set(), self.output, recipe.tools())
         shutil.copy2(library.path, self.copy / "mmfuse")
+
+
+def begin(build: Build, names: Sequence[str], needs: str) -> tuple[str, str] | None:
+    """Builds everything, and says how long it took; None, and a sentence, without what it needs.
+
+    Args:
+        build: The copy, and how it is compiled.
+        names: The libraries to be loaded first.
+        needs: Of the sentence: "make races needs git, and …".
+
+    Returns:
+        The path of the shim's self-check, and the value of LD_PRELOAD.
+    """
+    began = time.monotonic()
+    # So that the processes of a run that is cut off end with it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    compiler = find_compiler()
+    preloaded = runtimes(compiler, names) if compiler and shutil.which("git") else []
+    if compiler is None or len(preloaded) < len(names):
+        print(needs, file=sys.stderr)
+        return None
+    self_check = build.all(compiler)
+    print(f"built in {time.monotonic() - began:.0f} s", flush=True)
+    return self_check, " ".join(preloaded)

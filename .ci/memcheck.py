@@ -65,7 +65,7 @@ extern "C" void mmfuse_control_beyond() {
   std::free(const_cast<int*>(memory));
 }
 """
-# What each must be reported as.
+# Each must be reported as this.
 CONTROLS = {
     "heap": "Conditional jump",
     "stack": "Conditional jump",
@@ -86,7 +86,7 @@ _OURS = re.compile(r"libmmfuse|mmfuse::|mmfuse_control")
 
 
 class Report(NamedTuple):
-    """What memcheck says of a library of ours.
+    """A report of memcheck about a library of ours.
 
     Attributes:
         section: The control or the case that was running.

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -27,10 +26,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"
 
 import processes
 from case_processes import Job, describe, run_jobs
-from instrumented import Build, runtimes
+from instrumented import Build, begin
 from processes import Ended
-
-from build_tools.finding import find_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "races"
@@ -46,7 +43,7 @@ SELF_CHECK = """
 import ctypes, sys
 getattr(ctypes.CDLL(sys.argv[1]), "run_" + sys.argv[2])((ctypes.c_int * 4096)())
 """
-# What cuda_on_cpu/self_check.cu does wrong on purpose, and what it does right.
+# Kernels of cuda_on_cpu/self_check.cu: wrong on purpose, and right.
 WRONG = ("unordered", "unordered_warp", "unordered_blocks", "plain_count", "half_barrier")
 RIGHT = ("rotate_block", "count", "reverse_warps", "positions")
 
@@ -78,15 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="leave out every ordering in turn")
     options = parser.parse_args(arguments)
     began = time.monotonic()
-    # So that the processes of a run that is cut off end with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    compiler = find_compiler()
-    preloaded = runtimes(compiler, RUNTIMES) if compiler and shutil.which("git") else []
-    if compiler is None or len(preloaded) < len(RUNTIMES):
-        print("make races needs git, and GCC with libtsan", file=sys.stderr)
+    begun = begin(BUILD, RUNTIMES, "make races needs git, and GCC with libtsan")
+    if begun is None:
         return 2
-    self_check = BUILD.all(compiler)
-    print(f"built in {time.monotonic() - began:.0f} s", flush=True)
+    self_check, preloaded = begun
     logs = OUTPUT / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     logs.mkdir(parents=True)
@@ -94,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     environment = {
         **BUILD.environment,
         "TSAN_OPTIONS": OPTIONS,
-        "LD_PRELOAD": " ".join(preloaded),
+        "LD_PRELOAD": preloaded,
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "passive",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -23,10 +22,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "kernels"
 sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 
 from case_processes import Job, describe, run_jobs
-from instrumented import Build, runtimes
+from instrumented import Build, begin
 from processes import Ended
-
-from build_tools.finding import find_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "build" / "sanitize"
@@ -108,21 +105,16 @@ def jobs_of(self_check: str, environment: dict[str, str]) -> list[Job]:
 def main() -> int:
     """Builds, runs, prints a line for each job, and returns the exit code."""
     began = time.monotonic()
-    # So that the processes of a run that is cut off end with it.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    compiler = find_compiler()
-    preloaded = runtimes(compiler, RUNTIMES) if compiler and shutil.which("git") else []
-    if compiler is None or len(preloaded) < len(RUNTIMES):
-        print("make sanitize needs git, and GCC with libasan and libubsan", file=sys.stderr)
+    begun = begin(BUILD, RUNTIMES, "make sanitize needs git, and GCC with libasan and libubsan")
+    if begun is None:
         return 2
-    self_check = BUILD.all(compiler)
-    print(f"built in {time.monotonic() - began:.0f} s", flush=True)
+    self_check, preloaded = begun
     logs = OUTPUT / "logs"
     shutil.rmtree(logs, ignore_errors=True)
     os.chdir(COPY)
     environment = {
         **OPTIONS,
-        "LD_PRELOAD": " ".join(preloaded),
+        "LD_PRELOAD": preloaded,
         **BUILD.environment,
         "MMFUSE_REQUIRE_BACKENDS": "cpu,cuda",
         "OMP_WAIT_POLICY": "passive",

@@ -1,4 +1,4 @@
-"""Whether CUDA kernels can be built here, and for which architectures."""
+"""Finds out if CUDA kernels can be built here, and for which architectures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def torch_cuda(torch: Path) -> str | None:
 
 
 def wants_cuda(torch: Path, nvcc: str | None) -> tuple[bool, str]:
-    """Whether to build CUDA kernels, and why not."""
+    """True to build CUDA kernels; and else why not."""
     wanted = mode("MMFUSE_CUDA")
     reason = ""
     if wanted == "0":

@@ -141,5 +141,5 @@ class Recipe:
 
 
 def same_text(one: Path, other: Path) -> bool:
-    """Whether two files hold the same bytes."""
+    """True if two files hold the same bytes."""
     return one.read_bytes() == other.read_bytes()

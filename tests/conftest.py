@@ -72,8 +72,7 @@ def _is_slow(item: pytest.Item) -> bool:
 
     What methods make of the ops is the same once each op is as the reference: above the ops `make
     test` has the reference and the C++ kernels alone. Triton's interpreter is slow: of it `make
-    test` has each op's parity in float32, from which other dtypes differ by casts; of the CUDA
-    kernels in the host shim it leaves out float16 and float64.
+    test` has each op's parity in float32, from which other dtypes differ by casts.
     `slow_except_on` says the like for a single test, and `slow_except_for` names the methods that
     stand for all others there.
     """
@@ -88,12 +87,10 @@ def _is_slow(item: pytest.Item) -> bool:
     if _OPS not in item.path.parents:
         if cell.backend in ("triton", "cuda") and item.path.name != "test_noise.py":
             return True
-        return any(cell.backend not in mark.args for mark in item.iter_markers("slow_except_on"))
-    dtypes = {value for value in parameters.values() if isinstance(value, torch.dtype)}
-    if cell.slow and ("parity" not in item.name or dtypes - {torch.float32}):
-        return True
-    if cell.backend == "cuda" and dtypes - {torch.float32, torch.bfloat16}:
-        return True
+    elif cell.slow:
+        dtypes = {value for value in parameters.values() if isinstance(value, torch.dtype)}
+        if "parity" not in item.name or dtypes - {torch.float32}:
+            return True
     return any(cell.backend not in mark.args for mark in item.iter_markers("slow_except_on"))
 
 

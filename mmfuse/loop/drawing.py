@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ..noise import NoiseStream
+from ..ops._arguments import check_stream
 from ..ops.drop_modalities import DroppedModalities, named_drop
 from .epochs import EpochWindowModule
 from .ranks import Group, agree, rank_and_size
@@ -29,8 +30,8 @@ class DrawingModule(EpochWindowModule):
     def _begin_stream(self, stream: NoiseStream | None, name: str | None) -> None:
         """Registers the stream's state; None makes a stream from the class and the name."""
         # On the CPU also within `torch.device("meta")`, where it would not be known later.
-        if stream is not None and not isinstance(stream, NoiseStream):
-            raise TypeError(f"stream must be a mmfuse.NoiseStream, got {type(stream).__name__}")
+        if stream is not None:
+            check_stream(stream, on_meta=True)  # `_begin_at` says what to do with one there
         first = stream or NoiseStream(device="cpu", name=f"{type(self).__name__}/{name}")
         self._begin_at("noise_state", first.state)
         if stream is None:

@@ -12,7 +12,8 @@ from build_tools.backend import TORCH
 
 
 @pytest.fixture
-def bounds() -> ModuleType:
+def bounds(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))  # as for a script there
     spec = importlib.util.spec_from_file_location("bounds", ROOT / ".ci" / "bounds.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

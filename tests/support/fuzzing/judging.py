@@ -1,4 +1,4 @@
-"""What is wrong with a call: its result, its error, or what it has left changed."""
+"""Finds the fault of a call: its result, its error, or what it has left changed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Found(Exception):  # noqa: N818
 
 
 class Outcome(NamedTuple):
-    """What a call returned or raised."""
+    """The result or the error of a call."""
 
     result: Any = None
     error: Exception | None = None
@@ -216,7 +216,7 @@ def compare_errors(name: str, found: Outcome, expected: Outcome) -> None:
 
 
 def tensors_with_graph(tree: Any) -> list[Tensor]:
-    """What of a result can be differentiated."""
+    """The tensors of a result that can be differentiated."""
     return [x for _, x in leaves(tree) if isinstance(x, Tensor) and x.requires_grad]
 
 

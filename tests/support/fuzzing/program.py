@@ -88,7 +88,7 @@ def _round(
     @given(target.calls())
     def case(call: Any) -> None:
         nonlocal count, key, failing
-        if key is None and over():
+        if key is None and count and over():  # on a busy machine the first one comes late
             return
         count += 1
         last.write_text(repr(call))
@@ -124,7 +124,7 @@ def rounds(
     def over() -> bool:
         return time.monotonic() - began > seconds
 
-    while not over() and (cases is None or count < cases):
+    while (not count or not over()) and (cases is None or count < cases):
         options = settings(
             max_examples=CASES if cases is None else min(CASES, cases - count),
             deadline=None,
@@ -153,6 +153,7 @@ def _child(target: Target, seconds: float, first: int, folder: Path) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     faulthandler.enable(log)  # of a crash, who called what
+    torch.set_num_threads(1)  # a fork has none of the threads that its parent started
     try:
         report = rounds(target, seconds, first, folder)
         (folder / "report.json").write_text(json.dumps(report))
@@ -228,7 +229,6 @@ def main(
     say: Callable[[str], None] = print,
 ) -> int:
     """Shares the time over the targets, prints the table, and returns the exit code."""
-    torch.set_num_threads(1)  # a process that has started threads cannot be forked
     share = 60 * minutes / max(len(names), 1)
     reports: dict[str, Report] = {}
     for name in names:

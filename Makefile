@@ -21,7 +21,7 @@ help:
 	@echo "make check   make test, and the tests that take long, but for the soak"
 	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"
 	@echo "make fuzz MINUTES=5  random calls of everything public; what fails is kept in build/fuzz"
-	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/<commit>/"
+	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/<commit>/; RESUME=1 goes on with one that was stopped"
 	@echo "make bench-compare A=main B=HEAD  what one commit made slower than the other"
 	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  README's tables of these results"
 	@echo "make instructions  what the host does for a step or an op, against the numbers in .ci"
@@ -107,7 +107,7 @@ format: $(TESTING)
 	git ls-files 'csrc/*' 'tests/*' | grep -E '\.(h|cpp|cu)$$' | xargs $(BIN)/clang-format -i
 
 bench: build
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(if $(RESUME),--resume)
 
 # Each commit is built in a worktree of its own, once.
 bench-compare: build

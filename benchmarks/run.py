@@ -6,7 +6,8 @@ Results are written after every measurement, to results/<machine>/<commit>/ wher
 
 `--minutes` limits the whole run: the main cases come first, every case gets fewer samples, and the
 report lists what there was no time for. `--plan` measures a list that is fixed, and `--shrink 4096`
-rehearses it in seconds on a CPU. `--report FOLDER` only writes tables and plots anew.
+rehearses it in seconds on a CPU. A run that was stopped goes on with `--resume`, which passes over
+all that its folder has. `--report FOLDER` only writes tables and plots anew.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from cases import CASES, WORKLOADS
 from engine import environment, plan, providers, replay, results
 from engine.measure import BigCopy, Clock
+from engine.rows import Row
 from engine.session import Session
 from engine.workloads import shrunk
 from rich.console import Console
@@ -38,7 +40,7 @@ _QUICK = {
 # Share of the CPU that others may take before the numbers are suspect.
 _BUSY = 0.05
 # For the samples of one measurement, beside a busy neighbour too.
-_SECONDS = 9.0
+_SECONDS = 5.0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -76,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=what)
     parser.add_argument("--output", type=Path, help="folder; default: that of machine and commit")
+    parser.add_argument("--resume", action="store_true", help="pass over what the folder has")
     parser.add_argument("--report", type=Path, help="measure nothing, write this folder's anew")
     options = parser.parse_args(argv)
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -130,8 +133,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure_all(session: Session, options: argparse.Namespace) -> Iterator[None]:
-    """Measures what there is time for; yields after each measurement."""
+def measure_all(
+    session: Session, options: argparse.Namespace, old: Sequence[Row] = ()
+) -> Iterator[None]:
+    """Measures what there is time for, and what `old` has not; yields after each measurement."""
     if options.plan:
         units = plan.planned(PLANS[options.plan], options.shrink)
     else:
@@ -144,6 +149,8 @@ def measure_all(session: Session, options: argparse.Namespace) -> Iterator[None]
             once=options.once,
         )
     session.skipped += options.left_out
+    there = {results.unit_of(row) for row in old}
+    units = [unit for unit in units if unit.labels not in there]
     for unit, seconds in plan.share(units, options.seconds, options.minutes):
         if seconds is None:
             session.skipped.append(f"{unit}: no time left")
@@ -161,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Before anything is measured: a tree that is not clean has no folder.
     output = options.output or results.folder_of_commit(options.device)
-    old_rows, old = ([], results.Facts()) if options.output else results.load(output)
+    fresh = options.output and not options.resume
+    old_rows, old = ([], results.Facts()) if fresh else results.load(output)
     if options.device.index is not None:
         torch.cuda.set_device(options.device)
     console = Console()
@@ -193,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.write(output, results.merged(old_rows, session.rows), found, plots=plots)
         return share
 
-    for _ in measure_all(session, options):
+    for _ in measure_all(session, options, old_rows if options.resume else ()):
         # A run that is cut short leaves its results.
         write()
     share = write(plots=options.plots)

@@ -79,8 +79,12 @@ class Unit:
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.case.name} on {self.workload.name}, {dtype}"
+        return f"{self.case.name} on {self.workload.name}, {self.labels[2]}"
+
+    @property
+    def labels(self) -> tuple[str, str, str]:
+        """Case, workload and dtype as the rows have them."""
+        return self.case.name, self.workload.title, str(self.dtype).removeprefix("torch.")
 
 
 def units(

@@ -85,11 +85,12 @@ def load(folder: Path) -> tuple[list[Row], Facts]:
 
 def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
     """Old rows of what has not been measured again, then the new ones."""
-    again = {_unit(row) for row in new}
-    return [*(row for row in old if _unit(row) not in again), *new]
+    again = {unit_of(row) for row in new}
+    return [*(row for row in old if unit_of(row) not in again), *new]
 
 
-def _unit(row: Row) -> tuple[str, str, str]:
+def unit_of(row: Row) -> tuple[str, str, str]:
+    """The measurement that a row belongs to, as `Unit.labels` says it."""
     return row.case, row.workload, row.dtype
 
 

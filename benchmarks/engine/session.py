@@ -124,10 +124,8 @@ class Session:
         besides: rows.Besides,
     ) -> None:
         labels = {
-            "case": unit.case.name,
+            **dict(zip(("case", "workload", "dtype"), unit.labels, strict=True)),
             "title": unit.case.title,
-            "workload": unit.workload.title,
-            "dtype": str(unit.dtype).removeprefix("torch."),
             "device": self.device.type,
         }
         made = rows.make_rows(labels, samples, costs, floor_bytes, self.copy.nbytes, besides)

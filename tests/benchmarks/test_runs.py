@@ -51,6 +51,24 @@ def test_a_wrong_provider_is_not_timed_and_the_run_fails(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_machine")
+def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    """What is there stays, to the last digit; what is missing is measured."""
+    arguments = ["--cases", "update_scale", "grad_stats", "--workloads", "tiny", "--no-plots"]
+    chosen = ["--providers", "official", "reference", "--device", "cpu", "--seconds", "0.01"]
+    whole = [*arguments, "--dtype", "float32", *chosen, "--output", str(tmp_path), "--resume"]
+    part = [name for name in whole if name != "grad_stats"]
+    assert run.main(part) == 0
+    first = read_csv(tmp_path)
+    assert {row["case"] for row in first} == {"update_scale"}
+    assert run.main(whole) == 0
+    both = read_csv(tmp_path)
+    assert both[:2] == first and [row["case"] for row in both[2:]] == ["grad_stats"] * 2
+    assert run.main(whole) == 0
+    assert read_csv(tmp_path) == both
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_machine")
 def test_training_steps_are_reported_without_bandwidth(tmp_path: Path) -> None:
     arguments = ["--cases", "inforeg_training", "noisy_views", "--dtype", "float32", "bfloat16"]
     workloads = ["--workloads", "tiny_training", "tiny_inputs", "--seconds", "0.01"]

@@ -122,6 +122,8 @@ def _means(contributions: Tensor, present: Tensor | None) -> tuple[Tensor, Tenso
     if not isinstance(present, Tensor) or present.dtype is not torch.bool:
         kind = present.dtype if isinstance(present, Tensor) else type(present).__name__
         raise TypeError(f"present must be a bool tensor [N, M], got {kind}")
+    if present.layout is not torch.strided:
+        raise TypeError(f"present must be dense, got {present.layout}")
     if contributions.dim() != 2 or present.shape != contributions.shape:
         raise ValueError(
             "present must be [N, M] as the contributions, "

@@ -119,12 +119,14 @@ def check_mask(present: Tensor, values: Tensor) -> None:
     """Checks which of the paired values count.
 
     Raises:
-        TypeError: it is no bool tensor.
+        TypeError: it is no dense bool tensor.
         ValueError: it is not of the values' shape and device.
     """
     if not isinstance(present, Tensor) or present.dtype is not torch.bool:
         kind = present.dtype if isinstance(present, Tensor) else type(present).__name__
         raise TypeError(f"present must be a bool tensor, got {kind}")
+    if present.layout is not torch.strided:
+        raise TypeError(f"present must be dense, got {present.layout}")
     if present.shape != values.shape or present.device != values.device:
         raise ValueError(
             f"present must be like the values, {list(values.shape)} on {values.device}, got "

@@ -80,8 +80,9 @@ def keep_state_(
             raise ValueError(f"state[{i}] is not contiguous; it cannot be changed in place")
         _check_device(f"state[{i}]", old, device)
         _check_device(f"values[{i}]", value, device)
-    if not isinstance(finite, Tensor) or finite.dtype is not torch.bool or finite.dim() != 0:
-        raise TypeError("finite must be a 0-d bool tensor")
+    flag = isinstance(finite, Tensor) and finite.dtype is torch.bool and finite.dim() == 0
+    if not flag or finite.layout is not torch.strided:
+        raise TypeError("finite must be a dense 0-d bool tensor")
     _check_device("finite", finite, device)
     if sums is not None:
         usual = isinstance(sums, Tensor) and sums.dtype in (torch.float32, torch.float64)

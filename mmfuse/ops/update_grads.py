@@ -114,8 +114,8 @@ def update_grads_(
         check_stream(stream, on_meta=all(g.is_meta for g in grads))
     if finite is not None and not isinstance(finite, Tensor):
         raise TypeError(f"finite must be a 0-d bool tensor, got {type(finite).__name__}")
-    if finite is not None and (finite.dtype != torch.bool or finite.dim() != 0):
-        raise ValueError("finite must be a 0-d bool tensor")
+    if finite is not None and not _is_flag(finite):
+        raise ValueError("finite must be a dense 0-d bool tensor")
     if sq_norm is not None:
         _check_sq_norm(sq_norm, grads)
     ids, offsets = stream.counters(len(grads)) if stream is not None else ([], [])
@@ -211,8 +211,11 @@ def _scale_usual(
 def _is_usual_flag(finite: Tensor | None, device: torch.device) -> bool:
     if finite is None:
         return True
-    plain = type(finite) is Tensor and finite.dtype is torch.bool
-    return plain and finite.dim() == 0 and finite.device == device
+    return type(finite) is Tensor and _is_flag(finite) and finite.device == device
+
+
+def _is_flag(x: Tensor) -> bool:
+    return x.dtype is torch.bool and x.dim() == 0 and x.layout is torch.strided
 
 
 def update_checked_(

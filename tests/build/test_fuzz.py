@@ -161,6 +161,15 @@ def test_the_memory_around_a_tensor_is_watched() -> None:
         judging.check_unchanged("f", before, {"x": x}, why="")
 
 
+def test_one_non_finite_moment_is_as_good_as_another() -> None:
+    infinite, nan = (torch.tensor([1.0, float(x)]) for x in ("inf", "nan"))
+    judging.compare("ops.grad_stats on cpu", infinite, nan, "the result")
+    with pytest.raises(Found, match="the result differs"):
+        judging.compare("ops.info_nce on cpu", infinite, nan, "the result")
+    with pytest.raises(Found, match="the result differs"):
+        judging.compare("ops.grad_stats on cpu", infinite, torch.tensor([1.0, 2.0]), "the result")
+
+
 def test_a_sequence_compares_the_worlds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wrong kernel, of the CPU's alone, is seen in the gradients that a step leaves."""
     from fuzzing.worlds import World

@@ -49,6 +49,7 @@ def test_the_mean_is_over_the_modalities_that_a_sample_has() -> None:
     ("contributions", "present", "error", "message"),
     [
         (torch.ones(2, 2), torch.ones(2, 2), TypeError, r"present must be a bool tensor \[N, M\]"),
+        (torch.ones(2, 2), torch.ones(2, 2).bool().to_sparse(), TypeError, "present must be dense"),
         (torch.ones(2, 2), torch.ones(2, 3) > 0, ValueError, r"\[2, 2\], got \[2, 3\]"),
         (torch.ones(2), torch.ones(2) > 0, ValueError, r"must be \[N, M\]"),
     ],

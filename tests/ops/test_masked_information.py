@@ -103,6 +103,8 @@ def test_wrong_masks_are_named(name: str) -> None:
     x = [torch.randn(8) for _ in range(order)]
     with pytest.raises(TypeError, match=r"present must be a bool tensor, got torch\.int64"):
         measure(*x, present=torch.ones(8, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"present must be dense, got torch\.sparse_coo"):
+        measure(*x, present=torch.ones(8, dtype=torch.bool).to_sparse())
     with pytest.raises(ValueError, match=r"present must be like the values, \[8\] on cpu"):
         measure(*x, present=torch.ones(1, 8, dtype=torch.bool))
 

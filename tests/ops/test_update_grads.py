@@ -399,13 +399,9 @@ class TestBadInput:
         )
 
     def test_finite_flag(self) -> None:
-        self.raises(
-            ValueError,
-            "finite must be a 0-d bool",
-            [torch.ones(3)],
-            torch.zeros(1),
-            finite=torch.ones(1),
-        )
+        for flag in (torch.ones(()), torch.ones(1).bool(), torch.ones(()).bool().to_sparse()):
+            wrong = "finite must be a dense 0-d bool tensor"
+            self.raises(ValueError, wrong, [torch.ones(3)], torch.zeros(1), finite=flag)
 
     def test_backend_name(self) -> None:
         self.raises(

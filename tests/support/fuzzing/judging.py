@@ -27,6 +27,8 @@ PROMISED = (TypeError, ValueError, RuntimeError, ImportError)
 
 #: What objects remember for speed, so as to warn once, or of the latest batch for other ranks.
 CACHES = ("_warned", "_warned_of_mode", "registrations", "_looked", "_paired", "_kind", "_waiting")
+#: Whose docstrings promise for bad input that results are not finite, and no more.
+NON_FINITE = ("ops.grad_stats",)
 
 
 class Found(Exception):  # noqa: N818
@@ -171,8 +173,11 @@ def check_error(name: str, error: Exception, names: Iterable[str]) -> None:
         raise Found(f"{name}: {kind} names no argument, at {place_of(error)}", text) from error
 
 
-def difference(found: Tensor, expected: Tensor) -> str | None:
-    """How a result differs by more than `tolerances.whole_case` allows, or None."""
+def difference(found: Tensor, expected: Tensor, *, non_finite: bool = True) -> str | None:
+    """How a result differs by more than `tolerances.whole_case` allows, or None.
+
+    Without `non_finite` one number that is not finite is as good as another.
+    """
     if found.dtype != expected.dtype or found.shape != expected.shape:
         what = f"{found.dtype} {list(found.shape)}"
         return f"is {what} instead of {expected.dtype} {list(expected.shape)}"
@@ -182,6 +187,8 @@ def difference(found: Tensor, expected: Tensor) -> str | None:
     if not (found.is_floating_point() or found.is_complex()):
         return None if torch.equal(found, expected) else "is not the reference's"
     same = (found == expected) | (found.isnan() & expected.isnan())
+    if not non_finite:
+        same |= ~(found.isfinite() | expected.isfinite())
     plain = torch.where(expected.isfinite(), expected, 0.0)
     near = (found.double() - expected.double()).abs() <= tolerances.whole_case(plain)
     wrong = ~(same | (near & expected.isfinite()))
@@ -201,7 +208,8 @@ def compare(name: str, found: Any, expected: Any, what: str) -> None:
         y = other[path]
         if isinstance(x, Tensor) != isinstance(y, Tensor):
             raise Found(f"{name}: {what}{path} is of another kind", f"{x!r} and {y!r}")
-        why = difference(x, y) if isinstance(x, Tensor) else None
+        exact = not name.startswith(NON_FINITE)
+        why = difference(x, y, non_finite=exact) if isinstance(x, Tensor) else None
         if why is not None:
             raise Found(f"{name}: {what}{re.sub(r'[0-9]+', '0', path)} differs", why)
 

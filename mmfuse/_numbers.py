@@ -9,19 +9,31 @@ from typing import SupportsIndex
 from torch import Tensor
 
 
-def whole(name: str, value: SupportsIndex, least: int | None = None) -> int:
-    """The integer, as Python's own, at least `least`.
+def whole(
+    name: str, value: SupportsIndex, least: int | None = None, most: int | None = None
+) -> int:
+    """The integer, as Python's own, at least `least` and at most `most`.
 
     Raises:
-        TypeError: it is no integer; 5.0, True and tensors are none. The message has the name.
-        ValueError: it is less.
+        TypeError: it is no integer; 5.0, True, tensors and arrays are none. The message has the
+            name.
+        ValueError: it is less or more.
     """
     if isinstance(value, (bool, Tensor, type)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    found = operator.index(value)
+    try:
+        found = operator.index(value)
+    except TypeError:  # NumPy's arrays have __index__, and refuse
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}") from None
     if least is not None and found < least:
         raise ValueError(f"{name} must be at least {least}, got {found}")
+    if most is not None and found > most:
+        raise ValueError(f"{name} must be at most {most:,}, got {found}")
     return found
+
+
+#: Tables [M, M] of more would take memory by the gigabyte before anything was trained.
+MOST_MODALITIES = 1024
 
 
 def real(name: str, value: object) -> float:

@@ -88,7 +88,9 @@ def test_numpys_integers_are_integers(what: str, kind: Callable[[int], Any]) -> 
     assert call(7) != call(8) or what in ("RedReg.window",), "the number counts"
 
 
-@pytest.mark.parametrize("wrong", [5.0, True, "5", torch.tensor(5), np.float64(5), None], ids=repr)
+@pytest.mark.parametrize(
+    "wrong", [5.0, True, "5", torch.tensor(5), np.float64(5), np.ones(2, int), None], ids=repr
+)
 @pytest.mark.parametrize("what", TAKES)
 def test_what_is_no_integer_is_refused(what: str, wrong: object) -> None:
     name, call = TAKES[what]
@@ -117,6 +119,15 @@ def test_the_least_number_is_named() -> None:
     assert whole("n", np.int16(-3)) == -3
     with pytest.raises(ValueError, match="n must be at least 1, got 0"):
         whole("n", 0, least=1)
+
+
+def test_the_largest_number_is_named() -> None:
+    assert whole("n", 1024, most=1024) == 1024
+    with pytest.raises(ValueError, match="n must be at most 1,024, got 1025"):
+        whole("n", 1025, most=1024)
+    for number in (2**31, 2**70):
+        with pytest.raises(ValueError, match="num_modalities must be at most 1,024"):
+            mmfuse.AGM(num_modalities=number)
 
 
 def test_ids_of_numpy() -> None:

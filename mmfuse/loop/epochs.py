@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import ParamSpec
 
 from .._devices import narrowed
-from .._numbers import whole
+from .._numbers import MOST_MODALITIES, whole
 from .ranks import Group, check_group
 from .state import MODULE_FORMAT, check_format, refuse_format
 
@@ -171,7 +171,7 @@ class EpochWindowModule(EpochWindow, nn.Module):
             TypeError: a number is no integer.
             ValueError: a number is out of range.
         """
-        self.num_modalities: int = whole("num_modalities", num_modalities, least=2)
+        self.num_modalities: int = whole("num_modalities", num_modalities, 2, MOST_MODALITIES)
         self.process_group: Group = check_group(process_group)
         self.backend: str | None = backend
         self._set_window(starts, ends)

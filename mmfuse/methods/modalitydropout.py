@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._numbers import whole
+from .._numbers import MOST_MODALITIES, whole
 from ..loop.contract import Card
 from ..loop.drawing import DrawingModule
 from ..loop.epochs import typed_as
@@ -98,7 +98,7 @@ class ModalityDropout(DrawingModule):
         self._set_window(starts, ends)
         named = isinstance(rates, Mapping)
         count = len(rates) if isinstance(rates, Mapping) else num_modalities
-        self.num_modalities: int = whole("num_modalities", count, least=2)
+        self.num_modalities: int = whole("num_modalities", count, 2, MOST_MODALITIES)
         self.names: tuple[str, ...] | None = tuple(rates) if isinstance(rates, Mapping) else None
         each = list(rates.values()) if isinstance(rates, Mapping) else [rates] * count
         called = [f"rates[{n!r}]" for n in rates] if isinstance(rates, Mapping) else ["rates"]

@@ -158,7 +158,8 @@ def modality_scores(
         check_sequence("logits", logits)
     names = [f"logits[{m}]" for m in range(len(logits))]
     criterion = PLAIN
-    if weight is not None or ignore_index != -100 or multilabel or pos_weight is not None:
+    plain = type(ignore_index) is int and ignore_index == -100 and multilabel is False
+    if not plain or weight is not None or pos_weight is not None:
         criterion = Criterion(weight, ignore_index, multilabel, pos_weight)
     return named_scores(names, logits, labels, backend, criterion)
 

@@ -155,7 +155,7 @@ def test_kept_state_names_what_is_no_tensor() -> None:
     for state, values, name in (([5], [X], r"state\[0\]"), ([X], [None], r"values\[0\]")):
         with pytest.raises(TypeError, match=rf"^{name} must be a dense tensor, got "):
             ops.keep_state_(state, values, ONE)  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="finite must be a 0-d bool tensor"):
+    with pytest.raises(TypeError, match="finite must be a dense 0-d bool tensor"):
         ops.keep_state_([X], [X], True)  # type: ignore[arg-type]
 
 

@@ -44,6 +44,8 @@ def real(name: str, value: object) -> float:
         ValueError: it is an integer beyond all of float's.
     """
     numeric = hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 2:
+        raise TypeError(f"{name} must be a number, got {value.dtype}, which has no arithmetic")
     try:
         if numeric:
             return float(value)  # type: ignore[arg-type]
@@ -52,6 +54,13 @@ def real(name: str, value: object) -> float:
     except (TypeError, ValueError, RuntimeError):  # of a complex tensor, and one without a value
         pass
     raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def flag(name: str, value: object) -> bool:
+    """True or False, Python's or NumPy's; a TypeError with the name for anything else."""
+    if not isinstance(value, bool) and type(value).__name__ not in ("bool", "bool_"):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return bool(value)
 
 
 def finite(name: str, value: object) -> bool:

@@ -19,7 +19,7 @@ def grad_scale(scaler: torch.amp.GradScaler, device: torch.device | str) -> Tens
     _check(scaler)
     try:
         where = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device must name a device, got {device!r}") from error
     scaled = scaler.scale(torch.ones((), dtype=torch.float32, device=where))
     assert isinstance(scaled, Tensor)

@@ -61,7 +61,7 @@ class NoiseStream:
             key = _named(key, name)
         try:
             where = None if device is None else torch.device(device)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"device must name a device, got {device!r}") from error
         self.state = torch.tensor([key, 0], dtype=torch.int64, device=where)
         self.ids = None

@@ -100,6 +100,54 @@ def test_what_is_no_integer_is_refused(what: str, wrong: object) -> None:
         call(wrong)
 
 
+FLAGS: dict[str, Callable[[Any], object]] = {
+    "multilabel": lambda f: mmfuse.ops.modality_scores([Z], Y9, multilabel=f),
+    "statistics": lambda f: mmfuse.ops.sample_scores([Z], Y9, statistics=f),
+    "per_row": lambda f: mmfuse.ops.logit_divergence([Z], [Z], per_row=f),
+    "noise": lambda f: mmfuse.OGM(encoders(), noise=f),
+    "theta_gradient": lambda f: mmfuse.OPM.official(theta_gradient=f),
+    "shuffle": lambda f: mmfuse.ContributionSampler(torch.full((2,), 0.7), shuffle=f),
+    "differentiable": lambda f: mmfuse.unimodal_outputs(
+        lambda a: a, {"a": torch.ones(2)}, differentiable=f
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", ["no", 2, torch.ones(2), np.ones(2), []], ids=repr)
+@pytest.mark.parametrize("name", FLAGS)
+def test_what_is_neither_true_nor_false_is_refused(name: str, wrong: object) -> None:
+    with pytest.raises(
+        TypeError, match=f"{name} must be True or False, got {type(wrong).__name__}"
+    ):
+        FLAGS[name](wrong)
+    if name != "multilabel":  # whose labels are others
+        FLAGS[name](np.bool_(True))
+
+
+@pytest.mark.parametrize(
+    ("keyword", "wrong", "message"),
+    [
+        ("select", [], "select must be one of"),
+        ("shared", np.ones(()), "shared must be a module"),
+        ("stream", torch.ones(2), "stream must be a mmfuse.NoiseStream, got Tensor"),
+    ],
+)
+def test_what_only_looks_right_is_refused(keyword: str, wrong: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        mmfuse.OGM(encoders(), **{keyword: wrong})
+
+
+def test_numbers_without_arithmetic_and_devices_without_a_name_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"rate must be a number, got torch\.float8_e4m3fn"):
+        mmfuse.LFM(rate=torch.ones((), dtype=torch.float8_e4m3fn))
+    with pytest.raises(ValueError, match="device must name a device"):
+        mmfuse.NoiseStream(1, device=2**70)
+    with pytest.raises(ValueError, match="window must be at most 1,000,000"):
+        mmfuse.LearningRates(encoders(), window=2**40)
+    with pytest.raises(ValueError, match=r"copies\[0\] must be at most 1,000"):
+        mmfuse.ContributionSampler(torch.full((2,), 0.7), copies=(2**31, 2, 1))
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, np.uint8])
 @pytest.mark.parametrize("what", ["scores", "ratios", "coefficients"])
 def test_numbers_of_ones_own_may_be_numpys(what: str, kind: Callable[[float], Any]) -> None:

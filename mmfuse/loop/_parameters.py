@@ -36,7 +36,7 @@ _SELECTIONS = {"all": _all, "matrix": _matrix, "conv": _conv}
 def selection(select: Select) -> Callable[[Tensor], bool]:
     if callable(select):
         return select
-    if select not in _SELECTIONS:
+    if not isinstance(select, str) or select not in _SELECTIONS:
         raise ValueError(
             f"select must be one of {', '.join(map(repr, _SELECTIONS))} or a callable, "
             f"got {select!r}"
@@ -108,13 +108,16 @@ class SharedParameters:
             return
         if isinstance(shared, (nn.Module, Tensor)):
             labelled = [("shared", shared)]
-        elif isinstance(shared, Iterable) and not isinstance(shared, (str, bytes, Mapping)):
-            labelled = [(f"shared[{i}]", each) for i, each in enumerate(shared)]
         else:
-            raise TypeError(
-                "shared must be a module, a parameter or an iterable of both, got "
-                f"{type(shared).__name__}"
-            )
+            try:  # NumPy's scalars say that they are iterable, and are not
+                if isinstance(shared, (str, bytes, Mapping)):
+                    raise TypeError
+                labelled = [(f"shared[{i}]", each) for i, each in enumerate(shared)]
+            except TypeError:
+                raise TypeError(
+                    "shared must be a module, a parameter or an iterable of both, got "
+                    f"{type(shared).__name__}"
+                ) from None
         for label, each in labelled:
             if isinstance(each, nn.Module):
                 self._modules.append(each)

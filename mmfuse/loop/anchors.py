@@ -44,7 +44,7 @@ class Anchors:
         self.dtype = dtype
         try:
             self.device: torch.device | None = None if device is None else torch.device(device)
-        except (RuntimeError, TypeError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"anchor_device must name a device, got {device!r}") from error
         self.frozen = frozen
         #: One for each parameter of the modalities, this rank's part; empty until `take`. Of one

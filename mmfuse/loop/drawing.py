@@ -32,7 +32,8 @@ class DrawingModule(EpochWindowModule):
         # On the CPU also within `torch.device("meta")`, where it would not be known later.
         if stream is not None:
             check_stream(stream, on_meta=True)  # `_begin_at` says what to do with one there
-        first = stream or NoiseStream(device="cpu", name=f"{type(self).__name__}/{name}")
+        named = f"{type(self).__name__}/{name}"
+        first = NoiseStream(device="cpu", name=named) if stream is None else stream
         self._begin_at("noise_state", first.state)
         if stream is None:
             self.noise_state = self.noise_state.to(self.epoch_state.device)

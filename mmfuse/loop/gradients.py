@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from ..noise import NoiseStream
+from ..ops._arguments import check_stream
 from ..ops._eager import Eager
 from ._parameters import Encoders, Select, Shared
 from .anchors import Anchors
@@ -79,8 +80,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             ``nn.CrossEntropyLoss()``. See `mmfuse.ops.modality_scores` for the scores.
         anchor_dtype: Of the epoch-start copies w₀ of methods that have them; ``torch.bfloat16``
             halves them, at the cost of w₀'s rounding in every displacement.
-        anchor_device: Where they are; "cpu" frees the GPU of them and copies them there in every
-            step.
+        anchor_device: Where they are; "cpu" frees the GPU, and copies them to it in every step.
         stream: The random stream; None makes one from `torch.initial_seed()`, the method and the
             encoders' names, at step 0. In a distributed run the first rank's is taken over by all.
         name: Of this object, where there are several with encoders of the same names: their
@@ -123,7 +123,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         self.anchors: Anchors | None = (
             Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
         )
-        self.stream = stream or self._new_stream(name)
+        self.stream = self._new_stream(name) if stream is None else check_stream(stream, True)
         self._updates = AttachedOptimizers(self.name, self.modalities, backend)
         self._clock = Clock(0, 0)
         self._adopt(rule)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._numbers import flag
 from .passes import check_made, scoring, training
 
 Inputs = Mapping[str, Tensor]
@@ -76,6 +77,7 @@ def unimodal_outputs(
             device than the input's, or the model has not been used yet (lazy).
     """
     check_inputs(model, inputs, baseline)
+    flag("differentiable", differentiable)
     for called, module in (("model", model), ("module of forward=", forward)):
         if isinstance(module, nn.Module):
             check_made(called, module)

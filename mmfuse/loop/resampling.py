@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from .._numbers import real, whole
+from .._numbers import flag, real, whole
 from ..noise import NoiseStream
 from ..ops._arguments import check_sequence
+
+# A dataset that grows a thousandfold is a mistake, and its indices take the machine's memory.
+_MOST_COPIES = 1000
 
 
 class ContributionSampler(Sampler[int]):
@@ -85,13 +88,13 @@ class ContributionSampler(Sampler[int]):
             )
         if list(thresholds) != sorted(thresholds):
             raise ValueError(f"thresholds must ascend, got {tuple(thresholds)}")
-        counts = [whole(f"copies[{i}]", n, least=0) for i, n in enumerate(copies)]
+        counts = [whole(f"copies[{i}]", n, 0, _MOST_COPIES) for i, n in enumerate(copies)]
         interval = (mean >= thresholds[0]).long()
         for threshold in thresholds[1:]:
             interval += mean > threshold
         repeats = 1 + torch.where(lone, 0, torch.tensor(counts)[interval])
         self.indices = torch.arange(len(mean)).repeat_interleave(repeats).tolist()
-        self.shuffle = shuffle
+        self.shuffle: bool = flag("shuffle", shuffle)
         self.epoch: int = 0
         self._stream = NoiseStream(seed, name=type(self).__name__)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from .._numbers import flag
 from ..loop.given import check_present
 from ..ops.modality_scores import class_indices, named_scores
 from ._arm_information import Complete, normalised_information
@@ -77,7 +78,7 @@ def sample_contributions(
     )
     index = class_indices(labels).clamp(0, rows[0].shape[1] - 1).unsqueeze(1)
     p = torch.stack([z.to(nmi.dtype).softmax(1).gather(1, index).squeeze(1) for z in rows])
-    if gate:
+    if flag("gate", gate):
         right = torch.stack([z.argmax(1) == index.squeeze(1) for z in rows])
         p = torch.where(right, p, 0.0)
     here = None if complete is None else complete.here

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NoReturn
 import torch
 from torch import Tensor
 
-from .._numbers import real
+from .._numbers import flag, real
 from ..loop.given import criterion_of
 from ..ops._tensors import kept_tensor
 from ..ops.modality_scores import named_scores
@@ -28,6 +28,7 @@ class OPMReleased(OPMRule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        flag("theta_gradient", self.theta_gradient)
         if not 0 <= real("p_exe", self.p_exe) <= 1:
             raise ValueError(f"p_exe must be a probability in [0, 1], got {self.p_exe}")
 

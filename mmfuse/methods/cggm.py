@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from .._numbers import finite
+from .._numbers import finite, flag
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -104,6 +104,7 @@ class CGGMRule(Stateless):
     need: ClassVar[Need] = Need(accuracy=True)
 
     def __post_init__(self) -> None:
+        flag("stale", self.stale)
         if not (finite("rho", self.rho) and self.rho > 0):
             raise ValueError(f"rho must be a positive finite number, got {self.rho}")
         if self.bound is not None and not self.bound >= 1:

@@ -48,6 +48,9 @@ from ..ops._tensors import kept_tensor
 #: The factors of AGM's authors, by the number of modalities (lihong2303/AGM_ICCV2023).
 _RATES = {2: (1.3, 0.7), 3: (0.9, 1.4, 0.7)}
 
+# Of them and the modalities a table is kept.
+_MOST_STEPS = 1_000_000
+
 
 @dataclass(frozen=True)
 class LearningRatesResult(Result):
@@ -158,7 +161,7 @@ class LearningRates(GradientMethod):
             kind = type(encoders).__name__
             raise TypeError(f"encoders must map names to modules, got {kind}")
         if window is not None:
-            window = whole("window", window, least=1)
+            window = whole("window", window, 1, _MOST_STEPS)
         rule = LearningRatesRule(_checked(rates, list(encoders)), window)
         super().__init__(rule, encoders, **common)
 

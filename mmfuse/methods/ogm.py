@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .._numbers import real
+from .._numbers import flag, real
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -116,6 +116,8 @@ class OGMRule(Stateless):
 
     def __post_init__(self) -> None:
         check_strength(self.alpha, self.formula)
+        if not callable(self.noise):
+            flag("noise", self.noise)
 
     @property
     def need(self) -> Need:

@@ -21,8 +21,8 @@ def check_sequence(name: str, value: object, of: str = "tensors") -> None:
         raise TypeError(f"{name} must be a list of {of}, got {type(value).__name__}")
 
 
-def check_stream(stream: object, on_meta: bool = False) -> None:
-    """Raises a TypeError for what is no stream, and a ValueError for one without a state.
+def check_stream(stream: object, on_meta: bool = False) -> NoiseStream:
+    """The stream; a TypeError for what is no stream, and a ValueError for one without a state.
 
     Gradients on the meta device, which get no numbers, may have a stream that has none.
     """
@@ -30,6 +30,7 @@ def check_stream(stream: object, on_meta: bool = False) -> None:
         raise TypeError(f"stream must be a mmfuse.NoiseStream, got {type(stream).__name__}")
     if stream.state.is_meta and not on_meta:
         raise ValueError("stream is on the meta device, where it holds no numbers")
+    return stream
 
 
 def check_owner(owner: Sequence[int], modalities: int) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._devices import WIDE
-from .._numbers import whole
+from .._numbers import flag, whole
 from ..reference.modality_scores import IGNORED_LABEL
 from ._tensors import FLOATING, why_unsupported
 
@@ -68,6 +68,8 @@ def checked(
         raise TypeError(f"labels must be an integer tensor of class indices, got {kind}")
     # Calls into PyTorch that are not needed are left out: together they cost what the op does.
     indices = labels.dtype is torch.int64
+    if criterion is not PLAIN:
+        flag("multilabel", criterion.multilabel)
     if criterion.multilabel or (not indices and labels.dtype in FLOATING):
         return _with_floating_targets(names, logits, labels, criterion)
     if (not indices and labels.is_complex()) or labels.layout is not torch.strided:

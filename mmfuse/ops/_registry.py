@@ -352,7 +352,7 @@ def active_backend(op: str, device: torch.device | str = "cpu", backend: str | N
         raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
     try:
         where = torch.device(device)
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"device must name a device, got {device!r}") from error
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a text or None, got {type(backend).__name__}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._numbers import flag
 from ..reference.logit_divergence import KINDS, ROW_NUMBERS
 from ._arguments import check_sequence
 from ._registry import Op
@@ -134,7 +135,12 @@ def logit_divergence(
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; got {kind!r}")
     pairs = _checked(first, second)
-    inputs = [a for a, _ in pairs], [b for _, b in pairs], KINDS.index(kind), bool(per_row)
+    inputs = (
+        [a for a, _ in pairs],
+        [b for _, b in pairs],
+        KINDS.index(kind),
+        flag("per_row", per_row),
+    )
     value: Tensor = _op(backend, first[0].device, *inputs)[0]
     return value
 

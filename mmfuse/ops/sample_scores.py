@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._devices import WIDE
+from .._numbers import flag
 from ._arguments import check_sequence
 from ._criterion import ARGUMENTS, PLAIN, Criterion, check_range, checked
 from ._eager import Eager
@@ -154,6 +155,7 @@ def named_sample_scores(
     statistics: bool = False,
 ) -> SampleScores:
     """`sample_scores`, with errors that call the logits by these names."""
+    statistics = flag("statistics", statistics)
     arguments = checked(names, logits, labels, criterion)
     if statistics and arguments[1].is_floating_point():
         what = "multilabel=True" if criterion.multilabel else "probabilities"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,11 +131,35 @@ def test_what_is_neither_true_nor_false_is_refused(name: str, wrong: object) -> 
         ("select", [], "select must be one of"),
         ("shared", np.ones(()), "shared must be a module"),
         ("stream", torch.ones(2), "stream must be a mmfuse.NoiseStream, got Tensor"),
+        ("anchor_dtype", torch.ones(()), "anchor_dtype must be a floating dtype"),
+        ("input_dropout", torch.ones(3), "input_dropout must be a list of numbers, got Tensor"),
+        ("input_dropout", "abc", "input_dropout must be a list of numbers, got str"),
+        ("input_dropout", (0.1, "b", 1), r"input_dropout\[1\] must be a number, got str"),
+        ("input_dropout", (0.1, 0.2), "input_dropout must hold three numbers"),
     ],
 )
 def test_what_only_looks_right_is_refused(keyword: str, wrong: object, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
-        mmfuse.OGM(encoders(), **{keyword: wrong})
+        mmfuse.RedReg(encoders(), **{keyword: wrong})
+
+
+@pytest.mark.parametrize(
+    "function", [partial(mmfuse.ogm_coefficients, alpha=0.8), mmfuse.drop_probabilities]
+)
+def test_ratios_that_no_kernel_takes_are_named(function: Callable[..., object]) -> None:
+    for wrong in (torch.ones(2).to_sparse(), torch.ones(2, dtype=torch.float8_e4m3fn), [1.0]):
+        with pytest.raises(TypeError, match="ratios"):
+            function(wrong)
+    with pytest.raises(ValueError, match="alpha must be a finite number of torch"):
+        mmfuse.ogm_coefficients(torch.ones(2), 1e300)
+
+
+def test_a_loss_without_a_gradient_is_refused_before_anything() -> None:
+    nets = encoders()
+    given = {name: torch.randn(9, 3) for name in nets}
+    for loss in (torch.ones(()), torch.ones((), dtype=torch.int64)):
+        with pytest.raises(RuntimeError, match="loss does not require grad"):
+            mmfuse.ogm_backward(loss, nets, given, Y9)
 
 
 def test_numbers_without_arithmetic_and_devices_without_a_name_are_refused() -> None:

@@ -39,7 +39,8 @@ class Anchors:
         device: torch.device | str | None = None,
         frozen: bool = False,
     ) -> None:
-        if dtype is not None and not getattr(dtype, "is_floating_point", False):
+        known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if dtype is not None and not known:
             raise TypeError(f"anchor_dtype must be a floating dtype, got {dtype}")
         self.dtype = dtype
         try:

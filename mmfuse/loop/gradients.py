@@ -24,7 +24,7 @@ from .resume import Resumes
 from .sense import Senses
 from .stage import take_step
 from .state import State
-from .two_gradients import checked_losses, two_gradients
+from .two_gradients import check_loss, checked_losses, two_gradients
 from .updates import ActsOnUpdates, AttachedOptimizers
 
 
@@ -264,14 +264,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             **more: As in `observe`.
         """
         self._check_ready()
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"loss must be a scalar tensor, got {type(loss).__name__}")
-        if not isinstance(retain_graph, bool):
-            raise TypeError(f"retain_graph must be a bool, got {type(retain_graph).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(
-                f"loss must be a scalar, got shape {list(loss.shape)}: take its mean or sum"
-            )
+        check_loss(loss, retain_graph)
         unimodal = None
         if self._need.second == "unimodal":
             useless = more.keys() - {"present"}

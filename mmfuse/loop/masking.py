@@ -193,6 +193,8 @@ def called_with(
     for name, function in (("forward", forward), ("output", output)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
+        if isinstance(function, type):
+            raise TypeError(f"{name} must be callable on outputs, got the class {function}")
     if forward is not None:
         found = forward(given)
     else:

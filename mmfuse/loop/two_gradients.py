@@ -35,8 +35,6 @@ def two_gradients(
     `every` the losses of another rank may reach other parameters.
     """
     parameters = modalities.parameters
-    if not joint.requires_grad:  # found only after the other backward pass, otherwise
-        raise RuntimeError("loss does not require grad: is it detached, or made under no_grad?")
     total = torch.stack([loss.reshape(()) for loss in unimodal]).sum()
     # A group of one rank has DistributedDataParallel's hooks as well.
     grouped = process_group is not False and dist.is_available() and dist.is_initialized()
@@ -87,6 +85,26 @@ def _averaged(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> lis
         for i, mean in zip(places, _unflatten_dense_tensors(flat, alike), strict=True):
             found[i] = mean
     return found
+
+
+def check_loss(loss: Tensor, retain_graph: bool) -> None:
+    """Checks what a backward pass would find out after it, or after another one, has changed.
+
+    Raises:
+        RuntimeError: the loss has no gradient.
+        TypeError: it is no tensor, or `retain_graph` neither True nor False.
+        ValueError: it is no scalar.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a scalar tensor, got {type(loss).__name__}")
+    if not isinstance(retain_graph, bool):
+        raise TypeError(f"retain_graph must be a bool, got {type(retain_graph).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss must be a scalar, got shape {list(loss.shape)}: take its mean or sum"
+        )
+    if not loss.requires_grad:
+        raise RuntimeError("loss does not require grad: is it detached, or made under no_grad?")
 
 
 def checked_losses(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._numbers import finite, real
 from ..loop.result import Result
+from ..ops._tensors import check_named
 
 if TYPE_CHECKING:
     from .opm import OPM
@@ -48,8 +49,7 @@ def drop_probabilities(ratios: Tensor, q_base: float = 0.5, lam: float = 0.5) ->
     Returns:
         [M] in [0, 1]; 0 where ρ is NaN.
     """
-    if not isinstance(ratios, Tensor) or not ratios.is_floating_point():
-        raise TypeError("ratios must be a floating-point tensor")
+    check_named([ratios], lambda _: "ratios")
     q_base, lam = real("q_base", q_base), real("lam", lam)
     q = (q_base * (1 + lam * torch.tanh(ratios - 1))).clamp(max=1)
     return torch.where(ratios > 1, q, 0.0)

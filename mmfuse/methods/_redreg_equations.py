@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .._numbers import finite, real, whole
+from ..ops._arguments import check_sequence
 
 #: Added to denominators.
 EPS = 1e-12
@@ -64,6 +65,11 @@ def check_hyperparameters(
 
 
 def check_input_dropout(input_dropout: tuple[float, float, float] | None) -> None:
-    """Raises a ValueError for probabilities or a share out of range."""
-    if input_dropout is not None and not all(0 <= p <= 1 for p in input_dropout):
-        raise ValueError(f"input_dropout must hold numbers in [0, 1], got {input_dropout}")
+    """Raises a TypeError for what are no numbers, and a ValueError for some out of range."""
+    if input_dropout is None:
+        return
+    if not isinstance(input_dropout, (list, tuple)):
+        check_sequence("input_dropout", input_dropout, "numbers")
+    shares = [real(f"input_dropout[{i}]", p) for i, p in enumerate(input_dropout)]
+    if len(shares) != 3 or not all(0 <= p <= 1 for p in shares):
+        raise ValueError(f"input_dropout must hold three numbers in [0, 1], got {input_dropout}")

@@ -43,6 +43,7 @@ from ..loop.gradients import GradientMethod
 from ..loop.pairs import stages
 from ..loop.ranks import Observed
 from ..loop.result import Result
+from ..ops._tensors import check_named
 from ..ops.modulation_factors import Formula, check_strength, factors_of_checked, noise_std
 
 Release = Literal["cvpr", "tpami"]
@@ -88,13 +89,14 @@ def ogm_coefficients(ratios: Tensor, alpha: float, formula: Formula = "tpami") -
         [M], in [0, 1].
 
     Raises:
-        TypeError: `ratios` is no floating tensor, or `alpha` no number.
-        ValueError: there is no such formula.
+        TypeError: `ratios` is no dense floating tensor, or `alpha` no number.
+        ValueError: `alpha` is no finite number of the ratios' dtype, or there is no such formula.
     """
-    if not isinstance(ratios, Tensor) or not ratios.is_floating_point():
-        raise TypeError("ratios must be a floating-point tensor")
+    check_named([ratios], lambda _: "ratios")
     if type(alpha) is not float:
         alpha = real("alpha", alpha)
+    if not abs(alpha) <= torch.finfo(ratios.dtype).max:
+        raise ValueError(f"alpha must be a finite number of {ratios.dtype}, got {alpha}")
     if formula == "tpami":
         # The maximum with 1 is the case rho <= 1, and fmax takes a NaN for the smaller number.
         k = torch.rsub(torch.fmax(ratios, _ONE).sub_(1.0).tanh_(), 1.0, alpha=alpha)

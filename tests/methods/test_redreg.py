@@ -541,7 +541,11 @@ def test_order_of_calls_and_changed_encoders() -> None:
         ({"projection": "layer"}, ValueError, "projection must be 'tensor' or 'encoder'"),
         ({"clamp": ["image"]}, ValueError, r"clamp names \['image'\]; the encoders are"),
         ({"forward": {"image": abs}}, ValueError, r"forward names \['image'\]"),
-        ({"input_dropout": (0.6, 1.1, 0.3)}, ValueError, "input_dropout must hold numbers in"),
+        (
+            {"input_dropout": (0.6, 1.1, 0.3)},
+            ValueError,
+            "must hold three numbers in",
+        ),
     ],
 )
 def test_bad_options(options: dict, error: type[Exception], message: str) -> None:

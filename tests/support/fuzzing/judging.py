@@ -158,8 +158,17 @@ def place_of(error: Exception) -> str:
     return f"{Path(own[-1].filename).name}:{own[-1].name}: {own[-1].line}" if own else "outside"
 
 
+def from_users_code(error: Exception) -> bool:
+    """True for what a user's model, called by mmfuse, has raised on its own."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    ours = max((i for i, file in enumerate(files) if file.startswith(PACKAGE)), default=-1)
+    return OWN in files[ours + 1 :] and ours >= 0
+
+
 def check_error(name: str, error: Exception, names: Iterable[str]) -> None:
     """Raises `Found` for an error of a kind that is not promised, or that names no argument."""
+    if from_users_code(error):
+        return
     text = "".join(traceback.format_exception(error))
     kind = type(error).__name__
     if not isinstance(error, PROMISED) or type(error) is NotImplementedError:

@@ -137,7 +137,8 @@ def check_mask(present: Tensor, values: Tensor) -> None:
 def _filled(x: Tensor, present: Tensor) -> Tensor:
     """The values with the smallest that counts in place of those that do not; 0 if none counts."""
     least = torch.where(present, x, torch.inf).amin(1, keepdim=True)
-    return torch.where(present, x, torch.where(least == torch.inf, 0.0, least).to(x.dtype))
+    found = torch.where(present, x, torch.where(least == torch.inf, 0.0, least).to(x.dtype))
+    return found.contiguous()  # it takes over the mask's layout
 
 
 def _without_the_filled(

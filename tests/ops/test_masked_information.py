@@ -89,6 +89,22 @@ def test_nothing_is_known_where_none_is_there_or_one_is_not_finite(cell: Cell) -
     assert all(field.isnan().tolist() == [True, True, False] for field in mi)
 
 
+@pytest.mark.parametrize("layout", ["transposed", "every other"])
+def test_a_mask_may_have_any_layout(cell: Cell, layout: str) -> None:
+    x, mask = [torch.randn(5, 5, device=cell.device) for _ in range(3)], torch.rand(5, 5) > 0.3
+    mask = mask.to(cell.device)
+    other = mask.t().contiguous().t()
+    if layout == "every other":
+        other = mask.repeat_interleave(2, 1)[:, ::2]
+    assert torch.equal(mask, other) and not other.is_contiguous()
+    for order, measure in MEASURES.values():
+        found, expected = (
+            measure(*x[:order], present=m, backend=cell.backend) for m in (other, mask)
+        )
+        for one, two in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
+
+
 def test_no_host_sync(cell: Cell) -> None:
     rows, present = data(cell, (3,))
     ops.joint_entropies(rows, [(0, 1, 2)], 4, present=present, backend=cell.backend)

@@ -30,6 +30,9 @@ def check_stream(stream: object, on_meta: bool = False) -> NoiseStream:
         raise TypeError(f"stream must be a mmfuse.NoiseStream, got {type(stream).__name__}")
     if stream.state.is_meta and not on_meta:
         raise ValueError("stream is on the meta device, where it holds no numbers")
+    if stream.state.numel() != 2:
+        shape = list(stream.state.shape)
+        raise ValueError(f"stream has a state of shape {shape} in place of [2]: key and step")
     return stream
 
 

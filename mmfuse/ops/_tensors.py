@@ -109,10 +109,17 @@ def promoted(
     return [tensor.to(dtype) for tensor in tensors]
 
 
+def check_dense(name: str, value: Tensor) -> None:
+    """Raises a TypeError for a sparse tensor, which has no memory that a kernel could read."""
+    if value.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense, got {value.layout}")
+
+
 def check_vector(name: str, value: Tensor, length: int) -> None:
     """Checks that a coefficient is a floating [T] tensor."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor of shape [{length}]")
+    check_dense(name, value)
     if value.shape != (length,):
         raise ValueError(f"{name} must have shape [{length}], got {list(value.shape)}")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ._registry import Op
+from ._tensors import check_dense
 
 
 def _fake(scores: Tensor) -> Tensor:
@@ -43,5 +44,6 @@ def check_scores(scores: Tensor) -> None:
     """Raises what `discrepancy_ratios` raises for scores that it cannot take."""
     if not isinstance(scores, Tensor) or scores.dtype not in (torch.float32, torch.float64):
         raise TypeError("scores must be a float32 or float64 tensor")
+    check_dense("scores", scores)
     if scores.dim() != 1 or scores.shape[0] < 2:
         raise ValueError(f"scores must have shape [M] with M >= 2, got {list(scores.shape)}")

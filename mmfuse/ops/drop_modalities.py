@@ -137,6 +137,8 @@ def named_drop(
     check_batches(names, features)
     check_vector("q", q, len(features))
     check_stream(stream)
+    if q.is_meta and not features[0].is_meta:
+        raise ValueError(f"q is on the meta device, features on {features[0].device}")
     if q.device.type == "cpu" and not torch.compiler.is_compiling():
         for m, probability in enumerate(q.tolist()):
             if probability < 0 or probability > 1:

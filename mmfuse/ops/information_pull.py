@@ -13,7 +13,7 @@ from .._devices import WIDE
 from .._numbers import real
 from ._arguments import check_owner, check_sequence
 from ._registry import Op
-from ._tensors import kept_tensor
+from ._tensors import check_dense, kept_tensor
 
 
 class InformationPull(NamedTuple):
@@ -164,6 +164,7 @@ def check_compared(scores: Tensor) -> int:
     """M, of scores [M] or a table [M, M] of them; raises an error for anything else."""
     if not isinstance(scores, Tensor) or scores.dtype not in (torch.float32, torch.float64):
         raise TypeError("scores must be a float32 or float64 tensor")
+    check_dense("scores", scores)
     modalities = scores.shape[0] if scores.dim() else 0
     if modalities < 2 or scores.shape not in ((modalities,), (modalities, modalities)):
         raise ValueError(
@@ -178,6 +179,7 @@ def check_state(
     """Checks a tensor of a method's state."""
     if not isinstance(value, Tensor) or value.dtype != dtype:
         raise TypeError(f"{name} must be a tensor of {dtype}")
+    check_dense(name, value)
     if value.shape != tuple(shape):
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(value.shape)}")
     if value.device != scores.device:

@@ -13,7 +13,7 @@ from .._numbers import whole
 from ..reference.joint_entropies import entropies
 from ._arguments import check_sequence
 from ._registry import Op
-from ._tensors import FLOATING, promoted
+from ._tensors import FLOATING, check_dense, promoted
 
 #: Most bins for pairs and for triples: the counts of one problem then fit a GPU's shared memory or
 #: its L2 cache.
@@ -125,8 +125,7 @@ def check_mask(present: Tensor, values: Tensor) -> None:
     if not isinstance(present, Tensor) or present.dtype is not torch.bool:
         kind = present.dtype if isinstance(present, Tensor) else type(present).__name__
         raise TypeError(f"present must be a bool tensor, got {kind}")
-    if present.layout is not torch.strided:
-        raise TypeError(f"present must be dense, got {present.layout}")
+    check_dense("present", present)
     if present.shape != values.shape or present.device != values.device:
         raise ValueError(
             f"present must be like the values, {list(values.shape)} on {values.device}, got "

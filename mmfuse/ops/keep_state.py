@@ -10,6 +10,7 @@ from torch import Tensor
 from ._arguments import check_sequence
 from ._eager import Eager
 from ._registry import Op
+from ._tensors import check_dense
 
 
 def _fake(*_: object) -> None:
@@ -22,6 +23,13 @@ _op = Op(
     _fake,
     module="keep_state",
 )
+
+
+def _cannot_change(x: Tensor) -> bool:
+    """True for a tensor of inference mode outside it; a compiler asks that itself."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def keep_state_(
@@ -78,6 +86,11 @@ def keep_state_(
             )
         if not old.is_contiguous():
             raise ValueError(f"state[{i}] is not contiguous; it cannot be changed in place")
+        if _cannot_change(old):
+            raise RuntimeError(
+                f"state[{i}] is an inference tensor, which cannot be changed in place outside "
+                "torch.inference_mode()"
+            )
         _check_device(f"state[{i}]", old, device)
         _check_device(f"values[{i}]", value, device)
     flag = isinstance(finite, Tensor) and finite.dtype is torch.bool and finite.dim() == 0
@@ -88,6 +101,7 @@ def keep_state_(
         usual = isinstance(sums, Tensor) and sums.dtype in (torch.float32, torch.float64)
         if not usual or sums.dim() != 1:
             raise TypeError("sums must be a float32 or float64 tensor [T]")
+        check_dense("sums", sums)
         _check_device("sums", sums, device)
         sums = sums.contiguous()
     keep_checked_(backend, list(state), [value.contiguous() for value in values], finite, sums)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .._numbers import real
 from ._arguments import check_owner
 from ._registry import Op
-from ._tensors import kept_tensor
+from ._tensors import check_dense, kept_tensor
 from .discrepancy_ratios import check_scores
 from .grad_stats import GradStats
 
@@ -156,6 +156,7 @@ def _check_stats(stats: GradStats, count: int, scores: Tensor) -> None:
     if stats.numel.dtype != torch.int64 or stats.m2.dtype not in (torch.float32, torch.float64):
         raise TypeError("stats must hold int64 numbers and float32 or float64 moments")
     for name, value in (("numel", stats.numel), ("m2", stats.m2)):
+        check_dense(f"stats.{name}", value)
         if value.shape != (count,):
             raise ValueError(
                 f"stats.{name} must have shape [{count}], one for each entry of owner, "

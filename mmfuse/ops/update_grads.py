@@ -187,6 +187,7 @@ def _scale_usual(
         or type(scale) is not Tensor
         or type(grads[0]) is not Tensor
         or not scale.is_floating_point()
+        or scale.layout is not torch.strided
         or scale.shape != (len(grads),)
     ):
         return False

@@ -183,3 +183,42 @@ def test_an_empty_batch_may_have_any_strides() -> None:
     a, b = torch.ones(0, 2), torch.ones(0, 4)[:, ::2]
     assert b.stride(1) == 2
     assert ops.logit_divergence([a], [b], backend="cpu").isnan().tolist() == [True]
+
+
+def _pull(**changed: torch.Tensor) -> object:
+    state = {"window_open": torch.ones(2).bool(), "steps": torch.ones(2).long(), **changed}
+    scores = state.pop("scores", torch.ones(2))
+    return ops.information_pull(scores, beta=0.9, owner=[0, 1], **state)
+
+
+SPARSE = torch.ones(2).to_sparse()
+
+
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("scores", lambda: ops.discrepancy_ratios(SPARSE)),
+        ("scores", lambda: ops.modulation_factors(SPARSE, 0.8, owner=[0, 1])),
+        ("scores", lambda: _pull(scores=SPARSE)),
+        ("window_open", lambda: _pull(window_open=SPARSE.bool())),
+        ("steps", lambda: _pull(steps=SPARSE.long())),
+        ("scale", lambda: ops.update_grads_([X, X], SPARSE)),
+        ("q", lambda: ops.drop_modalities([X[None], X[None]], SPARSE, mmfuse.NoiseStream(1))),
+    ],
+)
+def test_a_sparse_vector_is_named(name: str, call: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match=f"{name} must be dense, got torch.sparse_coo"):
+        call()
+
+
+def test_a_stream_without_its_two_numbers_and_q_on_meta_are_named() -> None:
+    stream = mmfuse.NoiseStream(1)
+    with pytest.raises(ValueError, match="q is on the meta device, features on cpu"):
+        ops.drop_modalities([X[None], X[None]], torch.ones(2, device="meta"), stream)
+    stream.state = stream.state[:1]
+    for call in (
+        lambda: ops.noisy_views(X, 0.1, stream),
+        lambda: ops.drop_modalities([X[None], X[None]], torch.zeros(2), stream),
+    ):
+        with pytest.raises(ValueError, match=r"stream has a state of shape \[1\] in place of"):
+            call()

@@ -12,6 +12,8 @@ from torch import Tensor
 from mmfuse import ops
 
 YES = torch.ones((), dtype=torch.bool)
+with torch.inference_mode():
+    INFERRED = torch.ones(2)
 
 
 def made(device: str, count: int = 5) -> tuple[list[Tensor], list[Tensor]]:
@@ -101,6 +103,12 @@ def test_compiled_in_one_graph(cell: Cell) -> None:
         ({"finite": torch.ones(())}, TypeError, "finite must be a dense 0-d bool tensor"),
         ({"finite": YES.view(1)}, TypeError, "finite must be a dense 0-d bool tensor"),
         ({"finite": YES.to_sparse()}, TypeError, "finite must be a dense 0-d bool tensor"),
+        ({"sums": torch.ones(2).to_sparse()}, TypeError, "sums must be dense"),
+        (
+            {"state": [INFERRED, torch.zeros(2).long()]},
+            RuntimeError,
+            r"state\[0\] is an inference tensor",
+        ),
         ({"finite": YES.to("meta")}, ValueError, r"finite is on meta, state\[0\] on cpu"),
         ({"sums": torch.ones(2).half()}, TypeError, r"sums must be a float32 or float64 tensor"),
         ({"sums": torch.ones(2, 2)}, TypeError, r"sums must be a float32 or float64 tensor"),

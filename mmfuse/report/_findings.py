@@ -11,25 +11,25 @@ from ._intervals import Estimate
 if TYPE_CHECKING:
     from .results import ImbalanceReport
 
-#: Below this share of the joint model's gain, a masked modality costs nothing worth a sentence.
-_PERCENT = 100
-
 
 def shown(estimate: Estimate | None, percent: bool = False) -> str:
     """'0.968 (0.959–0.976)'; a dash where there is no number."""
     if estimate is None or math.isnan(estimate.value):
         return "—"
     value, low, high = (
-        None if v is None else _digits(v, percent) for v in (estimate.value, estimate.low, estimate.high)
+        None if v is None else _digits(v, percent)
+        for v in (estimate.value, estimate.low, estimate.high)
     )
-    unit = " %" if percent else ""
+    unit = "\N{NO-BREAK SPACE}%" if percent else ""
     if low is None or high is None:
         return f"{value}{unit}"
     return f"{value}{unit} ({low}–{high})"
 
 
 def _digits(value: float, percent: bool) -> str:
-    text = f"{_PERCENT * value:.0f}" if percent else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+    text = (
+        f"{100 * value:.0f}" if percent else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+    )
     return text.replace("-", "−")
 
 
@@ -44,10 +44,10 @@ def findings(report: ImbalanceReport) -> list[str]:
     found = [
         f"With all modalities the model's {report.metric} is {shown(report.joint)}; with all of "
         f"them masked it is {shown(report.nothing)}.",
+        *_probes(report),
         _leaning(report),
         *_gains(report),
         *_trained_alone(report),
-        *_probes(report),
     ]
     if not any(p.ratio for p in report.probes.values()):
         found.append(
@@ -61,13 +61,14 @@ def _leaning(report: ImbalanceReport) -> str:
     sign = 1 if report.higher_is_better else -1
     cost = sorted(report.removed.items(), key=lambda item: sign * item[1].value)
     each = together(f"{shown(value)} without {name}" for name, value in cost)
+    start = f"By masking, the {report.metric} is {each}"
     (first, worst), (_, second) = cost[0], cost[1]
     apart = _apart(worst, second)
     if apart is None:
-        return f"It is {each}."
+        return f"{start}."
     if apart:
-        return f"It is {each}: the model leans most on {first}."
-    return f"It is {each}: on these samples it cannot be said which one the model leans on most."
+        return f"{start}: the model leans most on {first}."
+    return f"{start}: these samples do not say which one the model leans on most."
 
 
 def _apart(a: Estimate, b: Estimate) -> bool | None:
@@ -99,17 +100,22 @@ def _trained_alone(report: ImbalanceReport) -> list[str]:
 
 def _probes(report: ImbalanceReport) -> list[str]:
     found = []
+    behind = {}
     for name, probes in report.probes.items():
         ratio = probes.ratio
         if ratio is None or math.isnan(ratio.value):
             continue
-        text = f"The features of the {name} encoder are worth {shown(ratio, percent=True)} of those of one trained alone"
+        worth = f"{shown(ratio, percent=True)} of those of an encoder trained alone"
+        text = f"By linear probes the features of the {name} encoder are worth {worth}"
         if ratio.low is None or ratio.high is None:
-            found.append(f"{text} (linear probes).")
+            found.append(f"{text}.")
         elif ratio.high < 1:
-            found.append(f"{text}: joint training has left {name} behind.")
+            behind[name] = ratio.value
+            found.append(f"{text}: it is behind.")
         elif ratio.low > 1:
-            found.append(f"{text}: {name} has gained from joint training.")
+            found.append(f"{text}: it is ahead.")
         else:
-            found.append(f"{text}: no imbalance can be seen in {name}.")
+            found.append(f"{text}: no difference can be seen.")
+    if len(behind) > 1:
+        found.append(f"Furthest behind is {min(behind, key=behind.__getitem__)}.")
     return found

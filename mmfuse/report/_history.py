@@ -12,7 +12,7 @@ from torch import Tensor
 from .._numbers import real
 
 #: Of longer histories, means of so many parts are shown.
-MOST_POINTS = 200
+MOST_POINTS = 100
 
 
 class History(NamedTuple):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
@@ -51,7 +53,6 @@ def estimates(
         confidence: Share of the resampled values within the interval.
         seed: Of the resamples.
     """
-    torch: Any = package("torch")
     values = numbers(None)
     if resamples == 0 or count < 2:
         return {key: Estimate(value) for key, value in values.items()}
@@ -62,7 +63,11 @@ def estimates(
         columns = [list(numbers(torch.from_numpy(row.copy())).values()) for row in drawn]
         return numpy.array(columns, dtype=float).T.reshape(-1, *rows.shape[:-1])
 
-    with numpy.errstate(invalid="ignore"):
+    # SciPy has renamed it.
+    known = inspect.signature(stats.bootstrap).parameters
+    drawing = "rng" if "rng" in known else "random_state"
+    with numpy.errstate(invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of numbers that are not defined, which become None
         found = stats.bootstrap(
             (numpy.arange(count),),
             statistic,
@@ -72,7 +77,7 @@ def estimates(
             axis=-1,
             confidence_level=confidence,
             method="percentile",
-            rng=numpy.random.default_rng(seed),
+            **{drawing: numpy.random.default_rng(seed)},
         )
     interval = found.confidence_interval
     ends = zip(values.items(), interval.low.tolist(), interval.high.tolist(), strict=True)

@@ -84,17 +84,17 @@ def imbalance_report(
     whose share is φ_m / (v(all) − v(none)). Masking says how the model uses a modality, but not
     how much there is in it. For that, give what was trained on one modality alone:
     `unimodal_models` for the metric, and for linear probes of the frozen features `encoders`,
-    `unimodal_encoders` and `train_loader`. The ratio of both probes is the evidence of imbalance: an
-    encoder below 1 has learnt less in joint training than it does alone.
+    `unimodal_encoders` and `train_loader`. The ratio of both probes is the evidence of imbalance:
+    an encoder below 1 has learnt less in joint training than it does alone.
 
     Intervals are percentile bootstraps over the loader's samples, from the same resamples for all
     numbers. They say nothing of other training runs: train with several seeds for that.
 
     The model runs in evaluation mode and without gradients, 2^M + M·len(severities) times for each
     batch. Nothing of it changes: neither parameters, gradients, batch norm's statistics, training
-    flags and device, nor the random states of PyTorch, NumPy and Python. Your own forward hooks run.
-    Where there are several processes, call it in one, with a loader of all samples; in all, if the
-    model is sharded (FSDP2).
+    flags and device, nor the random states of PyTorch, NumPy and Python. Your own forward hooks
+    run. Of several processes call it in one, with a loader of all samples; in all, if the model is
+    sharded (FSDP2).
 
     Args:
         model: A module or another callable on the inputs, which it gets as arguments of their
@@ -143,7 +143,9 @@ def imbalance_report(
     """
     check_metric(metric, higher_is_better)
     options = _Options(
-        whole("resamples", resamples, least=0), real("confidence", confidence), whole("seed", seed, 0)
+        whole("resamples", resamples, least=0),
+        real("confidence", confidence),
+        whole("seed", seed, 0),
     )
     if options.resamples > _MOST_RESAMPLES:
         raise ValueError(f"resamples must be at most {_MOST_RESAMPLES}, got {resamples}")
@@ -218,7 +220,9 @@ def _check_probes(probed: Mapping[str, Mapping[str, Any]], train_loader: object)
         return
     strange = [name for name in probed["unimodal_encoders"] if name not in probed["encoders"]]
     if strange:
-        raise ValueError(f"unimodal_encoders names {strange}, to which encoders= has no counterpart")
+        raise ValueError(
+            f"unimodal_encoders names {strange}, to which encoders= has no counterpart"
+        )
     if train_loader is None:
         raise ValueError("probes of encoders= need train_loader=, the samples to fit them on")
     package("sklearn")
@@ -248,7 +252,6 @@ def _report(
     options: _Options,
 ) -> ImbalanceReport:
     """Every number with its interval, in its place."""
-
     each_of = {key: measure.each(z, labels) for key, z in found.items()} if measure.each else None
 
     def numbers(rows: Tensor | None) -> dict[Key, float]:
@@ -293,7 +296,9 @@ def _report(
         shapley=each("shapley"),
         shapley_share=each("share"),
         probes={
-            name: Probes(own, estimated.get(("unimodal_encoders", name)), estimated.get(("ratio", name)))
+            name: Probes(
+                own, estimated.get(("unimodal_encoders", name)), estimated.get(("ratio", name))
+            )
             for name, own in joint.items()
         },
         history=past,

@@ -8,7 +8,7 @@ from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
-from ._findings import shown
+from ._findings import shown, together
 from ._packages import package
 from .picture import DARK, LIGHT, caption, panel_png, panels
 
@@ -48,6 +48,7 @@ def page(report: ImbalanceReport) -> str:
     titles = [title for title, _ in rows]
     found: str = environment.from_string(source).render(
         report=report,
+        names=together(report.modalities),
         caption=caption(report),
         panels=[
             {

@@ -8,17 +8,15 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._findings import shown
+from ._findings import shown, together
 from ._intervals import Estimate
 from ._packages import package
 
 if TYPE_CHECKING:
     from .results import ImbalanceReport
 
-# Okabe and Ito's, which people who confuse colours can tell apart; then matplotlib's.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _MARKERS = "os^Dvp"
-_WIDTH, _DPI, _LETTERS = 5.6, 150, 74
+_WIDTH, _DPI, _LETTERS = 5.8, 150, 84
 
 
 class Style(NamedTuple):
@@ -28,10 +26,14 @@ class Style(NamedTuple):
     muted: str
     background: str
     grid: str
+    modalities: tuple[str, ...]
 
 
-LIGHT = Style("#1b1f24", "#57606a", "#ffffff", "#d8dee4")
-DARK = Style("#e6edf3", "#9ea7b3", "#161b22", "#30363d")
+# Okabe and Ito's, which people who confuse colours can tell apart; on black, lighter.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+_LIGHTER = ("#56B4E9", "#E69F00", "#2FBF93", "#E39AC4", "#FF7F45", "#9DB4FF")
+LIGHT = Style("#1b1f24", "#57606a", "#ffffff", "#d8dee4", _COLOURS)
+DARK = Style("#e6edf3", "#9ea7b3", "#161b22", "#30363d", _LIGHTER)
 
 
 class Panel(NamedTuple):
@@ -67,7 +69,8 @@ def panels(report: ImbalanceReport) -> list[Panel]:
         found.append(
             Panel(
                 f"{metric} with noise on one modality",
-                "The others are clean. A steep line is a modality that the model depends on.",
+                "The others are clean. A steep line is a modality that the model depends on; the "
+                "dashed one is the model with all inputs masked.",
                 0,
                 lambda ax, style: _draw_noise(ax, style, report),
             )
@@ -76,7 +79,8 @@ def panels(report: ImbalanceReport) -> list[Panel]:
         found.append(
             Panel(
                 "Shapley share of each modality",
-                "How the gain over no input at all is shared out among them; adds up to 100 %.",
+                "How the gain over no input at all is shared out among them; together "
+                "100\N{NO-BREAK SPACE}%.",
                 len(report.modalities),
                 lambda ax, style: _draw_shares(ax, style, report),
             )
@@ -84,7 +88,7 @@ def panels(report: ImbalanceReport) -> list[Panel]:
     if report.probes:
         found.append(
             Panel(
-                "Encoders: a linear probe of each one's frozen features",
+                "Linear probes of the frozen encoders",
                 "Filled: the encoder of this model. Hollow: one trained on the modality alone. A "
                 f"filled dot {'left' if report.higher_is_better else 'right'} of the hollow one is "
                 "behind.",
@@ -94,7 +98,8 @@ def panels(report: ImbalanceReport) -> list[Panel]:
         )
     readings = {
         "scores": "How well each modality alone did on the batch, as the method measured it.",
-        "coefficients": "How strongly the method acted on each modality in each step.",
+        "coefficients": "What the method set for each modality in each step; its documentation "
+        "says what that is (of OGM a factor of the gradient: 1 leaves it alone).",
     }
     fields = report.history.fields if report.history else {}
     for name, reading in readings.items():
@@ -143,7 +148,7 @@ def _dots(report: ImbalanceReport) -> list[_Dot]:
 def _draw_dots(ax: Any, style: Style, report: ImbalanceReport, dots: Sequence[_Dot]) -> None:
     ax.axvline(report.nothing.value, color=style.muted, linestyle="--", linewidth=1)
     for row, dot in enumerate(dots):
-        colour = style.ink if dot.modality is None else _colour(report, dot.modality)
+        colour = style.ink if dot.modality is None else _colour(report, dot.modality, style)
         _interval(ax, dot.value, row, colour, style, marker="D" if dot.other else "o")
     _rows(ax, [dot.label for dot in dots], [dot.value for dot in dots], style)
     ax.set_xlabel(_axis(report))
@@ -151,7 +156,7 @@ def _draw_dots(ax: Any, style: Style, report: ImbalanceReport, dots: Sequence[_D
 
 def _draw_noise(ax: Any, style: Style, report: ImbalanceReport) -> None:
     for name, by in report.noisy.items():
-        colour = _colour(report, name)
+        colour = _colour(report, name, style)
         points = [(0.0, report.joint), *sorted(by.items())]
         xs = [severity for severity, _ in points]
         marker = _MARKERS[report.modalities.index(name) % len(_MARKERS)]
@@ -163,7 +168,7 @@ def _draw_noise(ax: Any, style: Style, report: ImbalanceReport) -> None:
     ax.axhline(report.nothing.value, color=style.muted, linestyle="--", linewidth=1)
     ax.set_xlabel("severity (standard deviations of the input)")
     ax.set_ylabel(_axis(report))
-    ax.legend(frameon=False, labelcolor=style.ink)
+    _legend(ax, style)
 
 
 def _draw_shares(ax: Any, style: Style, report: ImbalanceReport) -> None:
@@ -171,7 +176,7 @@ def _draw_shares(ax: Any, style: Style, report: ImbalanceReport) -> None:
     percent = [_scaled(report.shapley_share[name], 100) for name in names]
     for row, (name, value) in enumerate(zip(names, percent, strict=True)):
         if not math.isnan(value.value):
-            ax.barh(row, value.value, color=_colour(report, name), height=0.55)
+            ax.barh(row, value.value, color=_colour(report, name, style), height=0.55)
             if value.low is not None and value.high is not None:
                 ax.plot([value.low, value.high], [row, row], color=style.ink, linewidth=1.6)
     ax.axvline(0, color=style.muted, linewidth=1)
@@ -185,7 +190,7 @@ def _draw_shares(ax: Any, style: Style, report: ImbalanceReport) -> None:
 def _draw_probes(ax: Any, style: Style, report: ImbalanceReport) -> None:
     texts = []
     for row, (name, probes) in enumerate(report.probes.items()):
-        colour = _colour(report, name)
+        colour = _colour(report, name, style)
         if probes.alone is not None:
             ends = [probes.joint.value, probes.alone.value]
             ax.plot(ends, [row + 0.14, row - 0.14], color=colour, linewidth=1, alpha=0.5)
@@ -206,11 +211,17 @@ def _draw_history(
     assert report.history is not None
     for modality, values in curves.items():
         known = modality in report.modalities
-        colour = _colour(report, modality) if known else None
+        colour = _colour(report, modality, style) if known else None
         ax.plot(report.history.steps, values, color=colour, linewidth=1.3, label=modality)
     ax.set_xlabel("training step")
     ax.set_ylabel(name[:-1])
-    ax.legend(frameon=False, labelcolor=style.ink)
+    _legend(ax, style)
+
+
+def _legend(ax: Any, style: Style) -> None:
+    """Above the axes, where it hides no curve."""
+    where = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 4, "borderaxespad": 0.2}
+    ax.legend(frameon=False, labelcolor=style.ink, fontsize=9, **where)
 
 
 def _interval(
@@ -237,7 +248,7 @@ def _rows(
     texts: Sequence[str] | None = None,
 ) -> None:
     """Names on the left, numbers on the right, the first row on top."""
-    ax.set_yticks(range(len(labels)), ["\n".join(textwrap.wrap(text, 26)) for text in labels])
+    ax.set_yticks(range(len(labels)), ["\n".join(textwrap.wrap(text, 30)) for text in labels])
     ax.set_ylim(len(labels) - 0.5, -0.5)
     for row, value in enumerate(values):
         text = shown(value) if texts is None else texts[row]
@@ -261,52 +272,77 @@ def _axis(report: ImbalanceReport) -> str:
     return f"{report.metric} ({'higher' if report.higher_is_better else 'lower'} is better)"
 
 
-def _colour(report: ImbalanceReport, name: str) -> str:
+def _colour(report: ImbalanceReport, name: str, style: Style) -> str:
     m = report.modalities.index(name)
-    if len(report.modalities) <= len(_COLOURS):
-        return _COLOURS[m]
+    if len(report.modalities) <= len(style.modalities):
+        return style.modalities[m]
     maps, colours = package("matplotlib"), package("matplotlib.colors")
     found: str = colours.to_hex(maps.colormaps["turbo"]((m + 0.5) / len(report.modalities)))
     return found
 
 
-def _figure(shown_panels: Sequence[Panel], columns: int, style: Style) -> Any:
-    """A figure with the panels, each with its title and how to read it."""
-    lines = -(-len(shown_panels) // columns)
-    tallest = max(panel.rows for panel in shown_panels)
-    height = max(3.5, 1.7 + 0.34 * tallest)
-    figure = package("matplotlib.figure").Figure(
-        figsize=(_WIDTH * columns, height * lines), layout="constrained", facecolor=style.background
+def png(report: ImbalanceReport) -> bytes:
+    """All panels in one picture, with a heading and what the intervals are."""
+    numpy: Any = package("numpy")
+    found = panels(report)
+    columns = min(2, len(found))
+    rows = []
+    for start in range(0, len(found), columns):
+        beside = found[start : start + columns]
+        height = max(map(_height, beside))
+        drawn = [_pixels(_figure(panel, LIGHT, height, heading=True)) for panel in beside]
+        blank = numpy.full_like(drawn[0], 255)
+        rows.append(numpy.hstack([*drawn, *[blank] * (columns - len(drawn))]))
+    width = _WIDTH * columns
+    title = f"Imbalance report: {together(report.modalities)}"
+    head = _strip(textwrap.shorten(title, 52 * columns), width, 0.5, 15, "bold", LIGHT.ink)
+    lines = textwrap.fill(caption(report), 78 * columns)
+    foot = _strip(lines, width, 0.2 + 0.18 * (lines.count("\n") + 1), 9, "normal", LIGHT.muted)
+    file = io.BytesIO()
+    whole = numpy.vstack([head, *rows, foot])
+    package("matplotlib.image").imsave(file, whole, format="png", dpi=_DPI)
+    return file.getvalue()
+
+
+def panel_png(panel: Panel, style: Style) -> bytes:
+    """One panel, without title and reading, which stand beside it on a page."""
+    file = io.BytesIO()
+    _figure(panel, style, _height(panel), heading=False).savefig(file, format="png", dpi=_DPI)
+    return file.getvalue()
+
+
+def caption(report: ImbalanceReport) -> str:
+    """Samples, and what the intervals are."""
+    text = f"{report.samples:,} samples."
+    if report.confidence is None:
+        return text
+    return (
+        f"{text} Lines and bands beside a value: {100 * report.confidence:g}\N{NO-BREAK SPACE}% "
+        "bootstrap intervals over samples; other training runs would differ by more."
     )
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    axes = figure.subplots(lines, columns, squeeze=False).flat
-    for panel, ax in zip(shown_panels, axes, strict=False):
-        panel.draw(ax, style)
-        _dress(ax, panel, style)
-    for ax in list(axes)[len(shown_panels) :]:
-        ax.axis("off")
-    return figure
 
 
-def _dress(ax: Any, panel: Panel, style: Style) -> None:
+def _height(panel: Panel) -> float:
+    return max(3.3, 1.6 + 0.34 * panel.rows)
+
+
+def _figure(panel: Panel, style: Style, height: float, *, heading: bool) -> Any:
+    """A figure of one panel; with a heading its title and how to read it stand above the axes."""
     wrapped = textwrap.wrap(panel.reading, _LETTERS)
-    ax.set_title(
-        panel.title,
-        loc="left",
-        fontsize=11,
-        fontweight="bold",
-        color=style.ink,
-        pad=8 + 11 * len(wrapped),
+    head = 0.45 + 0.17 * len(wrapped) if heading else 0.0
+    figure = package("matplotlib.figure").Figure(
+        figsize=(_WIDTH, height + 0.7 * heading), facecolor=style.background
     )
-    ax.annotate(
-        "\n".join(wrapped),
-        (0, 1),
-        xycoords="axes fraction",
-        xytext=(0, 6),
-        textcoords="offset points",
-        fontsize=8.5,
-        color=style.muted,
-    )
+    tall = figure.get_figheight()
+    figure.set_layout_engine("constrained", rect=(0.03, 0, 0.96, 1 - head / tall))
+    if heading:
+        text = {"x": 0.03, "va": "top", "ha": "left"}
+        figure.text(
+            y=1 - 0.15 / tall, s=panel.title, color=style.ink, fontsize=11.5, weight="bold", **text
+        )
+        figure.text(y=1 - 0.4 / tall, s="\n".join(wrapped), color=style.muted, fontsize=8.5, **text)
+    ax = figure.subplots()
+    panel.draw(ax, style)
     ax.set_facecolor(style.background)
     ax.grid(color=style.grid, linewidth=0.7)
     ax.set_axisbelow(True)
@@ -316,40 +352,18 @@ def _dress(ax: Any, panel: Panel, style: Style) -> None:
     ax.tick_params(colors=style.ink, labelsize=9)
     ax.xaxis.label.set_color(style.ink)
     ax.yaxis.label.set_color(style.ink)
+    return figure
 
 
-def png(report: ImbalanceReport) -> bytes:
-    """All panels in one picture, with a heading and what the intervals are."""
-    found = panels(report)
-    figure = _figure(found, min(2, len(found)), LIGHT)
-    figure.suptitle(
-        f"Imbalance report: {' and '.join(report.modalities)}",
-        fontsize=14,
-        fontweight="bold",
-        color=LIGHT.ink,
-    )
-    figure.supxlabel(caption(report), fontsize=9, color=LIGHT.muted)
-    return _written(figure)
+def _strip(text: str, width: float, height: float, size: float, weight: str, colour: str) -> Any:
+    figure = package("matplotlib.figure").Figure(figsize=(width, height), facecolor="white")
+    figure.text(0.5, 0.5, text, ha="center", va="center", size=size, weight=weight, color=colour)
+    return _pixels(figure)
 
 
-def panel_png(panel: Panel, style: Style) -> bytes:
-    """One panel, without title and reading, which stand beside it on a page."""
-    figure = _figure([panel._replace(title="", reading="")], 1, style)
-    return _written(figure)
-
-
-def caption(report: ImbalanceReport) -> str:
-    """Samples, and what the intervals are."""
-    text = f"{report.samples:,} samples."
-    if report.confidence is None:
-        return text
-    return (
-        f"{text} Lines and bands beside a value: {100 * report.confidence:g} % bootstrap intervals "
-        "over samples; other training runs would differ by more."
-    )
-
-
-def _written(figure: Any) -> bytes:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=_DPI)
-    return file.getvalue()
+def _pixels(figure: Any) -> Any:
+    """[height, width, RGBA]."""
+    figure.set_dpi(_DPI)
+    canvas = package("matplotlib.backends.backend_agg").FigureCanvasAgg(figure)
+    canvas.draw()
+    return package("numpy").array(canvas.buffer_rgba())

@@ -86,7 +86,10 @@ class ImbalanceReport:
             stands for what is not defined.
         """
         fields = {name: getattr(self, name) for name in type(self).__dataclass_fields__}
-        return {**{name: _plain(value) for name, value in fields.items()}, "findings": self.findings}
+        return {
+            **{name: _plain(value) for name, value in fields.items()},
+            "findings": self.findings,
+        }
 
     @property
     def findings(self) -> list[str]:

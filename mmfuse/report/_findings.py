@@ -105,8 +105,8 @@ def _probes(report: ImbalanceReport) -> list[str]:
         ratio = probes.ratio
         if ratio is None or math.isnan(ratio.value):
             continue
-        worth = f"{shown(ratio, percent=True)} of those of an encoder trained alone"
-        text = f"By linear probes the features of the {name} encoder are worth {worth}"
+        worth = f"{shown(ratio)} times as good as those of an encoder trained alone"
+        text = f"By linear probes the features of the {name} encoder are {worth}"
         if ratio.low is None or ratio.high is None:
             found.append(f"{text}.")
         elif ratio.high < 1:

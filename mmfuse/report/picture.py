@@ -300,7 +300,9 @@ def png(report: ImbalanceReport) -> bytes:
     foot = _strip(lines, width, 0.2 + 0.18 * (lines.count("\n") + 1), 9, "normal", LIGHT.muted)
     file = io.BytesIO()
     whole = numpy.vstack([head, *rows, foot])
-    package("matplotlib.image").imsave(file, whole, format="png", dpi=_DPI)
+    package("matplotlib.image").imsave(
+        file, whole, format="png", dpi=_DPI, pil_kwargs={"optimize": True}
+    )
     return file.getvalue()
 
 

@@ -76,7 +76,7 @@ def test_lightning(tmp_path: Path) -> None:
     inputs, labels = samples(NAMES, rows=96)
     loader = DataLoader(TensorDataset(*inputs.values(), labels), 32)
     encoders = {n: f"net.encoders.{n}" for n in NAMES}
-    balance = Balance(lambda module: mmfuse.OGM(mmfuse.match_parameters(module, encoders)))
+    balance = Balance(mmfuse.OGM, encoders, log_every=None)
     module = Digits(balance)
     trainer = Trainer(
         max_epochs=4,

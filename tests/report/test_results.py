@@ -128,7 +128,7 @@ def test_findings_follow_from_the_intervals() -> None:
         return Probes(Estimate(0.5, 0.4, 0.6), Estimate(0.5, 0.4, 0.6), ratio)
 
     both = said(probes={"audio": probed(0.9, 0.98), "visual": probed(0.6, 0.8)})
-    assert "audio encoder are worth 94\N{NO-BREAK SPACE}% (90–98)" in both
+    assert "audio encoder are 0.940 (0.900–0.980) times as good" in both
     assert both.count("it is behind") == 2 and "Furthest behind is visual." in both
     assert "encoders= and" not in both
     none = said(probes={"audio": probed(0.9, 1.1), "visual": probed(1.1, 1.2)})

@@ -46,3 +46,10 @@ with mmfuse.use_backend("reference"):
     inforeg.step(logits, labels)
 with mmfuse.ScalarLog(lambda scalars, step: print(step, scalars), every=10) as log:
     log.add(0, out.as_dict())
+
+report = mmfuse.imbalance_report(
+    lambda audio, visual: audio, [(inputs, labels)], encoders=encoders, train_loader=[]
+)
+assert_type(report, mmfuse.ImbalanceReport)
+assert_type(report.joint.low, float | None)
+assert_type(report.findings, list[str])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._numbers import real
 from ..loop.matching import match_parameters
@@ -37,7 +37,7 @@ def check_several(names: Sequence[str]) -> None:
 
 def severities_of(severities: Sequence[float]) -> tuple[float, ...]:
     """The positive numbers of `severities=`, in rising order."""
-    if isinstance(severities, str) or not isinstance(severities, Iterable):
+    if isinstance(severities, (str, bytes, Tensor)) or not isinstance(severities, Iterable):
         raise TypeError(f"severities must be numbers, got {type(severities).__name__}")
     found = sorted({real("severities", severity) for severity in severities})
     if not all(0 < severity < math.inf for severity in found):

@@ -67,6 +67,12 @@ def batches(
             )
         if device is not None:
             inputs = {name: x.to(device) for name, x in inputs.items()}
+        places = {f"{name!r} on {x.device}": x.device for name, x in inputs.items()}
+        if len(set(places.values())) > 1 or torch.device("meta") in places.values():
+            raise ValueError(
+                f"a batch of {called} has {', '.join(places)}: all of its inputs must be where the "
+                "model is"
+            )
         rows = {name: len(x) if x.dim() else 0 for name, x in inputs.items() if name in names}
         wrong = {name: n for name, n in rows.items() if n != len(labels)}
         if wrong:
@@ -122,8 +128,8 @@ def _parted(found: Any, names: Sequence[str] | None) -> Any:
 
 
 def _are(inputs: Any, labels: Any) -> bool:
-    named = isinstance(inputs, Mapping) and bool(inputs)
-    return named and all(isinstance(x, Tensor) for x in (*inputs.values(), labels))
+    named = isinstance(inputs, Mapping) and inputs and all(isinstance(n, str) for n in inputs)
+    return bool(named) and all(isinstance(x, Tensor) for x in (*inputs.values(), labels))
 
 
 def described(found: Any) -> str:

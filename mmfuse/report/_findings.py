@@ -57,9 +57,33 @@ def findings(report: ImbalanceReport) -> list[str]:
     return found
 
 
-def _leaning(report: ImbalanceReport) -> str:
+def headline(report: ImbalanceReport) -> str:
+    """The two most important findings in one line."""
+    cost = _by_cost(report)
+    apart = _apart(cost[0][1], cost[1][1])
+    parts = [f"The model leans most on {cost[0][0]}." if apart else ""]
+    behind = _behind(report)
+    if behind:
+        encoders = "encoder is" if len(behind) == 1 else "encoders are"
+        parts.append(f"By linear probes the {together(behind)} {encoders} behind.")
+    return " ".join(part for part in parts if part)
+
+
+def _by_cost(report: ImbalanceReport) -> list[tuple[str, Estimate]]:
+    """Modalities and the metric without them, the dearest first."""
     sign = 1 if report.higher_is_better else -1
-    cost = sorted(report.removed.items(), key=lambda item: sign * item[1].value)
+    return sorted(report.removed.items(), key=lambda item: sign * item[1].value)
+
+
+def _behind(report: ImbalanceReport) -> list[str]:
+    """Encoders whose interval lies below 1, the furthest first."""
+    ratios = {name: p.ratio for name, p in report.probes.items() if p.ratio is not None}
+    found = {n: r.value for n, r in ratios.items() if r.high is not None and r.high < 1}
+    return sorted(found, key=found.__getitem__)
+
+
+def _leaning(report: ImbalanceReport) -> str:
+    cost = _by_cost(report)
     each = together(f"{shown(value)} without {name}" for name, value in cost)
     start = f"By masking, the {report.metric} is {each}"
     (first, worst), (_, second) = cost[0], cost[1]
@@ -100,7 +124,7 @@ def _trained_alone(report: ImbalanceReport) -> list[str]:
 
 def _probes(report: ImbalanceReport) -> list[str]:
     found = []
-    behind = {}
+    behind = _behind(report)
     for name, probes in report.probes.items():
         ratio = probes.ratio
         if ratio is None or math.isnan(ratio.value):
@@ -110,12 +134,11 @@ def _probes(report: ImbalanceReport) -> list[str]:
         if ratio.low is None or ratio.high is None:
             found.append(f"{text}.")
         elif ratio.high < 1:
-            behind[name] = ratio.value
             found.append(f"{text}: it is behind.")
         elif ratio.low > 1:
             found.append(f"{text}: it is ahead.")
         else:
             found.append(f"{text}: no difference can be seen.")
     if len(behind) > 1:
-        found.append(f"Furthest behind is {min(behind, key=behind.__getitem__)}.")
+        found.append(f"Furthest behind is {behind[0]}.")
     return found

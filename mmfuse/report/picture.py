@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._findings import shown, together
+from ._findings import headline, shown, together
 from ._intervals import Estimate
 from ._packages import package
 
@@ -296,6 +296,10 @@ def png(report: ImbalanceReport) -> bytes:
     width = _WIDTH * columns
     title = f"Imbalance report: {together(report.modalities)}"
     head = _strip(textwrap.shorten(title, 52 * columns), width, 0.5, 15, "bold", LIGHT.ink)
+    said = textwrap.fill(headline(report), 70 * columns)
+    if said:
+        strip = 0.1 + 0.2 * (said.count("\n") + 1)
+        rows.insert(0, _strip(said, width, strip, 10.5, "normal", LIGHT.ink))
     lines = textwrap.fill(caption(report), 78 * columns)
     foot = _strip(lines, width, 0.2 + 0.18 * (lines.count("\n") + 1), 9, "normal", LIGHT.muted)
     file = io.BytesIO()
@@ -320,7 +324,7 @@ def caption(report: ImbalanceReport) -> str:
         return text
     return (
         f"{text} Lines and bands beside a value: {100 * report.confidence:g}\N{NO-BREAK SPACE}% "
-        "bootstrap intervals over samples; other training runs would differ by more."
+        "bootstrap intervals over samples; they say nothing of other training runs."
     )
 
 

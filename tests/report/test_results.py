@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import mmfuse
+from mmfuse.report._findings import headline
 from mmfuse.report.results import Estimate, ImbalanceReport, Probes
 
 INPUTS, LABELS = samples(("audio", "visual"), rows=90)
@@ -129,6 +130,16 @@ def test_findings_follow_from_the_intervals() -> None:
 
     both = said(probes={"audio": probed(0.9, 0.98), "visual": probed(0.6, 0.8)})
     assert "audio encoder are 0.940 (0.900–0.980) times as good" in both
+    close = {n: Estimate(0.5, 0.4, 0.6) for n in ("audio", "visual")}
+    behind = {"audio": probed(0.9, 0.98), "visual": probed(0.6, 0.8)}
+    assert headline(plain(probes=behind)) == (
+        "The model leans most on audio. By linear probes the visual and audio encoders are behind."
+    )
+    assert headline(plain(removed=close)) == ""
+    behind["audio"] = probed(0.9, 1.1)
+    assert headline(plain(removed=close, probes=behind)) == (
+        "By linear probes the visual encoder is behind."
+    )
     assert both.count("it is behind") == 2 and "Furthest behind is visual." in both
     assert "encoders= and" not in both
     none = said(probes={"audio": probed(0.9, 1.1), "visual": probed(1.1, 1.2)})

@@ -90,8 +90,8 @@ def shapley_responses(d: Drawer) -> Arguments:
 def imbalance_report(d: Drawer) -> Arguments:
     rows = d.whole(1, 5)
     inputs = _named(d, rows, 3, dtypes=("float32",))
-    found: Arguments = {"model": Made("sum"), "loader": [(inputs, _labels(d, rows, 3))]}
-    found |= {"forward": Made("sum"), "resamples": d.of(0, 3), "severities": [1.0]}
+    found: Arguments = {"model": Made("sum"), "loader": [(inputs, _labels(d, rows, 2))]}
+    found |= {"resamples": d.of(0, 3), "severities": [1.0]}
     if d.maybe():
         found |= {"metric": d.of("accuracy", "f1", "map"), "confidence": 0.9, "seed": 3}
     if d.maybe():

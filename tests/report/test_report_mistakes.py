@@ -174,6 +174,16 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"the labels are \[30, 2\], the outputs \[30, 3\]",
     ),
+    "inputs on several devices": (
+        reported(loader=of({**INPUTS, "audio": INPUTS["audio"].to("meta")})),
+        ValueError,
+        "a batch of loader has 'audio' on meta, 'visual' on cpu: all of its inputs",
+    ),
+    "severities in a tensor": (
+        reported(severities=torch.tensor(1.0)),
+        TypeError,
+        "severities must be numbers, got Tensor",
+    ),
     "an unknown metric": (reported(metric="auc"), ValueError, "'mae' or a callable, got 'auc'"),
     "a metric of no direction": (
         reported(metric=lambda z, y: 1.0),

@@ -46,7 +46,7 @@ from .methods.catalogue import *  # noqa: F403
 from .noise import NoiseStream as NoiseStream
 from .ops import use_backend as use_backend
 from .report.imbalance import imbalance_report as imbalance_report
-from .report.results import ImbalanceReport as ImbalanceReport
+from .report.summary import ImbalanceReport as ImbalanceReport
 
 # Without `__all__`: `help(mmfuse)` prints each name of it in full, which were 15,000 lines. The
 # aliases above say what is public.

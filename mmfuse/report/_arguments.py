@@ -45,7 +45,7 @@ def severities_of(severities: Sequence[float]) -> tuple[float, ...]:
     return tuple(found)
 
 
-def calls_of(called: str, given: Mapping[str, Any] | None) -> Calls:
+def calls_of(called: str, given: Mapping[str, Any] | nn.ModuleDict | None) -> Calls:
     """Name → what is called for this modality."""
     if given is None:
         return {}

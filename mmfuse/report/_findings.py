@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ._intervals import Estimate
 
 if TYPE_CHECKING:
-    from .results import ImbalanceReport
+    from .summary import ImbalanceReport
 
 
 def shown(estimate: Estimate | None, percent: bool = False) -> str:

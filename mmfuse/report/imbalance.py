@@ -33,14 +33,14 @@ from ._metrics import Metric, Task, Wanted, check_metric, metric_of, task_of
 from ._packages import package
 from ._probes import check_labels, probe
 from ._untouched import untouched
-from .results import ImbalanceReport, Probes
+from .summary import ImbalanceReport, Probes
 
 __all__ = ["ImbalanceReport", "imbalance_report"]
 
 _MOST_RESAMPLES = 100_000
 
 #: One modality's own model or encoder: a module or a callable on its input.
-Calls = Mapping[str, Callable[..., Any]]
+Calls = Mapping[str, Callable[..., Any]] | nn.ModuleDict
 
 
 def imbalance_report(
@@ -54,7 +54,7 @@ def imbalance_report(
     severities: Sequence[float] = (0.5, 1.0, 2.0),
     corrupt: Corrupt | None = None,
     unimodal_models: Calls | None = None,
-    encoders: Mapping[str, Callable[..., Any] | str] | None = None,
+    encoders: Mapping[str, Callable[..., Any] | str] | nn.ModuleDict | None = None,
     unimodal_encoders: Calls | None = None,
     train_loader: Iterable[Any] | None = None,
     history: Sequence[Mapping[str, Tensor | float]] | None = None,

@@ -13,7 +13,7 @@ from ._packages import package
 from .picture import DARK, LIGHT, caption, panel_png, panels
 
 if TYPE_CHECKING:
-    from .results import ImbalanceReport
+    from .summary import ImbalanceReport
 
 #: The lines of the table, as they begin → how to read them.
 READINGS = {

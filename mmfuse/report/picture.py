@@ -13,10 +13,12 @@ from ._intervals import Estimate
 from ._packages import package
 
 if TYPE_CHECKING:
-    from .results import ImbalanceReport
+    from .summary import ImbalanceReport
 
 _MARKERS = "os^Dvp"
-_WIDTH, _DPI, _LETTERS = 5.8, 150, 84
+_DPI, _LETTERS = 150, 84
+# Inches; beside other panels, and on a page, where a telephone shows it at half the size.
+_WIDTH, _NARROW = 5.8, 4.4
 
 
 class Style(NamedTuple):
@@ -248,7 +250,10 @@ def _rows(
     texts: Sequence[str] | None = None,
 ) -> None:
     """Names on the left, numbers on the right, the first row on top."""
-    ax.set_yticks(range(len(labels)), ["\n".join(textwrap.wrap(text, 30)) for text in labels])
+    ax.set_yticks(
+        range(len(labels)),
+        ["\n".join(textwrap.wrap(text, int(5 * ax.figure.get_figwidth()))) for text in labels],
+    )
     ax.set_ylim(len(labels) - 0.5, -0.5)
     for row, value in enumerate(values):
         text = shown(value) if texts is None else texts[row]
@@ -337,7 +342,8 @@ def _figure(panel: Panel, style: Style, height: float, *, heading: bool) -> Any:
     wrapped = textwrap.wrap(panel.reading, _LETTERS)
     head = 0.45 + 0.17 * len(wrapped) if heading else 0.0
     figure = package("matplotlib.figure").Figure(
-        figsize=(_WIDTH, height + 0.7 * heading), facecolor=style.background
+        figsize=(_WIDTH if heading else _NARROW, height + 0.7 * heading),
+        facecolor=style.background,
     )
     tall = figure.get_figheight()
     figure.set_layout_engine("constrained", rect=(0.03, 0, 0.96, 1 - head / tall))

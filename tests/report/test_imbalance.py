@@ -203,6 +203,10 @@ def test_metrics_against_scikit_learn() -> None:
     assert joint("map", several) == pytest.approx(precision, rel=1e-5)
     f1 = metrics.f1_score(several, z > 0, average="macro")
     assert joint("f1", several) == pytest.approx(f1, rel=1e-5)
+    # Logits that look like probabilities are logits all the same.
+    near = {n: x.clamp(0.1, 0.4) for n, x in inputs.items()}
+    f1 = metrics.f1_score(several, torch.ones(200, 3), average="macro")
+    assert joint("f1", several, near) == pytest.approx(f1, rel=1e-5)
     one = {n: x[:, :1] for n, x in inputs.items()}
     yes = (labels == 0).float()[:, None]
     hit = metrics.accuracy_score(yes, z[:, :1] > 0)
@@ -224,6 +228,21 @@ def test_metrics_against_scikit_learn() -> None:
         lambda a, b: metrics.cohen_kappa_score(b, a.argmax(1)), labels, higher_is_better=True
     )
     assert kappa == pytest.approx(metrics.cohen_kappa_score(labels, z.argmax(1)))
+
+
+def test_classes_of_places() -> None:
+    x = {n: torch.randn(20, 3, 4) for n in NAMES[:2]}
+    places = torch.randint(0, 3, (20, 4))
+    report = imbalance_report(Added(audio=1.0, visual=0.5), [(x, places)], resamples=5)
+    hit = (x["audio"] + 0.5 * x["visual"]).argmax(1) == places
+    assert report.joint.value == pytest.approx(float(hit.double().mean()))
+    with pytest.raises(ValueError, match=r"probes need one label for each sample, got .*\[20, 4\]"):
+        imbalance_report(
+            Added(audio=1.0, visual=0.5),
+            [(x, places)],
+            encoders={"audio": nn.Identity()},
+            train_loader=[(x, places)],
+        )
 
 
 def test_of_an_error_a_lower_one_is_a_gain() -> None:

@@ -15,7 +15,7 @@ from torch import nn
 import mmfuse
 from mmfuse.report._findings import shown
 from mmfuse.report.page import READINGS, page
-from mmfuse.report.results import ImbalanceReport
+from mmfuse.report.summary import ImbalanceReport
 
 
 def reported() -> ImbalanceReport:

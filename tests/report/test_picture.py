@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from mmfuse.report._history import History
 from mmfuse.report.picture import DARK, LIGHT, Panel, panel_png, panels, png
-from mmfuse.report.results import Estimate, ImbalanceReport, Probes
+from mmfuse.report.summary import Estimate, ImbalanceReport, Probes
 
 
 def reported(count: int = 2, **more: Any) -> ImbalanceReport:

@@ -50,6 +50,8 @@ with mmfuse.ScalarLog(lambda scalars, step: print(step, scalars), every=10) as l
 report = mmfuse.imbalance_report(
     lambda audio, visual: audio, [(inputs, labels)], encoders=encoders, train_loader=[]
 )
+mmfuse.imbalance_report(head, [(inputs, labels)], encoders=nn.ModuleDict(encoders))
+mmfuse.imbalance_report(head, [(inputs, labels)], encoders={"audio": "audio_net"})
 assert_type(report, mmfuse.ImbalanceReport)
 assert_type(report.joint.low, float | None)
 assert_type(report.findings, list[str])

@@ -15,7 +15,7 @@ from torch import nn
 
 import mmfuse
 from mmfuse.report._findings import headline
-from mmfuse.report.results import Estimate, ImbalanceReport, Probes
+from mmfuse.report.summary import Estimate, ImbalanceReport, Probes
 
 INPUTS, LABELS = samples(("audio", "visual"), rows=90)
 DATA = batched(INPUTS, LABELS)

@@ -183,14 +183,14 @@ def _check_task(metric: str, task: Task, outputs: Tensor, labels: Tensor) -> Non
             )
 
 
-def check_range(labels: Tensor, classes: int) -> None:
+def check_range(labels: Tensor, classes: int, where: str = "loader") -> None:
     """Raises a ValueError where a class is none of the outputs'."""
     kept = labels[labels != IGNORED]
     if not kept.numel():
-        raise ValueError(f"all labels of the loader are {IGNORED}, which are ignored")
+        raise ValueError(f"all labels of {where} are {IGNORED}, which are ignored")
     if not 0 <= int(kept.min()) <= int(kept.max()) < classes:
         raise ValueError(
-            f"the loader's labels run from {int(kept.min())} to {int(kept.max())}, but the model "
+            f"the labels of {where} run from {int(kept.min())} to {int(kept.max())}, but the model "
             f"has outputs for {classes} classes"
         )
 

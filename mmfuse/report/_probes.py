@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._metrics import IGNORED, Task, check_positive
+from ._metrics import IGNORED, Task, check_positive, check_range, single_logit
 from ._packages import package
 
 _ITERATIONS = 1000
 
 
-def check_labels(task: Task, train: Tensor, test: Tensor) -> None:
+def check_labels(task: Task, train: Tensor, test: Tensor, outputs: Tensor) -> None:
     """Raises a ValueError where a probe could not be fitted to these labels.
 
     Raises:
@@ -34,6 +34,9 @@ def check_labels(task: Task, train: Tensor, test: Tensor) -> None:
         check_positive(train, "train_loader")
     elif task == "classes":
         train, test = train.flatten(), test.flatten()
+        classes = 2 if single_logit(outputs, test) else outputs.shape[1]
+        check_range(train, classes, "train_loader")
+        check_range(test, classes)
         there = set(train[train != IGNORED].tolist())
         absent = sorted(set(test[test != IGNORED].tolist()) - there)
         if absent:

@@ -77,7 +77,7 @@ def imbalance_report(
     It needs ``pip install "mmfuse[report]"`` and a model that has been trained by any method, in
     any framework. With v(S) the metric where the modalities S are there and all others masked, it
     has v of all, of each alone, of all without one, of none, and with noise on one; and each
-    modality's Shapley value of the metric (SHAPE; Hu, Li & Zhou, IJCAI 2022)::
+    modality's Shapley value of the metric (SHAPE; Hu, Li & Zhou 2022, arXiv:2205.00302)::
 
         φ_m = Σ_S |S|! (M − |S| − 1)! / M! · (v(S ∪ m) − v(S))   over all S without m
 
@@ -114,7 +114,8 @@ def imbalance_report(
             callable on name and input, as in `unimodal_outputs`; ``lambda name, x: x.roll(1, 0)``
             gives it another sample's.
         severities: Standard deviations of the noise, in those of the batch's own input.
-        corrupt: Instead of Gaussian noise, a callable on name, input and severity.
+        corrupt: Instead of Gaussian noise, a callable on name, input and severity, which then is
+            what you make of it.
         unimodal_models: Name → a model trained on this modality alone, called with its input.
         encoders: Name → the encoder in the model, as a module, the name of one, or a callable on
             the modality's input that returns its features [B, ...].
@@ -233,11 +234,11 @@ def _probe(
 ) -> None:
     """Puts the probes' outputs in the place of the features."""
     features, known = train
+    outputs = found["masked", conditions.every]
     if features:
-        check_labels(task, known, labels)
+        check_labels(task, known, labels, outputs)
     for key in features:
         called, name = key
-        outputs = found["masked", conditions.every]
         found[key], converged = probe(task, features[key], known, found[key], outputs)
         if not converged:
             conditions.notes.append(f"The linear probe of {called}[{name!r}] has not converged.")

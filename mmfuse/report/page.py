@@ -20,8 +20,8 @@ READINGS = {
     "alone": "The model with this modality only: all others are masked.",
     "removed": "The model without this modality. The further from all modalities, the more it "
     "leans on it.",
-    "noise": "The model with Gaussian noise on this modality only, in standard deviations of the "
-    "modality's own input.",
+    "noise": "The model with noise on this modality only. Unless you chose another kind with "
+    "corrupt=, it is Gaussian, and severity 1 is as large as the input itself varies.",
     "another model": "A model that was trained on this modality and nothing else: how much there "
     "is to be had from it.",
     "Shapley value": "By how much this modality improves the metric, on average over all orders "

@@ -71,8 +71,9 @@ def panels(report: ImbalanceReport) -> list[Panel]:
         found.append(
             Panel(
                 f"{metric} with noise on one modality",
-                "The others are clean. A steep line is a modality that the model depends on; the "
-                "dashed one is the model with all inputs masked.",
+                "The others are clean; unless you chose another kind, 1 is as much noise as the "
+                "input itself varies. A steep line is a modality that the model depends on; "
+                "dashed: all inputs masked.",
                 0,
                 lambda ax, style: _draw_noise(ax, style, report),
             )
@@ -168,7 +169,7 @@ def _draw_noise(ax: Any, style: Style, report: ImbalanceReport) -> None:
         high = [value.value if value.high is None else value.high for _, value in points]
         ax.fill_between(xs, low, high, color=colour, alpha=0.18, linewidth=0)
     ax.axhline(report.nothing.value, color=style.muted, linestyle="--", linewidth=1)
-    ax.set_xlabel("severity (standard deviations of the input)")
+    ax.set_xlabel("severity of the noise")
     ax.set_ylabel(_axis(report))
     _legend(ax, style)
 

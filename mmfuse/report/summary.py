@@ -122,7 +122,7 @@ class ImbalanceReport:
             ("alone (others masked)", self.alone),
             ("removed (masked)", self.removed),
             *(
-                (f"noise of {s:g} sd on it", {n: by.get(s) for n, by in self.noisy.items()})
+                (f"noise of severity {s:g} on it", {n: by.get(s) for n, by in self.noisy.items()})
                 for s in severities
             ),
             ("another model, trained on it alone", self.trained_alone),

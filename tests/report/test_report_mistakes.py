@@ -162,7 +162,12 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a class that the model has not": (
         reported(loader=of(labels=LABELS + 1)),
         ValueError,
-        "labels run from 1 to 3, but the model has outputs for 3 classes",
+        "labels of loader run from 1 to 3, but the model has outputs for 3 classes",
+    ),
+    "a class of the training samples that the model has not": (
+        reported(encoders=NETS, train_loader=of(labels=LABELS + 1)),
+        ValueError,
+        "labels of train_loader run from 1 to 3, but the model has outputs for 3 classes",
     ),
     "numbers": (
         reported(loader=of(labels=torch.rand(30))),
@@ -232,7 +237,7 @@ def test_a_mistake_is_named_with_the_way_out(mistake: str) -> None:
 def test_a_model_is_as_before_when_a_late_check_fails() -> None:
     model = Fused({"audio": 3, "visual": 3}).train()
     before = state_of(model)
-    with pytest.raises(ValueError, match="labels run from"):
+    with pytest.raises(ValueError, match="labels of loader run from"):
         imbalance_report(model, of(labels=LABELS + 5))
     assert same(state_of(model), before)
 

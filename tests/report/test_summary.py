@@ -87,9 +87,9 @@ def test_the_table_and_the_text_hold_what_there_is() -> None:
     assert titles == [
         "alone (others masked)",
         "removed (masked)",
-        "noise of 0.5 sd on it",
-        "noise of 1 sd on it",
-        "noise of 2 sd on it",
+        "noise of severity 0.5 on it",
+        "noise of severity 1 on it",
+        "noise of severity 2 on it",
         "another model, trained on it alone",
         "Shapley value",
         "Shapley share",

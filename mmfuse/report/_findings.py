@@ -64,8 +64,10 @@ def headline(report: ImbalanceReport) -> str:
     parts = [f"The model leans most on {cost[0][0]}." if apart else ""]
     behind = _behind(report)
     if behind:
-        encoders = "encoder is" if len(behind) == 1 else "encoders are"
-        parts.append(f"By linear probes the {together(behind)} {encoders} behind.")
+        encoders = "encoder has" if len(behind) == 1 else "encoders have"
+        parts.append(
+            f"The {together(behind)} {encoders} learnt less than trained alone (linear probes)."
+        )
     return " ".join(part for part in parts if part)
 
 

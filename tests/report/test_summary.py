@@ -133,12 +133,13 @@ def test_findings_follow_from_the_intervals() -> None:
     close = {n: Estimate(0.5, 0.4, 0.6) for n in ("audio", "visual")}
     behind = {"audio": probed(0.9, 0.98), "visual": probed(0.6, 0.8)}
     assert headline(plain(probes=behind)) == (
-        "The model leans most on audio. By linear probes the visual and audio encoders are behind."
+        "The model leans most on audio. The visual and audio encoders have learnt less than "
+        "trained alone (linear probes)."
     )
     assert headline(plain(removed=close)) == ""
     behind["audio"] = probed(0.9, 1.1)
     assert headline(plain(removed=close, probes=behind)) == (
-        "By linear probes the visual encoder is behind."
+        "The visual encoder has learnt less than trained alone (linear probes)."
     )
     assert both.count("it is behind") == 2 and "Furthest behind is visual." in both
     assert "encoders= and" not in both

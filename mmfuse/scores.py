@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ._numbers import real
 from .ops._arguments import check_sequence
+from .ops._tensors import FLOATING, check_dense
 
 __all__ = ["combined", "error_ratios", "inverse_error"]
 
@@ -127,6 +128,9 @@ def combined(
     found = {}
     for name in names:
         scores = [_score(f"task {t}[{name!r}]", task[name]) for t, task in enumerate(tasks)]
+        if len({s.device for s in scores if s.dim() or s.device.type != "cpu"}) > 1:
+            devices = ", ".join(str(s.device) for s in scores)
+            raise ValueError(f"the scores of {name!r} are on several devices: {devices}")
         logs = [s.log() * w for s, w in zip(scores, shares, strict=True)]
         total = sum(logs[1:], logs[0])
         found[name] = (total / sum(shares)).exp()
@@ -137,6 +141,9 @@ def _score(what: str, value: Tensor | float) -> Tensor:
     """0-d; a number in float64, whatever PyTorch's default is."""
     if not isinstance(value, Tensor):
         value = torch.tensor(real(what, value), dtype=torch.float64)
+    elif value.dtype not in FLOATING and (value.is_floating_point() or value.is_complex()):
+        raise TypeError(f"{what} must be a number, got {value.dtype}")
+    check_dense(what, value)
     found = value.detach().to(torch.promote_types(value.dtype, torch.float32))
     if found.device.type == "cpu" and not torch.compiler.is_compiling() and bool((found < 0).any()):
         raise ValueError(f"{what} must be positive, got {value}")
@@ -152,9 +159,12 @@ def _errors(predictions: Mapping[str, Tensor], target: Tensor, error: str) -> di
     found = {}
     for name, z in (("target", target), *predictions.items()):
         what = name if z is target else f"predictions[{name!r}]"
-        if not isinstance(z, Tensor) or not z.is_floating_point():
+        if not isinstance(z, Tensor) or z.dtype not in FLOATING:
             kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
             raise TypeError(f"{what} must be a floating tensor, got {kind}")
+        check_dense(what, z)
+        if z.device != target.device:
+            raise ValueError(f"{what} is on {z.device}, target on {target.device}")
         if z.shape != target.shape:  # broadcasting would compare every sample with every other
             raise ValueError(f"{what} is {list(z.shape)}, target {list(target.shape)}")
     for name, z in predictions.items():

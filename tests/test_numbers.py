@@ -160,6 +160,8 @@ def test_a_loss_without_a_gradient_is_refused_before_anything() -> None:
     for loss in (torch.ones(()), torch.ones((), dtype=torch.int64)):
         with pytest.raises(RuntimeError, match="loss does not require grad"):
             mmfuse.ogm_backward(loss, nets, given, Y9)
+    with pytest.raises(ValueError, match="loss is on the meta device"):
+        mmfuse.ogm_backward(torch.ones((), device="meta", requires_grad=True), nets, given, Y9)
 
 
 def test_numbers_without_arithmetic_and_devices_without_a_name_are_refused() -> None:

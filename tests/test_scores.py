@@ -54,6 +54,26 @@ def test_wrong_input_is_named() -> None:
         scores.inverse_error({"a": z}, z, eps=-1.0)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (torch.ones(2).to_sparse(), TypeError),
+        (torch.ones(2, dtype=torch.float8_e4m3fn), TypeError),
+        (torch.ones(2, dtype=torch.complex64), TypeError),
+        (torch.ones(2, device="meta"), ValueError),
+    ],
+    ids=["sparse", "float8", "complex", "meta"],
+)
+def test_tensors_that_nothing_can_be_computed_of_are_named(
+    wrong: torch.Tensor, error: type[Exception]
+) -> None:
+    right = torch.ones(2)
+    with pytest.raises(error, match=r"predictions\['a'\]"):
+        scores.inverse_error({"b": right, "a": wrong}, right)
+    with pytest.raises(error, match="'a'"):
+        scores.combined({"a": wrong, "b": right}, {"a": right, "b": right})
+
+
 @pytest.mark.parametrize("wrong", [-0.5, torch.tensor(-0.5), np.float32(-0.5)], ids=repr)
 def test_a_negative_score_is_not_taken_for_one_that_is_missing(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"task 1\['a'\] must be positive, got .*-0\.5"):

@@ -84,7 +84,7 @@ class Anchors:
         return torch.empty_like(parameter, dtype=dtype, device=device, pin_memory=pinned)
 
     def check(self, active: Active, names: Sequence[str]) -> None:
-        """Checks that the parameters still are what was copied, and copies those unfrozen since.
+        """Checks that the parameters still are what was copied; `catch_up` has the unfrozen ones.
 
         Raises:
             ValueError: one has another shape, or has moved to another device; it is named.
@@ -92,8 +92,7 @@ class Anchors:
         for i, parameter in zip(active.ids, active.params, strict=True):
             anchor = self.tensors[i]
             if anchor.shape != parameter.shape and _is_nothing(anchor, parameter):
-                anchor = self.tensors[i] = self._room(parameter, anchor)
-                anchor.copy_(parameter.detach())
+                continue
             if anchor.shape != parameter.shape:
                 raise ValueError(
                     f"{names[i]} had shape {list(anchor.shape)} at set_epoch and now has "
@@ -104,6 +103,14 @@ class Anchors:
                     f"{names[i]} was on {anchor.device} at set_epoch and now is on "
                     f"{parameter.device}; move encoders between epochs"
                 )
+
+    def catch_up(self, active: Active) -> None:
+        """Copies the parameters that were unfrozen since `take`: until now they have not moved."""
+        for i, parameter in zip(active.ids, active.params, strict=True):
+            anchor = self.tensors[i]
+            if anchor.shape != parameter.shape and _is_nothing(anchor, parameter):
+                self.tensors[i] = self._room(parameter, anchor)
+                self.tensors[i].copy_(parameter.detach())
 
     def stats(self, active: Active, backend: str | None) -> GradStats:
         """`grad_stats` of the active gradients, with their parameters' displacements."""

@@ -264,7 +264,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             **more: As in `observe`.
         """
         self._check_ready()
-        check_loss(loss, retain_graph)
+        check_loss(loss, retain_graph, self.modalities.device)
         unimodal = None
         if self._need.second == "unimodal":
             useless = more.keys() - {"present"}

@@ -63,6 +63,8 @@ def take_step(
         seen = NOTHING
     if active is None:
         return _postpone(method, seen)
+    if method.anchors is not None and not active.paired:
+        method.anchors.catch_up(active)  # now that nothing can be wrong any more
     rule, need, state, stream = method.rule, method._need, method._state, method.stream
     acting, eager = method._acting, type(backend) is Eager
     last_of = _in_turn.latest

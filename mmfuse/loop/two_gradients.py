@@ -87,13 +87,13 @@ def _averaged(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> lis
     return found
 
 
-def check_loss(loss: Tensor, retain_graph: bool) -> None:
+def check_loss(loss: Tensor, retain_graph: bool, device: torch.device) -> None:
     """Checks what a backward pass would find out after it, or after another one, has changed.
 
     Raises:
         RuntimeError: the loss has no gradient.
         TypeError: it is no tensor, or `retain_graph` neither True nor False.
-        ValueError: it is no scalar.
+        ValueError: it is no scalar, or on the meta device while the encoders are not.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss must be a scalar tensor, got {type(loss).__name__}")
@@ -105,6 +105,8 @@ def check_loss(loss: Tensor, retain_graph: bool) -> None:
         )
     if not loss.requires_grad:
         raise RuntimeError("loss does not require grad: is it detached, or made under no_grad?")
+    if loss.is_meta and device.type != "meta":
+        raise ValueError(f"loss is on the meta device, where it is empty; encoders on {device}")
 
 
 def checked_losses(

@@ -181,6 +181,8 @@ def redundancy_pull(
         shape = (modalities, window) if name == "history" else (modalities,)
         check_state(f"state.{name}", value, dtype, shape, scores)
     _check_number("redundancy", redundancy, (modalities,), scores)
+    if gate is None:
+        raise TypeError("gate must be a float32 or float64 tensor, got None")
     _check_number("gate", gate, (), scores)
     if stats is not None:
         _check_stats(stats, len(owner), scores)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reference.redundancy_ratio import EPS
 from ._registry import Op
-from ._tensors import same_dense_format, why_unsupported
+from ._tensors import check_dense, same_dense_format, why_unsupported
 
 
 def _fake(z1: Tensor, z2: Tensor, input_sq: Tensor) -> Tensor:
@@ -66,6 +66,7 @@ def redundancy_ratio(
         raise TypeError(f"z1 has dtype {z1.dtype}, z2 {z2.dtype}")
     if not isinstance(input_sq, Tensor) or not input_sq.is_floating_point():
         raise TypeError("input_sq must be a 0-d floating-point tensor")
+    check_dense("input_sq", input_sq)
     if z1.shape != z2.shape:
         raise ValueError(f"z1 has shape {list(z1.shape)}, z2 {list(z2.shape)}")
     if input_sq.dim() != 0:

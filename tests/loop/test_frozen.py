@@ -103,6 +103,25 @@ def test_unfrozen_within_an_epoch_they_are_what_they_were(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ANCHORED)
+def test_an_error_copies_nothing_that_was_unfrozen(kind: str) -> None:
+    model = AudioVisual()
+    waiting = frozen(model)
+    method = make(kind, model.encoders)
+    start(method)
+    for p in waiting:
+        p.requires_grad_()
+    with torch.no_grad():
+        for p in method.modalities.parameters:
+            p.grad = torch.ones_like(p)
+    before = [a.clone() for a in method.anchors.tensors]
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="logits"):
+        method.step()
+    found = method.anchors.tensors
+    assert [a.shape for a in found] == [a.shape for a in before]
+    assert all(map(torch.equal, found, before))
+
+
+@pytest.mark.parametrize("kind", ANCHORED)
 def test_their_state_is_read_back(kind: str) -> None:
     model = AudioVisual()
     frozen(model)

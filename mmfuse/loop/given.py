@@ -286,17 +286,28 @@ def pair_scores(samples: SampleScores, mask: Tensor) -> ModalityScores:
         `ModalityScores` of M·M numbers each: entry m·M + j is of modality m, over the samples that
         have m and j; NaN where no sample has both. The counts are those samples' weights.
     """
-    positions = (1,) * (samples.prob.dim() - 2)
+    (prob, log_prob), count = pair_means([samples.prob, samples.log_prob], samples.weight, mask)
+    return ModalityScores(prob, log_prob, count)
+
+
+def pair_means(
+    values: Sequence[Tensor], weight: Tensor, mask: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The same of any numbers of single samples: tables, flat, and their counts.
+
+    Args:
+        values: [M, N, …] each.
+        weight: [N, …], how much each row counts.
+        mask: [M, N] bool, which modalities each sample has.
+    """
+    positions = (1,) * (values[0].dim() - 2)
     wide = WIDE[mask.device.type]
-    weight = samples.weight.to(wide).flatten()
-    here = mask.view(*mask.shape, *positions).expand_as(samples.prob).flatten(1) & (weight > 0)
+    weight = weight.to(wide).flatten()
+    here = mask.view(*mask.shape, *positions).expand_as(values[0]).flatten(1) & (weight > 0)
     # Selected, not multiplied with 0: a log-probability may be −inf, and what is missing NaN.
     count = _over_shared(weight.expand(here.shape), here)
-    prob, log_prob = (
-        _over_shared(x.flatten(1).to(wide) * weight, here) / count
-        for x in (samples.prob, samples.log_prob)
-    )
-    return ModalityScores(prob.flatten(), log_prob.flatten(), count.flatten())
+    found = [_over_shared(x.flatten(1).to(wide) * weight, here) / count for x in values]
+    return [table.flatten() for table in found], count.flatten()
 
 
 def complete_scores(samples: SampleScores, rows: Tensor) -> ModalityScores:

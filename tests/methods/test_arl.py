@@ -205,7 +205,7 @@ def test_it_stays_outside_of_checkpointed_parts() -> None:
         ({"gamma": math.inf}, ValueError, "gamma must be a finite number of at least 0, got inf"),
         ({"num_modalities": 1}, ValueError, "num_modalities must be at least 2"),
         ({"starts": 2, "ends": 1}, ValueError, "ends=1 is before starts=2"),
-        ({"criterion": nn.BCEWithLogitsLoss()}, TypeError, "ARL compares entropies of a softmax"),
+        ({"criterion": nn.MSELoss()}, TypeError, "criterion must be nn.CrossEntropyLoss"),
         ({"criterion": "ce"}, TypeError, "criterion must be"),
     ],
 )

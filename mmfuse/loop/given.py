@@ -257,16 +257,26 @@ def check_present(
         _refuse_names("present", present, names)
     masks = [present[name] for name in names]
     for name, mask in zip(names, masks, strict=True):
-        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"present[{name!r}] must be a bool tensor [B], got {kind}")
-        if mask.layout is not torch.strided:
-            raise TypeError(f"present[{name!r}] must be dense, got {mask.layout}")
-        if mask.shape != (rows,):
-            raise ValueError(f"present[{name!r}] must have shape [{rows}], got {list(mask.shape)}")
-        if mask.device != device:
-            raise ValueError(f"present[{name!r}] is on {mask.device}, not on {device}")
+        check_mask(f"present[{name!r}]", mask, rows, device)
     return torch.stack(masks)
+
+
+def check_mask(called: str, mask: Tensor, rows: int, device: torch.device) -> None:
+    """Checks that a mask, which errors call so, says of each of the rows if it is there.
+
+    Raises:
+        TypeError: it is no bool tensor.
+        ValueError: its length or device does not fit.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{called} must be a bool tensor [B], got {kind}")
+    if mask.layout is not torch.strided:
+        raise TypeError(f"{called} must be dense, got {mask.layout}")
+    if mask.shape != (rows,):
+        raise ValueError(f"{called} must have shape [{rows}], got {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{called} is on {mask.device}, not on {device}")
 
 
 def anywhere(mask: Tensor) -> Observed:

@@ -229,7 +229,7 @@ def test_bad_arguments_change_nothing() -> None:
             TypeError,
             r"logits\['m1'\] must be a floating",
         ),
-        ((features, short, None), ValueError, r"logits\['m0'\] must be \[9, C\], .* got \[3, 4\]"),
+        ((features, short, None), ValueError, r"logits\['m0'\] must have 9 rows, .* got \[3, 4\]"),
         ((features, logits, labels + 7), ValueError, r"out of range for logits\['m0'\]"),
     ]:
         with pytest.raises(error, match=text):

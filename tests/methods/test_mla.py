@@ -426,12 +426,12 @@ FUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "shape": (
         {"a": torch.ones(2, 3), "b": torch.ones(2, 4)},
         ValueError,
-        r"logits\['b'\] must be \[B, C\], of one shape for all, got \[2, 4\]",
+        r"logits\['b'\] must be .* like logits\['a'\] \[2, 3\], got \[2, 4\]",
     ),
     "dtype": (
         {"a": torch.ones(2, 3), "b": torch.ones(2, 3).long()},
         TypeError,
-        r"logits\['b'\] must be a floating tensor",
+        r"logits\['b'\] must be a floating-point tensor",
     ),
 }
 

@@ -245,19 +245,23 @@ def _compiling() -> bool:
 
 
 def check_present(
-    names: Sequence[str], present: Mapping[str, Tensor], rows: int, device: torch.device
+    names: Sequence[str],
+    present: Mapping[str, Tensor],
+    rows: int,
+    device: torch.device,
+    called: str = "present",
 ) -> Tensor:
-    """[M, N] bool, which modalities each sample has.
+    """[M, N] bool, which modalities each sample has; errors call the argument `called`.
 
     Raises:
         TypeError: a mask is no bool tensor.
         ValueError: names, lengths or devices do not fit.
     """
     if not isinstance(present, Mapping) or list(present) != list(names):
-        _refuse_names("present", present, names)
+        _refuse_names(called, present, names)
     masks = [present[name] for name in names]
     for name, mask in zip(names, masks, strict=True):
-        check_mask(f"present[{name!r}]", mask, rows, device)
+        check_mask(f"{called}[{name!r}]", mask, rows, device)
     return torch.stack(masks)
 
 

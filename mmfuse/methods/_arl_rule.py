@@ -78,7 +78,7 @@ class ARLRule:
             compared: [M, M] bool, which others share samples with each; none does with itself.
         """
         some = compared.any(1)
-        count = some.sum()
+        count = some.sum().to(magnitudes)
         v = _shares_by_pairs(magnitudes, compared, count)
         h = _shares_by_pairs(entropies, compared, count)
         h = torch.maximum(h, 0.6 / count)

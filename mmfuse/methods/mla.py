@@ -240,7 +240,8 @@ class MLA(EpochWindowModule):
             return MLAResult(one, a, finite)
         raw = grad.to(wide)
         found = torch.where(acts, raw @ self.projector.to(wide).T, raw)
-        kept = torch.where(found.ne(raw).any(), found.norm() / raw.norm(), one)
+        norm = torch.linalg.vector_norm
+        kept = torch.where(found.ne(raw).any(), norm(found) / norm(raw), one)
         grad.copy_(found)
         return MLAResult(kept, a, finite)
 

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._devices import narrowed
 from .._numbers import finite, whole
 from ..loop._parameters import Encoders, Select, Shared
 from ..loop.anchors import Anchors
@@ -233,7 +234,7 @@ class ReLearning(EpochWindow):
         )
         table = torch.tensor(measured, dtype=torch.float64)
         weights, device = self.rule.weights(table), self.modalities.device
-        dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+        dtype = narrowed(table.dtype, device)
         found = (weights.to(device, dtype), table.to(device, dtype))
         return ReLearningResult(*found, modalities=names)
 
@@ -259,7 +260,8 @@ class ReLearning(EpochWindow):
         each = per_tensor(alpha, active.modality)
         for part, anchors in self.anchors.parts(active):
             # The parameter stands in the gradient's place: (1 − α) w + α w₀.
-            pull = each[part].to(active.grads[part][0].device)
+            device = active.grads[part][0].device
+            pull = each[part].to(device, narrowed(each.dtype, device))
             update_grads_(
                 active.grads[part], 1 - pull, params=anchors, pull=pull, backend=self.backend
             )

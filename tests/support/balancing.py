@@ -189,7 +189,7 @@ def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(method, nn.Module):
         widths = {name: x[0].numel() for name, x in seen["features"].items()}
         if "logits" in seen:
-            classes = next(iter(seen["logits"].values())).shape[1]
+            classes = max([2, *next(iter(seen["logits"].values())).shape[1:2]])
             prepare(method, widths, classes, next(iter(seen["features"].values())))
         names = _LOOKS_AT[type(method)]
     else:

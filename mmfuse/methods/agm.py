@@ -28,7 +28,7 @@ from torch import Tensor
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, More, Numbers, check_criterion, makes_tables
-from ..loop.ranks import Group, over_ranks
+from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.shards import is_dtensor
 from ..loop.state import in_backward, refuse_backward
 from ..ops.scale_grad import scale_grad
@@ -195,9 +195,8 @@ class AGM(EpochWindowModule):
         more: More = {"present": present, "scores": scores, "count": count}
         with torch.no_grad():
             size, paired = self.num_modalities, makes_tables(more)
-            told = labels, more, self.criterion, self.running_scores.device, self.backend
             _, seen = over_ranks(
-                lambda: (self._check_named("logits", logits), look_at(self.rule, logits, *told)),
+                lambda: (None, self._look(logits, labels, more)),
                 self.process_group,
                 2 * size**2 if paired else size + 1,
                 self.running_scores.device,
@@ -217,6 +216,11 @@ class AGM(EpochWindowModule):
 
         @typed_as(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
+
+    def _look(self, logits: Mapping[str, Tensor], labels: Tensor | None, more: More) -> Observed:
+        self._check_named("logits", logits)
+        told = more, self.criterion, self.running_scores.device, self.backend
+        return look_at(self.rule, logits, labels, *told)
 
     def _decide(
         self, table: Tensor, shared: Tensor | None, ratios: Tensor, usual: Tensor

@@ -287,9 +287,9 @@ class LFM(EpochWindowModule):
 
         def look() -> tuple[None, Observed]:
             each, mask = self._checked(logits, present)
-            joint, *terms = terms_of(self.criterion, each, labels, mask, plain_divergence)
+            joint, loss, gap = terms_of(self.criterion, each, labels, mask, plain_divergence)
             weights = self.weights.to(joint.dtype)
-            step = mean_along(*terms, weights, list(parameters)).detach().to(self.weights)
+            step = mean_along(loss, gap, weights, list(parameters)).detach().to(self.weights)
             return None, Observed(step.view(1), torch.ones_like(step))
 
         step = over_ranks(look, self.process_group, 2, self.weights.device)[1].means[0]

@@ -221,8 +221,7 @@ class MCR(DrawingModule):
         """
         names, values = named_features("MCR", features, self.num_modalities)
         nothing = values[0].new_zeros(())
-        called = tuple(names)
-        without = MCRResult(nothing, nothing.expand(len(names)), nothing, modalities=called)
+        without = MCRResult(nothing, nothing.expand(len(names)), nothing, modalities=tuple(names))
         if not self.training:
             return without
         if logits is None and head is None:
@@ -247,7 +246,8 @@ class MCR(DrawingModule):
         if in_backward():
             refuse_backward("MCR", "and would draw other permutations there")
         self._check_told("MCR")
-        parts, fuse = each, added
+        parts: Sequence[Tensor] = each
+        fuse: Callable[[Sequence[Tensor]], Tensor] = added
         if head is not None:
             parts, fuse = values, through(head, is_multilabel(self.criterion))
         divergences = self._divergences(parts, fuse, mask)
@@ -259,7 +259,7 @@ class MCR(DrawingModule):
             contrast = nt_xent([v.flatten(1) for v in values], labels, self.temperature, mask)
             loss = loss + self.contrast * contrast
         shown = divergences if mask is None else torch.where(mask.any(1), divergences, torch.nan)
-        return MCRResult(loss, shown.detach(), contrast.detach(), modalities=called)
+        return MCRResult(loss, shown.detach(), contrast.detach(), modalities=tuple(names))
 
     if TYPE_CHECKING:
 

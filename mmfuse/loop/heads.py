@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._devices import WIDE
+from ..ops._tensors import FLOATING
 from .passes import check_made, scoring, training
 from .shards import is_dtensor
 
@@ -88,12 +89,19 @@ def _check(head: object, features: object) -> None:
         raise TypeError(f"features must map names to tensors, got {type(features).__name__}{hint}")
     if not callable(head):
         raise TypeError(f"head must be a module or another callable, got {type(head).__name__}")
+    if isinstance(head, type):
+        raise TypeError(f"head must be a module, got the class {head.__name__}: make one")
     if not features:
         raise ValueError("features must hold at least one modality")
     first, of_first = next(iter(features.items()))
     for name, feature in features.items():
         if not isinstance(feature, Tensor):
             raise TypeError(f"features[{name!r}] is not a tensor but {type(feature).__name__}")
+        if feature.dtype not in FLOATING:
+            raise TypeError(
+                f"features[{name!r}] has dtype {feature.dtype}; expected float16, bfloat16, "
+                "float32 or float64"
+            )
         if feature.dim() != 2:
             raise ValueError(f"features[{name!r}] must be [B, D], got {list(feature.shape)}")
         if feature.shape[0] != of_first.shape[0]:

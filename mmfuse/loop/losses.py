@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,16 +73,20 @@ def unimodal_losses(
     factors = _factors(names, weights)
     loss_of = CROSS_ENTROPY if criterion is None else criterion
     if present is None:
-        found = [loss_of(z, labels) for z in logits.values()]
+        found = [_loss(loss_of, name, z, labels) for name, z in logits.items()]
     else:
         if not isinstance(loss_of, (nn.CrossEntropyLoss, nn.BCEWithLogitsLoss)):
             raise TypeError(
                 "present goes with nn.CrossEntropyLoss or nn.BCEWithLogitsLoss; another criterion "
                 "has to leave out the samples that are missing by itself"
             )
+        if not labels.dim():
+            raise ValueError("with present, labels must have one entry for each sample, got none")
         masks = check_present(names, present, len(labels), labels.device)
-        pairs = zip(logits.values(), masks, strict=True)
-        found = [loss_of_present(loss_of, z, labels, mask) for z, mask in pairs]
+        found = [
+            _loss(partial(loss_of_present, loss_of), name, z, labels, mask)
+            for (name, z), mask in zip(logits.items(), masks, strict=True)
+        ]
     losses = {}
     for name, loss, factor in zip(names, found, factors, strict=True):
         if not isinstance(loss, Tensor) or loss.dim():
@@ -91,6 +97,21 @@ def unimodal_losses(
             )
         losses[name] = loss if isinstance(factor, float) and factor == 1 else factor * loss
     return losses
+
+
+def _loss(loss_of: Callable[..., Any], name: str, *given: Tensor) -> Any:
+    """The loss; PyTorch's errors, which know no names, with the modality's."""
+    if torch.compiler.is_compiling():
+        return loss_of(*given)
+    try:
+        return loss_of(*given)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        kind = TypeError if isinstance(error, (NotImplementedError, TypeError)) else ValueError
+        raise kind(
+            f"the criterion makes no loss of logits[{name!r}] and labels: {error}"
+        ) from error
 
 
 def _check(logits: object, labels: object, criterion: object) -> None:

@@ -276,6 +276,8 @@ class ARM(EpochWindowModule):
         counted: Complete | None,
     ) -> tuple[Tensor, Tensor]:
         for name, value in zip((*names, "fused"), (*features, fused), strict=True):
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{name} is not a tensor but {type(value).__name__}")
             if value.shape != features[0].shape:
                 raise ValueError(
                     "features and fused are compared value by value and must have one shape: "

@@ -307,6 +307,10 @@ class TestErrors:
             mmfuse.unimodal_logits(given, head)
         with pytest.raises(TypeError, match="head must be a module or another callable, got int"):
             mmfuse.unimodal_logits(4, given)
+        with pytest.raises(TypeError, match="head must be a module, got the class Linear"):
+            mmfuse.unimodal_logits(nn.Linear, {"a": torch.randn(2, 3)})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"features\['a'\] has dtype torch.int64"):
+            mmfuse.unimodal_logits(nn.Linear(3, 2), {"a": torch.ones(2, 3).long()})
         with pytest.raises(TypeError, match=r"features\['a'\] is not a tensor but list"):
             mmfuse.unimodal_logits(head, {"a": [1.0], "b": torch.ones(1, 2)})
 

@@ -151,6 +151,12 @@ MASKS = dict.fromkeys(Z, torch.ones(2, dtype=torch.bool))
         (Z, Y, {"criterion": F.mse_loss, "present": MASKS}, TypeError, "present goes with nn.Cros"),
         (Z, Y, {"present": {"audio": MASKS["audio"]}}, ValueError, "missing .'visual'"),
         (Z, Y, {"present": dict.fromkeys(Z, Y)}, TypeError, r"present\['audio'\] must be a bool"),
+        (Z, Y + 100, {}, ValueError, r"no loss of logits\['audio'\] and labels: Target 100 is"),
+        (Z, Y[:1], {}, ValueError, r"no loss of logits\['audio'\] and labels"),
+        (Z | {"visual": Z["visual"].long()}, Y, {}, TypeError, r"no loss of logits\['visual'\]"),
+        (Z, Y, {"criterion": nn.Identity()}, TypeError, "the criterion makes no loss of"),
+        (Z, Y[0], {"present": MASKS}, ValueError, "labels must have one entry for each sample"),
+        (Z | {"audio": torch.zeros(6)}, Y, {"present": MASKS}, ValueError, r"logits\['audio'\]"),
         (
             Z,
             Y,

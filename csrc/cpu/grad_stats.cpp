@@ -46,20 +46,22 @@ std::vector<Moments<double>> all_moments(const std::vector<StatsSlice>& tensors)
   return moments;
 }
 
-std::tuple<Tensor, Tensor> statistics(const std::vector<StatsSlice>& tensors, bool displaced,
-                                      ScalarType dtype) {
-  const std::vector<Moments<double>> moments = all_moments(tensors);
-  const int64_t count = static_cast<int64_t>(tensors.size());
-  Tensor numel = empty_on_cpu({count}, ScalarType::Long);
-  Tensor out = empty_on_cpu({displaced ? 4 : 2, count}, dtype);
+Tensor sizes_of(const std::vector<StatsSlice>& tensors) {
+  Tensor numel = empty_on_cpu({static_cast<int64_t>(tensors.size())}, ScalarType::Long);
   int64_t* sizes = static_cast<int64_t*>(numel.mutable_data_ptr());
   for (size_t t = 0; t < tensors.size(); ++t) sizes[t] = tensors[t].size;
+  return numel;
+}
+
+Tensor moments_of(const std::vector<StatsSlice>& tensors, bool displaced, ScalarType dtype) {
+  const std::vector<Moments<double>> moments = all_moments(tensors);
+  Tensor out = empty_on_cpu({displaced ? 4 : 2, static_cast<int64_t>(tensors.size())}, dtype);
   if (dtype == ScalarType::Double) {
     write_moments(moments, displaced, static_cast<double*>(out.mutable_data_ptr()));
   } else {
     write_moments(moments, displaced, static_cast<float*>(out.mutable_data_ptr()));
   }
-  return {numel, out};
+  return out;
 }
 
 }  // namespace
@@ -84,11 +86,12 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
     slice.anchor_dtype = dtype_of(anchors[t]);
     slice.anchor = anchors[t].const_data_ptr();
   }
-  return statistics(tensors, displaced, result_type(grads));
+  return {sizes_of(tensors), moments_of(tensors, displaced, result_type(grads))};
 }
 
-// The same of a table, with its parameters and anchors if it is to be of displacements.
-std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor&, bool displaced) {
+// The same of a table, with its parameters and anchors if it is to be of displacements: numbers of
+// elements, and each moment by itself.
+TensorList grad_stats_table(const Tensor& table, const Tensor&, bool displaced) {
   const Rows rows(table, displaced);
   std::vector<StatsSlice> tensors(rows.size());
   for (size_t t = 0; t < rows.size(); ++t) {
@@ -101,7 +104,8 @@ std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor&, 
     tensors[t].anchor_dtype = rows[t].anchor_type();
     tensors[t].anchor = rows[t].anchor_pointer();
   }
-  return statistics(tensors, displaced, rows.wide() ? ScalarType::Double : ScalarType::Float);
+  const ScalarType dtype = rows.wide() ? ScalarType::Double : ScalarType::Float;
+  return with_rows(sizes_of(tensors), moments_of(tensors, displaced, dtype));
 }
 
 }  // namespace mmfuse::cpu

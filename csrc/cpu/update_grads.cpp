@@ -76,12 +76,13 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
   update(std::move(tensors), finite, sq_norm);
 }
 
-// The same of a table, with its parameters and anchors if there is a pull.
+// The same of a table, with its parameters and anchors if there is a pull. `advance`: the stream's
+// step is the next one afterwards, unless `finite` is false.
 void update_grads_table_(const Tensor& table, const Tensor& scale,
                          const std::optional<Tensor>& pull, const std::optional<Tensor>& noise_std,
                          const std::optional<Tensor>& noise_state,
-                         const std::optional<Tensor>& finite,
-                         const std::optional<Tensor>& sq_norm) {
+                         const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm,
+                         bool advance) {
   const Rows rows(table, pull.has_value());
   const size_t count = rows.size();
   std::vector<UpdateSlice> tensors(count);
@@ -118,7 +119,11 @@ void update_grads_table_(const Tensor& table, const Tensor& scale,
       }
     }
   }
+  STD_TORCH_CHECK(!advance || (noise_std && finite), "mmfuse: advance needs noise and finite");
   update(std::move(tensors), finite, sq_norm);
+  if (advance && *static_cast<const bool*>(finite->const_data_ptr())) {
+    ++static_cast<int64_t*>(noise_state->mutable_data_ptr())[1];
+  }
 }
 
 }  // namespace mmfuse::cpu

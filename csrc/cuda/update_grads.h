@@ -25,6 +25,7 @@ struct UpdateGradsParams {
   void* sq_norm = nullptr;     // [T], or null where the sums are not wanted
   bool wide_sq_norm = false;   // it is float64
   double* partials = nullptr;  // [update_chunks(tensors)] for them
+  int64_t* advanced = nullptr;  // a stream's step, which becomes the next one if all is finite
 };
 
 inline int64_t update_chunks(const std::vector<GradTensor>& tensors) {

@@ -27,9 +27,9 @@ Nanoseconds cost_of(const StatsSlice& slice) {
 }
 
 std::vector<Moments<double>> all_moments(const std::vector<StatsSlice>& tensors) {
-  const std::vector<Chunk> chunks = make_chunks(tensors);
+  const std::vector<Chunk>& chunks = make_chunks(tensors);
   const auto kernel = MMFUSE_SIMD_SELECT(slice_moments);
-  std::vector<Moments<double>> parts(chunks.size());
+  std::vector<Moments<double>>& parts = kept_list<Moments<double>>(chunks.size());
   Nanoseconds cost = ns(0);
   for (const StatsSlice& slice : tensors) cost = cost + cost_of(slice);
   parallel_each(chunks, cost, [&](const Chunk& chunk, size_t i) {
@@ -72,10 +72,9 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   row_orders(grads, params, anchors);  // any order will do, if they share it
   const bool displaced = !params.empty();
 
-  std::vector<StatsSlice> tensors(grads.size());
+  std::vector<StatsSlice>& tensors = kept_list<StatsSlice>(grads.size());
   for (size_t t = 0; t < grads.size(); ++t) {
     StatsSlice& slice = tensors[t];
-    slice = {};
     slice.grad_dtype = dtype_of(grads[t]);
     slice.grad = grads[t].const_data_ptr();
     slice.size = grads[t].numel();
@@ -93,7 +92,7 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
 // elements, and each moment by itself.
 TensorList grad_stats_table(const Tensor& table, const Tensor&, bool displaced) {
   const Rows rows(table, displaced);
-  std::vector<StatsSlice> tensors(rows.size());
+  std::vector<StatsSlice>& tensors = kept_list<StatsSlice>(rows.size());
   for (size_t t = 0; t < rows.size(); ++t) {
     tensors[t].grad_dtype = rows[t].type();
     tensors[t].grad = rows[t].pointer();

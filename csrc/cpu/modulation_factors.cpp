@@ -4,9 +4,11 @@
 namespace mmfuse::cpu {
 
 // Ratios and coefficients [M], scale and noise's standard deviation [T]; [0] without statistics.
-std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(
-    const Tensor& scores, const Tensor& owner, const std::optional<Tensor>& numel,
-    const std::optional<Tensor>& m2, double alpha, bool cvpr, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(const Tensor& scores,
+                                                              const Tensor& owner,
+                                                              const std::optional<Tensor>& numel,
+                                                              const std::optional<Tensor>& m2,
+                                                              double alpha, bool cvpr, double eps) {
   const int64_t modalities = scores.numel();
   const int64_t count = owner.numel();
   const Coefficients values(scores, modalities, "scores");

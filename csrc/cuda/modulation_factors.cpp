@@ -4,9 +4,11 @@
 
 namespace mmfuse::cuda {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(
-    const Tensor& scores, const Tensor& owner, const std::optional<Tensor>& numel,
-    const std::optional<Tensor>& m2, double alpha, bool cvpr, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(const Tensor& scores,
+                                                              const Tensor& owner,
+                                                              const std::optional<Tensor>& numel,
+                                                              const std::optional<Tensor>& m2,
+                                                              double alpha, bool cvpr, double eps) {
   ModulationFactorsParams call{};
   call.modalities = scores.numel();
   call.tensors = owner.numel();

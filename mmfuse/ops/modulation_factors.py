@@ -44,9 +44,10 @@ def _fake(
     cvpr: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like, modalities, tensors = scores if m2 is None else m2, scores.shape[0], owner.shape[0]
+    modalities, tensors = scores.shape[0], owner.shape[0]
+    like, noisy = (scores, 0) if m2 is None else (m2, tensors)
     ratios, coefficients = scores.new_empty(modalities), scores.new_empty(modalities)
-    return ratios, coefficients, like.new_empty(tensors), like.new_empty(0 if m2 is None else tensors)
+    return ratios, coefficients, like.new_empty(tensors), like.new_empty(noisy)
 
 
 _op = Op(

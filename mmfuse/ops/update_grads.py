@@ -204,7 +204,9 @@ def _scale_usual(
     factors = scale.to(device, torch.float64 if wide else torch.float32).contiguous()
     with torch._C._AutoDispatchBelowAutograd():
         kernel(table, factors, None, None, None, finite, None, False)
-    torch._C._increment_version(grads if finite is None else [*grads, finite])
+    torch._C._increment_version(grads)
+    if finite is not None:
+        torch._C._increment_version([finite])
     return True
 
 
@@ -266,13 +268,13 @@ def update_checked_(
             sq_norm,
         )
     if type(backend) is Eager or not torch.compiler.is_compiling():
-        # Autograd has seen an operator, but not what it wrote to.
-        written = [*grads, finite]
-        if sq_norm is not None:
-            written.append(sq_norm)
+        # Autograd has seen an operator, but not what it wrote to. No list of all: a copy of a long
+        # one has malloc tidy up in every step.
+        numbers = [finite] if sq_norm is None else [finite, sq_norm]
         if advance and state is not None:
-            written.append(state)
-        torch._C._increment_version(written)
+            numbers.append(state)
+        torch._C._increment_version(grads)
+        torch._C._increment_version(numbers)
     return advance
 
 

@@ -8,6 +8,7 @@ missing backend from a skip into a failure.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -149,12 +150,21 @@ def _fresh_random_inputs(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture
 def poisoned() -> object:
-    """Fills every torch.empty, also those of the C++ kernels, with NaN or the largest integer."""
+    """Fills every torch.empty with NaN or the largest integer, and new results of the C++ kernels.
+
+    Those do not go through PyTorch's dispatcher, so that their library is asked as well.
+    """
     before = torch.are_deterministic_algorithms_enabled()
+    path = Path(mmfuse.__file__).parent / "libmmfuse_cpu.so"
+    library = ctypes.CDLL(str(path)) if path.exists() else None
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if library is not None:
+        library.mmfuse_cpu_poison(1)
     yield
     torch.use_deterministic_algorithms(before)
+    if library is not None:
+        library.mmfuse_cpu_poison(0)
 
 
 @pytest.fixture(autouse=True)

@@ -27,9 +27,9 @@ Nanoseconds cost_of(const StatsSlice& slice) {
 }
 
 std::vector<Moments<double>> all_moments(const std::vector<StatsSlice>& tensors) {
-  const std::vector<Chunk> chunks = make_chunks(tensors);
+  const std::vector<Chunk>& chunks = make_chunks(tensors);
   const auto kernel = MMFUSE_SIMD_SELECT(slice_moments);
-  std::vector<Moments<double>> parts(chunks.size());
+  std::vector<Moments<double>>& parts = kept_list<Moments<double>>(chunks.size());
   Nanoseconds cost = ns(0);
   for (const StatsSlice& slice : tensors) cost = cost + cost_of(slice);
   parallel_each(chunks, cost, [&](const Chunk& chunk, size_t i) {
@@ -46,20 +46,22 @@ std::vector<Moments<double>> all_moments(const std::vector<StatsSlice>& tensors)
   return moments;
 }
 
-std::tuple<Tensor, Tensor> statistics(const std::vector<StatsSlice>& tensors, bool displaced,
-                                      ScalarType dtype) {
-  const std::vector<Moments<double>> moments = all_moments(tensors);
-  const int64_t count = static_cast<int64_t>(tensors.size());
-  Tensor numel = empty_on_cpu({count}, ScalarType::Long);
-  Tensor out = empty_on_cpu({displaced ? 4 : 2, count}, dtype);
+Tensor sizes_of(const std::vector<StatsSlice>& tensors) {
+  Tensor numel = empty_on_cpu({static_cast<int64_t>(tensors.size())}, ScalarType::Long);
   int64_t* sizes = static_cast<int64_t*>(numel.mutable_data_ptr());
   for (size_t t = 0; t < tensors.size(); ++t) sizes[t] = tensors[t].size;
+  return numel;
+}
+
+Tensor moments_of(const std::vector<StatsSlice>& tensors, bool displaced, ScalarType dtype) {
+  const std::vector<Moments<double>> moments = all_moments(tensors);
+  Tensor out = empty_on_cpu({displaced ? 4 : 2, static_cast<int64_t>(tensors.size())}, dtype);
   if (dtype == ScalarType::Double) {
     write_moments(moments, displaced, static_cast<double*>(out.mutable_data_ptr()));
   } else {
     write_moments(moments, displaced, static_cast<float*>(out.mutable_data_ptr()));
   }
-  return {numel, out};
+  return out;
 }
 
 }  // namespace
@@ -70,10 +72,9 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   row_orders(grads, params, anchors);  // any order will do, if they share it
   const bool displaced = !params.empty();
 
-  std::vector<StatsSlice> tensors(grads.size());
+  std::vector<StatsSlice>& tensors = kept_list<StatsSlice>(grads.size());
   for (size_t t = 0; t < grads.size(); ++t) {
     StatsSlice& slice = tensors[t];
-    slice = {};
     slice.grad_dtype = dtype_of(grads[t]);
     slice.grad = grads[t].const_data_ptr();
     slice.size = grads[t].numel();
@@ -84,13 +85,14 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
     slice.anchor_dtype = dtype_of(anchors[t]);
     slice.anchor = anchors[t].const_data_ptr();
   }
-  return statistics(tensors, displaced, result_type(grads));
+  return {sizes_of(tensors), moments_of(tensors, displaced, result_type(grads))};
 }
 
-// The same of a table, with its parameters and anchors if it is to be of displacements.
-std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor&, bool displaced) {
+// The same of a table, with its parameters and anchors if it is to be of displacements: numbers of
+// elements, and each moment by itself.
+TensorList grad_stats_table(const Tensor& table, const Tensor&, bool displaced) {
   const Rows rows(table, displaced);
-  std::vector<StatsSlice> tensors(rows.size());
+  std::vector<StatsSlice>& tensors = kept_list<StatsSlice>(rows.size());
   for (size_t t = 0; t < rows.size(); ++t) {
     tensors[t].grad_dtype = rows[t].type();
     tensors[t].grad = rows[t].pointer();
@@ -101,7 +103,8 @@ std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor&, 
     tensors[t].anchor_dtype = rows[t].anchor_type();
     tensors[t].anchor = rows[t].anchor_pointer();
   }
-  return statistics(tensors, displaced, rows.wide() ? ScalarType::Double : ScalarType::Float);
+  const ScalarType dtype = rows.wide() ? ScalarType::Double : ScalarType::Float;
+  return with_rows(sizes_of(tensors), moments_of(tensors, displaced, dtype));
 }
 
 }  // namespace mmfuse::cpu

@@ -169,17 +169,6 @@ struct C10_HIDDEN Call {
   }
 };
 
-// A 0-d or [count] result, without the dispatcher, which takes longer than the kernel may.
-Tensor numbers_on_cpu(int64_t dimensions, int64_t count, ScalarType dtype) {
-  const int64_t stride = 1;
-  const int32_t code =
-      dtype == ScalarType::Double ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, &count, &stride, code,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
-}
-
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels,
@@ -190,9 +179,9 @@ std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, con
   const std::vector<double> sums = call.sums();
   const int64_t count = static_cast<int64_t>(logits.size());
   const ScalarType dtype = result_type(logits);
-  Tensor prob = numbers_on_cpu(1, count, dtype);
-  Tensor log_prob = numbers_on_cpu(1, count, dtype);
-  Tensor total = numbers_on_cpu(0, 1, ScalarType::Double);
+  Tensor prob = empty_on_cpu({count}, dtype);
+  Tensor log_prob = empty_on_cpu({count}, dtype);
+  Tensor total = empty_on_cpu({}, ScalarType::Double);
   const Numbers probs(prob), log_probs(log_prob);
   for (int64_t m = 0; m < count; ++m) {
     // No row that counts: 0 / 0 is the NaN that is wanted.

@@ -3,34 +3,38 @@
 
 namespace mmfuse::cpu {
 
-std::tuple<Tensor, Tensor> modulation_factors(const Tensor& scores, const Tensor& owner,
-                                              const std::optional<Tensor>& numel,
-                                              const std::optional<Tensor>& m2, double alpha,
-                                              bool cvpr, double eps) {
+// Ratios and coefficients [M], scale and noise's standard deviation [T]; [0] without statistics.
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(const Tensor& scores,
+                                                              const Tensor& owner,
+                                                              const std::optional<Tensor>& numel,
+                                                              const std::optional<Tensor>& m2,
+                                                              double alpha, bool cvpr, double eps) {
   const int64_t modalities = scores.numel();
   const int64_t count = owner.numel();
   const Coefficients values(scores, modalities, "scores");
   const int64_t* owners = indices_of(owner, count, "owner");
-  Tensor found = empty_on_cpu({2, modalities}, scores.scalar_type());
-  const Numbers decided(found);
+  Tensor ratios = empty_on_cpu({modalities}, scores.scalar_type());
+  Tensor coefficients = empty_on_cpu({modalities}, scores.scalar_type());
+  const Numbers leads(ratios), decided(coefficients);
   for (int64_t m = 0; m < modalities; ++m) {
     const double ratio = discrepancy_ratio([&](int64_t j) { return values[j]; }, m, modalities);
-    decided.set(m, ratio);
-    decided.set(modalities + m, modulation_coefficient(ratio, {alpha, cvpr}));
+    leads.set(m, ratio);
+    decided.set(m, modulation_coefficient(ratio, {alpha, cvpr}));
   }
-  const Coefficients known(found, 2 * modalities, "coefficients");
-  Tensor factors = empty_on_cpu({m2 ? 2 : 1, count}, m2 ? m2->scalar_type() : scores.scalar_type());
-  const Numbers spread(factors);
-  for (int64_t t = 0; t < count; ++t) spread.set(t, known[modalities + owners[t]]);
+  const Coefficients known(coefficients, modalities, "coefficients");
+  const ScalarType dtype = m2 ? m2->scalar_type() : scores.scalar_type();
+  Tensor scale = empty_on_cpu({count}, dtype);
+  Tensor noise = empty_on_cpu({m2 ? count : 0}, dtype);
+  const Numbers spread(scale);
+  for (int64_t t = 0; t < count; ++t) spread.set(t, known[owners[t]]);
   if (m2) {
     STD_TORCH_CHECK(numel, "mmfuse: m2 needs numel");
     const int64_t* sizes = indices_of(*numel, count, "numel");
     const Coefficients moments(*m2, count, "m2");
-    for (int64_t t = 0; t < count; ++t) {
-      spread.set(count + t, modulation_noise(sizes[t], moments[t], eps));
-    }
+    const Numbers stds(noise);
+    for (int64_t t = 0; t < count; ++t) stds.set(t, modulation_noise(sizes[t], moments[t], eps));
   }
-  return {found, factors};
+  return {ratios, coefficients, scale, noise};
 }
 
 }  // namespace mmfuse::cpu

@@ -21,7 +21,8 @@ Tensor scale_grad_backward(const Tensor& grad, const Tensor& coefficient,
     slice.noise_key = noise_key(noise_state_of(*noise_state), noise_id);
     slice.noise_offset = noise_offset;
   }
-  launch_update({slice}, false);
+  std::vector<UpdateSlice> one{slice};
+  launch_update(one, false);
   return out;
 }
 

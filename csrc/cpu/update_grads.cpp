@@ -1,17 +1,18 @@
 #include "cpu/simd/update.h"
+#include "glue/chunks.h"
 #include "glue/coefficients.h"
 #include "glue/table.h"
 
 namespace mmfuse::cpu {
 namespace {
 
-void update(std::vector<UpdateSlice> tensors, const std::optional<Tensor>& finite,
+void update(std::vector<UpdateSlice>& tensors, const std::optional<Tensor>& finite,
             const std::optional<Tensor>& sq_norm) {
   const size_t count = tensors.size();
   std::vector<double> squares(sq_norm ? count : 0);
   if (sq_norm) Coefficients(*sq_norm, count, "sq_norm");  // checks it
   const bool all_finite =
-      launch_update(std::move(tensors), finite.has_value(), sq_norm ? squares.data() : nullptr);
+      launch_update(tensors, finite.has_value(), sq_norm ? squares.data() : nullptr);
   if (sq_norm) {
     Tensor out = *sq_norm;
     for (size_t t = 0; t < count; ++t) write_number(out, t, squares[t]);
@@ -35,11 +36,10 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
   const TensorList none;
   const std::vector<RowOrder> orders =
       row_orders(grads, pulled ? params : none, pulled ? anchors : none);
-  std::vector<UpdateSlice> tensors(count);
+  std::vector<UpdateSlice>& tensors = kept_list<UpdateSlice>(count);
   const Coefficients scales(scale, count, "scale");
   for (size_t t = 0; t < count; ++t) {
     UpdateSlice& slice = tensors[t];
-    slice = {};
     slice.dtype = dtype_of(grads[t]);
     slice.in = slice.out = grads[t].mutable_data_ptr();
     slice.size = grads[t].numel();
@@ -73,18 +73,19 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
       }
     }
   }
-  update(std::move(tensors), finite, sq_norm);
+  update(tensors, finite, sq_norm);
 }
 
-// The same of a table, with its parameters and anchors if there is a pull.
+// The same of a table, with its parameters and anchors if there is a pull. `advance`: the stream's
+// step is the next one afterwards, unless `finite` is false.
 void update_grads_table_(const Tensor& table, const Tensor& scale,
                          const std::optional<Tensor>& pull, const std::optional<Tensor>& noise_std,
                          const std::optional<Tensor>& noise_state,
-                         const std::optional<Tensor>& finite,
-                         const std::optional<Tensor>& sq_norm) {
+                         const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm,
+                         bool advance) {
   const Rows rows(table, pull.has_value());
   const size_t count = rows.size();
-  std::vector<UpdateSlice> tensors(count);
+  std::vector<UpdateSlice>& tensors = kept_list<UpdateSlice>(count);
   const Coefficients scales(scale, count, "scale");
   for (size_t t = 0; t < count; ++t) {
     UpdateSlice& slice = tensors[t];
@@ -118,7 +119,11 @@ void update_grads_table_(const Tensor& table, const Tensor& scale,
       }
     }
   }
-  update(std::move(tensors), finite, sq_norm);
+  STD_TORCH_CHECK(!advance || (noise_std && finite), "mmfuse: advance needs noise and finite");
+  update(tensors, finite, sq_norm);
+  if (advance && *static_cast<const bool*>(finite->const_data_ptr())) {
+    ++static_cast<int64_t*>(noise_state->mutable_data_ptr())[1];
+  }
 }
 
 }  // namespace mmfuse::cpu

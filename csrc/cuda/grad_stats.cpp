@@ -30,16 +30,17 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   return launch(call, grads[0], result_type(grads));
 }
 
-// The same of a table, with its parameters and anchors if it is to be of displacements; `like` says
-// on which device.
-std::tuple<Tensor, Tensor> grad_stats_table(const Tensor& table, const Tensor& like,
-                                            bool displaced) {
+// The same of a table, with its parameters and anchors if it is to be of displacements: numbers of
+// elements, and each moment by itself. `like` says on which device.
+TensorList grad_stats_table(const Tensor& table, const Tensor& like, bool displaced) {
   const Rows rows(table, displaced);
   STD_TORCH_CHECK(rows.size() > 0, "mmfuse: grad_stats needs at least one gradient");
   GradStatsParams call;
   call.tensors = grad_tensors(rows, displaced);
   call.has_params = displaced;
-  return launch(call, like, rows.wide() ? ScalarType::Double : ScalarType::Float);
+  const auto [numel, moments] =
+      launch(call, like, rows.wide() ? ScalarType::Double : ScalarType::Float);
+  return with_rows(numel, moments);
 }
 
 }  // namespace mmfuse::cuda

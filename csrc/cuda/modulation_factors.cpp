@@ -4,10 +4,11 @@
 
 namespace mmfuse::cuda {
 
-std::tuple<Tensor, Tensor> modulation_factors(const Tensor& scores, const Tensor& owner,
-                                              const std::optional<Tensor>& numel,
-                                              const std::optional<Tensor>& m2, double alpha,
-                                              bool cvpr, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(const Tensor& scores,
+                                                              const Tensor& owner,
+                                                              const std::optional<Tensor>& numel,
+                                                              const std::optional<Tensor>& m2,
+                                                              double alpha, bool cvpr, double eps) {
   ModulationFactorsParams call{};
   call.modalities = scores.numel();
   call.tensors = owner.numel();
@@ -22,12 +23,17 @@ std::tuple<Tensor, Tensor> modulation_factors(const Tensor& scores, const Tensor
   call.eps = eps;
   const DeviceScope device(scores);
   const Tensor& like = m2 ? *m2 : scores;
-  Tensor found = new_empty(scores, {2, call.modalities}, scores.scalar_type());
-  Tensor factors = new_empty(like, {m2 ? 2 : 1, call.tensors}, like.scalar_type());
-  call.found = {found.mutable_data_ptr(), call.scores.wide};
-  call.factors = {factors.mutable_data_ptr(), like.scalar_type() == ScalarType::Double};
+  Tensor ratios = new_empty(scores, {call.modalities}, scores.scalar_type());
+  Tensor coefficients = new_empty(scores, {call.modalities}, scores.scalar_type());
+  Tensor scale = new_empty(like, {call.tensors}, like.scalar_type());
+  Tensor noise = new_empty(like, {m2 ? call.tensors : 0}, like.scalar_type());
+  call.ratios = ratios.mutable_data_ptr();
+  call.coefficients = coefficients.mutable_data_ptr();
+  call.scale = scale.mutable_data_ptr();
+  call.noise_std = noise.mutable_data_ptr();
+  call.wide_factors = like.scalar_type() == ScalarType::Double;
   launch_modulation_factors(call, device.stream());
-  return {found, factors};
+  return {ratios, coefficients, scale, noise};
 }
 
 }  // namespace mmfuse::cuda

@@ -11,12 +11,6 @@
 
 namespace mmfuse::cuda {
 
-// float32 or float64 results.
-struct Numbers {
-  void* values;
-  bool wide;  // float64
-};
-
 struct ModulationFactorsParams {
   Coefficients scores;
   int64_t modalities;
@@ -26,8 +20,10 @@ struct ModulationFactorsParams {
   Coefficients m2;       // null: without noise
   ModulationRule rule;
   double eps;
-  Numbers found;    // [2, modalities]: ratios, coefficients
-  Numbers factors;  // [1 or 2, tensors]: scale, noise's standard deviation
+  // Results: of the scores' type, for each modality; and for each tensor, float64 or float32.
+  void *ratios, *coefficients;
+  void *scale, *noise_std;
+  bool wide_factors;
 };
 
 void launch_modulation_factors(const ModulationFactorsParams& params, cudaStream_t stream);

@@ -7,10 +7,6 @@ namespace {
 
 constexpr int kThreads = 128;
 
-__device__ __forceinline__ void store_number(const Numbers& out, int64_t i, double value) {
-  store_result(out.values, out.wide, value, i);
-}
-
 // The first threads decide about one modality each, the others about one tensor, for which they
 // work out its owner's coefficient again: no thread waits for another.
 __global__ void __launch_bounds__(kThreads, 1)
@@ -22,15 +18,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   const double ratio = discrepancy_ratio(score, t < 0 ? i : call.owner[t], call.modalities);
   const double coefficient = modulation_coefficient(ratio, call.rule);
   if (t < 0) {
-    store_number(call.found, i, ratio);
-    store_number(call.found, call.modalities + i, coefficient);
+    store_result(call.ratios, call.scores.wide, ratio, i);
+    store_result(call.coefficients, call.scores.wide, coefficient, i);
     return;
   }
   // Rounded as the modality's own is.
-  store_number(call.factors, t, call.found.wide ? coefficient : static_cast<float>(coefficient));
+  const double scale = call.scores.wide ? coefficient : static_cast<float>(coefficient);
+  store_result(call.scale, call.wide_factors, scale, t);
   if (call.m2.values == nullptr) return;
   const double m2 = load_coefficient<double>(call.m2, t);
-  store_number(call.factors, call.tensors + t, modulation_noise(call.numel[t], m2, call.eps));
+  const double noise_std = modulation_noise(call.numel[t], m2, call.eps);
+  store_result(call.noise_std, call.wide_factors, noise_std, t);
 }
 
 }  // namespace

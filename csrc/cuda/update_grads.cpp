@@ -48,12 +48,13 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
   launch(call, scale, finite, sq_norm);
 }
 
-// The same of a table, with its parameters and anchors if there is a pull.
+// The same of a table, with its parameters and anchors if there is a pull. `advance`: the stream's
+// step is the next one afterwards, unless `finite` is false.
 void update_grads_table_(const Tensor& table, const Tensor& scale,
                          const std::optional<Tensor>& pull, const std::optional<Tensor>& noise_std,
                          const std::optional<Tensor>& noise_state,
-                         const std::optional<Tensor>& finite,
-                         const std::optional<Tensor>& sq_norm) {
+                         const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm,
+                         bool advance) {
   UpdateGradsParams call;
   call.tensors = grad_tensors(Rows(table, pull.has_value()), pull.has_value());
   call.common.scale = coefficients_of(scale, call.tensors.size(), "scale");
@@ -61,6 +62,10 @@ void update_grads_table_(const Tensor& table, const Tensor& scale,
   if (noise_std) {
     call.common.noise_std = coefficients_of(*noise_std, call.tensors.size(), "noise_std");
     call.common.noise_state = noise_state_of(noise_state);
+  }
+  if (advance) {
+    STD_TORCH_CHECK(noise_std && finite, "mmfuse: advance needs noise and finite");
+    call.advanced = static_cast<int64_t*>(noise_state->mutable_data_ptr()) + 1;
   }
   launch(call, scale, finite, sq_norm);
 }

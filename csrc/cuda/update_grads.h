@@ -22,9 +22,10 @@ struct UpdateCommon {
 struct UpdateGradsParams {
   std::vector<GradTensor> tensors;
   UpdateCommon common;
-  void* sq_norm = nullptr;     // [T], or null where the sums are not wanted
-  bool wide_sq_norm = false;   // it is float64
-  double* partials = nullptr;  // [update_chunks(tensors)] for them
+  void* sq_norm = nullptr;      // [T], or null where the sums are not wanted
+  bool wide_sq_norm = false;    // it is float64
+  double* partials = nullptr;   // [update_chunks(tensors)] for them
+  int64_t* advanced = nullptr;  // a stream's step, which becomes the next one if all is finite
 };
 
 inline int64_t update_chunks(const std::vector<GradTensor>& tensors) {

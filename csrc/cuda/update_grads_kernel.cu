@@ -25,15 +25,11 @@ constexpr int kLongSums = 2000;
 template <Anchors kAnchors, bool kNoise, bool kShort>
 using UpdateTable = GradTable<kAnchors != Anchors::kNone, kNoise, UpdateCommon, kShort>;
 
-// One block per chunk, from the last to the first: what grad_stats read last is still in the cache.
-template <typename scalar_t, Anchors kAnchors, bool kNoise, bool kShort>
-__global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kNoise>))
-    update_grads_kernel(const UpdateTable<kAnchors, kNoise, kShort> __grid_constant__ table) {
+// What a tensor's entry and the call say of it.
+template <typename scalar_t, Anchors kAnchors, bool kNoise, typename entry_t>
+__device__ __forceinline__ TensorUpdate<scalar_t> load_update(const UpdateCommon& call,
+                                                              const entry_t& entry) {
   using acc_t = acc_type<scalar_t>;
-  const UpdateCommon& call = table.common;
-  const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
-  const int found = find_entry(table, chunk);
-  const auto& entry = table.entries[found];
   TensorUpdate<scalar_t> tensor{};
   tensor.in = static_cast<const scalar_t*>(entry.grad);
   tensor.out = static_cast<scalar_t*>(entry.grad);
@@ -50,6 +46,18 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
   }
   tensor.store =
       tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);
+  return tensor;
+}
+
+// One block per chunk, from the last to the first: what grad_stats read last is still in the cache.
+template <typename scalar_t, Anchors kAnchors, bool kNoise, bool kShort>
+__global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kNoise>))
+    update_grads_kernel(const UpdateTable<kAnchors, kNoise, kShort> __grid_constant__ table) {
+  const UpdateCommon& call = table.common;
+  const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
+  const int found = find_entry(table, chunk);
+  const auto& entry = table.entries[found];
+  const auto tensor = load_update<scalar_t, kAnchors, kNoise>(call, entry);
   if (!tensor.store && call.finite == nullptr) return;
   const bool finite = update_chunk<kAnchors, kNoise>(tensor, chunk - table.first_chunk[found]);
   if (!finite && call.finite != nullptr) set_flag(call.finite, false);
@@ -68,26 +76,12 @@ constexpr int kTransposedBlocksPerSm = sizeof(scalar_t) == 8 || kAnchors != Anch
 template <typename scalar_t, Anchors kAnchors>
 __global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kAnchors>))
     update_grads_transposed_kernel(const TransposedTable<kAnchors> __grid_constant__ table) {
-  using acc_t = acc_type<scalar_t>;
   alignas(kVectorBytes) __shared__ float normals[kTransposedTile + kNoiseBlock];
   const UpdateCommon& call = table.common;
   const int chunk = table.chunks - 1 - static_cast<int>(blockIdx.x);
   const int found = find_entry(table, chunk);
   const auto& entry = table.entries[found];
-  TensorUpdate<scalar_t> tensor{};
-  tensor.in = static_cast<const scalar_t*>(entry.grad);
-  tensor.out = static_cast<scalar_t*>(entry.grad);
-  tensor.numel = entry.numel;
-  tensor.key = load_noise_key(call.noise_state, entry.noise_id);
-  tensor.scale = load_coefficient<acc_t>(call.scale, entry.slot);
-  if constexpr (kAnchors != Anchors::kNone) {
-    tensor.pull = load_coefficient<acc_t>(call.pull, entry.slot);
-    tensor.pair = anchor_pair<kAnchors>(entry);
-  }
-  tensor.noise_std = load_coefficient<acc_t>(call.noise_std, entry.slot);
-  tensor.noise_offset = entry.noise_offset;
-  tensor.store =
-      tensor.scale != acc_t(1) || tensor.pull != acc_t(0) || tensor.noise_std != acc_t(0);
+  const auto tensor = load_update<scalar_t, kAnchors, true>(call, entry);
   if (!tensor.store && call.finite == nullptr) return;
   const bool finite = update_transposed<kAnchors>(tensor, entry.channels, entry.spatial,
                                                   chunk - table.first_chunk[found], normals);
@@ -265,6 +259,11 @@ void launch_squares(const UpdateGradsParams& params, bool has_noise, cudaStream_
   }
 }
 
+// A launch of its own: every block of the update reads the step.
+__global__ void advance_stream_kernel(int64_t* step, const bool* finite) {
+  if (*finite) ++*step;
+}
+
 }  // namespace
 
 void launch_update_grads(const UpdateGradsParams& params, cudaStream_t stream) {
@@ -281,6 +280,10 @@ void launch_update_grads(const UpdateGradsParams& params, cudaStream_t stream) {
       launch_group<scalar_t, anchors.value, false>(params, stream);
     }
   });
+  if (params.advanced != nullptr) {
+    launch("advance_stream_kernel", advance_stream_kernel, 1, 1, stream, params.advanced,
+           static_cast<const bool*>(params.common.finite));
+  }
 }
 
 }  // namespace mmfuse::cuda

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "cpu/simd/simd.h"
+#include "glue/poison.h"
 
 namespace {
 
@@ -26,4 +27,8 @@ std::string facts() {
 extern "C" __attribute__((visibility("default"))) const char* mmfuse_cpu_facts() {
   static const std::string text = facts();
   return text.c_str();
+}
+
+extern "C" __attribute__((visibility("default"))) void mmfuse_cpu_poison(int on) {
+  mmfuse::poisons = on != 0;
 }

@@ -62,4 +62,18 @@ class Rows {
   const GradRow* rows_;
 };
 
+// A result and each row of a matrix, [R, T], as views of it: for calls of a table alone, since what
+// autograd and the compiler see may not share memory.
+inline TensorList with_rows(const Tensor& first, const Tensor& matrix) {
+  TensorList all{first};
+  const int64_t width = matrix.size(1), stride = 1;
+  for (int64_t r = 0; r < matrix.size(0); ++r) {
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch__reinterpret_tensor(matrix.get(), 1, &width, &stride, r * width, &handle));
+    all.emplace_back(handle);
+  }
+  return all;
+}
+
 }  // namespace mmfuse

@@ -8,11 +8,13 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstring>
 #include <optional>
 #include <tuple>
 #include <vector>
 
 #include "common/dtype.h"
+#include "poison.h"
 
 namespace mmfuse {
 
@@ -111,9 +113,27 @@ inline const int64_t* indices_of(const Tensor& tensor, int64_t count, const char
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
-inline Tensor empty_on_cpu(const std::vector<int64_t>& size, ScalarType dtype) {
-  const torch::stable::Device cpu(torch::headeronly::DeviceType::CPU);
-  return torch::stable::empty(size, dtype, std::nullopt, cpu);
+// A new result, without the dispatcher, which takes as long as a small kernel.
+inline Tensor empty_on_cpu(torch::headeronly::IntHeaderOnlyArrayRef size, ScalarType dtype) {
+  constexpr size_t kMostDimensions = 64;  // PyTorch's
+  STD_TORCH_CHECK(size.size() <= kMostDimensions, "mmfuse: a result has too many dimensions");
+  int64_t strides[kMostDimensions];
+  int64_t count = 1;
+  for (size_t d = size.size(); d-- > 0;) {
+    strides[d] = count;
+    count *= size[d] > 0 ? size[d] : 1;
+  }
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(size.size()), size.data(),
+                                                  strides, code, aoti_torch_device_type_cpu(), 0,
+                                                  &handle));
+  Tensor made(handle);
+  if (poisons && made.numel() > 0) {
+    const int byte = dtype == ScalarType::Bool ? 1 : 0xff;  // NaN, and -1
+    std::memset(made.mutable_data_ptr(), byte, made.numel() * made.element_size());
+  }
+  return made;
 }
 
 }  // namespace mmfuse

@@ -5,6 +5,7 @@
 #include <Python.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <utility>
@@ -116,11 +117,35 @@ inline bool dtype_of(const DLTensor& tensor, DType* out) {
   return false;
 }
 
+// An attribute that plain tensors and parameters have from C; to look it up by name takes as long
+// again as to get it.
+struct Attribute {
+  PyObject* name = nullptr;
+  const PyGetSetDef* own = nullptr;  // null where the two classes have it from elsewhere
+
+  void find(PyObject* tensor_type, PyObject* parameter_type, const char* called) {
+    name = PyUnicode_InternFromString(called);
+    const Object of_tensor(PyObject_GetAttr(tensor_type, name));
+    const Object of_parameter(PyObject_GetAttr(parameter_type, name));
+    if (!of_tensor || !of_parameter) return PyErr_Clear();
+    if (Py_TYPE(of_tensor.get()) != &PyGetSetDescr_Type) return;
+    if (of_tensor.get() != of_parameter.get()) return;
+    own = reinterpret_cast<PyGetSetDescrObject*>(of_tensor.get())->d_getset;  // a static table's
+  }
+
+  // `plain`: the object is of one of the two classes itself. A new reference, or null.
+  PyObject* of(PyObject* object, bool plain) const {
+    if (plain && own != nullptr) return own->get(object, own->closure);
+    return PyObject_GetAttr(object, name);
+  }
+};
+
 // Looked up once: PyTorch's type of tensors and how they are read.
 struct Reader {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   const DLExchange* exchange = nullptr;
-  PyObject *grad, *requires_grad, *numel, *is_neg;
+  Attribute grad, requires_grad;
+  PyObject *numel, *is_neg;
 
   // False where this PyTorch has no such interface, or one of another major version.
   bool find(PyObject* tensor_type, PyObject* parameter_type) {
@@ -133,11 +158,15 @@ struct Reader {
     Py_INCREF(parameter_type);
     tensor = reinterpret_cast<PyTypeObject*>(tensor_type);
     parameter = reinterpret_cast<PyTypeObject*>(parameter_type);
-    grad = PyUnicode_InternFromString("grad");
-    requires_grad = PyUnicode_InternFromString("requires_grad");
+    grad.find(tensor_type, parameter_type, "grad");
+    requires_grad.find(tensor_type, parameter_type, "requires_grad");
     numel = PyUnicode_InternFromString("numel");
     is_neg = PyUnicode_InternFromString("is_neg");
     return true;
+  }
+
+  bool is_plain(PyObject* object) const {
+    return Py_TYPE(object) == tensor || Py_TYPE(object) == parameter;
   }
 };
 
@@ -202,8 +231,7 @@ inline Found read_gradient(const Reader& reader, PyObject* grad, DLTensor* one, 
 // Adds a parameter (k = 0) or its anchor (k = 1) to the row of its gradient, if both lie alike.
 inline Found read_beside(const Reader& reader, PyObject* tensor, const DLTensor& grad, int k,
                          int64_t* row) {
-  const PyTypeObject* type = Py_TYPE(tensor);
-  if (type != reader.tensor && type != reader.parameter) return Found::kOther;
+  if (!reader.is_plain(tensor)) return Found::kOther;
   DLTensor one;
   DType dtype;
   bool last;
@@ -223,7 +251,21 @@ struct Table {
   int64_t shape[2], strides[2];
   std::vector<int64_t> numbers;
 
-  static void free(DLManaged* managed) { delete static_cast<Table*>(managed->context); }
+  // The last one that was freed: a step's table is the next one's, with no work for malloc.
+  inline static std::atomic<Table*> last{nullptr};
+
+  static std::unique_ptr<Table> of_rows(Py_ssize_t count) {
+    std::unique_ptr<Table> table(last.exchange(nullptr));
+    if (!table) table = std::make_unique<Table>();
+    table->managed = {};
+    table->numbers.resize(count * kRow);
+    return table;
+  }
+
+  // By whatever thread lets go of it.
+  static void free(DLManaged* managed) {
+    delete last.exchange(static_cast<Table*>(managed->context));
+  }
 };
 
 inline PyObject* to_python(const Reader& reader, std::unique_ptr<Table> table) {
@@ -257,19 +299,20 @@ inline PyObject* read_gradients(const Reader& reader, PyObject* parameters, PyOb
   if (reader.exchange == nullptr || !PyList_CheckExact(parameters)) return other();
   const Py_ssize_t count = PyList_GET_SIZE(parameters);
   bool paired = PyList_CheckExact(anchors) && PyList_GET_SIZE(anchors) == count;
-  auto table = std::make_unique<Table>();
-  table->numbers.resize(count * kRow);
+  auto table = Table::of_rows(count);
   int64_t* row = table->numbers.data();
-  Object grads(PyList_New(0)), places(PyList_New(0)), waiting(PyList_New(0));
+  Object grads(PyList_New(count)), places(PyList_New(0)), waiting(PyList_New(0));
   if (!grads || !places || !waiting) return nullptr;
   DLTensor one, first{};
   bool wide = false;
+  Py_ssize_t listed = 0;
   for (Py_ssize_t i = 0; i < count; ++i) {
     PyObject* parameter = PyList_GET_ITEM(parameters, i);
-    const Object takes(PyObject_GetAttr(parameter, reader.requires_grad));
+    const bool plain = reader.is_plain(parameter);
+    const Object takes(reader.requires_grad.of(parameter, plain));
     if (!takes) return nullptr;
     if (takes.get() == Py_False) continue;
-    const Object grad(PyObject_GetAttr(parameter, reader.grad));
+    Object grad(reader.grad.of(parameter, plain));
     if (!grad) return nullptr;
     if (grad.get() == Py_None) {
       const long elements = ask(parameter, reader.numel);
@@ -287,9 +330,9 @@ inline PyObject* read_gradients(const Reader& reader, PyObject* parameters, PyOb
       paired = second == Found::kPlain;
     }
     row += kRow;
-    if (PyList_Append(grads.get(), grad.get()) != 0) return nullptr;
+    PyList_SET_ITEM(grads.get(), listed++, grad.release());
   }
-  const Py_ssize_t listed = PyList_GET_SIZE(grads.get());
+  if (listed < count && PyList_SetSlice(grads.get(), listed, count, nullptr) != 0) return nullptr;
   for (Py_ssize_t t = 0; listed < count && t < listed; ++t) {
     const int64_t place = table->numbers[t * kRow + 3];
     if (!append_number(places.get(), static_cast<Py_ssize_t>(place))) return nullptr;
@@ -309,8 +352,7 @@ inline PyObject* read_list(const Reader& reader, PyObject* grads) {
   if (reader.exchange == nullptr || !PyList_CheckExact(grads)) return other();
   const Py_ssize_t count = PyList_GET_SIZE(grads);
   if (count == 0) return other();
-  auto table = std::make_unique<Table>();
-  table->numbers.resize(count * kRow);
+  auto table = Table::of_rows(count);
   DLTensor one, first{};
   bool wide = false;
   for (Py_ssize_t i = 0; i < count; ++i) {

@@ -38,7 +38,8 @@ def act_on(
     noise: NoiseStream | MakesNoise | None = None,
     sq_norm: Tensor | None = None,
     backend: str | None = None,
-) -> None:
+    advance: bool = False,
+) -> bool:
     """In place, g ← scale·g + pull·second + noise_std·N(0, 1).
 
     Args:
@@ -49,6 +50,11 @@ def act_on(
         noise: What the noise is drawn from, or what makes it; with `act.noise_std`.
         sq_norm: [T] float64, receives Σg² before the update; with parts that are whole.
         backend: Name of a backend; None for the best one.
+        advance: Where the noise is drawn from a stream, to have that go on to its next step, if all
+            gradients are finite.
+
+    Returns:
+        True if the stream has been dealt with so; it needs one launch with the update alone.
     """
     scale, pull, noise_std = act
     device, dtype, shape = active.device, active.dtype, (len(active.grads),)
@@ -57,9 +63,10 @@ def act_on(
         std = state = None
         if noise_std is not None and isinstance(stream, NoiseStream) and noise_std.shape == shape:
             std, state = noise_std.to(device, dtype).contiguous(), stream.state.to(device)
+            advance = advance and state is stream.state
         if noise_std is None or std is not None:  # there is nothing to check or to cut
             scale = scale.to(device, dtype).contiguous()
-            update_checked_(
+            return update_checked_(
                 backend,
                 device,
                 active.grads,
@@ -70,8 +77,8 @@ def act_on(
                 state=state,
                 ids=() if std is None else active.ids,
                 table=active.table,
+                advance=advance and std is not None,
             )
-            return
     if scale is None:
         like = pull if pull is not None else noise_std
         if like is None:
@@ -80,16 +87,16 @@ def act_on(
     if isinstance(second, Anchors) and pull is not None:
         assert noise_std is None
         second.update_(active, scale, pull, finite, backend, sq_norm)
-        return
+        return False
     if noise_std is not None and noise is not None and not isinstance(noise, NoiseStream):
         made = [noise(g) for g in active.grads]
         update_grads_(active.grads, scale, finite=finite, backend=backend)
         for grad, z, std in zip(active.grads, made, noise_std.unbind(), strict=True):
             grad.addcmul_(z, std.to(grad.device, grad.dtype))
-        return
+        return False
     if noise_std is None and pull is None:
         update_grads_(active.grads, scale, finite=finite, sq_norm=sq_norm, backend=backend)
-        return
+        return False
     params = anchors = None
     if pull is not None:
         assert isinstance(second, Second)
@@ -108,6 +115,7 @@ def act_on(
         finite=finite,
         backend=backend,
     )
+    return False
 
 
 def carry_out(

@@ -88,9 +88,19 @@ def take_step(
     drawn = noise is stream and decision.act.noise_std is not None
     if drawn and group is not None:
         agree(stream, group)
-    squares = None
+    squares, advanced = None, False
     if need.squares is None and need.second != "anchor":
-        act_on(active, decision.act, finite, second=second, noise=noise, backend=backend)
+        # Within the update, if nothing but its own finding decides about it.
+        alone = drawn and found_inf is None and not active.shards
+        advanced = act_on(
+            active,
+            decision.act,
+            finite,
+            second=second,
+            noise=noise,
+            backend=backend,
+            advance=alone,
+        )
     else:
         squares = carry_out(
             active,
@@ -127,7 +137,7 @@ def take_step(
     if need.draws:  # a number that changed in every step would have every step compiled anew
         clock = method._clock
         method._clock = Clock(clock.epoch, clock.step + 1)
-    if drawn or need.draws:
+    if (drawn or need.draws) and not advanced:
         stream.advance(counts if squares is None else counts & squares.isfinite().all().to(device))
     return rule.result(*decision.report, finite=finite, **method._named)
 

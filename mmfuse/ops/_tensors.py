@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import NamedTuple
@@ -285,15 +284,16 @@ def kept_tensor(
     capturing = _capturing(device)
     key = (values, shape, dtype, device)
     with _kept_lock:
-        found = _kept_for_graphs.get(key)
-        if found is not None:
-            return found
+        # Each look-up forms the hash of all numbers anew: one is enough for who comes every step.
         found = _kept.get(key)
         if found is not None:
             if capturing:  # the graph reads it whenever it is replayed
                 _kept_for_graphs[key] = _kept.pop(key)
-            else:
-                _kept.move_to_end(key)
+            elif next(reversed(_kept.values())) is not found:
+                _kept[key] = _kept.pop(key)
+            return found
+        found = _kept_for_graphs.get(key)
+        if found is not None:
             return found
     if capturing:
         # In the memory of the graph, which alone fills it, at each replay: not for anyone else.
@@ -302,7 +302,7 @@ def kept_tensor(
     with _kept_lock:
         _kept[key] = made
         while len(_kept) > _MOST_KEPT:
-            _kept.popitem(last=False)
+            del _kept[next(iter(_kept))]
     return made
 
 
@@ -336,6 +336,6 @@ _Key = tuple[tuple[float, ...], tuple[int, ...], torch.dtype, torch.device]
 
 # The tensors used last, and those of captured graphs, which are never dropped.
 _MOST_KEPT = 128
-_kept: OrderedDict[_Key, Tensor] = OrderedDict()
+_kept: dict[_Key, Tensor] = {}
 _kept_for_graphs: dict[_Key, Tensor] = {}
 _kept_lock = threading.Lock()

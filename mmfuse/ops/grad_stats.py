@@ -77,7 +77,7 @@ _op = Op(
     "grad_stats",
     "(Tensor[] grads, Tensor[] params, Tensor[] anchors) -> (Tensor, Tensor)",
     _fake,
-    table="(Tensor table, Tensor like, bool displaced) -> (Tensor, Tensor)",
+    table="(Tensor table, Tensor like, bool displaced) -> Tensor[]",
 )
 
 
@@ -150,9 +150,8 @@ def stats_of_checked(
         kernel = _op.of_table(backend, device)
     if kernel is not None:
         with torch._C._AutoDispatchBelowAutograd():
-            numel, moments = kernel(table, grads[0], bool(params))
-    else:
-        numel, moments = _op(backend, device, grads, params, anchors)
+            return GradStats(*kernel(table, grads[0], bool(params)))
+    numel, moments = _op(backend, device, grads, params, anchors)
     return GradStats(numel, *moments.unbind(0))
 
 

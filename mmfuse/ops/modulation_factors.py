@@ -43,17 +43,17 @@ def _fake(
     alpha: float,
     cvpr: bool,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    modalities = scores.new_empty(2, scores.shape[0])
-    if m2 is None:
-        return modalities, scores.new_empty(1, owner.shape[0])
-    return modalities, m2.new_empty(2, owner.shape[0])
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    modalities, tensors = scores.shape[0], owner.shape[0]
+    like, noisy = (scores, 0) if m2 is None else (m2, tensors)
+    ratios, coefficients = scores.new_empty(modalities), scores.new_empty(modalities)
+    return ratios, coefficients, like.new_empty(tensors), like.new_empty(noisy)
 
 
 _op = Op(
     "modulation_factors",
     "(Tensor scores, Tensor owner, Tensor? numel, Tensor? m2, float alpha, bool cvpr, float eps)"
-    " -> (Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
 
@@ -127,10 +127,9 @@ def factors_of_checked(
     if stats is not None:
         numel, m2 = stats.numel.contiguous(), stats.m2.contiguous()
     cvpr = formula == "cvpr"
-    found, factors = _op(backend, device, scores, index, numel, m2, alpha, cvpr, eps)
-    ratios, coefficients = found.unbind(0)
-    scale, *noise = factors.unbind(0)
-    return ModulationFactors(ratios, coefficients, scale, noise[0] if noise else None)
+    found = _op(backend, device, scores, index, numel, m2, alpha, cvpr, eps)
+    ratios, coefficients, scale, noise = found
+    return ModulationFactors(ratios, coefficients, scale, None if stats is None else noise)
 
 
 def noise_std(stats: GradStats, eps: float) -> Tensor:

@@ -35,8 +35,8 @@ _op = Op(
     "Tensor(b!)? finite, Tensor(c!)? sq_norm) -> ()",
     _fake,
     module="update_grads",
-    table="(Tensor table, Tensor scale, Tensor? pull, Tensor? noise_std, Tensor? noise_state, "
-    "Tensor(b!)? finite, Tensor(c!)? sq_norm) -> ()",
+    table="(Tensor table, Tensor scale, Tensor? pull, Tensor? noise_std, Tensor(a!)? noise_state, "
+    "Tensor(b!)? finite, Tensor(c!)? sq_norm, bool advance) -> ()",
 )
 
 
@@ -204,8 +204,10 @@ def _scale_usual(
     wide, table = found
     factors = scale.to(device, torch.float64 if wide else torch.float32).contiguous()
     with torch._C._AutoDispatchBelowAutograd():
-        kernel(table, factors, None, None, None, finite, None)
-    torch._C._increment_version(grads if finite is None else [*grads, finite])
+        kernel(table, factors, None, None, None, finite, None, False)
+    torch._C._increment_version(grads)
+    if finite is not None:
+        torch._C._increment_version([finite])
     return True
 
 
@@ -234,22 +236,25 @@ def update_checked_(
     state: Tensor | None = None,
     ids: Sequence[int] = (),
     table: Tensor | None = None,
-) -> None:
+    advance: bool = False,
+) -> bool:
     """`update_grads_` of tensors that need no check.
 
     They are contiguous or in channels_last, params and anchors as their gradients are; of floating
     dtypes, whole and on one device, at least one. The vectors are contiguous there, float64 if a
     gradient is, else float32. `state` and `ids` are the stream's, where there is noise. `table` is
     what `mmfuse._native.read_gradients` has made of `grads`, and, where there is a pull, of params
-    and anchors.
+    and anchors. With `advance` the stream goes on to its next step if all gradients are finite,
+    where the kernel can do that: then it returns True, else the caller has to.
     """
     kernel = None
     if table is not None and type(backend) is Eager:
         kernel = _op.of_table(backend, device)
     if kernel is not None:
         with torch._C._AutoDispatchBelowAutograd():
-            kernel(table, scale, pull, noise_std, state, finite, sq_norm)
+            kernel(table, scale, pull, noise_std, state, finite, sq_norm, advance)
     else:
+        advance = False
         offsets = [0] * len(ids)
         _op(
             backend,
@@ -267,10 +272,14 @@ def update_checked_(
             sq_norm,
         )
     if type(backend) is Eager or not torch.compiler.is_compiling():
-        # Autograd has seen an operator, but not what it wrote to.
-        torch._C._increment_version(
-            [*grads, finite] if sq_norm is None else [*grads, finite, sq_norm]
-        )
+        # Autograd has seen an operator, but not what it wrote to. No list of all: a copy of a long
+        # one has malloc tidy up in every step.
+        numbers = [finite] if sq_norm is None else [finite, sq_norm]
+        if advance and state is not None:
+            numbers.append(state)
+        torch._C._increment_version(grads)
+        torch._C._increment_version(numbers)
+    return advance
 
 
 def _check_sq_norm(sq_norm: Tensor, grads: Sequence[Tensor]) -> None:

@@ -20,8 +20,8 @@ def modulation_factors(
     alpha: float,
     cvpr: bool,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """See `mmfuse.ops.modulation_factors`; [2, M] ratios and coefficients, [1 or 2, T] factors."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `mmfuse.ops.modulation_factors`; the noise's [T] are [0] without statistics."""
     wide = WIDE[scores.device.type]
     ratios = discrepancy_ratios(scores.to(wide))
     if cvpr:
@@ -32,12 +32,13 @@ def modulation_factors(
         slowed = (1 - alpha * torch.tanh(x)).clamp(min=0)
     # NaN is not greater than 0, nor is alpha * inf for alpha = 0.
     coefficients = torch.where(x > 0, slowed, 1.0)
-    modalities = torch.stack([ratios, coefficients]).to(scores.dtype)
+    ratios, coefficients = ratios.to(scores.dtype), coefficients.to(scores.dtype)
+    scale = coefficients[owner]
     if m2 is None or numel is None:
-        return modalities, modalities[1:, owner]
+        return ratios, coefficients, scale, scale.new_empty(0)
     std = (m2.to(wide) / (numel - 1).clamp(min=1)).sqrt() + eps
     noise_std = torch.where(numel > 1, std, 0.0)
-    return modalities, torch.stack([modalities[1, owner].to(wide), noise_std]).to(m2.dtype)
+    return ratios, coefficients, scale.to(m2.dtype), noise_std.to(m2.dtype)
 
 
 def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:

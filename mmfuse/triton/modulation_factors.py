@@ -37,7 +37,8 @@ def _coefficient(ratio, alpha, CVPR: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        *("scores_ptr", "owner_ptr", "numel_ptr", "m2_ptr", "modalities_ptr", "tensors_ptr"),
+        *("scores_ptr", "owner_ptr", "numel_ptr", "m2_ptr"),
+        *("ratios_ptr", "coefficients_ptr", "scale_ptr", "noise_std_ptr"),
         *("alpha_bits", "eps_bits", "n_modalities", "n_tensors"),
     ]
 )
@@ -46,8 +47,10 @@ def _modulation_factors_kernel(
     owner_ptr,
     numel_ptr,
     m2_ptr,
-    modalities_ptr,
-    tensors_ptr,
+    ratios_ptr,
+    coefficients_ptr,
+    scale_ptr,
+    noise_std_ptr,
     alpha_bits: tl.int64,
     eps_bits: tl.int64,
     n_modalities,
@@ -66,19 +69,19 @@ def _modulation_factors_kernel(
     owner = tl.load(owner_ptr + t, mask=is_tensor, other=0)
     ratio = _ratio(scores_ptr, tl.where(is_modality, i, owner), n_modalities)
     alpha = alpha_bits.to(tl.int64).to(tl.float64, bitcast=True)
-    number: tl.constexpr = modalities_ptr.dtype.element_ty
+    number: tl.constexpr = ratios_ptr.dtype.element_ty
     coefficient = _coefficient(ratio, alpha, CVPR).to(number)
-    tl.store(modalities_ptr + i, ratio.to(number), mask=is_modality)
-    tl.store(modalities_ptr + n_modalities + i, coefficient, mask=is_modality)
-    factor: tl.constexpr = tensors_ptr.dtype.element_ty
-    tl.store(tensors_ptr + t, coefficient.to(factor), mask=is_tensor)
+    tl.store(ratios_ptr + i, ratio.to(number), mask=is_modality)
+    tl.store(coefficients_ptr + i, coefficient, mask=is_modality)
+    factor: tl.constexpr = scale_ptr.dtype.element_ty
+    tl.store(scale_ptr + t, coefficient.to(factor), mask=is_tensor)
     if m2_ptr is not None:
         n = tl.load(numel_ptr + t, mask=is_tensor, other=0).to(tl.float64)
         m2 = tl.load(m2_ptr + t, mask=is_tensor, other=0.0).to(tl.float64)
         eps = eps_bits.to(tl.int64).to(tl.float64, bitcast=True)
         std = tl.sqrt(m2 / tl.maximum(n - 1.0, 1.0)) + eps
         std = tl.where(n > 1.0, std, 0.0).to(factor)
-        tl.store(tensors_ptr + n_tensors + t, std, mask=is_tensor)
+        tl.store(noise_std_ptr + t, std, mask=is_tensor)
 
 
 def modulation_factors(
@@ -89,12 +92,12 @@ def modulation_factors(
     alpha: float,
     cvpr: bool,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mmfuse.ops.modulation_factors`."""
     n_modalities, n_tensors = scores.numel(), owner.numel()
-    modalities = scores.new_empty(2, n_modalities)
-    like, rows = (scores, 1) if m2 is None else (m2, 2)
-    tensors = like.new_empty(rows, n_tensors)
+    ratios, coefficients = scores.new_empty(n_modalities), scores.new_empty(n_modalities)
+    like = scores if m2 is None else m2
+    scale, noise_std = like.new_empty(n_tensors), like.new_empty(0 if m2 is None else n_tensors)
     alpha_bits, eps_bits = struct.unpack("<qq", struct.pack("<dd", alpha, eps))
     with launch_on(scores.device):
         _modulation_factors_kernel[(triton.cdiv(n_modalities + n_tensors, BLOCK_SIZE),)](
@@ -102,8 +105,10 @@ def modulation_factors(
             owner,
             numel,
             m2,
-            modalities,
-            tensors,
+            ratios,
+            coefficients,
+            scale,
+            noise_std,
             alpha_bits,
             eps_bits,
             n_modalities,
@@ -113,4 +118,4 @@ def modulation_factors(
             num_warps=NUM_WARPS,
             **COMPILE_OPTIONS,
         )
-    return modalities, tensors
+    return ratios, coefficients, scale, noise_std

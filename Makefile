@@ -85,9 +85,9 @@ PYTEST := MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=pass
 test: build $(TESTING)
 	$(PYTEST) -m "not slow"
 
-# What make test leaves out because it takes longer; the soak has a target of its own.
+# What make test leaves out because it takes longer; the soak and the site have targets of their own.
 check: test
-	$(PYTEST) -m slow --ignore tests/loop/test_soak.py
+	$(PYTEST) -m slow --ignore tests/loop/test_soak.py --ignore tests/test_site.py
 
 soak: build $(TESTING)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/loop/test_soak.py
@@ -98,8 +98,8 @@ fuzz: build $(TESTING)
 
 # A warning is an error: a broken link, a public name without an entry, a README that is too long.
 docs: build $(SITE)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 tests/test_docs.py tests/test_site.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 tests/test_docs.py tests/test_site.py
 
 # Pyright's engine asks the first Python of the PATH where packages are.
 TYPES = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" $(BIN)/basedpyright --verifytypes mmfuse

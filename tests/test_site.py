@@ -1,4 +1,4 @@
-"""The site is built without a warning, and a mistake in the documents is one."""
+"""A mistake in the documents is an error of `make docs`, which runs these tests."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ pytest.importorskip("mkdocs", reason="`make docs` installs what builds the site"
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("mkdocs.yml", "README.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs", "examples")
-pytestmark = pytest.mark.slow
+SITE = ROOT / "build" / "site"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not SITE.is_dir(), reason="`make docs` builds the site before these tests"),
+]
 
 
 @pytest.fixture
@@ -64,18 +68,17 @@ def test_every_mistake_is_an_error(copy: Path) -> None:
         assert mistake in printed, printed
 
 
-def test_pages_have_formulas_pictures_and_code_and_fetch_nothing(copy: Path) -> None:
-    status, printed = build(copy)
-    assert status == 0 and "WARNING" not in printed, printed
-    site = copy / "build" / "site"
-    page = (site / "methods" / "ogm.html").read_text()
+def test_pages_have_formulas_pictures_and_code_and_fetch_nothing() -> None:
+    """Of the site that `make docs` has built before it runs this."""
+    page = (SITE / "methods" / "ogm.html").read_text()
     assert "<math" in page and "arithmatex" not in page
     assert "images/coefficients/ogm-ge.svg" in page
-    assert "A small step of OGM-GE" in page and "bytes for each" in page
+    assert "A small step of OGM-GE" in page and "12 bytes for each" in page
     assert "golden numbers of the authors" in page
-    assert "::: " not in page and "--8&lt;--" not in (site / "tutorials/first_run.html").read_text()
-    for path in site.rglob("*.html"):
-        loaded = re.findall(
-            r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"', path.read_text()
-        )
-        assert loaded == [], path
+    fetched = re.compile(r'<(?:script|link|img)[^>]+(?:src|href)="(https?:[^"]+)"')
+    pages = list(SITE.rglob("*.html"))
+    assert len(pages) > 30
+    for path in pages:
+        text = path.read_text()
+        assert fetched.findall(text) == [], path
+        assert "::: " not in text and "--8&lt;--" not in text and "&lt;!-- " not in text, path

@@ -27,15 +27,20 @@ log = logging.getLogger("mkdocs.hooks.method_pages")
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs" / "images" / "coefficients"
 _RESULTS = re.compile(r"<!-- table training: (\S+) -->")
+_CAPTION = (
+    "*Handwritten digits in two views, the first seed, means over ten steps. Left: the mean "
+    "probability of the true class from each view alone; right: the method's coefficients. "
+    "`python examples/every_method.py` draws it.*"
+)
 #: Bytes of an element in float32.
 _BYTES = 4
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Every method of the catalogue has a page, and every page is of a method."""
-    pages = {Path(f.src_uri).stem for f in files if f.src_uri.startswith("methods/")}
+    pages = {Path(f.src_uri).stem for f in files.documentation_pages() if "methods/" in f.src_uri}
     expected = {name.lower() for name in mmfuse.METHODS} | {"index"}
-    if pages - {".nav"} != expected:
+    if pages != expected:
         log.warning("docs/methods: these are not both pages and methods: %s", pages ^ expected)
     return files
 
@@ -88,16 +93,20 @@ def facts(name: str) -> str:
     for source in card.official:
         release = f'release="{source.release}"' if source.release else ""
         rows[f"`official({release})`"] = f"{source.code}: {source.fidelity}"
-    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {text} |" for key, text in rows.items())
+    (first, paper), *rest = rows.items()
+    lines = [f"| {first} | {paper} |", "|---|---|", *(f"| {key} | {text} |" for key, text in rest)]
+    return "\n".join(lines)
 
 
 def reference(name: str) -> str:
     """Pictures, arguments, state and cost."""
     stem = name.lower()
-    pictures = sorted(p for p in PICTURES.glob("*.svg") if re.match(rf"{stem}\b|{stem}_", p.name))
+    pictures = [p for p in PICTURES.glob("*.svg") if re.match(rf"{stem}\b|{stem}_", p.name)]
+    pictures.sort(key=lambda path: len(path.name))
     if not pictures:
         log.warning("%s: no picture in %s", name, PICTURES)
-    parts = ["## A run", *(_picture(path) for path in pictures)]
+    titled = len(pictures) > 1
+    parts = ["## A run", *(_picture(name, path, titled) for path in pictures), _CAPTION]
     parts += ["## State", _state(name), "## Cost", _cost(name), "## Reference"]
     parts += [f"::: mmfuse.{public}" for public in exported(name)]
     return "\n\n".join(parts)
@@ -115,15 +124,10 @@ def exported(name: str) -> list[str]:
     return found
 
 
-def _picture(path: Path) -> str:
-    title = path.stem.replace("_", " ").upper()
-    text = (
-        f"![{title}: scores and coefficients over a run](../images/coefficients/{path.name})\n\n"
-        "*Handwritten digits in two views, seed 0, means over ten steps: the mean probability "
-        "of the true class from each view alone, and the method's coefficients "
-        "(`python examples/every_method.py`).*"
-    )
-    return f"**{title}**\n\n{text}" if "_" in path.stem or "-" in path.stem else text
+def _picture(name: str, path: Path, titled: bool) -> str:
+    title = name if path.stem == name.lower() else path.stem.replace("_", " ").upper()
+    image = f"![{title}: scores and coefficients over a run](../images/coefficients/{path.name})"
+    return f"**{title}**\n\n{image}" if titled else image
 
 
 def made(name: str) -> Any:
@@ -146,14 +150,14 @@ def _state(name: str) -> str:
     text = (
         "\n".join(["| tensor | shape for two modalities | dtype |", "|---|---|---|", *lines])
         if lines
-        else "No tensors beside the epoch and the number of steps."
+        else "The epoch and the number of steps, and no tensor."
     )
     if not isinstance(method, mmfuse.GradientMethod):
         return text
     if method.rule.need.second == "anchor":
-        text += "\n\nBeside these, one copy of the encoders' parameters from the epoch's start."
+        text += "\n\nAlso one copy of the encoders' parameters from the epoch's start."
     if method.rule.need.stream:
-        text += "\n\nBeside these, the noise stream: seed and step, two integers on the device."
+        text += "\n\nAlso the noise stream: seed and step, two integers on the device."
     return text
 
 
@@ -167,10 +171,13 @@ def bytes_per_element(need: Any) -> int:
 def _cost(name: str) -> str:
     method, lines = made(name), []
     if isinstance(method, mmfuse.GradientMethod):
-        lines.append(
-            f"- Memory traffic: at least {bytes_per_element(method.rule.need)} bytes for each "
-            "element of the encoders' gradients and step, in float32."
-        )
+        least = bytes_per_element(method.rule.need)
+        text = f"- Memory traffic in a step: at least {least} bytes for each encoder parameter"
+        # A control without its noise would do nothing.
+        if method.card.official and method.rule.need.noise is not None:
+            quiet = type(method)({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}, noise=False)
+            text += f" ({bytes_per_element(quiet.rule.need)} with `noise=False`)"
+        lines.append(f"{text} (float32).")
     counted = json.loads((ROOT / ".ci" / "instructions.json").read_text())["calls"]
     for key in (k for k in counted if k == name or k.startswith(f"{name}-")):
         n = counted[key]

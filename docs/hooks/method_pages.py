@@ -66,15 +66,19 @@ def _filled(markdown: str, what: str, text: str, uri: str) -> str:
 
 
 def _table() -> str:
-    lines = ["| method | paper | acts on | default | `official()` |", "|---|---|---|---|---|"]
+    lines = ["| method | paper | acts on | by default | `official()` |", "|---|---|---|---|---|"]
     for name, made in mmfuse.METHODS.items():
         card = made.card
-        follows = "; ".join(source.fidelity for source in card.official) or "a control"
+        proofs = dict.fromkeys(_proof(source.golden) for source in card.official)
         lines.append(
-            f"| [{name}]({name.lower()}.md) | {card.paper} | {card.acts} | {card.fidelity} "
-            f"| {follows} |"
+            f"| [{name}]({name.lower()}.md) | {card.paper} | {card.acts} | {_proof(card.golden)} "
+            f"| {' and '.join(proofs) or 'a control'} |"
         )
     return "\n".join(lines)
+
+
+def _proof(golden: bool) -> str:
+    return "golden numbers" if golden else "formulas"
 
 
 def facts(name: str) -> str:

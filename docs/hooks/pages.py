@@ -36,8 +36,11 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Puts an entry for every public name of `mmfuse.ops` where the page of the operators ends."""
     if page.file.src_uri != "ops.md":
         return markdown
-    names = sorted(set(mmfuse.ops.__all__) - {"BACKENDS"}, key=str.lower)
-    return markdown.replace("<!-- operators -->", "\n\n".join(f"::: mmfuse.ops.{n}" for n in names))
+    found = []
+    for name in sorted(set(mmfuse.ops.__all__) - {"BACKENDS"}, key=str.lower):
+        # By the module that defines it: beside `mmfuse.ops.grad_stats` there is a module of the name.
+        found.append(f"::: {getattr(mmfuse.ops, name).__module__}.{name}")
+    return markdown.replace("<!-- operators -->", "\n\n".join(found))
 
 
 def on_pre_build(**_: Any) -> None:

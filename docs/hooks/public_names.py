@@ -16,14 +16,16 @@ from mmfuse.adapters import accelerate, lightning, transformers
 log = logging.getLogger("mkdocs.hooks.public_names")
 
 #: Names that are data or folders: their pages describe them in words.
-NOT_DOCUMENTED = {"mmfuse.METHODS", "mmfuse.ops.BACKENDS"}
+NOT_DOCUMENTED = {"mmfuse.METHODS"}
 
 
 def public() -> set[str]:
     """The dotted names that users may rely on."""
     names = {f"mmfuse.{n}" for n in dir(mmfuse) if not n.startswith("_")}
     modules = {f"mmfuse.{n}" for n in ("ops", "amp", "scores")}
-    names |= {f"mmfuse.ops.{n}" for n in mmfuse.ops.__all__}
+    # By the module that defines it: beside the function `grad_stats` there is a module of the name.
+    operators = (getattr(mmfuse.ops, n) for n in mmfuse.ops.__all__ if n != "BACKENDS")
+    names |= {f"{operator.__module__}.{operator.__name__}" for operator in operators}
     for module in (mmfuse.amp, mmfuse.scores, accelerate, lightning, transformers):
         names |= {f"{module.__name__}.{n}" for n in _defined(module)}
     return names - NOT_DOCUMENTED - modules

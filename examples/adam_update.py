@@ -2,7 +2,9 @@
 
 OGM scales the gradient of the encoder that is ahead by k. SGD then moves its weights k times as
 far. Adam divides by the root of the gradients' mean square, which contains the same factor as soon
-as k has stayed the same for longer than that mean remembers (1,000 steps by default).
+as k has stayed the same for longer than that mean remembers (1,000 steps by default). A k that
+changes gets through at first: the gradient follows at once, and the mean square later, the later
+the more the gradients have shrunk since the training began.
 ``OGM(apply_to="update")`` scales what the optimizer has done instead. This example measures both
 on the digits of `handwritten.py`, draws `docs/images/adam_update.png`, and trains with AdamW
 either way::
@@ -44,6 +46,8 @@ from matplotlib import pyplot as plt
 
 VIEWS = ("pix", "fou")  # the first is the one that is ahead
 TRAIN, BATCH = 600, 64
+#: What k falls to, in the part of the plot in which it changes.
+SWITCHED = 0.3
 FACTORS = tuple(i / 10 for i in range(1, 11))
 OPTIMIZERS: dict[str, Callable[[Iterator[Tensor]], Optimizer]] = {
     "SGD": lambda parameters: SGD(parameters, lr=0.01, momentum=0.9),
@@ -156,6 +160,21 @@ def constant_factors(data: Split, factors: Sequence[float], steps: int) -> list[
     return found
 
 
+def switched_factor(data: Split, steps: int) -> dict[str, list[float]]:
+    """Adam's |update with k| / |update without| in each step, for a k that falls after a third.
+
+    By what OGM applies to.
+    """
+    leader = Leader(data, "Adam")
+    followers = {apply_to: Follower(leader.model, "Adam", apply_to) for apply_to in APPLY_TO}
+    ratios: dict[str, list[float]] = {apply_to: [] for apply_to in followers}
+    for step, (weights, gradients, size) in enumerate(leader.steps(steps)):
+        k = 1.0 if step < steps // 3 else SWITCHED
+        for apply_to, follower in followers.items():
+            ratios[apply_to].append(follower.step(weights, gradients, k) / size)
+    return ratios
+
+
 def ogm(model: Model, seed: int, args: argparse.Namespace, **options: str) -> OnGradients:
     """OGM without noise."""
     return OnGradients(model, seed, args, name="OGM", noise=False, **options)
@@ -221,9 +240,9 @@ def accuracy_table(results: dict[str, list[list[float]]]) -> Table:
     return out
 
 
-def plot(measured: Sequence[Measured], path: Path) -> None:
-    """The measured points with the line "ratio = k"."""
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+def plot(measured: Sequence[Measured], switched: dict[str, list[float]], path: Path) -> None:
+    """The measured points with the line "ratio = k", and the steps in which k changes."""
+    figure, (axis, changing) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="ratio = k")
     columns = [(optimizer, apply_to) for optimizer in OPTIMIZERS for apply_to in APPLY_TO]
     # Three of the four lie on each other: small full marks within larger empty ones.
@@ -241,15 +260,24 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
             label=f"{column[0]}, k on the {column[1]}",
         )
     axis.set(
-        title=f"Updates of the encoder of {VIEWS[0]} with a constant k",
+        title=f"A constant k, encoder of {VIEWS[0]}",
         xlabel="k",
         xlim=(0, 1.06),
         ylabel="size of the update with k, of that without",
         ylim=(0, 1.1),
     )
-    axis.legend(frameon=False, fontsize="small")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    steps = len(switched["gradient"])
+    given = [1.0 if step < steps // 3 else SWITCHED for step in range(steps)]
+    changing.plot(given, color="0.6", linewidth=1, label="k")
+    for apply_to, dashes in (("gradient", "-"), ("update", "--")):
+        changing.plot(switched[apply_to], dashes, color="C1", label=f"Adam, k on the {apply_to}")
+    changing.set(
+        title=f"A k that falls to {SWITCHED}", xlabel="step", xlim=(0, steps), ylim=(0, 1.1)
+    )
+    for each in (axis, changing):
+        each.legend(frameon=False, fontsize="small")
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -268,10 +296,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--epochs", type=int, default=60, help="of the trainings with AdamW")
     add("--quick", action="store_true", help="few steps, to see that it runs")
     args = parser.parse_args(argv)
-    args.factors, args.steps = FACTORS, 100
+    args.factors, args.steps, args.switched_steps = FACTORS, 100, 1500
     if args.quick:
         args.seeds, args.epochs = 1, 2
-        args.factors, args.steps = (0.1, 0.5, 1.0), 20
+        args.factors, args.steps, args.switched_steps = (0.1, 0.5, 1.0), 20, 60
     for name in ("seeds", "epochs"):
         if getattr(args, name) < 1:
             parser.error(f"argument --{name}: must be at least 1")
@@ -292,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     splits = [split(features, labels, TRAIN, seed) for seed in range(args.seeds)]
     measured = constant_factors(splits[0], args.factors, args.steps)
     console.print(ratio_table(measured))
-    plot(measured, args.output)
+    plot(measured, switched_factor(splits[0], args.switched_steps), args.output)
     console.print(accuracy_table(train(splits, args.epochs)))
     console.print(f"plot: {args.output}", soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s")

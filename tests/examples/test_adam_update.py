@@ -69,6 +69,16 @@ def test_adam_divides_a_factor_of_the_gradient_out(measured: list[example.Measur
     assert ratios[0.1] < ratios[0.5] < ratios[1.0]
 
 
+def test_a_factor_that_changes_gets_through_at_first() -> None:
+    data = digits.split(*digits.load(example.VIEWS), example.TRAIN, 0)
+    ratios = example.switched_factor(data, 90)
+    first, after = ratios["gradient"][:30], ratios["gradient"][30:]
+    assert all(abs(ratio - 1) < 1e-6 for ratio in first)
+    # Adam's mean gradient forgets in 10 steps, its mean square in 1,000.
+    assert min(after) < 0.7
+    assert ratios["update"][31:] == pytest.approx([example.SWITCHED] * 59, rel=1e-6)
+
+
 def test_draws_a_plot_and_prints_both_tables(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# What each view of a digit holds; the keys are the names of the files.
+# The content of each view of a digit; the keys are the names of the files.
 VIEWS = {
     "fac": "216 profile correlations",
     "fou": "76 Fourier coefficients of the shape",

@@ -47,7 +47,7 @@ class Model(nn.Module):
 
 
 class Record(NamedTuple):
-    """What a step did to each view; on the device, so that no step waits for it."""
+    """The effect of a step on each view; on the device, so that no step waits for it."""
 
     scores: Tensor  # [M]
     coefficients: Tensor  # [M]
@@ -57,7 +57,7 @@ class Joint:
     """Plain joint training, the baseline; a call is the forward and backward pass of one step.
 
     Attributes:
-        coefficients: What the coefficients of the records are.
+        coefficients: The meaning of the records' coefficients.
     """
 
     coefficients = "factor of the gradient"

@@ -46,7 +46,7 @@ from matplotlib import pyplot as plt
 
 VIEWS = ("pix", "fou")  # the first is the one that is ahead
 TRAIN, BATCH = 600, 64
-#: What k falls to, in the part of the plot in which it changes.
+#: The k after the fall, in the part of the plot in which it changes.
 SWITCHED = 0.3
 FACTORS = tuple(i / 10 for i in range(1, 11))
 OPTIMIZERS: dict[str, Callable[[Iterator[Tensor]], Optimizer]] = {
@@ -57,7 +57,7 @@ APPLY_TO: tuple[mmfuse.methods.ogm.ApplyTo, ...] = ("gradient", "update")
 
 
 class Follower:
-    """What one optimizer makes of the gradients of a training run, with the first view's factor k.
+    """One optimizer on the gradients of a training run, with the first view's factor k.
 
     It takes every step from the weights that the run has reached, so that its update differs from
     the run's own by the factor alone.
@@ -119,7 +119,7 @@ class Leader:
 
 
 class Measured(NamedTuple):
-    """What a constant factor did.
+    """The effect of a constant factor.
 
     Attributes:
         optimizer: Key of `OPTIMIZERS`.

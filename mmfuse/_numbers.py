@@ -43,5 +43,5 @@ def real(name: str, value: object) -> float:
 
 
 def finite(name: str, value: object) -> bool:
-    """Whether a number is neither infinite nor NaN; a TypeError with the name if it is none."""
+    """True if a number is neither infinite nor NaN; a TypeError with the name if it is none."""
     return math.isfinite(real(name, value))

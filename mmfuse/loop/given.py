@@ -73,14 +73,14 @@ def look(
 
     Args:
         names: The modalities.
-        called: What errors call their logits.
+        called: The name of their logits in errors.
         logits: Name → logits.
         labels: Their targets.
-        more: What else there is.
+        more: Further information.
         criterion: The loss that they are for.
         device: Where the user's numbers go.
         backend: Name of a backend; None for the best one.
-        accuracy: Whether the scores are accuracies in the place of probabilities.
+        accuracy: True if the scores are accuracies in the place of probabilities.
 
     Raises:
         TypeError: something is missing, or two things of which one is to be given.

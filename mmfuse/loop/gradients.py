@@ -63,7 +63,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             `fully_shard`, which replaces them.
         select: Which parameters take part: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a
             callable on a parameter.
-        shared: What belongs to no modality and stays as it is, also where encoders hold it: a
+        shared: Parameters of no modality, which stay as they are even where encoders hold them: a
             module, a parameter, or several of them, such as layers that all modalities go through.
         starts: First epoch in which gradients are changed; see `set_epoch`.
         ends: Last such epoch; None for no end.

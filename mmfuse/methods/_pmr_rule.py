@@ -45,7 +45,7 @@ class PMRRule:
     mu: float = 0.01
     momentum: float = 0.2
 
-    #: Whether a class without a sample has no part; else it makes everything NaN.
+    #: True if a class without a sample has no part; else it makes everything NaN.
     masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -117,7 +117,7 @@ def similarities(
         name: Of the modality.
         feature: [B, …].
         prototypes: [C, D].
-        masks: Whether a class without a prototype gets −inf; else NaN.
+        masks: True if a class without a prototype gets −inf; else NaN.
 
     Raises:
         ValueError: the feature has another number of values than a prototype.

@@ -141,7 +141,7 @@ class OPM(DrawingModule):
             q_base: As in `OPM`.
             lam: As in `OPM`.
             p_exe: Share of the steps in which features are dropped, in [0, 1].
-            theta_gradient: Whether the features get θ's gradient, as they do in the released code.
+            theta_gradient: True if the features get θ's gradient, as they do in the released code.
                 It takes one more pass, forth and back, between features and scores; `logits` that
                 do not come from `features` pass nothing back.
             starts: As in `OPM`.

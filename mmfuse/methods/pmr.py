@@ -107,7 +107,7 @@ class PMR(PrototypeModule):
         golden=False,
     )
     rule: PMRRule
-    # Whether the entropies are added in this epoch, if μ is above 0.
+    # True if the entropies are added in this epoch, if μ is above 0.
     _entropic = True
     entropy_epochs: int | None = None
 

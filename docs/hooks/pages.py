@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
 
 
 def on_pre_build(**_: Any) -> None:
-    """A README that nobody reads to the end is an error of the build, as all warnings are."""
+    """A README that is too long is a warning, and so an error of the build."""
     lines = len((ROOT / "README.md").read_text().splitlines())
     if lines > MOST_LINES_OF_README:
         log.warning("README.md has %d lines, of at most %d", lines, MOST_LINES_OF_README)

@@ -49,7 +49,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
     one step, and ranks, must be given the same of it.
 
     - ``present``: [B] bool, which samples have the modality. Two modalities are then compared over
-      the samples that have both, so that who is missing where fakes no dominance. One that is
+      the samples that have both, so that missing samples fake no dominance. A modality that is
       missing from the whole batch keeps its gradients and its histories, if it has any.
     - ``scores``: one positive number for each modality in place of logits and labels, higher is
       better (see `mmfuse.scores`); NaN for one that is missing. Micro-batches and ranks are

@@ -1,4 +1,4 @@
-"""PMR's rule: who is drawn to its prototypes, and how much. `mmfuse.methods.pmr` has the paper."""
+"""PMR's rule: how much each modality is drawn to its prototypes; see `mmfuse.methods.pmr`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class PMRReleased(PMRRule):
     masks: ClassVar[bool] = False
 
     def coefficients(self, behind: Tensor) -> Tensor:
-        """α for who is behind, whatever the distance."""
+        """α for a modality that is behind, whatever the distance."""
         return torch.where(behind > 1, self.alpha, 0.0).to(behind)
 
     def weights(self, coefficients: Tensor) -> Tensor:

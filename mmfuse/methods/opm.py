@@ -218,7 +218,7 @@ class OPM(DrawingModule):
         labels: Tensor | None,
         more: More,
     ) -> tuple[tuple[Given, Tensor | None], Observed]:
-        """The input, who is present, and S_m on this rank; with all checks."""
+        """The input, the masks, and S_m on this rank; with all checks."""
         names, values = named_features("OPM", features, self.num_modalities)
         called = [f"logits[{name!r}]" for name in names]
         rows = values[0].shape[0]

@@ -185,7 +185,7 @@ class CaptureMemory:
                 self._room = _page_locked(self._last_size)
 
     def take(self, entries: int, what: str) -> Tensor:
-        """Hands out memory during a capture; whoever takes it keeps it.
+        """Hands out memory during a capture; the capture that takes it keeps it.
 
         Raises:
             RuntimeError: there is not enough; `what` says for what.

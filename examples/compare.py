@@ -2,7 +2,7 @@
 
 It runs for hours, can be stopped at any time and goes on where it was::
 
-    pip install -r <(...)   # the packages of the extra `examples`
+    pip install -e ".[examples]" && pip install --no-deps animal-mnist==0.4 seglearn==1.2.5
     python examples/compare.py wrist
     python examples/compare.py animals
 
@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from demonstrations import figures, search, summary
+from demonstrations import figures, search, settings, summary
 from demonstrations.baselines import Plan
 from demonstrations.data import DataError
 from demonstrations.measures import measure
-from demonstrations.methods import ENSEMBLE, ways
 from demonstrations.tasks import TASKS
 from demonstrations.training import Run
+from demonstrations.ways import ENSEMBLE, ways
 from rich.console import Console
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ class Comparison:
         self.args, self.task = args, TASKS[args.task]
         self.folder = args.results / args.task
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.settings, self.runs = self.folder / "settings.json", self.folder / "runs.csv"
+        self.chosen, self.runs = self.folder / "settings.json", self.folder / "runs.csv"
         every = ways(self.task.views)
         self.ways = {way: every[way] for way in args.methods or every}
         self.plan = Plan(epochs=self.task.epochs)
@@ -80,17 +80,19 @@ class Comparison:
         finally:
             bar.close()
             every = list(ways(self.task.views))
-            chosen = search.settings(found, every, trials)
-            search.save(self.settings, f"{command} --stages search --trials {trials}", trials, chosen)
+            chosen = search.best(found, every, trials)
+            settings.save(
+                self.chosen, f"{command} --stages search --trials {trials}", trials, chosen
+            )
             others = [way for way in every if way != ENSEMBLE and way in chosen]
             search.save_trials(self.folder / "trials.csv", found, others, trials)
 
     def train(self) -> None:
         """Trains with the seeds that are missing, each of which adds two rows to the table."""
-        if not self.settings.is_file():
-            raise DataError(f"{self.settings} is not there: run the stage search first")
-        _, settings = search.load(self.settings)
-        known = [way for way in self.ways if way in settings]
+        if not self.chosen.is_file():
+            raise DataError(f"{self.chosen} is not there: run the stage search first")
+        _, tuned = settings.load(self.chosen)
+        known = [way for way in self.ways if way in tuned]
         done = {(row["method"], int(row["seed"])) for row in summary.read(self.runs)}
         missing = [
             (way, seed)
@@ -109,7 +111,7 @@ class Comparison:
             run = Run(
                 self.ways[way],
                 split,
-                search.planned(self.plan, settings[way], seed),
+                search.planned(self.plan, tuned[way], seed),
                 len(self.task.classes),
             )
             run.train()

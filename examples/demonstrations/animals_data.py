@@ -32,7 +32,7 @@ CITATION = (
 INSTALL = "pip install --no-deps animal-mnist==0.4"
 IMAGES, LABELS = "animal_data_version_3.gz", "animal_label_version_3.gz"
 CACHE = Path(__file__).parents[1] / "output" / "cache"
-TRAINING, VALIDATION, TEST = 1500, 500, 1500
+TRAINING, VALIDATION, TEST = 1280, 500, 1000
 #: Two images, one perhaps mirrored, whose 14 × 14 forms have at least this cosine are duplicates.
 DUPLICATE = 0.985
 
@@ -94,9 +94,7 @@ def near_duplicates(images: Tensor, block: int = 1000) -> Tensor:
         int64 [N].
     """
     small = F.avg_pool2d(images, 2)
-    plain, mirrored = (
-        F.normalize(x.flatten(1), dim=1, eps=1e-6) for x in (small, small.flip(-1))
-    )
+    plain, mirrored = (F.normalize(x.flatten(1), dim=1, eps=1e-6) for x in (small, small.flip(-1)))
     pairs = []
     for start in range(0, len(plain), block):
         rows = plain[start : start + block]
@@ -152,9 +150,7 @@ def split(
     return standardise(check_classes(Split(*parts), CLASSES), shared)
 
 
-def pair(
-    data: Animals, heard: Tensor, seen: Tensor, each: int, generator: torch.Generator
-) -> Part:
+def pair(data: Animals, heard: Tensor, seen: Tensor, each: int, generator: torch.Generator) -> Part:
     """`each` pairs of every class from some utterances and some images, in random order.
 
     Where there are too few, all are taken before any is taken again.

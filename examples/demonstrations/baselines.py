@@ -1,7 +1,7 @@
 """Training without a method of mmfuse: what the methods are compared with.
 
-A way to train is a class whose call is the forward and backward pass of one step; the few lines that
-it takes are what a user writes.
+A way to train is a class whose call is the forward and backward pass of one step; the few lines
+that it takes are what a user writes.
 """
 
 from __future__ import annotations
@@ -167,7 +167,6 @@ class Separate(OwnHeads):
     def alone(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
         """Of the heads; equal logits for a modality that has no model."""
         given = {view: features[view] for view in self.views}
-        blank = next(iter(features.values())).new_zeros(1).expand(
-            len(next(iter(features.values()))), self.model.classes
-        )
-        return {view: blank for view in features} | super().alone(given)
+        logits = super().alone(given)
+        blank = torch.zeros_like(logits[self.views[0]])
+        return dict.fromkeys(features, blank) | logits

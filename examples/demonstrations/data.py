@@ -98,9 +98,7 @@ def installed(package: str, file: str, install: str) -> Path:
             path = Path(str(entry.locate()))
             if path.is_file():
                 return path
-    raise DataError(
-        f"{file} of the package {package} is not installed; install it with: {install}"
-    )
+    raise DataError(f"{file} of the package {package} is not installed; install it with: {install}")
 
 
 def _latin1(text: str, encoding: str) -> bytes:
@@ -110,21 +108,23 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
+# Older releases of NumPy have another name for the module.
+_RECONSTRUCT: Any = np.empty(0).__reduce__()[0]
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+    ("_codecs", "encode"): _latin1,
+}
+
+
 class _Unpickler(pickle.Unpickler):
     """Reads NumPy arrays, numbers, text and containers, and calls nothing else."""
 
-    _reconstruct = np.empty(0).__reduce__()[0]
-    _allowed = {
-        ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-    }
-
     def find_class(self, module: str, name: str) -> Any:
         try:
-            return self._allowed[module, name]
+            return _ALLOWED[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"{module}.{name}") from None
 
@@ -147,7 +147,15 @@ def read_pickle(stream: BinaryIO, name: str, install: str) -> Any:
             f"{name} is damaged, or holds more than arrays ({error}), and was not loaded; "
             f"install the package again: {install}"
         ) from None
-    except (EOFError, OSError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (
+        EOFError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+    ) as error:
         raise DataError(
             f"{name} is damaged ({type(error).__name__}); install the package again: {install}"
         ) from None

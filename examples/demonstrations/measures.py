@@ -61,7 +61,7 @@ def probe(
     train, test = (train - mean) / std, (test - mean) / std
     weight = torch.zeros(train.shape[1], classes).to(train).requires_grad_()
     bias = torch.zeros(classes).to(train).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=200, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
 
     @torch.enable_grad()
     def closure() -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-from .baselines import Build, Joint, OwnHeads, Plan, Separate, UnimodalLosses, losses, total
+from .baselines import Build, Joint, Plan, losses, total
 from .networks import WIDTH, Model
 
 
@@ -94,7 +94,8 @@ class Dropped(InForward):
 
     def __init__(self, model: Model, plan: Plan, *, name: str, then: Build | None = None) -> None:
         super().__init__(model, plan, name=name)
-        self.then = None if then is None else then(model, plan).method
+        # The options are those of the first method.
+        self.then = None if then is None else then(model, replace(plan, options={})).method
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Tensor:
         """Leaves the gradients in the model; both methods see the undropped features' logits."""
@@ -294,9 +295,7 @@ class Resetting(Joint):
     def __init__(self, model: Model, plan: Plan, *, name: str) -> None:
         super().__init__(model, plan)
         every = max(1, plan.epochs // 4)
-        self.method = make(
-            name, plan, dict(model.encoders), every=every, num_classes=model.classes
-        )
+        self.method = make(name, plan, dict(model.encoders), every=every, num_classes=model.classes)
         self.batches: list[tuple[dict[str, Tensor], Tensor]] = []
         self.weights = torch.zeros(len(model.encoders), device=plan.device)
 
@@ -367,42 +366,3 @@ def build(name: str) -> Build:
             "head": Alternating,
         }[card.acts]
     return partial(way, name=name)
-
-
-# The methods that are trained in several forms.
-_ogm_ge = partial(OnGradients, name="OGM", noise=True)
-FORMS: dict[str, dict[str, Build]] = {
-    "OGM": {"OGM": partial(OnGradients, name="OGM", noise=False), "OGM-GE": _ogm_ge},
-    "OPM": {"OPM": build("OPM"), "OPM + OGM-GE": partial(Dropped, name="OPM", then=_ogm_ge)},
-}
-JOINT, OWN_LOSSES, ENSEMBLE, ONLY = "joint", "unimodal losses", "ensemble", "only "
-
-
-def ways(views: Sequence[str]) -> dict[str, Build]:
-    """Name → how to train with it: the baselines, and every method of the catalogue."""
-    out: dict[str, Build] = {f"{ONLY}{view}": partial(Separate, only=view) for view in views}
-    out |= {
-        ENSEMBLE: Separate,
-        JOINT: Joint,
-        OWN_LOSSES: UnimodalLosses,
-        f"{OWN_LOSSES}, own heads": OwnHeads,
-    }
-    for name in mmfuse.METHODS:
-        out |= FORMS.get(name, {name: build(name)})
-    return out
-
-
-def method_of(way: str) -> str | None:
-    """The method of the catalogue that a way to train is a form of; None for a baseline."""
-    for name in mmfuse.METHODS:
-        if way in FORMS.get(name, {name: None}):
-            return name
-    return None
-
-
-def baseline_of(way: str) -> str | None:
-    """What it is compared with: the same losses without the method; None for joint training."""
-    name = method_of(way)
-    if name is not None and has_own_losses(name):
-        return OWN_LOSSES
-    return None if way == JOINT else JOINT

@@ -67,9 +67,15 @@ def picture_encoder(height: int, width: int) -> nn.Module:
 
 
 def encoder(shape: tuple[int, ...]) -> nn.Module:
-    """The encoder for samples of this shape."""
+    """The encoder for samples of this shape, with He's initial weights, which ReLU wants."""
     if len(shape) == 1:
-        return vector_encoder(*shape)
-    if len(shape) == 2:
-        return series_encoder(*shape)
-    return picture_encoder(*shape[1:])
+        made = vector_encoder(*shape)
+    elif len(shape) == 2:
+        made = series_encoder(*shape)
+    else:
+        made = picture_encoder(*shape[1:])
+    for layer in made.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return made

@@ -6,11 +6,10 @@ Optuna draws the trials and keeps them, so that a search that was stopped goes o
 from __future__ import annotations
 
 import csv
-import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optuna
 from optuna.distributions import BaseDistribution, FloatDistribution
@@ -20,8 +19,9 @@ from optuna.trial import TrialState
 
 from .baselines import Build, Plan
 from .data import Split
-from .methods import ENSEMBLE, ONLY, method_of
+from .settings import Drawn, folded
 from .training import Run
+from .ways import ENSEMBLE, ONLY, method_of
 
 LR = FloatDistribution(3e-3, 0.3, log=True)
 
@@ -32,7 +32,7 @@ class EachView(NamedTuple):
     of: BaseDistribution
 
 
-#: What is drawn beside the learning rate, around the papers' values; nothing where there is no name.
+#: What is drawn beside the learning rate, around the papers' values; others draw that alone.
 SPACES: dict[str, dict[str, BaseDistribution | EachView]] = {
     "OGM": {"alpha": FloatDistribution(0.1, 1.0)},
     "OPM": {"q_base": FloatDistribution(0.2, 0.8), "lam": FloatDistribution(0.1, 1.0)},
@@ -66,22 +66,12 @@ def space(way: str, views: Sequence[str]) -> dict[str, BaseDistribution]:
     return out
 
 
-def folded(params: dict[str, float]) -> tuple[float, dict[str, Any]]:
-    """The learning rate, and the method's options, of what was drawn."""
-    options: dict[str, Any] = {}
-    for name, value in params.items():
-        of, dot, view = name.partition(".")
-        if dot:
-            options.setdefault(of, {})[view] = value
-        elif name != "lr":
-            options[name] = value
-    return params["lr"], options
-
-
-def planned(plan: Plan, params: dict[str, float], seed: int) -> Plan:
+def planned(plan: Plan, params: Drawn, seed: int) -> Plan:
     """The plan with what was drawn, for a seed."""
     lr, options = folded(params)
-    return Plan(lr, plan.epochs, plan.batch_size, options, seed, plan.backend, plan.device)
+    return Plan(
+        lr or plan.lr, plan.epochs, plan.batch_size, options, seed, plan.backend, plan.device
+    )
 
 
 class Search:
@@ -136,13 +126,13 @@ class Search:
         ]
         study.tell(drawn, statistics.fmean(values))
 
-    def best(self, way: str, trials: int) -> dict[str, float]:
+    def best(self, way: str, trials: int) -> Drawn:
         """What the best of the first trials drew; of equal ones, the first."""
         finished = self.finished(way)[:trials]
         return max(finished, key=lambda trial: trial.value or 0.0).params
 
 
-def settings(search: Search, ways: Sequence[str], trials: int) -> dict[str, dict[str, float]]:
+def best(search: Search, ways: Sequence[str], trials: int) -> dict[str, Drawn]:
     """Way → what its best trial drew, for all that have as many trials as that.
 
     The ensemble takes over the learning rates of its members.
@@ -159,23 +149,6 @@ def settings(search: Search, ways: Sequence[str], trials: int) -> dict[str, dict
     return out
 
 
-def save(path: Path, command: str, trials: int, found: dict[str, dict[str, float]]) -> None:
-    """Writes the settings, with the command that found them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rounded = {
-        way: {name: float(f"{value:.4g}") for name, value in params.items()}
-        for way, params in found.items()
-    }
-    content = {"found by": command, "trials": trials, "settings": rounded}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-
-
-def load(path: Path) -> tuple[str, dict[str, dict[str, float]]]:
-    """The command that found them, and the settings."""
-    content = json.loads(path.read_text())
-    return content["found by"], content["settings"]
-
-
 def save_trials(path: Path, search: Search, ways: Sequence[str], trials: int) -> None:
     """Writes all trials of all ways to train as a table."""
     with path.open("w", newline="") as file:
@@ -185,6 +158,3 @@ def save_trials(path: Path, search: Search, ways: Sequence[str], trials: int) ->
             for n, trial in enumerate(search.finished(way)[:trials]):
                 drawn = "; ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
                 table.writerow([way, n, f"{trial.value:.4f}", drawn])
-
-
-Progress = Callable[[str], object]

@@ -23,13 +23,14 @@ from torch import Tensor
 from .data import DataError, installed
 
 INSTALL = "pip install espeakng-loader==0.2.4"
-VERSION = "espeakng-loader 0.2.4, form 1"  # part of the cache's key
+VERSION = "espeakng-loader 0.2.4, form 2"  # part of the cache's key
 VARIANTS = ("m1", "m3", "m5", "m7", "f1", "f2", "f4", "f5")
 VOICES_OF_A_LANGUAGE = 3
 #: Languages that pronounce as many of the words alike count as one.
 ALIKE = 0.7
 
 RATE, SECONDS = 22_050, 0.8
+NOISE = (10.0, 30.0)  # dB below the voice
 FFT, HOP = 512, 441
 BANDS, FRAMES = 32, 40
 LOWEST, HIGHEST = 60.0, 8000.0  # Hz
@@ -180,19 +181,17 @@ def synthesise(words: Sequence[str], seed: int = 0) -> Spoken:
                 spoken.append(label)
                 languages.append(number)
         spectra.append(log_mel(torch.from_numpy(np.stack(waves))))
-    return Spoken(
-        torch.cat(spectra).unsqueeze(1), torch.tensor(spoken), torch.tensor(languages)
-    )
+    return Spoken(torch.cat(spectra).unsqueeze(1), torch.tensor(spoken), torch.tensor(languages))
 
 
 def placed(wave: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Puts a wave somewhere into `SECONDS`, with white noise 0 to 20 dB below it."""
+    """Puts a wave somewhere into `SECONDS`, with white noise some dB below it."""
     length = int(RATE * SECONDS)
     wave = wave[:length]
     out = np.zeros(length, np.float32)
     start = random.integers(length - len(wave) + 1)
     out[start : start + len(wave)] = wave
-    loudness = np.sqrt(np.mean(np.square(wave))) * 10 ** (-random.uniform(0, 20) / 20)
+    loudness = np.sqrt(np.mean(np.square(wave))) * 10 ** (-random.uniform(*NOISE) / 20)
     return out + random.standard_normal(length, np.float32) * np.float32(loudness)
 
 
@@ -227,7 +226,7 @@ def load(words: Sequence[str], folder: Path) -> Spoken:
     path = folder / f"speech-{key}.npz"
     if path.is_file():
         try:
-            with np.load(path, allow_pickle=False) as kept:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as kept:
                 arrays = [torch.from_numpy(kept[name]) for name in Spoken._fields]
             if len({len(x) for x in arrays}) == 1 and arrays[0].shape[1:] == (1, BANDS, FRAMES):
                 return Spoken(arrays[0].float(), *arrays[1:])

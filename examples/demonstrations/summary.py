@@ -12,8 +12,8 @@ from rich import box
 from rich.table import Table
 
 from .measures import SEVERITIES
-from .methods import ONLY, baseline_of
 from .paired import difference, holm
+from .ways import ONLY, baseline_of
 
 Row = dict[str, str]
 EPOCHS = ("last", "selected")
@@ -99,7 +99,12 @@ def compare(rows: Sequence[Row], views: Sequence[str]) -> list[Compared]:
                 numbers = (found.mean, found.low, found.high, p)
                 out.append(
                     Compared(
-                        method, baseline, epoch, measure, found.count, mean,
+                        method,
+                        baseline,
+                        epoch,
+                        measure,
+                        found.count,
+                        mean,
                         *(round(x, 4) for x in numbers),
                     )
                 )

@@ -43,7 +43,7 @@ def handwritten(views: tuple[str, ...] = ("pix", "fou")) -> Task:
         lambda: handwritten_data.load(views),
         handwritten_data.split,
         60,
-        2,
+        1,
     )
 
 
@@ -55,7 +55,7 @@ TASKS: dict[str, Task] = {
         animals_data.CITATION,
         animals_data.load,
         animals_data.split,
-        20,
+        15,
         1,
     ),
     "wrist": Task(
@@ -66,7 +66,7 @@ TASKS: dict[str, Task] = {
         wrist_data.load,
         wrist_data.split,
         15,
-        2,
+        1,
     ),
     "handwritten": handwritten(),
 }

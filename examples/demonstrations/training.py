@@ -49,9 +49,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(plan.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(plan.seed)  # the same weights for every method
-            encoders = {
-                view: encoder(tuple(x.shape[1:])) for view, x in split.train.views.items()
-            }
+            encoders = {view: encoder(tuple(x.shape[1:])) for view, x in split.train.views.items()}
             self.model = Model(encoders, classes)
         self.model.to(plan.device)
         self.method = build(self.model, plan)
@@ -89,9 +87,7 @@ class Run:
                 best, self.best = accuracy, copy.deepcopy(self.model.state_dict())
             progress()
         accuracies, scores, coefficients = zip(*rows, strict=True)
-        return History(
-            torch.tensor(accuracies), torch.stack(scores), torch.stack(coefficients)
-        )
+        return History(torch.tensor(accuracies), torch.stack(scores), torch.stack(coefficients))
 
     def select(self) -> None:
         """Goes back to the weights of the best epoch."""

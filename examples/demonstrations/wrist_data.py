@@ -24,7 +24,7 @@ CITATION = (
 )
 INSTALL = "pip install --no-deps seglearn==1.2.5"
 FILE = "watch_dataset.npy"
-WINDOW, STRIDE = 100, 68  # samples: two seconds, which overlap by a third
+WINDOW = 100  # samples, two seconds; windows do not overlap
 PEOPLE_IN_A_TEST = 2
 
 
@@ -73,7 +73,7 @@ def windows(recordings: list[np.ndarray], labels: np.ndarray, people: np.ndarray
     for recording in recordings:
         if recording.ndim != 2 or recording.shape[1] != 6 or not np.isfinite(recording).all():
             raise ValueError("a recording must be [samples, 6] and finite")
-        pieces = torch.from_numpy(recording).unfold(0, WINDOW, STRIDE)  # [n, 6, WINDOW]
+        pieces = torch.from_numpy(recording).unfold(0, WINDOW, WINDOW)  # [n, 6, WINDOW]
         cut.append(pieces)
         counts.append(len(pieces))
     every, times = torch.cat(cut), torch.tensor(counts)

@@ -117,7 +117,7 @@ class Comparison:
             run.train()
             rows = [{"epoch": "last", **measure(run)}]
             run.select()
-            rows.append({"epoch": "selected", **measure(run)})
+            rows.append({"epoch": "selected", **measure(run, probes=False)})
             self.add([{"method": way, "seed": seed, **row} for row in rows])
             bar.update()
         bar.close()

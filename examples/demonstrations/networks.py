@@ -36,32 +36,42 @@ def vector_encoder(size: int, hidden: int = 128) -> nn.Module:
     return nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, WIDTH), nn.ReLU())
 
 
+class Patches(nn.Module):
+    """Cuts the last dimensions into overlapping patches: [B, C, ...] → [B, patches, C · size].
+
+    A linear layer on patches is a convolution. Written so, small ones take half the time on a CPU.
+    """
+
+    def __init__(self, size: int, stride: int) -> None:
+        super().__init__()
+        self.size, self.stride = size, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, patches, values of a patch]."""
+        places = x.dim() - 2
+        for dim in range(places):
+            x = x.unfold(2 + dim, self.size, self.stride)
+        return x.movedim(1, 1 + places).flatten(1 + places).flatten(1, places)
+
+
 def series_encoder(channels: int, length: int) -> nn.Module:
     """For time series, [B, channels, length]."""
-    return nn.Sequential(
-        nn.Conv1d(channels, 16, 5, stride=2, padding=2),
-        nn.ReLU(),
-        nn.Conv1d(16, 32, 5, stride=2, padding=2),
-        nn.ReLU(),
-        nn.AvgPool1d(5),
-        nn.Flatten(),
-        nn.Linear(32 * (length // 20), WIDTH),
-        nn.ReLU(),
-    )
+    return patch_encoder(10, 5, channels * 10, (length - 5) // 5, 32)
 
 
 def picture_encoder(height: int, width: int) -> nn.Module:
     """For pictures and spectrograms, [B, 1, height, width]."""
-    small = (height + 7) // 8 * ((width + 7) // 8)
+    return patch_encoder(6, 3, 36, (height - 3) // 3 * ((width - 3) // 3), 24)
+
+
+def patch_encoder(size: int, stride: int, values: int, patches: int, filters: int) -> nn.Module:
+    """A convolutional layer of so many filters, and a linear one."""
     return nn.Sequential(
-        nn.Conv2d(1, 8, 5, stride=2, padding=2),
-        nn.ReLU(),
-        nn.Conv2d(8, 16, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        Patches(size, stride),
+        nn.Linear(values, filters),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(32 * small, WIDTH),
+        nn.Linear(patches * filters, WIDTH),
         nn.ReLU(),
     )
 
@@ -75,7 +85,7 @@ def encoder(shape: tuple[int, ...]) -> nn.Module:
     else:
         made = picture_encoder(*shape[1:])
     for layer in made.modules():
-        if isinstance(layer, (nn.Linear, nn.Conv1d, nn.Conv2d)):
+        if isinstance(layer, nn.Linear):
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
     return made

@@ -46,11 +46,11 @@ def read(path: Path) -> list[Row]:
 
 
 def values(rows: Sequence[Row], method: str, epoch: str, measure: str) -> dict[int, float]:
-    """Seed → value."""
+    """Seed → value; the selected epoch has no probes."""
     return {
         int(row["seed"]): float(row[measure])
         for row in rows
-        if row["method"] == method and row["epoch"] == epoch
+        if row["method"] == method and row["epoch"] == epoch and row[measure]
     }
 
 

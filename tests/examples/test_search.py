@@ -10,8 +10,9 @@ from demonstrated import CLASSES, TASK, VIEWS
 
 import mmfuse
 
-optuna = pytest.importorskip("optuna")
+pytest.importorskip("optuna")
 
+import optuna
 from demonstrations import search, settings
 from demonstrations.baselines import Plan
 from demonstrations.data import DataError

@@ -7,6 +7,7 @@ import torch
 from demonstrated import CLASSES, TASK, VIEWS
 from demonstrations.baselines import Plan
 from demonstrations.measures import measure, noisy, probe
+from demonstrations.networks import Patches
 from demonstrations.training import Run
 from demonstrations.ways import JOINT, OWN_LOSSES, baseline_of, method_of, ways
 
@@ -110,6 +111,19 @@ def test_the_probe_finds_what_a_linear_classifier_can_find() -> None:
     separable = torch.nn.functional.one_hot(labels, 10).float()
     assert probe(separable, separable, labels, labels, 10) == 1.0
     assert probe(torch.zeros(200, 3), torch.zeros(200, 3), labels, labels, 10) == 0.1
+
+
+@pytest.mark.parametrize(("shape", "size", "stride"), [((3, 100), 10, 5), ((2, 28, 40), 6, 3)])
+def test_a_linear_layer_on_patches_is_a_convolution(
+    shape: tuple[int, ...], size: int, stride: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *shape, generator=generator)
+    weight = torch.randn(4, shape[0] * size ** (len(shape) - 1), generator=generator)
+    ours = (Patches(size, stride)(x) @ weight.T).transpose(1, 2)
+    convolve = torch.nn.functional.conv1d if len(shape) == 2 else torch.nn.functional.conv2d
+    theirs = convolve(x, weight.view(4, shape[0], *[size] * (len(shape) - 1)), stride=stride)
+    torch.testing.assert_close(ours, theirs.flatten(2))
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ class Comparison:
             raise DataError(f"{self.runs} has no runs: run the stage train first")
         table = summary.compare(rows, self.task.views)
         summary.write(self.folder / "differences.csv", table)
-        console = Console(highlight=False, width=150)
+        console = Console(highlight=False, width=200)
         console.print(summary.show(table, rows, self.task.views))
         for path in figures.draw(self.folder, self.task, rows, table):
             console.print(f"figure: {path}", soft_wrap=True)

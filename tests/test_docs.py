@@ -22,7 +22,13 @@ ADDED_UP = re.compile(
     r"|sum\((?:list\()?(?:z for z in )?logits\.values\(\)"
     r"|(?:stack|cat)\([^\n]*logits\.values\(\)[^\n]*\.sum\("
 )
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/training.md", "docs/methods.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/training.md",
+    "docs/methods.md",
+    "docs/demonstrations.md",
+)
 
 
 def python_blocks(text: str) -> list[str]:

@@ -84,7 +84,7 @@ def forest(path: Path, title: str, table: Sequence[Compared]) -> Path:
                 markersize=6,
             )
         axis.axvline(0, color="0.3", linewidth=1)
-        axis.set(title=what, xlabel="difference in test accuracy to the baseline")
+        axis.set(title=what, xlabel="difference in test accuracy; right of 0: better")
         axis.title.set_size("medium")
         bare(axis)
     axes[0].set_yticks(range(len(order)), order)
@@ -94,7 +94,7 @@ def forest(path: Path, title: str, table: Sequence[Compared]) -> Path:
         for baseline, colour in COLOURS.items()
     ]
     keys[1].set_label(f"compared with joint + {OWN_LOSSES}")
-    for face, label in (("0.4", "p < 0.05 after Holm's correction"), ("white", "not")):
+    for face, label in (("0.4", "p < 0.05 after Holm's correction"), ("white", "p ≥ 0.05")):
         keys.append(line([], [], color="0.4", marker="o", ls="", markerfacecolor=face, label=label))
     figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(f"{title}\nmean of paired differences, 95 % bootstrap interval", fontsize=11)
@@ -130,9 +130,7 @@ def severities(path: Path, title: str, task: Task, rows: Sequence[Row]) -> Path:
                 style["linestyle"] = "-" if method_of(method) else "--"
             axis.plot(range(len(heights)), heights, **style)
         axis.set_xticks(range(len(SEVERITIES) + 1), ["none", *(f"{s:g}" for s in SEVERITIES)])
-        axis.set(
-            title=f"noise on the {view}", xlabel="standard deviation of the noise, in the data's"
-        )
+        axis.set(title=f"noise on the {view}", xlabel="noise, in standard deviations of the data")
         axis.title.set_size("medium")
         bare(axis)
     axes[0].set_ylabel("test accuracy, last epoch")
@@ -143,7 +141,7 @@ def severities(path: Path, title: str, task: Task, rows: Sequence[Row]) -> Path:
     keys.append(plt.Line2D([], [], color="0.8", label="every other way to train"))
     figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     figure.suptitle(
-        f"{title}\ndashed: baselines; named: the three methods with the best mean of all points",
+        f"{title}\ndashed: baselines; solid, in colour: the three methods with the best mean",
         fontsize=10,
     )
     return save(figure, path)
@@ -211,7 +209,7 @@ def label(axis: Axes, points: Sequence[tuple[str, float, float]]) -> None:
     axis.figure.canvas.draw()
     taken: list[tuple[float, float, float, float]] = []
     dots = [axis.transData.transform((x, y)) for _, x, y in points]
-    taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in dots]
+    taken += [(x - 7, y - 7, x + 7, y + 7) for x, y in dots]
     for (name, x, y), (px, py) in sorted(
         zip(points, dots, strict=True), key=lambda pair: -pair[0][2]
     ):

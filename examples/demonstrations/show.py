@@ -29,6 +29,7 @@ from .ways import JOINT, OWN_LOSSES, baseline_of, method_of, ways
 
 matplotlib.use("Agg")  # draws to a file; needs no display
 from matplotlib import pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 HERE = Path(__file__).parents[1]
 DEFAULT = (JOINT, OWN_LOSSES, "OGM-GE", "OPM", "InfoReg", "RedReg", "ARM")
@@ -42,7 +43,7 @@ class Result(NamedTuple):
 
     measured: dict[str, float]
     history: History
-    coefficients: str  # what those of the history are
+    run: Run  # the trained model, with its split
 
 
 def plan_of(way: str, task: Task, args: argparse.Namespace, seed: int) -> Plan:
@@ -71,7 +72,7 @@ def train_all(
                 progress.set_description(f"{way}, seed {seed}")
                 run = runs(way, task, split, args, seed)
                 history = run.train(progress.update)
-                results[way].append(Result(measure(run), history, run.method.coefficients))
+                results[way].append(Result(measure(run), history, run))
     return results
 
 
@@ -176,10 +177,11 @@ def plot(task: Task, results: dict[str, list[Result]], args: argparse.Namespace)
                     epochs, results[baseline][0].history.scores[:, m], "--", color=f"C{m}", lw=1
                 )
         upper.set(title=way, ylim=(0, 1.02))
-        lower.set(xlabel="epoch", ylabel=results[way][0].coefficients)
+        lower.set(xlabel="epoch", ylabel=results[way][0].run.method.coefficients)
         if lower.get_ylim()[1] < 1.05:
             lower.set_ylim(-0.02, 1.05)
         for axis in (upper, lower):
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.25)
     for axis in axes[::2, 0]:
@@ -281,5 +283,6 @@ def demonstrate(task: Task, args: argparse.Namespace) -> int:
     results = train_all(task, splits, args)
     console.print(table(task, results, steps_per_second(task, splits[0], args), args))
     console.print(f"plot: {plot(task, results, args)}", soft_wrap=True)
+    # A report of the trained models goes here: results[way][0].run has each of the first seed's.
     console.print(f"{time.perf_counter() - started:.0f} s")
     return 0

@@ -130,7 +130,8 @@ def show(table: Sequence[Compared], rows: Sequence[Row], views: Sequence[str]) -
     for column in ("method", "baseline", "seeds", "accuracy"):
         out.add_column(column, no_wrap=True)
     for epoch, measure in shown:
-        out.add_column(f"{measure}, {epoch}" if measure == "accuracy" else measure)
+        name = f"{measure}, {epoch} epoch" if measure == "accuracy" else measure
+        out.add_column(name, no_wrap=True)
     for method in names(rows):
         first = found.get((method, *shown[0]))
         clean = values(rows, method, "last", "accuracy").values()

@@ -23,14 +23,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import torch
-from _handwritten_data import CITATION, MissingDataError, Split, load, split
-from _handwritten_methods import Joint, Model, OnGradients
-from handwritten import Run, mean_sd
+from demonstrations.baselines import Joint, Plan
+from demonstrations.data import DataError, Split
+from demonstrations.handwritten_data import CITATION, CLASSES, load, split
+from demonstrations.measures import measure
+from demonstrations.methods import OnGradients
+from demonstrations.networks import Model, vector_encoder
+from demonstrations.show import mean_sd
+from demonstrations.training import Run
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -97,12 +103,13 @@ class Leader:
     """Plain training in float64; the seed fixes weights and batches."""
 
     def __init__(self, data: Split, optimizer: str, seed: int = 0) -> None:
-        self.views = {view: x.double() for view, x in data.train.items()}
-        self.labels = data.train_labels
+        self.views = {view: x.double() for view, x in data.train.views.items()}
+        self.labels = data.train.labels
         self.generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = Model({view: x.shape[1] for view, x in self.views.items()}).double()
+            encoders = {view: vector_encoder(x.shape[1]) for view, x in self.views.items()}
+            self.model = Model(encoders, len(CLASSES)).double()
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
 
     def steps(self, count: int) -> Iterator[tuple[list[Tensor], list[Tensor], float]]:
@@ -175,33 +182,29 @@ def switched_factor(data: Split, steps: int) -> dict[str, list[float]]:
     return ratios
 
 
-def ogm(model: Model, seed: int, args: argparse.Namespace, **options: str) -> OnGradients:
-    """OGM without noise."""
-    return OnGradients(model, seed, args, name="OGM", noise=False, **options)
-
-
 def train(splits: Sequence[Split], epochs: int) -> dict[str, list[list[float]]]:
     """Test accuracies with AdamW: method → for each seed the joint one and each view's probe."""
-    options = {"lr": 0.0, "device": "cpu", "backend": None, "batch_size": BATCH}
-    args = argparse.Namespace(**options, epochs=epochs, alpha=0.8)
-    methods: dict[str, Callable[[Model, int], Joint]] = {
-        "joint": lambda model, seed: Joint(model, seed, args),
-        "OGM on gradients": lambda model, seed: ogm(model, seed, args),
-        "OGM on updates": lambda model, seed: ogm(model, seed, args, apply_to="update"),
+    ogm = partial(OnGradients, name="OGM", noise=False)
+    methods: dict[str, Callable[[Model, Plan], Joint]] = {
+        "joint": Joint,
+        "OGM on gradients": ogm,
+        "OGM on updates": partial(ogm, apply_to="update"),
     }
     results: dict[str, list[list[float]]] = {name: [] for name in methods}
     with tqdm(total=len(splits) * len(methods) * epochs, unit="epoch", disable=None) as progress:
         for seed, data in enumerate(splits):
             for name, make in methods.items():
                 progress.set_description(f"{name}, seed {seed}")
-                run = Run("joint", data, seed, args)
+                plan = Plan(epochs=epochs, batch_size=BATCH, seed=seed)
+                run = Run(make, data, plan, len(CLASSES))
                 run.optimizer = AdamW(run.model.parameters(), lr=1e-3)
-                run.backward = step = make(run.model, seed)
-                if isinstance(step, OnGradients) and step.method.apply_to == "update":
-                    step.method.attach(run.optimizer)
-                run.train(progress)
-                joint, probes = run.accuracies()
-                results[name].append([joint, *probes])
+                if name == "OGM on updates":
+                    run.method.method.attach(run.optimizer)
+                run.train(progress.update)
+                found = measure(run)
+                results[name].append(
+                    [found[m] for m in ("accuracy", *(f"probe {v}" for v in VIEWS))]
+                )
     return results
 
 
@@ -310,14 +313,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit status."""
     args = parse(argv)
     try:
-        features, labels = load(VIEWS)
-    except MissingDataError as error:
+        digits = load(VIEWS)
+    except DataError as error:
         print(error, file=sys.stderr)
         return 1
     console = Console(highlight=False, width=80)
     console.print(CITATION, soft_wrap=True)
     started = time.perf_counter()
-    splits = [split(features, labels, TRAIN, seed) for seed in range(args.seeds)]
+    splits = [split(digits, seed, TRAIN) for seed in range(args.seeds)]
     measured = constant_factors(splits[0], args.factors, args.steps)
     console.print(ratio_table(measured))
     plot(measured, switched_factor(splits[0], args.switched_steps), args.output)

@@ -16,24 +16,25 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import handwritten
 import matplotlib
 import torch
-from _handwritten_data import load, split
-from _handwritten_methods import METHODS, ON_ALL_LOSSES, Record, build
-from handwritten import Result, Run
+from demonstrations.baselines import Plan
+from demonstrations.handwritten_data import CLASSES, load, split
+from demonstrations.measures import measure
+from demonstrations.show import mean_sd
+from demonstrations.training import History, Run
+from demonstrations.ways import JOINT, baseline_of, method_of, ways
 from tqdm import tqdm
-
-import mmfuse
 
 matplotlib.use("Agg")  # draws to a file; needs no display
 from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-#: Points of a drawn line.
-POINTS = 120
+VIEWS = ("pix", "fou")
+BATCH = 64
 TABLE = re.compile(r"(<!-- digits: .*?-->\n).*?(<!-- end of digits -->)", re.DOTALL)
 # Grey that can be read on white and on black: one file serves both themes.
 INK = "#8a8a8a"
@@ -52,51 +53,52 @@ STYLE = {
 }
 
 
-def everything() -> list[str]:
-    """Baselines and every method of the catalogue, in its order."""
-    in_turns = [name for name, made in mmfuse.METHODS.items() if made.card.acts == "head"]
-    METHODS.update({name: build(name) for name in in_turns})
-    return list(METHODS)
+class Result(NamedTuple):
+    """One training."""
+
+    numbers: list[float]  # accuracy, and a probe of each view, on test data
+    history: History
+    coefficients: str  # the meaning of the history's
 
 
-def train(methods: Sequence[str], args: argparse.Namespace, kept: Path) -> dict[str, list[Result]]:
-    """Method → one result per seed."""
-    features, labels = load(args.views)
+def train(names: Sequence[str], seeds: int, epochs: int, kept: Path) -> dict[str, list[Result]]:
+    """Way to train → one result per seed."""
+    data, known = load(VIEWS), ways(VIEWS)
     kept.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[Result]] = {}
-    with tqdm(total=len(methods) * args.seeds * args.epochs, unit="epoch", disable=None) as bar:
-        for method in methods:
-            bar.set_description(method)
-            for seed in range(args.seeds):
-                path = kept / f"{method}_{seed}_{args.epochs}.pt"
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    with tqdm(total=len(names) * seeds * epochs, unit="epoch", disable=None) as bar:
+        for name in names:
+            bar.set_description(name)
+            for seed in range(seeds):
+                path = kept / f"{name}_{seed}_{epochs}.pt"
                 if path.exists():
-                    bar.update(args.epochs)
-                    *found, history = torch.load(path)
-                    result = Result(*found[:2], Record(*history), found[2])
-                else:
-                    run = Run(method, split(features, labels, args.train, seed), seed, args)
-                    history = run.train(bar)
-                    shown = run.backward.coefficients
-                    result = Result(*run.accuracies(), history, shown)
-                    torch.save((*result[:2], shown, tuple(history)), path)
-                results.setdefault(method, []).append(result)
+                    bar.update(epochs)
+                    numbers, history, meaning = torch.load(path)
+                    results[name].append(Result(numbers, History(*history), meaning))
+                    continue
+                plan = Plan(epochs=epochs, batch_size=BATCH, seed=seed)
+                run = Run(known[name], split(data, seed), plan, len(CLASSES))
+                history = run.train(bar.update)
+                found = measure(run)
+                numbers = [found[m] for m in ("accuracy", *(f"probe {v}" for v in VIEWS))]
+                result = Result(numbers, history, run.method.coefficients)
+                torch.save((numbers, tuple(history), result.coefficients), path)
+                results[name].append(result)
     return results
 
 
-def draw(method: str, result: Result, views: Sequence[str], folder: Path) -> Path:
-    """Scores on the left, coefficients on the right, as means over a few steps."""
+def draw(name: str, result: Result, folder: Path) -> Path:
+    """Scores on the left, coefficients on the right, epoch by epoch."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{method.lower().replace(' ', '_')}.svg"
-    window = max(1, min(10, len(result.history.scores) // 4))
+    path = folder / f"{name.lower().replace(' ', '_')}.svg"
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(7, 2.5), layout="constrained")
-        for axis, values in zip(axes, result.history, strict=True):
-            for m, view in enumerate(views):
-                steps, means = handwritten.running_mean(values[:, m], window)
-                every = max(1, len(steps) // POINTS)
-                axis.plot(steps[::every], means[::every], f"C{m}", label=view)
+        drawn = (result.history.scores, result.history.coefficients)
+        for axis, values in zip(axes, drawn, strict=True):
+            for m, view in enumerate(VIEWS):
+                axis.plot(values[:, m], f"C{m}", label=view)
             axis.grid(alpha=0.25)
-            axis.set(xlabel="step", xlim=(0, len(values)))
+            axis.set(xlabel="epoch", xlim=(0, max(1, len(values) - 1)))
         axes[0].set(title="score of each view alone", ylim=(-0.02, 1.05))
         axes[1].set_title(result.coefficients)
         axes[0].legend(frameon=False, labelcolor=INK, loc="lower right")
@@ -107,24 +109,20 @@ def draw(method: str, result: Result, views: Sequence[str], folder: Path) -> Pat
     return path
 
 
-def table(results: dict[str, list[Result]], views: Sequence[str]) -> list[str]:
-    """Markdown: each method against the baseline that trains on the same losses, by seed."""
-    heads = ["joint accuracy", *(f"probe {view}" for view in views)]
+def table(results: dict[str, list[Result]]) -> list[str]:
+    """Markdown: each way to train against the same losses without its method, by seed."""
+    heads = ["joint accuracy", *(f"probe {view}" for view in VIEWS)]
     columns = {
-        method: list(zip(*((run.joint, *run.probes) for run in runs), strict=True))
-        for method, runs in results.items()
+        name: list(zip(*(run.numbers for run in runs), strict=True))
+        for name, runs in results.items()
     }
-    lines = [
-        "| method | compared with | " + " | ".join(heads) + " |",
-        "|---|---" + "|--:" * 3 + "|",
-    ]
-    for baseline in ("joint", "all losses"):
-        cells = " | ".join(map(handwritten.mean_sd, columns[baseline]))
-        lines.append(f"| **{baseline}** | — | {cells} |")
-    for method, values in columns.items():
-        if method in ("joint", "all losses"):
+    lines = ["| method | compared with | " + " | ".join(heads) + " |"]
+    lines.append("|---|---" + "|--:" * len(heads) + "|")
+    lines.append(f"| **{JOINT}** | — | {' | '.join(map(mean_sd, columns[JOINT]))} |")
+    for name, values in columns.items():
+        baseline = baseline_of(name)
+        if baseline is None:
             continue
-        baseline = "all losses" if method in ON_ALL_LOSSES else "joint"
         cells = []
         for mine, theirs in zip(values, columns[baseline], strict=True):
             change = [a - b for a, b in zip(mine, theirs, strict=True)]
@@ -132,9 +130,9 @@ def table(results: dict[str, list[Result]], views: Sequence[str]) -> list[str]:
             sure = len(change) > 2 and abs(statistics.fmean(change)) > 2 * (
                 statistics.stdev(change) / len(change) ** 0.5
             )
-            text = handwritten.mean_sd(change, "+")
+            text = mean_sd(change, "+")
             cells.append(f"**{text}**" if sure else text)
-        lines.append(f"| {method} | {baseline} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {baseline} | {' | '.join(cells)} |")
     return lines
 
 
@@ -147,17 +145,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the documentation")
     parser.add_argument("--kept", type=Path, default=ROOT / "build" / "every_method")
     given = parser.parse_args(argv)
-    args = handwritten.parse([])
-    args.seeds, args.epochs = given.seeds, given.epochs
     torch.set_num_threads(1)  # the networks are small
-    known = everything()
-    results = train(given.methods or known, args, given.kept)
-    for method, runs in results.items():
-        if method not in ("joint", "all losses"):
-            draw(method, runs[0], args.views, given.docs / "images" / "coefficients")
+    names = given.methods or list(ways(VIEWS))
+    results = train(names, given.seeds, given.epochs, given.kept)
+    for name, runs in results.items():
+        if method_of(name) is not None:
+            draw(name, runs[0], given.docs / "images" / "coefficients")
     if given.methods is None:
         page = given.docs / "which_method.md"
-        lines = "\n".join(["", *table(results, args.views), ""])
+        lines = "\n".join(["", *table(results), ""])
         page.write_text(TABLE.sub(lambda found: f"{found[1]}{lines}\n{found[2]}", page.read_text()))
     return 0
 

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from _handwritten_data import MissingDataError, Split, load, split
-from handwritten import probe
+from demonstrations.data import DataError, Split
+from demonstrations.handwritten_data import load, split
+from demonstrations.measures import probe
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -57,8 +58,11 @@ def train(model: TwoViews, data: Split, epochs: int) -> None:
     for epoch in tqdm(range(epochs), unit="epoch", disable=None):
         if model.opm is not None:
             model.opm.set_epoch(epoch)
-        for rows in torch.randperm(len(data.train_labels), generator=order).split(64):
-            views, labels = {v: x[rows] for v, x in data.train.items()}, data.train_labels[rows]
+        for rows in torch.randperm(len(data.train.labels), generator=order).split(64):
+            views, labels = (
+                {v: x[rows] for v, x in data.train.views.items()},
+                data.train.labels[rows],
+            )
             optimizer.zero_grad()
             features = model.features(views)
             if model.opm is not None:
@@ -75,9 +79,10 @@ def train(model: TwoViews, data: Split, epochs: int) -> None:
 @torch.no_grad()
 def measure(model: TwoViews, data: Split) -> dict[str, float]:
     """Test accuracy of the model, and of a linear classifier on each frozen encoder."""
-    train, test = model.features(data.train), model.features(data.test)
-    joint = (model.fuse(test).argmax(dim=1) == data.test_labels).double().mean().item()
-    return {"joint": joint} | {v: probe(train[v], test[v], data) for v in train}
+    train, test = model.features(data.train.views), model.features(data.test.views)
+    joint = (model.fuse(test).argmax(dim=1) == data.test.labels).double().mean().item()
+    labels = (data.train.labels, data.test.labels, 10)
+    return {"joint": joint} | {v: probe(train[v], test[v], *labels) for v in train}
 
 
 # --8<-- [end:measure]
@@ -89,16 +94,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--epochs", type=int, default=40, help="passes over the training digits")
     args = parser.parse_args(argv)
     try:
-        views, labels = load(VIEWS)
-    except MissingDataError as error:
+        digits = load(VIEWS)
+    except DataError as error:
         print(error, file=sys.stderr)
         return 1
     # --8<-- [start:compare]
-    data = split(views, labels, 600, seed=0)
+    data = split(digits, seed=0)
     for name in ("joint training", "OPM"):
         torch.manual_seed(0)  # the same initial weights
         opm = mmfuse.OPM() if name == "OPM" else None
-        model = TwoViews({view: x.shape[1] for view, x in data.train.items()}, opm)
+        model = TwoViews({view: x.shape[1] for view, x in data.train.views.items()}, opm)
         train(model, data, args.epochs)
         found = ", ".join(f"{key} {value:.3f}" for key, value in measure(model, data).items())
         print(f"{name}: {found}")

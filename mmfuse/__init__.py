@@ -22,6 +22,7 @@ Where to look next:
     help(mmfuse.unimodal_logits)     each modality's logits from a shared head
     help(mmfuse.unimodal_losses)     the baseline to compare with: unimodal losses
     help(mmfuse.scores)              scores for regression and other tasks
+    help(mmfuse.imbalance_report)    what a trained model owes to each modality, and who is behind
     dir(mmfuse), dir(mmfuse.ops)     everything public; the kernels are in `mmfuse.ops`
     python -m mmfuse --help          what is installed here, and a check of it
 """
@@ -44,10 +45,12 @@ from .methods._ogm_backward import ogm_backward as ogm_backward
 from .methods.catalogue import *  # noqa: F403
 from .noise import NoiseStream as NoiseStream
 from .ops import use_backend as use_backend
+from .report.imbalance import imbalance_report as imbalance_report
+from .report.summary import ImbalanceReport as ImbalanceReport
 
 # Without `__all__`: `help(mmfuse)` prints each name of it in full, which were 15,000 lines. The
 # aliases above say what is public.
-_INNER = {"adapters", "loop", "methods", "noise", "reference", "triton"}
+_INNER = {"adapters", "loop", "methods", "noise", "reference", "report", "triton"}
 
 
 def __dir__() -> list[str]:

@@ -93,10 +93,10 @@ def shapley_responses(
                     f"the model's output has shape {list(found[every].shape)} for all modalities, "
                     f"and {list(found[coalition].shape)} {where}"
                 )
-    return {name: _share(found, m, len(names)) for m, name in enumerate(names)}
+    return {name: share_of(found, m, len(names)) for m, name in enumerate(names)}
 
 
-def _share(outputs: dict[int, Tensor], modality: int, count: int) -> Tensor:
+def share_of(outputs: dict[int, Tensor], modality: int, count: int) -> Tensor:
     """The sum over coalitions of `modality`'s part."""
     total: Tensor | None = None
     for coalition, f in outputs.items():

@@ -46,3 +46,10 @@ with mmfuse.use_backend("reference"):
     inforeg.step(logits, labels)
 with mmfuse.ScalarLog(lambda scalars, step: print(step, scalars), every=10) as log:
     log.add(0, out.as_dict())
+
+report = mmfuse.imbalance_report(head, [(inputs, labels)], encoders=encoders, train_loader=[])
+mmfuse.imbalance_report(head, [(inputs, labels)], encoders=nn.ModuleDict(encoders))
+mmfuse.imbalance_report(head, [(inputs, labels)], encoders={"audio": "audio_net"})
+assert_type(report, mmfuse.ImbalanceReport)
+assert_type(report.joint.low, float | None)
+assert_type(report.findings, list[str])

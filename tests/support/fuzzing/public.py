@@ -87,6 +87,20 @@ def shapley_responses(d: Drawer) -> Arguments:
     return {"model": names, "inputs": inputs, "baseline": d.of("zero", "mean"), "forward": names}
 
 
+def imbalance_report(d: Drawer) -> Arguments:
+    rows = d.whole(1, 5)
+    inputs = _named(d, rows, 3, dtypes=("float32",))
+    found: Arguments = {"model": Made("sum"), "loader": [(inputs, _labels(d, rows, 2))]}
+    found |= {"resamples": d.of(0, 3), "severities": [1.0]}
+    if d.maybe():
+        found |= {"metric": d.of("accuracy", "f1", "map"), "confidence": 0.9, "seed": 3}
+    if d.maybe():
+        found["baseline"] = d.of("zero", "mean")
+    if d.maybe():
+        found |= {"modalities": list(inputs), "shapley": d.of(True, False)}
+    return found
+
+
 def match_parameters(d: Drawer) -> Arguments:
     nets = [Made("linear", (2, 3)), Made("linear", (3, 3))]
     return {"model": Made("list", (nets,)), "encoders": {"audio": "0", "visual": d.of("1", ["1"])}}
@@ -150,6 +164,7 @@ FUNCTIONS: dict[str, Callable[[Drawer], Arguments]] = {
     "amp.found_inf": found_inf,
     "amp.grad_scale": grad_scale,
     "drop_probabilities": drop_probabilities,
+    "imbalance_report": imbalance_report,
     "match_parameters": match_parameters,
     "ogm_backward": ogm_backward,
     "ogm_coefficients": ogm_coefficients,

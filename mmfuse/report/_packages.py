@@ -1,0 +1,25 @@
+"""Packages of the extra `report`, which are imported where they are used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+#: What a package is called where it is installed from, if that is another name.
+INSTALLED_AS = {"sklearn": "scikit-learn"}
+
+
+def package(module: str) -> Any:
+    """Imports a module of the extra.
+
+    Raises:
+        ImportError: it is not installed; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        name = (error.name or module).partition(".")[0]
+        raise ImportError(
+            f"mmfuse's imbalance report needs {INSTALLED_AS.get(name, name)}: "
+            'pip install "mmfuse[report]"'
+        ) from error

@@ -38,7 +38,10 @@ WITH_CODE = [name for name in DOCUMENTS if python_blocks((ROOT / name).read_text
 
 
 @pytest.mark.parametrize("document", WITH_CODE)
-def test_code_runs_from_top_to_bottom(document: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_runs_from_top_to_bottom(
+    document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where files are written
     namespace: dict = {"__name__": "document"}
     for block in python_blocks((ROOT / document).read_text()):
         exec(compile(block, document, "exec"), namespace)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import samples
 import torch
 import torch.distributed as dist
-from balancing import KINDS, balance, make, see, show, start
+from balancing import KINDS, WITH_MORE, balance, make, see, show, start
 from no_float64 import DEVICE, OnDevice, back, device_without_float64, moved
 from ranks import ranks
 from torch import Tensor, nn
@@ -74,14 +75,20 @@ class Net(nn.Module):
         self.head = nn.Linear(8, 3)
 
 
-def train(kind: str, device: torch.device) -> tuple[list[Any], list[Tensor]]:
+def train(
+    kind: str, device: torch.device, way: str | None = None
+) -> tuple[list[Any], list[Tensor]]:
     """The results of a few steps, and gradients and state after each."""
     model = Net()
     inputs = {n: torch.randn(6, d).to(device) for n, d in SIZES.items()}
     labels = LABELS.to(device)
     model.to(device)
     stream = mmfuse.NoiseStream(3, device)
-    method = make(kind, dict(model.encoders), stream=stream)
+    options = {}
+    if way == "criterion":
+        weight = torch.tensor([0.5, 1.0, 2.0]).to(device)
+        options["criterion"] = nn.CrossEntropyLoss(weight=weight)
+    method = make(kind, dict(model.encoders), stream=stream, **options)
     if isinstance(method, nn.Module):
         method.to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -91,6 +98,8 @@ def train(kind: str, device: torch.device) -> tuple[list[Any], list[Tensor]]:
         optimizer.zero_grad()
         features = {n: net(inputs[n]) for n, net in model.encoders.items()}
         seen = see(model.head, features, inputs, labels)
+        if way is not None:
+            seen |= {"way": way}
         results.append(balance(method, show(method, model.head, seen)))
         values += [p.grad.clone() for p in model.parameters() if p.grad is not None]
         state = method.state_dict()
@@ -100,13 +109,72 @@ def train(kind: str, device: torch.device) -> tuple[list[Any], list[Tensor]]:
     return results, values
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_method(kind: str) -> None:
+def in_turns(device: torch.device) -> tuple[list[Any], list[Tensor]]:
+    """MLA: turns, in one of which nobody has the modality, and its fusion."""
+    model, values, results = Net(), [], []
+    inputs = {n: torch.randn(6, d).to(device) for n, d in SIZES.items()}
+    head = nn.Linear(4, 3).to(device)
+    model.to(device)
+    mla = mmfuse.MLA(head, batches=2).to(device)
+    here = {"audio": LABELS.to(device) != 0, "visual": LABELS.to(device) > 5}
+    for _ in range(2):
+        for told in ({}, here):
+            for name, net in model.encoders.items():
+                head.zero_grad()
+                feature = net(inputs[name]).detach()
+                head(feature).square().mean().backward()
+                results.append(mla.step(feature, present=told.get(name)))
+                values += [mla.projector.clone(), mla.turns.clone(), head.weight.grad.clone()]
+    logits = {n: head(net(inputs[n])).detach() for n, net in model.encoders.items()}
+    for told in (None, here):
+        values += [*mla.fuse(logits, present=told)]
+    values += [*mla.fuse(logits, criterion=nn.BCEWithLogitsLoss())]
+    mla.load_state_dict(mla.state_dict())
+    return results, values
+
+
+def between_epochs(device: torch.device) -> tuple[list[Any], list[Tensor]]:
+    """ReLearning: weights and a reset, with masks and without."""
+    model, results = Net().to(device), []
+    relearning = mmfuse.ReLearning(dict(model.encoders))
+    generator = torch.Generator().manual_seed(1)
+    labels = LABELS.to(device)
+    here = {n: labels != m for m, n in enumerate(SIZES)}
+    for told in (None, here):
+        splits = []
+        for _ in range(2):
+            found = {n: torch.randn(6, 4, generator=generator).to(device) for n in SIZES}
+            splits += [found, labels]
+        more = {"train_present": told, "val_present": told}
+        out = relearning.weights(*splits, **more, cluster=lambda x: (x.mean(1) > 0).long())
+        with torch.no_grad():
+            for p in model.encoders.parameters():
+                p.add_(1.0)
+        relearning.reset(out.coefficients)
+        results.append(out)
+    relearning.load_state_dict(relearning.state_dict())
+    return results, [p.detach().clone() for p in model.parameters()]
+
+
+EVERY = [
+    *((kind, None) for kind in KINDS),
+    *((kind, way) for kind, way in WITH_MORE if way != "scores"),
+    ("MLA", None),
+    ("ReLearning", None),
+]
+
+
+@pytest.mark.parametrize(("kind", "way"), EVERY)
+def test_every_method(kind: str, way: str | None) -> None:
     """Steps, state and monitors, with the noise stream on the device."""
+    others: dict[str, Any] = {"MLA": in_turns, "ReLearning": between_epochs}
+    call = others.get(kind, partial(train, kind, way=way))
+    torch.manual_seed(5)
     with device_without_float64() as device:
-        found, values = train(kind, device)
+        found, values = call(device)
+    torch.manual_seed(5)
     with mmfuse.use_backend("reference"):
-        expected, wanted = train(kind, torch.device("cpu"))
+        expected, wanted = call(torch.device("cpu"))
     assert any(x.device == DEVICE for x in values)
     assert len(values) == len(wanted)
     for a, b in zip(back(values), wanted, strict=True):
@@ -117,6 +185,11 @@ def test_every_method(kind: str) -> None:
             for x, y in zip(back(a), b, strict=True):
                 if isinstance(y, Tensor):
                     assert_near(x.detach(), y.detach())
+
+
+def test_every_method_of_the_catalogue_is_there() -> None:
+    tried = {KINDS[kind].method if kind in KINDS else kind for kind, _ in EVERY}
+    assert tried == set(mmfuse.METHODS)
 
 
 def test_what_is_known_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:

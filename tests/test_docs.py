@@ -112,7 +112,9 @@ def test_no_example_adds_up_the_logits_of_modalities(line: str) -> None:
 
 
 TASKS = (
+    "Soft labels",
     "Several labels",
+    "A single logit",
     "Segmentation",
     "Tokens",
     "Regression",

@@ -245,28 +245,42 @@ def _compiling() -> bool:
 
 
 def check_present(
-    names: Sequence[str], present: Mapping[str, Tensor], rows: int, device: torch.device
+    names: Sequence[str],
+    present: Mapping[str, Tensor],
+    rows: int,
+    device: torch.device,
+    called: str = "present",
 ) -> Tensor:
-    """[M, N] bool, which modalities each sample has.
+    """[M, N] bool, which modalities each sample has; errors call the argument `called`.
 
     Raises:
         TypeError: a mask is no bool tensor.
         ValueError: names, lengths or devices do not fit.
     """
     if not isinstance(present, Mapping) or list(present) != list(names):
-        _refuse_names("present", present, names)
+        _refuse_names(called, present, names)
     masks = [present[name] for name in names]
     for name, mask in zip(names, masks, strict=True):
-        if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
-            kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-            raise TypeError(f"present[{name!r}] must be a bool tensor [B], got {kind}")
-        if mask.layout is not torch.strided:
-            raise TypeError(f"present[{name!r}] must be dense, got {mask.layout}")
-        if mask.shape != (rows,):
-            raise ValueError(f"present[{name!r}] must have shape [{rows}], got {list(mask.shape)}")
-        if mask.device != device:
-            raise ValueError(f"present[{name!r}] is on {mask.device}, not on {device}")
+        check_mask(f"{called}[{name!r}]", mask, rows, device)
     return torch.stack(masks)
+
+
+def check_mask(called: str, mask: Tensor, rows: int, device: torch.device) -> None:
+    """Checks that a mask, which errors call so, says of each of the rows if it is there.
+
+    Raises:
+        TypeError: it is no bool tensor.
+        ValueError: its length or device does not fit.
+    """
+    if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{called} must be a bool tensor [B], got {kind}")
+    if mask.layout is not torch.strided:
+        raise TypeError(f"{called} must be dense, got {mask.layout}")
+    if mask.shape != (rows,):
+        raise ValueError(f"{called} must have shape [{rows}], got {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{called} is on {mask.device}, not on {device}")
 
 
 def anywhere(mask: Tensor) -> Observed:
@@ -286,17 +300,28 @@ def pair_scores(samples: SampleScores, mask: Tensor) -> ModalityScores:
         `ModalityScores` of M·M numbers each: entry m·M + j is of modality m, over the samples that
         have m and j; NaN where no sample has both. The counts are those samples' weights.
     """
-    positions = (1,) * (samples.prob.dim() - 2)
+    (prob, log_prob), count = pair_means([samples.prob, samples.log_prob], samples.weight, mask)
+    return ModalityScores(prob, log_prob, count)
+
+
+def pair_means(
+    values: Sequence[Tensor], weight: Tensor, mask: Tensor
+) -> tuple[list[Tensor], Tensor]:
+    """The same of any numbers of single samples: tables, flat, and their counts.
+
+    Args:
+        values: [M, N, …] each.
+        weight: [N, …], how much each row counts.
+        mask: [M, N] bool, which modalities each sample has.
+    """
+    positions = (1,) * (values[0].dim() - 2)
     wide = WIDE[mask.device.type]
-    weight = samples.weight.to(wide).flatten()
-    here = mask.view(*mask.shape, *positions).expand_as(samples.prob).flatten(1) & (weight > 0)
+    weight = weight.to(wide).flatten()
+    here = mask.view(*mask.shape, *positions).expand_as(values[0]).flatten(1) & (weight > 0)
     # Selected, not multiplied with 0: a log-probability may be −inf, and what is missing NaN.
     count = _over_shared(weight.expand(here.shape), here)
-    prob, log_prob = (
-        _over_shared(x.flatten(1).to(wide) * weight, here) / count
-        for x in (samples.prob, samples.log_prob)
-    )
-    return ModalityScores(prob.flatten(), log_prob.flatten(), count.flatten())
+    found = [_over_shared(x.flatten(1).to(wide) * weight, here) / count for x in values]
+    return [table.flatten() for table in found], count.flatten()
 
 
 def complete_scores(samples: SampleScores, rows: Tensor) -> ModalityScores:

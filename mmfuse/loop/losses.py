@@ -14,8 +14,8 @@ from .given import Loss, check_present
 Criterion = Callable[[Tensor, Tensor], Tensor]
 Weights = Mapping[str, Tensor | float] | float
 
-# Made once: a module that is made within a compiled function is none to `isinstance` there.
-_CROSS_ENTROPY = nn.CrossEntropyLoss()
+#: Made once: a module that is made within a compiled function is none to `isinstance` there.
+CROSS_ENTROPY = nn.CrossEntropyLoss()
 
 
 def unimodal_losses(
@@ -69,7 +69,7 @@ def unimodal_losses(
     _check(logits, labels, criterion)
     names = list(logits)
     factors = _factors(names, weights)
-    loss_of = _CROSS_ENTROPY if criterion is None else criterion
+    loss_of = CROSS_ENTROPY if criterion is None else criterion
     if present is None:
         found = [loss_of(z, labels) for z in logits.values()]
     else:
@@ -80,7 +80,7 @@ def unimodal_losses(
             )
         masks = check_present(names, present, len(labels), labels.device)
         pairs = zip(logits.values(), masks, strict=True)
-        found = [_of_present(loss_of, z, labels, mask) for z, mask in pairs]
+        found = [loss_of_present(loss_of, z, labels, mask) for z, mask in pairs]
     losses = {}
     for name, loss, factor in zip(names, found, factors, strict=True):
         if not isinstance(loss, Tensor) or loss.dim():
@@ -129,10 +129,17 @@ def _factor(what: str, value: object) -> Tensor | float:
     raise TypeError(f"{what} must be a number or a 0-d tensor, got {type(value).__name__}")
 
 
-def _of_present(
+def loss_of_present(
     loss: nn.CrossEntropyLoss | nn.BCEWithLogitsLoss, z: Tensor, labels: Tensor, mask: Tensor
 ) -> Tensor:
-    """The loss over the samples that are there: [B] bool; 0 if there are none."""
+    """The loss over the samples that are there, and 0 if there are none.
+
+    Args:
+        loss: Its reduction is a sum, or else a mean.
+        z: [B, …] outputs; of a sample that is not there they may be anything.
+        labels: Their targets.
+        mask: [B] bool, which samples are there.
+    """
     weight = loss.weight
     # Missing logits may be NaN, and so would their gradient be: they are 0 before the loss.
     known = torch.where(mask.view(-1, *[1] * (z.dim() - 1)), z, 0)

@@ -20,6 +20,13 @@ def own(table: Tensor) -> Tensor:
     return table.diagonal()
 
 
+def missing(seen: Observed) -> Tensor:
+    """[M] bool, the modalities that no sample has, or that the user's numbers leave out."""
+    if seen.paired:
+        return own(seen.count.view_as(seen.tables()[0])) == 0
+    return seen.means.isnan()
+
+
 def mean_ratio(table: Tensor) -> Tensor:
     """[M] mean over j ≠ m of S_m / S_j; NaN for a modality that shares no sample with another."""
     count = len(table)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .._numbers import finite, real
+from ..loop.given import (
+    Loss,
+    More,
+    check_present,
+    criterion_of,
+    own_numbers,
+    own_pair_scores,
+    pair_scores,
+)
+from ..loop.ranks import Observed
 from ..loop.result import Result
+from ..ops.modality_scores import named_scores
+from ..ops.sample_scores import named_sample_scores
 
 
 @dataclass(frozen=True)
@@ -77,3 +91,47 @@ class AGMRule:
         if self.cap is not None:
             ahead = ahead.clamp(max=self.cap)
         return torch.exp(self.alpha * ahead)
+
+
+def look_at(
+    rule: AGMRule,
+    logits: Mapping[str, Tensor],
+    labels: Tensor | None,
+    more: More,
+    criterion: Loss,
+    device: torch.device,
+    backend: str | None,
+) -> Observed:
+    """−s_m of this rank, or a table of them (see `mmfuse.loop.pairs`); with all checks.
+
+    Args:
+        rule: Whose floor the probabilities have.
+        logits: Name → response of each modality.
+        labels: Their targets; None where the scores are the user's.
+        more: Masks, or those scores.
+        criterion: The loss that logits and labels are for.
+        device: Where the user's scores go.
+        backend: Name of a backend; None for the best one.
+    """
+    kind, numbers, weight = own_numbers(list(logits), device, more, None)
+    if kind is not None:
+        own = own_pair_scores(numbers, weight)
+        return Observed(own.log_prob, own.count, paired=True)
+    assert labels is not None
+    names, how = [f"logits[{name!r}]" for name in logits], criterion_of(criterion)
+    values, present = list(logits.values()), more.get("present")
+    if not rule.floor and present is None:
+        found = named_scores(names, values, labels, backend, how)
+        return Observed(found.log_prob, found.count)
+    each = named_sample_scores(names, values, labels, backend, how)
+    counts = each.weight.to(each.log_prob)
+    floored = each.log_prob
+    if rule.floor:
+        floored = floored.clamp(min=math.log(rule.floor))
+    if present is not None:
+        mask = check_present(list(logits), present, len(labels), labels.device)
+        found = pair_scores(each._replace(log_prob=floored), mask)
+        return Observed(found.log_prob, found.count, paired=True)
+    # Selected, not multiplied with 0: what does not count may be NaN.
+    total = torch.where(counts > 0, counts * floored, 0.0).flatten(1).sum(1)
+    return Observed(total / counts.sum(), each.weight.sum())

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from itertools import combinations
-
 import torch
 from torch import Tensor
 
@@ -28,32 +24,26 @@ def label_weight(epoch: float) -> float:
 
 
 def mean_along(
-    logits: Sequence[Tensor], cross_entropy: Tensor, weights: Tensor, parameters: list[Tensor]
+    cross_entropy: Tensor, alignment: Tensor, weights: Tensor, parameters: list[Tensor]
 ) -> Tensor:
     """Mean over the first parameter of h: the Hessian of the loss times the gradient of CE.
 
     Args:
-        logits: [B, C] of each modality, with a graph.
-        cross_entropy: 0-d CE of the joint logits, likewise.
+        cross_entropy: 0-d CE of the joint logits, with a graph.
+        alignment: 0-d A, likewise, and with second derivatives.
         weights: [2] lambda_0 and lambda_1; the loss is lambda_0 CE + lambda_1 A.
-        parameters: The model's.
+        parameters: The model's. 0 if the first has no part in the loss, as where its modality is
+            missing.
     """
-    # In plain PyTorch, since the op has no second derivatives.
-    alignment = torch.stack([_mixture(a, b) for a, b in combinations(logits, 2)]).mean()
     total = weights[0] * cross_entropy + weights[1] * alignment
     direction = torch.autograd.grad(cross_entropy, parameters, retain_graph=True, allow_unused=True)
     gradient = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)
     along = [
         (g * d.detach()).sum()
         for g, d in zip(gradient, direction, strict=True)
-        if g is not None and d is not None
+        if g is not None and d is not None and g.requires_grad
     ]
-    (h,) = torch.autograd.grad(torch.stack(along).sum(), parameters[:1])
+    if not along:
+        return torch.zeros_like(cross_entropy)
+    (h,) = torch.autograd.grad(torch.stack(along).sum(), parameters[:1], materialize_grads=True)
     return h.mean()
-
-
-def _mixture(a: Tensor, b: Tensor) -> Tensor:
-    """0-d mean over the batch of KL(mu‖p) / 2 + KL(mu‖q) / 2."""
-    log_p, log_q = a.log_softmax(1), b.log_softmax(1)
-    log_mean = torch.logaddexp(log_p, log_q) - math.log(2)
-    return (log_mean.exp() * (log_mean - (log_p + log_q) / 2)).sum(1).mean()

@@ -11,8 +11,15 @@ from torch import Tensor
 
 from .._devices import WIDE
 from .._numbers import finite, whole
-from ..loop.given import check_present
-from ..ops._tensors import FLOATING
+from ..loop.given import Loss, check_criterion, check_present
+from ..loop.predictions import (
+    check_alike,
+    flat_distributions,
+    is_multilabel,
+    mean_where,
+    present_only,
+)
+from ..loop.ranks import Observed
 from ..ops.logit_divergence import logit_divergence
 
 
@@ -20,8 +27,9 @@ class MLAFusion(NamedTuple):
     """Predictions of all modalities together.
 
     Attributes:
-        logits: [B, C].
-        weights: [M, B] of each modality in each sample, in the order of the logits.
+        logits: As those of each modality.
+        weights: [M, B] of each modality in each sample, in the order of the logits; [M, B, d1, …]
+            with places; 0 for a modality that a sample does not have.
     """
 
     logits: Tensor
@@ -60,7 +68,7 @@ class MLARule:
         return smaller, torch.linalg.matrix_norm(smaller)
 
     def confidences(self, logits: list[Tensor], backend: str | None) -> Tensor:
-        """[M, B] −H, but for a constant: KL of softmax z_m and all classes alike."""
+        """[M, N] −H of logits [N, C], but for a constant: KL of softmax z_m and equal shares."""
         alike = [torch.zeros_like(z) for z in logits]
         return logit_divergence(logits, alike, per_row=True, backend=backend)
 
@@ -74,7 +82,7 @@ class MLAReleased(MLARule):
         return torch.outer(k, r).add_(a)
 
     def confidences(self, logits: list[Tensor], backend: str | None) -> Tensor:
-        """[M, B] −H; NaN where a probability is 0."""
+        """[M, N] −H; NaN where a probability is 0."""
         shares = [z.softmax(1) for z in logits]
         return torch.stack([(p * p.log()).sum(1) for p in shares])
 
@@ -88,10 +96,40 @@ class MLALatest(MLAReleased):
         return projector, torch.ones_like(a)
 
 
+def observed(
+    features: Tensor, mask: Tensor | None, grad: Tensor | None, dtype: torch.dtype
+) -> Observed:
+    """The mean feature r of this rank, and whether its gradient holds something else than numbers.
+
+    Args:
+        features: [B, …, D].
+        mask: [B] bool, which samples have the modality; None if all have.
+        grad: Of the head's weight; None if there is none.
+        dtype: Of r.
+    """
+    wide, rows = WIDE[features.device.type], features.detach().flatten(0, -2).to(dtype)
+    wrong = torch.zeros(1, dtype=wide, device=rows.device)
+    if grad is not None:
+        wrong = (~grad.isfinite()).any().to(wide).reshape(1)
+    if mask is None:
+        count = torch.full((), len(rows), dtype=wide, device=rows.device)
+        return Observed(rows.mean(0), count, wrong)
+    here = mask.view(-1, *[1] * (features.dim() - 2)).expand(features.shape[:-1]).flatten()
+    return Observed(mean_where(rows.T, here), here.sum().to(wide), wrong)
+
+
+def may_be_empty(mask: Tensor | None) -> bool:
+    """True if no sample has the modality, or where looking would wait for the device."""
+    if mask is None or torch.compiler.is_dynamo_compiling():
+        return mask is not None
+    return mask.device.type != "cpu" or not bool(mask.any())
+
+
 def fused(
     rule: MLARule,
     logits: Mapping[str, Tensor],
     present: Mapping[str, Tensor] | None,
+    criterion: Loss,
     backend: str | None,
 ) -> MLAFusion:
     """`MLA.fuse`, with all checks."""
@@ -100,19 +138,26 @@ def fused(
     if len(logits) < 2:
         raise ValueError(f"logits must hold at least two modalities, got {list(logits)}")
     names, each = list(logits), list(logits.values())
-    for name, z in logits.items():
-        if not isinstance(z, Tensor) or z.dtype not in FLOATING:
-            kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
-            raise TypeError(f"logits[{name!r}] must be a floating tensor [B, C], got {kind}")
-        if z.dim() != 2 or z.shape != each[0].shape:
-            raise ValueError(
-                f"logits[{name!r}] must be [B, C], of one shape for all, got {list(z.shape)}"
-            )
-    sure = rule.confidences(each, backend)
-    stacked = torch.stack(each)
+    multilabel = is_multilabel(check_criterion(criterion))
+    check_alike(names, each, multilabel)
+    mask = None
     if present is not None:
-        mask = check_present(names, present, stacked.shape[1], stacked.device)
-        sure = sure.masked_fill(~mask, -torch.inf)
-        stacked = torch.where(mask.unsqueeze(2), stacked, 0)
-    weights = sure.softmax(0)
-    return MLAFusion((weights.unsqueeze(2).to(stacked) * stacked).sum(0), weights)
+        mask = check_present(names, present, len(each[0]), each[0].device)
+        each = present_only(each, mask)
+    sure = rule.confidences([flat_distributions(z, multilabel) for z in each], backend)
+    stacked = torch.stack(each)
+    if multilabel:  # of all outputs together
+        sure = sure.view(*stacked.shape[:2], -1).sum(2)
+    elif stacked.dim() > 3:  # of each place
+        sure = sure.view(*stacked.shape[:2], *stacked.shape[3:])
+    if mask is None:
+        weights = sure.softmax(0)
+    else:
+        here = mask.view(*mask.shape, *[1] * (sure.dim() - 2))
+        weights = sure.masked_fill(~here, -torch.inf).softmax(0)
+        weights = torch.where(here, weights, 0)  # of a sample without any they are NaN
+    if multilabel:
+        shares = weights.view(*weights.shape, *[1] * (stacked.dim() - 2))
+    else:
+        shares = weights.unsqueeze(2)
+    return MLAFusion((shares.to(stacked) * stacked).sum(0), weights)

@@ -17,7 +17,7 @@ from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, over_ranks, several
 from ..ops._arguments import check_sequence
-from ._pmr_rule import PMRRule
+from ._pmr_rule import PMRRule, check_labels
 
 #: Rows of this label do not count.
 IGNORED = -100
@@ -118,20 +118,6 @@ def _added(a: Tensor, b: Tensor) -> Tensor:
     """Their sum; classes that one of them lacks count 0."""
     classes = max(len(a), len(b))
     return sum(torch.nn.functional.pad(x, (0, 0, 0, classes - len(x))) for x in (a, b))  # type: ignore[return-value]
-
-
-def check_labels(labels: object, rows: int) -> None:
-    """Checks that labels are class indices, one for each sample.
-
-    Raises:
-        TypeError: they are no integer tensor.
-        ValueError: there are more or fewer than samples.
-    """
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels must be an integer tensor of class indices, got {kind}")
-    if labels.shape != (rows,):
-        raise ValueError(f"labels must have shape [{rows}], got {list(labels.shape)}")
 
 
 def class_sums(

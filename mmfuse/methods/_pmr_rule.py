@@ -149,3 +149,24 @@ def mean_entropy(logits: Tensor, counted: Tensor) -> Tensor:
     log_p = torch.where(log_p > -torch.inf, log_p, 0.0)
     each = -(torch.where(logits > -torch.inf, log_p.exp(), 0.0) * log_p).sum(1)
     return torch.where(counted, each, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def check_labels(labels: object, rows: int) -> None:
+    """Checks that labels are class indices, one for each sample.
+
+    Raises:
+        TypeError: they are no integer tensor.
+        ValueError: there are more or fewer than samples.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(
+            f"labels must be an integer tensor of class indices, got {kind}: a prototype is the "
+            "mean of a class; of soft labels take labels.argmax(1), and for several labels or a "
+            "regression another method, with criterion= or scores="
+        )
+    if labels.shape != (rows,):
+        raise ValueError(
+            f"labels must have shape [{rows}], got {list(labels.shape)}; of features [B, D, d1, …] "
+            "give each place as a sample: features.movedim(1, -1).flatten(0, -2), labels.flatten()"
+        )

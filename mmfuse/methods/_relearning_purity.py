@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..loop.given import check_present
 from ..loop.modalities import check_names
 from ..loop.ranks import Group, several
 
 #: [N, D] features in (−1, 1) to [N] integers, which cluster each sample is in.
 Cluster = Callable[[Tensor], Tensor]
 Features = Mapping[str, Tensor]
+#: Features [n, D] and labels [n] of each modality's samples.
+Split = list[tuple[Tensor, Tensor]]
 
 
 def k_means(clusters: int) -> Cluster:
-    """Scikit-learn's k-means with its seed at 0, as released.
+    """Scikit-learn's k-means with its seed at 0, as released; no more clusters than samples.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -32,7 +36,8 @@ def k_means(clusters: int) -> Cluster:
         ) from error
 
     def cluster(features: Tensor) -> Tensor:
-        found = KMeans(n_clusters=clusters, random_state=0).fit_predict(features.cpu().numpy())
+        count = min(clusters, len(features))  # of a modality that few samples have
+        found = KMeans(n_clusters=count, random_state=0).fit_predict(features.cpu().numpy())
         return torch.as_tensor(found, dtype=torch.int64)
 
     return cluster
@@ -62,9 +67,13 @@ def purity(labels: Tensor, clusters: Tensor) -> float:
 
 
 def checked(
-    split: str, names: Sequence[str], features: Features, labels: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """Features [N, D] in the order of the names, and labels [N], on the CPU.
+    split: str,
+    names: Sequence[str],
+    features: Features,
+    labels: Tensor,
+    present: Mapping[str, Tensor] | None = None,
+) -> Split:
+    """Features [n, D] and labels [n] of each modality's samples, on the CPU.
 
     Raises:
         TypeError: they are no tensors, or of a wrong dtype.
@@ -79,8 +88,11 @@ def checked(
         raise ValueError(f"{split}_labels must be [N] of N > 0, got {list(labels.shape)}")
     if int(labels.min()) < 0:
         raise ValueError(f"{split}_labels must be at least 0, got {int(labels.min())}")
-    found = []
-    for name in names:
+    masks = torch.ones(len(names), len(labels), dtype=torch.bool)
+    if present is not None:
+        masks = check_present(names, present, len(labels), labels.device, f"{split}_present").cpu()
+    found, classes = [], labels.cpu().long()
+    for name, mask in zip(names, masks, strict=True):
         x = features[name]
         if not isinstance(x, Tensor) or not x.is_floating_point():
             kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -90,15 +102,15 @@ def checked(
                 f"{what}[{name!r}] must be [{len(labels)}, …], as {split}_labels, got "
                 f"{list(x.shape)}"
             )
-        x = x.detach().cpu().flatten(1)
+        x = x.detach().cpu().flatten(1)[mask]
         x = x if x.dtype == torch.float64 else x.float()
         if not bool(x.isfinite().all()):
-            raise ValueError(f"{what}[{name!r}] holds a NaN or an Inf")
-        found.append(x)
-    return found, labels.cpu().long()
-
-
-Split = tuple[list[Tensor], Tensor]
+            raise ValueError(
+                f"{what}[{name!r}] holds a NaN or an Inf; {split}_present says which samples lack "
+                "a modality"
+            )
+        found.append((x, classes[mask]))
+    return found
 
 
 def purities(
@@ -108,6 +120,8 @@ def purities(
     process_group: Group,
 ) -> list[list[float]]:
     """[train, val][M], over the samples of all ranks, which the first rank clusters.
+
+    NaN for a modality that has no sample there.
 
     Args:
         take: Checks and gives this rank's samples.
@@ -143,26 +157,27 @@ def _purities(
     splits: tuple[Split, Split], cluster: Cluster | None, classes: int | None
 ) -> list[list[float]]:
     if classes is None:
-        classes = max(int(labels.max()) for _, labels in splits) + 1
+        every = [labels for split in splits for _, labels in split if len(labels)]
+        classes = max((int(labels.max()) for labels in every), default=0) + 1
     cluster = cluster or k_means(classes)
-    found = []
-    for features, labels in splits:
-        row = []
-        for x in features:
-            clusters = torch.as_tensor(cluster(scaled(x))).cpu()
-            if clusters.shape != labels.shape or clusters.is_floating_point():
-                raise ValueError(
-                    f"cluster must give {len(labels)} integers, got {clusters.dtype} "
-                    f"{list(clusters.shape)}"
-                )
-            row.append(purity(labels, clusters.long()))
-        found.append(row)
-    return found
+    return [[_purity_of(cluster, *each) for each in split] for split in splits]
+
+
+def _purity_of(cluster: Cluster, features: Tensor, labels: Tensor) -> float:
+    if not len(labels):
+        return math.nan
+    clusters = torch.as_tensor(cluster(scaled(features))).cpu()
+    if clusters.shape != labels.shape or clusters.is_floating_point():
+        raise ValueError(
+            f"cluster must give {len(labels)} integers, got {clusters.dtype} {list(clusters.shape)}"
+        )
+    return purity(labels, clusters.long())
 
 
 def _joined(parts: Sequence[Split]) -> Split:
-    columns = zip(*(features for features, _ in parts), strict=True)
-    return [torch.cat(column) for column in columns], torch.cat([labels for _, labels in parts])
+    """Every modality's samples of all ranks."""
+    each = zip(*parts, strict=True)
+    return [(torch.cat([x for x, _ in of_m]), torch.cat([y for _, y in of_m])) for of_m in each]
 
 
 def _shared(group: dist.ProcessGroup, value: object, error: Exception | None) -> list[Any]:

@@ -19,7 +19,6 @@ so that the encoder and its share of the fusion are slowed alike.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -28,14 +27,12 @@ from torch import Tensor
 
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
-from ..loop.given import Loss, check_criterion, check_present, criterion_of, pair_scores
+from ..loop.given import Loss, More, Numbers, check_criterion, makes_tables
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.shards import is_dtensor
 from ..loop.state import in_backward, refuse_backward
-from ..ops.modality_scores import named_scores
-from ..ops.sample_scores import named_sample_scores
 from ..ops.scale_grad import scale_grad
-from ._agm_rule import AGMResult, AGMRule
+from ._agm_rule import AGMResult, AGMRule, look_at
 
 __all__ = ["AGM", "AGMResult"]
 
@@ -156,6 +153,8 @@ class AGM(EpochWindowModule):
         labels: Tensor | None = None,
         *,
         present: Mapping[str, Tensor] | None = None,
+        scores: Numbers | None = None,
+        count: Tensor | float | None = None,
     ) -> AGMResult:
         """Passes the responses on, with other gradients.
 
@@ -167,6 +166,10 @@ class AGM(EpochWindowModule):
             present: Name → [B] bool, which samples have the modality; None if all have all. Two
                 modalities are compared over the samples that have both, also in S_m. One that
                 shares samples (of any rank) with no other has the coefficient 1.
+            scores: Name → a positive number, higher is better, in the place of the true class's
+                probability: for other tasks, such as `mmfuse.scores.inverse_error`. No labels then;
+                NaN for a modality that is missing.
+            count: Their weight among those of other ranks; 1 without it.
 
         Returns:
             `AGMResult`, differentiable in the logits.
@@ -182,19 +185,24 @@ class AGM(EpochWindowModule):
             return AGMResult(dict(logits), ones, modalities=tuple(logits))
         if in_backward():
             refuse_backward("AGM", "and would count the step twice")
-        if labels is None:
-            raise TypeError("AGM needs labels in training; call eval() to pass through")
+        if labels is None and scores is None:
+            raise TypeError(
+                "AGM needs labels in training; call eval() to pass through, or give scores"
+            )
+        if labels is not None and scores is not None:
+            raise TypeError("AGM got scores and labels; give one of them")
         self._check_told("AGM")
+        more: More = {"present": present, "scores": scores, "count": count}
         with torch.no_grad():
-            count = self.num_modalities
+            size, paired = self.num_modalities, makes_tables(more)
             _, seen = over_ranks(
-                lambda: (None, self._look(logits, labels, present)),
+                lambda: (None, self._look(logits, labels, more)),
                 self.process_group,
-                count + 1 if present is None else 2 * count**2,
+                2 * size**2 if paired else size + 1,
                 self.running_scores.device,
             )
-            shared = None if present is None else (seen.count > 0).view(count, count)
-            table = -seen.means.to(self.running_scores).view(count, -1).expand(-1, count)
+            shared = (seen.count > 0).view(size, size) if paired else None
+            table = -seen.means.to(self.running_scores).view(size, -1).expand(-1, size)
             ratios = self.rule.ratios(table, shared)
             usual = self.rule.ratios(self.running_scores, shared)
             k = self._decide(table, shared, ratios, usual)
@@ -209,28 +217,10 @@ class AGM(EpochWindowModule):
         @typed_as(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
-    def _look(
-        self, logits: Mapping[str, Tensor], labels: Tensor, present: Mapping[str, Tensor] | None
-    ) -> Observed:
-        """−s_m of this rank, or a table of them (see `mmfuse.loop.pairs`); with all checks."""
+    def _look(self, logits: Mapping[str, Tensor], labels: Tensor | None, more: More) -> Observed:
         self._check_named("logits", logits)
-        names, how = [f"logits[{name!r}]" for name in logits], criterion_of(self.criterion)
-        values = list(logits.values())
-        if not self.rule.floor and present is None:
-            found = named_scores(names, values, labels, self.backend, how)
-            return Observed(found.log_prob, found.count)
-        each = named_sample_scores(names, values, labels, self.backend, how)
-        weight = each.weight.to(each.log_prob)
-        floored = each.log_prob
-        if self.rule.floor:
-            floored = floored.clamp(min=math.log(self.rule.floor))
-        if present is not None:
-            mask = check_present(list(logits), present, len(labels), labels.device)
-            found = pair_scores(each._replace(log_prob=floored), mask)
-            return Observed(found.log_prob, found.count, paired=True)
-        # Selected, not multiplied with 0: what does not count may be NaN.
-        total = torch.where(weight > 0, weight * floored, 0.0).flatten(1).sum(1)
-        return Observed(total / weight.sum(), each.weight.sum())
+        told = more, self.criterion, self.running_scores.device, self.backend
+        return look_at(self.rule, logits, labels, *told)
 
     def _decide(
         self, table: Tensor, shared: Tensor | None, ratios: Tensor, usual: Tensor

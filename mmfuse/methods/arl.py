@@ -22,18 +22,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .._devices import WIDE
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
-from ..loop.given import check_criterion, criterion_of
+from ..loop.given import Loss, check_criterion
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.state import in_backward, refuse_backward
-from ..ops._criterion import PLAIN, Criterion
-from ..ops.sample_scores import named_sample_scores
 from ..ops.scale_grad import scale_grad
+from ._arl_rows import look_at
 from ._arl_rule import ARLResult, ARLRule
 
 __all__ = ["ARL", "ARLResult"]
@@ -70,12 +68,13 @@ class ARL(EpochWindowModule):
         ends: Last such epoch; None for no end.
         process_group: The ranks whose samples are averaged over: None for all where
             torch.distributed is initialized, False for this rank alone.
-        criterion: ``nn.CrossEntropyLoss``, whose class weights and `ignore_index` say how much a
-            row counts, or None.
+        criterion: The loss that logits and labels are for. Class weights and `ignore_index` of an
+            ``nn.CrossEntropyLoss`` say how much a row counts; with an ``nn.BCEWithLogitsLoss`` H_m
+            is the sum of the entropies of all outputs, each a yes or no.
         backend: Name of a backend; None for the best one.
 
     Raises:
-        TypeError: `criterion` is none that a softmax goes with, or a number is no integer.
+        TypeError: `criterion` is none of these, or a number is no integer.
         ValueError: a hyper-parameter is out of range.
     """
 
@@ -92,7 +91,7 @@ class ARL(EpochWindowModule):
     )
     _wide = ("weights",)
     rule: ARLRule
-    criterion: nn.CrossEntropyLoss | None
+    criterion: Loss
     weights: Tensor
 
     def __init__(
@@ -104,19 +103,14 @@ class ARL(EpochWindowModule):
         starts: int = 0,
         ends: int | None = None,
         process_group: Group = None,
-        criterion: nn.CrossEntropyLoss | None = None,
+        criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self.rule = ARLRule(temperature, gamma)
         self._begin(num_modalities, starts, ends, process_group, backend)
         count = self.num_modalities
-        check_criterion(criterion)
-        if isinstance(criterion, nn.BCEWithLogitsLoss):
-            raise TypeError(
-                "criterion must be nn.CrossEntropyLoss or None: ARL compares entropies of a softmax"
-            )
-        object.__setattr__(self, "criterion", criterion)  # no module of this one
+        object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self._begin_with("weights", [1 / count] * count)
 
     @classmethod
@@ -169,14 +163,20 @@ class ARL(EpochWindowModule):
         features: Mapping[str, Tensor],
         logits: Mapping[str, Tensor] | None = None,
         labels: Tensor | None = None,
+        *,
+        present: Mapping[str, Tensor] | None = None,
     ) -> ARLResult:
         """Passes the features on, with larger gradients.
 
         Args:
             features: Name → [B, …] for the M modalities.
-            logits: Name → [B, C] logits of each feature alone. Not needed in `eval()`.
-            labels: [B] class indices; rows labelled −100 do not count. None for all rows, and no
-                scores.
+            logits: Name → [B, C] logits of each feature alone, or as `criterion` takes them. Not
+                needed in `eval()`.
+            labels: [B] class indices, or as `criterion` takes them; rows labelled −100 do not
+                count. None for all rows, and no scores.
+            present: Name → [B] bool, which samples have the modality; None if all have all. Two
+                modalities are compared over the samples that have both. One that shares samples (of
+                any rank) with no other has the coefficient 1, and keeps its last weight.
 
         Returns:
             `ARLResult`, differentiable in the features.
@@ -195,20 +195,33 @@ class ARL(EpochWindowModule):
         if logits is None:
             raise TypeError("ARL needs logits in training; call eval() to pass through")
         self._check_told("ARL")
-        count = self.num_modalities
+        count, device = self.num_modalities, self.weights.device
+        kinds = 2 if labels is None else 3
+        width = kinds * count + 1 if present is None else (kinds + 1) * count**2
         with torch.no_grad():
             _, seen = over_ranks(
-                lambda: (None, self._look(features, logits, labels)),
-                *(self.process_group, (2 if labels is None else 3) * count + 1),
-                self.weights.device,
+                lambda: (None, self._look(features, logits, labels, present)),
+                *(self.process_group, width, device),
             )
-            entropies, magnitudes, *scores = seen.means.to(self.weights).view(-1, count)
-            new, *shown = self.rule.decide(magnitudes, entropies)
+            means = seen.means.to(self.weights)
+            if present is None:
+                entropies, magnitudes, *scores = means.view(kinds, count)
+                new, *shown = self.rule.decide(magnitudes, entropies)
+                some = torch.ones_like(new, dtype=torch.bool)
+            else:
+                entropies, magnitudes, *tables = means.view(kinds, count, count)
+                shared = seen.count.view(count, count) > 0
+                compared = shared & ~torch.eye(count, dtype=torch.bool, device=device)
+                new, *shown = self.rule.decide_by_pairs(magnitudes, entropies, compared)
+                some = compared.any(1)
+                scores = [table.diagonal() for table in tables]
             used = self.rule.in_force(new, self.weights.clone())
             even = torch.full_like(new, 1 / count)
             if self._acting:
-                k = torch.where(used.isfinite().all(), 1 + used, 1.0)
-                self.weights.copy_(torch.where(new.isfinite().all(), new, even))
+                acts = (used.isfinite() | ~some).all() & some
+                k = torch.where(acts, 1 + used, 1.0)
+                kept = torch.where((new.isfinite() | ~some).all(), new, even)
+                self.weights.copy_(torch.where(some, kept, self.weights))
             else:
                 k = torch.ones_like(new)
                 self.weights.copy_(even)
@@ -225,46 +238,14 @@ class ARL(EpochWindowModule):
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
     def _look(
-        self, features: Mapping[str, Tensor], logits: Mapping[str, Tensor], labels: Tensor | None
+        self,
+        features: Mapping[str, Tensor],
+        logits: Mapping[str, Tensor],
+        labels: Tensor | None,
+        present: Mapping[str, Tensor] | None,
     ) -> Observed:
         """Entropies, magnitudes and scores of this rank; with all checks."""
         names, values = named_features("ARL", features, self.num_modalities)
         check_names("logits", logits, names, "features")
-        each = [logits[name] for name in names]
-        for name, z in zip(names, each, strict=True):
-            if not isinstance(z, Tensor) or not z.is_floating_point():
-                kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
-                raise TypeError(f"logits[{name!r}] must be a floating tensor, got {kind}")
-            if z.dim() < 2 or len(z) != len(values[0]):
-                raise ValueError(
-                    f"logits[{name!r}] must be [{len(values[0])}, C], a row for each of the "
-                    f"features', got {list(z.shape)}"
-                )
-        called, how = [f"logits[{name!r}]" for name in names], criterion_of(self.criterion)
-        rows, weight = self._rows(called, each, labels, how)
-        wide = weight.to(WIDE[weight.device.type])
-        # Selected, not multiplied with 0: what does not count may be NaN.
-        means = [
-            torch.where(wide > 0, row * wide, 0.0).flatten(1).sum(1) / wide.sum() for row in rows
-        ]
-        return Observed(torch.cat(means), wide.sum())
-
-    def _rows(
-        self, called: list[str], logits: list[Tensor], labels: Tensor | None, how: Criterion
-    ) -> tuple[list[Tensor], Tensor]:
-        """[M, B, …] entropies, magnitudes and, of labels, probabilities; how much each row counts.
-
-        Entropies and magnitudes need no labels: where there are no class indices, zeros stand in.
-        """
-        indices = labels is not None and not labels.is_floating_point()
-        first = logits[0]
-        some = labels if indices else first.new_zeros(first[:, 0].shape, dtype=torch.int64)
-        assert some is not None
-        found = named_sample_scores(
-            called, logits, some, self.backend, how if indices else PLAIN, statistics=True
-        )
-        assert found.entropy is not None and found.abs_sum is not None
-        rows, told = [found.entropy, found.abs_sum], found
-        if labels is not None and not indices:
-            told = named_sample_scores(called, logits, labels, self.backend, how)
-        return rows if labels is None else [*rows, told.prob], told.weight
+        each, told = [logits[name] for name in names], (self.criterion, self.backend)
+        return look_at(names, each, labels, present, len(values[0]), *told)

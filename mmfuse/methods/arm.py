@@ -210,8 +210,10 @@ class ARM(EpochWindowModule):
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
         out = weighted(features, weights)
-        shown = (weights, scores[:-1], contributions, nmi, ncmi)
-        return ARMResult(out, *shown, modalities=tuple(features))
+        seen_of = [scores[:-1], contributions, nmi, ncmi]
+        if here is not None:
+            seen_of = [torch.where(here, x, torch.nan) for x in seen_of]
+        return ARMResult(out, weights, *seen_of, modalities=tuple(features))
 
     if TYPE_CHECKING:
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -31,9 +31,11 @@ from .._numbers import finite, whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, check_criterion
-from ..loop.ranks import Group, several
+from ..loop.predictions import is_multilabel
+from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.result import Entries, Result
 from ..ops.logit_divergence import logit_divergence
+from ._lfm_terms import checked, joint_of, plain_divergence, terms_of
 from ._lfm_weights import EPOCHS, label_weight, mean_along
 
 Weighting = Literal["schedule", "learned"]
@@ -49,7 +51,7 @@ class LFMResult(Result):
 
     Attributes:
         loss: 0-d L, in the place of the joint loss.
-        joint: [B, C] z, the joint logits.
+        joint: [B, …] z, the joint logits.
         coefficients: [2] lambda_0 and lambda_1.
         cross_entropy: 0-d CE(z).
         alignment: 0-d A.
@@ -91,8 +93,9 @@ class LFM(EpochWindowModule):
         starts: First epoch in which predictions are aligned; see `set_epoch`.
         ends: Last such epoch; None for no end.
         process_group: As in `OPM`; learning averages mean(h) over the ranks.
-        criterion: The loss of z and labels: ``nn.CrossEntropyLoss``, with whatever it has, or None
-            for ``nn.CrossEntropyLoss()``. Labels of several classes at once have no softmax.
+        criterion: The loss of z and labels, with whatever it has: ``nn.CrossEntropyLoss``, or
+            ``nn.BCEWithLogitsLoss``, where p is the yes and no of each output and A their mean;
+            None for ``nn.CrossEntropyLoss()``.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -137,8 +140,6 @@ class LFM(EpochWindowModule):
             raise ValueError(f"weighting must be 'schedule' or 'learned', got {weighting!r}")
         if not (finite("rate", rate) and rate >= 0):
             raise ValueError(f"rate must be a finite number of at least 0, got {rate}")
-        if isinstance(criterion, torch.nn.BCEWithLogitsLoss):
-            raise ValueError("criterion must be nn.CrossEntropyLoss: LFM compares softmaxes")
         self.epochs: int = whole("epochs", epochs, least=1)
         self.weighting: Weighting = weighting
         self.rate: float = rate
@@ -195,36 +196,46 @@ class LFM(EpochWindowModule):
         if before != self.epoch and self.epoch and self.epoch % _HALVED == 0:
             self.learning_rate.mul_(0.5)
 
-    def forward(self, logits: Mapping[str, Tensor], labels: Tensor | None = None) -> LFMResult:
+    def forward(
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+        *,
+        present: Mapping[str, Tensor] | None = None,
+    ) -> LFMResult:
         """The loss of a batch; in `eval()` without labels the joint logits, and a loss of 0.
 
         Args:
-            logits: Name → [B, C] logits of each modality, of a head of its own.
-            labels: [B] class indices, or as `criterion` takes them.
+            logits: Name → logits of each modality, of a head of its own: [B, C], [B, C, d1, …], or
+                as `criterion` takes them.
+            labels: [B] or [B, d1, …] class indices, or as `criterion` takes them. Places [d1, …]
+                that it ignores have no part in A; a sample without a class has, which asks none.
+            present: Name → [B] bool, which samples have the modality; None if all have all. z is
+                the mean over those that a sample has, CE is over the samples that have any, and A
+                over the pairs of modalities that some sample of this rank has, for each pair over
+                the samples that have both.
 
         Returns:
             `LFMResult`, differentiable once in the logits.
 
         Raises:
-            TypeError: logits or labels have an unsupported type.
+            TypeError: logits, labels or masks have an unsupported type.
             ValueError: names, numbers or shapes do not fit.
         """
         if not self.training and labels is None:
-            joint = torch.stack(self._checked(logits)).mean(0)
+            joint = joint_of(*self._checked(logits, present))
             nothing = joint.new_zeros(())
             weights = self.weights.to(joint.dtype, copy=True)
             rest = weights, nothing, nothing
             return LFMResult(nothing, joint, *rest, modalities=tuple(logits))
         if not isinstance(labels, Tensor):
             raise TypeError("LFM needs labels, a tensor, in training")
-        each = self._checked(logits)
+        each, mask = self._checked(logits, present)
         if self.training:
             self._check_told("LFM")
-        joint, cross_entropy = self._joint(each, labels)
-        pairs = list(combinations(each, 2))
-        alignment = logit_divergence(
-            *map(list, zip(*pairs, strict=True)), kind="mixture", backend=self.backend
-        ).mean()
+        divergence = partial(logit_divergence, kind="mixture", backend=self.backend)
+        told = self.criterion, each, labels, mask
+        joint, cross_entropy, alignment = terms_of(*told, divergence)
         weights = self.weights.to(joint.dtype, copy=True)  # the next epoch changes them
         if not self._acting:
             weights = torch.zeros_like(weights)
@@ -238,28 +249,19 @@ class LFM(EpochWindowModule):
         @typed_as(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
-    def _checked(self, logits: Mapping[str, Tensor]) -> list[Tensor]:
+    def _checked(
+        self, logits: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
+    ) -> tuple[list[Tensor], Tensor | None]:
         self._check_named("logits", logits)
-        first, of_first = next(iter(logits.items()))
-        for name, z in logits.items():
-            if not isinstance(z, Tensor) or not z.is_floating_point():
-                got = z.dtype if isinstance(z, Tensor) else type(z).__name__
-                raise TypeError(f"logits[{name!r}] must be a floating-point tensor, got {got}")
-            if z.dim() != 2 or z.shape != of_first.shape:
-                raise ValueError(
-                    f"logits[{name!r}] must be [B, C] like logits[{first!r}] "
-                    f"{list(of_first.shape)}, got {list(z.shape)}"
-                )
-        return list(logits.values())
-
-    def _joint(self, each: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Z, and its loss."""
-        joint = torch.stack(list(each)).mean(0)
-        loss = torch.nn.functional.cross_entropy if self.criterion is None else self.criterion
-        return joint, loss(joint, labels)
+        return checked(logits, present, is_multilabel(self.criterion))
 
     def learn(
-        self, logits: Mapping[str, Tensor], labels: Tensor, parameters: Sequence[Tensor]
+        self,
+        logits: Mapping[str, Tensor],
+        labels: Tensor,
+        parameters: Sequence[Tensor],
+        *,
+        present: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Moves lambda, on samples that are not trained on; before each epoch, with "learned".
 
@@ -270,6 +272,7 @@ class LFM(EpochWindowModule):
             labels: As there.
             parameters: The model's, that of interest first: the release looks at the mean of h over
                 its first tensor, the first weight of the audio encoder.
+            present: As in `forward`.
 
         Raises:
             RuntimeError: the weights are a schedule's, or `set_epoch` was not called.
@@ -281,15 +284,16 @@ class LFM(EpochWindowModule):
             raise RuntimeError("LFM: call set_epoch(epoch) first, by which the rate goes")
         if not parameters:
             raise ValueError("parameters must hold at least one tensor")
-        each = self._checked(logits)
-        joint, cross_entropy = self._joint(each, labels)
-        step = mean_along(each, cross_entropy, self.weights.to(joint.dtype), list(parameters))
+
+        def look() -> tuple[None, Observed]:
+            each, mask = self._checked(logits, present)
+            joint, loss, gap = terms_of(self.criterion, each, labels, mask, plain_divergence)
+            weights = self.weights.to(joint.dtype)
+            step = mean_along(loss, gap, weights, list(parameters)).detach().to(self.weights)
+            return None, Observed(step.view(1), torch.ones_like(step))
+
+        step = over_ranks(look, self.process_group, 2, self.weights.device)[1].means[0]
         with torch.no_grad():
-            step = step.to(self.weights)
-            group = several(self.process_group)
-            if group is not None:
-                torch.distributed.all_reduce(step, group=group)
-                step /= group.size()
             moved = (self.weights[1] - self.learning_rate * step).clamp(_LEAST, _MOST)
             self.weights[1].copy_(moved)
             self.weights[0].copy_(1 - moved)

@@ -30,13 +30,29 @@ from .._numbers import finite, whole
 from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
 from ..loop.epochs import typed_as
+from ..loop.given import Loss, check_criterion, check_present
 from ..loop.modalities import check_names, named_features
+from ..loop.predictions import (
+    check_alike,
+    flat_distributions,
+    is_multilabel,
+    mean_where,
+    present_only,
+)
 from ..loop.ranks import Group
 from ..loop.result import Result
 from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.logit_divergence import logit_divergence
-from ._mcr_parts import added, nt_xent, repeated, through, weighted
+from ._mcr_parts import (
+    added,
+    labels_of_contrast,
+    nt_xent,
+    orders_of,
+    repeated,
+    through,
+    weighted,
+)
 
 Strategy = Literal["greedy", "independent", "collaborative"]
 
@@ -49,7 +65,7 @@ class MCRResult(Result):
 
     Attributes:
         loss: 0-d, to be added to the other losses; 0 in `eval()`.
-        contributions: [M] J_m, in the order of `features`.
+        contributions: [M] J_m, in the order of `features`; NaN for a modality that no sample has.
         contrast: 0-d N.
     """
 
@@ -88,6 +104,8 @@ class MCR(DrawingModule):
         process_group: The ranks, each of which permutes its own part of the batch.
         stream: As in `ModalityDropout`.
         name: As there.
+        criterion: The loss that the joint logits are for: ``nn.BCEWithLogitsLoss`` if each is a yes
+            or no of its own; labels that ``nn.CrossEntropyLoss`` ignores are ignored here, too.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -105,6 +123,7 @@ class MCR(DrawingModule):
     )
     #: Nothing is averaged over the ranks but, by DDP, gradients.
     decides_over_ranks: ClassVar[bool] = False
+    criterion: Loss
     # Whether J_m's gradient leaves the unpermuted prediction alone, as the released play does.
     _released = False
 
@@ -122,10 +141,12 @@ class MCR(DrawingModule):
         process_group: Group = None,
         stream: NoiseStream | None = None,
         name: str | None = None,
+        criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
         super().__init__()
         self._begin(num_modalities, starts, ends, process_group, backend)
+        object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         if not isinstance(strategy, str) or strategy not in _WEIGHT_OF_OTHERS:
             known = ", ".join(map(repr, _WEIGHT_OF_OTHERS))
             raise ValueError(f"strategy must be one of {known}, got {strategy!r}")
@@ -176,15 +197,19 @@ class MCR(DrawingModule):
         labels: Tensor | None = None,
         *,
         head: Callable[[Tensor], Tensor] | None = None,
+        present: Mapping[str, Tensor] | None = None,
     ) -> MCRResult:
         """The loss of a batch.
 
         Args:
             features: Name → [B, …] for the M modalities; those of the contrast have one size.
-            logits: Name → [B, C], whose sum are the joint logits; not used with `head`. Neither
-                they nor labels are needed in `eval()`.
+            logits: Name → [B, C], [B, C, d1, …] or as `criterion` takes them, whose sum are the
+                joint logits; not used with `head`. Neither they nor labels are needed in `eval()`.
             labels: [B] class indices, for the contrast; rows labelled −100 do not count.
             head: From the concatenated features [B, ΣD_m], in their order, to the joint logits.
+            present: Name → [B] bool, which samples have the modality; None if all have all. J_m is
+                of the samples that have m, among which alone it is exchanged. What is missing adds
+                nothing to the joint logits, or is 0 for the head, and has no part in the contrast.
 
         Returns:
             `MCRResult`, differentiable once in the logits, or with `head` in the features.
@@ -196,18 +221,24 @@ class MCR(DrawingModule):
         """
         names, values = named_features("MCR", features, self.num_modalities)
         nothing = values[0].new_zeros(())
-        called = tuple(names)
-        without = MCRResult(nothing, nothing.expand(len(names)), nothing, modalities=called)
+        without = MCRResult(nothing, nothing.expand(len(names)), nothing, modalities=tuple(names))
         if not self.training:
             return without
         if logits is None and head is None:
             raise TypeError("MCR needs logits or a head in training; call eval() for a loss of 0")
+        mask = None
+        if present is not None:
+            mask = check_present(names, present, len(values[0]), values[0].device)
+            values = present_only(values, mask)
         each = []
         if head is None:
             assert logits is not None
             check_names("logits", logits, names, "features")
             each = [logits[name] for name in names]
-        self._check(names, values, each, labels)
+            check_alike(names, each, is_multilabel(self.criterion), len(values[0]))
+            each = each if mask is None else present_only(each, mask)
+        if self.contrast:
+            labels = labels_of_contrast(labels, names, values, self.criterion)
         if not self._acting:
             self._check_told("MCR")
             self._advance()
@@ -215,64 +246,37 @@ class MCR(DrawingModule):
         if in_backward():
             refuse_backward("MCR", "and would draw other permutations there")
         self._check_told("MCR")
-        parts, fuse = (each, added) if head is None else (values, through(head))
-        divergences = self._divergences(parts, fuse)
+        parts: Sequence[Tensor] = each
+        fuse: Callable[[Sequence[Tensor]], Tensor] = added
+        if head is not None:
+            parts, fuse = values, through(head, is_multilabel(self.criterion))
+        divergences = self._divergences(parts, fuse, mask)
         self._advance()
         loss = -self.strength * divergences.sum()
         contrast = torch.zeros_like(loss)
         if self.contrast:
             assert labels is not None
-            contrast = nt_xent([v.flatten(1) for v in values], labels, self.temperature)
+            contrast = nt_xent([v.flatten(1) for v in values], labels, self.temperature, mask)
             loss = loss + self.contrast * contrast
-        return MCRResult(loss, divergences.detach(), contrast.detach(), modalities=called)
+        shown = divergences if mask is None else torch.where(mask.any(1), divergences, torch.nan)
+        return MCRResult(loss, shown.detach(), contrast.detach(), modalities=tuple(names))
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
-    def _check(
-        self,
-        names: Sequence[str],
-        features: Sequence[Tensor],
-        logits: Sequence[Tensor],
-        labels: Tensor | None,
-    ) -> None:
-        for name, z in zip(names, logits, strict=bool(logits)):
-            if not isinstance(z, Tensor) or not z.is_floating_point():
-                got = z.dtype if isinstance(z, Tensor) else type(z).__name__
-                raise TypeError(f"logits[{name!r}] must be a floating-point tensor, got {got}")
-            if z.dim() != 2 or z.shape != logits[0].shape or len(z) != len(features[0]):
-                raise ValueError(
-                    f"logits[{name!r}] must be [{len(features[0])}, C] and all alike, got "
-                    f"{list(z.shape)}"
-                )
-        if not self.contrast:
-            return
-        if not isinstance(labels, Tensor) or labels.is_floating_point():
-            kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-            raise TypeError(f"labels must be class indices, for the contrast; got {kind}")
-        if labels.shape != (len(features[0]),):
-            raise ValueError(
-                f"labels must have shape [{len(features[0])}], got {list(labels.shape)}"
-            )
-        sizes = {
-            name: v[0].numel() if len(v) else 0 for name, v in zip(names, features, strict=True)
-        }
-        if len(set(sizes.values())) > 1:
-            raise ValueError(
-                f"the contrast compares features, which must be of one size, not {sizes}; "
-                "contrast=0 leaves it out"
-            )
-
-    def _divergences(self, parts: Sequence[Tensor], fuse: Callable[..., Tensor]) -> Tensor:
-        """[M] J_m, with gradients in which the other modalities have weight k."""
+    def _divergences(
+        self, parts: Sequence[Tensor], fuse: Callable[..., Tensor], mask: Tensor | None
+    ) -> Tensor:
+        """[M] J_m, with gradients in which the other modalities have weight k; 0 of no sample."""
         k, rows = _WEIGHT_OF_OTHERS[self.strategy], len(parts[0])
         stream, start = self.agreed_stream(), self.first_row(rows) * self.permutations
         permuted, plain = [], []
         for m, part in enumerate(parts):
             drawn = stream.uniform(rows * self.permutations, stream_id=m, offset=start)
-            order = drawn.view(self.permutations, rows).argsort(1).to(part.device)
+            drawn = drawn.view(self.permutations, rows).to(part.device)
+            order = orders_of(drawn, None if mask is None else mask[m])
             mine = [p if j == m else weighted(p, k) for j, p in enumerate(parts)]
             of_order = [
                 p[order].flatten(0, 1)
@@ -286,4 +290,11 @@ class MCR(DrawingModule):
             if self._released and k == -1:
                 joint = joint.detach()
             plain.append(repeated(joint, self.permutations))
-        return logit_divergence(permuted, plain, kind="js", backend=self.backend)
+        multilabel = is_multilabel(self.criterion)
+        pair = ([flat_distributions(z, multilabel) for z in side] for side in (permuted, plain))
+        if mask is None:
+            return logit_divergence(*pair, kind="js", backend=self.backend)
+        found = logit_divergence(*pair, kind="js", per_row=True, backend=self.backend)
+        each = found.view(len(parts), self.permutations, rows, -1)
+        here = mask.view(len(parts), 1, rows, 1).expand_as(each)
+        return mean_where(each.flatten(1), here.flatten(1))

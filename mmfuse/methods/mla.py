@@ -27,14 +27,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .._devices import WIDE
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindow, EpochWindowModule
+from ..loop.given import Loss, check_mask
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.result import Result
 from ..loop.shards import is_dtensor, local_part
 from ..ops._tensors import FLOATING
-from ._mla_rule import MLAFusion, MLALatest, MLAReleased, MLARule, fused
+from ._mla_rule import MLAFusion, MLALatest, MLAReleased, MLARule, fused, may_be_empty, observed
 
 __all__ = ["MLA", "MLAFusion", "MLAResult"]
 
@@ -190,32 +190,37 @@ class MLA(EpochWindowModule):
         return weight
 
     @torch.no_grad()
-    def step(self, features: Tensor) -> MLAResult:
+    def step(self, features: Tensor, *, present: Tensor | None = None) -> MLAResult:
         """Takes a modality's features into P, and projects the gradient of the head's weight.
 
         In `eval()`, and outside of the method's epochs, nothing changes.
 
         Args:
             features: [B, D] that the head was given in this turn, or [B, …, D].
+            present: [B] bool, which samples have the modality; None if all have. r is the mean over
+                those. In a turn of a modality that no sample (of any rank) has P and the gradient,
+                which may be missing, stay as they are; call `step` all the same, for turns count.
 
         Returns:
             `MLAResult`.
 
         Raises:
             RuntimeError: the head's weight has no gradient.
-            TypeError: the features have an unsupported type.
+            TypeError: the features or the mask have an unsupported type.
             ValueError: shapes or devices do not fit; nothing has been changed.
         """
         if self.training:  # without gradients recorded, as between backward pass and optimizer
             EpochWindow._check_told(self, "MLA")
         grad, seen = over_ranks(
-            lambda: self._look(features),
+            lambda: self._look(features, present),
             self.process_group,
             len(self.projector) + 2,
             self.projector.device,
         )
         wide = torch.promote_types(self.projector.dtype, torch.float32)
         r, old = seen.means.to(wide), self.projector.to(wide)
+        if present is not None:  # of no sample the mean is NaN
+            r = torch.where(seen.count > 0, r, 0)
         assert seen.sums is not None
         finite = (seen.sums[0] == 0) & r.isfinite().all()
         a = self.rule.regularisation(self.turns, self.num_modalities).to(wide)
@@ -224,18 +229,23 @@ class MLA(EpochWindowModule):
             return MLAResult(one, a, finite)
         moved, length = self.rule.moved(old, r, a)
         acts = finite & (self.turns > 0)
+        if present is not None:
+            acts = acts & (seen.count > 0)
         # A NaN or an Inf anywhere is one in the length.
         moves = acts & length.isfinite() & (length > 0)
         unscaled, length = torch.where(moves, moved, old), torch.where(moves, length, one)
         torch.div(unscaled, length, out=self.projector)
+        self.turns.add_(finite)
+        if grad is None:
+            return MLAResult(one, a, finite)
         raw = grad.to(wide)
         found = torch.where(acts, raw @ self.projector.to(wide).T, raw)
-        kept = torch.where(found.ne(raw).any(), found.norm() / raw.norm(), one)
+        norm = torch.linalg.vector_norm
+        kept = torch.where(found.ne(raw).any(), norm(found) / norm(raw), one)
         grad.copy_(found)
-        self.turns.add_(finite)
         return MLAResult(kept, a, finite)
 
-    def _look(self, features: Tensor) -> tuple[Tensor, Observed]:
+    def _look(self, features: Tensor, present: Tensor | None) -> tuple[Tensor | None, Observed]:
         """The gradient, and r on this rank; with all checks."""
         weight, width = self._weight(), len(self.projector)
         if not isinstance(features, Tensor) or features.dtype not in FLOATING:
@@ -243,7 +253,9 @@ class MLA(EpochWindowModule):
             raise TypeError(f"features must be a floating tensor [B, {width}], got {kind}")
         if features.dim() < 2 or features.shape[-1] != width:
             raise ValueError(f"features must be [B, {width}], got {list(features.shape)}")
-        if weight.grad is None:
+        if present is not None:
+            check_mask("present", present, len(features), features.device)
+        if weight.grad is None and not may_be_empty(present):
             raise RuntimeError(
                 "the head's weight has no gradient: call step after the backward pass of the "
                 "modality's loss, and before zero_grad"
@@ -257,27 +269,32 @@ class MLA(EpochWindowModule):
         placements = weight.placements if is_dtensor(weight) else ()  # type: ignore[attr-defined]
         if any(p.is_shard() and p.dim != 0 for p in placements):
             raise ValueError("head may be sharded by its classes, dimension 0, alone")
-        grad, wide = local_part(weight.grad), WIDE[features.device.type]
-        rows = features.detach().reshape(-1, width)
-        mean = rows.to(torch.promote_types(self.projector.dtype, torch.float32)).mean(0)
-        wrong = (~grad.isfinite()).any().to(wide).reshape(1)
-        count = torch.full((), len(rows), dtype=wide, device=rows.device)
-        return grad, Observed(mean, count, wrong)
+        grad = None if weight.grad is None else local_part(weight.grad)
+        dtype = torch.promote_types(self.projector.dtype, torch.float32)
+        return grad, observed(features, present, grad, dtype)
 
     def fuse(
-        self, logits: Mapping[str, Tensor], *, present: Mapping[str, Tensor] | None = None
+        self,
+        logits: Mapping[str, Tensor],
+        *,
+        present: Mapping[str, Tensor] | None = None,
+        criterion: Loss = None,
     ) -> MLAFusion:
         """Predictions of all modalities, each weighed by how sure it is of the sample.
 
         Args:
-            logits: Name → [B, C] logits that the head gives to each modality.
-            present: Name → [B] bool, which samples have the modality; the others weigh nothing.
+            logits: Name → [B, C] logits that the head gives to each modality; [B, C, d1, …], where
+                each place has its own weights; or as `criterion` takes them.
+            present: Name → [B] bool, which samples have the modality; the others weigh nothing, and
+                the logits of a sample without any are 0.
+            criterion: The loss that the logits are for: with ``nn.BCEWithLogitsLoss`` H is the sum
+                of the entropies of all outputs, each a yes or no.
 
         Returns:
-            `MLAFusion`; NaN for a sample without any modality.
+            `MLAFusion`.
 
         Raises:
             TypeError: logits are no floating tensors, or a mask is not of bools.
             ValueError: there are not two modalities, or shapes do not fit.
         """
-        return fused(self.rule, logits, present, self.backend)
+        return fused(self.rule, logits, present, criterion, self.backend)

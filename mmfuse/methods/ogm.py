@@ -40,7 +40,7 @@ from ..loop.contract import (
     Tensors,
 )
 from ..loop.gradients import GradientMethod
-from ..loop.pairs import stages
+from ..loop.pairs import missing, stages
 from ..loop.ranks import Observed
 from ..loop.result import Result
 from ..ops.modulation_factors import Formula, check_strength, factors_of_checked, noise_std
@@ -142,7 +142,10 @@ class OGMRule(Stateless):
             k = torch.where(k.isnan(), 1.0, k)
             act = Act(scale=tensors.each(k))
             if tensors.stats is not None:
-                act = act._replace(noise_std=noise_std(tensors.stats, _STD_EPS))
+                # A zero gradient's noise would be of the number that is added to a deviation.
+                std = noise_std(tensors.stats, _STD_EPS)
+                std = torch.where(tensors.each(missing(seen)), 0.0, std)
+                act = act._replace(noise_std=std)
             return Decision(act, (k, scores, ratios))
         factors = factors_of_checked(
             tensors.backend,

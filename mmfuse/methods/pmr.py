@@ -38,11 +38,12 @@ from ..loop.pairs import own
 from ..loop.ranks import Group, Observed, over_ranks
 from ..ops.modality_scores import named_scores
 from ._pmr_present import Seen, look_at_present
-from ._pmr_prototypes import IGNORED, PrototypeModule, check_labels
+from ._pmr_prototypes import IGNORED, PrototypeModule
 from ._pmr_rule import (
     PMRReleased,
     PMRResult,
     PMRRule,
+    check_labels,
     mean_entropy,
     prototype_ratios,
     similarities,

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .._devices import narrowed
 from .._numbers import finite, whole
 from ..loop._parameters import Encoders, Select, Shared
 from ..loop.anchors import Anchors
@@ -41,8 +42,9 @@ class ReLearningResult(Result):
     """How far every encoder is to go back.
 
     Attributes:
-        coefficients: [M] alpha_m, in the order of `encoders`, on their device.
-        purities: [2, M] P_m of the training data, and of the validation data.
+        coefficients: [M] alpha_m, in the order of `encoders`, on their device; 0 for a modality
+            that no training or no validation sample has.
+        purities: [2, M] P_m of the training data, and of the validation data; NaN where none has m.
     """
 
     coefficients: Tensor
@@ -64,8 +66,8 @@ class ReLearningRule:
         whole("times", self.times, least=0)
 
     def weights(self, purities: Tensor) -> Tensor:
-        """[M] alpha_m from [2, M] purities."""
-        return torch.tanh(self.lam * (purities[0] - purities[1]).abs())
+        """[M] alpha_m from [2, M] purities; 0 where one of them is not known."""
+        return torch.tanh(self.lam * (purities[0] - purities[1]).abs()).nan_to_num(0.0)
 
     def due(self, epoch: int) -> bool:
         """True if encoders are reset at the end of this epoch."""
@@ -86,6 +88,7 @@ class ReLearning(EpochWindow):
                 relearning.reset(seen.coefficients)
 
     Keeps one copy of the encoders' parameters, as they are when it is made, in its `state_dict`.
+    Purities are of classes; for another task give `reset` numbers of your own.
 
     Fidelity: golden numbers of the authors' code.
 
@@ -196,6 +199,8 @@ class ReLearning(EpochWindow):
         val_features: Features,
         val_labels: Tensor,
         *,
+        train_present: Features | None = None,
+        val_present: Features | None = None,
         cluster: Cluster | None = None,
     ) -> ReLearningResult:
         """How far every encoder is to go back; on the host, where k-means runs.
@@ -206,19 +211,22 @@ class ReLearning(EpochWindow):
             train_labels: [N] class indices.
             val_features: Name → [N', …] features of data that was not trained on.
             val_labels: [N'] class indices.
+            train_present: Name → [N] bool, which samples have the modality; None if all have all.
+                P_m is of the samples that have m; what the others' features hold does not matter.
+            val_present: Name → [N'] bool, likewise.
             cluster: Gives which of the clusters each sample is in, from features [N, D] in
                 (−1, 1); None for scikit-learn's k-means.
 
         Raises:
             ImportError: there is no scikit-learn, and no `cluster`.
-            TypeError: features or labels have an unsupported type.
+            TypeError: features, labels or masks have an unsupported type.
             ValueError: names, numbers or shapes do not fit, or a feature is not finite.
         """
         names = self.modalities.names
         measured = purities(
             lambda: (
-                checked("train", names, train_features, train_labels),
-                checked("val", names, val_features, val_labels),
+                checked("train", names, train_features, train_labels, train_present),
+                checked("val", names, val_features, val_labels, val_present),
             ),
             cluster,
             self.num_classes,
@@ -226,7 +234,7 @@ class ReLearning(EpochWindow):
         )
         table = torch.tensor(measured, dtype=torch.float64)
         weights, device = self.rule.weights(table), self.modalities.device
-        dtype = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+        dtype = narrowed(table.dtype, device)
         found = (weights.to(device, dtype), table.to(device, dtype))
         return ReLearningResult(*found, modalities=names)
 
@@ -252,7 +260,8 @@ class ReLearning(EpochWindow):
         each = per_tensor(alpha, active.modality)
         for part, anchors in self.anchors.parts(active):
             # The parameter stands in the gradient's place: (1 − α) w + α w₀.
-            pull = each[part].to(active.grads[part][0].device)
+            device = active.grads[part][0].device
+            pull = each[part].to(device, narrowed(each.dtype, device))
             update_grads_(
                 active.grads[part], 1 - pull, params=anchors, pull=pull, backend=self.backend
             )

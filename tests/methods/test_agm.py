@@ -11,6 +11,7 @@ import torch
 from cells import Cell
 from torch import Tensor, nn
 from torch.nn import functional as F
+from ways import two_ranks_find
 
 import mmfuse
 
@@ -266,3 +267,60 @@ def test_bad_clipping() -> None:
     for limit in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="limit must be positive"):
             mmfuse.AGM().clip_(head.parameters(), head.weight, limit)
+
+
+def scored(rank: int, size: int) -> list[Tensor]:
+    """Steps from scores of the user's own, of other weights on each rank."""
+    agm, found = mmfuse.AGM(0.8, num_modalities=3), []
+    for step in range(3):
+        each = torch.tensor([[0.8, 0.2, 0.4], [0.4, 0.3, 0.4]], dtype=torch.float64) + 0.1 * step
+        each[:, 2] = torch.nan if step == 1 else each[:, 2]
+        weight = torch.tensor([3.0, 1.0], dtype=torch.float64)
+        mean = ((each.log() * weight.unsqueeze(1)).sum(0) / weight.sum()).exp()
+        mine, count = (mean, 4.0) if size == 1 else (each[rank], float(weight[rank]))
+        responses = {f"m{m}": torch.ones(2, 1).requires_grad_() for m in range(3)}
+        out = agm(responses, scores=dict(zip(responses, mine, strict=True)), count=count)
+        found += [out.coefficients, out.scores, out.ratios]
+    return [*found, *agm.state_dict().values()]
+
+
+def test_scores_of_ones_own() -> None:
+    """As from logits whose true classes have these probabilities, and averaged over ranks."""
+    whole = two_ranks_find(scored)
+    assert whole[3][2] == 1 and (whole[0] != 1).all()
+    p = torch.tensor([[0.7, 0.3], [0.2, 0.8]], dtype=torch.float64)
+    responses = {name: row.log().expand(5, 2) for name, row in zip(("m0", "m1"), p, strict=True)}
+    want = mmfuse.AGM()(responses, torch.zeros(5, dtype=torch.int64))
+    out = mmfuse.AGM()(responses, scores={"m0": 0.7, "m1": torch.tensor(0.2)})
+    torch.testing.assert_close(out.coefficients, want.coefficients)
+    torch.testing.assert_close(out.scores, want.scores)
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "text"),
+    [
+        ({"scores": {"m0": 1.0}}, ValueError, r"scores .* missing \['m1'\]"),
+        ({"scores": {"m0": 1.0, "m1": -1.0}}, ValueError, r"scores\['m1'\] must be positive"),
+        ({"count": 2.0, "labels": torch.zeros(5).long()}, TypeError, "count goes with scores"),
+        (
+            {"scores": {"m0": 1.0, "m1": 1.0}, "labels": torch.zeros(5).long()},
+            TypeError,
+            "AGM got scores and labels; give one of them",
+        ),
+        (
+            {
+                "scores": {"m0": 1.0, "m1": 1.0},
+                "present": dict.fromkeys(("m0", "m1"), torch.ones(5, dtype=torch.bool)),
+            },
+            TypeError,
+            "present goes with logits",
+        ),
+    ],
+)
+def test_wrong_scores_change_nothing(
+    more: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    agm, responses = mmfuse.AGM(), {name: torch.randn(5, 2) for name in ("m0", "m1")}
+    with pytest.raises(error, match=text):
+        agm(responses, **more)
+    assert not agm.running_steps.any()

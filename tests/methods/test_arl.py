@@ -205,7 +205,7 @@ def test_it_stays_outside_of_checkpointed_parts() -> None:
         ({"gamma": math.inf}, ValueError, "gamma must be a finite number of at least 0, got inf"),
         ({"num_modalities": 1}, ValueError, "num_modalities must be at least 2"),
         ({"starts": 2, "ends": 1}, ValueError, "ends=1 is before starts=2"),
-        ({"criterion": nn.BCEWithLogitsLoss()}, TypeError, "ARL compares entropies of a softmax"),
+        ({"criterion": nn.MSELoss()}, TypeError, "criterion must be nn.CrossEntropyLoss"),
         ({"criterion": "ce"}, TypeError, "criterion must be"),
     ],
 )
@@ -229,7 +229,7 @@ def test_bad_arguments_change_nothing() -> None:
             TypeError,
             r"logits\['m1'\] must be a floating",
         ),
-        ((features, short, None), ValueError, r"logits\['m0'\] must be \[9, C\], .* got \[3, 4\]"),
+        ((features, short, None), ValueError, r"logits\['m0'\] must have 9 rows, .* got \[3, 4\]"),
         ((features, logits, labels + 7), ValueError, r"out of range for logits\['m0'\]"),
     ]:
         with pytest.raises(error, match=text):

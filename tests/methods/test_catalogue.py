@@ -57,6 +57,7 @@ def test_a_card_is_true(name: str) -> None:
         assert {name.split("_", 1)[1] for name in taken if name.startswith("train_")} == {
             *made.card.needs,
             "labels",
+            "present",
         }
     elif issubclass(made, nn.Module):
         called = made.step if made.card.acts == "head" else made.forward

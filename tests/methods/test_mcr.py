@@ -250,7 +250,7 @@ LABELS = torch.zeros(ROWS, dtype=torch.int64)
         (
             {"logits": {**LOGITS, "visual": torch.zeros(ROWS, 3)}},
             ValueError,
-            r"logits\['visual'\] must be \[6, C\] and all alike, got \[6, 3\]",
+            r"logits\['visual'\] must be .* like logits\['audio'\] \[6, 4\], got \[6, 3\]",
         ),
         (
             {"features": {**FEATURES, "visual": torch.zeros(ROWS, 2)}},

@@ -18,6 +18,7 @@ from ranks import ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from ways import two_ranks_find
 
 import mmfuse
 
@@ -426,12 +427,12 @@ FUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "shape": (
         {"a": torch.ones(2, 3), "b": torch.ones(2, 4)},
         ValueError,
-        r"logits\['b'\] must be \[B, C\], of one shape for all, got \[2, 4\]",
+        r"logits\['b'\] must be .* like logits\['a'\] \[2, 3\], got \[2, 4\]",
     ),
     "dtype": (
         {"a": torch.ones(2, 3), "b": torch.ones(2, 3).long()},
         TypeError,
-        r"logits\['b'\] must be a floating tensor",
+        r"logits\['b'\] must be a floating-point tensor",
     ),
 }
 
@@ -450,3 +451,113 @@ def test_releases_differ_by_whether_they_project() -> None:
         for _ in range(2):
             _, raw = turn(head, mla, *batch())
         assert head.weight.grad.equal(raw) == (release == "head")
+
+
+def masked_turns(rank: int, size: int) -> list[Tensor]:
+    """P and the gradients of turns in which samples lack modalities; the second rank has no "b"."""
+    torch.manual_seed(2)
+    head = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
+    mla, found = mmfuse.MLA(head, batches=3), []
+    mine = slice(rank * 8 // size, (rank + 1) * 8 // size)
+    for step in range(3):
+        for name in ("a", "b"):
+            generator = torch.Generator().manual_seed(step)
+            feature = torch.randn(8, WIDTH, generator=generator, dtype=torch.float64)
+            here = torch.rand(8, generator=generator) > 0.3
+            if name == "b":
+                here[(0 if step == 1 else 4) :] = False
+            feature[~here] = torch.nan
+            head.weight.grad = torch.randn(CLASSES, WIDTH, generator=generator).double()
+            out = mla.step(feature[mine], present=here[mine])
+            assert bool(out.finite)
+            found += [mla.projector.clone(), head.weight.grad.clone(), out.kept, out.alpha]
+    return found
+
+
+def test_a_turn_is_of_the_samples_that_have_the_modality() -> None:
+    """As with their rows alone; a turn of nobody is one of the epoch's that leaves all as it is."""
+    head = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
+    masked, rows_only = (mmfuse.MLA(head, batches=3) for _ in range(2))
+    for _ in range(3):
+        feature, here = torch.randn(6, WIDTH, dtype=torch.float64), torch.rand(6) > 0.3
+        here[0] = True
+        raw = torch.randn(CLASSES, WIDTH, dtype=torch.float64)
+        grads = []
+        for mla, given in ((masked, {"present": here}), (rows_only, {})):
+            head.weight.grad = raw.clone()
+            shown = feature.clone()
+            shown[~here] = torch.nan
+            mla.step(shown if given else feature[here], **given)
+            grads.append(head.weight.grad.clone())
+        torch.testing.assert_close(*grads)
+        torch.testing.assert_close(masked.projector, rows_only.projector)
+    before, turns = masked.projector.clone(), int(masked.turns)
+    head.weight.grad = raw.clone()
+    nobody = torch.zeros(6, dtype=torch.bool)
+    out = masked.step(torch.full((6, WIDTH), torch.nan).double(), present=nobody)
+    assert out.kept == 1 and bool(out.finite) and torch.equal(head.weight.grad, raw)
+    assert torch.equal(masked.projector, before) and int(masked.turns) == turns + 1
+    head.weight.grad = None
+    assert bool(masked.step(feature, present=nobody).finite) and head.weight.grad is None
+    with pytest.raises(RuntimeError, match="the head's weight has no gradient"):
+        masked.step(feature, present=~nobody)
+
+
+def test_places_of_a_sample_that_is_missing_are_missing() -> None:
+    head = nn.Linear(WIDTH, CLASSES)
+    one, other = (mmfuse.MLA(head) for _ in range(2))
+    feature, here = torch.randn(4, 3, WIDTH), torch.tensor([True, False, True, False])
+    for mla, given in ((one, {"present": here}), (other, {})):
+        head.weight.grad = torch.ones_like(head.weight)
+        mla.step(feature if given else feature[here], **given)
+    torch.testing.assert_close(one.projector, other.projector)
+
+
+def test_ranks_of_which_one_lacks_the_modality_are_one_batch() -> None:
+    two_ranks_find(masked_turns)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "text"),
+    [
+        (torch.ones(4), TypeError, r"present must be a bool tensor \[B\], got torch.float32"),
+        (torch.ones(3, dtype=torch.bool), ValueError, r"present must have shape \[4\], got \[3\]"),
+    ],
+)
+def test_a_wrong_mask_changes_nothing(mask: Any, error: type[Exception], text: str) -> None:
+    head = nn.Linear(WIDTH, CLASSES)
+    head.weight.grad, mla = torch.ones_like(head.weight), mmfuse.MLA(head)
+    with pytest.raises(error, match=text):
+        mla.step(torch.randn(4, WIDTH), present=mask)
+    assert int(mla.turns) == 0 and bool((head.weight.grad == 1).all())
+
+
+def test_each_place_has_its_own_weights() -> None:
+    logits = {n: torch.randn(3, 4, 2, 5) for n in ("a", "b")}
+    mla = mmfuse.MLA(nn.Linear(2, 4))
+    out = mla.fuse(logits)
+    assert out.weights.shape == (2, 3, 2, 5)
+    flat = {n: z.movedim(1, -1).reshape(-1, 4) for n, z in logits.items()}
+    want = mla.fuse(flat)
+    torch.testing.assert_close(out.logits, want.logits.view(3, 2, 5, 4).movedim(-1, 1))
+    torch.testing.assert_close(out.weights.flatten(1), want.weights)
+    here = {"a": torch.tensor([True, False, False]), "b": torch.tensor([True, True, False])}
+    shown = mla.fuse(logits, present=here)
+    torch.testing.assert_close(shown.logits[0], out.logits[0])
+    torch.testing.assert_close(shown.logits[1], logits["b"][1])
+    assert not shown.logits[2].any() and not shown.weights[:, 2].any()
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1), (3, 4), (3, 2, 2)])
+def test_several_labels_are_weighed_by_all_of_their_entropies(shape: tuple[int, ...]) -> None:
+    logits = {n: (m + 1) * torch.randn(shape) for m, n in enumerate(("a", "b"))}
+    out = mmfuse.MLA(nn.Linear(2, 4)).fuse(logits, criterion=nn.BCEWithLogitsLoss())
+    entropies = []
+    for z in logits.values():
+        p = z.reshape(3, -1).sigmoid()
+        entropies.append(-(p * p.log() + (1 - p) * (1 - p).log()).sum(1))
+    want = (-torch.stack(entropies)).softmax(0)
+    torch.testing.assert_close(out.weights, want, rtol=1e-4, atol=1e-5)
+    each = zip(want, logits.values(), strict=True)
+    mixed = sum(w.view(3, *[1] * (z.dim() - 1)) * z for w, z in each)
+    torch.testing.assert_close(out.logits, mixed, rtol=1e-4, atol=1e-5)

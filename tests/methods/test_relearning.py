@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from ways import two_ranks_find
 
 import mmfuse
 from mmfuse.methods._relearning_purity import purity, scaled
@@ -322,6 +323,83 @@ class TestState:
             relearning.load_state_dict(mmfuse.ReLearning(encoders_of(3)).state_dict())
 
 
+def masked_samples(
+    count: int, rows: int, seed: int, apart: float = 2.0
+) -> tuple[Any, Tensor, dict[str, Tensor]]:
+    """Samples of which the second half has no audio; what is missing is NaN."""
+    features, labels = samples(count, rows, seed, apart)
+    generator = torch.Generator().manual_seed(seed)
+    masks = {name: torch.rand(rows, generator=generator) > 0.3 for name in features}
+    masks["audio"][rows // 2 :] = False
+    for name, x in features.items():
+        x[~masks[name]] = math.nan
+    return features, labels, masks
+
+
+class TestMissing:
+    @pytest.mark.parametrize("count", [2, 3])
+    def test_a_purity_is_of_the_samples_that_have_the_modality(self, count: int) -> None:
+        relearning = mmfuse.ReLearning(encoders_of(count))
+        (x, y, here), (v, w, there) = masked_samples(count, 30, 0), masked_samples(count, 21, 1)
+        out = relearning.weights(x, y, v, w, train_present=here, val_present=there, cluster=nearest)
+        for m, name in enumerate(x):
+            for s, (features, labels, mask) in enumerate(((x, y, here), (v, w, there))):
+                clusters = nearest(scaled(features[name][mask[name]]))
+                want = transcribed_purity(labels[mask[name]].tolist(), clusters.tolist())
+                assert float(out.purities[s, m]) == pytest.approx(want, abs=1e-15)
+        gap = (out.purities[0] - out.purities[1]).abs()
+        torch.testing.assert_close(out.coefficients, torch.tanh(3 * gap))
+        assert out.coefficients.any()
+
+    def test_a_modality_without_samples_stays_where_it_is(self) -> None:
+        encoders = encoders_of(2)
+        relearning = mmfuse.ReLearning(encoders)
+        x, y, here = masked_samples(2, 30, 0)
+        v, w = samples(2, 21, 1, 0.0)
+        here["audio"][:] = False
+        out = relearning.weights(x, y, v, w, train_present=here, cluster=nearest)
+        assert out.purities[0].isnan().tolist() == [True, False]
+        assert out.coefficients[0] == 0 and out.coefficients[1] > 0
+        wander(encoders, 1)
+        before = copy.deepcopy(dict(encoders["audio"].state_dict()))
+        relearning.reset(out.coefficients)
+        assert differences(dict(encoders["audio"].state_dict()), before) == []
+
+    def test_k_means_of_fewer_samples_than_classes(self) -> None:
+        pytest.importorskip("sklearn")
+        relearning = mmfuse.ReLearning(encoders_of(2))
+        x, y, here = masked_samples(2, 30, 0)
+        here["audio"][2:] = False
+        here["audio"][:2] = True
+        x["audio"][:2] = torch.randn(2, 4)
+        v, w = samples(2, 21, 1)
+        out = relearning.weights(x, y, v, w, train_present=here)
+        assert out.purities[0, 0] == 1 and out.purities.isfinite().all()
+
+    def test_what_is_not_finite_is_an_error_where_it_is_not_said_to_be_missing(self) -> None:
+        relearning = mmfuse.ReLearning(encoders_of(2))
+        x, y, here = masked_samples(2, 30, 0)
+        v, w = samples(2, 21, 1)
+        with pytest.raises(ValueError, match=r"holds a NaN or an Inf; train_present says which"):
+            relearning.weights(x, y, v, w, cluster=nearest)
+        wrong = {**here, "visual": torch.ones(30)}
+        with pytest.raises(TypeError, match=r"val_present\['visual'\] must be a bool tensor"):
+            relearning.weights(v, w, x, y, val_present=wrong, cluster=nearest)
+
+
+def masked_weights(rank: int, size: int) -> list[Tensor]:
+    """All of one modality's samples are the first rank's."""
+    relearning = mmfuse.ReLearning(encoders_of(3))
+    mine, given, told = slice(rank * 15 // size, (rank + 1) * 15 // size), [], []
+    for seed in (0, 1):
+        x, y, here = masked_samples(3, 15, seed, 2.0 - 2 * seed)
+        here["audio"][7:] = False
+        given += [{n: z[mine] for n, z in x.items()}, y[mine]]
+        told.append({n: z[mine] for n, z in here.items()})
+    out = relearning.weights(*given, train_present=told[0], val_present=told[1], cluster=nearest)
+    return [out.coefficients, out.purities]
+
+
 def weights_and_reset(rank: int, size: int) -> dict[str, Any]:
     encoders = encoders_of(2)
     relearning = mmfuse.ReLearning(encoders)
@@ -356,6 +434,10 @@ class TestRanks:
         for found in ranks(2).run(weights_and_reset, 2):
             assert differences(found, expected) == []
         assert (expected["purities"][0] != expected["purities"][1]).any()
+
+    def test_ranks_that_lack_a_modality_are_one_process(self) -> None:
+        whole = two_ranks_find(masked_weights)
+        assert whole[0].any() and whole[1].isfinite().all()
 
     def test_an_error_is_raised_everywhere(self) -> None:
         first, second = ranks(2).run(fails_on_one)

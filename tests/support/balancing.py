@@ -141,14 +141,18 @@ def see(
 def _ways(kind: str) -> tuple[str, ...]:
     """The ways to tell it more; a module whose forward pass has `present` alone takes masks.
 
-    None of those that decide nothing: ModalityDropout's tests have its masks.
+    A loss of each part may have a criterion. None of those that decide nothing: ModalityDropout's
+    tests have its masks.
     """
-    if kind in FIXED:
+    made = METHODS[KINDS[kind].method]
+    if kind in FIXED and made.card.acts != "loss":
         return ()
     if kind in ON_GRADIENTS:
         return ("present",) if kind in TWO_GRADIENTS else ways.WAYS
-    taken = signature(METHODS[KINDS[kind].method].forward).parameters
-    return ways.WAYS if "more" in taken else ("present",) * ("present" in taken)
+    taken, options = (signature(f).parameters for f in (made.forward, made))
+    if "more" in taken:
+        return ways.WAYS
+    return tuple(way for way in ("present", "criterion") if way in taken or way in options)
 
 
 #: Every method with every way to tell it more that it takes.
@@ -185,7 +189,7 @@ def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(method, nn.Module):
         widths = {name: x[0].numel() for name, x in seen["features"].items()}
         if "logits" in seen:
-            classes = next(iter(seen["logits"].values())).shape[1]
+            classes = max([2, *next(iter(seen["logits"].values())).shape[1:2]])
             prepare(method, widths, classes, next(iter(seen["features"].values())))
         names = _LOOKS_AT[type(method)]
     else:

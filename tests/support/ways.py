@@ -25,7 +25,7 @@ def options(way: str | None) -> dict[str, Any]:
     """What the method is made with."""
     if way != "criterion":
         return {}
-    weight = torch.linspace(0.5, 2.0, CLASSES)
+    weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64)
     return {"criterion": nn.CrossEntropyLoss(weight=weight, ignore_index=CLASSES - 1)}
 
 

@@ -86,13 +86,13 @@ class World:
             found["begin"] = lambda _: (method.begin, {})
         if self.kind == "MLA":
             return found | {
-                "step": lambda _: (method.step, {"features": self._features()["audio"]}),
+                "step": lambda n: (method.step, self._turn(n)),
                 "fuse": lambda n: (method.fuse, self._fused(n)),
             }
         if self.kind == "ReLearning":
             return found | {
                 "due": lambda n: (method.due, {"epoch": EPOCHS[n % len(EPOCHS)]}),
-                "weights": lambda _: (method.weights, self._purity()),
+                "weights": lambda n: (method.weights, self._purity(n)),
                 "reset": lambda _: (method.reset, {"weights": torch.tensor([0.2, 0.7])}),
             }
         if isinstance(method, nn.Module):
@@ -168,7 +168,11 @@ class World:
         present = {n: torch.arange(rows) % 3 != i for i, n in enumerate(NAMES)}
         return {"logits": logits, "present": present} if number % 2 else {"logits": logits}
 
-    def _purity(self) -> dict[str, Any]:
+    def _turn(self, number: int) -> dict[str, Any]:
+        found: dict[str, Any] = {"features": self._features()["audio"]}
+        return {**found, "present": self._labels() < number % 4} if number % 2 else found
+
+    def _purity(self, number: int) -> dict[str, Any]:
         features = {n: x.detach() for n, x in self._features().items()}
         labels = self._labels()
         return {
@@ -177,6 +181,7 @@ class World:
             "val_features": features,
             "val_labels": labels,
             "cluster": lambda x: (x.sum(1) > 0).long(),
+            "val_present": {n: labels != i for i, n in enumerate(features)} if number % 2 else None,
         }
 
     def _spoil(self, number: int) -> None:

@@ -81,4 +81,5 @@ def test_pages_have_formulas_pictures_and_code_and_fetch_nothing() -> None:
     for path in pages:
         text = path.read_text()
         assert fetched.findall(text) == [], path
-        assert "::: " not in text and "--8&lt;--" not in text and "&lt;!-- " not in text, path
+        if path.name != "contributing.html":  # which is about the marks
+            assert not re.search(r"::: |--8&lt;--|&lt;!-- ", text), path

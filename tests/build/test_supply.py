@@ -40,6 +40,7 @@ ALLOWED = {
     "BSL-1.0",
     "CC0-1.0",
     "CNRI-Python",
+    "ISC",
     "ISC License (ISCL)",
     "MIT",
     "MIT License",

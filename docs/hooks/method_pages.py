@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PICTURES = ROOT / "docs" / "images" / "coefficients"
 _RESULTS = re.compile(r"<!-- table training: (\S+) -->")
 _CAPTION = (
-    "*Handwritten digits in two views, the first seed, means over ten steps. Left: the mean "
-    "probability of the true class from each view alone; right: the method's coefficients. "
+    "*Handwritten digits in two views, the first seed, by epoch. Left: the mean probability of the "
+    "true class from each view alone, on validation data; right: the method's coefficients. "
     "`python examples/every_method.py` draws it.*"
 )
 #: Bytes of an element in float32.

@@ -94,11 +94,12 @@ def test_near_duplicates_and_mirror_images_share_a_number() -> None:
 
 def test_chains_of_duplicates_are_one_group() -> None:
     """Who is like a member belongs to the group, whichever numbers they have."""
-    angles = torch.tensor([0.0, 0.32, 0.16, 1.5])  # cos 0.16 = 0.987, cos 0.32 = 0.949
-    images = torch.zeros(4, 1, 28, 28)
+    # In one step the cosine is 0.987, in two 0.949; the last image is far from all.
+    angles = torch.cat([0.16 * torch.tensor([0.0, 6, 2, 4, 1, 5, 3]), torch.tensor([1.5])])
+    images = torch.zeros(8, 1, 28, 28)
     images[:, 0, :14] = angles.cos().view(-1, 1, 1)
     images[:, 0, 14:] = angles.sin().view(-1, 1, 1)
-    assert animals.near_duplicates(images).tolist() == [0, 0, 0, 3]
+    assert animals.near_duplicates(images).tolist() == [0] * 7 + [7]
 
 
 def test_a_word_that_nobody_says_is_a_class_without_samples() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from .data import DataError
 from .measures import SEVERITIES
 from .paired import difference, holm
 from .ways import ONLY, baseline_of
@@ -38,11 +39,22 @@ class Compared:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of the table of runs; none if it is not there."""
+    """The rows of the table of runs; none if it is not there.
+
+    Raises:
+        DataError: it has other columns, or a line is cut off.
+    """
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, start=2):
+        if not {"method", "seed", "epoch", "accuracy"} <= row.keys() or None in row.values():
+            raise DataError(
+                f"line {number} of {path} is no run of a comparison: take the line out, or move "
+                "the file away and train again"
+            )
+    return rows
 
 
 def values(rows: Sequence[Row], method: str, epoch: str, measure: str) -> dict[int, float]:

@@ -141,8 +141,10 @@ class Comparison:
             raise DataError(f"{self.runs} has no runs: run the stage train first")
         table = summary.compare(rows, self.task.views)
         summary.write(self.folder / "differences.csv", table)
-        console = Console(highlight=False, width=200)
-        console.print(summary.show(table, rows, self.task.views))
+        lines = summary.cells(table, rows, self.task.views)
+        (self.folder / "table.md").write_text(summary.markdown(lines))
+        console = Console(highlight=False, width=210)
+        console.print(summary.show(lines))
         for path in figures.draw(self.folder, self.task, rows, table):
             console.print(f"figure: {path}", soft_wrap=True)
 

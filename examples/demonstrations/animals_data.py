@@ -60,17 +60,25 @@ def load(folder: Path = CACHE) -> Animals:
             f"0.4 has; install that version: {INSTALL}"
         )
     pixels = torch.from_numpy(images).float().div(255).unsqueeze(1)
-    found = folder / "duplicates-1.npy"
-    if found.is_file() and found.stat().st_size == 8 * len(pixels) + 128:
-        duplicates = torch.from_numpy(np.load(found, allow_pickle=False))
-    else:
-        duplicates = near_duplicates(pixels)
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = found.with_suffix(f".{os.getpid()}.npy")
-        np.save(unfinished, duplicates.numpy())
-        unfinished.replace(found)
     labels = torch.from_numpy(animals.astype(np.int64))
-    return Animals(pixels, labels, duplicates, speech.load(CLASSES, folder))
+    return Animals(pixels, labels, _duplicates(pixels, folder), speech.load(CLASSES, folder))
+
+
+def _duplicates(images: Tensor, folder: Path) -> Tensor:
+    """`near_duplicates`, from the folder if it holds them."""
+    path = folder / "duplicates-1.npy"
+    try:
+        kept = np.load(path, allow_pickle=False)
+        if kept.shape == (len(images),) and kept.dtype == np.int64:
+            return torch.from_numpy(kept)
+    except (OSError, ValueError, EOFError):
+        pass  # not there yet, or damaged: it is made again
+    made = near_duplicates(images)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(f".{os.getpid()}.npy")
+    np.save(unfinished, made.numpy())
+    unfinished.replace(path)
+    return made
 
 
 def _array(file: str) -> np.ndarray:

@@ -35,7 +35,7 @@ HERE = Path(__file__).parents[1]
 DEFAULT = (JOINT, OWN_LOSSES, "OGM-GE", "OPM", "InfoReg", "RedReg", "ARM")
 SEVERITY = SEVERITIES[2]
 SPEED_ROUNDS, SPEED_STEPS = 5, 10
-PLOT_COLUMNS = 4
+PLOT_COLUMNS = 5
 
 
 class Result(NamedTuple):
@@ -158,7 +158,7 @@ def plot(task: Task, results: dict[str, list[Result]], args: argparse.Namespace)
     figure, axes = plt.subplots(
         2 * rows,
         columns,
-        figsize=(max(5.0, 3.2 * columns), 5.0 * rows + 0.6),
+        figsize=(max(5.0, 3.0 * columns), 5.0 * rows + 0.6),
         layout="constrained",
         squeeze=False,
     )

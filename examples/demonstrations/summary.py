@@ -11,6 +11,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
+from .data import DataError
 from .measures import SEVERITIES
 from .paired import difference, holm
 from .ways import ONLY, baseline_of
@@ -38,11 +39,22 @@ class Compared:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of the table of runs; none if it is not there."""
+    """The rows of the table of runs; none if it is not there.
+
+    Raises:
+        DataError: it has other columns, or a line is cut off.
+    """
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for number, row in enumerate(rows, start=2):
+        if not {"method", "seed", "epoch", "accuracy"} <= row.keys() or None in row.values():
+            raise DataError(
+                f"line {number} of {path} is no run of a comparison: take the line out, or move "
+                "the file away and train again"
+            )
+    return rows
 
 
 def values(rows: Sequence[Row], method: str, epoch: str, measure: str) -> dict[int, float]:
@@ -119,29 +131,46 @@ def write(path: Path, table: Sequence[Compared]) -> None:
         out.writerows(asdict(row) | {"mean": round(row.mean, 4)} for row in table)
 
 
-def show(table: Sequence[Compared], rows: Sequence[Row], views: Sequence[str]) -> Table:
-    """The differences at the last epoch for people, and the clean one at the selected epoch."""
+def cells(table: Sequence[Compared], rows: Sequence[Row], views: Sequence[str]) -> list[list[str]]:
+    """The differences for people: a heading, and one line for each way to train.
+
+    All are after the last epoch, but for the accuracy, which is there at both.
+    """
     found = {(row.method, row.epoch, row.measure): row for row in table}
-    shown = [("last", "accuracy"), ("selected", "accuracy")]
-    shown += [("last", f"noise {SHOWN:g} {view}") for view in views]
-    shown += [("last", f"probe {weak(rows, views)}")]
-    out = Table(box=box.SIMPLE, title="Differences to the baseline, 95 % interval")
-    out.caption = "* p < 0.05 after Holm's correction"
-    for column in ("method", "baseline", "seeds", "accuracy"):
-        out.add_column(column, no_wrap=True)
-    for epoch, measure in shown:
-        name = f"{measure}, {epoch} epoch" if measure == "accuracy" else measure
-        out.add_column(name, no_wrap=True)
+    probe = f"probe {weak(rows, views)}"
+    shown = {("last", "accuracy"): "accuracy, last epoch"}
+    shown[("selected", "accuracy")] = "accuracy, selected epoch"
+    shown |= {("last", f"noise {SHOWN:g} {view}"): f"noise {SHOWN:g} {view}" for view in views}
+    shown[("last", probe)] = probe
+    out = [["method", "compared with", "seeds", "accuracy", *shown.values()]]
     for method in names(rows):
-        first = found.get((method, *shown[0]))
         clean = values(rows, method, "last", "accuracy").values()
-        cells = [method, first.baseline if first else "", str(len(clean))]
-        cells.append(f"{statistics.fmean(clean):.3f}")
-        for key in shown:
-            row = found.get((method, *key))
-            cells.append("" if row is None else in_words(row))
-        out.add_row(*cells)
+        numbers = [found.get((method, *key)) for key in shown]
+        baseline = baseline_of(method) or ""
+        line = [method, baseline, str(len(clean)), f"{statistics.fmean(clean):.3f}"]
+        out.append([*line, *("" if row is None else in_words(row) for row in numbers)])
     return out
+
+
+CAPTION = "Differences to what is in the second column, with 95 % intervals; * p < 0.05 after Holm"
+
+
+def show(lines: Sequence[Sequence[str]]) -> Table:
+    """The cells for the terminal."""
+    out = Table(*lines[0], box=box.SIMPLE, title=CAPTION)
+    for column in out.columns:
+        column.no_wrap = True
+    for line in lines[1:]:
+        out.add_row(*line)
+    return out
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The cells as a table in Markdown."""
+    rule = ["---"] * 2 + ["--:"] * (len(lines[0]) - 2)
+    rows = [lines[0], rule, *lines[1:]]
+    text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"{CAPTION}.\n\n{text}\n".replace("*", "\\*")
 
 
 def in_words(row: Compared) -> str:

@@ -53,8 +53,8 @@ def load() -> Recordings:
     try:
         content = table.item()
         recordings, labels, people = content["X"], content["y"], content["subject"]
-        if content["y_labels"] != list(CLASSES) or len({len(recordings), 140}) != 1:
-            raise ValueError
+        if content["y_labels"] != list(CLASSES) or len(recordings) != 140:
+            raise ValueError("other recordings")
         return windows([np.asarray(x, np.float32) for x in recordings], labels, people)
     except (AttributeError, KeyError, IndexError, TypeError, ValueError):
         raise DataError(

@@ -17,6 +17,7 @@ pytest.importorskip("tqdm")
 
 import compare
 from demonstrations import summary
+from demonstrations.data import DataError
 from demonstrations.settings import load
 from demonstrations.ways import ONLY, OWN_LOSSES
 
@@ -113,6 +114,14 @@ def test_stages_that_come_too_early_say_what_is_missing(
     assert "run the stage search first" in capsys.readouterr().err
     assert run("--stages", "report") == 1
     assert "run the stage train first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["a,b\n1,2\n", "method,seed,epoch,accuracy\njoint,0\n"])
+def test_a_table_of_runs_that_is_damaged_is_said(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "runs.csv"
+    path.write_text(line)
+    with pytest.raises(DataError, match=r"line 2 of .*runs.csv is no run of a comparison"):
+        summary.read(path)
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -88,9 +88,14 @@ def test_what_is_not_trained_on_makes_no_difference(view: str) -> None:
 
 
 def test_the_best_epoch_is_what_validation_says() -> None:
-    plan = Plan(lr=0.1, epochs=6, batch_size=32)
-    run = Run(ways(VIEWS)[JOINT], TASK.split(None, 3), plan, len(CLASSES))
-    history = run.train()
+    plan = Plan(lr=0.3, epochs=8, batch_size=32)
+    for seed in range(20):
+        run = Run(ways(VIEWS)[JOINT], TASK.split(None, seed), plan, len(CLASSES))
+        history = run.train()
+        if history.accuracy[-1] < history.accuracy.max():
+            break
+    assert run.validate()[0] == pytest.approx(history.accuracy[-1].item())
+    assert history.accuracy[-1] < history.accuracy.max()
     run.select()
     right, _ = run.validate()
     assert right == pytest.approx(history.accuracy.max().item())

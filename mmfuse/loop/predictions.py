@@ -43,6 +43,7 @@ def check_alike(
     logits: Sequence[Tensor],
     multilabel: bool = False,
     rows: int | None = None,
+    compared: bool = True,
 ) -> None:
     """Checks that the modalities' logits can be compared output by output.
 
@@ -51,6 +52,7 @@ def check_alike(
         logits: Of each.
         multilabel: As in `distributions`.
         rows: How many samples there are; None for as many as the logits have.
+        compared: Whether they will be, which takes two classes.
 
     Raises:
         TypeError: they are no floating tensors.
@@ -73,7 +75,7 @@ def check_alike(
             raise ValueError(f"{called} is on {z.device}, logits[{names[0]!r}] on {first.device}")
         if rows is not None and len(z) != rows:
             raise ValueError(f"{called} must have {rows} rows, as features, got {list(z.shape)}")
-        if not multilabel and z.shape[1] < 2:
+        if compared and not multilabel and z.shape[1] < 2:
             raise ValueError(
                 f"{called} has one class; a single logit for yes and no goes with "
                 "criterion=nn.BCEWithLogitsLoss()"

@@ -20,21 +20,30 @@ from ..loop.predictions import (
     present_only,
 )
 
+Named = Mapping[str, Tensor]
+#: The logits, 0 where they are missing, and [M, B] bool, which are there; None for all.
+Checked = tuple[list[Tensor], "Tensor | None"]
 #: From two lists of K logits [B, C] to [K] mixture divergences, or [K, B] with ``per_row=True``.
 Divergence = Callable[..., Tensor]
 
 
 def checked(
-    logits: Mapping[str, Tensor], present: Mapping[str, Tensor] | None, multilabel: bool
-) -> tuple[list[Tensor], Tensor | None]:
+    logits: Named, present: Named | None, multilabel: bool, compared: bool = True
+) -> Checked:
     """The logits, 0 where they are missing, and [M, B] bool, which are there.
+
+    Args:
+        logits: Of each modality.
+        present: Name → [B] bool, which samples have the modality; None if all have all.
+        multilabel: As in `mmfuse.loop.predictions.distributions`.
+        compared: Whether there will be an alignment of them.
 
     Raises:
         TypeError: logits or masks have an unsupported type.
         ValueError: names or shapes do not fit.
     """
     names, each = list(logits), list(logits.values())
-    check_alike(names, each, multilabel)
+    check_alike(names, each, multilabel, compared=compared)
     if present is None:
         return each, None
     mask = check_present(names, present, len(each[0]), each[0].device)

@@ -35,7 +35,7 @@ from ..loop.predictions import is_multilabel
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.result import Entries, Result
 from ..ops.logit_divergence import logit_divergence
-from ._lfm_terms import checked, joint_of, plain_divergence, terms_of
+from ._lfm_terms import Checked, Named, checked, joint_of, plain_divergence, terms_of
 from ._lfm_weights import EPOCHS, label_weight, mean_along
 
 Weighting = Literal["schedule", "learned"]
@@ -223,7 +223,7 @@ class LFM(EpochWindowModule):
             ValueError: names, numbers or shapes do not fit.
         """
         if not self.training and labels is None:
-            joint = joint_of(*self._checked(logits, present))
+            joint = joint_of(*self._checked(logits, present, compared=False))
             nothing = joint.new_zeros(())
             weights = self.weights.to(joint.dtype, copy=True)
             rest = weights, nothing, nothing
@@ -249,11 +249,9 @@ class LFM(EpochWindowModule):
         @typed_as(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
-    def _checked(
-        self, logits: Mapping[str, Tensor], present: Mapping[str, Tensor] | None
-    ) -> tuple[list[Tensor], Tensor | None]:
+    def _checked(self, logits: Named, present: Named | None, compared: bool = True) -> Checked:
         self._check_named("logits", logits)
-        return checked(logits, present, is_multilabel(self.criterion))
+        return checked(logits, present, is_multilabel(self.criterion), compared)
 
     def learn(
         self,

@@ -87,3 +87,7 @@ def test_logits_that_cannot_be_compared_are_named(name: str) -> None:
 )
 def test_those_that_can_pass(z: Tensor, multilabel: bool) -> None:
     check_alike(["a", "b"], [z, z.half()], multilabel, rows=3)
+
+
+def test_a_single_class_passes_where_nothing_is_compared() -> None:
+    check_alike(["a", "b"], [Z[:, :1]] * 2, compared=False)

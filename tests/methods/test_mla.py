@@ -252,7 +252,9 @@ def test_the_projector_is_float32_at_least(dtype: torch.dtype) -> None:
     assert head.weight.grad.equal(want)
 
 
-def test_a_compiled_step_is_one_graph() -> None:
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_compiled_step_is_one_graph(masked: bool) -> None:
+    """With masks also where nobody has the modality, which the graph does not look at."""
     heads = [nn.Linear(WIDTH, CLASSES, dtype=torch.float64) for _ in range(2)]
     heads[1].load_state_dict(heads[0].state_dict())
     made = [mmfuse.MLA(head, batches=3) for head in heads]
@@ -263,12 +265,13 @@ def test_a_compiled_step_is_one_graph() -> None:
         return graph.forward
 
     steps = [made[0].step, torch.compile(made[1].step, fullgraph=True, backend=kept)]
-    for _ in range(5):
+    for i in range(5):
         feature, labels = batch()
+        here = torch.arange(len(feature)) < (0 if i == 2 else len(feature) - 1)
         for head, step in zip(heads, steps, strict=True):
             head.zero_grad()
             F.cross_entropy(head(feature), labels).backward()
-            step(feature)
+            step(feature, **({"present": here} if masked else {}))
         torch.testing.assert_close(heads[0].weight.grad, heads[1].weight.grad)
     torch.testing.assert_close(made[0].projector, made[1].projector)
     assert len(graphs) == 1

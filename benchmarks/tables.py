@@ -1,7 +1,8 @@
-"""README's tables, from the results of one commit: `make tables RESULTS=benchmarks/results/...`.
+"""The documents' tables, from one commit's results: `make tables RESULTS=benchmarks/results/...`.
 
-Between `<!-- table NAME: FOLDER -->` and `<!-- end of table -->` stands what this writes there; the
-measurements are those of `python benchmarks/run.py --plan readme`.
+README.md has one table and a picture, `docs/speed.md` the other tables. This writes what stands
+between `<!-- table NAME: FOLDER -->` and `<!-- end of table -->`; the measurements are those of
+`python benchmarks/run.py --plan readme`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import picture
 from cases import CASES, WORKLOADS
 from cases.adapters import LOOPS
 from cases.overhead import SETUPS
@@ -24,7 +26,8 @@ from engine.rows import Row
 from engine.training_case import TrainingCase
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/training.md")
+DOCUMENTS = ("README.md", "docs/speed.md")
+PICTURES = ROOT / "docs" / "images"
 _TABLE = re.compile(r"(<!-- table (\w+): (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Unit = tuple[str, str, str]
@@ -34,7 +37,7 @@ Rows = Mapping[str, Row]
 
 @dataclass(frozen=True)
 class Line:
-    """One measurement, and what README calls it."""
+    """One measurement, and its name in the documents."""
 
     text: str
     case: str
@@ -42,11 +45,18 @@ class Line:
     dtype: str = "float32"
     #: Left out where the results are older than it.
     optional: bool = False
+    #: The case of the kernels alone, on ResNet-18, beside that of a whole step.
+    kernels: str | None = None
 
     @property
     def unit(self) -> Unit:
         """Case, workload and dtype."""
         return self.case, self.workload, self.dtype
+
+    @property
+    def units(self) -> list[Unit]:
+        """All of its measurements."""
+        return [self.unit] + ([(self.kernels, "resnet18", self.dtype)] if self.kernels else [])
 
 
 @dataclass(frozen=True)
@@ -70,7 +80,10 @@ class Table:
         shown: list[tuple[str, list[str]]] = []
         for line in self.lines:
             try:
-                found = rows_of(rows, line.unit)
+                found = dict(rows_of(rows, line.unit))
+                for unit in line.units[1:]:
+                    kernels = rows_of(rows, unit)
+                    found |= {f"kernels: {name}": row for name, row in kernels.items()}
             except LookupError:
                 if line.optional:
                     continue
@@ -162,7 +175,25 @@ def _with_method(name: str) -> Callable[[Rows], str]:
     return show
 
 
+_BOTH = {
+    "kernels × official": _of("kernels: cpu", lambda r: show_ratio(r.vs_official)),
+    "step × official": _of("cpu", lambda r: show_ratio(r.vs_official)),
+    "step of plain: official": _of("official", lambda r: show_ratio(r.of_plain)),
+    "step of plain: mmfuse": _of("cpu", lambda r: show_ratio(r.of_plain)),
+    "extra MiB: official": _of("official", _mib),
+    "mmfuse": _of("cpu", _mib),
+}
 TABLES = {
+    "readme": Table(
+        (
+            Line("OGM", "ogm_training", "training", kernels="update_scale"),
+            Line("OGM-GE", "ogm_ge_training", "training", kernels="ogm_ge"),
+            Line("InfoReg", "inforeg_training", "training", kernels="inforeg"),
+            Line("RedReg", "redreg_training", "training", kernels="redreg"),
+            Line("MMPareto", "mmpareto_training", "training"),
+        ),
+        _BOTH,
+    ),
     "speed": Table(
         (
             Line("OGM-GE: `grad_stats`, then `update_grads_`", "ogm_ge"),
@@ -216,8 +247,10 @@ TABLES["adapters"] = Table(
 )
 #: The measurements of all tables.
 README = Plan(
-    "what README's tables say",
-    tuple(dict.fromkeys(line.unit for table in TABLES.values() for line in table.lines)),
+    "what the documents' tables say",
+    tuple(
+        dict.fromkeys(u for table in TABLES.values() for line in table.lines for u in line.units)
+    ),
     without=("compile", "reference"),
     samples=MAX_SAMPLES,
     plots=True,
@@ -246,7 +279,7 @@ def sources(text: str) -> set[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes the tables into the documents."""
+    """Writes the tables into the documents, and draws README's picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path, help="folder of one commit's results")
     options = parser.parse_args(argv)
@@ -254,6 +287,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(rewritten(path.read_text(), folder))
+    picture.write(results.read_rows(ROOT / folder / "results.csv"), folder, PICTURES)
     return 0
 
 

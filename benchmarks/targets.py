@@ -74,7 +74,7 @@ class Target:
         value: What is compared.
         limit: With which number.
         unit: How both are shown.
-        at_least: Whether the limit is the least, not the most, that is good.
+        at_least: True if the limit is the least, not the most, that is good.
         predicted: By benchmarks/NOTES.md, if it does.
     """
 

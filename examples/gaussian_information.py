@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=(__doc__ or "").split("\n", 1)[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    default = Path(__file__).with_name("gaussian_information.png")
+    default = Path(__file__).resolve().parents[1] / "docs" / "images" / "gaussian_information.png"
     parser.add_argument("--output", type=Path, default=default, help="file for the plot")
     args = parser.parse_args(argv)
     generator = torch.Generator().manual_seed(0)

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from _handwritten_data import CLASSES, MissingDataError, load, split
+from demonstrations.data import DataError
+from demonstrations.handwritten_data import CLASSES, load, split
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ class Digits(LightningModule):
                 for view, width in widths.items()
             }
         )
-        self.head = nn.Linear(64 * len(widths), CLASSES)
+        self.head = nn.Linear(64 * len(widths), len(CLASSES))
         self.balance = balance
         self.lr = lr
 
@@ -91,8 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit status."""
     args = parse(argv)
     try:
-        features, labels = load(VIEWS)
-    except MissingDataError as error:
+        digits = load(VIEWS)
+    except DataError as error:
         print(error, file=sys.stderr)
         return 1
     # Lightning announces the hardware and advises on data loaders, which these digits do not need.
@@ -100,14 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", ".*does not have many workers")
     warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")
     seed_everything(args.seed, verbose=False)
-    data = split(features, labels, train=1000, seed=args.seed)
-    train = TensorDataset(*data.train.values(), data.train_labels)
-    test = TensorDataset(*data.test.values(), data.test_labels)
+    data = split(digits, args.seed, training=1000)
+    train = TensorDataset(*data.train.views.values(), data.train.labels)
+    test = TensorDataset(*data.test.views.values(), data.test.labels)
 
     balance = Balance(
         mmfuse.OGM, {view: f"encoders.{view}" for view in VIEWS}, alpha=args.alpha, log_every=10
     )
-    module = Digits({view: x.shape[1] for view, x in data.train.items()}, balance, args.lr)
+    module = Digits({view: x.shape[1] for view, x in data.train.views.items()}, balance, args.lr)
     trainer = Trainer(
         accelerator=args.accelerator,
         devices=1,

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from _handwritten_data import CITATION, MissingDataError, load, split
-from _handwritten_methods import Model
+from demonstrations.data import DataError, Part
+from demonstrations.handwritten_data import CITATION, CLASSES, load, split
+from demonstrations.networks import Model, vector_encoder
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import TrainingArguments, set_seed
@@ -55,11 +56,11 @@ def accuracies(prediction: Any) -> dict[str, float]:
     return {n: float(np.mean(z.argmax(1) == prediction.label_ids)) for n, z in found.items()}
 
 
-def rows(views: dict[str, Tensor], labels: Tensor) -> list[dict[str, Tensor]]:
+def rows(part: Part) -> list[dict[str, Tensor]]:
     """A data set as the Trainer takes it."""
     return [
-        {**{view: views[view][i] for view in VIEWS}, "labels": labels[i]}
-        for i in range(len(labels))
+        {**{view: part.views[view][i] for view in VIEWS}, "labels": part.labels[i]}
+        for i in range(len(part.labels))
     ]
 
 
@@ -71,13 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
-        data = split(*load(VIEWS), train=600, seed=args.seed)
-    except MissingDataError as error:
+        data = split(load(VIEWS), args.seed)
+    except DataError as error:
         print(error, file=sys.stderr)
         return 1
 
     set_seed(args.seed)
-    model = Digits({view: x.shape[1] for view, x in data.train.items()})
+    encoders = {view: vector_encoder(x.shape[1]) for view, x in data.train.views.items()}
+    model = Digits(encoders, len(CLASSES))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
     with tempfile.TemporaryDirectory() as folder:
         trainer = BalancedTrainer(
@@ -96,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 report_to=[],
                 disable_tqdm=True,
             ),
-            train_dataset=rows(data.train, data.train_labels),
-            eval_dataset=rows(data.test, data.test_labels),
+            train_dataset=rows(data.train),
+            eval_dataset=rows(data.test),
             compute_metrics=accuracies,
             optimizers=(optimizer, None),
             balance=None if args.plain else balance,

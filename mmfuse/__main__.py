@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Prints the report; 1 if an operator is wrong."""
     parser = argparse.ArgumentParser(
         prog="python -m mmfuse",
-        description="What is installed, how it was built, and which backend runs which operator.",
+        description="Shows the installation, its build, and which backend runs which operator.",
         epilog="For a report of a bug: python -m mmfuse --check",
     )
     parser.add_argument("--json", action="store_true", help="the same for programs")

@@ -1,4 +1,4 @@
-"""What a kind of device can do, by the name that PyTorch gives it."""
+"""The abilities of a kind of device, by the name that PyTorch gives it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIDE = _Wide(cpu=torch.float64, cuda=torch.float64, meta=torch.float64, mps=torc
 
 
 def has_float64(device: torch.device | str) -> bool:
-    """Whether tensors there can be float64. Of a kind of device not met before, it tries."""
+    """True if tensors there can be float64. Of a kind of device not met before, it tries."""
     return WIDE[torch.device(device).type] == torch.float64
 
 

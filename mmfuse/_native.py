@@ -23,7 +23,7 @@ _load_errors: dict[str, str] = {}
 
 
 def _build_notes() -> dict[str, str]:
-    """What setup.py wrote about what it could not build."""
+    """The note that setup.py wrote about kernels that it could not build."""
     try:
         notes: dict[str, str] = json.loads((_FOLDER / "_build.json").read_text())
     except (OSError, ValueError):
@@ -32,7 +32,7 @@ def _build_notes() -> dict[str, str]:
 
 
 def _facts(path: Path, backend: str) -> dict[str, str]:
-    """What a library exports about itself; nothing where it was not made by setup.py."""
+    """The facts that a library exports about itself; none if setup.py did not make it."""
     function = getattr(ctypes.CDLL(str(path)), f"mmfuse_{backend}_facts", None)
     if function is None:
         return {}
@@ -143,7 +143,7 @@ def why_not_on(capability: tuple[int, int]) -> str | None:
 
 
 def _runs_on(arch: str, capability: tuple[int, int]) -> bool:
-    """Whether code for "8.0", "9.0a" or "10.0+PTX" runs on a GPU."""
+    """True if code for "8.0", "9.0a" or "10.0+PTX" runs on a GPU."""
     number = arch.removesuffix("+PTX")
     major, minor = (int(part) for part in number.rstrip("af").split("."))
     if number.endswith("a"):

@@ -64,5 +64,5 @@ def flag(name: str, value: object) -> bool:
 
 
 def finite(name: str, value: object) -> bool:
-    """Whether a number is neither infinite nor NaN; a TypeError with the name if it is none."""
+    """True if a number is neither infinite nor NaN; a TypeError with the name if it is none."""
     return math.isfinite(real(name, value))

@@ -1,4 +1,4 @@
-"""What a GradScaler knows, as tensors that no host has to wait for.
+"""The scale and the overflow flag of a GradScaler, as tensors on the device.
 
 The `step` and `backward` of every `mmfuse.GradientMethod` take both. After
 ``scaler.unscale_(optimizer)`` nothing needs `grad_scale`; it is for optimizers with ``fused=True``
@@ -27,7 +27,7 @@ def grad_scale(scaler: torch.amp.GradScaler, device: torch.device | str) -> Tens
 
 
 def found_inf(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """Whether the scaler has found a NaN or an Inf and will skip the optimizer's step.
+    """True if the scaler has found a NaN or an Inf and will skip the optimizer's step.
 
     That may be in a parameter that belongs to no encoder, such as the head, where no method looks.
 

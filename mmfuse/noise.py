@@ -35,7 +35,7 @@ class NoiseStream:
             needs no host, and a captured CUDA graph draws fresh noise at every replay.
         ids: The stream id of each tensor of a list; None numbers them from 0.
         offsets: Where each tensor starts within its flattened whole tensor; None means at 0.
-        agreed: Whether all ranks of a distributed run are known to have this state. A method of
+        agreed: True if all ranks of a distributed run are known to have this state. A method of
             mmfuse takes over the first rank's before its first step, and after `load_state_dict`.
 
     Raises:

@@ -91,7 +91,7 @@ class Training:
     Args:
         model: The network.
         optimizer: Of its parameters.
-        assigns: Whether weights are assigned, as in the later release.
+        assigns: True if weights are assigned, as in the later release.
         temperature: How far they are apart.
         gamma: The weight of the unimodal losses after the first epochs.
     """

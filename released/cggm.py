@@ -79,7 +79,7 @@ class Training:
             those whose layer has its name.
         classifier_optimizer: Of the classifiers; None if the other one has them.
         output: The fusion's last layer.
-        regression: Whether outputs are predictions [B, 1].
+        regression: True if outputs are predictions [B, 1].
     """
 
     def __init__(

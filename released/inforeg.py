@@ -114,7 +114,7 @@ def backward_thrice(loss: Tensor, loss_a: Tensor, loss_v: Tensor) -> None:
 
 
 def belongs(parameter: Tensor, encoder: nn.Module) -> bool:
-    """Whether it is one of the encoder's parameters, found by going through all of them."""
+    """True if it is one of the encoder's parameters, found by going through all of them."""
     return any(parameter is other for other in encoder.parameters())
 
 

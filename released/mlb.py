@@ -95,7 +95,7 @@ def log(ratios: Sequence[Tensor], factors: Sequence[Tensor | float]) -> list[lis
 
 
 def belongs(name: str, modality: str) -> bool:
-    """Whether a parameter is scaled with this modality: its encoder's, and the head's weight."""
+    """True if a parameter is scaled with this modality: its encoder's, and the head's weight."""
     layer = name.split(".")[0]
     return (modality in layer and "head" not in layer) or name == f"head_{modality}.weight"
 
@@ -134,7 +134,7 @@ def step(
         text: Input of the third one, or None for two modalities.
         alpha: How steep the factors are.
         beta: What the factor of a modality that is behind goes to; None for 2.
-        regression: Whether the logits are predictions [B, 1]; of three modalities.
+        regression: True if the logits are predictions [B, 1]; of three modalities.
         epoch: Counted from 0.
     """
     optimizer.zero_grad()

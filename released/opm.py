@@ -60,7 +60,7 @@ def drop_rates(
 
 
 def executes(uniform: float) -> bool:
-    """Whether a step drops, by a number that is drawn for it."""
+    """True if a step drops, by a number that is drawn for it."""
     return uniform >= 1 - P_EXECUTE
 
 
@@ -122,7 +122,7 @@ def step(
         epoch: Counted from 0.
         execute: What `executes` says of this step.
         draw: As in `drop`.
-        theta_gradient: Whether features get θ's gradient through their scores. They do in the
+        theta_gradient: True if features get θ's gradient through their scores. They do in the
             release; mmfuse leaves it out unless it is asked for, and is measured without.
         alpha: OGM-GE's; None for OPM alone.
         noise: OGM-GE's.

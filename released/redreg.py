@@ -85,7 +85,7 @@ def all_pairs_cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 def agreement_gate(a: Tensor, b: Tensor, threshold: float) -> float:
-    """Whether the modalities agree, decided on the host."""
+    """True if the modalities agree, decided on the host."""
     return 1.0 if all_pairs_cosine(a, b).item() > threshold else 0.0
 
 

@@ -29,7 +29,7 @@ class Weights(NamedTuple):
 
 
 def resets(epoch: int, done: int) -> bool:
-    """Whether this epoch ends with a reset, after as many."""
+    """True if this epoch ends with a reset, after as many."""
     return epoch % EVERY == 0 and epoch > 0 and done < TIMES
 
 

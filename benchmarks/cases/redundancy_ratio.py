@@ -1,4 +1,4 @@
-"""`redundancy_ratio`: how much of a small change of its input a representation takes over."""
+"""`redundancy_ratio`: how far an encoder's output moves with its input."""
 
 from __future__ import annotations
 

@@ -34,11 +34,11 @@ class Case(ABC):
             are not what takes the time.
         operand: The attribute of the inputs that says how many bytes one operand has.
         encoders: How many encoders it needs.
-        noisy: Whether it draws noise.
-        autograd: Whether it runs a backward pass.
-        half: Whether it also runs below float32.
-        main: Whether a run that has to be short measures it first.
-        named_only: Whether it is measured only where a plan or `--cases` names it.
+        noisy: True if it draws noise.
+        autograd: True if it runs a backward pass.
+        half: True if it also runs below float32.
+        main: True if a run that has to be short measures it first.
+        named_only: True if it is measured only where a plan or `--cases` names it.
         workloads: Those that nobody else runs on.
     """
 

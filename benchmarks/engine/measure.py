@@ -29,8 +29,8 @@ class Prepared:
     Attributes:
         call: What is timed.
         restore: Undoes what the call has changed; not timed.
-        compiled: Whether it runs code of torch.compile.
-        queued: Whether the device's time alone is wanted: the clock then starts when the whole call
+        compiled: True if it runs code of torch.compile.
+        queued: True if the device's time alone is wanted: the clock then starts when the whole call
             is in the device's queue.
     """
 

@@ -22,7 +22,7 @@ class Plan:
         units: Case, workload and dtype of each.
         without: Providers that are left out unless they are named.
         samples: Of each provider and of its replays, at most.
-        plots: Whether they are drawn unasked; a machine with a GPU may not have what draws.
+        plots: True if they are drawn unasked; a machine with a GPU may not have what draws.
     """
 
     about: str

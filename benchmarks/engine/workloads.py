@@ -32,9 +32,9 @@ class Workload:
         audio_shape: Of a training step's spectrograms, where they differ from the images.
         frames: How many images a sample of a training step has.
         bins: Of a histogram, for each variable.
-        gpu: Whether it asks too much of a CPU to be measured there unasked.
-        channels_last: Whether the four-dimensional parameters lie in memory in that format.
-        named_only: Whether it is measured only where a plan or `--workloads` names it.
+        gpu: True if it asks too much of a CPU to be measured there unasked.
+        channels_last: True if the four-dimensional parameters lie in memory in that format.
+        named_only: True if it is measured only where a plan or `--workloads` names it.
     """
 
     name: str

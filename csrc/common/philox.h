@@ -22,7 +22,7 @@ constexpr int kNoiseBlock = 4;
 // Elements that share the upper word of their block's number.
 constexpr int64_t kNoiseSpan = kNoiseBlock * (int64_t{1} << 32);
 
-// What a kernel needs to know to draw the noise of one tensor; read from NoiseStream's device
+// The data with which a kernel draws the noise of one tensor; read from NoiseStream's device
 // tensor (seed, step) and from the tensor's place in its method.
 struct NoiseKey {
   uint64_t seed;
@@ -50,7 +50,7 @@ MMFUSE_HD Product multiply_wide(uint32_t a, uint32_t b) {
   return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};
 }
 
-// What all blocks of a tensor with the same upper counter word share: the round keys, and the first
+// Shared by all blocks of a tensor with the same upper counter word: the round keys, and the first
 // three rounds as far as they do not see the lower word.
 struct PhiloxConstants {
   uint32_t x2_first, x0_second, x2_second, x2_third;

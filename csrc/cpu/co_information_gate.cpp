@@ -16,7 +16,7 @@ Tensor co_information_gate(const TensorList& features, const Tensor& threshold) 
     data.push_back(feature.const_data_ptr());
   }
   double cosine = mean_cosine(dtype, data, first.size(0), first.size(1));
-  // What paired_cosine would return is what the threshold is compared with.
+  // The threshold is compared with the number that paired_cosine would return.
   if (dtype != DType::kFloat64) cosine = static_cast<float>(cosine);
   return number_on_cpu(cosine > Coefficients(threshold, 1, "threshold")[0], dtype);
 }

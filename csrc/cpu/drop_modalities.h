@@ -7,7 +7,7 @@
 
 namespace mmfuse::cpu {
 
-// Whether the samples of one modality are kept.
+// True if the samples of one modality are kept.
 struct KeepSlice {
   NoiseKey noise_key;
   int64_t noise_offset;

@@ -7,7 +7,7 @@ constexpr acc_t kNothing = -std::numeric_limits<acc_t>::infinity();
 
 inline F64 maximum(F64 a, F64 b) { return a > b ? a : b; }
 
-// What is subtracted in the exponent: finite, so that infinities have no difference.
+// Subtracted in the exponent: finite, so that infinities have no difference.
 template <typename vec_t>
 inline vec_t shift_of(vec_t max) {
   using acc_t = std::remove_reference_t<decltype(max[0])>;

@@ -111,7 +111,7 @@ class JointCounter {
   }
 
  private:
-  // What a task needs for itself.
+  // The buffers of one task.
   struct Scratch {
     explicit Scratch(const JointCounter& job) : index(job.data_.size() * kBinTile) {
       for (const Table& table : job.tables_) {

@@ -151,7 +151,7 @@ inline void count_halves_of(const RowSlice* rows, const RowBins* const* bins, ui
   for (int64_t i = 0; i < n; i += kWidth) {
     mask_t in[kSets];
     MMFUSE_UNROLL for (int k = 0; k < kOrder; ++k) {
-      // What is no value is in no upper bin.
+      // A NaN is in no upper bin.
       const vec_t v = load_until(x[k], i, n, std::numeric_limits<acc_t>::quiet_NaN());
       in[1 << k] = v >= edge[k];
       MMFUSE_UNROLL for (int s = 1; s < 1 << k; ++s) in[s | 1 << k] = in[s] & in[1 << k];

@@ -92,7 +92,7 @@ class PairRow {
   }
 
  private:
-  // What the terms need of d = ln p - ln q, besides its sign.
+  // The parts of the terms that depend on d = ln p - ln q, besides its sign.
   struct Ratio {
     explicit Ratio(vec_t d) : size(d < 0 ? -d : d), e(exp_nonpositive(-size)), near(size < 1) {
       const vec_t zero{}, one = zero + 1;

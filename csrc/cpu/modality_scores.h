@@ -58,7 +58,7 @@ struct RowScores {
   double* weight;
 };
 
-// What else there is to say of the same rows, against class indices: 0 for one that does not count.
+// Further statistics of the same rows, against class indices: 0 for a row that does not count.
 struct RowStatistics {
   RowScores scores;
   double* correct;  // 1 where the label is the first of the largest logits

@@ -27,7 +27,7 @@ struct LogSum {
   acc_t sum;
 };
 
-// What is subtracted in the exponent: finite, so that infinities have no difference.
+// Subtracted in the exponent: finite, so that infinities have no difference.
 template <typename acc_t>
 __device__ __forceinline__ acc_t shift_of(acc_t max) {
   max = max > kLargest<acc_t> ? kLargest<acc_t> : max;

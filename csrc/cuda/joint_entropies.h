@@ -33,7 +33,7 @@ struct JointEntropiesParams {
   int64_t* counts;    // [Q, problems, bins^order]
 };
 
-// Whether one block counts a whole problem. If not, counts must be zero at first, and ranges are
+// True if one block counts a whole problem. If not, counts must be zero at first, and ranges are
 // needed.
 bool block_per_problem(const JointEntropiesParams& params);
 

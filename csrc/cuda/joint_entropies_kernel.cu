@@ -22,7 +22,7 @@ constexpr int kMaxVariables = 8;
 constexpr int kMaxTuples = 28;
 constexpr int kMaxRangeRows = 64;
 
-// What more than one tuple may take of the shared memory, and what copies of their counts may.
+// Limits of shared memory: for more than one tuple, and for copies of their counts.
 constexpr int kGroupBytes = 56 * 1024;
 constexpr int kCopiesBytes = 16 * 1024;
 constexpr int kMaxCopies = 8;
@@ -77,7 +77,7 @@ __device__ __forceinline__ int64_t tuple_row(const TupleGroup& group, int t, int
   return (group.first_tuple + t) * group.problems + problem;
 }
 
-// Whether all variables of tuple t have a finite range here.
+// True if all variables of tuple t have a finite range here.
 template <typename acc_t>
 __device__ __forceinline__ bool is_valid(const TupleGroup& group, int t,
                                          const RowBins<acc_t>* rows) {

@@ -50,7 +50,7 @@ struct PairSoftmax {
   RowSoftmax<acc_t> b;
 };
 
-// What the terms need of d = ln p - ln q, besides its sign.
+// The parts of the terms that depend on d = ln p - ln q, besides its sign.
 template <typename acc_t>
 struct LogRatio {
   acc_t size;

@@ -31,7 +31,7 @@ struct PairTable {
   CosinePair pairs[kMaxPairs];
 };
 
-// What a row's cosine and its gradient are made of.
+// The sums that a row's cosine and its gradient are made of.
 template <typename acc_t>
 struct RowCosine {
   acc_t norm_a;  // not yet clamped

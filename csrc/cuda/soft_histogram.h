@@ -33,7 +33,7 @@ inline int64_t soft_chunk(const SoftRows& rows) {
 // 8-byte words of a cell in what the blocks add up: a float64 share has more bits than one holds.
 inline int64_t soft_sum_words(DType dtype) { return dtype == DType::kFloat64 ? 2 : 1; }
 
-// Whether one block makes a whole histogram.
+// True if one block makes a whole histogram.
 bool block_per_problem(const SoftRows& rows);
 
 struct SoftHistogramParams {

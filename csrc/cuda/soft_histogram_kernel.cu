@@ -56,14 +56,14 @@ __device__ __forceinline__ Position<acc_t> position_of(const Axis<acc_t>& axis, 
   return {t, t - static_cast<acc_t>(lower), lower};
 }
 
-// What a launch shares with all of its blocks.
+// Shared by all blocks of a launch.
 struct SoftGrid {
   int64_t parts;
   int64_t chunk;
   int copies;  // of the histogram in shared memory; 0: it does not fit
 };
 
-// Whether this thread's element j of the tile counts.
+// True if this thread's element j of the tile counts.
 template <bool kVector>
 __device__ __forceinline__ bool is_present(const SoftRows& rows, const RowPart& part, int tile,
                                            int j) {
@@ -292,7 +292,7 @@ auto histogram_kernel_of(bool vector, bool whole) {
                   : soft_histogram_kernel<scalar_t, false, false, kMasked>;
 }
 
-// Who masks has widened the values.
+// Values with a mask have been widened before.
 template <typename scalar_t>
 auto histogram_kernel(const SoftRows& rows, bool vector, bool whole) {
   if constexpr (std::is_same_v<scalar_t, acc_type<scalar_t>>) {

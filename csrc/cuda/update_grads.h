@@ -10,7 +10,7 @@
 
 namespace mmfuse::cuda {
 
-// What all tensors of a call share.
+// Shared by all tensors of a call.
 struct UpdateCommon {
   Coefficients scale;
   Coefficients pull;

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kA
   if (!finite && call.finite != nullptr) set_flag(call.finite, false);
 }
 
-// What all tensors of a call with sums share.
+// Shared by all tensors of a call with sums.
 struct SquaresCommon {
   Coefficients scale;  // a null pointer stands for 1, where the sums are formed alone
   Coefficients pull;

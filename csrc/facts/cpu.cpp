@@ -1,4 +1,5 @@
-// What libmmfuse_cpu.so says of itself: one fact a line, a key and its value. Read with ctypes.
+// The facts that libmmfuse_cpu.so exports about itself: one a line, a key and its value. Read with
+// ctypes.
 #include <exception>
 #include <string>
 

@@ -1,4 +1,5 @@
-// What libmmfuse_cuda.so says of itself: one fact a line, a key and its value. Read with ctypes.
+// The facts that libmmfuse_cuda.so exports about itself: one a line, a key and its value. Read with
+// ctypes.
 #include <cuda_runtime_api.h>
 
 #include <string>

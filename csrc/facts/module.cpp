@@ -54,5 +54,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_gradients", &read_gradients, py::arg("parameters"), py::arg("anchors") = py::none(),
         "Gradients of parameters and a table of them, or None.");
   m.def("read_list", &read_list,
-        "Whether a list of gradients has a float64 one, and a table, or None.");
+        "True if a list of gradients has a float64 one; and a table, or None.");
 }

@@ -1,4 +1,4 @@
-// What the glue of every op on a GPU needs: the dispatch key, the device and its current stream.
+// Needed by the glue of every op on a GPU: the dispatch key, the device and its current stream.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// What every op's glue needs from PyTorch's stable ABI; kernels themselves see no torch header.
+// Needed by every op's glue from PyTorch's stable ABI; kernels themselves see no torch header.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>

@@ -85,7 +85,7 @@ inline int64_t numel_of(const DLTensor& tensor) {
   return count;
 }
 
-// Whether the tensor is in channels_last, with rows that the kernels can have; as `row_order` of
+// True if the tensor is in channels_last, with rows that the kernels can have; as `row_order` of
 // `glue/tensors.h` has it.
 inline bool is_channels_last(const DLTensor& tensor) {
   if ((tensor.ndim != 4 && tensor.ndim != 5) || tensor.strides == nullptr) return false;

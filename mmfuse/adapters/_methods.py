@@ -67,6 +67,6 @@ def warn_of_adaptive(
 
 
 def _adaptive(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether a step does not grow with the gradient: Adam and its like have betas, as Lion has."""
+    """True if a step does not grow with the gradient: Adam and its like have betas, as Lion has."""
     known = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop)
     return isinstance(optimizer, known) or "betas" in optimizer.defaults

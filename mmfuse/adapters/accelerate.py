@@ -118,7 +118,7 @@ class Balance:
             labels: [B] integer class indices; rows labelled −100 do not count.
             features: Name → [B, …] features, for methods that need them.
             inputs: Name → input of each encoder, likewise.
-            sync: Whether the optimizer steps after this micro-batch; None for what
+            sync: True if the optimizer steps after this micro-batch; None for what
                 ``accelerator.accumulate`` says. Inside ``accelerator.no_sync``, which says nothing
                 and would have gradients modulated that are this rank's alone, pass False.
             **kwargs: ``present``, ``scores`` and the others of `mmfuse.GradientMethod`, or as for

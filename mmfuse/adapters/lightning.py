@@ -91,7 +91,7 @@ class Balance(Epochs):
 
     Attributes:
         method: What `method` has made, from the start of the fit; None before.
-        result: What its last step has returned; None before.
+        result: The result of its last step; None before.
 
     Raises:
         TypeError: `method` is not callable or `encoders` no mapping; when the fit starts, `method`
@@ -193,7 +193,7 @@ class Balance(Epochs):
             )
 
     def _tuned(self) -> bool:
-        """Whether a finder runs, of the learning rate or the batch size: it has no callbacks."""
+        """True if a finder runs, of the learning rate or the batch size: it has no callbacks."""
         known = self._trainer
         self._finder = known is not None and all(c is not self for c in known.callbacks)
         return self._finder
@@ -307,13 +307,13 @@ class Balance(Epochs):
                 self._log.add(trainer.global_step, scalars_of(self.result, list(self._encoders)))
 
     def _has_gradients(self) -> bool:
-        """Whether a backward pass was run; the gradients tell where Lightning did not run it."""
+        """True if a backward pass was run; the gradients tell where Lightning did not run it."""
         return self._backward or any(p.grad is not None for p in self.method.modalities.parameters)
 
     def _scaling(
         self, trainer: Trainer, optimizer: torch.optim.Optimizer
     ) -> dict[str, Tensor | None]:
-        """What the method's step has to know of the GradScaler."""
+        """The arguments of the method's step that come from the GradScaler."""
         scaler = _scaler(trainer)
         if scaler is None or not self._has_gradients():
             return {}
@@ -329,7 +329,7 @@ class Balance(Epochs):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Ends what `observe` takes in."""
+        """Stops `observe` from taking micro-batches."""
         self._training = False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

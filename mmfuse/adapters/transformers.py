@@ -103,7 +103,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
     def balance_inputs(
         self, outputs: Any, inputs: Mapping[str, Any]
     ) -> tuple[Any, ...] | dict[str, Any]:
-        """What the method's `observe` is called with; override it for other models.
+        """The arguments of the method's `observe`; override it for other models.
 
         Args:
             outputs: Of the model.

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 Encoder = nn.Module | Iterable[Tensor]
 #: Name → encoder, for M ≥ 2 modalities.
 Encoders = Mapping[str, Encoder] | nn.ModuleDict
-#: What several modalities use: a module, a parameter, or several of them.
+#: Shared by several modalities: a module, a parameter, or several of them.
 Shared = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
 

@@ -44,10 +44,10 @@ def act_on(
 
     Args:
         active: The tensors g; this rank's parts of them.
-        act: What becomes of them.
+        act: The changes.
         finite: 0-d bool, set to False where one ends up with a NaN or an Inf on this rank.
         second: The second list, with `act.pull`.
-        noise: What the noise is drawn from, or what makes it; with `act.noise_std`.
+        noise: The stream of the noise, or a callable that makes it; with `act.noise_std`.
         sq_norm: [T] float64, receives Σg² before the update; with parts that are whole.
         backend: Name of a backend; None for the best one.
         advance: Where the noise is drawn from a stream, to have that go on to its next step, if all

@@ -27,7 +27,7 @@ class Anchors:
             w − w₀ carries the rounding of w₀, up to 2⁻⁹·|w|.
         device: Where the copies are; None for each parameter's own device. From "cpu" they are
             copied to the gradients' device in every step, 64 MiB at a time.
-        frozen: Whether frozen parameters are copied too; else when they are first unfrozen.
+        frozen: True if frozen parameters are copied too; else when they are first unfrozen.
 
     Raises:
         TypeError: `dtype` is not a floating dtype.

@@ -65,7 +65,7 @@ class Source(NamedTuple):
 
     Attributes:
         code: The repository and the commit.
-        golden: Whether numbers that this code has computed (`tests/golden`) prove it; else it is
+        golden: True if numbers that this code has computed (`tests/golden`) prove it; else it is
             made from the formulas in it.
         release: Its name, where there are several.
     """
@@ -88,13 +88,13 @@ class Card(NamedTuple):
         acts: Where it acts: between backward pass and optimizer on the "gradient"; in the forward
             pass on a "feature", on "logits", or as a part of the "loss"; in a step of each modality
             on a "head"'s gradient; between epochs on a "parameter".
-        needs: What the user has to give it in a step, beside labels: "logits", "features" and
+        needs: The arguments that the user gives in a step, beside labels: "logits", "features" and
             "inputs" of each modality, "fused" representation and logits, "unimodal_losses".
         official: The releases that `official()` follows, its default first; none for a control,
             which has no code of authors to follow.
-        golden: Whether numbers from the authors' code also prove what the class is by default,
+        golden: True if numbers from the authors' code also prove what the class is by default,
             without `official()`; else it is made from the paper's formulas.
-        own_losses: Whether its authors train on every modality's own loss as well, beside what the
+        own_losses: True if its authors train on every modality's own loss as well, beside what the
             method itself needs.
     """
 
@@ -121,13 +121,13 @@ class Need(NamedTuple):
             w − w₀ from the parameters at the start of the epoch, which the loop keeps. "unimodal"
             are gradients of the unimodal losses, while the first list has the joint loss's.
         squares: Whether `settle` gets each gradient's Σg², before the update or after it.
-        stream: Whether noise is drawn from the stream, in `sense` or for `Act.noise_std`.
+        stream: True if noise is drawn from the stream, in `sense` or for `Act.noise_std`.
         noise: The source of `Act.noise_std`'s noise: "stream", or a callable; None for no noise.
         draws: Whether `sense` draws from the stream: then it advances, and `Clock.step` counts, in
             every step.
         neutral: The coefficient of a modality that nothing is done to.
         means: How many means for each modality `sense` returns.
-        accuracy: Whether the scores are shares of samples that a modality gets right, in the place
+        accuracy: True if the scores are shares of samples that a modality gets right, in the place
             of the true class's probability.
     """
 
@@ -163,7 +163,7 @@ class Decision(NamedTuple):
     """The result of `decide`.
 
     Attributes:
-        act: What becomes of the gradients.
+        act: The changes of the gradients.
         report: The fields of the rule's `result` but the last, which is `finite`; the first is
             the [M] coefficients.
         state: The tensors of the state that change.
@@ -351,10 +351,10 @@ def check_fits(method: str, need: Need, apply_to: str, anchored: bool, streamed:
 
     Args:
         method: Its name.
-        need: What its rule needs.
+        need: The needs of its rule.
         apply_to: "gradient" or "update".
-        anchored: Whether there are arguments for anchors.
-        streamed: Whether there is a stream.
+        anchored: True if there are arguments for anchors.
+        streamed: True if there is a stream.
 
     Raises:
         ValueError: it has no use for one of them.

@@ -16,7 +16,7 @@ from .._numbers import MOST_MODALITIES, whole
 from .ranks import Group, check_group
 from .state import MODULE_FORMAT, check_format, refuse_format
 
-# What a buffer of int64 can hold, and one more.
+# One more than the largest int64, which a buffer can hold.
 _MOST = 2**62
 
 P = ParamSpec("P")
@@ -63,7 +63,7 @@ class EpochWindow:
 
     @property
     def modulating(self) -> bool:
-        """Whether the current epoch lies between `starts` and `ends`, both included."""
+        """True if the current epoch lies between `starts` and `ends`, both included."""
         return self.starts <= self.epoch and (self.ends is None or self.epoch <= self.ends)
 
     def set_epoch(self, epoch: int) -> None:
@@ -146,7 +146,7 @@ class EpochWindowModule(EpochWindow, nn.Module):
     _first: dict[str, Tensor]
     # Buffers that stay float64, where the device has it, whatever the module is cast to.
     _wide: tuple[str, ...] = ()
-    # Whether all ranks are known to have one stream.
+    # True if all ranks are known to have one stream.
     _agreed: bool
     # The hyper-parameters that `repr` shows, where there is no rule that has them.
     _shown: tuple[str, ...] = ("rule",)

@@ -1,4 +1,4 @@
-"""Arguments of a step beside logits and labels: who is there, and numbers of the user's own."""
+"""Arguments of a step beside logits and labels: masks, and numbers of the user's own."""
 
 from __future__ import annotations
 
@@ -73,14 +73,14 @@ def look(
 
     Args:
         names: The modalities.
-        called: What errors call their logits.
+        called: The name of their logits in errors.
         logits: Name → logits.
         labels: Their targets.
-        more: What else there is.
+        more: Further information.
         criterion: The loss that they are for.
         device: Where the user's numbers go.
         backend: Name of a backend; None for the best one.
-        accuracy: Whether the scores are accuracies in the place of probabilities.
+        accuracy: True if the scores are accuracies in the place of probabilities.
 
     Raises:
         TypeError: something is missing, or two things of which one is to be given.
@@ -290,7 +290,7 @@ def anywhere(mask: Tensor) -> Observed:
 
 
 def pair_scores(samples: SampleScores, mask: Tensor) -> ModalityScores:
-    """Scores over the samples that two modalities share, so that who is missing decides nothing.
+    """Scores over the samples that two modalities share, so that missing ones decide nothing.
 
     Args:
         samples: Scores of single samples, [M, N, …].
@@ -343,7 +343,7 @@ def _over_shared(values: Tensor, here: Tensor) -> Tensor:
 
 
 def own_pair_scores(scores: Tensor, count: Tensor) -> ModalityScores:
-    """The user's [M] scores in the form of `pair_scores`; NaN for who is missing."""
+    """The user's [M] scores in the form of `pair_scores`; NaN for a missing one."""
     known = ~scores.isnan()
     shared = known.unsqueeze(1) & known.unsqueeze(0)
     prob = torch.where(shared, scores.unsqueeze(1), torch.nan).flatten()

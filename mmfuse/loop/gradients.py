@@ -50,7 +50,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
     one step, and ranks, must be given the same of it.
 
     - ``present``: [B] bool, which samples have the modality. Two modalities are then compared over
-      the samples that have both, so that who is missing where fakes no dominance. One that is
+      the samples that have both, so that missing samples fake no dominance. A modality that is
       missing from the whole batch keeps its gradients and its histories, if it has any.
     - ``scores``: one positive number for each modality in place of logits and labels, higher is
       better (see `mmfuse.scores`); NaN for one that is missing. Micro-batches and ranks are
@@ -64,7 +64,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             `fully_shard`, which replaces them.
         select: Which parameters take part: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a
             callable on a parameter.
-        shared: What belongs to no modality and stays as it is, also where encoders hold it: a
+        shared: Parameters of no modality, which stay as they are even where encoders hold them: a
             module, a parameter, or several of them, such as layers that all modalities go through.
         starts: First epoch in which gradients are changed; see `set_epoch`.
         ends: Last such epoch; None for no end.

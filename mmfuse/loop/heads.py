@@ -131,7 +131,7 @@ def _hooked(module: nn.Module) -> bool:
 
 
 def _plain(head: object) -> TypeGuard[nn.Linear]:
-    """Whether its weight and bias are all that there is to it."""
+    """True if its weight and bias are all that there is to it."""
     return (
         type(head) is nn.Linear
         and "forward" not in vars(head)

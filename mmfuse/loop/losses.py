@@ -162,7 +162,7 @@ def loss_of_present(
         mask: [B] bool, which samples are there.
     """
     weight = loss.weight
-    # What is missing may be NaN, and so would its gradient be: it is set to 0 before the loss.
+    # Missing logits may be NaN, and so would their gradient be: they are 0 before the loss.
     known = torch.where(mask.view(-1, *[1] * (z.dim() - 1)), z, 0)
     if isinstance(loss, nn.CrossEntropyLoss) and not labels.is_floating_point():
         there = mask.view(-1, *[1] * (labels.dim() - 1))

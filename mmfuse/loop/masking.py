@@ -53,7 +53,7 @@ def unimodal_outputs(
         model: A module or another callable on the inputs.
         inputs: Name → input; the model gets them as arguments of these names. Whatever else it
             needs, such as a padding mask, `forward` adds.
-        baseline: What a modality that is masked has for an input. "zero" are zeros, for token ids
+        baseline: The input that stands in for a masked modality's. "zero" are zeros, for token ids
             the token 0; "mean" is the batch's mean over dim 0 for every sample, of floating
             inputs; a callable gets name and input and returns a tensor like the input. It is
             called once for each modality, and not for the only one. What it draws from PyTorch's

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._parameters import Encoder
 
-#: What stands for a modality: a module, parameters, or patterns of their names.
+#: The ways to name a modality's parameters: a module, parameters, or patterns of their names.
 Named = Encoder | str | Sequence[str]
 
 # Children of wrappers: torch.compile, FullyShardedDataParallel, activation checkpointing.

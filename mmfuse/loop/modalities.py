@@ -45,7 +45,7 @@ class Active(NamedTuple):
     dtype: torch.dtype = torch.float32
     #: The gradients as the compiled kernels can read them, if they have been read so.
     table: Tensor | None = None
-    #: Whether the table has the parameters and their anchors too; each pair is alike then.
+    #: True if the table has the parameters and their anchors too; each pair is alike then.
     paired: bool = False
 
     def stats(self, backend: str | None) -> GradStats:
@@ -191,7 +191,7 @@ class Modalities:
         self._forget_places()
 
     def _takes(self, parameter: Tensor) -> bool:
-        """Whether it takes part: not if it is frozen and quantised, since it gets no gradient."""
+        """True if it takes part: not if it is frozen and quantised, since it gets no gradient."""
         able = parameter.requires_grad or why_unsupported(parameter) is None
         return able and self._keep(parameter)
 

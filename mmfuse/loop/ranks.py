@@ -77,10 +77,10 @@ class Observed:
             `mmfuse.loop.pairs`).
         count: 0-d number of samples, or their sum of weights; [M·M] for tables.
         sums: [E] sums, if there are any.
-        parts: What the only micro-batch has shown beside the means; None if there are several, or
+        parts: Other values of the only micro-batch, beside the means; None if there are several, or
             several ranks.
         kind: "scores", or of which kind the user's own numbers are; these are [M] then.
-        paired: Whether the means are tables.
+        paired: True if the means are tables.
     """
 
     means: Tensor
@@ -115,7 +115,7 @@ class Observations:
         self._totals: Tensor | None = None
         self._error: Exception | None = None
         self._last: Observed = NOTHING
-        #: Whether there is nothing to take.
+        #: True if there is nothing to take.
         self.empty: bool = True
 
     def check(self, seen: Observed) -> None:

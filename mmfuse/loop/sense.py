@@ -46,7 +46,7 @@ class Senses:
 
     Args:
         method: Whose they are, for error texts.
-        rule: What senses.
+        rule: The rule that senses.
         modalities: The encoders.
         process_group: The ranks to average over.
         criterion: The loss that the labels are for.

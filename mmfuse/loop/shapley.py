@@ -56,7 +56,7 @@ def shapley_responses(
     Args:
         model: A module or another callable on the inputs.
         inputs: Name → input of M ≥ 2 modalities, as in `unimodal_outputs`.
-        baseline: What a modality that is masked has for an input, as in `unimodal_outputs`.
+        baseline: The input that stands in for a masked modality's, as in `unimodal_outputs`.
         forward: Calls the model with name → input, as in `unimodal_outputs`; not for a model in
             DistributedDataParallel.
         output: From what the model returns to the tensor that is wanted, as in `unimodal_outputs`.

@@ -38,7 +38,7 @@ class Shard(NamedTuple):
 
 
 def is_dtensor(tensor: object) -> bool:
-    """Whether it is a DTensor, without the second that importing the class takes."""
+    """True if it is a DTensor, without the second that importing the class takes."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

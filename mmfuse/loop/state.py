@@ -156,7 +156,7 @@ def check_saved(
 
 
 def _unlike(loaded: Tensor) -> bool:
-    """Whether the values of a saved tensor cannot be taken over."""
+    """True if the values of a saved tensor cannot be taken over."""
     return loaded.is_meta or loaded.is_complex() or loaded.layout is not torch.strided
 
 
@@ -167,7 +167,7 @@ def _check_entries(method: str, saved: Mapping[str, Any], entries: Sequence[str]
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs, as it does when a checkpointed forward pass is repeated."""
+    """True if a backward pass runs, as it does when a checkpointed forward pass is repeated."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 

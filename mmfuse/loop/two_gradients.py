@@ -61,7 +61,7 @@ def two_gradients(
     reached = {i: grad for i, grad in zip(wanted, grads, strict=True) if grad is not None}
     averaged = _averaged(list(reached.values()), several(process_group))
     means = dict(zip(reached, averaged, strict=True))
-    # Whoever has a unimodal gradient on some rank has one of the sum.
+    # A parameter with a unimodal gradient on some rank has one of the sum.
     sums = {i: grad for i in means if (grad := parameters[i].grad) is not None}
     with torch.no_grad():
         torch._foreach_sub_(list(sums.values()), [means[i] for i in sums])

@@ -105,7 +105,7 @@ class ScaledUpdates:
             )
 
     def _idle(self) -> bool:
-        """Whether nothing was decided about a step that moves nothing.
+        """True if nothing was decided about a step that moves nothing.
 
         By such a step torch.distributed.checkpoint makes a new optimizer's state, to load into it.
         """
@@ -185,7 +185,7 @@ class AttachedOptimizers:
         return len(self._known)
 
     def __contains__(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether it is one of them."""
+        """True if it is one of them."""
         return any(known.optimizer is optimizer for known in self._known)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
@@ -210,7 +210,7 @@ class AttachedOptimizers:
 
 
 def _alike(kept: Tensor, part: Tensor) -> bool:
-    """Whether a copy can hold the part; not where a model was moved or cast in between."""
+    """True if a copy can hold the part; not where a model was moved or cast in between."""
     return (kept.shape, kept.dtype, kept.device) == (part.shape, part.dtype, part.device)
 
 

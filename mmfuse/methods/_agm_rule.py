@@ -53,7 +53,7 @@ class AGMRule:
         alpha: α.
         cap: The most that tau_m − rho_m counts; None for no limit.
         floor: Probabilities below it count as it.
-        stays: Whether the last coefficients stay in force after the last epoch.
+        stays: True if the last coefficients stay in force after the last epoch.
     """
 
     alpha: float = 1.0

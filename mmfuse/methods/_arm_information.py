@@ -88,7 +88,7 @@ def normalised_information(
             representation; P problems in one call.
         bins: Of nmi.
         conditional_bins: Of ncmi.
-        complete: What counts; None for everything.
+        complete: The samples that count; None for all.
         backend: Name of a backend; None for the best one.
 
     Returns:

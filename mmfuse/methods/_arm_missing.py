@@ -97,7 +97,7 @@ def left_alone(
 
     Args:
         weights: As the rule has them.
-        counts: Whether the rule counts them.
+        counts: True if the rule counts them.
         here: [M] bool, the modalities that some sample has.
         known: 0-d bool, whether a sample has all of these.
         average: [M] what is taken where a batch says nothing.

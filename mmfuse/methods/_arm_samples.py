@@ -43,7 +43,7 @@ def sample_contributions(
         labels: [B] integer class indices.
         bins: As in `ARM`.
         conditional_bins: As in `ARM`.
-        gate: Whether a probability counts as 0 where its logits' largest is not the true class.
+        gate: True if a probability counts as 0 where its logits' largest is not the true class.
         present: Name → [B] bool, which samples have the modality. The others j are then those that
             the sample has.
         backend: Name of a backend; None for the best one.

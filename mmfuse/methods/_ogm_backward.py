@@ -53,11 +53,11 @@ def ogm_backward(
         logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`).
         labels: [B] integer class indices; rows labelled −100 do not count.
         alpha: Strength of the modulation, at least 0.
-        noise: Whether to add noise (GE), or a callable that makes it, as in `OGM`.
+        noise: True to add noise (GE), or a callable that makes it, as in `OGM`.
         formula: "tpami" or "cvpr".
         select: Which parameters: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a callable on
             a parameter. The released code modulates "conv" only.
-        shared: What belongs to no modality and stays as it is: a module, a parameter, or several.
+        shared: Parameters of no modality, which stay as they are: a module, or several parts.
         stream: The random stream, advanced by one step; None for the default one, which
             `torch.manual_seed` controls.
         retain_graph: As for ``loss.backward``.

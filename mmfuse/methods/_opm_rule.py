@@ -102,7 +102,7 @@ class OPMRule:
     q_base: float = 0.5
     lam: float = 0.5
 
-    #: Whether the probability is that of the same step, not that of the step before.
+    #: True if the probability is that of the same step, not that of the step before.
     same_step: ClassVar[bool] = False
 
     def __post_init__(self) -> None:

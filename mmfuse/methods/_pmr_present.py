@@ -1,4 +1,4 @@
-"""PMR where samples lack modalities: who is compared, and whose loss it is."""
+"""PMR where samples lack modalities: the comparison of modalities, and their losses."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class ClassSums:
         for name, value, mask in zip(self.names, values, masks, strict=True):
             x = value.detach().to(self.device, wide).flatten(1)
             here = counted & mask.to(self.device)
-            # What does not count may hold anything, and 0 times it may be NaN.
+            # Rows that do not count may hold anything, and 0 times NaN is NaN.
             x = torch.where(here.unsqueeze(1), x, 0.0)
             if not bool(x.isfinite().all()):
                 raise ValueError(f"features[{name!r}] holds a NaN or an Inf; it has no class means")
@@ -189,7 +189,7 @@ class PrototypeModule(EpochWindowModule):
     rule: PMRRule
     num_modalities: int
     num_classes: int | None
-    # Whether there are prototypes; a step that looked at the buffers would wait for the device.
+    # True if there are prototypes; a step that looked at the buffers would wait for the device.
     _ready = False
     # The modalities, where an update in this process has named them.
     names: list[str] | None = None

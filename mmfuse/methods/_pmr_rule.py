@@ -1,4 +1,4 @@
-"""PMR's rule: who is drawn to its prototypes, and how much. `mmfuse.methods.pmr` has the paper."""
+"""PMR's rule: how much each modality is drawn to its prototypes; see `mmfuse.methods.pmr`."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PMRRule:
     mu: float = 0.01
     momentum: float = 0.2
 
-    #: Whether a class without a sample has no part; else it makes everything NaN.
+    #: True if a class without a sample has no part; else it makes everything NaN.
     masks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class PMRReleased(PMRRule):
     masks: ClassVar[bool] = False
 
     def coefficients(self, behind: Tensor) -> Tensor:
-        """α for who is behind, whatever the distance."""
+        """α for a modality that is behind, whatever the distance."""
         return torch.where(behind > 1, self.alpha, 0.0).to(behind)
 
     def weights(self, coefficients: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ def similarities(
         name: Of the modality.
         feature: [B, …].
         prototypes: [C, D].
-        masks: Whether a class without a prototype gets −inf; else NaN.
+        masks: True if a class without a prototype gets −inf; else NaN.
 
     Raises:
         ValueError: the feature has another number of values than a prototype.

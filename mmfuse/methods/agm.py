@@ -236,7 +236,7 @@ class AGM(EpochWindowModule):
         self.running_scores.copy_(kept)
         self.running_steps.copy_(after)
         last, alone = self.coefficients, None if shared is None else ratios.isnan()
-        if self._acting:  # who is compared with nobody keeps what it had, for when it is back
+        if self._acting:  # without a partner a modality keeps its last value
             last.copy_(k if alone is None else torch.where(alone, last, k))
             return k
         if not self.rule.stays:

@@ -188,7 +188,7 @@ class CGGM(GradientMethod):
             more and one fewer gives 3e6, which any clipping of the norm turns into a step of one
             encoder alone. 2, the default, is k of a modality that has lost as much as all
             together have gained; the bound is on either side of 0, since the release lets k turn a
-            gradient around, for whom has gained more than all together.
+            gradient around, for a modality that has gained more than all together.
         **common: As in `mmfuse.GradientMethod`.
 
     Raises:

@@ -3,9 +3,9 @@
 Huang, Wei, Yang & Hu, "Adaptive Unimodal Regulation for Balanced Multimodal Information
 Acquisition", CVPR 2025.
 
-Early in training a network takes in most of what it will ever know. InfoReg watches the trace of
-each encoder's Fisher information, and while it still grows (the prime learning window) it holds
-back the modalities that are ahead, so that the others can learn in that time too (Eq. 8-16):
+A network takes in most information early in training. InfoReg watches the trace of each encoder's
+Fisher information. While that still grows (the prime learning window), it pulls encoders that are
+ahead back towards the epoch's start, so that the others can learn in that time too (Eq. 8-16):
 
     performance   s_m = mean over the batch of log p_i^m, p_i^m the true class's probability
     gap           Delta_m = mean of s_m - s_j over all j with s_j < s_m; 0 if there are none

@@ -119,7 +119,7 @@ class LFM(EpochWindowModule):
     criterion: Loss
     weights: Tensor
     learning_rate: Tensor
-    # Whether lambda_0 may leave [0, 1], as the released schedule does.
+    # True if lambda_0 may leave [0, 1], as the released schedule does.
     _unbounded = False
 
     def __init__(

@@ -93,7 +93,7 @@ class MLBRule(Stateless):
             ratios = mean_of_others(scores) / scores
         if given is None:
             change = torch.tanh(self.alpha * (ratios - 1))
-            # NaN, of a score of 0 / 0 or one that is missing, says nothing about who is ahead.
+            # NaN, of a score of 0 / 0 or one that is missing, tells nothing about a lead.
             given = 1 + torch.where(ratios > 1, (self.beta - 1) * change, change)
         k = torch.where(given.isnan(), 1.0, given)
         return Decision(Act(scale=tensors.each(k)), (k, scores, ratios))

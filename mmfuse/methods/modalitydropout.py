@@ -1,7 +1,7 @@
 """Modality dropout at a fixed rate: the control that OPM has to beat.
 
 Neverova, Wolf, Taylor & Nebout, "ModDrop: Adaptive Multi-Modal Gesture Recognition", TPAMI 2016,
-leave out whole modalities at random, sample by sample, whoever is ahead:
+leave out whole modalities at random, sample by sample, whichever is ahead:
 
     drop  phi_i^m <- 0 with probability q_m
 
@@ -163,7 +163,7 @@ class ModalityDropout(DrawingModule):
         """[M, B] bool, which one is given back to a sample that has lost all."""
         lost = here.any(0) & ~left.any(0)
         count = here.sum(0)
-        # The id after those of the modalities, whose numbers say who is dropped.
+        # The id after those of the modalities, whose numbers choose the dropped.
         drawn = self.agreed_stream().uniform(
             here.shape[1], stream_id=len(here), offset=self.first_row(here.shape[1])
         )

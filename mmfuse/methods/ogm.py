@@ -182,7 +182,7 @@ class OGM(GradientMethod):
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
         alpha: Strength; the papers use 0.8 for CREMA-D and 0.1 for VGGSound.
-        noise: Whether to add noise: False is OGM, True OGM-GE. A callable gets each gradient and
+        noise: True to add noise (OGM-GE), False for OGM. A callable gets each gradient and
             returns standard normal noise of its shape, such as ``torch.randn_like``, and is used
             instead of the stream.
         formula: "tpami" (Eq. 11), which is in neither release, or "cvpr" (Eq. 10).

@@ -141,7 +141,7 @@ class OPM(DrawingModule):
             q_base: As in `OPM`.
             lam: As in `OPM`.
             p_exe: Share of the steps in which features are dropped, in [0, 1].
-            theta_gradient: Whether the features get θ's gradient, as they do in the released code.
+            theta_gradient: True if the features get θ's gradient, as they do in the released code.
                 It takes one more pass, forth and back, between features and scores; `logits` that
                 do not come from `features` pass nothing back.
             starts: As in `OPM`.
@@ -218,7 +218,7 @@ class OPM(DrawingModule):
         labels: Tensor | None,
         more: More,
     ) -> tuple[tuple[Given, Tensor | None], Observed]:
-        """The input, who is present, and S_m on this rank; with all checks."""
+        """The input, the masks, and S_m on this rank; with all checks."""
         names, values = named_features("OPM", features, self.num_modalities)
         called = [f"logits[{name!r}]" for name in names]
         rows = values[0].shape[0]

@@ -108,7 +108,7 @@ class PMR(PrototypeModule):
         golden=False,
     )
     rule: PMRRule
-    # Whether the entropies are added in this epoch, if μ is above 0.
+    # True if the entropies are added in this epoch, if μ is above 0.
     _entropic = True
     entropy_epochs: int | None = None
 
@@ -146,15 +146,15 @@ class PMR(PrototypeModule):
     ) -> PMR:
         """The method as the authors' released code runs it, for its tables; two modalities.
 
-        Who is behind gets α, however little it is, and the other 0: nothing is clipped. There is no
-        entropy; with a μ above 0 it is added as in the paper. A class without a sample makes its
+        The modality behind gets α, however little it is, the other 0; nothing is clipped. There is
+        no entropy; with a μ above 0 it is added as in the paper. A class without a sample makes its
         prototype NaN, for ever, and with it every loss; the released code takes a tenth of the
         batches, at least one. Epochs 0 to 100 inclusive. Its runs take a momentum of 0; 0.2 is the
         default of its command line. Of AVE and CG-MNIST its prototypes are of validation data.
 
         Fidelity: golden numbers of the authors' code
         (fanyunfeng-bit/Modal-Imbalance-PMR at 3615e48). Three modalities and more are from the
-        formulas: everyone who is behind some other gets α.
+        formulas: each modality behind some other gets α.
 
         Args:
             alpha: As in `PMR`.
@@ -260,7 +260,7 @@ class PMR(PrototypeModule):
         for name, value, prototypes in zip(names, values, self.prototypes, strict=True):
             logits[name], here = similarities(name, value, prototypes, self.rule.masks)
             known = here if known is None else known & here
-        if self.rule.masks and known is not None:  # who has no prototype is no target either
+        if self.rule.masks and known is not None:  # a class without prototype is no target
             possible = (labels >= 0) & (labels < len(known))
             place = torch.where(possible, labels, 0).long()
             labels = torch.where(possible & ~known[place], IGNORED, labels)

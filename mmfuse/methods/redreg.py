@@ -5,8 +5,8 @@ Information Refinement", 2025. Paper's figure and released code; see `RedReg.off
 code's own quirks.
 
 Late in training the dominant modality goes on moving its encoder without learning much from it.
-RedReg looks for that phase and then takes from the dominant encoder's gradient what only drives it
-further along the way it has gone in this epoch, as far as that way is not the gradient's own:
+RedReg looks for that phase. It then adds to the dominant encoder's gradient a part of the encoder's
+displacement in this epoch: the part that is orthogonal to the gradient.
 
     gain        h_m = mean over the batch of p_i^m
     growth      s_m = (h_m(t) - h_m(t-W)) / |sum of the W gains before h_m(t)|;  1 until there are W

@@ -46,7 +46,7 @@ def checked(
     """The operator's arguments, from the public op's.
 
     Args:
-        names: What errors call the logits.
+        names: The names of the logits in errors.
         logits: [N, C, d1, …] each.
         labels: Their targets.
         criterion: How they are compared.

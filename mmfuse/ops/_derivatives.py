@@ -73,7 +73,7 @@ def no_record(name: str) -> RuntimeError:
 
 
 class _Recipe:
-    """What a call needs beside its tensors; no container, which functorch would copy."""
+    """The arguments of a call beside its tensors; no container, which functorch would copy."""
 
     def __init__(
         self,

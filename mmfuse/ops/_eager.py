@@ -83,7 +83,7 @@ class _Call(torch.autograd.Function):
 
 
 def flat_gradients(found: Any, arguments: Sequence[tuple[int, bool]]) -> list[Tensor | None]:
-    """What a formula has returned, flat as the arguments' tensors are."""
+    """The results of a formula, flat as the arguments' tensors are."""
     flat: list[Tensor | None] = []
     each = found if isinstance(found, tuple) else (found,)
     for grad, (count, alone) in zip(each, arguments, strict=True):

@@ -67,7 +67,7 @@ class Op:
         self._chosen: dict[tuple[str | None, torch.device], str] = {}
         self._kernels: dict[tuple[str, str | None, torch.device], Callable[..., Any]] = {}
         self._formula: tuple[Formula, Formula] | None = None
-        #: What errors call the op: the operator of a backward pass has its op's name.
+        #: The op's name in errors: the operator of a backward pass has its op's name.
         self.public = public or name.removesuffix("_backward")
         for backend in BACKENDS:
             _library.define(f"{name}.{backend}{schema}")
@@ -342,7 +342,7 @@ def active_backend(op: str, device: torch.device | str = "cpu", backend: str | N
     Args:
         op: Name of an op, such as "update_grads_".
         device: Where the tensors are.
-        backend: What the call names; None asks for the default.
+        backend: The name in the call; None for the default.
 
     Raises:
         ValueError: there is no op or no backend of this name.

@@ -79,7 +79,7 @@ def promoted(
     """The tensors in one dtype, checked to be of one shape on one device.
 
     Args:
-        names: What errors call them.
+        names: Their names in errors.
         tensors: At least one.
         why: Why they must have one shape, for the error text.
         shapes: The shapes that they may have, for the error text.
@@ -135,7 +135,7 @@ def by_device(tensors: Sequence[Tensor]) -> dict[torch.device, list[int]]:
 
 
 class Layout(NamedTuple):
-    """What the kernels get instead of strided tensors."""
+    """The tensors that the kernels get instead of strided ones."""
 
     grads: list[Tensor]
     params: list[Tensor]
@@ -215,13 +215,13 @@ def _like(tensor: Tensor, grad: Tensor) -> bool:
 
 
 def same_dense_format(tensors: list[Tensor]) -> bool:
-    """Whether the tensors fill their memory without gaps, all in the same order."""
+    """True if the tensors fill their memory without gaps, all in the same order."""
     stride = tensors[0].stride()
     return all(t.stride() == stride for t in tensors) and _dense(tensors[0])
 
 
 def _dense(tensor: Tensor) -> bool:
-    """Whether the tensor fills its memory without gaps, in whatever order."""
+    """True if the tensor fills its memory without gaps, in whatever order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -307,7 +307,7 @@ def kept_tensor(
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether what is done on the device now is recorded in a CUDA graph."""
+    """True if what is done on the device now is recorded in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

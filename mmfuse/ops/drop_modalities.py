@@ -15,7 +15,7 @@ from ._tensors import check_named, check_vector
 
 
 class DroppedModalities(NamedTuple):
-    """What is left of M modalities.
+    """The features of M modalities after the drop.
 
     Attributes:
         features: M tensors like those that were given.

@@ -86,7 +86,7 @@ def joint_entropies(
             are promoted.
         tuples: Q pairs, or Q triples, of indices into `data`.
         bins: Number of bins for each variable: at most 256 for pairs, 32 for triples.
-        names: What errors call the variables; by default ``data[k]``.
+        names: The variables' names in errors; by default ``data[k]``.
         present: [P, N] bool, which of the paired values count; what the others hold does not
             matter. None for all. No number of it is read by the host.
         backend: Name of a backend; None for the best one.
@@ -161,7 +161,7 @@ def _without_the_filled(
 
 
 def are_usual(data: Sequence[Tensor]) -> bool:
-    """Whether the kernels can take the variables as they are: nearly all calls are like that."""
+    """True if the kernels can take the variables as they are: nearly all calls are like that."""
     first = data[0]
     if False in [isinstance(x, Tensor) for x in data] or first.dim() != 2 or first.numel() == 0:
         return False

@@ -20,7 +20,7 @@ Formula = Literal["tpami", "cvpr"]
 
 
 class ModulationFactors(NamedTuple):
-    """What is decided about M modalities and T tensors.
+    """The decision about M modalities and T tensors.
 
     Attributes:
         ratios: [M] discrepancy ratios ρ_m.

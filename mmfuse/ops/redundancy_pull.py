@@ -26,8 +26,8 @@ class RedundancyRule(NamedTuple):
         gamma: How much a growing gain counts against redundancy.
         beta: Strength of the regulation, at least 0.
         threshold: The phase above which a dominant modality is regulated.
-        unbiased: Whether the average is freed of the bias of its beginning at 0.
-        by_encoder: Whether the displacement's share along the gradient is taken of all tensors of
+        unbiased: True if the average is freed of the bias of its beginning at 0.
+        by_encoder: True if the displacement's share along the gradient is taken of all tensors of
             an encoder together, not of each.
     """
 

@@ -69,7 +69,7 @@ def shared_information(
         target: Like a variable.
         bins: Of nmi, for each variable: at most 256.
         conditional_bins: Of ncmi: at most 32.
-        names: What errors call the variables and the target; by default ``data[m]`` and "target".
+        names: Names of the variables and the target in errors; by default ``data[m]`` and "target".
         backend: Name of a backend; None for the best one.
 
     Returns:

@@ -22,7 +22,7 @@ def _fake_backward(grad: Tensor, x: Tensor, y: Tensor, *_: Tensor) -> tuple[Tens
     return torch.empty_like(x), torch.empty_like(y)
 
 
-# Who asks for the second derivative has called mutual_information.
+# A user who asks for the second derivative has called mutual_information.
 _op = Op(
     "soft_entropies",
     "(Tensor x, Tensor y, int bins, Tensor? present=None) -> (Tensor, Tensor, Tensor, Tensor)",

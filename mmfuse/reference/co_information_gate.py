@@ -1,4 +1,4 @@
-"""Whether the modalities agree: mean pairwise cosine of their features above a threshold."""
+"""True if the modalities agree: mean pairwise cosine of their features above a threshold."""
 
 from __future__ import annotations
 

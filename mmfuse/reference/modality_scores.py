@@ -72,7 +72,7 @@ def _log_likelihoods(z: Tensor, y: Tensor) -> Tensor:
 def _label_shares(
     y: Tensor, weight: Tensor | None, pos_weight: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """What each label's share of its row's score is; they sum to 1 in each row."""
+    """Each label's share of its row's score; the shares of a row sum to 1."""
     shares = torch.ones_like(y)
     if pos_weight is not None:
         shares = _along_classes(pos_weight.to(dtype), y) * y + (1 - y)

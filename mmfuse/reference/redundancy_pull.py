@@ -93,7 +93,7 @@ def phase(redundancy: Tensor, average: Tensor, s: Tensor, gamma: float) -> Tenso
 
 
 def strength(h: Tensor, r: Tensor, beta: float, threshold: float) -> Tensor:
-    """[M] exp(beta * tanh(h_m - mean of the other h)) of who is ahead of all, if r_m > R; else 0.
+    """[M] exp(beta * tanh(h_m - mean of the other h)) of the modality ahead of all, if r_m > R.
 
     `h` is [M], or a table of them: then "others" are those that share samples with m.
     """

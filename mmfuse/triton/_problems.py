@@ -32,7 +32,7 @@ class ProblemSplit(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """What to launch."""
+        """The launches."""
         return self.row_tiles, self.splits
 
     def constants(self) -> dict[str, int]:

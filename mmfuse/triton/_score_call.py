@@ -63,7 +63,7 @@ def call_of(
     ignore_index: int,
     multilabel: bool,
 ) -> Call:
-    """What the operators' arguments are to the kernels."""
+    """The operators' arguments in the kernels' form."""
     first = logits[0]
     flat = first.dim() == 2 or first.shape[2] == 1
     outer, inner = (1, first.shape[0]) if flat else (first.shape[0], first.shape[2])

@@ -35,7 +35,7 @@ _ROW_WIDTH = tl.constexpr(8)
 # What 128-bit loads and stores need, in bytes.
 _ALIGNMENT = tl.constexpr(16)
 _CACHED_TABLES = 32
-# What a capture finds page-locked for its tables: this many entries (2 MiB) at least, and room for
+# Page-locked memory for the tables of a capture: this many entries (2 MiB) at least, and room for
 # this many of the largest table that was made outside of one.
 _CAPTURE_ENTRIES = 1 << 18
 _CAPTURE_TABLES = 8
@@ -67,12 +67,12 @@ class Group(NamedTuple):
 
 
 class HostTable(NamedTuple):
-    """What is copied to the device.
+    """The table that is copied to the device.
 
     Attributes:
         entries: int64: the rows, and then the int32 of the chunks; page-locked for a GPU.
         row_entries: How many of them are rows: T * 8.
-        groups: What to launch.
+        groups: The launches.
         n_chunks: Number of chunks of all groups together.
     """
 
@@ -88,7 +88,7 @@ class TensorTable(NamedTuple):
     Attributes:
         rows: int64 [T * 8] on the device.
         chunk_rows: int32 on the device: the row of each chunk, of all groups one after another.
-        groups: What to launch.
+        groups: The launches.
         n_chunks: Number of chunks of all groups together.
         host: The page-locked source of the copy, which must outlive it.
     """
@@ -185,7 +185,7 @@ class CaptureMemory:
                 self._room = _page_locked(self._last_size)
 
     def take(self, entries: int, what: str) -> Tensor:
-        """Hands out memory during a capture; whoever takes it keeps it.
+        """Hands out memory during a capture; the capture that takes it keeps it.
 
         Raises:
             RuntimeError: there is not enough; `what` says for what.

@@ -127,7 +127,7 @@ def update_chunk(
         anchor_ptr: The tensor w0, or None for 0 and with `pull`.
         chunk: int64 scalar.
         numel: int64 scalar.
-        write: Whether to write; if not, only finiteness is looked at.
+        write: True to write; False only to look whether all is finite.
         scale: ACC scalar.
         pull: ACC scalar or None.
         noise_std: ACC scalar or None, as are the other noise arguments.
@@ -158,7 +158,7 @@ def update_chunk(
     if row_order is not None:
         channels = row_order >> 32
         spatial = row_order & 0xFFFFFFFF
-        # What precedes the tensor counts as a row of it, which the mask leaves out.
+        # Memory before the tensor counts as a row of it, which the mask leaves out.
         lead = tl.where(start < 0, channels * spatial, 0)
         origin = (start + lead) // (channels * spatial) * (channels * spatial) - lead
         spot = (

@@ -1,4 +1,4 @@
-"""Whether the modalities agree: one launch per pair of features, and one that decides."""
+"""True if the modalities agree: one launch per pair of features, and one that decides."""
 
 from __future__ import annotations
 

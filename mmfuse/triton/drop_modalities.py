@@ -113,7 +113,7 @@ def _drop_tile(
             tl.store(keep_ptr + row, keep.to(tl.uint8), mask=inside)
     offsets = (row * width)[:, None] + col[None, :]
     mask = inside[:, None] & (col < width)[None, :]
-    # What is dropped is not read.
+    # Dropped features are not read.
     x = tl.load(x_ptr + offsets, mask=mask & keep[:, None], other=0.0)
     if scale_ptr is not None:
         y = tl.where(keep[:, None], widen(x, ACC) * tl.load(scale_ptr).to(ACC), 0.0)

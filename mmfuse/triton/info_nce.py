@@ -35,7 +35,7 @@ def _divide(x, y):
 
 @triton.jit
 def _finite_or_zero(x):
-    """What to subtract from exponents: an infinity minus itself would be NaN."""
+    """The number to subtract from exponents: an infinity minus itself would be NaN."""
     return tl.where(tl.abs(x) == float("inf"), 0.0, x)
 
 

@@ -1,4 +1,4 @@
-"""Where results go, that they are read again, and README's tables of them."""
+"""Where results go, that they are read again, and the documents' tables of them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import picture
 import pytest
 import run
 import tables
@@ -109,7 +110,7 @@ def test_changed_files_are_named_but_not_results(
     assert environment.changed_files() == ["a.py", "new.py"]
 
 
-# README's tables
+# The documents' tables
 
 
 @pytest.mark.parametrize("document", tables.DOCUMENTS)
@@ -118,15 +119,33 @@ def test_tables_are_what_the_committed_results_give(document: str) -> None:
     assert tables.rewritten(text) == text
 
 
-def test_readmes_tables_come_from_one_commit_and_all_are_there() -> None:
-    text = (tables.ROOT / "README.md").read_text()
-    (source,) = tables.sources(text)
+def test_all_tables_and_readmes_picture_come_from_one_commit() -> None:
+    texts = [(tables.ROOT / document).read_text() for document in tables.DOCUMENTS]
+    (source,) = set().union(*map(tables.sources, texts))
     folder = tables.ROOT / source
     assert folder.parent.parent == results.RESULTS
     _, facts = results.load(folder)
     assert facts.environment["mmfuse"].endswith(f"commit {folder.name}")
     assert not facts.refused
-    assert {found[2] for found in tables._TABLE.finditer(text)} == set(tables.TABLES)
+    assert {found[2] for text in texts for found in tables._TABLE.finditer(text)} == {
+        *tables.TABLES
+    }
+    png = (tables.PICTURES / picture.NAME).read_bytes()
+    assert f"Source\0{source}".encode() in png
+
+
+def test_the_picture_shows_what_was_measured() -> None:
+    labels = {"dtype": "float32"}
+    made = [
+        dataclasses.replace(row(case, name, 1.0), of_plain=of_plain, **labels)
+        for case in picture.SHOWN.values()
+        for name, of_plain in (("official", 2.5), ("cpu", 1.25))
+    ]
+    assert set(picture.times(made).values()) == {(2.5, 1.25)}
+    (axis,) = picture.draw(made).axes
+    assert sorted({round(bar.get_width(), 2) for bar in axis.patches}) == [1.25, 2.5]
+    with pytest.raises(LookupError, match="no ogm_training of both"):
+        picture.times(made[1:])
 
 
 def test_a_table_that_was_edited_is_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +168,7 @@ def test_a_table_that_was_edited_is_put_right(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_what_the_tables_need_is_what_the_plan_measures() -> None:
-    units = {line.unit for table in tables.TABLES.values() for line in table.lines}
+    units = {u for table in tables.TABLES.values() for line in table.lines for u in line.units}
     assert set(run.PLANS["readme"].units) == units
     trainings = {c.method for c in tables.CASES.values() if isinstance(c, tables.TrainingCase)}
     assert {line.case for line in tables.TABLES["training"].lines} >= {

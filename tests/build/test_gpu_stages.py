@@ -94,7 +94,7 @@ def rehearsal(tmp_path: Path) -> Rehearsal:
 
 
 def small(output: Path) -> bool:
-    """Whether a machine that is lent gives the folder back: few files, none of them large."""
+    """True if a machine that is lent gives the folder back: few files, none of them large."""
     files = list(output.iterdir())
     assert {file.name for file in files} == {"summary.md", "results.tar.gz"}
     return all(file.stat().st_size < 16 * 2**20 for file in files)

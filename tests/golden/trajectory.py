@@ -138,7 +138,7 @@ class Network(nn.Module):
 
     Args:
         golden: Gives shapes and initial values.
-        relu: Whether features of the perceptrons end with a ReLU.
+        relu: True if features of the perceptrons end with a ReLU.
     """
 
     def __init__(self, golden: Golden, relu: bool = False) -> None:
@@ -191,7 +191,7 @@ class AsReleased(Network):
     Args:
         golden: As in `Network`.
         relu: As in `Network`.
-        maps: Whether an encoder that is called by itself gives maps.
+        maps: True if an encoder that is called by itself gives maps.
     """
 
     def __init__(self, golden: Golden, relu: bool = False, maps: bool = False) -> None:

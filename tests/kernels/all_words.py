@@ -51,7 +51,7 @@ class Found(NamedTuple):
         )
 
     def good(self, stride: int) -> bool:
-        """Whether all words were looked at, and every deviate is within the contract."""
+        """True if all words were looked at, and every deviate is within the contract."""
         worst = max(self.contract, self.any_partner)
         return self.words == -(-WORDS // stride) and worst <= 1.0
 

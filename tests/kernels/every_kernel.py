@@ -52,7 +52,7 @@ def run(
         device: Where the tensors are.
         backend: Whose kernels run.
         names: Of cases; none are all.
-        interpreted: Whether the inputs are those of Triton's interpreter.
+        interpreted: True if the inputs are those of Triton's interpreter.
 
     Returns:
         What each case has written.

@@ -279,7 +279,7 @@ def check(forks: Forks, cases: Sequence[str], output: Path) -> int:
 
 
 def verdict_of(place: Place, attempts: Sequence[Result]) -> tuple[bool, str]:
-    """Whether all is well with a place that was left out, and what to say of it."""
+    """True if all is well with a place that was left out, and what to say of it."""
     found = bool(attempts) and attempts[-1].code == REPORTED
     seconds = sum(result.seconds for result in attempts)
     tried = ", ".join(result.case for result in attempts)

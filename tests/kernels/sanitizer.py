@@ -130,7 +130,7 @@ def outcome_of(job: Job, ended: Ended, backend: str, output: Path) -> Outcome:
 
 
 def verdict(tool: str, outcomes: dict[str, Outcome]) -> tuple[bool, str]:
-    """Whether all is well with one tool, and a line of the table."""
+    """True if all is well with one tool, and a line of the table."""
     mine = {name: o for name, o in outcomes.items() if name.startswith(f"{tool}-")}
     bad = {name: o for name, o in mine.items() if not o.clean}
     control = outcomes.get(f"control-{tool}")

@@ -29,7 +29,7 @@ def turn(item: pytest.Item) -> int:
 
 
 def is_lost() -> bool:
-    """Whether this process can no longer use its GPU."""
+    """True if this process can no longer use its GPU."""
     if not torch.cuda.is_initialized():
         return False
     try:

@@ -167,7 +167,7 @@ class Training:
         network: The network.
         wrapped: What to call instead, such as DistributedDataParallel around it.
         anchor_dtype: Of methods with anchors.
-        fused: Whether the optimizers are; PyTorch has no such kernels for DTensors on the CPU.
+        fused: True if the optimizers are; PyTorch has no such kernels for DTensors on the CPU.
     """
 
     def __init__(

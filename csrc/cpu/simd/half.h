@@ -63,7 +63,7 @@ inline uint16_t float_to_bfloat16(float value) {
   return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// What a kernel needs to know about an element type: the type it computes in, the way there, and
+// Facts about an element type for a kernel: the type it computes in, the way there, and
 // its bits as a signed integer, in which every NaN and infinity without its sign is at least
 // kInfinity.
 template <typename scalar_t>

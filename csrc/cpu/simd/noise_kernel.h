@@ -16,7 +16,7 @@ inline U64 block_order() {
   return order;
 }
 
-// What stays the same from block to block: the round keys, and the first three rounds as far as
+// The same in every block: the round keys, and the first three rounds as far as
 // they see only the upper counter words.
 struct PhiloxConstants {
   U64 m0 = splat(uint64_t{kPhiloxM0});

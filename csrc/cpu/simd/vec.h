@@ -1,4 +1,4 @@
-// What every level builds from its own few operations; no include guard, see foreach_simd.h.
+// Built by every level from its own few operations; no include guard, see foreach_simd.h.
 
 // x - 0 is x, whatever x is, and costs nothing; x + 0 would turn -0 into +0.
 inline F32 splat(float x) { return x - F32{}; }
@@ -88,7 +88,7 @@ inline double sum_lanes(vec_t x) {
   return sum;
 }
 
-// Whether none of the elements seen, as stored, is NaN or infinite.
+// True if none of the elements seen, as stored, is NaN or infinite.
 template <typename scalar_t>
 class FiniteCheck {
  public:

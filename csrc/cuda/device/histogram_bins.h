@@ -102,7 +102,7 @@ __device__ __forceinline__ int bin_of(const RowBins<acc_t>& row, int bins, acc_t
   return i;
 }
 
-// Whether bin i is the one, by a single comparison in place of bin_of's loops; false in doubt.
+// True if bin i is the one, by a single comparison in place of bin_of's loops; false in doubt.
 template <typename acc_t>
 __device__ __forceinline__ bool is_bin(const RowBins<acc_t>& row, int bins, int i, acc_t x) {
   const acc_t index = static_cast<acc_t>(i);

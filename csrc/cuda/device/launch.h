@@ -10,7 +10,7 @@
 
 namespace mmfuse::cuda {
 
-// What a launch can carry on sm_70 and later since CUDA 12.1.
+// The bytes of parameters that a launch can carry on sm_70 and later since CUDA 12.1.
 constexpr int kMaxParamBytes = 32764;
 
 inline void check(cudaError_t error, const char* what) {

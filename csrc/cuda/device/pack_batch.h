@@ -1,4 +1,4 @@
-// What grad_stats and the updates share: a thread's packs of one tensor, loaded as a batch, so that
+// Shared by grad_stats and the updates: a thread's packs of one tensor, loaded as a batch, so that
 // several independent loads are in flight before the first is used.
 #pragma once
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ acc_type<scalar_t> load_displacement(const AnchorPair
   return param - anchor;
 }
 
-// Whether the packs of w and w0 that start at element `first` can be loaded as vectors.
+// True if the packs of w and w0 that start at element `first` can be loaded as vectors.
 template <Anchors kAnchors, typename scalar_t>
 __device__ __forceinline__ bool is_aligned(const AnchorPair& pair, int64_t first) {
   bool aligned = true;

@@ -1,4 +1,4 @@
-// What the glue hands to the launchers, for glue that knows no device code.
+// The arguments that the glue hands to the launchers, for glue that knows no device code.
 #pragma once
 
 #include <cstdint>

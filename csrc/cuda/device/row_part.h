@@ -1,4 +1,4 @@
-// What the histograms share: a block reads its part of a row four elements a thread, and keeps what
+// Shared by the histograms: a block reads its part of a row four elements a thread, and keeps what
 // it has counted in dynamic shared memory.
 #pragma once
 
@@ -99,7 +99,7 @@ __device__ __forceinline__ void store_tile(scalar_t* part, int tile, int count,
   }
 }
 
-// Whether every part of every row of [problems, columns] can be loaded as vectors.
+// True if every part of every row of [problems, columns] can be loaded as vectors.
 inline bool rows_aligned(int64_t problems, int64_t columns) {
   return problems == 1 || columns % (kVectorBytes / 2) == 0;
 }

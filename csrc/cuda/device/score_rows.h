@@ -278,7 +278,7 @@ __device__ __forceinline__ RowScore<acc_type<scalar_t>> score_row(const ScoreTar
   return score;
 }
 
-// What else there is to say of a row, against a class index.
+// Further statistics of a row, against a class index.
 template <typename acc_t>
 struct RowStatistics {
   bool correct;

@@ -18,7 +18,7 @@
 
 namespace mmfuse::cuda {
 
-// What is the same for all elements of a tensor.
+// The same for all elements of a tensor.
 template <typename scalar_t>
 struct TensorUpdate {
   using acc_t = acc_type<scalar_t>;

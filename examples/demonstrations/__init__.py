@@ -1,0 +1,1 @@
+"""What the demonstrations and the comparison share: data, networks, training, measures, figures."""

@@ -1,0 +1,162 @@
+"""Every method of the catalogue on the handwritten digits: pictures and the table of the site.
+
+Trains each of them as `examples/handwritten.py` does, draws the coefficients of the first run into
+`docs/images/coefficients/`, and writes the accuracies of all seeds into `docs/which_method.md`::
+
+    python examples/every_method.py --seeds 10
+
+Finished runs are kept in `build/every_method`, so that a second call goes on where one was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+from demonstrations.baselines import Plan
+from demonstrations.handwritten_data import CLASSES, load, split
+from demonstrations.measures import measure
+from demonstrations.show import mean_sd
+from demonstrations.training import History, Run
+from demonstrations.ways import JOINT, baseline_of, method_of, ways
+from tqdm import tqdm
+
+matplotlib.use("Agg")  # draws to a file; needs no display
+from matplotlib import pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+VIEWS = ("pix", "fou")
+BATCH = 64
+TABLE = re.compile(r"(<!-- digits: .*?-->\n).*?(<!-- end of digits -->)", re.DOTALL)
+# Grey that can be read on white and on black: one file serves both themes.
+INK = "#8a8a8a"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "mmfuse",  # the same picture has the same bytes
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "font.size": 9,
+}
+
+
+class Result(NamedTuple):
+    """One training."""
+
+    numbers: list[float]  # accuracy, and a probe of each view, on test data
+    history: History
+    coefficients: str  # the meaning of the history's
+
+
+def train(names: Sequence[str], seeds: int, epochs: int, kept: Path) -> dict[str, list[Result]]:
+    """Way to train → one result per seed."""
+    data, known = load(VIEWS), ways(VIEWS)
+    kept.mkdir(parents=True, exist_ok=True)
+    results: dict[str, list[Result]] = {name: [] for name in names}
+    with tqdm(total=len(names) * seeds * epochs, unit="epoch", disable=None) as bar:
+        for name in names:
+            bar.set_description(name)
+            for seed in range(seeds):
+                path = kept / f"{name}_{seed}_{epochs}.pt"
+                if path.exists():
+                    bar.update(epochs)
+                    numbers, history, meaning = torch.load(path)
+                    results[name].append(Result(numbers, History(*history), meaning))
+                    continue
+                plan = Plan(epochs=epochs, batch_size=BATCH, seed=seed)
+                run = Run(known[name], split(data, seed), plan, len(CLASSES))
+                history = run.train(bar.update)
+                found = measure(run)
+                numbers = [found[m] for m in ("accuracy", *(f"probe {v}" for v in VIEWS))]
+                result = Result(numbers, history, run.method.coefficients)
+                torch.save((numbers, tuple(history), result.coefficients), path)
+                results[name].append(result)
+    return results
+
+
+def draw(name: str, result: Result, folder: Path) -> Path:
+    """Scores on the left, coefficients on the right, epoch by epoch."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name.lower().replace(' ', '_')}.svg"
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7, 2.5), layout="constrained")
+        drawn = (result.history.scores, result.history.coefficients)
+        for axis, values in zip(axes, drawn, strict=True):
+            for m, view in enumerate(VIEWS):
+                axis.plot(values[:, m], f"C{m}", label=view)
+            axis.grid(alpha=0.25)
+            axis.set(xlabel="epoch", xlim=(0, max(1, len(values) - 1)))
+        axes[0].set(title="score of each view alone", ylim=(-0.02, 1.05))
+        axes[1].set_title(result.coefficients)
+        axes[0].legend(frameon=False, labelcolor=INK, loc="lower right")
+        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+        plt.close(figure)
+    # matplotlib leaves blanks at the ends of lines.
+    path.write_text("".join(f"{line.rstrip()}\n" for line in path.read_text().splitlines()))
+    return path
+
+
+def table(results: dict[str, list[Result]]) -> list[str]:
+    """Markdown: each way to train against the same losses without its method, by seed."""
+    heads = ["joint accuracy", *(f"probe {view}" for view in VIEWS)]
+    columns = {
+        name: list(zip(*(run.numbers for run in runs), strict=True))
+        for name, runs in results.items()
+    }
+    lines = ["| method | compared with | " + " | ".join(heads) + " |"]
+    lines.append("|---|---" + "|--:" * len(heads) + "|")
+    lines.append(f"| **{JOINT}** | — | {' | '.join(map(mean_sd, columns[JOINT]))} |")
+    for name, values in columns.items():
+        baseline = baseline_of(name)
+        if baseline is None:
+            continue
+        cells = []
+        for mine, theirs in zip(values, columns[baseline], strict=True):
+            change = [a - b for a, b in zip(mine, theirs, strict=True)]
+            # More than two standard errors away from no change.
+            sure = len(change) > 2 and abs(statistics.fmean(change)) > 2 * (
+                statistics.stdev(change) / len(change) ** 0.5
+            )
+            text = mean_sd(change, "+")
+            cells.append(f"**{text}**" if sure else text)
+        lines.append(f"| {name} | {baseline} | {' | '.join(cells)} |")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Trains, draws and writes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=10, help="splits, weights and batches")
+    parser.add_argument("--epochs", type=int, default=60, help="passes over the training digits")
+    parser.add_argument("--methods", nargs="+", help="some only: draws them, and writes no table")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the documentation")
+    parser.add_argument("--kept", type=Path, default=ROOT / "build" / "every_method")
+    given = parser.parse_args(argv)
+    torch.set_num_threads(1)  # the networks are small
+    names = given.methods or list(ways(VIEWS))
+    results = train(names, given.seeds, given.epochs, given.kept)
+    for name, runs in results.items():
+        if method_of(name) is not None:
+            draw(name, runs[0], given.docs / "images" / "coefficients")
+    if given.methods is None:
+        page = given.docs / "which_method.md"
+        lines = "\n".join(["", *table(results), ""])
+        page.write_text(TABLE.sub(lambda found: f"{found[1]}{lines}\n{found[2]}", page.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -48,7 +49,7 @@ KEPT = ROOT / "build" / "native"
 class Build(build):
     """Asks for the kernels where there are none, too: the notes say so."""
 
-    sub_commands = [("build_py", None), ("build_ext", None)]
+    sub_commands: ClassVar = [("build_py", None), ("build_ext", None)]
 
 
 class Wheel(bdist_wheel):

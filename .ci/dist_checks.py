@@ -23,6 +23,7 @@ TOOLS = (
 # Which distributions take a wheel: glibc 2.28 is the bound of PyTorch's own.
 NEWEST_MANYLINUX = (2, 28)
 
+
 class Tools(NamedTuple):
     """The programs of an environment."""
 

@@ -10,9 +10,10 @@ import re
 
 from .recipe import ROOT
 
-_CODE = re.compile(r"(```.*?```)", re.S)
-# An image, or a link whose text has no link of its own.
-_LINK = re.compile(r"(!?)\[((?:[^][]|\[[^]]*\])*)\]\(([^)\s]+)\)")
+# Code, in which nothing is a link; or an image or a link, whose text may have code.
+_CODE = r"```.*?```|`[^`\n]+`"
+_LINK = r"(?P<image>!?)\[(?P<label>(?:[^][]|\[[^]]*\])*)\]\((?P<target>[^)\s]+)\)"
+_PARTS = re.compile(f"{_CODE}|{_LINK}", re.S)
 
 
 def source_url(project: str) -> str:
@@ -23,19 +24,17 @@ def source_url(project: str) -> str:
 
 
 def converted(text: str, source: str) -> str:
-    """A text of Markdown for an index; code blocks stay as they are."""
+    """A text of Markdown for an index; code stays as it is."""
 
     def link(found: re.Match[str]) -> str:
-        image, label, target = found.groups()
-        if re.match(r"[a-z]+:", target):
+        image, label, target = found["image"], found["label"], found["target"]
+        if target is None or re.match(r"[a-z]+:", target):
             return found[0]
         if source and not target.startswith("#"):
             return f"{image}[{label}]({source}/{'raw' if image else 'blob'}/HEAD/{target})"
         return f"*{label}*" if image else label
 
-    parts = _CODE.split(text)
-    parts[::2] = [_LINK.sub(link, part) for part in parts[::2]]
-    return "".join(parts)
+    return _PARTS.sub(link, text)
 
 
 def for_index() -> str:

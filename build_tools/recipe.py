@@ -88,9 +88,7 @@ class Recipe:
         command = [*self.compiler, *described, *self._elsewhere(), *headers]
         # By its file's name, which says for which Python it is: several take turns in the folder.
         compile_ = self._compile(name, command, [CSRC / "facts" / "module.cpp"])
-        # PyTorch brings no libstdc++ along, and the one of a user may be older.
-        link = ["-static-libstdc++", "-static-libgcc"] if is_portable() else []
-        return self._library(library, self.output / name, compile_, link)
+        return self._library(library, self.output / name, compile_, [])
 
     def tools(self, nvcc: str | None = None) -> str:
         """The versions of what compiles; where another one lies in its place all is compiled."""

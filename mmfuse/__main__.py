@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,6 +52,20 @@ def _devices() -> dict[str, dict[str, Any] | None]:
     return found
 
 
+def _commit() -> str | None:
+    """The commit of the checkout that was imported, which may be newer than what was built."""
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    # No tag matches, so that the commit alone is described.
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=9"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
 def _gpus() -> list[dict[str, Any]]:
     found = []
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
@@ -65,6 +80,7 @@ def facts() -> dict[str, Any]:
     return {
         "mmfuse": __version__,
         "folder": str(Path(__file__).parent),
+        "commit": _commit(),
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -81,6 +97,8 @@ def report(found: dict[str, Any] | None = None) -> str:
     """The text that `python -m mmfuse` prints."""
     found = facts() if found is None else found
     lines = [f"mmfuse   {found['mmfuse']} in {found['folder']}"]
+    if found["commit"] is not None:
+        lines.append(f"commit   {found['commit']}")
     lines += [f"{key:<9}{found[key]}" for key in ("python", "torch", "triton", "threads")]
     for i, gpu in enumerate(found["gpus"]):
         lines.append(f"cuda:{i}   {gpu['name']} ({gpu['capability']})")

@@ -1,4 +1,4 @@
-"""The version: from a tag, a commit, an archive, a source distribution, or of a tree without any."""
+"""The version: from a tag, a commit, an archive, a source distribution, or the changelog."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tree(tmp_path: Path) -> Path:
     for name in (".gitattributes", ".git_archival.txt"):
         shutil.copy(ROOT / name, folder)
     (folder / ".gitignore").write_text("__pycache__/\n")
-    (folder / "CHANGELOG.md").write_text("# Changelog\n\n## [Unreleased]\n\n## [0.1.0] - 2026-11-29\n")
+    (folder / "CHANGELOG.md").write_text("## [Unreleased]\n\n## [0.1.0] - 2026-11-29\n")
     return folder
 
 

@@ -119,7 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = [sys.executable, str(SCRATCH / ".ci" / "dist.py"), "--output", str(distributions)]
     if subprocess.run(command, cwd=SCRATCH, check=False).returncode:
         raise ReleaseError("the distributions are not as an index wants them; nothing has changed")
-    strange = [p.name for p in distributions.iterdir() if f"mmfuse-{version}" not in p.name]
+    names = re.compile(rf"mmfuse-{re.escape(version)}(\.tar\.gz|-.*\.whl)")
+    strange = [path.name for path in distributions.iterdir() if not names.fullmatch(path.name)]
     if strange:
         raise ReleaseError(f"{', '.join(strange)} should be of {version}")
     if options.dry:

@@ -85,7 +85,7 @@ class Recipe:
         flags = self._flags()
         described = [*flags, f"-DMMFUSE_FLAGS={json.dumps(' '.join(flags))}"]
         headers = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in folders)]
-        command = [*self.compiler, *described, *self._elsewhere(), *headers]
+        command = [*self.compiler, *described, *self._elsewhere(include), *headers]
         # By its file's name, which says for which Python it is: several take turns in the folder.
         compile_ = self._compile(name, command, [CSRC / "facts" / "module.cpp"])
         return self._library(library, self.output / name, compile_, [])
@@ -130,9 +130,10 @@ class Recipe:
     def _flags(self) -> list[str]:
         return [*CXX_FLAGS, *words("CXXFLAGS")]
 
-    def _elsewhere(self) -> list[str]:
+    def _elsewhere(self, python: Path | None = None) -> list[str]:
         """Flags by which a library holds no path of this machine, and loads on others."""
-        paths = ((ROOT, "mmfuse"), (self.torch, "torch"), (self.objects, "build"))
+        paths = [(ROOT, "mmfuse"), (self.torch, "torch"), (self.objects, "build")]
+        paths += [(python, "python")] if python is not None else []
         # Compilers take the last that fits: the folder of the objects is mostly in the checkout.
         mapped = [f"-fmacro-prefix-map={path}={name}" for path, name in paths]
         return [*mapped, *(PORTABLE if is_portable() else [])]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cuda import architectures, gencode_flags
-from .finding import first_line, torch_version, words
+from .finding import first_line, is_portable, torch_version, words
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
@@ -154,11 +153,6 @@ class Recipe:
         objects = [str(one.object) for one in compile_]
         command = [*self.compiler, "-shared", *objects, *link, "-o", str(path)]
         return Library(name, path, compile_, command)
-
-
-def is_portable() -> bool:
-    """True where MMFUSE_PORTABLE=1 asks for a wheel that others get."""
-    return os.environ.get("MMFUSE_PORTABLE", "0") == "1"
 
 
 def same_text(one: Path, other: Path) -> bool:

@@ -15,7 +15,7 @@ import pytest
 from installs import ROOT, run
 
 from build_tools import pythons
-from build_tools.finding import BuildError
+from build_tools.finding import BuildError, is_portable
 
 # What takes newer symbols from glibc and libstdc++, unless it is told not to.
 NEWER = """
@@ -147,6 +147,15 @@ def test_a_program_that_is_no_python(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("MMFUSE_PYTHONS", program)
         with pytest.raises(BuildError, match=f"MMFUSE_PYTHONS names {program}, which does not"):
             pythons.interpreters()
+
+
+def test_portable_is_a_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, portable in (("", False), ("0", False), ("1", True)):
+        monkeypatch.setenv("MMFUSE_PORTABLE", value)
+        assert is_portable() is portable
+    monkeypatch.setenv("MMFUSE_PORTABLE", "yes")
+    with pytest.raises(BuildError, match=r"MMFUSE_PORTABLE must be 0 or 1, got 'yes'\."):
+        is_portable()
 
 
 def test_another_processor_is_in_the_name_of_the_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,3 +136,11 @@ def test_a_heading_that_is_there_gets_the_day(release: ModuleType) -> None:
     assert dated == text.replace("2026-01-02", "2026-03-04")
     with pytest.raises(SystemExit):
         release.dated(text.replace("[Unreleased]\n", "[Unreleased]\n\n- Newer.\n"), "0.2.0", "day")
+
+
+def test_changelog_and_citation_name_the_same_release(release: ModuleType) -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, day = re.findall(r"^## \[([\d.]+)\] - ([\d-]{10})$", changelog, re.M)[0]
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert release.cited(citation, version, day) == citation
+    assert release.cited(citation, "9.9.9", "2099-01-01") != citation

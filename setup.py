@@ -4,7 +4,7 @@ Each backend is a library of its own without Python in it, mmfuse/libmmfuse_<bac
 only says how they were built. PyTorch's headers are found on disk and never imported, so that a
 build in isolation works against the PyTorch that is installed. build_tools/ has how. Environment:
 MMFUSE_NATIVE=auto|0|1, MMFUSE_CUDA=auto|0|1, CXX, CXXFLAGS, TORCH_CUDA_ARCH_LIST, MAX_JOBS, and for
-wheels that others get MMFUSE_PORTABLE=1, MMFUSE_PYTHONS (CONTRIBUTING.md, "A release").
+wheels that others get MMFUSE_PORTABLE=1, MMFUSE_PYTHONS (CONTRIBUTING.md, "Distributions").
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <new>
+#include <sstream>
 
 #if defined(__GLIBC__) && defined(__x86_64__)
 // Since 2.29 there are versions of these that set no errno; the results are the same.
@@ -40,6 +41,14 @@ MMFUSE_OWN void _ZNSt15__exception_ptr13exception_ptr9_M_addrefEv(void* self) no
 }
 MMFUSE_OWN void _ZNSt15__exception_ptr13exception_ptr10_M_releaseEv(void* self) noexcept {
   _ZNSt15__exception_ptr13exception_ptrD1Ev(self);
+}
+
+// Since GCC 9 the constructors of string streams without an argument; those with one are older.
+MMFUSE_OWN void _ZNSt7__cxx1119basic_ostringstreamIcSt11char_traitsIcESaIcEEC1Ev(void* self) {
+  ::new (self) std::ostringstream(std::ios_base::out);
+}
+MMFUSE_OWN void _ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEEC1Ev(void* self) {
+  ::new (self) std::stringstream(std::ios_base::in | std::ios_base::out);
 }
 #endif
 }

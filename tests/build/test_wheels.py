@@ -21,10 +21,16 @@ from build_tools.finding import BuildError, is_portable
 NEWER = """
 #include <cmath>
 #include <memory>
+#include <sstream>
 #include <vector>
 std::shared_ptr<std::vector<double>> kept;
 __attribute__((visibility("default"))) double newer(double x, std::size_t n) {
   kept = std::make_shared<std::vector<double>>(n, x);
+  std::ostringstream out;
+  std::stringstream both;
+  out << x;
+  both << out.str();
+  both >> x;
   return std::exp(x) + std::log(x) + std::pow(x, kept->back());
 }
 """

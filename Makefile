@@ -15,7 +15,7 @@ SITE        := $(VENV)/.site
 BUILT       := $(VENV)/.built
 SOURCES     := setup.py pyproject.toml $(shell find csrc build_tools -type f)
 
-.PHONY: help setup build demo compare test check soak docs lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants fuzz clean
+.PHONY: help setup build demo compare test check soak docs lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants fuzz dist wheels release clean
 
 help:
 	@echo "make demo    set up, build, train on spoken animals (SEEDS=3), show the speed"
@@ -36,6 +36,9 @@ help:
 	@echo "make race-mutants  the same, with every barrier and every atomic left out in turn"
 	@echo "make memcheck  the C++ kernels under Valgrind: reads of what nobody has written"
 	@echo "make triton-mutants  the Triton kernels without one mask each: who notices?"
+	@echo "make dist    a source distribution and wheels into build/dist, and what an index asks of them"
+	@echo "make wheels  the same in clean environments, for other machines; then installed and tested"
+	@echo "make release VERSION=0.2.0 DRY=1  a release, tried in a clone; without DRY=1 it is made"
 	@echo "make bounds  build and test with the oldest Python, PyTorch and packages, and Python 3.13"
 	@echo "make gpu     on a machine with a GPU: build, test, sanitizer, benchmark, into OUT=folder"
 	@echo "make gpu-library  on any machine with nvcc: the libraries for one, into build/gpu_library"
@@ -47,7 +50,7 @@ EXTRAS = $(BIN)/python -c "import sys, tomllib; e = tomllib.load(open('pyproject
 
 $(ENVIRONMENT): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) $(TORCH) "setuptools>=77" wheel ninja pybind11
+	$(PIP) $(TORCH) "setuptools>=77" setuptools-scm wheel ninja pybind11
 	$(PIP) triton numpy
 	$(EXTRAS) examples benchmarks > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
@@ -160,6 +163,18 @@ race-mutants: $(TESTING)
 # Downloads gigabytes, so that a release runs it and CI does not: PYTHONS="python3.10 python3.13".
 bounds:
 	$(PYTHON) .ci/bounds.py $(PYTHONS)
+
+# With what was built here; seconds.
+dist: build
+	$(BIN)/python .ci/dist.py
+
+# For each Python it downloads PyTorch: PYTHONS="python3.10 python3.13", AARCH64=1 by a cross-compiler.
+wheels: $(ENVIRONMENT)
+	$(BIN)/python .ci/dist.py --wheels $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(AARCH64),--aarch64)
+
+release: $(ENVIRONMENT)
+	$(if $(VERSION),,$(error make release VERSION=0.2.0: which version?))
+	$(BIN)/python .ci/release.py $(VERSION) $(if $(DRY),--dry)
 
 # With the library that is installed; Valgrind says what it needs where it is not there.
 memcheck: build $(TESTING)

@@ -41,6 +41,14 @@ def mode(name: str) -> str:
     return value
 
 
+def is_portable() -> bool:
+    """True where MMFUSE_PORTABLE=1 asks for a wheel that others get."""
+    value = os.environ.get("MMFUSE_PORTABLE") or "0"
+    if value not in ("0", "1"):
+        raise BuildError(f"MMFUSE_PORTABLE must be 0 or 1, got {value!r}.")
+    return value == "1"
+
+
 def jobs() -> int:
     """MAX_JOBS, or one per core but no more than memory allows (about 2 GiB a compiler)."""
     wanted = os.environ.get("MAX_JOBS")

@@ -6,18 +6,19 @@ import importlib.util
 import json
 import shutil
 import sys
-import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from .cuda import architectures, gencode_flags
-from .finding import first_line, torch_version, words
+from .finding import first_line, is_portable, torch_version, words
 
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: nothing newer of the stable ABI is used
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# For a wheel that others get: nothing of a glibc or libstdc++ newer than PyTorch's own wheels need.
+PORTABLE = ["-include", str(CSRC / "portable" / "manylinux.h")]
 
 
 @dataclass
@@ -71,16 +72,22 @@ class Recipe:
         runtime = [f"-L{home / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         return self._torch_library("cuda", glue, options, kernels, ["-ltorch_cuda", *runtime])
 
-    def facts(self, name: str) -> Library:
-        """mmfuse._C, in a file of this name; of PyTorch it takes at most the copy of pybind11."""
-        folders = [*self._pybind11(), self.torch / "include", Path(sysconfig.get_path("include"))]
+    def facts(self, name: str, include: Path, library: str = "_C") -> Library:
+        """mmfuse._C in a file of this name; of PyTorch it takes at most the copy of pybind11.
+
+        Args:
+            name: The file's name, which says for which Python it is.
+            include: The folder of that Python's headers.
+            library: The library's name in what is said of it.
+        """
+        folders = [*self._pybind11(), self.torch / "include", include]
         flags = self._flags()
         described = [*flags, f"-DMMFUSE_FLAGS={json.dumps(' '.join(flags))}"]
         headers = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in folders)]
-        command = [*self.compiler, *described, *headers]
+        command = [*self.compiler, *described, *self._elsewhere(include), *headers]
         # By its file's name, which says for which Python it is: several take turns in the folder.
         compile_ = self._compile(name, command, [CSRC / "facts" / "module.cpp"])
-        return self._library("_C", self.output / name, compile_, [])
+        return self._library(library, self.output / name, compile_, [])
 
     def tools(self, nvcc: str | None = None) -> str:
         """The versions of what compiles; where another one lies in its place all is compiled."""
@@ -114,13 +121,21 @@ class Recipe:
     ) -> Library:
         target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
         headers = [target, f"-I{CSRC}", f"-isystem{self.torch / 'include'}", *options]
-        command = [*self.compiler, *self._flags(), *headers]
+        command = [*self.compiler, *self._flags(), *self._elsewhere(), *headers]
         compile_ = [*kernels, *self._compile(name, command, sources)]
         link = [f"-L{self.torch / 'lib'}", "-ltorch_cpu", "-lc10", *link]
         return self._library(name, self.output / f"libmmfuse_{name}.so", compile_, link)
 
     def _flags(self) -> list[str]:
         return [*CXX_FLAGS, *words("CXXFLAGS")]
+
+    def _elsewhere(self, python: Path | None = None) -> list[str]:
+        """Flags by which a library holds no path of this machine, and loads on others."""
+        paths = [(ROOT, "mmfuse"), (self.torch, "torch"), (self.objects, "build")]
+        paths += [(python, "python")] if python is not None else []
+        # Compilers take the last that fits: the folder of the objects is mostly in the checkout.
+        mapped = [f"-fmacro-prefix-map={path}={name}" for path, name in paths]
+        return [*mapped, *(PORTABLE if is_portable() else [])]
 
     def _compile(self, name: str, command: list[str], sources: list[Path]) -> list[Compilation]:
         made = []

@@ -2,7 +2,7 @@
 
 ::
 
-    pip install "mmfuse[accelerate]"
+    pip install ".[accelerate]"        # in the checkout
     python examples/accelerate_ogm.py
 
 It trains as any loop of Accelerate does, also under ``accelerate launch``: two lines differ.

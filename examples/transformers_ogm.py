@@ -2,7 +2,7 @@
 
 ::
 
-    pip install "mmfuse[transformers]"
+    pip install ".[transformers]"      # in the checkout
     python examples/transformers_ogm.py
 """
 

@@ -6,6 +6,7 @@ import argparse
 import importlib.metadata
 import json
 import platform
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def _is_here(device_type: str) -> bool:
 
 def _devices() -> dict[str, dict[str, Any] | None]:
     """For each type of device: whether it has float64, and which backends serve all ops there."""
-    own = torch.accelerator.current_accelerator()
+    own = torch.accelerator.current_accelerator(check_available=True)
     types = list(dict.fromkeys(["cpu", "cuda", "xpu", "mps", *([own.type] if own else [])]))
     found: dict[str, dict[str, Any] | None] = {}
     for device_type in types:
@@ -49,6 +50,20 @@ def _devices() -> dict[str, dict[str, Any] | None]:
         ]
         found[device_type] = {"float64": has_float64(device_type), "backends": serving}
     return found
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that was imported, which may be newer than what was built."""
+    folder = Path(__file__).parent
+    if not (folder.parent / ".git").exists():
+        return None
+    # No tag matches, so that the commit alone is described.
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*", "--abbrev=9"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -65,6 +80,7 @@ def facts() -> dict[str, Any]:
     return {
         "mmfuse": __version__,
         "folder": str(Path(__file__).parent),
+        "commit": _commit(),
         "python": f"{platform.python_version()} on {platform.platform()}",
         "torch": torch.__version__,
         "triton": _version("triton"),
@@ -81,6 +97,8 @@ def report(found: dict[str, Any] | None = None) -> str:
     """The text that `python -m mmfuse` prints."""
     found = facts() if found is None else found
     lines = [f"mmfuse   {found['mmfuse']} in {found['folder']}"]
+    if found["commit"] is not None:
+        lines.append(f"commit   {found['commit']}")
     lines += [f"{key:<9}{found[key]}" for key in ("python", "torch", "triton", "threads")]
     for i, gpu in enumerate(found["gpus"]):
         lines.append(f"cuda:{i}   {gpu['name']} ({gpu['capability']})")

@@ -39,7 +39,7 @@ class Checked(NamedTuple):
 
 def check(names: Collection[str] | None = None) -> Iterator[Checked]:
     """Compares operators, all unless named, of every backend that runs here with the reference."""
-    own = torch.accelerator.current_accelerator()
+    own = torch.accelerator.current_accelerator(check_available=True)
     devices = ["cpu", *([own.type] if own is not None else [])]
     for op in (op for name, op in OPS.items() if names is None or name in names):
         arguments = example(op)

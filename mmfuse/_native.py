@@ -25,10 +25,11 @@ _load_errors: dict[str, str] = {}
 def _build_notes() -> dict[str, str]:
     """The note that setup.py wrote about kernels that it could not build."""
     try:
-        notes: dict[str, str] = json.loads((_FOLDER / "_build.json").read_text())
-    except (OSError, ValueError):
+        notes = json.loads((_FOLDER / "_build.json").read_text(encoding="utf-8"))
+        missing: dict[str, str] = notes["missing"]
+    except (OSError, ValueError, KeyError):
         return {}
-    return notes
+    return missing
 
 
 def _facts(path: Path, backend: str) -> dict[str, str]:

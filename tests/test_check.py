@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mmfuse import _check
-from mmfuse.__main__ import check_text, main
+from mmfuse.__main__ import _devices, check_text, main
 from mmfuse.ops._registry import OPS
 
 
@@ -23,6 +23,20 @@ def test_every_operator_is_compared_on_every_backend_here() -> None:
     assert {one.backend for one in found if one.device == "cpu"} == here
     assert [one for one in found if one.problem is not None] == []
     assert all(one.error is not None and one.error <= _check.TOLERANCE for one in found)
+
+
+def test_a_build_for_cuda_without_a_gpu_is_checked_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Such a PyTorch names its accelerator, whose driver is not there."""
+
+    def named(check_available: bool = False) -> torch.device | None:
+        return None if check_available else torch.device("cuda")
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", named)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert {one.device for one in _check.check()} <= {"cpu"}
+    assert _devices()["cuda"] is None
 
 
 @pytest.mark.parametrize("name", list(OPS))

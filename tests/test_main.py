@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import mmfuse
-from mmfuse.__main__ import main, report
+from mmfuse.__main__ import facts, main, report
 from mmfuse.ops._registry import BACKENDS, OPS
 
 
@@ -30,6 +30,25 @@ def test_report_shows_the_whole_grid() -> None:
         assert f"\n{op} " in text
     for backend in BACKENDS:
         assert backend in text
+
+
+def test_a_checkout_says_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which may be newer than the version, that was written when it was built."""
+    monkeypatch.setattr("mmfuse.__main__.__file__", str(tmp_path / "mmfuse" / "__main__.py"))
+    (tmp_path / "mmfuse").mkdir()
+    assert facts()["commit"] is None
+    assert "commit" not in report()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.invalid"]
+    for words in (["init"], ["commit", "--allow-empty", "--message=one"], ["tag", "v9.0.0"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True, capture_output=True)
+    commit = facts()["commit"]
+    assert re.fullmatch("[0-9a-f]{9}", commit)
+    assert f"\ncommit   {commit}\n" in report()
+    (tmp_path / "mmfuse" / "new.py").touch()
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    assert facts()["commit"] == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert facts()["commit"] is None
 
 
 def test_every_missing_cell_has_a_reason() -> None:

@@ -38,7 +38,7 @@ try:
     from accelerate.utils import DistributedType
 except ImportError as _error:
     raise ImportError(
-        'mmfuse.adapters.accelerate needs accelerate: pip install "mmfuse[accelerate]"'
+        "mmfuse.adapters.accelerate needs accelerate: pip install accelerate"
     ) from _error
 
 

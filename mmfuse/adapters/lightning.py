@@ -31,7 +31,7 @@ else:
             from pytorch_lightning import Callback
     except ImportError as error:
         raise ImportError(
-            'mmfuse.adapters.lightning needs Lightning: pip install "mmfuse[lightning]"'
+            "mmfuse.adapters.lightning needs Lightning: pip install lightning"
         ) from error
 
 # Steps whose scalars one copy to the host carries.

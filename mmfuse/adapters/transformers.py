@@ -37,7 +37,7 @@ try:
 except ImportError as _error:
     raise ImportError(
         "mmfuse.adapters.transformers needs transformers and accelerate: "
-        'pip install "mmfuse[transformers]"'
+        "pip install accelerate transformers"
     ) from _error
 
 from .accelerate import check_supported, step, unwrapped

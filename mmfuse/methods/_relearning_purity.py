@@ -32,7 +32,7 @@ def k_means(clusters: int) -> Cluster:
     except ImportError as error:
         raise ImportError(
             "ReLearning clusters features with scikit-learn, which is not installed: "
-            'pip install "mmfuse[relearning]", or give cluster='
+            "pip install scikit-learn, or give cluster="
         ) from error
 
     def cluster(features: Tensor) -> Tensor:

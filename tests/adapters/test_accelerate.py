@@ -329,7 +329,7 @@ def test_an_import_without_the_library_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     monkeypatch.delitem(sys.modules, "mmfuse.adapters.accelerate")
-    with pytest.raises(ImportError, match=r'pip install "mmfuse\[accelerate\]"$'):
+    with pytest.raises(ImportError, match=r"pip install accelerate$"):
         importlib.import_module("mmfuse.adapters.accelerate")
 
 

@@ -826,7 +826,7 @@ def test_mmfuse_does_not_need_lightning_and_the_adapter_says_what_to_install() -
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (1, "imported\n")
     assert ended.stderr.splitlines()[-1] == (
-        'ImportError: mmfuse.adapters.lightning needs Lightning: pip install "mmfuse[lightning]"'
+        "ImportError: mmfuse.adapters.lightning needs Lightning: pip install lightning"
     )
 
 

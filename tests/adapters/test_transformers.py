@@ -499,7 +499,7 @@ def test_an_import_without_the_libraries_says_what_to_install(
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, name, None)
             patch.delitem(sys.modules, "mmfuse.adapters.transformers")
-            with pytest.raises(ImportError, match=r'pip install "mmfuse\[transformers\]"$'):
+            with pytest.raises(ImportError, match=r"pip install accelerate transformers$"):
                 importlib.import_module("mmfuse.adapters.transformers")
 
 

@@ -47,6 +47,10 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(backend.os, "access", lambda path, mode: path != ROOT)
     with pytest.raises(SystemExit, match=re.escape(f"writes into {ROOT}, which this user may not")):
         backend.missing()
+    # Without isolation these are called at once.
+    for build in (backend.build_wheel, backend.build_editable):
+        with pytest.raises(SystemExit, match="which this user may not"):
+            build("nowhere")
 
 
 def test_the_oldest_pytorch_is_the_same_everywhere() -> None:

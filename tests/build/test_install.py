@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,16 +60,6 @@ def test_a_build_leaves_no_library_of_an_earlier_one(source: Path) -> None:
     done = run([sys.executable, "setup.py", "build_ext", "-i"], source, MMFUSE_NATIVE="0")
     assert done.returncode == 0, done.stderr
     assert not any(path.exists() for path in stale)
-
-
-@pytest.mark.slow
-def test_a_wheel_holds_the_libraries(small: Path) -> None:
-    done = run([sys.executable, "setup.py", "-q", "bdist_wheel"], small, MMFUSE_CUDA="0")
-    assert done.returncode == 0, done.stderr
-    (wheel,) = (small / "dist").glob("*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {"mmfuse/libmmfuse_cpu.so", "mmfuse/_build.json"} <= set(names)
-    assert sum(name.startswith("mmfuse/_C.") for name in names) == 1
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
@@ -139,7 +128,7 @@ def test_a_compiler_error_is_shown_with_the_way_out(small: Path, ninja: bool) ->
     assert done.returncode == 0, done.stderr
     assert "mmfuse: WARNING: without the cpu backend: it did not build: " in done.stderr
     assert "MMFUSE_CUDA=0 leaves the CUDA kernels out" in done.stderr.splitlines()[-1]
-    notes = json.loads((small / "mmfuse" / "_build.json").read_text())
+    notes = json.loads((small / "mmfuse" / "_build.json").read_text())["missing"]
     assert "error:" in notes["cpu"] and "simd.cpp" in notes["cpu"]
     assert not list((small / "mmfuse").glob("*cpu.so"))
 
@@ -184,7 +173,8 @@ def test_kernels_that_do_not_build_leave_the_cpu_backend(
     reason = "it did not build: kernel.cu(7): error: no such thing"
     assert f"mmfuse: WARNING: without the cuda backend: {reason}" in done.stderr
     library = next((small / "build").glob("lib*"))
-    assert json.loads((library / "mmfuse" / "_build.json").read_text()) == {"cuda": reason}
+    notes = json.loads((library / "mmfuse" / "_build.json").read_text())
+    assert notes["missing"] == {"cuda": reason}
     text = report(library)
     assert f"cuda: {reason}" in text
     assert "has_cpu              True" in text

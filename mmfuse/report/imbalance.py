@@ -74,7 +74,7 @@ def imbalance_report(
         print(report)                  # a table and what it says, in sentences
         report.save("report.html")     # or .png, .json
 
-    It needs the packages of the extra ``report`` and a model that has been trained by any method, in
+    It needs the packages of the extra ``report``, and a model that was trained by any method, in
     any framework. With v(S) the metric where the modalities S are there and all others masked, it
     has v of all, of each alone, of all without one, of none, and with noise on one; and each
     modality's Shapley value of the metric (SHAPE; Hu, Li & Zhou 2022, arXiv:2205.00302)::

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops._tensors import FLOATING
+from ..ops._tensors import why_unsupported
 from .given import Loss
 
 
@@ -61,9 +61,8 @@ def check_alike(
     form = "[B], [B, L] or [B, L, d1, …]" if multilabel else "[B, C] or [B, C, d1, …]"
     for name, z in zip(names, logits, strict=True):
         called, first = f"logits[{name!r}]", logits[0]
-        if not isinstance(z, Tensor) or z.dtype not in FLOATING:
-            got = z.dtype if isinstance(z, Tensor) else type(z).__name__
-            raise TypeError(f"{called} must be a floating-point tensor, got {got}")
+        if (why := why_unsupported(z)) is not None:
+            raise TypeError(f"{called} must be a floating-point tensor; it {why}")
         if z.dim() < 2 - multilabel:
             raise ValueError(f"{called} must be {form}, got {list(z.shape)}")
         if z.shape != first.shape:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ..loop.given import Loss
 from ..loop.predictions import check_alike
+from ..ops._tensors import check_dense
 
 _IGNORED = -100
 
@@ -77,6 +78,7 @@ def labels_of_contrast(
         raise TypeError(
             f"labels must be class indices, for the contrast; got {kind}; contrast=0 leaves it out"
         )
+    check_dense("labels", labels)
     if labels.shape != (rows,):
         raise ValueError(
             f"labels must have shape [{rows}], got {list(labels.shape)}; contrast=0, which needs "

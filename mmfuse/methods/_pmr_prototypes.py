@@ -137,6 +137,9 @@ def class_sums(
     device = collected.device
     error: Exception | None = None
     try:
+        if not isinstance(batches, Iterable):
+            kind = type(batches).__name__
+            raise TypeError(f"batches must be an iterable of (features, labels), got {kind}")
         for number, batch in enumerate(batches):
             if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
                 raise TypeError(

@@ -251,13 +251,13 @@ class MCR(DrawingModule):
         if head is not None:
             parts, fuse = values, through(head, is_multilabel(self.criterion))
         divergences = self._divergences(parts, fuse, mask)
-        self._advance()
         loss = -self.strength * divergences.sum()
         contrast = torch.zeros_like(loss)
         if self.contrast:
             assert labels is not None
             contrast = nt_xent([v.flatten(1) for v in values], labels, self.temperature, mask)
             loss = loss + self.contrast * contrast
+        self._advance()
         shown = divergences if mask is None else torch.where(mask.any(1), divergences, torch.nan)
         return MCRResult(loss, shown.detach(), contrast.detach(), modalities=tuple(names))
 

@@ -33,7 +33,7 @@ from ..loop.given import Loss, check_mask
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.result import Result
 from ..loop.shards import is_dtensor, local_part
-from ..ops._tensors import FLOATING
+from ..ops._tensors import FLOATING, why_unsupported
 from ._mla_rule import MLAFusion, MLALatest, MLAReleased, MLARule, fused, may_be_empty, observed
 
 __all__ = ["MLA", "MLAFusion", "MLAResult"]
@@ -248,9 +248,8 @@ class MLA(EpochWindowModule):
     def _look(self, features: Tensor, present: Tensor | None) -> tuple[Tensor | None, Observed]:
         """The gradient, and r on this rank; with all checks."""
         weight, width = self._weight(), len(self.projector)
-        if not isinstance(features, Tensor) or features.dtype not in FLOATING:
-            kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
-            raise TypeError(f"features must be a floating tensor [B, {width}], got {kind}")
+        if (why := why_unsupported(features)) is not None:
+            raise TypeError(f"features must be a floating tensor [B, {width}]; it {why}")
         if features.dim() < 2 or features.shape[-1] != width:
             raise ValueError(f"features must be [B, {width}], got {list(features.shape)}")
         if present is not None:

@@ -240,12 +240,13 @@ LABELS = torch.zeros(ROWS, dtype=torch.int64)
     [
         ({"labels": None}, TypeError, "labels must be class indices, for the contrast; got None"),
         ({"labels": torch.zeros(ROWS, 4)}, TypeError, "labels must be class indices"),
+        ({"labels": LABELS.to_sparse()}, TypeError, "labels must be dense"),
         ({"labels": LABELS[:3]}, ValueError, r"labels must have shape \[6\], got \[3\]"),
         ({"logits": {"audio": LOGITS["audio"]}}, ValueError, r"missing \['visual'\]"),
         (
             {"logits": {**LOGITS, "visual": LABELS}},
             TypeError,
-            r"logits\['visual'\] must be a floating-point tensor, got torch.int64",
+            r"logits\['visual'\] must be a floating-point tensor; it has dtype torch\.int64",
         ),
         (
             {"logits": {**LOGITS, "visual": torch.zeros(ROWS, 3)}},

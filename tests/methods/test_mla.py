@@ -361,8 +361,9 @@ def test_bad_options(option: str, value: Any) -> None:
 FEATURES: dict[str, tuple[Any, type[Exception], str]] = {
     "width": (torch.ones(2, 3), ValueError, r"features must be \[B, 4\], got \[2, 3\]"),
     "rows": (torch.ones(4), ValueError, r"features must be \[B, 4\], got \[4\]"),
+    "sparse": (torch.ones(2, 4).to_sparse(), TypeError, "it has layout torch.sparse_coo"),
     "dtype": (torch.ones(2, 4).long(), TypeError, "features must be a floating tensor"),
-    "list": ([1.0] * 4, TypeError, "features must be a floating tensor .* got list"),
+    "list": ([1.0] * 4, TypeError, "features must be a floating tensor .* not a tensor but list"),
     "device": (torch.ones(2, 4, device="meta"), ValueError, "features are on meta"),
 }
 

@@ -16,13 +16,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from _handwritten_data import CITATION, CLASSES, VIEWS, MissingDataError, Split, load, split
+from demonstrations.data import DataError, Part
+from demonstrations.handwritten_data import CITATION, CLASSES, VIEWS, load, split
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mmfuse
 
-TRAIN, BATCH = 600, 64
+BATCH = 64
 
 
 class Digits(nn.Module):
@@ -36,7 +37,7 @@ class Digits(nn.Module):
                 for view, width in widths.items()
             }
         )
-        self.head = nn.Linear(64 * len(widths), CLASSES)
+        self.head = nn.Linear(64 * len(widths), len(CLASSES))
 
     def features(self, views: dict[str, Tensor]) -> dict[str, Tensor]:
         """View → [B, 64]."""
@@ -47,30 +48,34 @@ class Digits(nn.Module):
         return self.head(torch.cat(list(self.features(views).values()), dim=1))
 
 
-def batches(views: dict[str, Tensor], labels: Tensor) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """In the order of the data."""
-    rows = torch.arange(len(labels)).split(BATCH)
-    return [({view: x[r] for view, x in views.items()}, labels[r]) for r in rows]
+# --8<-- [start:batches]
+def batches(data: Part) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Inputs by name, and labels, as a loader gives them; in the order of the data."""
+    return [tuple(data.rows(r)) for r in torch.arange(len(data.labels)).split(BATCH)]
+
+
+# --8<-- [end:batches]
 
 
 def train(
     model: nn.Module,
-    data: Split,
+    data: Part,
     epochs: int,
     backward: Callable[[dict[str, Tensor], Tensor], object],
 ) -> None:
-    """SGD on the training set, in random order."""
+    """SGD in random order."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     for _ in range(epochs):
-        for rows in torch.randperm(len(data.train_labels)).split(BATCH):
+        for rows in torch.randperm(len(data.labels)).split(BATCH):
             optimizer.zero_grad()
-            backward({view: x[rows] for view, x in data.train.items()}, data.train_labels[rows])
+            backward(*data.rows(rows))
             optimizer.step()
 
 
-def trained_jointly(data: Split, epochs: int) -> tuple[Digits, list[dict[str, Tensor]]]:
+# --8<-- [start:jointly]
+def trained_jointly(data: Part, epochs: int) -> tuple[Digits, list[dict[str, Tensor]]]:
     """A model of all views, trained with OGM, and what each step has returned."""
-    model = Digits({view: x.shape[1] for view, x in data.train.items()})
+    model = Digits({view: x.shape[1] for view, x in data.views.items()})
     ogm = mmfuse.OGM(model.encoders)
     history = []
 
@@ -84,9 +89,12 @@ def trained_jointly(data: Split, epochs: int) -> tuple[Digits, list[dict[str, Te
     return model, history
 
 
-def trained_alone(view: str, data: Split, epochs: int) -> Digits:
+# --8<-- [end:jointly]
+
+
+def trained_alone(view: str, data: Part, epochs: int) -> Digits:
     """A model of one view, with the same encoder."""
-    model = Digits({view: data.train[view].shape[1]})
+    model = Digits({view: data.views[view].shape[1]})
 
     def backward(views: dict[str, Tensor], labels: Tensor) -> None:
         F.cross_entropy(model(**{view: views[view]}), labels).backward()
@@ -95,26 +103,30 @@ def trained_alone(view: str, data: Split, epochs: int) -> Digits:
     return model
 
 
+# --8<-- [start:report]
 def report(views: Sequence[str], epochs: int, seed: int) -> mmfuse.ImbalanceReport:
     """Trains all models, and reports on the joint one."""
-    data = split(*load(views), TRAIN, seed)
+    data = split(load(views), seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        joint, history = trained_jointly(data, epochs)
-        alone = {view: trained_alone(view, data, epochs) for view in views}
+        joint, history = trained_jointly(data.train, epochs)
+        alone = {view: trained_alone(view, data.train, epochs) for view in views}
     return mmfuse.imbalance_report(
         joint,
-        batches(data.test, data.test_labels),
+        batches(data.test),
         encoders=joint.encoders,
         unimodal_encoders={view: model.encoders[view] for view, model in alone.items()},
         unimodal_models={
             view: lambda x, view=view, model=model: model(**{view: x})
             for view, model in alone.items()
         },
-        train_loader=batches(data.train, data.train_labels),
+        train_loader=batches(data.train),
         history=history,
         seed=seed,
     )
+
+
+# --8<-- [end:report]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("argument --views: two or more different views are needed")
     try:
         found = report(args.views, args.epochs, args.seed)
-    except MissingDataError as error:
+    except DataError as error:
         print(error, file=sys.stderr)
         return 1
     print(found)

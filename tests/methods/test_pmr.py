@@ -427,7 +427,7 @@ def test_bad_input() -> None:
     ]:
         with pytest.raises(error, match=text):
             pmr(*arguments)
-    with pytest.raises(TypeError, match="batches must be an iterable of .*, got NoneType"):
+    with pytest.raises(TypeError, match=r"batches must be an iterable of .*, got NoneType"):
         pmr.update_prototypes(None)  # type: ignore[arg-type]
     assert differences(dict(pmr.state_dict()), before) == []
 

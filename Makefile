@@ -87,7 +87,7 @@ demo: build
 # Hours, on one core; it goes on where it was stopped. docs/demonstrations.md has what came out.
 compare: build $(TESTING)
 	$(if $(TASK),,$(error make compare TASK=wrist: or animals?))
-	$(BIN)/python examples/compare.py $(TASK)
+	$(BIN)/python examples/compare_methods.py $(TASK)
 
 PYTEST := MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8

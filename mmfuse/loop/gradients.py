@@ -123,7 +123,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         self.anchors: Anchors | None = (
             Anchors(anchor_dtype, anchor_device) if rule.need.anchors else None
         )
-        self.stream = self._new_stream(name) if stream is None else check_stream(stream, True)
+        on_meta = self.modalities.device.type == "meta"
+        self.stream = self._new_stream(name) if stream is None else check_stream(stream, on_meta)
         self._updates = AttachedOptimizers(self.name, self.modalities, backend)
         self._clock = Clock(0, 0)
         self._adopt(rule)

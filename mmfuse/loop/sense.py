@@ -14,6 +14,7 @@ from torch import Tensor
 from .._devices import WIDE
 from ..noise import NoiseStream
 from ..ops._eager import Eager
+from ..ops._tensors import why_unsupported
 from ..ops.modality_scores import named_scores
 from .contract import Batch, Clock, Rule, State
 from .given import Kind, Looked, Loss, More, anywhere, check_present, look, makes_tables
@@ -25,6 +26,8 @@ def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
     """Warns of logits on the CPU, where looking waits for nothing, that look like probabilities."""
     for name, z in logits.items() if isinstance(logits, Mapping) else ():
         if not isinstance(z, Tensor) or z.device.type != "cpu" or z.dim() != 2 or z.shape[1] < 2:
+            continue
+        if why_unsupported(z) is not None:  # who needs them refuses them
             continue
         sums = z.detach().to(WIDE[z.device.type]).sum(1)
         if z.numel() and bool((z >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):

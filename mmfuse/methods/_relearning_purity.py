@@ -159,7 +159,9 @@ def _purities(
     if classes is None:
         every = [labels for split in splits for _, labels in split if len(labels)]
         classes = max((int(labels.max()) for labels in every), default=0) + 1
-    cluster = cluster or k_means(classes)
+    cluster = k_means(classes) if cluster is None else cluster
+    if not callable(cluster):
+        raise TypeError(f"cluster must be callable on features, got {type(cluster).__name__}")
     return [[_purity_of(cluster, *each) for each in split] for split in splits]
 
 

@@ -272,10 +272,9 @@ class ReLearning(EpochWindow):
         if isinstance(weights, Mapping):
             check_names("weights", weights, names, "encoders")  # type: ignore[arg-type]
             weights = torch.tensor([float(weights[name]) for name in names], dtype=torch.float64)
-        if not isinstance(weights, Tensor):
-            raise TypeError(
-                f"weights must be a tensor or map names to numbers, got {type(weights).__name__}"
-            )
+        if not isinstance(weights, Tensor) or weights.layout is not torch.strided:
+            kind = type(weights).__name__
+            raise TypeError(f"weights must be a dense tensor or map names to numbers, got {kind}")
         if weights.shape != (len(names),):
             raise ValueError(f"weights must have shape [{len(names)}], got {list(weights.shape)}")
         alpha = weights.detach().cpu().double()
@@ -295,5 +294,5 @@ class ReLearning(EpochWindow):
         Raises:
             ValueError: the state does not fit; nothing has been changed then.
         """
-        check_format("ReLearning", dict(state_dict), ["anchors"])
+        check_format("ReLearning", state_dict, ["anchors"])
         self.anchors.load_state_dict(state_dict["anchors"], self.modalities)

@@ -230,11 +230,25 @@ def _dense(tensor: Tensor) -> bool:
     return True
 
 
+def check_no_inference(tensors: Sequence[Tensor], name_of: Callable[[int], str]) -> None:
+    """Raises a RuntimeError for a tensor of inference mode outside it; a compiler asks itself."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return
+    for i, tensor in enumerate(tensors):
+        if tensor.is_inference():
+            raise RuntimeError(
+                f"{name_of(i)} is an inference tensor, which cannot be changed in place outside "
+                "torch.inference_mode()"
+            )
+
+
 def check_writable(tensors: Sequence[Tensor], name_of: Callable[[int], str]) -> None:
     """Raises a ValueError for a tensor in which one memory cell stands for several elements.
 
-    Also for a view that PyTorch negates when it is read, whose memory holds other numbers.
+    Also for a view that PyTorch negates when it is read, whose memory holds other numbers, and a
+    RuntimeError for a tensor of inference mode outside it.
     """
+    check_no_inference(tensors, name_of)
     if not torch.compiler.is_compiling() and True in [t.is_neg() for t in tensors]:
         # PyTorch would write to those before it, and then refuse the list.
         i = [t.is_neg() for t in tensors].index(True)

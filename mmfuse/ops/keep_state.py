@@ -10,7 +10,7 @@ from torch import Tensor
 from ._arguments import check_sequence
 from ._eager import Eager
 from ._registry import Op
-from ._tensors import check_dense
+from ._tensors import check_dense, check_no_inference
 
 
 def _fake(*_: object) -> None:
@@ -23,13 +23,6 @@ _op = Op(
     _fake,
     module="keep_state",
 )
-
-
-def _cannot_change(x: Tensor) -> bool:
-    """True for a tensor of inference mode outside it; a compiler asks that itself."""
-    if torch.compiler.is_compiling():
-        return False
-    return x.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def keep_state_(
@@ -86,11 +79,7 @@ def keep_state_(
             )
         if not old.is_contiguous():
             raise ValueError(f"state[{i}] is not contiguous; it cannot be changed in place")
-        if _cannot_change(old):
-            raise RuntimeError(
-                f"state[{i}] is an inference tensor, which cannot be changed in place outside "
-                "torch.inference_mode()"
-            )
+        check_no_inference([old], (f"state[{i}]",).__getitem__)
         _check_device(f"state[{i}]", old, device)
         _check_device(f"values[{i}]", value, device)
     flag = isinstance(finite, Tensor) and finite.dtype is torch.bool and finite.dim() == 0

@@ -101,6 +101,7 @@ def update_grads_(
     check_list("grads", grads)
     check_writable(grads, lambda i: f"grads[{i}]")
     check_vector("scale", scale, len(grads))
+    _check_on_meta(grads, scale=scale, pull=pull, noise_std=noise_std)
     if (pull is None) != (params is None and anchors is None):
         raise ValueError("pull needs params, and params and anchors need pull")
     params, anchors = check_pairs(grads, params, anchors)
@@ -186,8 +187,10 @@ def _scale_usual(
         or len(grads) == 0
         or type(scale) is not Tensor
         or type(grads[0]) is not Tensor
+        or grads[0].is_inference()
         or not scale.is_floating_point()
         or scale.layout is not torch.strided
+        or scale.is_meta
         or scale.shape != (len(grads),)
     ):
         return False
@@ -215,6 +218,12 @@ def _is_usual_flag(finite: Tensor | None, device: torch.device) -> bool:
     if finite is None:
         return True
     return type(finite) is Tensor and _is_flag(finite) and finite.device == device
+
+
+def _check_on_meta(grads: Sequence[Tensor], **vectors: Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if isinstance(vector, Tensor) and vector.is_meta and not all(g.is_meta for g in grads):
+            raise ValueError(f"{name} is on the meta device, where it holds no numbers")
 
 
 def _is_flag(x: Tensor) -> bool:

@@ -45,7 +45,7 @@ def script() -> ModuleType:
 def toy(tmp_path: Path) -> Path:
     """A checkout with one line of glue and an empty kernel, and beside it a toolkit."""
     checkout = tmp_path / "checkout"
-    for name in (".ci/gpu_library.py", "csrc/facts/cpu.cpp", "csrc/facts/cuda.cpp"):
+    for name in (".ci/gpu_library.py", *FACTS):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, checkout / name)
     shutil.copytree(ROOT / "build_tools", checkout / "build_tools")

@@ -70,7 +70,7 @@ def test_adam_divides_a_factor_of_the_gradient_out(measured: list[example.Measur
 
 
 def test_a_factor_that_changes_gets_through_at_first() -> None:
-    data = digits.split(*digits.load(example.VIEWS), example.TRAIN, 0)
+    data = digits.split(digits.load(example.VIEWS), 0, example.TRAIN)
     ratios = example.switched_factor(data, 90)
     first, after = ratios["gradient"][:30], ratios["gradient"][30:]
     assert all(abs(ratio - 1) < 1e-6 for ratio in first)

@@ -91,6 +91,6 @@ def test_the_settings_in_the_repository_are_of_ways_that_there_are(task: str) ->
     if not path.is_file():
         pytest.skip("not compared yet")
     command, found = show.load(path)
-    assert command.startswith(f"python examples/compare.py {task} --stages search")
+    assert command.startswith(f"python examples/compare_methods.py {task} --stages search")
     assert found.keys() <= ways(TASKS[task].views).keys()
     assert set(show.DEFAULT) <= found.keys()

@@ -137,7 +137,7 @@ class TestWeights:
         monkeypatch.setitem(sys.modules, "sklearn", None)
         monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
         relearning = mmfuse.ReLearning(encoders_of(2))
-        with pytest.raises(ImportError, match=r'"mmfuse\[relearning\]", or give cluster='):
+        with pytest.raises(ImportError, match="pip install scikit-learn, or give cluster="):
             relearning.weights(*samples(2, 9, 0), *samples(2, 9, 1))
 
     def test_bad_input(self) -> None:
@@ -241,7 +241,11 @@ class TestReset:
     @pytest.mark.parametrize(
         ("weights", "error", "text"),
         [
-            ([0.1, 0.2], TypeError, "weights must be a tensor or map names to numbers, got list"),
+            (
+                [0.1, 0.2],
+                TypeError,
+                "must be a dense tensor or map names to numbers, got list",
+            ),
             (torch.zeros(3), ValueError, r"weights must have shape \[2\], got \[3\]"),
             (torch.tensor([0.5, 1.5]), ValueError, r"weights\['visual'\] must be in \[0, 1\]"),
             (torch.tensor([math.nan, 0.5]), ValueError, r"weights\['audio'\] must be in \[0, 1\]"),

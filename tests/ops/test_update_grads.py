@@ -398,6 +398,27 @@ class TestBadInput:
             stream=NoiseStream(0).place([0, 1]),
         )
 
+    def test_an_inference_tensor(self) -> None:
+        with torch.inference_mode():
+            grads = [torch.ones(3)]
+        scale = torch.zeros(1)
+        more = {"pull": scale, "params": [torch.ones(3)]}
+        for options in ({}, {"finite": torch.ones(()).bool()}, more):
+            with pytest.raises(RuntimeError, match="nference tensor"):
+                ops.update_grads_(grads, scale, **options)
+            assert grads[0].tolist() == [1, 1, 1]
+
+    def test_vectors_on_meta(self) -> None:
+        one, empty = torch.ones(1), torch.ones(1, device="meta")
+        params = [torch.ones(3)]
+        for name, options in (
+            ("scale", {"scale": empty}),
+            ("pull", {"scale": one, "pull": empty, "params": params}),
+            ("noise_std", {"scale": one, "noise_std": empty, "stream": NoiseStream(1)}),
+        ):
+            with pytest.raises(ValueError, match=f"{name} is on the meta device"):
+                ops.update_grads_([torch.ones(3)], **options)
+
     def test_finite_flag(self) -> None:
         for flag in (torch.ones(()), torch.ones(1).bool(), torch.ones(()).bool().to_sparse()):
             wrong = "finite must be a dense 0-d bool tensor"

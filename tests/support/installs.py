@@ -21,11 +21,13 @@ def run(command: list, cwd: Path, **env: str) -> subprocess.CompletedProcess[str
 
 
 def bare_python(tmp_path: Path) -> tuple[Path, str]:
-    """A virtual environment with setuptools and nothing else."""
+    """A virtual environment with setuptools and nothing else, setuptools-scm neither."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
     packages = tmp_path / "packages"
     packages.mkdir()
     home = Path(setuptools.__file__).parent
     for part in (*home.parent.glob("setuptools*"), home.parent / "_distutils_hack"):
+        if part.name.startswith("setuptools_scm"):  # which needs more packages
+            continue
         (packages / part.name).symlink_to(part)
     return tmp_path / "bare" / "bin" / "python", str(packages)

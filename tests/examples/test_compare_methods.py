@@ -15,7 +15,7 @@ pytest.importorskip("rich")
 pytest.importorskip("scipy")
 pytest.importorskip("tqdm")
 
-import compare
+import compare_methods as compare
 from demonstrations import summary
 from demonstrations.data import DataError
 from demonstrations.settings import load
@@ -55,7 +55,7 @@ def test_it_searches_trains_and_reports(
     assert run() == 0
     folder = tmp_path / "results" / "wrist"
     command, found = load(folder / "settings.json")
-    assert command == "python examples/compare.py wrist --stages search --trials 1"
+    assert command == "python examples/compare_methods.py wrist --stages search --trials 1"
     assert found.keys() == set(WAYS)
     with (folder / "trials.csv").open(newline="") as file:
         assert [row["method"] for row in csv.DictReader(file)] == [

@@ -3,8 +3,8 @@
 It runs for hours, can be stopped at any time and goes on where it was::
 
     pip install -e ".[examples]" && pip install --no-deps animal-mnist==0.4 seglearn==1.2.5
-    python examples/compare.py wrist
-    python examples/compare.py animals
+    python examples/compare_methods.py wrist
+    python examples/compare_methods.py animals
 
 `docs/demonstrations.md` has the protocol and the results.
 """
@@ -65,7 +65,7 @@ class Comparison:
         journal = HERE / "output" / f"{self.args.task}.journal"
         found = search.Search(journal, self.args.task, splits, self.plan, len(self.task.classes))
         tuned = [way for way in self.ways if way != ENSEMBLE]
-        trials, command = self.args.trials, f"python examples/compare.py {self.args.task}"
+        trials, command = self.args.trials, f"python examples/compare_methods.py {self.args.task}"
         done = {way: len(found.finished(way)) for way in tuned}
         bar = tqdm(total=trials * len(tuned), unit="trial", disable=None)
         bar.update(sum(min(trials, n) for n in done.values()))

@@ -17,6 +17,7 @@ from cuda_on_cpu.build import CSRC
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = os.environ.get("CXX", "g++")
 
+FACTS = ("csrc/facts/cpu.cpp", "csrc/facts/cuda.cpp", "csrc/glue/poison.h")
 GLUE = """
 extern "C" int aoti_torch_get_current_cuda_stream(int index, void** stream);
 int probe(void** stream) { return aoti_torch_get_current_cuda_stream(0, stream); }

@@ -74,9 +74,12 @@ def _is_slow(item: pytest.Item) -> bool:
     What methods make of the ops is the same once each op is as the reference: above the ops `make
     test` has the reference and the C++ kernels alone. Triton's interpreter is slow: of it `make
     test` has each op's parity in float32, from which other dtypes differ by casts.
+    Benchmarks and examples, which no user imports, are for `make check`.
     `slow_except_on` says the like for a single test, and `slow_except_for` names the methods that
     stand for all others there.
     """
+    if item.path.parent.name in ("benchmarks", "examples"):
+        return True
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     found = _METHOD.search(item.callspec.id) if parameters else None
     for mark in item.iter_markers("slow_except_for"):

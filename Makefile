@@ -52,7 +52,7 @@ $(ENVIRONMENT): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH) "setuptools>=77" setuptools-scm wheel ninja pybind11
 	$(PIP) triton numpy
-	$(EXTRAS) examples benchmarks > $(VENV)/requirements.txt
+	$(EXTRAS) examples benchmarks report > $(VENV)/requirements.txt
 	$(PIP) -r $(VENV)/requirements.txt
 	$(PIP) --no-deps $(DATA)
 	touch $@

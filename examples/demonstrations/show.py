@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 import mmfuse
 
+from . import report
 from .baselines import Plan
 from .data import DataError, Split
 from .measures import SEVERITIES, measure
 from .settings import folded, load
 from .tasks import Task
 from .training import History, Run
-from .ways import JOINT, OWN_LOSSES, baseline_of, method_of, ways
+from .ways import JOINT, ONLY, OWN_LOSSES, baseline_of, method_of, ways
 
 matplotlib.use("Agg")  # draws to a file; needs no display
 from matplotlib import pyplot as plt
@@ -231,6 +232,12 @@ def parser(description: str, views: Sequence[str]) -> argparse.ArgumentParser:
     add("--backend", choices=mmfuse.ops.BACKENDS, help="of mmfuse; none: the best one")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     add("--output", type=Path, default=HERE / "output", help="for the plot")
+    add(
+        "--report",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="write the imbalance report of the first method's model",
+    )
     add("--quick", action="store_true", help="one seed and 3 epochs, to see that it runs")
     return out
 
@@ -255,6 +262,21 @@ def checked(
         asked.error(f"argument --backend: {error}")
     args.found_by, args.settings = load(HERE / "results" / task / "settings.json")
     return args
+
+
+def reported(
+    task: Task, results: dict[str, list[Result]], split: Split, args: argparse.Namespace
+) -> str:
+    """Trains a model of each modality, and says where the first way's imbalance report is."""
+    way, ours = next(iter(results.items()))
+    only = {view: runs(f"{ONLY}{view}", task, split, args, 0) for view in task.views}
+    for run in only.values():
+        run.train()
+    try:
+        page = report.write(ours[0].run, only, args.output / f"{args.task}_report.html")
+    except ImportError as error:
+        return str(error)
+    return f"imbalance report of {way!r}: {page}"
 
 
 def demonstrate(task: Task, args: argparse.Namespace) -> int:
@@ -283,6 +305,7 @@ def demonstrate(task: Task, args: argparse.Namespace) -> int:
     results = train_all(task, splits, args)
     console.print(table(task, results, steps_per_second(task, splits[0], args), args))
     console.print(f"plot: {plot(task, results, args)}", soft_wrap=True)
-    # A report of the trained models goes here: results[way][0].run has each of the first seed's.
+    if args.report:
+        console.print(reported(task, results, splits[0], args), soft_wrap=True)
     console.print(f"{time.perf_counter() - started:.0f} s")
     return 0

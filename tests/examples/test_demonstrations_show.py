@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -37,7 +38,7 @@ def script(
 
 
 def run(script: ModuleType, folder: Path, *arguments: str) -> int:
-    return script.main(["--batch-size", "32", "--output", str(folder), *arguments])
+    return script.main(["--no-report", "--batch-size", "32", "--output", str(folder), *arguments])
 
 
 def test_it_prints_a_table_with_fair_pairs_and_draws_a_plot(
@@ -54,6 +55,30 @@ def test_it_prints_a_table_with_fair_pairs_and_draws_a_plot(
     assert "settings: not tuned" in printed
     png = tmp_path / f"{script.__name__}.png"
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
+    assert "imbalance report" not in printed and not list(tmp_path.glob("*.html"))
+
+
+def test_it_writes_the_imbalance_report_of_the_first_way(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("torchmetrics")
+    assert script.main(["--quick", "--output", str(tmp_path), "--methods", JOINT, "OPM"]) == 0
+    page = tmp_path / f"{script.__name__}_report.html"
+    assert f"imbalance report of 'joint': {page}" in capsys.readouterr().out
+    text = page.read_text()
+    assert "another model, trained on it alone" in text and "ratio of both probes" in text
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_package_it_says_what_to_install(
+    script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchmetrics", None)
+    assert script.main(["--quick", "--output", str(tmp_path), "--methods", JOINT]) == 0
+    assert "needs torchmetrics: pip install torchmetrics" in capsys.readouterr().out
 
 
 def test_it_says_which_command_found_its_settings(

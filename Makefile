@@ -18,7 +18,7 @@ SOURCES     := setup.py pyproject.toml $(shell find csrc build_tools -type f)
 .PHONY: help setup build demo compare test check soak docs lint format bench bench-compare tables instructions cuda triton sanitize gpu gpu-library gpu-rehearsal bounds memcheck triton-mutants races race-mutants fuzz dist wheels release clean
 
 help:
-	@echo "make demo    set up, build, train on spoken animals, report on imbalance, show the speed"
+	@echo "make demo    set up, build, train on spoken animals (SEEDS=3), report on imbalance, show the speed"
 	@echo "make test    set up, build, run the tests; those that take long are left out"
 	@echo "make check   make test, and the tests that take long, but for the soak"
 	@echo "make soak    two ranks, 5,000 steps of all methods, two of them killed in between"

@@ -159,10 +159,10 @@ def place_of(error: Exception) -> str:
 
 
 def from_users_code(error: Exception) -> bool:
-    """True for what a user's model, called by mmfuse, or the call itself has raised."""
+    """True for what a user's model, called by mmfuse, has raised on its own."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     ours = max((i for i, file in enumerate(files) if file.startswith(PACKAGE)), default=-1)
-    return ours < 0 or OWN in files[ours + 1 :]
+    return ours >= 0 and OWN in files[ours + 1 :]
 
 
 def check_error(name: str, error: Exception, names: Iterable[str]) -> None:

@@ -59,7 +59,9 @@ def public() -> dict[str, Callable[..., Any]]:
 
 
 def _combined(tasks: list[Any], weights: Any = None) -> Any:
-    return scores.combined(*tasks, weights=weights)
+    # Python refuses what it cannot spread into arguments before mmfuse is asked.
+    given = tasks if isinstance(tasks, (list, tuple)) else [tasks]
+    return scores.combined(*given, weights=weights)
 
 
 def targets() -> dict[str, Target]:

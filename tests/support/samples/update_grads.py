@@ -9,7 +9,9 @@ import tolerances
 import torch
 from torch import Tensor
 
-from mmfuse import NoiseStream, ops
+from mmfuse import NoiseStream, _native, ops
+from mmfuse.ops._eager import Eager
+from mmfuse.ops.update_grads import update_checked_
 
 from ._inputs import DTYPES, NARROW, Inputs, Samples, Small, mirrors
 
@@ -75,6 +77,7 @@ def case(inputs: Inputs) -> list[Tensor]:
                     written.append(_sq_norms(grads, factors, *beside))
             written += grads
     written += _in_channels_last(inputs)
+    written += _taking_the_stream_on(inputs)
     unchanged = [inputs.normal(n) for n in (5, 1027)]
     flag = torch.ones((), dtype=torch.bool, device=inputs.device)
     ops.update_grads_(unchanged, inputs.vector(1.0, 1.0), finite=flag)
@@ -109,6 +112,35 @@ def case(inputs: Inputs) -> list[Tensor]:
     ones = torch.ones(len(many), device=inputs.device)
     ops.update_grads_(many, ones, noise_std=ones, stream=inputs.stream(), sq_norm=squares)
     return [*written, squares, *unchanged, *many]
+
+
+def _taking_the_stream_on(inputs: Inputs) -> list[Tensor]:
+    """As a step does it: the update itself advances the stream, where it can read a table."""
+    written = []
+    for scale, finite in ((0.5, 1), (torch.inf, 0)):
+        grads, stream = inputs.many(5), inputs.stream()
+        before = stream.state.clone()
+        flag = torch.ones((), dtype=torch.bool, device=inputs.device)
+        vectors = torch.full((5,), scale, device=inputs.device), torch.ones(5, device=inputs.device)
+        found = None if _native.read_list is None else _native.read_list(grads)
+        done = update_checked_(
+            Eager(""),
+            grads[0].device,
+            grads,
+            vectors[0],
+            flag,
+            None,
+            noise_std=vectors[1],
+            state=stream.state,
+            ids=range(5),
+            table=None if found is None else found[1],
+            advance=True,
+        )
+        if not done:
+            stream.state[1] += flag
+        assert (stream.state - before).tolist() == [0, finite]
+        written += [*grads, flag, stream.state]
+    return written
 
 
 def _pulled(pull: Tensor, *beside: list[Tensor]) -> dict[str, Any]:

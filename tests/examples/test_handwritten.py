@@ -37,7 +37,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
 
     def call(*arguments: str) -> int:
         return handwritten.main(
-            ["--quick", "--train", "200", "--output", str(tmp_path), *arguments]
+            ["--quick", "--no-report", "--train", "200", "--output", str(tmp_path), *arguments]
         )
 
     return call

@@ -65,7 +65,12 @@ def test_which_criterion_says_yes_or_no() -> None:
 Z = torch.zeros(3, 4)
 WRONG: dict[str, tuple[list[Any], dict[str, Any], type[Exception], str]] = {
     "dtype": ([Z, Z.long()], {}, TypeError, r"logits\['b'\] must be a floating-point .*int64"),
-    "no tensor": ([Z, 1], {}, TypeError, r"logits\['b'\] must be a floating-point .* not a tensor but int"),
+    "no tensor": (
+        [Z, 1],
+        {},
+        TypeError,
+        r"logits\['b'\] must be a floating-point .* not a tensor but int",
+    ),
     "vector": ([Z[:, 0]] * 2, {}, ValueError, r"logits\['a'\] must be \[B, C\] or .* got \[3\]"),
     "shape": ([Z, Z[:, :3]], {}, ValueError, r"like logits\['a'\] \[3, 4\], got \[3, 3\]"),
     "one class": ([Z[:, :1]] * 2, {}, ValueError, r"one class; .*criterion=nn.BCEWithLogitsLoss"),

@@ -1,4 +1,4 @@
-"""What a build for aarch64 needs on another machine: a compiler, and stubs of PyTorch's libraries.
+"""The tools of a build for aarch64 elsewhere: a compiler, and stubs of PyTorch's libraries.
 
 The kernels' libraries name PyTorch's, and take from them only what is looked up when they are
 loaded; an empty library of the same name is enough to link against.

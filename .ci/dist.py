@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
+from bounds import ONLY, PACKAGES, TESTS
 from cross import cross_environment
 from dist_checks import TOOLS, Tools, check_all
 
@@ -33,16 +34,6 @@ OUTPUT = ROOT / "build" / "dist"
 PYTHONS = ("python3.10", "python3.11", "python3.12", "python3.13")
 # PyTorch's libraries come with PyTorch.
 EXCLUDED = ("libtorch*.so", "libc10*.so")
-# What the tests below import, beside the package.
-NEEDED = ("hypothesis", "numpy", "pytest", "pytest-timeout", "pytest-xdist", "scipy")
-TESTS = (
-    "tests/ops/test_op_contract.py",
-    "tests/loop/test_resume.py",
-    "tests/methods/test_ogm.py",
-    "tests/test_main.py",
-)
-# The host shim for CUDA kernels takes minutes to compile, and is no part of a wheel.
-ONLY = "not cuda and not triton"
 
 
 def call(command: Sequence[object], cwd: Path, **variables: str) -> None:
@@ -136,7 +127,7 @@ def try_with(program: str, wheel: Path, checked: Path) -> None:
     python = environment / "bin" / "python"
     shutil.rmtree(environment, ignore_errors=True)
     call([program, "-m", "venv", environment], checked)
-    call([python, "-m", "pip", "install", "--quiet", wheel, *NEEDED], checked)
+    call([python, "-m", "pip", "install", "--quiet", wheel, *PACKAGES], checked)
     call([python, "-m", "mmfuse", "--check"], checked)
     variables = {"MMFUSE_REQUIRE_BACKENDS": "reference,cpu", "CXX": "false"}
     pytest = [python, "-m", "pytest", "-q", "-n", "2", "-m", "not slow", "-k", ONLY]

@@ -1,4 +1,4 @@
-"""What must be true of a source distribution and of wheels before an index gets them."""
+"""Checks of a source distribution and of wheels before an index gets them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Tools(NamedTuple):
 
 
 def of_programs(sdist: Path, wheels: Sequence[Path], tools: Tools, root: Path) -> Iterator[str]:
-    """What twine, check-wheel-contents, validate-pyproject and pyroma find."""
+    """The findings of twine, check-wheel-contents, validate-pyproject and pyroma."""
     calls: list[tuple[object, ...]] = [
         ("twine", "check", "--strict", sdist, *wheels),
         ("check-wheel-contents", *wheels),
@@ -54,7 +54,7 @@ def of_programs(sdist: Path, wheels: Sequence[Path], tools: Tools, root: Path) -
 
 
 def of_sdist(sdist: Path, tracked: Sequence[str]) -> Iterator[str]:
-    """What a source distribution lacks of the checkout, or has beyond it.
+    """The files that a source distribution lacks of the checkout, or has beyond it.
 
     Everything that is tracked belongs there: it has to build, and its tests to run.
     """
@@ -72,7 +72,7 @@ def of_sdist(sdist: Path, tracked: Sequence[str]) -> Iterator[str]:
 
 
 def of_wheel(wheel: Path, folders: Sequence[str]) -> Iterator[str]:
-    """What a wheel has that it must not: paths of this machine, or a tag for one Python."""
+    """Forbidden things in a wheel: paths of this machine, or a tag for one Python."""
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         for name in names:

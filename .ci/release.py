@@ -32,7 +32,7 @@ class ReleaseError(SystemExit):
 
 
 def git(folder: Path, *words: str) -> str:
-    """What git prints."""
+    """The output of git."""
     done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ReleaseError(f"git {' '.join(words)}: {done.stderr.strip()}")

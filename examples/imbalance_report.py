@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from demonstrations.data import DataError, Part
 from demonstrations.handwritten_data import CITATION, CLASSES, VIEWS, load, split
+from demonstrations.report import batches
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,15 +47,6 @@ class Digits(nn.Module):
     def forward(self, **views: Tensor) -> Tensor:
         """[B, CLASSES] logits."""
         return self.head(torch.cat(list(self.features(views).values()), dim=1))
-
-
-# --8<-- [start:batches]
-def batches(data: Part) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Inputs by name, and labels, as a loader gives them; in the order of the data."""
-    return [tuple(data.rows(r)) for r in torch.arange(len(data.labels)).split(BATCH)]
-
-
-# --8<-- [end:batches]
 
 
 def train(
@@ -113,14 +105,14 @@ def report(views: Sequence[str], epochs: int, seed: int) -> mmfuse.ImbalanceRepo
         alone = {view: trained_alone(view, data.train, epochs) for view in views}
     return mmfuse.imbalance_report(
         joint,
-        batches(data.test),
+        batches(data.test, BATCH),
         encoders=joint.encoders,
         unimodal_encoders={view: model.encoders[view] for view, model in alone.items()},
         unimodal_models={
             view: lambda x, view=view, model=model: model(**{view: x})
             for view, model in alone.items()
         },
-        train_loader=batches(data.train),
+        train_loader=batches(data.train, BATCH),
         history=history,
         seed=seed,
     )

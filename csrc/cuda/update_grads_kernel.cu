@@ -25,7 +25,7 @@ constexpr int kLongSums = 2000;
 template <Anchors kAnchors, bool kNoise, bool kShort>
 using UpdateTable = GradTable<kAnchors != Anchors::kNone, kNoise, UpdateCommon, kShort>;
 
-// What a tensor's entry and the call say of it.
+// Facts of a tensor, from its entry and the call.
 template <typename scalar_t, Anchors kAnchors, bool kNoise, typename entry_t>
 __device__ __forceinline__ TensorUpdate<scalar_t> load_update(const UpdateCommon& call,
                                                               const entry_t& entry) {

@@ -13,13 +13,15 @@ import mmfuse
 from .data import Part
 from .training import Run
 
-BATCH = 250
 
-
-def batches(part: Part) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+# --8<-- [start:batches]
+def batches(part: Part, size: int = 250) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Inputs by name, and labels, as a loader gives them; in the order of the data."""
-    for rows in torch.arange(len(part.labels), device=part.labels.device).split(BATCH):
+    for rows in torch.arange(len(part.labels), device=part.labels.device).split(size):
         yield tuple(part.rows(rows))
+
+
+# --8<-- [end:batches]
 
 
 def predict(run: Run) -> Callable[[dict[str, Tensor]], Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Literal
 
 from torch import Tensor, nn
@@ -90,6 +90,16 @@ def _check_parameter(label: str, parameter: Tensor) -> None:
         )
 
 
+def _iterator(shared: Iterable[nn.Module | Tensor]) -> Iterator[nn.Module | Tensor] | None:
+    """None for what is no iterable; NumPy's scalars only say that they are."""
+    if isinstance(shared, (str, bytes, Mapping)):
+        return None
+    try:
+        return iter(shared)
+    except TypeError:
+        return None
+
+
 class SharedParameters:
     """The parameters that belong to no modality, although encoders may hold them.
 
@@ -109,15 +119,13 @@ class SharedParameters:
         if isinstance(shared, (nn.Module, Tensor)):
             labelled = [("shared", shared)]
         else:
-            try:  # NumPy's scalars say that they are iterable, and are not
-                if isinstance(shared, (str, bytes, Mapping)):
-                    raise TypeError
-                labelled = [(f"shared[{i}]", each) for i, each in enumerate(shared)]
-            except TypeError:
+            several = _iterator(shared)
+            if several is None:
                 raise TypeError(
                     "shared must be a module, a parameter or an iterable of both, got "
                     f"{type(shared).__name__}"
-                ) from None
+                )
+            labelled = [(f"shared[{i}]", each) for i, each in enumerate(several)]
         for label, each in labelled:
             if isinstance(each, nn.Module):
                 self._modules.append(each)

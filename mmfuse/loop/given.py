@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._devices import WIDE
 from ..ops import ModalityScores, SampleScores
 from ..ops._criterion import PLAIN, Criterion
+from ..ops._tensors import check_dense
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
 from .ranks import Observed
@@ -275,8 +276,7 @@ def check_mask(called: str, mask: Tensor, rows: int, device: torch.device) -> No
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{called} must be a bool tensor [B], got {kind}")
-    if mask.layout is not torch.strided:
-        raise TypeError(f"{called} must be dense, got {mask.layout}")
+    check_dense(called, mask)
     if mask.shape != (rows,):
         raise ValueError(f"{called} must have shape [{rows}], got {list(mask.shape)}")
     if mask.device != device:

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 from .._numbers import flag, real, whole
 from ..noise import NoiseStream
 from ..ops._arguments import check_sequence
+from ..ops._tensors import check_dense
 
 # A dataset that grows a thousandfold is a mistake, and its indices take the machine's memory.
 _MOST_COPIES = 1000
@@ -125,8 +126,7 @@ def _means(contributions: Tensor, present: Tensor | None) -> tuple[Tensor, Tenso
     if not isinstance(present, Tensor) or present.dtype is not torch.bool:
         kind = present.dtype if isinstance(present, Tensor) else type(present).__name__
         raise TypeError(f"present must be a bool tensor [N, M], got {kind}")
-    if present.layout is not torch.strided:
-        raise TypeError(f"present must be dense, got {present.layout}")
+    check_dense("present", present)
     if contributions.dim() != 2 or present.shape != contributions.shape:
         raise ValueError(
             "present must be [N, M] as the contributions, "

@@ -1,4 +1,4 @@
-"""What a user passes to the report, checked before anything runs."""
+"""Checks of the report's arguments, before anything runs."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _are(inputs: Any, labels: Any) -> bool:
 
 
 def described(found: Any) -> str:
-    """What a batch is, in a few words."""
+    """The kind of a batch, in a few words."""
     if isinstance(found, Mapping):
         return f"{type(found).__name__} with {list(found)}"
     if isinstance(found, (tuple, list)):

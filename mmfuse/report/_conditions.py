@@ -29,7 +29,7 @@ MOST_EXACT = 6
 
 @dataclass
 class Conditions:
-    """What is asked of a batch; one call gives the outputs of each condition.
+    """The questions to a batch; one call gives the outputs of each condition.
 
     Attributes:
         model: Without DistributedDataParallel.

@@ -1,4 +1,4 @@
-"""What a report's numbers say, in sentences."""
+"""A report's numbers in sentences."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def check_metric(metric: Wanted, higher_is_better: bool | None) -> None:
 
 
 def task_of(metric: Wanted, outputs: Tensor, labels: Tensor) -> Task:
-    """What the labels are, from the metric, their dtype and shape."""
+    """The kind of the labels, from the metric, their dtype and shape."""
     if metric == "mae":
         return "numbers"
     binary = single_logit(outputs, labels) or labels.shape == outputs.shape

@@ -93,7 +93,7 @@ class ImbalanceReport:
 
     @property
     def findings(self) -> list[str]:
-        """What the numbers say, in sentences."""
+        """The numbers in sentences."""
         return findings(self)
 
     def table(self) -> Table:

@@ -11,7 +11,7 @@ import torch
 from cells import Cell
 from torch import Tensor
 from torch.nn import functional as F
-from ways import some, spoilt, steps_of, two_ranks_find
+from ways import bad_masks, some, spoilt, steps_of, two_ranks_find
 
 import mmfuse
 
@@ -192,14 +192,7 @@ def test_ranks_that_differ_are_one_batch() -> None:
     assert whole[6][0] == 1 and (whole[3] != 1).all()
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        ({"m1": torch.ones(ROWS)}, TypeError, r"present\['m1'\] must be a bool tensor \[B\], got"),
-        ({"m1": torch.ones(3, dtype=torch.bool)}, ValueError, r"present\['m1'\] must have shape"),
-        ({"m2": torch.ones(ROWS, dtype=torch.bool)}, ValueError, "present"),
-    ],
-)
+@pytest.mark.parametrize(("change", "error", "text"), bad_masks(ROWS))
 def test_bad_masks_change_nothing(
     change: dict[str, Tensor], error: type[Exception], text: str
 ) -> None:

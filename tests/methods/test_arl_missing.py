@@ -10,7 +10,7 @@ import pytest
 import torch
 from cells import Cell
 from torch import Tensor, nn
-from ways import some, spoilt, steps_of, two_ranks_find
+from ways import bad_masks, some, spoilt, steps_of, two_ranks_find
 
 import mmfuse
 from mmfuse.methods._arl_rule import ARLRule
@@ -202,14 +202,7 @@ def test_single_logits_and_places(shape: tuple[int, ...]) -> None:
     assert found.scores is not None and found.scores.shape == (2,)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        ({"m1": torch.ones(ROWS)}, TypeError, r"present\['m1'\] must be a bool tensor \[B\], got"),
-        ({"m1": torch.ones(3, dtype=torch.bool)}, ValueError, r"present\['m1'\] must have shape"),
-        ({"m2": torch.ones(ROWS, dtype=torch.bool)}, ValueError, "present"),
-    ],
-)
+@pytest.mark.parametrize(("change", "error", "text"), bad_masks(ROWS))
 def test_bad_masks_change_nothing(
     change: dict[str, Tensor], error: type[Exception], text: str
 ) -> None:

@@ -11,7 +11,7 @@ from cells import Cell
 from ranks import ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
-from ways import some, spoilt
+from ways import bad_masks, some, spoilt
 
 import mmfuse
 
@@ -199,14 +199,7 @@ def test_ranks_learn_the_mean_and_share_an_error() -> None:
         assert isinstance(text, str)
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        ({"m1": torch.ones(ROWS)}, TypeError, r"present\['m1'\] must be a bool tensor \[B\], got"),
-        ({"m1": torch.ones(3, dtype=torch.bool)}, ValueError, r"present\['m1'\] must have shape"),
-        ({"m2": torch.ones(ROWS, dtype=torch.bool)}, ValueError, "present"),
-    ],
-)
+@pytest.mark.parametrize(("change", "error", "text"), bad_masks(ROWS))
 def test_bad_masks(change: dict[str, Tensor], error: type[Exception], text: str) -> None:
     logits, labels = batch(2, 0)
     with pytest.raises(error, match=text):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cells import Cell
 from torch import Tensor, nn
-from ways import some, spoilt
+from ways import bad_masks, some, spoilt
 
 import mmfuse
 from mmfuse.methods._mcr_parts import nt_xent, orders_of
@@ -221,14 +221,7 @@ def test_what_has_no_classes_has_no_contrast() -> None:
         mmfuse.MCR(permutations=2)(features, labels=labels, head=lambda x: x[:, 0])
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        ({"m1": torch.ones(ROWS)}, TypeError, r"present\['m1'\] must be a bool tensor \[B\], got"),
-        ({"m1": torch.ones(3, dtype=torch.bool)}, ValueError, r"present\['m1'\] must have shape"),
-        ({"m2": torch.ones(ROWS, dtype=torch.bool)}, ValueError, "present"),
-    ],
-)
+@pytest.mark.parametrize(("change", "error", "text"), bad_masks(ROWS))
 def test_bad_masks_draw_nothing(
     change: dict[str, Tensor], error: type[Exception], text: str
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from states import differences
 from torch import Tensor, nn
-from ways import Masks, some, spoilt, steps_of, two_ranks_find
+from ways import Masks, bad_masks, some, spoilt, steps_of, two_ranks_find
 
 import mmfuse
 from mmfuse.methods._pmr_rule import PMRReleased
@@ -215,14 +215,7 @@ def test_ranks_that_differ_are_one_batch() -> None:
     assert any(each.any() for each in whole[::6])
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        ({"m1": torch.ones(ROWS)}, TypeError, r"present\['m1'\] must be a bool tensor \[B\], got"),
-        ({"m1": torch.ones(3, dtype=torch.bool)}, ValueError, r"present\['m1'\] must have shape"),
-        ({"m2": torch.ones(ROWS, dtype=torch.bool)}, ValueError, "present"),
-    ],
-)
+@pytest.mark.parametrize(("change", "error", "text"), bad_masks(ROWS))
 def test_bad_masks_change_nothing(
     change: dict[str, Tensor], error: type[Exception], text: str
 ) -> None:

@@ -61,6 +61,15 @@ def everyone(names: Sequence[str], rows: int) -> Masks:
     return {name: torch.ones(rows, dtype=torch.bool) for name in names}
 
 
+def bad_masks(rows: int) -> list[tuple[dict[str, Tensor], type[Exception], str]]:
+    """Entries that spoil `some(2, rows, …)`, with the error and its text."""
+    return [
+        ({"m1": torch.ones(rows)}, TypeError, r"present\['m1'\] must be a bool tensor \[B\], got"),
+        ({"m1": torch.ones(3, dtype=torch.bool)}, ValueError, r"present\['m1'\] must have shape"),
+        ({"m2": torch.ones(rows, dtype=torch.bool)}, ValueError, "present"),
+    ]
+
+
 def some(count: int, rows: int, seed: int, device: Any = "cpu") -> Masks:
     """30 % are missing, and the first row has nothing; they are called m0, m1 and so on."""
     generator = torch.Generator().manual_seed(100 + seed)

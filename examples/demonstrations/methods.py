@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-from .baselines import Build, Joint, Plan, losses, total
+from .baselines import Build, Joint, Plan, heads, losses, total
 from .networks import WIDTH, Model
 
 
@@ -68,6 +68,31 @@ class OnGradients(Joint):
             logits = mmfuse.unimodal_logits(self.model.head, features)
         # Methods that need neither features nor inputs ignore them.
         return self.method.backward(loss, logits, labels, features, views).coefficients
+
+
+class Guided(OnGradients):
+    """CGGM: a classifier for each modality learns from the detached feature, with its own Adam.
+
+    The direction term is left out: it compares the classifiers' output layers with that of the
+    joint head, which reads all features at once here and so has another shape.
+    """
+
+    def __init__(self, model: Model, plan: Plan, *, name: str) -> None:
+        super().__init__(model, plan, name=name)
+        # Not a part of the model: the plan's optimizer must not see them.
+        self.classifiers = heads(model, list(model.encoders), plan)
+        self.classifier_optimizer = torch.optim.Adam(self.classifiers.parameters(), lr=5e-4)
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Leaves the changed gradients in the model, and trains the classifiers."""
+        features = self.model.features(views)
+        logits = {v: self.classifiers[v](feature.detach()) for v, feature in features.items()}
+        loss = F.cross_entropy(self.model.fuse(features), labels)
+        out = self.method.backward(loss, logits, labels)
+        self.classifier_optimizer.zero_grad()
+        total(mmfuse.unimodal_losses(logits, labels)).backward()
+        self.classifier_optimizer.step()
+        return out.coefficients
 
 
 class InForward(Joint):
@@ -358,6 +383,8 @@ def build(name: str) -> Build:
             way = Prototypical
         else:
             way = Aligned if getattr(made, "replaces_joint_loss", False) else Added
+    elif hasattr(made, "direction_loss"):
+        way = Guided
     else:
         way = {
             "gradient": OnGradients,

@@ -45,7 +45,7 @@ NUMBERS = Path(__file__).with_name("instructions.json")
 TIMES = 7
 # Of instructions. Between runs the least of seven differs by up to 0.85 %; the rest is exact.
 BAND = 0.02
-# What a number depends on beside the code; one that does not stand here depends on nothing.
+# Each kind of number depends on these beside the code; a kind that is missing here, on nothing.
 DEPENDS = {
     "instructions": ("python", "torch", "compiler", "libc", "valgrind", "processor"),
     "frames": ("python", "torch"),
@@ -75,7 +75,7 @@ class NotCountedError(Exception):
 
 
 def environment() -> dict[str, str]:
-    """What instructions depend on; Valgrind's processor has no AVX-512, whatever the real one."""
+    """Everything that instructions depend on; Valgrind's processor is one without AVX-512."""
     tool = shutil.which("valgrind")
     version = "none"
     if tool is not None:

@@ -48,7 +48,7 @@ def scaled(feature: Tensor, weight: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     #: That of the step, then the joint one, audio's and visual's.
     losses: tuple[Tensor, Tensor, Tensor, Tensor]

@@ -33,7 +33,7 @@ class Contributions(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step has computed."""
+    """Results of a step."""
 
     #: Audio, visual, fused.
     features: tuple[Tensor, Tensor, Tensor]

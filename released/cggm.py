@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: What the sum of all progress is made larger by.
+#: The sum of all progress is made larger by this.
 EPS = 1e-8
 #: λ, ρ and the largest norm of all gradients together.
 DIRECTION, RHO, CLIP = 0.2, 1.3, 0.8
 
 
 class Step(NamedTuple):
-    """What a step has computed, by modality where there are several."""
+    """Results of a step, by modality where there are several."""
 
     loss: float
     classifier_loss: Tensor

@@ -43,7 +43,7 @@ MARCH = Release(0.04, own_heads, False)
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     losses: tuple[Tensor, Tensor, Tensor]
     scores: list[Tensor]
@@ -58,7 +58,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class Epoch:
-    """What this release and RedReg's keep during an epoch."""
+    """The values that this release and RedReg's keep during an epoch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.start = copy.deepcopy(model)
@@ -138,7 +138,7 @@ def log_fisher_and_norms(model: nn.Module, optimizer: torch.optim.Optimizer, epo
 
 
 def growth(traces: Sequence[float]) -> float:
-    """What the window goes by: how much the mean of the last traces has grown in an epoch."""
+    """The window's criterion: the growth of the mean of the last traces in an epoch."""
     now = sum(traces[-HISTORY:]) / HISTORY
     before = sum(traces[-HISTORY - 1 : -1]) / HISTORY
     return (now - before) / now

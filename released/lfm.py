@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from .networks import Network
 
-#: Where the learned weights begin: of the labels, and of the alignment.
+#: The first values of the learned weights: of the labels, and of the alignment.
 INITIAL = (0.05, 0.95)
 
 
 class Step(NamedTuple):
-    """What a step has computed."""
+    """Results of a step."""
 
     logits: list[Tensor]
     losses: list[Tensor]

@@ -26,7 +26,7 @@ PERMUTATIONS = 32
 
 
 class Step(NamedTuple):
-    """What a step has computed: the divergences with gradients in both encoders, and the losses."""
+    """Results of a step: the divergences with gradients in both encoders, and the losses."""
 
     divergences: list[Tensor]
     contrast: Tensor

@@ -22,14 +22,14 @@ from torch.nn import functional as F
 
 from .networks import Network
 
-#: What each release calls the weight that it looks for in the head.
+#: Each release looks for the head's weight by this name.
 WEIGHT = {"first": "weight", "head": "module.weight"}
-#: What the audio loss counts in a log.
+#: The weight of the audio loss in a log.
 SHARE = 0.55
 
 
 class Step(NamedTuple):
-    """What a step has computed: both losses, and the projector after each turn."""
+    """Results of a step: both losses, and the projector after each turn."""
 
     losses: list[Tensor]
     projectors: list[Tensor]

@@ -26,7 +26,7 @@ STARTS, ENDS = 0, 1500
 
 
 class Step(NamedTuple):
-    """What a step has computed by modality; logits and losses begin with the joint ones."""
+    """Results of a step by modality; logits and losses begin with the joint ones."""
 
     logits: list[Tensor]
     losses: list[Tensor]
@@ -84,7 +84,7 @@ def decide(
 
 
 def log(ratios: Sequence[Tensor], factors: Sequence[Tensor | float]) -> list[list[float]]:
-    """What a list and a dashboard get, read on the host for each of them."""
+    """The numbers for a list and a dashboard, read on the host for each of them."""
 
     def read(values: Iterable[Tensor | float]) -> list[float]:
         return [float(value) for value in values]

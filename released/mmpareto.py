@@ -22,7 +22,7 @@ from .networks import Network, own_heads
 MODALITIES = ("audio", "visual")
 #: How much longer the combined gradient is made.
 GAMMA = 1.5
-#: What the squared norm of the solver's point must be below.
+#: The bound below which the squared norm of the solver's point must be.
 BOUND = 1e8
 
 #: Of one encoder: name of a tensor → its gradient, and "concat" → all of them as one row.
@@ -32,7 +32,7 @@ Weights = tuple[float, float]
 
 
 class Step(NamedTuple):
-    """What a step has computed; dictionaries go by modality, losses are joint, audio, visual."""
+    """Results of a step; dictionaries go by modality, losses are joint, audio, visual."""
 
     losses: tuple[Tensor, Tensor, Tensor]
     joint: Mapping[str, Gradients]

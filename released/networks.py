@@ -1,4 +1,4 @@
-"""What the sequences ask of a network, and the logits that each modality has of its own."""
+"""The sequences' demands on a network, and the logits that each modality has of its own."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ Q_BASE, LAMBDA, P_EXECUTE = 0.5, 0.5, 0.7
 
 
 class Drop(NamedTuple):
-    """What `drop` leaves: features, which samples [B, 1], who has kept what [2, B, 1], and θ."""
+    """Results of `drop`: features, the samples left [B, 1], who kept what [2, B, 1], and θ."""
 
     features: tuple[Tensor, ...]
     left: Tensor
@@ -34,7 +34,7 @@ class Drop(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     #: Of the joint head, and of what is left.
     out: Tensor

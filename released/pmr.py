@@ -23,7 +23,7 @@ MOMENTUM = 0.2
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     loss: Tensor
     #: Of each modality alone, which are only looked at.

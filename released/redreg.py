@@ -37,7 +37,7 @@ DROP_FIRST, DROP_LAST, DROP_SHARE = 0.6, 0.1, 0.3
 
 
 class Monitored(NamedTuple):
-    """What the monitor has seen of one modality."""
+    """The monitor's findings about one modality."""
 
     redundancy: float
     average: float
@@ -46,7 +46,7 @@ class Monitored(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     inputs: tuple[Tensor, Tensor]
     features: tuple[Tensor, Tensor]
@@ -135,7 +135,7 @@ def redundancies(
 
 
 def orthogonal(displacement: Tensor, grad: Tensor) -> Tensor:
-    """What is left of the displacement without its part along the gradient."""
+    """The displacement without its part along the gradient."""
     if grad.abs().sum() == 0:
         return displacement
     dot = (displacement * grad).sum()

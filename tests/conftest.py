@@ -60,7 +60,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     replace_worker_with_a_lost_device(nodeid)
 
 
-# Where each op is held against the reference.
+# The tests that compare each op with the reference.
 _OPS = Path(__file__).parent / "ops"
 # A method's name within a test's, as one of its parameters: "ogm_ge_training", "2-OGM-GE".
 _METHOD = re.compile(

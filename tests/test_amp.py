@@ -345,7 +345,7 @@ WAYS = [
 
 
 def advanced(kind: str) -> list[str]:
-    """What goes on in a step that is skipped.
+    """The entries of the state that a skipped step still advances.
 
     The host does not know of the skip: the number of calls, after which RedReg monitors every k-th.
     """

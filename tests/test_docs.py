@@ -67,7 +67,7 @@ def test_code_blocks_name_their_language(document: str) -> None:
 
 
 def _is_run(path: str) -> bool:
-    """Whether a test has the name of this example, or of one that imports it."""
+    """True if a test has the name of this example, or of one that imports it."""
     module = ".".join(Path(path).with_suffix("").parts[1:])
     users = [
         p for p in (ROOT / "examples").glob("*.py") if f"from {module} import" in p.read_text()

@@ -21,7 +21,7 @@ RELEASED = ROOT / "released"
 
 # From the top down: nobody imports from a folder before its own.
 ORDER = ("adapters", "report", "methods", "loop", "ops", "triton", "reference")
-# What users import, and how the package starts. Nothing else lies beside the folders.
+# Users import these, and the package starts with them. Nothing else lies beside the folders.
 IN_THE_ROOT = {
     "_check",
     "_devices",
@@ -108,7 +108,7 @@ def test_every_module_has_a_test_file_of_its_name(module: Path) -> None:
 
 
 def imported_packages(path: Path) -> set[str]:
-    """What a file imports from elsewhere, by the first of its names."""
+    """The packages that a file imports from elsewhere, by the first of their names."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -167,7 +167,7 @@ def test_the_released_sequences_stand_alone_and_are_replayed() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert "released" not in imported_packages(path), path
     for name in methods:
-        # Where there are no numbers, the method's own test has it.
+        # Without numbers, the method's own test has it.
         files = ("golden/test_released_", "golden/test_golden_", "methods/test_")
         paths = [path for file in files if (path := TESTS / f"{file}{name}.py").is_file()]
         assert any(f"from released import {name}" in path.read_text() for path in paths), name
@@ -202,7 +202,7 @@ def test_files_are_short_enough_to_read(folder: str) -> None:
 
 
 def test_csrc_shows_op_by_backend() -> None:
-    """What is no op's, or a helper of one op, lies in a folder below."""
+    """A file that is no op's, nor a helper of one op, lies in a folder below."""
     ops = {path.stem for path in (PACKAGE / "reference").glob("[a-z]*.py")}
     for backend in ("cpu", "cuda"):
         for path in (ROOT / "csrc" / backend).glob("*.*"):
@@ -210,7 +210,7 @@ def test_csrc_shows_op_by_backend() -> None:
 
 
 def test_kernels_know_no_pytorch() -> None:
-    """What kernels are made of includes neither a header of PyTorch nor the glue."""
+    """A kernel's sources include neither a header of PyTorch nor the glue."""
     kernels = [
         path
         for path in tracked("csrc")

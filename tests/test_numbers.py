@@ -35,7 +35,7 @@ def order_of_epoch(n: Any) -> list[int]:
     return list(sampler)
 
 
-#: What takes an integer, by the argument's name in its error: a call, and what it gives.
+#: Functions that take an integer, by the argument's name in its error: a call, and its result.
 TAKES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "NoiseStream": ("seed", lambda n: mmfuse.NoiseStream(n).state.tolist()),
     "OGM.set_epoch": ("epoch", of_epoch),

@@ -21,7 +21,7 @@ from mmfuse.reference import modality_scores as reference_scores
 from .discrepancy_ratios import eager_ratios
 from .modality_scores import rounding_of_released_sums, stacked_scores
 
-#: What a decision takes of mmfuse.
+#: The ops of mmfuse that a decision calls.
 OPS = ("modality_scores", "modulation_factors")
 
 

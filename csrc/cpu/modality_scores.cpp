@@ -15,7 +15,7 @@ namespace {
 
 // Enough rows to be worth a task of their own.
 constexpr int64_t kTaskElements = 16384;
-// Where the rows adjoin, a task has whole vectors of them.
+// If the rows adjoin, a task has whole vectors of them.
 constexpr int64_t kTaskColumns = 64;
 
 // Of the rows, whatever is made of them: the passes differ by less than these do.

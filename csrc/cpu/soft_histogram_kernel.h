@@ -132,7 +132,7 @@ inline SoftRangeSums write_gradients_of(const SoftSamples& samples, const SoftGr
     store_scaled(x, n, samples.x.per_unit, grad_x);
     store_scaled(y, n, samples.y.per_unit, grad_y);
     if constexpr (kMasked) {
-      // Where no sample counts there is no range: 0 times its NaN is not 0.
+      // A problem in which no sample counts has no range: 0 times its NaN is not 0.
       for (int64_t k = 0; k < n; ++k) {
         if (samples.present[begin + k]) continue;
         grad_x[k] = scalar_t{};

@@ -218,7 +218,7 @@ def backend_names(args: argparse.Namespace) -> str:
 
 
 def parser(description: str, views: Sequence[str]) -> argparse.ArgumentParser:
-    """What all demonstrations ask for."""
+    """The options that all demonstrations have."""
     out = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

@@ -126,7 +126,7 @@ class Balance(Epochs):
         self._log_every = log_every or 0
         self._log: ScalarLog | None = None
         self._module: LightningModule | None = None
-        # Where the encoders' names have led to; a second fit may find others.
+        # The parameters that the encoders' names led to; a second fit may find others.
         self._known: list[Tensor] = []
         self._warned = False
         # From `setup` to `teardown`; and if a finder has run, and has not yet put back the state.

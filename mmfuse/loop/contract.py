@@ -32,7 +32,7 @@ from .ranks import Group, Observed, agree, rank_and_size
 
 State = Mapping[str, Tensor]
 ApplyTo = Literal["gradient", "update"]
-#: Where a method acts; `Card` describes them.
+#: The place where a method acts; `Card` describes them.
 Acts = Literal["gradient", "feature", "logits", "loss", "head", "parameter"]
 #: Makes standard normal noise like a gradient.
 MakesNoise = Callable[[Tensor], Tensor]
@@ -189,7 +189,7 @@ class Sensed(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """Where training is: numbers of the host, counted from 0; `step` with `Need.draws` only."""
+    """The progress of training, counted from 0 on the host; `step` with `Need.draws` only."""
 
     epoch: int
     step: int

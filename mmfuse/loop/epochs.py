@@ -35,7 +35,7 @@ class EpochWindow:
     ends: int | None
     #: The epoch that runs, counted from 0; 0 before `set_epoch`.
     epoch: int
-    # Whether `set_epoch` has been called in this run.
+    # True once `set_epoch` has been called in this run.
     _told: bool
     _warned: bool
     # `modulating` in this epoch: a compiled step that read the epoch would be compiled in each.

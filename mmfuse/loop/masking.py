@@ -118,7 +118,7 @@ def check_inputs(model: object, inputs: object, baseline: object) -> None:
 
 
 def device_of(model: object, inputs: Inputs) -> torch.device:
-    """Where the model runs; inputs may still be on the CPU."""
+    """The device that the model runs on; inputs may still be on the CPU."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return next(iter(inputs.values())).device if parameter is None else parameter.device
 

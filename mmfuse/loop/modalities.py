@@ -36,7 +36,7 @@ class Active(NamedTuple):
     ids: list[int]
     #: Each one's modality.
     modality: tuple[int, ...]
-    #: Where each one's part lies; empty if no parameter is sharded.
+    #: The place of each one's part; empty if no parameter is sharded.
     shards: list[Shard | None]
     #: The device of all gradients, if they are whole, and contiguous or in channels_last, so that
     #: kernels can have them as they are; else None.
@@ -197,7 +197,7 @@ class Modalities:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoders are now."""
+        """The device that the encoders are on now."""
         return self.parameters[0].device
 
     def check_unchanged(self) -> None:
@@ -327,7 +327,7 @@ class Modalities:
         )
 
     def _place(self, i: int) -> Shard | None:
-        """Where this rank's part of a parameter lies; looked up once."""
+        """The place of this rank's part of a parameter; looked up once."""
         if i not in self._places:
             self._places[i] = shard_of(self.parameter_names[i], self.parameters[i])
         return self._places[i]

@@ -218,7 +218,7 @@ class Senses:
             self._observations.check(seen)
 
     def keeps(self, error: Exception, stream: NoiseStream) -> bool:
-        """Whether `take` will raise this error, on all ranks; not where this rank is alone.
+        """True if `take` will raise this error on all ranks; False if this rank is alone.
 
         The others go on to their next collective, and so has this rank to.
         """

@@ -47,7 +47,7 @@ class ARMRule:
     bins: int = 30
     conditional_bins: int = 2
 
-    #: Whether `eval()` takes the moving average of the weights of training.
+    #: True if `eval()` takes the moving average of the weights of training.
     averages: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

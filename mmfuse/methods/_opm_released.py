@@ -64,7 +64,7 @@ class OPMReleased(OPMRule):
         # All ranks' scores, through which this rank's pass their gradients.
         s = given.scores + (own - own.detach())
         ratios = ((s.unsqueeze(1) / s).sum(1) - 1) / (len(s) - 1)
-        # Where q is 0, nothing is dropped in this step, and nothing depends on the ratio.
+        # If q is 0, nothing is dropped in this step, and nothing depends on the ratio.
         probabilities = drop_probabilities(ratios, self.q_base, self.lam).to(q)
         half_square = _theta(features, torch.where(q > 0, probabilities, 0.0)).square() / 2
         found = torch.autograd.grad(

@@ -124,7 +124,7 @@ class MCR(DrawingModule):
     #: Nothing is averaged over the ranks but, by DDP, gradients.
     decides_over_ranks: ClassVar[bool] = False
     criterion: Loss
-    # Whether J_m's gradient leaves the unpermuted prediction alone, as the released play does.
+    # True if J_m's gradient leaves the unpermuted prediction alone, as the released play does.
     _released = False
 
     def __init__(

@@ -218,7 +218,7 @@ class PMR(PrototypeModule):
         if not self._acting:
             return replace(shown, prototype_logits=logits)
         k = self.rule.coefficients(behind).nan_to_num(0.0)
-        # Where k is 0, a loss that is NaN or infinite adds nothing either.
+        # A loss with k = 0 adds nothing, even if it is NaN or infinite.
         loss = torch.where(k > 0, self.rule.weights(k) * losses, 0.0).sum()
         entropies = None
         if self.rule.mu and self._entropic:

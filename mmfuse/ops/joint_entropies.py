@@ -154,7 +154,7 @@ def _without_the_filled(
     for k in range(order):
         margin = cube.sum([2 + other for other in range(order) if other != k])
         cell = cell * bins + (margin > 0).to(torch.int64).argmax(-1)
-    # Where a value is not finite all counts are 0, and stay so.
+    # A problem with a value that is not finite has counts of 0, and keeps them.
     extra = (~present).sum(1) * (counts.sum(-1) > 0)
     counts = counts.scatter_add(-1, cell.unsqueeze(-1), -extra.unsqueeze(-1))
     return JointEntropies(entropies(counts, order, bins), counts)

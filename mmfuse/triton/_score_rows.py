@@ -15,7 +15,7 @@ LABELS = tl.constexpr(2)
 
 @triton.jit
 def row_places(outer, inner, outer_stride, stride, COLUMNS: tl.constexpr):
-    """Where rows begin: they are one by one in memory with COLUMNS, or else their classes are."""
+    """Beginnings of rows: with COLUMNS the rows are one by one in memory, else their classes are."""
     first = outer.to(tl.int64) * outer_stride
     return first + (inner if COLUMNS else inner.to(tl.int64) * stride)
 
@@ -87,7 +87,7 @@ def likelihood(z, y):
     """Of labels y under z: the probability, its logarithm, and the logarithm's derivative."""
     e = tl.exp(-tl.abs(z))
     u = 1.0 + e
-    # What 1 + e has rounded away, for log1p.
+    # The part of e that 1 + e has rounded away, for log1p.
     rest = e - (u - 1.0)
     against = shared(1.0 - y, tl.where(z > 0.0, z, 0.0)) + shared(y, tl.where(z < 0.0, -z, 0.0))
     log_prob = -(tl.log(u) + rest + against)

@@ -32,7 +32,7 @@ NOISE_ID = tl.constexpr(6)
 ROW_ORDER = tl.constexpr(7)
 _ROW_WIDTH = tl.constexpr(8)
 
-# What 128-bit loads and stores need, in bytes.
+# 128-bit loads and stores need this alignment, in bytes.
 _ALIGNMENT = tl.constexpr(16)
 _CACHED_TABLES = 32
 # Page-locked memory for the tables of a capture: this many entries (2 MiB) at least, and room for

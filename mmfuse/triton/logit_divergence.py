@@ -39,7 +39,7 @@ MERGE_WARPS = 4
 def _log_of_one_more(x):
     """Ln(1 + x) for 0 <= x < 1."""
     u = 1.0 + x
-    # What 1 + x has rounded away.
+    # x - (u - 1) is the part of x that 1 + x has rounded away.
     return tl.log(u) + (x - (u - 1.0))
 
 

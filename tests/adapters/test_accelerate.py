@@ -66,7 +66,7 @@ def fresh() -> Iterator[None]:
 
 
 def see(model: nn.Module, data: Batch) -> dict[str, Any]:
-    """What `Balance.backward` and the methods' `observe` take, and the loss."""
+    """The arguments of `Balance.backward` and of the methods' `observe`, and the loss."""
     audio, visual, labels = data
     a, v, out = model(audio, visual)
     net: Any = model.module if isinstance(model, DistributedDataParallel) else model
@@ -413,7 +413,7 @@ def test_two_processes_are_ddp_by_hand_and_stay_replicas() -> None:
 
 
 def sharded_state(rank: int) -> dict[str, Any]:
-    """What is written of a method whose encoders are sharded, and what comes back from it."""
+    """Writes a method whose encoders are sharded, and reads it back into another."""
     from torch.distributed.fsdp import fully_shard
 
     launched(rank)

@@ -479,7 +479,7 @@ def test_a_second_fit_in_a_spawned_process(tmp_path: Path) -> None:
 
 
 class Tuned(Module):
-    """What the finders of Lightning's Tuner change."""
+    """A module with the values that the finders of Lightning's Tuner change."""
 
     lr = 0.05
     batch_size = 2
@@ -624,7 +624,7 @@ class Skipping(Module):
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_a_batch_that_is_left_out_modulates_nothing(tmp_path: Path) -> None:
-    """What it has shown joins the next step."""
+    """Its logits, already shown to the method, join the next step."""
     balance = balance_for("OGM", starts=0, ends=None)
     module = Skipping(AudioVisual(), balance)
     trainer(tmp_path, balance, max_epochs=1).fit(module, Batches())

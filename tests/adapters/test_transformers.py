@@ -56,7 +56,7 @@ WAY: str | None = None
 
 
 class Model(AudioVisual):
-    """What a user's model returns; the features and inputs are for RedReg."""
+    """A user's model, with all it returns; the features and inputs are for RedReg."""
 
     def forward(self, audio: Tensor, visual: Tensor, labels: Tensor) -> ModelOutput:
         a, v, out = super().forward(audio, visual)

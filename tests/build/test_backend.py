@@ -31,7 +31,7 @@ def test_pytorch_and_ninja_are_asked_for_where_there_is_none(
     assert backend.missing() == ["ninja>=1.11"]
     monkeypatch.setattr(backend, "find_torch", nothing_found)
     assert backend.missing() == ["ninja>=1.11", "torch>=2.11"]
-    # What nothing is compiled for needs neither.
+    # A build that compiles nothing needs neither.
     monkeypatch.setattr(backend, "find_compiler", lambda: None)
     assert backend.missing() == []
     monkeypatch.setattr(backend, "find_compiler", lambda: ["c++"])

@@ -1,4 +1,4 @@
-"""What a build finds: PyTorch, compilers, nvcc and its architectures, ninja; and says if not."""
+"""A build finds PyTorch, compilers, nvcc and its architectures, and ninja; or it says so."""
 
 from __future__ import annotations
 

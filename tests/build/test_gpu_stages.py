@@ -164,7 +164,7 @@ def test_everything_hangs(rehearsal: Rehearsal) -> None:
         assert summary[name][0].startswith("stopped after "), name
     assert rehearsal.started() != []
     assert all(has_ended(pid) for pid in rehearsal.started())
-    # What there was before the end is there.
+    # The archive has all that was written before the end.
     assert "speed/results.csv" in rehearsal.archive()
 
 

@@ -25,7 +25,7 @@ def installed_without(source: Path, **env: str) -> Path:
 
 
 def report(library: Path) -> str:
-    """What `python -m mmfuse` says, after one op has run."""
+    """The output of `python -m mmfuse`, after one op has run."""
     script = (
         "import warnings, torch, mmfuse; warnings.simplefilter('ignore');"
         "print(mmfuse.__file__);"

@@ -1,4 +1,4 @@
-"""What users get with mmfuse: licences, no network at import, checkpoints that run no code."""
+"""Users get licences with mmfuse, an import without network, checkpoints that run no code."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_importing_opens_no_socket(frameworks: tuple[str, ...]) -> None:
 
 
 def loaded(state: object) -> object:
-    """What comes back from a file that may hold tensors and plain containers only."""
+    """The state, saved and read from a file that may hold tensors and plain containers only."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)

@@ -32,7 +32,7 @@ def version(folder: Path) -> str:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """What the version is read from, with 0.1.0 as the last release, and no repository."""
+    """The files that the version is read from; 0.1.0 is the last release. It is no repository."""
     folder = tmp_path / "träé e"
     shutil.copytree(ROOT / "build_tools", folder / "build_tools")
     for name in (".gitattributes", ".git_archival.txt"):

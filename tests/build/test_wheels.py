@@ -17,7 +17,7 @@ from installs import ROOT, run
 from build_tools import pythons
 from build_tools.finding import BuildError, is_portable
 
-# What takes newer symbols from glibc and libstdc++, unless it is told not to.
+# This takes newer symbols from glibc and libstdc++, unless it is told not to.
 NEWER = """
 #include <cmath>
 #include <memory>

@@ -1,4 +1,4 @@
-"""What all tests of the examples share."""
+"""Fixtures of all tests of the examples."""
 
 from __future__ import annotations
 

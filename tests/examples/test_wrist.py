@@ -78,7 +78,7 @@ def test_a_class_without_samples_is_said() -> None:
 
 
 class Malicious:
-    """Whoever unpickles it runs a command."""
+    """A pickle of it runs a command when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

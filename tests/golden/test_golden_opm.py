@@ -116,7 +116,7 @@ def replay(name: str, *, forced: bool, **options: bool) -> Replay:
 
 
 def divisor(features: dict[str, Tensor], result: mmfuse.OPMResult) -> Tensor:
-    """What kept features are divided by, which is where θ shows."""
+    """The number that kept features are divided by, in which θ shows."""
     feature = features["audio"].detach()
     kept = result.keep[0].unsqueeze(1) & (feature != 0)
     return (feature[kept] / result.features["audio"].detach()[kept])[0]

@@ -20,7 +20,7 @@ constexpr double kAllowed = 1e-5;
 constexpr int kThreads = 256;
 constexpr uint64_t kWords = uint64_t{1} << 32;
 
-// What one thread has found; `all_words` takes the largest of each.
+// Findings of one thread; `all_words` takes the largest of each.
 struct Found {
   double words;        // how many it has looked at: added up
   double contract;     // error over what the contract allows, of real pairs

@@ -45,7 +45,7 @@ WORKERS = 2
 
 
 class Place(NamedTuple):
-    """Where a kernel orders its memory.
+    """A call by which a kernel orders its memory.
 
     Attributes:
         name: "csrc/cuda/device/reduce.h:36".
@@ -59,7 +59,7 @@ class Place(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of one case in a process of its own.
+    """The end of one case in a process of its own.
 
     Attributes:
         case: Its name.

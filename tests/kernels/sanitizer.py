@@ -62,7 +62,7 @@ OURS = {"cuda": re.compile(r"mmfuse"), "triton": re.compile(r"\b_\w+_kernel\b")}
 
 
 class Outcome(NamedTuple):
-    """What came of one tool on one case.
+    """The end of one tool's run on one case.
 
     Attributes:
         errors: What the tool has counted; None if its log has no summary.

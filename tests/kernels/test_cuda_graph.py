@@ -83,7 +83,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         method = {} if self.method is None else dict(self.method.state_dict())
-        # What RedReg counts in Python belongs to the recording.
+        # RedReg's count in Python belongs to the recording.
         method.pop("step", None)
         state = {"model": dict(self.model.state_dict()), "method": method}
         return copy.deepcopy({**state, "stream": self.stream.state})

@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, a second device, and the CPU's noise."""
+"""Properties that only a GPU can show: streams, a second device, and the CPU's noise."""
 
 from __future__ import annotations
 

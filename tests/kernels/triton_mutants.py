@@ -85,7 +85,7 @@ def run_case(name: str) -> tuple[Checked, list[Tensor]]:
 
 
 def reference(name: str) -> list[Tensor]:
-    """What the case should write."""
+    """The right results of the case."""
     return every_kernel.run("cpu", "reference", [name], interpreted=True)[name]
 
 

@@ -1,4 +1,4 @@
-"""What the launches of the ops' samples would have Triton compile on a GPU; needs no GPU.
+"""The kernels that Triton would compile on a GPU for the ops' samples; needs no GPU.
 
 Instead of being launched a kernel is noted, with what Triton's own launcher makes of its arguments:
 types, constants, and which addresses and numbers the compiler may take for multiples of 16. What is
@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from mmfuse import ops
 from mmfuse.ops import _registry
 
-# Where the launcher's part does not depend on the GPU's generation.
+# The launcher's part is the same for every generation of GPUs.
 _BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
@@ -60,7 +60,7 @@ class Variant:
         return " ".join([*map(_short, kinds), *values])
 
     def source(self) -> ASTSource:
-        """What the launcher hands to the compiler."""
+        """The source as the launcher hands it to the compiler."""
         return ASTSource(
             self.kernel, dict(self.signature), dict(self.constants), dict(self.attributes)
         )

@@ -297,7 +297,7 @@ def test_another_frameworks_ratio_takes_a_few_lines() -> None:
 
 
 def test_the_loss_of_a_criterion_and_its_score_agree() -> None:
-    """Where everything is a logarithm, the weighted mean score is minus PyTorch's loss."""
+    """With log scores everywhere, the weighted mean score is minus PyTorch's loss."""
     criterion, shape, target = TASKS["weights and ignored rows"]
     torch.manual_seed(2)
     z = torch.randn(shape, dtype=torch.float64)

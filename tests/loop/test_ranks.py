@@ -190,7 +190,7 @@ def test_ranks_equal_one_process_with_the_whole_batch(name: str, sizes: tuple[in
 
 @pytest.mark.parametrize("name", [*MONITORING, *DROPPING, *COMBINED])
 def test_noise_on_samples_is_that_of_the_whole_batch(name: str) -> None:
-    # Where all ranks have as many samples, each draws the numbers of its rows of the whole batch.
+    # If all ranks have as many samples, each draws the numbers of its rows of the whole batch.
     expected = train(0, name, (6, 6), 6)
     found = ranks(2).run(train, name, (6, 6), 6)
     assert_equal(found[0]["parameters"], expected["parameters"], **tolerance_of(name))
@@ -304,7 +304,7 @@ def test_the_functional_form_keeps_replicas_equal() -> None:
 
 
 def test_without_reduction_replicas_drift() -> None:
-    # What `process_group=False` is for is the user's affair; here it shows what the others do.
+    # Users know why they pass `process_group=False`; here it shows what the other choices do.
     first, second = ranks(2).run(functional, False)
     assert (first["scores"] != second["scores"]).any()
     assert any(

@@ -48,7 +48,7 @@ def order(tensor: Tensor) -> list[int]:
 
 
 def assert_as_looked_at(given: list[nn.Parameter]) -> None:
-    """What is read at once is what is read one by one, and the table is of these very gradients."""
+    """Reading at once finds the same as one by one, and the table is of these very gradients."""
     found, each = quick(given), read_each(given, names(given))
     assert found is not None
     grads, ids, waiting, wide, table, paired = found

@@ -261,7 +261,7 @@ def test_what_the_error_recommends_for_a_siamese_encoder_works() -> None:
 
 
 class TestSurgery:
-    """What is shared may be replaced where it was given as a module, which can be asked again."""
+    """A shared module may be replaced within one that was given, which can be asked again."""
 
     def step(self, method: Any, model: Net) -> Any:
         model.zero_grad()

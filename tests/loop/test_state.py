@@ -125,7 +125,7 @@ def load(training: Training, path: Path, how: str) -> None:
 
 
 def objects(training: Training) -> dict[str, Any]:
-    """What DCP saves and loads: the methods as they are, by its protocol of stateful objects."""
+    """The objects that DCP saves and loads; the methods are stateful objects by its protocol."""
     (optimizer,) = training.optimizers.values()
     model_state, optimizer_state = get_state_dict(training.network, optimizer)
     (methods,) = training.methods.values()

@@ -679,7 +679,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers() -> None:
         assert torch.equal(p, q)
 
 
-# What is refused, and that nothing has changed then.
+# Mistakes are refused, and then nothing has changed.
 
 
 def test_attach_is_for_updates() -> None:

@@ -181,7 +181,7 @@ def test_it_is_what_decides(kind: str, way: str) -> None:
             own = torch.stack([given["scores"][n] for n in shown.seen["features"]]).double()
             assert any(torch.allclose(found[0].scores.double(), p) for p in (own, own.log()))
             return
-    # What a monitor and an average say is of the features alone.
+    # A monitor and an average speak of the features alone.
     shown = "scores" if hasattr(found[0], "scores") else "loss"
     first, second = (getattr(out, shown).detach() for out in found)
     assert float((first - second).abs().min()) > 1e-4

@@ -114,7 +114,7 @@ def test_outside_of_the_window_only_the_release_goes_on() -> None:
         if epoch > 1:
             assert found[0].tolist() == [1.0, 1.0] and torch.equal(found[1], last)
             assert last.tolist() != [1.0, 1.0]
-    # What is usual is known of all steps.
+    # The running means include all steps.
     assert all((agm.running_steps == 4).all() for agm in (default, official))
     late = mmfuse.AGM.official(starts=1)
     late.set_epoch(0)

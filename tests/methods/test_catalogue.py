@@ -19,7 +19,7 @@ TWO = {"audio": nn.Linear(2, 2), "visual": nn.Linear(2, 2)}
 ROOT = Path(mmfuse.__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 LAYERS = {name: nn.Conv2d(1, 1, 1) for name in ("audio", "visual")}
-#: What a method is made on, by where it acts; one in the forward pass on nothing.
+#: The first arguments of a method, by the place where it acts; one in the forward pass has none.
 MADE_ON: dict[str, tuple[Any, ...]] = {"gradient": (TWO,), "head": (nn.Linear(2, 2),)}
 SOURCES = [(name, source) for name, made in mmfuse.METHODS.items() for source in made.card.official]
 #: Without the controls.
@@ -205,7 +205,7 @@ def test_official_takes_the_keywords_of_the_class(name: str) -> None:
     assert {"starts", "ends", "process_group", "backend"} < given.keys()
     plain, official = made(*encoders), made.official(*encoders, **given)
     assert type(official) is made
-    # What it is given it uses: with the class's own values the release is another by its type only.
+    # It uses the given values: with the class's own, the release differs in its type only.
     if hasattr(plain, "rule"):
         named = {field.name for field in fields(plain.rule)} & given.keys()
         assert {key: getattr(official.rule, key) for key in named} == {

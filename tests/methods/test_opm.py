@@ -159,7 +159,7 @@ def test_together_with_ogm_both_see_the_undropped_ratios(cell: Cell) -> None:
         assert torch.equal(ogm.ratios, out.ratios)
     dominant = int(out.ratios.argmax())
     assert not out.keep[dominant].any()
-    # What was dropped as a whole has no gradient left, whatever OGM would scale.
+    # A modality that was dropped as a whole has no gradient left, whatever OGM would scale.
     assert not nets[NAMES[dominant]].weight.grad.any()
     assert nets[NAMES[1 - dominant]].weight.grad.any()
 

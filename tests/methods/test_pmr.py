@@ -167,7 +167,7 @@ def test_a_modality_that_is_nan_leaves_the_others_alone() -> None:
 
 
 def test_a_feature_on_its_prototype_has_a_gradient() -> None:
-    """Where that of a square root would be infinite."""
+    """The gradient of a square root would be infinite there."""
     pmr = mmfuse.PMR()
     features, labels = batch(2, 20, 100)
     pmr.update_prototypes([(features, labels)])

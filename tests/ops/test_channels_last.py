@@ -136,7 +136,7 @@ def test_offsets_in_the_stream(cell: Cell, offset: int) -> None:
 
 
 def test_an_odd_address(cell: Cell) -> None:
-    """Where no vectors can be loaded, though the channels are a multiple of four."""
+    """No vectors can be loaded there, though the channels are a multiple of four."""
     made = []
     for _ in range(3):
         memory = torch.randn(5 * 9 * 8 + 1).to(cell.device)
@@ -296,7 +296,7 @@ def test_fullgraph_compile(cell: Cell) -> None:
 
 @pytest.mark.parametrize("layout", ["transposed", "long rows"])
 def test_the_op_itself_refuses_other_orders(cell: Cell, layout: str) -> None:
-    """Whoever calls it without the checks in Python gets an error and no wrong numbers."""
+    """A caller without the checks in Python gets an error and no wrong numbers."""
     if cell.backend not in ("cpu", "cuda"):
         pytest.skip("the checks are those of the compiled backends")
     grad = torch.randn(4, 3, 2, 2).permute(3, 2, 1, 0).to(cell.device)

@@ -414,7 +414,7 @@ OPMS = {
 
 @pytest.mark.parametrize("made", OPMS)
 def test_opm_goes_through_a_gradient_penalty(cell: Cell, made: str) -> None:
-    """What OPM drops in a step is a constant of that step, but for theta's gradient."""
+    """The samples that OPM drops are a constant of the step, but for theta's gradient."""
     values = features(cell)
     opm = OPMS[made](stream=NoiseStream(5, cell.device), backend=cell.backend)
     opm.to(cell.device, torch.float64).q.copy_(torch.tensor([0.5, 0.4]))

@@ -288,7 +288,7 @@ def test_gradients_of_some_only(cell: Cell, needed: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_0d_gradient_and_temperature(cell: Cell, dtype: torch.dtype) -> None:
-    """What autograd hands over may be one element of something, or an expanded number."""
+    """Autograd may hand over one element of something, or an expanded number."""
     a, b = features(6, 5, dtype, cell.device)
     numbers = torch.tensor([[9.0, 0.75], [9.0, 9.0]]).to(
         cell.device, tolerances.accumulation_dtype(dtype)

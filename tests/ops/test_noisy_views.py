@@ -19,7 +19,7 @@ FEW_SIZES = [1, 5, 8, 33, 1025]
 
 
 def noise_of(x: Tensor, stream: NoiseStream) -> list[Tensor]:
-    """What both views must have drawn, in float64 on the CPU."""
+    """The noise that both views must have drawn, in float64 on the CPU."""
     ids, offsets = stream.counters(2)
     return [
         stream.normal(x.numel(), i, o, dtype=torch.float64).cpu().view(x.shape)

@@ -272,7 +272,7 @@ def test_gradient_of_one_side(cell: Cell, needed: tuple[bool, bool]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_0d_gradient(cell: Cell, dtype: torch.dtype) -> None:
-    """What autograd hands over may be one element of something, or an expanded number."""
+    """Autograd may hand over one element of something, or an expanded number."""
     a, b = features(4, 9, dtype, cell.device)
     backward = getattr(torch.ops.mmfuse.paired_cosine_backward, cell.backend)
     wide_type = tolerances.accumulation_dtype(dtype)

@@ -81,7 +81,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def expected_steps(cell: Cell, count: int, anchored: bool) -> list[list[Tensor]]:
-    """What each step gives on one device."""
+    """The results of each step on one device."""
     lists = Lists(cell, anchored)
     return [lists.seen(lists.step()) for _ in range(count)]
 
@@ -177,7 +177,7 @@ class TestKeptTensors:
         captured.result.zero_()  # the graph's memory may be anything between its replays
         captured.replay()
         assert (captured.result.tolist(), captured.result.dtype) == (list(index), torch.int64)
-        # What only a replay fills is of no use to anyone else.
+        # A tensor that only a replay fills is of no use to anyone else.
         assert _tensors.index_tensor(index, CPU) is not captured.result
         capturing[0] = False
         assert _tensors.index_tensor(index, CPU) is not captured.result

@@ -185,7 +185,7 @@ _LOOKS_AT = {
 
 
 def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
-    """What the method looks at: in its forward pass, or in `step` and `observe`."""
+    """The method's arguments in its forward pass, or in `step` and `observe`."""
     if isinstance(method, nn.Module):
         widths = {name: x[0].numel() for name, x in seen["features"].items()}
         if "logits" in seen:
@@ -199,7 +199,7 @@ def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Shown(NamedTuple):
-    """What a forward pass shows to a method.
+    """A forward pass's results as a method gets them.
 
     Attributes:
         loss: The joint loss.

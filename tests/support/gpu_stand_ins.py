@@ -98,7 +98,7 @@ def install(folder: Path) -> Path:
 
 
 def environment(folder: Path, modes: dict[str, str]) -> dict[str, str]:
-    """What the programs read; `folder` is theirs.
+    """The environment that the programs read; `folder` is theirs.
 
     Raises:
         ValueError: there is no such part.

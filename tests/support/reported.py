@@ -67,7 +67,7 @@ def state_of(model: nn.Module) -> list[Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two of `state_of` are equal to the bit."""
+    """True if two of `state_of` are equal to the bit."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
     if isinstance(a, (list, tuple)):

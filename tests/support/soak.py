@@ -48,7 +48,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmfuse
 
-# What acts together is not trained alone as well.
+# Methods that act together are not trained alone as well.
 _ALONE = [k for k in balancing.KINDS if not any(c.startswith(f"{k} + ") for c in COMBINED)]
 ON_UPDATE = " on the update"
 # One alone: all that are attached to an optimizer have to decide about each of its steps.
@@ -258,7 +258,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def bits(value: Any) -> Any:
-    """What two values have in common only if they are equal bit for bit, NaN included."""
+    """A value's key; two values have the same one if they are equal bit for bit, NaN included."""
     if not isinstance(value, Tensor):
         return repr(value)
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -266,7 +266,7 @@ def bits(value: Any) -> Any:
 
 
 def differences(a: Any, b: Any) -> list[str]:
-    """Where two nested values are not equal bit for bit."""
+    """The places at which two nested values are not equal bit for bit."""
     ours, theirs = ({path: bits(leaf) for path, leaf in leaves(x)} for x in (a, b))
     return sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
 

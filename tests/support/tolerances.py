@@ -138,7 +138,7 @@ def weighted_mean(dtype: torch.dtype, rows: Tensor, errors: Tensor, weight: Tens
 
 
 class Divergence(NamedTuple):
-    """What the bounds of a divergence are made of, [B, C] in float64, for t terms of p, q and d.
+    """The parts of a divergence's bounds, [B, C] in float64, for t terms of p, q and d.
 
     `log_p` and `log_q` are 0 where p or q is 0, which nothing rounds. `own` is how far an error of
     p or of q moves a term, relatively; `slope` is |dt/dd|; `factors` are what p and q are
@@ -161,7 +161,7 @@ def _log_softmax(u: float, log_p: Tensor) -> Tensor:
 
 
 def _definition(exact: Divergence) -> Tensor:
-    """What the expected numbers are off by, whose float64 terms are differences of larger ones.
+    """The error of the expected numbers, whose float64 terms are differences of larger ones.
 
     They are p and q times differences of logarithms, each with its own error.
     """

@@ -81,7 +81,7 @@ class Extent:
         return missed
 
     def described(self, address: int) -> str:
-        """Where an address is that was missed."""
+        """A missed address, in words."""
         place, within = divmod(address - self.base, self.itemsize)
         part = f" + {within} bytes" if within else ""
         kind = "gap" if not within and 0 <= place < self.span else "element"
@@ -103,7 +103,7 @@ class Site:
 
 @dataclass
 class Checked:
-    """What has been looked at.
+    """Everything that has been looked at.
 
     Attributes:
         kernels: How often each kernel was launched.
@@ -276,7 +276,7 @@ class _Checker:
 
 
 def _nothing(pointers: Any, mask: np.ndarray) -> Any:
-    """What a lane has that was kept out, and was promised nothing."""
+    """The values of a lane that was kept out, and was promised nothing."""
     kind = pointers.get_element_ty()
     dtype = interpreter._get_np_dtype(kind)
     values = np.zeros(mask.shape, dtype)

@@ -72,7 +72,7 @@ def accesses(module: ModuleType) -> Iterator[Access]:
 
 
 class _Dropped:
-    """What the interpreter makes of a function's source, without a mask of it."""
+    """The interpreter's reading of a function's source, without a mask of it."""
 
     def __init__(self, index: int) -> None:
         self._index = index

@@ -1,4 +1,4 @@
-"""What the shim's libraries contain and launch: kernels, launches, shared variables, the order."""
+"""Contents and launches of the shim's libraries: kernels, shared variables, the order."""
 
 from __future__ import annotations
 

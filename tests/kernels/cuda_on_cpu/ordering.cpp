@@ -9,7 +9,7 @@
 namespace cuda_on_cpu {
 namespace {
 
-// Where a call stands, by the compiler's own copy of the path: true if it is left out.
+// The calls' places, by the compiler's own copy of the path: true if a call is left out.
 std::map<std::pair<const char*, int>, bool> reached;
 std::string out;
 

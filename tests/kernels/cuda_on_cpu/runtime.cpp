@@ -81,7 +81,7 @@ Order order = order_of_environment();
 std::mt19937 random_bits;
 std::vector<size_t> turns;
 std::vector<Variable> static_shared;
-// What memory that nobody has written holds: shared memory, and with `scribbles` a thread's stack.
+// Fills memory that nobody has written: shared memory, and with `scribbles` a thread's stack.
 int poison = 0xFF;
 bool scribbles = false;
 
@@ -143,7 +143,7 @@ void arrange(std::vector<size_t>& turns, size_t count) {
   if (order == Order::kRandom) std::shuffle(turns.begin(), turns.end(), random_bits);
 }
 
-// Where the kernel's variables will be.
+// Fills the part of the stack that the kernel's variables will take.
 __attribute__((noinline)) void scribble() {
   char area[kScribbledBytes];
   std::memset(area, poison, kScribbledBytes);
@@ -292,7 +292,7 @@ const char* failure() { return error.c_str(); }
 
 }  // namespace cuda_on_cpu
 
-// What launches.py asks for.
+// The functions that launches.py calls.
 extern "C" {
 
 // Stores the kernels that have been launched, how often, and the most dynamic shared memory that

@@ -1,4 +1,4 @@
-"""What the tests run each op on: a module of the op's name for each, found by that name.
+"""The arguments that the tests run each op on: one module for each, found by the op's name.
 
 A new op is a new file here; test_op_contract.py, every_kernel.py, .ci/compile_triton.py and
 .ci/instructions.py go through all of them. In a module are, by these names,

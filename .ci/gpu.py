@@ -1,7 +1,7 @@
 """All that needs a GPU, in one call of less than ten minutes: `make gpu OUT=folder`.
 
 Libraries, kernels against the CPU, speed, tests, compute-sanitizer, Nsight Compute, a training
-step: gpu_plan.py has the stages and their times. What failed runs again with full traces at the
+step: gpu_plan.py has the stages and their times. Failed jobs run again with full traces at the
 end. The stages write to a scratch folder; after each of them and each row of the benchmark, OUT
 holds `summary.md` and one archive of everything, so that nothing is lost when the time is over.
 
@@ -121,7 +121,7 @@ class Runner:
     """Runs stages and keeps the report up to date.
 
     Args:
-        report: Where outcomes go.
+        report: The report, which takes the outcomes.
         scratch: The folder for logs.
         scale: Factor on all times; a rehearsal against stand-ins is quick.
     """

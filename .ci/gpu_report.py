@@ -73,7 +73,7 @@ class Report:
 
     Args:
         output: The folder for the two.
-        scratch: What goes into the archive.
+        scratch: The folder that goes into the archive.
         environment: Of the machine, for the summary.
     """
 

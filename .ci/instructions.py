@@ -7,8 +7,8 @@
 Of each call of tests/support/counted.py it counts instructions, under Valgrind's callgrind and in
 one thread, Python frames, operators that PyTorch dispatches, and kernels that a GPU would launch.
 .ci/instructions.json holds the numbers, and which interpreter, PyTorch, compiler and processor they
-are of: where these are others, what depends on them is not compared, and a line says so. What is
-cheaper counts as well: with a number that is too high, the next loss would go unnoticed.
+are of: where these are others, numbers that depend on them are not compared, and a line says so. A
+lower number counts as well: beside one that is too high, the next loss would go unnoticed.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 the generic level of instructions: Valgrind knows no AVX-512, and AVX2 (--level) takes it long. Of
 memcheck's reports those count whose access or branch is in a library of ours: a branch, an address
 or a conversion that depends on what nobody has written, on the heap or on the stack, and an access
-to memory that is not there. What a kernel computes from such memory without a branch is looked for
-in the results, by a client request. First, functions that are wrong on purpose have to be reported,
+to memory that is not there. A client request finds numbers in the results that a kernel computed
+from such memory without a branch. First, functions that are wrong on purpose have to be reported,
 and what mmfuse's own library makes of tensors that nobody has filled. Exit code 1 if something was
 found, 2 without Valgrind, its headers or a compiler. With --origins a report says where the memory
 came from, in twice the time.

@@ -14,7 +14,7 @@ For a whole run there is an object, which has a state to save:
     ogm = mmfuse.OGM({"audio": audio_net, "video": video_net})
     out = ogm.backward(loss, logits, labels)       # out.as_dict() for a logger
 
-Where to look next:
+Next steps:
 
     list(mmfuse.METHODS)             the names of all methods
     help(mmfuse.OGM)                 a method: its formulas, arguments and release

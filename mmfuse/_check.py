@@ -25,7 +25,7 @@ class Checked(NamedTuple):
     Attributes:
         op: The operator.
         backend: Its backend.
-        device: Where its arguments were.
+        device: The device of its arguments.
         error: Largest difference, as a share of the largest number; None where there is none.
         problem: The reason why it is wrong; None if it is right.
     """

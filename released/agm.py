@@ -30,7 +30,7 @@ class Script(NamedTuple):
     Attributes:
         floor: Probabilities below it count as it.
         cap: The most that the difference of two ratios counts.
-        clip: Where the last layer's gradient goes beyond it, the norm of all is clipped to it.
+        clip: If the last layer's gradient exceeds it, the norm of all is clipped to it.
     """
 
     floor: float

@@ -29,7 +29,7 @@ class Release(NamedTuple):
 
     Attributes:
         threshold: Of the window.
-        own_logits: Where each modality's logits come from.
+        own_logits: The source of each modality's logits.
         pulls_visual: In March the second branch asks what the first one has asked.
     """
 

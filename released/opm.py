@@ -1,6 +1,6 @@
 """OPM (TPAMI 2024), alone and with OGM-GE: GeWu-Lab/BML_TPAMI2024 at 4b3aa4f.
 
-Features are dropped with the probability of the same step, in a share of the steps. What is left,
+Features are dropped with the probability of the same step, in a share of the steps. The rest,
 and its gradient, is divided by 1 − θ, in an autograd function whose second gradient is θ itself.
 """
 
@@ -120,7 +120,7 @@ def step(
         visual: Input of the second one.
         labels: Class indices [B].
         epoch: Counted from 0.
-        execute: What `executes` says of this step.
+        execute: The result of `executes` for this step.
         draw: As in `drop`.
         theta_gradient: True if features get θ's gradient through their scores. They do in the
             release; mmfuse leaves it out unless it is asked for, and is measured without.

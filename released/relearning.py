@@ -69,7 +69,7 @@ def weights(
         train_labels: [N].
         val_labels: [N].
         cluster: k-means.
-        strength: What the gap is multiplied by.
+        strength: The factor of the gap.
     """
     found, scaled = [], []
     for i, each in enumerate(features):

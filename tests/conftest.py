@@ -71,7 +71,7 @@ _METHOD = re.compile(
 def _is_slow(item: pytest.Item) -> bool:
     """True for a test on the CPU that `make check` runs because of its backend or its method.
 
-    What methods make of the ops is the same once each op is as the reference: above the ops `make
+    Methods do the same on each backend once its ops are as the reference: above the ops `make
     test` has the reference and the C++ kernels alone. Triton's interpreter is slow: of it `make
     test` has each op's parity in float32, from which other dtypes differ by casts.
     Benchmarks and examples, which no user imports, are for `make check`.

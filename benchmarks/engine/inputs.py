@@ -26,7 +26,7 @@ class Inputs:
     """Handed by a case to its providers.
 
     Attributes:
-        workload: Where the sizes come from.
+        workload: The source of the sizes.
         dtype: Of the data.
         device: Of the data.
         nbytes: Bytes of one operand, e.g. of all gradients.

@@ -18,8 +18,8 @@ class Workload:
     """Sizes only; a case makes the tensors.
 
     Attributes:
-        name: What `--workloads` calls it.
-        title: What the report calls it.
+        name: Its name in `--workloads`.
+        title: Its name in the report.
         kind: Which cases run on it: here "gradients", "logits", "features" or "training"; what only
             one case runs on stands in its file.
         encoders: One tuple of parameter shapes per modality.

@@ -31,7 +31,7 @@ class Plan:
         options: Hyper-parameters of the method, by the names that it has for them.
         seed: Of weights, batches and noise.
         backend: Of mmfuse; None for the best one.
-        device: Where the model is trained.
+        device: The device to train on.
     """
 
     lr: float = 0.01

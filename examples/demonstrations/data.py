@@ -134,7 +134,7 @@ def read_pickle(stream: BinaryIO, name: str, install: str) -> Any:
 
     Args:
         stream: The pickle.
-        name: What errors call it.
+        name: Its name in errors.
         install: The command that installs the package, for the error.
 
     Raises:

@@ -81,7 +81,7 @@ class Search:
         journal: File of the trials.
         task: Name of the data set.
         splits: By their seeds, which nothing else may use afterwards.
-        plan: What is not tuned.
+        plan: The settings that are not tuned.
         classes: How many.
     """
 

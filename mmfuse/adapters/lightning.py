@@ -90,7 +90,7 @@ class Balance(Epochs):
         hyperparameters: Passed on to `method`.
 
     Attributes:
-        method: What `method` has made, from the start of the fit; None before.
+        method: The method that `method` has made, from the start of the fit; None before.
         result: The result of its last step; None before.
 
     Raises:

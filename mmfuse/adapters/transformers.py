@@ -54,11 +54,11 @@ else:
 class BalanceMixin(_Base):  # type: ignore[misc]
     """Steps a method in a Trainer, after the backward passes of a step and before clipping.
 
-    For ``class MyTrainer(BalanceMixin, Trainer)``; `BalancedTrainer` is that. What a method needs
-    is taken from the model's outputs by `balance_inputs`, which can be overridden. Epochs, gradient
+    For ``class MyTrainer(BalanceMixin, Trainer)``; `BalancedTrainer` is that. `balance_inputs`,
+    which can be overridden, takes the method's arguments from the model's outputs. Epochs, gradient
     accumulation, mixed precision, DDP, FSDP2 and checkpoints are the Trainer's; the method's state
-    lies beside the optimizer's, in the file "mmfuse.pt". What the last step has decided is read
-    where the Trainer reads the loss, at its logging steps, and becomes part of the same log.
+    lies beside the optimizer's, in the file "mmfuse.pt". The result of the last step is read
+    when the Trainer reads the loss, at its logging steps, and becomes part of the same log.
     Methods in the model, such as `mmfuse.OPM`, are told the epochs, too.
 
     Args:

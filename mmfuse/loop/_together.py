@@ -26,7 +26,7 @@ def reduce_together(
 
     Args:
         totals: Sums; NaN from a rank with an error.
-        count: Where among them the one is that is never NaN otherwise.
+        count: The place among them of the one that is never NaN otherwise.
         error: This rank's.
         group: The ranks.
 

@@ -79,7 +79,7 @@ def look(
         labels: Their targets.
         more: Further information.
         criterion: The loss that they are for.
-        device: Where the user's numbers go.
+        device: The device that the user's numbers go to.
         backend: Name of a backend; None for the best one.
         accuracy: True if the scores are accuracies in the place of probabilities.
 

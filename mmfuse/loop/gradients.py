@@ -80,7 +80,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             ``nn.CrossEntropyLoss()``. See `mmfuse.ops.modality_scores` for the scores.
         anchor_dtype: Of the epoch-start copies w₀ of methods that have them; ``torch.bfloat16``
             halves them, at the cost of w₀'s rounding in every displacement.
-        anchor_device: Where they are; "cpu" frees the GPU, and copies them to it in every step.
+        anchor_device: Of these copies; "cpu" frees the GPU, and copies them to it in every step.
         stream: The random stream; None makes one from `torch.initial_seed()`, the method and the
             encoders' names, at step 0. In a distributed run the first rank's is taken over by all.
         name: Of this object, where there are several with encoders of the same names: their
@@ -177,8 +177,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
     def begin(self) -> None:
         """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number.
 
-        Forgets what an unfinished step has observed. What was learned of earlier epochs stays; make
-        a new object for a run that shall not know of them.
+        Forgets what an unfinished step has observed. Knowledge of earlier epochs stays; make a
+        new object for a run that shall not know of them.
         """
         super().begin()
         self._clock = Clock(self.epoch, self._clock.step)

@@ -56,8 +56,8 @@ def unimodal_outputs(
         baseline: The input that stands in for a masked modality's. "zero" are zeros, for token ids
             the token 0; "mean" is the batch's mean over dim 0 for every sample, of floating
             inputs; a callable gets name and input and returns a tensor like the input. It is
-            called once for each modality, and not for the only one. What it draws from PyTorch's
-            own generator is drawn once more by what comes after; give it a generator of its own.
+            called once for each modality, and not for the only one. Give it a random generator
+            of its own: PyTorch's is put back, so that later draws would repeat the callable's.
         forward: Calls the model with name → input where arguments of these names do not fit, as
             ``lambda x: model(x["audio"], x["visual"])``, or ``model`` for one that takes the
             mapping itself. It should call a DistributedDataParallel's ``.module``.

@@ -160,7 +160,7 @@ class Senses:
     def _without_samples(self, mask: Tensor) -> frozenset[str]:
         """Those without a sample in this and in this step's other micro-batches, as far as known.
 
-        Where reading the mask would wait for the device, it may be any of them.
+        If reading the mask would wait for the device, it may be any of them.
         """
         names = frozenset(self._modalities.names)
         if mask.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():

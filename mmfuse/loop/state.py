@@ -24,7 +24,7 @@ class State(dict[str, Tensor]):
 
     Args:
         method: Whose state it is, for error texts.
-        device: Where the tensors are kept.
+        device: The device of the tensors.
         tensors: Their first values.
     """
 

@@ -110,7 +110,7 @@ def look_at(
         labels: Their targets; None where the scores are the user's.
         more: Masks, or those scores.
         criterion: The loss that logits and labels are for.
-        device: Where the user's scores go.
+        device: The device that the user's scores go to.
         backend: Name of a backend; None for the best one.
     """
     kind, numbers, weight = own_numbers(list(logits), device, more, None)

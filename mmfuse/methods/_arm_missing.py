@@ -91,7 +91,7 @@ def left_alone(
 ) -> tuple[Tensor, Tensor]:
     """[M] weights where samples miss modalities, and 0-d whether they count.
 
-    A modality that no sample has weighs 1, and so does one that there is no other beside. Where no
+    A modality that no sample has weighs 1, and so does one that there is no other beside. If no
     sample has all the others, the batch says nothing. Averages are of weights relative to all M
     modalities, so that a batch without one of them does not enter.
 

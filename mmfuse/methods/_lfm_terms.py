@@ -36,7 +36,7 @@ def checked(
         logits: Of each modality.
         present: Name → [B] bool, which samples have the modality; None if all have all.
         multilabel: As in `mmfuse.loop.predictions.distributions`.
-        compared: Whether there will be an alignment of them.
+        compared: True if there will be an alignment of them.
 
     Raises:
         TypeError: logits or masks have an unsupported type.

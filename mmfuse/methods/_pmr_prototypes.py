@@ -33,7 +33,7 @@ class ClassSums:
     Attributes:
         modalities: M.
         classes: C; 0 for as many as the labels need.
-        device: Where the sums are.
+        device: The device of the sums.
         names: The modalities; none for what the first batch has.
         dtypes: Of their features.
         sums: [C, D] for each modality.
@@ -126,7 +126,7 @@ def class_sums(
     """Sums of features by class over all batches and ranks, [C, D] each, and their counts [C, M].
 
     Args:
-        collected: Where this rank's go.
+        collected: This rank's sums, which are added to.
         batches: This rank's.
         widths: D of each modality; 0 where it is not known.
         process_group: The ranks.

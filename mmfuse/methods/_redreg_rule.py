@@ -75,7 +75,7 @@ class Seen(NamedTuple):
     def above(self, threshold: Tensor) -> Tensor:
         """By how much the mean cosine of all pairs of modalities is above it; 0-d.
 
-        Where some are missing, the sum of the pairs' shared samples over the number of all: its
+        If some are missing, the sum of the pairs' shared samples over the number of all: its
         sign is that of the mean.
         """
         cosines = []

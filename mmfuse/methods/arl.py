@@ -55,7 +55,7 @@ class ARL(EpochWindowModule):
 
     Take all losses from the features that it returns: their values are as they were, and what does
     not go through them is not scaled. In `eval()` features pass, and logits are not looked at.
-    Where something in the logits is not finite, nothing is scaled.
+    If something in the logits is not finite, nothing is scaled.
 
     Fidelity: from the formulas; `official` has golden numbers.
 

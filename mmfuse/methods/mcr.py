@@ -208,7 +208,7 @@ class MCR(DrawingModule):
             labels: [B] class indices, for the contrast; rows labelled −100 do not count.
             head: From the concatenated features [B, ΣD_m], in their order, to the joint logits.
             present: Name → [B] bool, which samples have the modality; None if all have all. J_m is
-                of the samples that have m, among which alone it is exchanged. What is missing adds
+                of the samples that have m, among which alone it is exchanged. A missing m adds
                 nothing to the joint logits, or is 0 for the head, and has no part in the contrast.
 
         Returns:

@@ -2,7 +2,7 @@
 
 Wei, Hu, Du & Wen, "On-the-fly Modulation for Balanced Multimodal Learning", TPAMI 2024.
 
-Where OGM slows the dominant modality in the backward pass, OPM weakens it in the forward pass: its
+OGM slows the dominant modality in the backward pass; OPM weakens it in the forward pass: its
 feature is dropped, sample by sample, with a probability that rises with its dominance, so that the
 joint prediction has to do without it and the other encoder gets the gradient:
 
@@ -145,8 +145,8 @@ class OPM(DrawingModule):
                 It takes one more pass, forth and back, between features and scores; `logits` that
                 do not come from `features` pass nothing back.
             starts: As in `OPM`.
-            **keywords: As in `OPM`. Whether a step drops is decided by the first number of the
-                stream's id after the modalities'.
+            **keywords: As in `OPM`. The first number of the stream's id after the modalities'
+                decides if a step drops.
 
         Raises:
             ValueError: a hyper-parameter is out of range.

@@ -180,8 +180,8 @@ class PMR(PrototypeModule):
         """The term to add to the loss of a batch.
 
         Args:
-            features: Name → [B, …] for the M modalities. What is [M] is in the order of those that
-                the prototypes come from.
+            features: Name → [B, …] for the M modalities. Results [M] are in the order of those
+                that the prototypes come from.
             labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
             present: Name → [B] bool, which samples have the modality; None if all have all. Two
                 modalities are compared over the samples that have both, and a loss is of those that

@@ -107,7 +107,7 @@ class ReLearning(EpochWindow):
             which take its weights: None for all where torch.distributed is initialized, False for
             this rank alone.
         anchor_dtype: Of the copy; None for each parameter's own.
-        anchor_device: Where it is; None for each parameter's own.
+        anchor_device: Of the copy; None for each parameter's own.
         backend: Name of a backend; None for the best one.
 
     Raises:

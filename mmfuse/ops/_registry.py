@@ -157,7 +157,7 @@ class Op:
 
         Args:
             backend: One of `BACKENDS`.
-            device: Where the tensors are; None asks whether it runs on any device. Of GPUs,
+            device: The tensors' device; None asks whether it runs on any device. Of GPUs,
                 "cuda" is the current one.
         """
         if backend in self._reasons:
@@ -341,7 +341,7 @@ def active_backend(op: str, device: torch.device | str = "cpu", backend: str | N
 
     Args:
         op: Name of an op, such as "update_grads_".
-        device: Where the tensors are.
+        device: The tensors' device.
         backend: The name in the call; None for the default.
 
     Raises:

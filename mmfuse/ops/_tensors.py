@@ -169,7 +169,7 @@ def kernel_layout(
     """Gives the kernels memory that they can have, without copying where possible.
 
     They take contiguous tensors and those in channels_last; params and anchors in the order of
-    their gradients. What has to be copied is copied in one call.
+    their gradients. Tensors that have to be copied are copied in one call.
 
     Args:
         grads: T tensors.
@@ -288,7 +288,7 @@ def kept_tensor(
         values: All elements, in order.
         shape: Of the tensor.
         dtype: Of the tensor.
-        device: Where it is.
+        device: Of the tensor.
         backend: Of the calling op; an `Eager` one says that nothing is compiled.
     """
     if (

@@ -70,7 +70,7 @@ def joint_entropies(
 
     The bins are those of NumPy 2, whose edges have the data's precision: `bins` equal ones over
     each row's own range, closed on the left, the last one on both sides, constant data widened by
-    0.5 to either side. The counts are exact. Nothing is differentiable. (Where a range is so narrow
+    0.5 to either side. The counts are exact. Nothing is differentiable. (If a range is so narrow
     that its step is subnormal, NumPy's edges may not ascend, and its counts mean nothing; here a
     value goes to the last bin that begins at or below it.)
 

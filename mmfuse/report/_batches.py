@@ -46,7 +46,7 @@ def batches(
         loader: Any iterable.
         read: The user's `batch=`.
         names: The modalities; None for all inputs of the first batch.
-        device: Where the model is; None leaves tensors where they are.
+        device: The model's device; None leaves tensors where they are.
 
     Raises:
         TypeError: a batch is something else than inputs by name and labels.

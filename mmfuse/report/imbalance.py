@@ -110,7 +110,7 @@ def imbalance_report(
             labels [N, L]; "mae" for regression: all of torchmetrics, on logits. Or a
             `torchmetrics.Metric`, or a callable on all outputs and all labels, both on the CPU.
         higher_is_better: For a metric of your own that does not say so itself.
-        baseline: What a masked modality has for an input: "zero", "mean" of the batch, or a
+        baseline: The input that replaces a masked modality's: "zero", "mean" of the batch, or a
             callable on name and input, as in `unimodal_outputs`; ``lambda name, x: x.roll(1, 0)``
             gives it another sample's.
         severities: Standard deviations of the noise, in those of the batch's own input.
@@ -120,9 +120,9 @@ def imbalance_report(
         encoders: Name → the encoder in the model, as a module, the name of one, or a callable on
             the modality's input that returns its features [B, ...].
         unimodal_encoders: Name → the like, trained on the modality alone.
-        train_loader: Where probes are fitted: the training samples, as `loader` yields them.
-        history: What ``out.as_dict()`` gave in each step of training, or `ScalarLog` has written.
-        shapley: Whether to compute Shapley values, which take 2^M passes; None for up to 6
+        train_loader: The training samples, to fit the probes on, as `loader` yields them.
+        history: The result of ``out.as_dict()`` in each step of training, or a `ScalarLog`'s rows.
+        shapley: True to compute Shapley values, which take 2^M passes; None does so for up to 6
             modalities.
         forward: Calls the model with name → input, as in `unimodal_outputs`.
         output: From what the model returns to its outputs [B, ...], as ``lambda out: out.logits``.

@@ -58,7 +58,7 @@ class ImbalanceReport:
         shapley_share: Name → its share of the gain over no modality; they add up to 1.
         probes: Name → linear probes of its encoders.
         history: Scores, coefficients and the like over training.
-        notes: What was left out, and why.
+        notes: The parts that were left out, and why.
     """
 
     metric: str

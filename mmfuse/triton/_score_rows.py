@@ -15,7 +15,7 @@ LABELS = tl.constexpr(2)
 
 @triton.jit
 def row_places(outer, inner, outer_stride, stride, COLUMNS: tl.constexpr):
-    """Beginnings of rows: with COLUMNS the rows are one by one in memory, else their classes are."""
+    """Offsets of rows: with COLUMNS the rows are one by one in memory, else their classes are."""
     first = outer.to(tl.int64) * outer_stride
     return first + (inner if COLUMNS else inner.to(tl.int64) * stride)
 

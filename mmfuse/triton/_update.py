@@ -121,7 +121,7 @@ def update_chunk(
     any noise_offset costs one Philox call per four elements.
 
     Args:
-        out_ptr: Where to write; may be grad_ptr.
+        out_ptr: The result; may be grad_ptr.
         grad_ptr: The tensor g.
         param_ptr: The tensor w, or None with `pull`.
         anchor_ptr: The tensor w0, or None for 0 and with `pull`.

@@ -1,6 +1,6 @@
 """The benchmark on a GPU as far as a CPU can show it: recorded calls, fixed plans, rehearsals.
 
-What records is handed in: here it is the recording of operators that stands in for a CUDA graph.
+A test hands in the recorder: here a recording of operators stands in for a CUDA graph.
 """
 
 from __future__ import annotations

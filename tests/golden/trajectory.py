@@ -272,7 +272,7 @@ class Replay:
         golden: The file.
         model: Holds the file's initial parameters.
         optimizer: Of all parameters.
-        forced: Whether to go on from the file's numbers.
+        forced: True to go on from the file's numbers.
         backwards: 1 if each step has one backward pass. With more the test calls `raw()` after the
             last.
     """

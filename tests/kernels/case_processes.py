@@ -67,7 +67,7 @@ def run_jobs(
     """Runs the jobs in their order, as many side by side as there are workers.
 
     Args:
-        jobs: What to run.
+        jobs: The cases to run.
         output: Folder for the logs.
         workers: How many run at once.
         end: When all must have ended, on the monotonic clock; what has not begun then is reported

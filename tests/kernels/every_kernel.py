@@ -49,13 +49,13 @@ def run(
     """Runs the cases, or those of these names, and waits for them.
 
     Args:
-        device: Where the tensors are.
+        device: The tensors' device.
         backend: Whose kernels run.
         names: Of cases; none are all.
         interpreted: True if the inputs are those of Triton's interpreter.
 
     Returns:
-        What each case has written.
+        The tensors that each case has written.
     """
     written = {}
     with ops.use_backend(backend):

@@ -65,7 +65,7 @@ class Outcome(NamedTuple):
     """The end of one tool's run on one case.
 
     Attributes:
-        errors: What the tool has counted; None if its log has no summary.
+        errors: The tool's count; None if its log has no summary.
         ended: How it ended.
     """
 

@@ -7,7 +7,7 @@ Each case of every_kernel.py runs first as it is, in the interpreter, under the 
 tests/support/triton_bounds.py and with new memory poisoned: that tells in which case which mask
 keeps lanes out, and must find nothing. Then each access loses its mask, and these cases run again,
 the short ones first, until one fails. "bounds" is what the checker has found; "results" are others
-than those of the reference. What nobody has noticed, and does harm, is listed once more at the end;
+than those of the reference. Harmful ones that no case has noticed are listed once more at the end;
 exit code 1.
 """
 
@@ -53,7 +53,7 @@ class Case(NamedTuple):
     """A case as it runs without a mutant.
 
     Attributes:
-        checked: Where it came to.
+        checked: The accesses that it made.
         expected: The reference's results.
         seconds: How long it took.
     """

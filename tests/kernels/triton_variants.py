@@ -1,8 +1,8 @@
 """The kernels that Triton would compile on a GPU for the ops' samples; needs no GPU.
 
 Instead of being launched a kernel is noted, with what Triton's own launcher makes of its arguments:
-types, constants, and which addresses and numbers the compiler may take for multiples of 16. What is
-written is whatever memory held before.
+types, constants, and which addresses and numbers the compiler may take for multiples of 16. Results
+hold whatever their memory held before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Variant:
         kernel: The @triton.jit function.
         signature: The type of each argument; constants are "constexpr".
         constants: Values, by the position of the argument.
-        attributes: What the compiler may take for granted, by the position of the argument.
+        attributes: The facts that the compiler may rely on, by the position of the argument.
         options: Keywords of `triton.compile`.
     """
 

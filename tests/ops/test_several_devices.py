@@ -1,6 +1,6 @@
 """Lists of tensors on several devices, and the index tensors that lead there and back.
 
-One device under two names stands in for two. What is shown is that the results are those of one
+One device under two names stands in for two. The tests show that the results are those of one
 device, and that a step can be captured in a CUDA graph and waits for nothing.
 """
 

@@ -1,7 +1,7 @@
 """A device that lacks float64: tensors that say they are on `mps`, and are computed on the CPU.
 
-Everything that PyTorch is asked to do passes through here. What would make a float64 tensor there,
-or mixes tensors of two devices, raises, as on the real one.
+Everything that PyTorch is asked to do passes through here. A call that would make a float64 tensor
+there, or mixes tensors of two devices, raises, as on the real one.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def run(
         log: The file for its output; it holds what has come so far at every tick.
         seconds: The limit.
         environment: Added to this process's.
-        cwd: Where it runs.
+        cwd: The folder it runs in.
         tick: Called about every `tick_s` seconds while the command runs.
         tick_s: See there.
     """

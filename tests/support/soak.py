@@ -165,7 +165,7 @@ class Training:
     Args:
         kinds: Of `KINDS`, or a part of one.
         network: The network.
-        wrapped: What to call instead, such as DistributedDataParallel around it.
+        wrapped: The module to call instead, such as DistributedDataParallel around it.
         anchor_dtype: Of methods with anchors.
         fused: True if the optimizers are; PyTorch has no such kernels for DTensors on the CPU.
     """
@@ -437,7 +437,7 @@ def main() -> int:
             options.leak,
         )
         sys.stdout.flush()
-        # As torch.multiprocessing.spawn ends its ranks. Where gloo's thread is the last to hold a
+        # As torch.multiprocessing.spawn ends its ranks. If gloo's thread is the last to hold a
         # tensor, it asks for the lock of an interpreter that has gone, and the process aborts.
         os._exit(0)
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,6 +1,6 @@
 """Kernels that are misused on purpose are reported, with their names; those that are right are not.
 
-What is between `checked_bounds` and the tensors of an operator is tried with mmfuse's own ops.
+The code between `checked_bounds` and the tensors of an operator is tried with mmfuse's own ops.
 """
 
 # ruff: noqa: N803 - compile-time arguments are written in capitals

@@ -114,7 +114,7 @@ def row_entropy(dtype: torch.dtype, expected: Tensor, classes: int) -> Tensor:
 
     An exponential and its argument cost (8 + √C)·u, see softmax_score, for either part. Whenever a
     larger maximum is found, both sums are turned to it for 7 roundings; as in `log_sum_exp` that
-    happens at most √C times. What is below the smallest normal number may be 0.
+    happens at most √C times. A number below the smallest normal number may be 0.
     """
     wide = accumulation_dtype(dtype)
     relative = 2 * (8 + classes**0.5) + 7 * classes**0.5
@@ -177,8 +177,8 @@ def divergence(dtype: torch.dtype, exact: Divergence) -> Tensor:
     first order the error that all d of a row share cancels, which this does not use. Evaluated from
     a given d: exp(−|d|) is good to 4 units, 1 − exp(−|d|) absolutely so, and its share of m is at
     most |p − q|; with log1p, the products and, beyond |d| = 1, ln 2, this comes to at most 30 u
-    (t + |p − q|). Adding up positive terms costs √C, less than what their own errors have. What is
-    below the smallest normal number may be 0: p, and with it p |d|.
+    (t + |p − q|). Adding up positive terms costs √C, less than what their own errors have. A number
+    below the smallest normal one may be 0: p, and with it p |d|.
     """
     wide = accumulation_dtype(dtype)
     u, tiny = UNIT_ROUNDOFF[wide], torch.finfo(wide).tiny

@@ -19,8 +19,8 @@ constexpr int kPackSize =
         ? kNoiseBlock
         : static_cast<int>(kVectorBytes / sizeof(scalar_t));
 
-// Packs in a batch whose widened gradients take this many registers. What else a kernel keeps
-// decides how many these may be, if enough blocks are to fit on a multiprocessor without spilling.
+// Packs in a batch whose widened gradients take this many registers. A kernel's other
+// registers limit these, if enough blocks are to fit on a multiprocessor without spilling.
 template <typename scalar_t, Anchors kAnchors, int kRegisters>
 constexpr int kBatchPacks =
     kAnchors == Anchors::kMixed

@@ -101,7 +101,7 @@ class Shim:
 
         Args:
             on: Or not at all, but for dynamic shared memory, which is always filled.
-            byte: What with; the default makes NaN.
+            byte: The byte to fill them with; the default makes NaN.
         """
         self._library.shim_set_poison(ctypes.c_int(byte), ctypes.c_bool(on))
         variables = [

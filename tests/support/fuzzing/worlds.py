@@ -114,7 +114,7 @@ class World:
             found["step"] = lambda n: (method.step, self._shown(n) if n % 4 else {})
         return found
 
-    # The actions' calls and arguments ---------------------------------------------------------------
+    # The actions' calls and arguments -------------------------------------------------------------
 
     def _labels(self) -> Tensor:
         return self.seen["labels"] if self.seen else torch.arange(6) % CLASSES

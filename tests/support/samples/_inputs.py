@@ -26,7 +26,7 @@ class Inputs:
     """Random tensors on a device; the same ones at every run.
 
     Args:
-        device: Where they are made.
+        device: Their device.
         backend: Which kernels will read them.
     """
 

@@ -36,6 +36,8 @@ IN_THE_ROOT = {
 }
 # Folders of op × backend: their tests are those of the ops.
 GRID = ("ops", "reference", "triton")
+# Files with sentences in them.
+PROSE = {".py", ".h", ".cpp", ".cu", ".md", ".toml"}
 MOST_LINES = 400
 MOST_LINES_OF_A_METHOD = 300
 MOST_LINES_OF_A_BENCHMARK = 300
@@ -221,3 +223,18 @@ def test_kernels_know_no_pytorch() -> None:
     assert len(kernels) > 30
     for path in kernels:
         assert not re.search(r"#include [<\"](torch|ATen|glue)/", path.read_text()), path
+
+def test_sentences_begin_with_their_subject() -> None:
+    """Comments, docstrings, documents and texts in the code; questions may ask with these words."""
+    begins = re.compile(r"\bW(?:hat|hether|hoever|here)\b(?![^.?!]*\?)")
+    found, seen = [], set()
+    for path in tracked():
+        if path.suffix not in PROSE and path.name != "Makefile":
+            continue
+        seen.add(path.suffix)
+        text = path.read_text()
+        for match in begins.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(f"{path.relative_to(ROOT)}:{line}: {text[match.start() :][:40]!r}")
+    assert seen >= PROSE
+    assert found == []

@@ -116,7 +116,7 @@ def test_methods_on_features_are_parts_of_the_model() -> None:
     ],
 )
 def test_no_example_adds_up_the_logits_of_modalities(line: str) -> None:
-    """The loss is that of the head's own output: their sum is another wherever it is not affine."""
+    """The loss is that of the head's own output; the sum is another if the head is not affine."""
     assert ADDED_UP.search(line)
     assert {path for path, text in shown().items() if ADDED_UP.search(text)} == set()
 

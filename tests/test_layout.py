@@ -161,7 +161,7 @@ def test_pytest_collects_every_folder_of_tests(pytestconfig: pytest.Config) -> N
 
 
 def test_the_released_sequences_stand_alone_and_are_replayed() -> None:
-    """Nothing of mmfuse, tests or benchmarks in them, nor they in mmfuse."""
+    """They know nothing of mmfuse, tests or benchmarks, and mmfuse knows nothing of them."""
     methods = {path.stem for path in RELEASED.glob("*.py")} - {"__init__", "networks"}
     assert methods and methods <= {path.stem for path in (PACKAGE / "methods").glob("*.py")}
     for path in RELEASED.glob("*.py"):
@@ -176,7 +176,7 @@ def test_the_released_sequences_stand_alone_and_are_replayed() -> None:
 
 
 def test_no_two_test_files_have_one_name() -> None:
-    """They are imported by it: of two, pytest collects one, and stops at the other."""
+    """Pytest imports tests by it: of two, it collects one, and stops at the other."""
     names = [path.name for path in tracked("tests/*.py") if path.name.startswith("test_")]
     assert sorted(set(names)) == sorted(names)
 
@@ -223,6 +223,7 @@ def test_kernels_know_no_pytorch() -> None:
     assert len(kernels) > 30
     for path in kernels:
         assert not re.search(r"#include [<\"](torch|ATen|glue)/", path.read_text()), path
+
 
 def test_sentences_begin_with_their_subject() -> None:
     """Comments, docstrings, documents and texts in the code; questions may ask with these words."""

@@ -1,4 +1,4 @@
-"""Integers that a user passes in may be NumPy's; what is no integer is refused by its name."""
+"""Integers that a user passes in may be NumPy's; other numbers are refused by name."""
 
 from __future__ import annotations
 

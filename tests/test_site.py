@@ -47,7 +47,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_every_mistake_is_an_error(copy: Path) -> None:
-    """All at once, since a build takes some seconds; each has to be named."""
+    """One build has all mistakes, since it takes some seconds; its output names each."""
     edit(copy / "docs" / "start.md", "(which_method.md)", "(which_methods.md)")
     edit(copy / "docs" / "index.md", "(training.md#other-tasks", "(training.md#otter-tasks")
     edit(copy / "docs" / "api.md", "::: mmfuse.unimodal_outputs\n", "")

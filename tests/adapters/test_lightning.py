@@ -402,7 +402,7 @@ def counted(method: Any) -> tuple[int, list[int]]:
 
 
 def test_a_second_fit_goes_on(tmp_path: Path) -> None:
-    """Of one Trainer, with more epochs: the method and its state are kept."""
+    """One Trainer fits again, with more epochs: the method and its state are kept."""
     net, data = AudioVisual(), Batches()
     balance = balance_for("InfoReg")
     module = Module(net, balance)
@@ -509,7 +509,7 @@ def find_size(tuner: Tuner, module: Tuned) -> None:
 def test_the_tuner_is_left_alone(
     tmp_path: Path, name: str, find: Callable[..., None], fitted: bool
 ) -> None:
-    """It fits without callbacks; the training after it is the one without it."""
+    """The Tuner fits without callbacks; the training after it is the one without it."""
     options = {"max_epochs": 1, "log_every_n_steps": 1}
     trained = []
     for tune in (True, False):
@@ -693,7 +693,7 @@ def test_no_scalars(tmp_path: Path, never: int | None) -> None:
 
 
 class Keep(Callback):
-    """Every rank writes down what it has trained, and what it has decided."""
+    """Has every rank write down its parameters and its decisions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -793,7 +793,7 @@ def train_sharded(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_sharded_parameters_and_their_checkpoints(tmp_path: Path) -> None:
-    """In a script of its own, which Lightning starts once more for the second rank."""
+    """The test is a script of its own, which Lightning starts once more for the second rank."""
     adapters = Path(__file__).parent
     tests = adapters.parent
     paths = [str(path) for path in (adapters, tests / "support", tests.parent)]
@@ -884,7 +884,7 @@ def test_an_encoder_that_was_replaced_between_two_fits(tmp_path: Path) -> None:
 
 
 class Within(Module):
-    """With a method that is part of the network, and no other if there is no callback of one."""
+    """A module whose network contains a method; the callback may have none."""
 
     def __init__(self, kind: str, balance: Balance | None = None, **options: Any) -> None:
         super().__init__(AudioVisual(), balance)  # type: ignore[arg-type]
@@ -925,7 +925,7 @@ def test_a_method_in_the_module_hears_of_the_epochs(
 def test_a_method_in_the_module_goes_on_in_its_epoch(
     kind: str, callback: str, tmp_path: Path
 ) -> None:
-    """In the middle of the second one."""
+    """The run stops in the middle of its second epoch, and goes on there."""
     modules = []
     for limit, path in (({"max_steps": STEPS + 1}, None), ({}, tmp_path / "last.ckpt")):
         balance = Balance(mmfuse.OGM, ENCODERS) if callback == "Balance" else None

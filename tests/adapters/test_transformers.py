@@ -137,7 +137,7 @@ def by_hand(
     optimizer: torch.optim.Optimizer | None = None,
     forward: Callable[..., Mapping[str, Any]] | None = None,
 ) -> list[Any]:
-    """The loop that the README tells to write."""
+    """The training loop of the README."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.05)
     method = make(model.encoders)
     if method.apply_to == "update":

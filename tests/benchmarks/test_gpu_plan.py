@@ -49,7 +49,7 @@ def record(prepared: measure.Prepared) -> replay.Recording:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Sets what records."""
+    """Sets the recorder."""
 
     def use(recorder: Any) -> None:
         monkeypatch.setattr(replay, "recorder_for", lambda device: recorder)
@@ -410,7 +410,7 @@ def test_the_gate_holds_for_channels_last(name: str, provider: str) -> None:
 
 
 def test_rows_of_committed_results_are_still_read() -> None:
-    """They have `host_ms`, and no replays."""
+    """Their rows have `host_ms`, and no replays."""
     import choose
 
     files = list((Path(choose.__file__).parent / "results").glob("**/results.csv"))

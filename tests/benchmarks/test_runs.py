@@ -1,4 +1,4 @@
-"""Whole runs, small: what is refused, what is written."""
+"""Whole runs, small: their refusals and their files."""
 
 from __future__ import annotations
 

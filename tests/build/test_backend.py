@@ -69,7 +69,7 @@ def test_the_oldest_pytorch_is_the_same_everywhere() -> None:
 def test_an_environment_without_pytorch_of_its_own(
     below: bool, small: Path, tmp_path: Path
 ) -> None:
-    """In isolation: PyTorch lies below the environment, or the build has to bring it."""
+    """In isolation PyTorch lies below the environment, or the build has to bring it."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "own"], check=True)
     python = tmp_path / "own" / "bin" / "python"
     if below:

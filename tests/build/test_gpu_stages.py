@@ -126,7 +126,7 @@ def test_all_is_well(rehearsal: Rehearsal) -> None:
 
 @pytest.mark.slow
 def test_everything_fails(rehearsal: Rehearsal) -> None:
-    """Each stage runs all the same, and what can be repeated is repeated once."""
+    """Each stage runs all the same; stages that can be repeated are repeated once."""
     modes = dict.fromkeys(("kernels", "pytest", "benchmark", "nvcc", "compute_sanitizer"), "fail")
     done = rehearsal(**modes)
     assert done.returncode == 1
@@ -151,7 +151,7 @@ def test_everything_fails(rehearsal: Rehearsal) -> None:
 
 @pytest.mark.slow
 def test_everything_hangs(rehearsal: Rehearsal) -> None:
-    """And ignores that it is interrupted, as do the processes that it has started."""
+    """The programs and the processes that they started ignore the interrupt."""
     parts = ("kernels", "pytest", "benchmark", "nvcc", "compute_sanitizer", "ncu")
     began = time.monotonic()
     done = rehearsal(scale=SCALE, **dict.fromkeys(parts, "hang"))
@@ -229,7 +229,7 @@ Refused = Callable[[dict[str, Any]], str]
 
 @pytest.fixture
 def refused(rehearsal: Rehearsal) -> Callable[..., str]:
-    """Runs it where it cannot begin; returns the one line that it says."""
+    """Runs `make gpu` under conditions that forbid it; returns its one line."""
 
     def call(*arguments: str, machine: dict[str, Any] | None = None, **variables: str) -> str:
         stand_ins = gpu_stand_ins.environment(rehearsal.programs, {})

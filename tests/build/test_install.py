@@ -64,7 +64,7 @@ def test_a_build_leaves_no_library_of_an_earlier_one(source: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_no_library_needs_python(backend: str) -> None:
-    """So that one built for another version of Python, or elsewhere, loads here."""
+    """A library that was built elsewhere, or for another Python, therefore loads here."""
     path = Path(mmfuse.__file__).with_name(f"libmmfuse_{backend}.so")
     if not path.exists():
         pytest.skip(f"{path.name} was not built here")

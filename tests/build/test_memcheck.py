@@ -1,4 +1,4 @@
-"""make memcheck counts what memcheck says of our libraries; all else of it runs in CI."""
+"""make memcheck counts memcheck's reports about our libraries; CI runs the rest of it."""
 
 from __future__ import annotations
 

@@ -184,7 +184,7 @@ def loaded(state: object) -> object:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_holds_tensors_and_plain_values(kind: str) -> None:
-    """MLA and ReLearning, which have no part in a step, have this in their own tests."""
+    """MLA and ReLearning, which have no part in a step, have this test in their own files."""
     torch.manual_seed(0)
     encoders = {name: nn.Linear(3, 4) for name in ("audio", "visual")}
     head = nn.Linear(8, 5)

@@ -104,7 +104,7 @@ def test_a_source_distribution_knows_its_version(repository: Path) -> None:
 
 
 def test_a_folder_in_another_repository_is_not_that_one(tree: Path) -> None:
-    """Such as an unpacked archive below one's own project."""
+    """An unpacked archive may lie below one's own project, for example."""
     git(tree.parent, "init", "--quiet")
     git(tree.parent, "commit", "--quiet", "--allow-empty", "--message", "one")
     git(tree.parent, "tag", "v9.0.0")

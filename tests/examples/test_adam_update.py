@@ -1,4 +1,4 @@
-"""The example of adaptive optimizers: what it measures is what it says, twice over."""
+"""The example of adaptive optimizers: it measures the numbers that it prints, twice over."""
 
 from __future__ import annotations
 

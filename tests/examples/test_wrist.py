@@ -1,4 +1,4 @@
-"""The wrist movements: people stay apart, windows are cut right, bad files are said."""
+"""The wrist movements: people stay apart, windows are cut right, bad files get an error."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def divisor(features: dict[str, Tensor], result: mmfuse.OPMResult) -> Tensor:
 
 
 def coefficients(ogm: mmfuse.OGM, result: mmfuse.OGMResult) -> Tensor:
-    """The file's: from its first epoch on they are computed, also where they are not applied."""
+    """The file's coefficients: it computes them from its first epoch on, also when unused."""
     if ogm.modulating:
         return result.coefficients
     assert result.coefficients.tolist() == [1, 1]
@@ -157,7 +157,7 @@ def test_official_reproduces_the_released_code(
 
 @pytest.fixture(params=["opm_official", "opm_official_ogmge"])
 def without_thetas_gradient(request: pytest.FixtureRequest) -> Replay:
-    """As people get it who leave θ's gradient out."""
+    """The gradients for people who leave θ's gradient out."""
     return replay(request.param, theta_gradient=False, forced=True)
 
 

@@ -92,7 +92,7 @@ def test_official_reproduces_the_released_code(cell: Cell, forced: bool) -> None
 @on_every_backend
 @free_and_forced
 def test_the_papers_equations(cell: Cell, forced: bool) -> None:
-    """Of which there is no release: a clip, and entropies in the first epochs."""
+    """No release has them: a clip, and entropies in the first epochs."""
     cell.skip_slow(not forced)
     mmfuse.use_backend(cell.backend)
     golden, paper = Golden("pmr_paper"), mmfuse.PMR

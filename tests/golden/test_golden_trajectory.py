@@ -1,4 +1,4 @@
-"""The replay itself: what it must notice."""
+"""The replay itself must notice every difference."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_what_was_not_recorded_is_missed() -> None:
 
 
 def test_training_without_the_method_is_noticed() -> None:
-    """Forced, in the gradients after the method alone; free, in all that follows."""
+    """Forced, the gradients after the method show it; free, all later arrays do."""
     rest = ["applied", "coefficient", "loss", "lr", "ratio", "score"]
     conv = [f"grad_after.{m}.{c}.weight" for m in ("audio", "visual") for c in ("c1", "c2")]
     with pytest.raises(AssertionError) as noticed:

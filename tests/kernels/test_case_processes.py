@@ -1,4 +1,4 @@
-"""Each case in a process of its own: what fails, dies or hangs takes nobody with it."""
+"""Each case runs in a process of its own: one that fails, dies or hangs harms no other."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def test_every_replay_draws_fresh_noise(cell: Cell) -> None:
 def test_what_is_kept_on_the_device_may_be_missing(
     cell: Cell, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the first step with these gradients is the one that is captured."""
+    """The captured step may be the first one with these gradients."""
     cell.skip_slow()
     model = AudioVisual().to(cell.device)
     torch.manual_seed(1)

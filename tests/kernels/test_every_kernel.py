@@ -1,4 +1,4 @@
-"""every_kernel.py leaves no kernel out, and finds what differs from the reference."""
+"""every_kernel.py leaves no kernel out, and finds differences from the reference."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_no_result_depends_on_which_thread_goes_first(
     seed: int,
     byte: int,
 ) -> None:
-    """Nor on what a block or a thread has not written: shared memory and stacks are NaN here.
+    """Memory that no block or thread has written decides nothing either: it is NaN here.
 
     The other byte makes a large number, which a comparison does not pass over.
     """

@@ -1,4 +1,4 @@
-"""sanitizer.py runs each tool on each case, and reports what they find."""
+"""sanitizer.py runs each tool on each case, and reports their findings."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_what_has_not_begun_is_not_clean(
 def test_a_tool_without_a_summary_fails_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has not looked at anything, as where the script could not start."""
+    """The tool has not looked at anything, for example because the script could not start."""
     monkeypatch.setenv("FAKE_SILENT", "--case grad_stats")
     assert examine(tmp_path / "logs", "triton") == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if " FAILED " in line]

@@ -133,7 +133,7 @@ def noticed(name: str, expected: Sequence[Tensor]) -> str | None:
 
 
 def verdict(access: Access, cases: dict[str, Case]) -> str | None:
-    """Who notices that this mask is gone: how, and in which case; None if nobody does."""
+    """The case that notices that this mask is gone, and how; None if no case does."""
     mine = [name for name, case in cases.items() if needs_mask(case.checked, access)]
     with dropped_mask(access.module, access.function, access.index):
         for name in sorted(mine, key=lambda name: cases[name].seconds):

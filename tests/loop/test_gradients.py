@@ -87,7 +87,7 @@ def test_a_wrong_epoch_changes_nothing(
 
 @every
 def test_epochs_that_are_never_told(made: type[mmfuse.GradientMethod]) -> None:
-    """An error where anchors are needed; where the window would never end, one warning."""
+    """They are an error if anchors are needed; a window that would never end gives one warning."""
     net = Net()
     method = made(dict(net.encoders), ends=3)
     if method.anchors is not None:

@@ -68,7 +68,7 @@ def test_any_callable_may_make_them() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_missing_samples_are_left_out(kind: str, reduction: str) -> None:
-    """As if each modality had a batch of its own; what is missing may be anything, such as NaN."""
+    """Each modality has a batch of its own, as it were; missing entries may even be NaN."""
     logits, labels, loss = case(kind)
     loss.reduction = reduction
     present = {name: torch.rand(9) > 0.4 for name in NAMES}

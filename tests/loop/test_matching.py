@@ -1,4 +1,4 @@
-"""Encoders by name: modules, globs, what wrappers put into names, and what matches nothing."""
+"""Encoders by name: modules, globs, the prefixes of wrappers, and names that match nothing."""
 
 from __future__ import annotations
 

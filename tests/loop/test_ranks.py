@@ -261,7 +261,7 @@ def test_a_rank_without_labelled_samples_does_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_reduction_a_step(name: str) -> None:
-    """A small one; of a method with two gradients, one of those that are not DDP's."""
+    """It is small; a method with two gradients also reduces those that are not DDP's."""
     steps, modalities = 3, 2
     model = without_batch_norm()
     encoders = sum(p.numel() for net in model.encoders.values() for p in net.parameters())

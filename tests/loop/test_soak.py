@@ -125,6 +125,6 @@ def test_five_thousand_steps_two_deaths_in_between_and_the_same_end(
 
 
 def test_a_leak_of_one_number_a_step_is_found(start: Start, tmp_path: Path) -> None:
-    """By the number of tensors: the resident size of so few steps says nothing."""
+    """The number of tensors shows it; the resident size of so few steps says nothing."""
     succeed(start(tmp_path, (soak.WARM_UP + 1) * soak.CYCLE, ranks=1, leak=True), tmp_path)
     assert soak.growth(tmp_path, 0)["tensors"] == soak.CYCLE

@@ -1,4 +1,4 @@
-"""A run that is saved, loaded into new objects and continued is the run that was not."""
+"""A run that is saved, loaded into new objects and continued equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ON_BOUNDARY, WITHIN = 5, 4  # steps of an epoch: the tenth step is the last of o
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As the ranks have it: PyTorch's sums depend on the number of threads."""
+    """The ranks have one thread each: PyTorch's sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -159,7 +159,7 @@ class TestCompile:
 
     @pytest.fixture(autouse=True)
     def _cold(self, monkeypatch: pytest.MonkeyPatch) -> object:
-        """As in a process where no op was called before: the first call chooses the backend."""
+        """Acts as a process that has called no op before: the first call chooses the backend."""
         torch._dynamo.reset()
         for op in OPS.values():
             monkeypatch.setattr(op, "_chosen", {})

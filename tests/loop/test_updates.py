@@ -433,7 +433,7 @@ def test_noise_reaches_parameters_in_another_memory_format() -> None:
 
 
 def test_noise_is_normal_with_the_deviation_of_each_update() -> None:
-    """Against what the numbers must be like, whatever stream they come from."""
+    """It is compared with the normal distribution, whatever stream it comes from."""
     n = 40_000
     model = Logits({"a": ((200, 200), (n,)), "b": ((n,),)}).double()
     with torch.no_grad():
@@ -543,7 +543,7 @@ def test_a_step_that_a_scaler_skips_changes_nothing(fused: bool, noise: bool) ->
 def test_an_update_that_is_not_finite_shows(
     cell: Cell, ahead: int, noise: bool, bad: float
 ) -> None:
-    """Also in the modality whose factor is one; the other tensors are not touched by it."""
+    """The modality may have the factor one; the other tensors are not touched by it."""
     model = Logits(SMALL).to(cell.device)
     spread = together(lambda p: SGD(p, lr=0.1))
     twin, optimizer = Twin(model, spread), spread(model)[0]
@@ -829,7 +829,7 @@ def test_ranks_agree_on_the_stream_whoever_holds_the_nan(bad: int | None) -> Non
 
 
 def test_a_closure_may_decide_within_the_step() -> None:
-    """As Lightning's closure does, in which the whole training step runs."""
+    """Lightning's closure does so: the whole training step runs in it."""
     model = Logits(SMALL)
     spread = together(OPTIMIZERS["adamw"])
     twin, optimizer = Twin(model, spread), spread(model)[0]

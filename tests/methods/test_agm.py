@@ -285,7 +285,7 @@ def scored(rank: int, size: int) -> list[Tensor]:
 
 
 def test_scores_of_ones_own() -> None:
-    """As from logits whose true classes have these probabilities, and averaged over ranks."""
+    """They act as logits whose true classes have these probabilities, averaged over ranks."""
     whole = two_ranks_find(scored)
     assert whole[3][2] == 1 and (whole[0] != 1).all()
     p = torch.tensor([[0.7, 0.3], [0.2, 0.8]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The catalogue has every method, and what it says of one is true."""
+"""The catalogue has every method, and tells the truth about each."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def prose(made: object) -> str:
 
 
 def test_the_table_in_the_readme_is_what_the_cards_say() -> None:
-    """All but the short description, which is for people; each method's name leads to its page."""
+    """All columns but the short description agree; each method's name leads to its page."""
     readme = (ROOT / "README.md").read_text()
     rows = [line for line in readme.splitlines() if line.startswith("| [`")]
     found = [re.sub(r"^(\| [^|]+\|) [^|]{15,90} \|", r"\1", row) for row in rows]
@@ -183,7 +183,7 @@ def test_the_documents_name_it(name: str, document: str) -> None:
 
 
 def keywords(name: str) -> dict[str, Any]:
-    """Every keyword of a method that has a default, and which one."""
+    """Every keyword of a method that has a default, with the default."""
     made = mmfuse.METHODS[name]
     taken = dict(signature(made).parameters)
     if issubclass(made, mmfuse.GradientMethod):

@@ -86,7 +86,7 @@ def test_progress_that_cancels_is_bounded(bound: float | None) -> None:
 
 @pytest.mark.parametrize("made", [mmfuse.CGGM, mmfuse.CGGM.official])
 def test_who_gains_more_than_all_together_is_turned_around(made: Any) -> None:
-    """As in the release, whose golden numbers have such steps; the default's bound lets it be."""
+    """The release does so, and its golden numbers have such steps; the default's bound does not."""
     nets, labels = networks(3), torch.zeros(ROWS, dtype=torch.int64)
     cggm = made(nets, rho=1.0)
     for right in ([2, 4, 4], [5, 3, 4]):  # +3, -1 and 0 of 8
@@ -134,7 +134,7 @@ def test_a_batch_without_labels_changes_nothing() -> None:
 
 
 def test_metrics_of_ones_own_with_one_missing() -> None:
-    """Who is missing keeps its last metric, and takes part in no comparison."""
+    """A missing modality keeps its last metric, and takes part in no comparison."""
     nets = networks(3)
     cggm = mmfuse.CGGM(nets, rho=1.0, bound=None)
     steps = [(0.5, 0.25, 0.125), (0.75, 0.5, math.nan), (0.5, 0.75, 0.5)]
@@ -167,7 +167,7 @@ def plain_direction(k: Tensor, classifiers: dict[str, Tensor], output: Tensor) -
 @pytest.mark.parametrize("made", [mmfuse.CGGM, mmfuse.CGGM.official])
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_direction_loss(count: int, made: Any) -> None:
-    """Of the weights that are there, or of those of the step before."""
+    """Its weights are those that are there, or those of the step before."""
     nets, labels = networks(count), torch.zeros(ROWS, dtype=torch.int64)
     cggm = made(nets)
     weights, output = output_layers(count)

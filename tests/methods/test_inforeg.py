@@ -1,4 +1,4 @@
-"""InfoReg against its paper's formulas, what it keeps, and what it refuses."""
+"""InfoReg against its paper's formulas; its state and its errors."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def everyone(modalities: int = 3) -> dict[str, Tensor]:
 
 
 def dropping(modalities: int = 3, **options: object) -> OPM:
-    """With the probability 1 for whoever is ahead."""
+    """An OPM that drops every modality that is ahead, with the probability 1."""
     made = OPM(1.0, num_modalities=modalities, stream=mmfuse.NoiseStream(1), **options)
     made.q.copy_(torch.tensor([1.0, 0.9, 0.0][:modalities]))
     return made

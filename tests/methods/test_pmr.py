@@ -1,4 +1,4 @@
-"""PMR: its loss from its definition, its prototypes, and what is odd."""
+"""PMR: its loss from its definition, its prototypes, and odd inputs."""
 
 from __future__ import annotations
 

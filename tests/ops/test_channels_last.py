@@ -169,7 +169,7 @@ def test_params_in_another_format(cell: Cell, noisy: bool) -> None:
 
 
 def test_a_std_of_zero_adds_nothing(cell: Cell) -> None:
-    """And where the scale is 1 too, not even the bits of a NaN change."""
+    """If the scale is 1 too, not even the bits of a NaN change."""
     grads = in_channels_last(cell, [(4, 3, 3, 3), (3, 4, 2, 2)], torch.float32)
     bits = [g.view(torch.int32).clone() for g in grads]
     zeros = torch.zeros(3, device=cell.device)

@@ -256,7 +256,7 @@ def test_gradcheck(cell: Cell, kind: str, per_row: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_gets_no_gradient(cell: Cell, kind: str) -> None:
-    """And the student the same one as beside one that does; also under torch.func."""
+    """The student gets the same one as beside a teacher with one; also under torch.func."""
     a, b = pair_of(cell, (5, 7), torch.float32, 1.0)
 
     def call(x: Tensor, y: Tensor) -> Tensor:

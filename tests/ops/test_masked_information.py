@@ -191,7 +191,7 @@ def test_soft_entropies_of_some_samples_are_the_references(cell: Cell, count: in
 
 
 def test_soft_gradients_are_those_of_differences(cell: Cell) -> None:
-    """Of samples that are left out, too: theirs are 0."""
+    """Samples that are left out have one too, of 0."""
     generator = torch.Generator().manual_seed(5)
     x, y = torch.rand(2, 2, 9, dtype=torch.float64, generator=generator).to(cell.device)
     present = torch.ones(2, 9, dtype=torch.bool, device=cell.device)

@@ -77,7 +77,7 @@ def test_parity(cell: Cell, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(63,), (7, 9)], ids=str)
 def test_agrees_with_the_reference_in_float64(cell: Cell, shape: tuple[int, ...]) -> None:
-    """With the ids 0 and 1 of a stream that is not placed."""
+    """The ids are 0 and 1, of a stream that is not placed."""
     stream = NoiseStream(4, cell.device)
     x = torch.randn(shape, dtype=torch.float64, device=cell.device)
     views = check(cell, x, 0.5, stream)

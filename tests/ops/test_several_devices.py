@@ -125,7 +125,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """True if a CUDA graph is captured, as far as the index tensors see."""
+    """Plays the capture of a CUDA graph, as far as the index tensors see."""
     state = [False]
     monkeypatch.setattr(_tensors, "_capturing", lambda device: state[0])
     return state

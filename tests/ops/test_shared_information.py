@@ -132,7 +132,7 @@ def test_tables_of_which_only_one_needs_ranges(cell: Cell) -> None:
 
 
 def test_is_the_ops_on_pairs_and_triples(cell: Cell) -> None:
-    """As the docstring says it; those ops' results are float32."""
+    """The docstring says so; those ops' results are float32."""
     *data, target = features(3, (2, 90), torch.float32, cell)
     found = ops.shared_information(data, target, 8, 3, backend=cell.backend)
     for m, x in enumerate(data):

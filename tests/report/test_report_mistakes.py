@@ -1,4 +1,4 @@
-"""Bad input of a report: one sentence that says what to do, before anything has changed."""
+"""Bad input of a report: one sentence with the way out, before anything has changed."""
 
 from __future__ import annotations
 

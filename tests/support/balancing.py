@@ -1,4 +1,4 @@
-"""The methods of the catalogue, such that they act in most of a few steps, and a step with any.
+"""The methods of the catalogue, made to act in most of a few steps, and a step with any of them.
 
 A test that says `KINDS`, or a part of it by what a method needs, has every method that is added.
 """
@@ -224,7 +224,7 @@ def show(method: Any, head: nn.Module, seen: dict[str, Any], reduction: str = "m
 def joint_loss(
     method: Any, head: nn.Module, seen: Mapping[str, Any], out: Any, reduction: str = "mean"
 ) -> Tensor:
-    """The loss that a method in the forward pass leaves, `out` its result; None for no such."""
+    """The loss from a method in the forward pass, `out` being its result; None without one."""
     passed = getattr(out, "features", seen["features"])
     joint = head(torch.cat(list(passed.values()), 1))
     if hasattr(out, "logits"):  # the joint ones are their sum
@@ -272,7 +272,7 @@ def balance(
 
 
 def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
-    """How far a step was from one without the method; 0 if it has changed nothing."""
+    """The difference between a step with and without the method; 0 if it has changed nothing."""
     if isinstance(method, nn.Module) and hasattr(out, "features"):
         pairs = zip(out.features.values(), seen["features"].values(), strict=True)
         away = sum(float((a - b).abs().sum().detach()) for a, b in pairs)
@@ -309,7 +309,7 @@ ogm_ge, inforeg, redreg = MAKERS["OGM"], MAKERS["InfoReg"], MAKERS["RedReg"]
 
 
 def needed(method: GradientMethod, seen: dict[str, Any]) -> dict[str, Any]:
-    """Without the features and inputs that the method does not look at."""
+    """All arguments but the features and inputs that the method does not look at."""
     more = {"features", "inputs", "way"}.difference(method.rule.need.inputs)
     found = {name: value for name, value in seen.items() if name not in more}
     return ways.arguments(seen["way"], found, seen) if seen.get("way") else found

@@ -1,4 +1,4 @@
-"""How what a kernel has written differs from what the reference has."""
+"""Differences between a kernel's results and the reference's."""
 
 from __future__ import annotations
 

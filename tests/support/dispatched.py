@@ -1,4 +1,4 @@
-"""Which operators a call hands to PyTorch's dispatcher, and which of them launch a kernel."""
+"""The operators that a call hands to PyTorch's dispatcher, and those that launch a kernel."""
 
 from __future__ import annotations
 

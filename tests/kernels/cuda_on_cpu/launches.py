@@ -92,7 +92,7 @@ class Shim:
         return {names[addresses[i]]: (counts[i], shared[i]) for i in range(used)}
 
     def set_order(self, order: str, seed: int = 0) -> None:
-        """Who goes first among blocks and threads: "forward", "reverse" or "random"."""
+        """Sets which block and thread goes first: "forward", "reverse" or "random"."""
         assert order in ("forward", "reverse", "random")
         self._library.shim_set_order(order.encode(), ctypes.c_uint32(seed))
 

@@ -1,4 +1,4 @@
-"""Arguments as plain data, from which each backend gets its own: what is printed can be run."""
+"""Arguments as plain data, from which each backend gets its own: their printed form can be run."""
 
 from __future__ import annotations
 

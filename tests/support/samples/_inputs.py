@@ -74,7 +74,7 @@ class Inputs:
         return self.placed((values / 16).to(dtype), offset)
 
     def mask(self, *shape: int) -> Tensor:
-        """Which values are there: seven of ten."""
+        """The values that are there: seven of ten."""
         return self.placed(torch.rand(shape, generator=self._generator) < 0.7)
 
     def stream(self, count: int | None = None) -> NoiseStream:

@@ -33,7 +33,7 @@ def checked(method: object) -> GradientMethod:
         )
     if method.rule.need.second == "unimodal":
         raise TypeError(
-            f"{method.name} makes its two backward passes itself, where the framework makes one; "
+            f"{method.name} makes its two backward passes itself, but the framework makes one; "
             f"call {method.name}.backward(loss, unimodal_losses=...) in a training loop of your own"
         )
     return method
@@ -57,8 +57,8 @@ def warn_of_adaptive(
         if _adaptive(optimizer):
             kind = type(optimizer).__name__
             warnings.warn(
-                f"{kind} divides a gradient by its own recent size, and with it the factor of "
-                f"{method.name}, which nearly has no effect then: use {method.name}(..., "
+                f"{kind} divides a gradient by its own recent size, which cancels most of the "
+                f"factor of {method.name}: use {method.name}(..., "
                 'apply_to="update"), or SGD, as the papers do',
                 RuntimeWarning,
                 stacklevel=stacklevel + 1,

@@ -103,8 +103,9 @@ class EpochWindow:
         """
         if self.process_group not in (None, False):
             raise TypeError(
-                f"a process_group is of its process, so that this {type(self).__name__} cannot be "
-                "pickled: save its state_dict(), or make it with process_group=None (all ranks)"
+                f"a process_group belongs to its process, so that this {type(self).__name__} "
+                "cannot be pickled: save its state_dict(), or make it with process_group=None "
+                "(all ranks)"
             )
         return super().__reduce_ex__(protocol)
 

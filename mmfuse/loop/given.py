@@ -198,7 +198,7 @@ def own_numbers(
         raise TypeError(f"got {both}; give one of them")
     kind = given[0]
     if more.get("present") is not None:
-        raise TypeError(f"present goes with logits; {kind} of a modality that is missing are NaN")
+        raise TypeError(f"present goes with logits; give NaN in {kind} for a missing modality")
     values: Any = more[kind]
     if not isinstance(values, Mapping) or list(values) != list(names):
         _refuse_names(kind, values, names)

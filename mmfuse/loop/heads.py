@@ -68,8 +68,8 @@ def unimodal_logits(
     if not isinstance(seen, nn.Linear):
         if output is not None:
             raise ValueError(
-                "output= is for affine heads, whose logits add up to it; a "
-                f"{type(seen).__name__} gives others"
+                "output= is for affine heads, whose logits add up to it; leave it out for a "
+                f"{type(seen).__name__}"
             )
         return _called(seen, features)
     if sum(widths.values()) != seen.in_features:

@@ -109,9 +109,7 @@ def _loss(loss_of: Callable[..., Any], name: str, *given: Tensor) -> Any:
         raise
     except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, (NotImplementedError, TypeError)) else ValueError
-        raise kind(
-            f"the criterion makes no loss of logits[{name!r}] and labels: {error}"
-        ) from error
+        raise kind(f"the criterion fails on logits[{name!r}] and labels: {error}") from error
 
 
 def _check(logits: object, labels: object, criterion: object) -> None:

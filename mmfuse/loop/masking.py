@@ -107,8 +107,8 @@ def check_inputs(model: object, inputs: object, baseline: object) -> None:
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"inputs[{name!r}] is not a tensor but {type(x).__name__}; forward= can pass on "
-                "to the model what is no modality's input"
+                f"inputs[{name!r}] is not a tensor but {type(x).__name__}; pass other "
+                "arguments to the model in forward="
             )
     if not callable(baseline) and (not isinstance(baseline, str) or baseline not in _BASELINES):
         raise ValueError(
@@ -153,11 +153,14 @@ def _mask(name: str, x: Tensor, baseline: Baseline) -> Tensor:
     if baseline == "mean":
         if not (x.is_floating_point() or x.is_complex()):
             raise TypeError(
-                f"inputs[{name!r}] has dtype {x.dtype}, of which a mean is no input; give "
+                f"inputs[{name!r}] has dtype {x.dtype}, whose mean the model cannot take; give "
                 'baseline="zero" or a callable'
             )
         if not x.dim():
-            raise ValueError(f"inputs[{name!r}] has no batch to take the mean of")
+            raise ValueError(
+                f"inputs[{name!r}] has no batch to take the mean of; give "
+                'baseline="zero" or a callable'
+            )
         return torch.empty_like(x).copy_(x.mean(dim=0, keepdim=True))  # dense, for the model's view
     assert callable(baseline)
     found = baseline(name, x)

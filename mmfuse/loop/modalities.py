@@ -157,14 +157,14 @@ class Modalities:
             if not found and every:
                 raise ValueError(
                     f"encoders[{name!r}] has no parameter of its own: shared= holds all "
-                    f"{len(every)}. The one gradient of an encoder that several modalities use "
-                    "has no part of each to modulate; act on their features instead, with OPM, ARM "
-                    "or mmfuse.ops.scale_grad"
+                    f"{len(every)}. The gradient of an encoder that several modalities use cannot "
+                    "be divided among them; act on their features instead, with OPM, ARM or "
+                    "mmfuse.ops.scale_grad"
                 )
             if len(self.parameters) == before:
                 raise ValueError(
                     f"encoders[{name!r}] has no parameter to modulate: {len(found)} found, "
-                    f"none selected by select={select!r} that can get a gradient"
+                    f"but select={select!r} selects none that can get a gradient"
                 )
         self._owner = tuple(self.modality)
         self._everything = list(range(len(self.parameters)))
@@ -356,7 +356,7 @@ def check_names(what: str, values: Mapping[str, Tensor], names: Sequence[str], o
         ValueError: its names are not those of `others`.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"{what} must map the modalities' names to tensors")
+        raise TypeError(f"{what} must map names to tensors, got {type(values).__name__}")
     missing = [name for name in names if name not in values]
     unknown = [name for name in values if name not in names]
     if missing or unknown:

@@ -33,7 +33,7 @@ def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
         if z.numel() and bool((z >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
             warnings.warn(
                 f"logits[{name!r}] look like probabilities: no number is negative, and every row "
-                "adds up to 1; give what comes before the softmax",
+                "adds up to 1; give the logits before the softmax",
                 RuntimeWarning,
                 stacklevel=5,
             )

@@ -76,8 +76,9 @@ def shapley_responses(
     alone = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if alone is not model and forward is not None:
         raise ValueError(
-            "forward= would call a DistributedDataParallel in every pass, of which it counts one: "
-            "leave out forward=, and wrap a module that takes the inputs by their names"
+            "forward= would call a DistributedDataParallel in every pass, but it expects one pass "
+            "for each backward pass: leave out forward=, and wrap a module that takes the inputs "
+            "by their names"
         )
     every = (1 << len(names)) - 1
     found = {every: called_with(model, forward, output, "for all modalities", dict(inputs))}

@@ -65,8 +65,8 @@ class ScaledUpdates:
         # A wrapper that only looks like an optimizer, as Accelerate's, calls no hooks.
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise TypeError(
-                f"expected a torch.optim.Optimizer, got {kind}; of a wrapper pass the optimizer in "
-                "it (see mmfuse.adapters.accelerate)"
+                f"expected a torch.optim.Optimizer, got {kind}; if it wraps an optimizer, pass "
+                "that one (see mmfuse.adapters.accelerate)"
             )
         self.method = method
         self.modalities = modalities
@@ -75,7 +75,9 @@ class ScaledUpdates:
         self.decided: Decided | None = None
         self._before: dict[int, Tensor] = {}
         if not self._held().ids:
-            raise ValueError(f"this {kind} has no parameter of the encoders")
+            raise ValueError(
+                f"this {kind} has no parameter of the encoders; attach the optimizer that has them"
+            )
         self._register()
 
     def _register(self) -> None:

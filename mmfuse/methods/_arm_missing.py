@@ -26,7 +26,8 @@ def is_more(more: More) -> bool:
     for kind in ("ratios", "coefficients"):
         if more.get(kind) is not None:
             raise TypeError(
-                f"ARM takes no {kind}: features times weights of your own need no ARM; give scores"
+                f"ARM takes no {kind}: multiply the features by your own weights without ARM, or "
+                "give scores"
             )
     return any(value is not None for value in more.values())
 

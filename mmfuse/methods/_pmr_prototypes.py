@@ -206,7 +206,7 @@ class PrototypeModule(EpochWindowModule):
             check_sequence("widths", widths, "integers")
         if widths is not None and (num_classes is None or len(widths) != count):
             raise ValueError(
-                f"widths go with num_classes, and are num_modalities={count} numbers; got "
+                f"widths go with num_classes, one number for each of the {count} modalities; got "
                 f"{list(widths)} with num_classes={num_classes}"
             )
         for m in range(count):

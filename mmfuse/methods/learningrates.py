@@ -178,7 +178,9 @@ class LearningRates(GradientMethod):
             ValueError: names do not fit, or a number is out of range.
         """
         if self.rule.window is None:
-            raise RuntimeError("LearningRates has constant rates; give window for validated ones")
+            raise RuntimeError(
+                "LearningRates has constant rates; give window to make them follow validation"
+            )
         device = self._state["scores"].device
         _, latest, _ = own_numbers(self.modalities.names, device, {"scores": scores}, None)
         self._state.set(self.rule.after(self._state, latest))

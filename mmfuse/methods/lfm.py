@@ -279,7 +279,7 @@ class LFM(EpochWindowModule):
         if self.weighting != "learned":
             raise RuntimeError('LFM learns its weights with weighting="learned" only')
         if not self._told:
-            raise RuntimeError("LFM: call set_epoch(epoch) first, by which the rate goes")
+            raise RuntimeError("LFM: call set_epoch(epoch) first; the rate depends on it")
         if not parameters:
             raise ValueError("parameters must hold at least one tensor")
 

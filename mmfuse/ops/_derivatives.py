@@ -23,7 +23,7 @@ def no_second_derivative(name: str) -> tuple[Formula, Formula]:
 
     def formula(backend: str, ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(
-            f"mmfuse.ops.{name} has no second derivative, in any backend; for one, {_WAY_OUT}"
+            f"mmfuse.ops.{name} has no second derivative, in any backend; to have one, {_WAY_OUT}"
         )
 
     return formula, lambda ctx, inputs, output: None

@@ -116,7 +116,8 @@ class Op:
             if self._formula and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 if torch._C._are_functorch_transforms_active():
                     raise RuntimeError(
-                        f"{overload} has no gradient under torch.func; mmfuse.ops.{self.public} has"
+                        f"{overload} has no gradient under torch.func; call "
+                        f"mmfuse.ops.{self.public}, which has one"
                     )
                 return differentiable_call(below, args, *self._formula, backend)
             with torch._C._AutoDispatchBelowAutograd():

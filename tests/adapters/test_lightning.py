@@ -661,7 +661,7 @@ def test_a_method_that_does_not_act_on_gradients(tmp_path: Path, make: Any) -> N
 
 @pytest.mark.parametrize("kind", TWO_GRADIENTS)
 def test_a_method_that_makes_the_backward_passes(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(TypeError, match=f"{kind} makes its two backward passes itself, where the"):
+    with pytest.raises(TypeError, match=f"{kind} makes its two backward passes itself, but the"):
         fit(tmp_path, AudioVisual(), Batches(), Balance(mmfuse.METHODS[kind], ENCODERS))
 
 

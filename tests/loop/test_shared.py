@@ -235,7 +235,7 @@ class TestErrors:
 
     def test_own_parameters_that_are_not_selected(self) -> None:
         model = Net()
-        message = r"has no parameter to modulate: 2 found, none selected by select='conv'"
+        message = r"has no parameter to modulate: 2 found, but select='conv' selects none"
         with pytest.raises(ValueError, match=message):
             mmfuse.OGM(dict(model.encoders), shared=model.common, select="conv")
 

@@ -441,7 +441,7 @@ def test_bad_input() -> None:
         ({"num_modalities": 1}, ValueError, "num_modalities must be at least 2"),
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1"),
         ({"widths": (3, 4)}, ValueError, "widths go with num_classes"),
-        ({"widths": (3,), "num_classes": 2}, ValueError, "num_modalities=2 numbers"),
+        ({"widths": (3,), "num_classes": 2}, ValueError, "one number for each of the 2"),
         ({"entropy_epochs": 1.5}, TypeError, "entropy_epochs"),
     ],
 )

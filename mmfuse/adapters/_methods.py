@@ -49,7 +49,7 @@ def tell_epoch(model: nn.Module, epoch: int) -> None:
 def warn_of_adaptive(
     method: GradientMethod, optimizers: Iterable[torch.optim.Optimizer], *, stacklevel: int = 2
 ) -> None:
-    """Warns where an optimizer divides out again what the method does to gradients."""
+    """Warns if an optimizer divides the method's factor on gradients out again."""
     need = method.rule.need
     if method.apply_to == "update" or need.second is not None or need.squares is not None:
         return
@@ -67,6 +67,6 @@ def warn_of_adaptive(
 
 
 def _adaptive(optimizer: torch.optim.Optimizer) -> bool:
-    """True if a step does not grow with the gradient: Adam and its like have betas, as Lion has."""
+    """True if a step does not grow with the gradient: Adam, its relatives and Lion have betas."""
     known = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop)
     return isinstance(optimizer, known) or "betas" in optimizer.defaults

@@ -71,10 +71,10 @@ class Balance(Epochs):
     The gradients are modulated before they are clipped. With ``accumulate_grad_batches`` the
     accumulated gradient is modulated once, by the scores of all its micro-batches; under data
     parallelism by those of all ranks. With a GradScaler the method gets to know whether the step
-    will be skipped and, for fused optimizers, how the gradients are scaled still. Epochs are told
-    to the method, and to OPM and ARM in the module. Its state is in the Trainer's checkpoints; a
-    resumed run goes on with the same numbers, also within an epoch where the data loader does. A
-    second fit of the same module keeps the method and what it has learned, and takes new anchors.
+    will be skipped and, for fused optimizers, how the gradients are scaled still. It tells the
+    epochs to the method, and to OPM and ARM in the module. The method's state is in the Trainer's
+    checkpoints; a resumed run goes on with the same numbers, also within an epoch if the data
+    loader does. A second fit of the same module keeps the method and what it has learned, and takes new anchors.
 
     With several optimizers (manual optimization) those that hold no parameter of an encoder are
     left alone. If the encoders are spread over several, all of their gradients are modulated
@@ -166,7 +166,7 @@ class Balance(Epochs):
         inputs: Mapping[str, Tensor] | None = None,
         **more: Unpack[More],
     ) -> None:
-        """Takes in one micro-batch; for ``training_step``.
+        """Collects one micro-batch; call it in ``training_step``.
 
         Outside of training, as where validation shares the code, and while Lightning's Tuner runs,
         nothing is done.
@@ -338,7 +338,7 @@ class Balance(Epochs):
             self._log.flush()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is taken in any more."""
+        """Collects nothing any more."""
         self._fitting = False
         self._log = None
 

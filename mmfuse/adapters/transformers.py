@@ -150,7 +150,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """The Trainer's, which the method looks at in training."""
+        """The Trainer's loss; in training the method looks at the outputs."""
         # The Trainer takes the labels out of the batch where it smooths them.
         given = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
@@ -180,7 +180,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with what the last step has decided where the training loss is logged."""
+        """The Trainer's log, with the last step's result where the training loss is logged."""
         if "loss" in logs and self._balance_result is not None:
             names = self.balance_method.modalities.names  # type: ignore[union-attr]
             scalars = scalars_of(self._balance_result, names)

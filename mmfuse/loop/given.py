@@ -84,7 +84,7 @@ def look(
         accuracy: True if the scores are accuracies in the place of probabilities.
 
     Raises:
-        TypeError: something is missing, or two things of which one is to be given.
+        TypeError: something is missing, or two arguments exclude each other.
         ValueError: names or shapes do not fit.
     """
     kind, numbers, count = own_numbers(names, device, more, logits)

@@ -1,4 +1,4 @@
-"""Each modality's outputs, from a model of which nothing but its inputs is known."""
+"""Each modality's outputs, from a model of which only the inputs are known."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def unimodal_outputs(
 
 
 def check_inputs(model: object, inputs: object, baseline: object) -> None:
-    """Raises what `unimodal_outputs` says of them."""
+    """Raises the errors that `unimodal_outputs` names."""
     if not callable(model):
         hint = " (are model and inputs swapped?)" if isinstance(model, Mapping) else ""
         raise TypeError(

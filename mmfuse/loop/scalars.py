@@ -65,7 +65,7 @@ class ScalarLog:
         values: Mapping[str, Tensor | float] | Tensor,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Takes in the scalars of one step, as float32.
+        """Adds the scalars of one step, as float32.
 
         The first call fixes the tags.
 

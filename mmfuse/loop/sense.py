@@ -1,4 +1,4 @@
-"""The sense stage: what micro-batches show, over all of a step and over all ranks."""
+"""The sense stage: the numbers of micro-batches, over all of a step and over all ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of a method on gradients: decide, act, settle, and what of it counts."""
+"""One step of a method on gradients: decide, act, settle, and keep the state if the step counts."""
 
 from __future__ import annotations
 

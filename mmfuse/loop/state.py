@@ -172,7 +172,7 @@ def in_backward() -> bool:
 
 
 def refuse_backward(method: str, consequence: str) -> NoReturn:
-    """Raises a RuntimeError for a method that is `in_backward`, and says what would come of it."""
+    """Raises a RuntimeError for a method that is `in_backward`, and names the consequence."""
     raise RuntimeError(
         f"{method} is called in a backward pass, as activation checkpointing does, {consequence}; "
         f"leave {method} outside of the checkpointed part"

@@ -1,4 +1,4 @@
-"""Scales what an optimizer has done to the encoders' parameters.
+"""Scales an optimizer's updates of the encoders' parameters.
 
 Adaptive optimizers divide a gradient by its own size, so that a factor on the gradient is divided
 out again. A factor on the update is not:
@@ -206,7 +206,7 @@ class AttachedOptimizers:
         self._known.remove(found[0])
 
     def decide(self, decided: Decided | None) -> None:
-        """Says what is done to every optimizer's next update; None forgets it."""
+        """Sets the change of every optimizer's next update; None forgets it."""
         for known in self._known:
             known.decided = decided
 

@@ -67,9 +67,9 @@ class ARLRule:
     def decide_by_pairs(
         self, magnitudes: Tensor, entropies: Tensor, compared: Tensor
     ) -> tuple[Tensor, ...]:
-        """The same of tables [M, M], see `mmfuse.loop.pairs`; NaN for who is compared with nobody.
+        """The same of tables [M, M], see `mmfuse.loop.pairs`; NaN for one compared with no other.
 
-        A share is told by the mean over j of (value of j) / (value of m), each over what m and j
+        A share follows from the mean over j of (value of j) / (value of m), each over what m and j
         share: v_m = 1 / (1 + (count - 1) mean_j V_jm / V_mj), of the `count` who are compared.
 
         Args:

@@ -33,7 +33,7 @@ def is_more(more: More) -> bool:
 
 
 class Shown(NamedTuple):
-    """Which modalities each sample of this rank has, and the user's scores.
+    """The modalities of each sample of this rank, and the user's scores.
 
     Attributes:
         mask: [M, B] bool.
@@ -101,7 +101,7 @@ def left_alone(
         counts: True if the rule counts them.
         here: [M] bool, the modalities that some sample has.
         known: 0-d bool, whether a sample has all of these.
-        average: [M] what is taken where a batch says nothing.
+        average: [M] the weights to take where a batch says nothing.
     """
     compared = here & (here.sum() > 1)
     weights = torch.where(compared, torch.where(known, weights, average), 1.0)

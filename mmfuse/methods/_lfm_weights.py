@@ -1,4 +1,4 @@
-"""LFM's two weights: the authors' schedule, and what a step of the learning goes by."""
+"""LFM's two weights: the authors' schedule, and the number that a step of the learning follows."""
 
 from __future__ import annotations
 

@@ -224,10 +224,10 @@ class PrototypeModule(EpochWindowModule):
 
     @torch.no_grad()
     def update_prototypes(self, batches: Batches) -> None:
-        """Takes class means over batches as the new prototypes, from the second time on a share.
+        """Takes class means over batches as the new prototypes, later mixed with the old ones.
 
-        To be called before the first epoch and between epochs, by all ranks, with features that
-        the encoders give in evaluation mode; each rank brings its part of the data. Reads the
+        Call it before the first epoch and between epochs, on all ranks, with features that the
+        encoders give in evaluation mode; each rank brings its part of the data. It reads the
         labels' range on the host.
 
         Args:

@@ -26,7 +26,7 @@ def gate_threshold(agreement: tuple[float, float], epoch: int, epochs: int) -> f
 
 
 def drop_probability(schedule: tuple[float, float, float], epoch: int, epochs: int) -> float:
-    """That an input is dropped: from the first to the second over the third, a share of epochs."""
+    """Of dropping an input: from the first to the second over the third, a share of epochs."""
     first, last, share_of_epochs = schedule
     return first + (last - first) * _progress(epoch, int(epochs * share_of_epochs))
 

@@ -2,13 +2,13 @@
 
 Yao & Mihalcea, "Modality-specific Learning Rates for Effective Multimodal Additive Late-fusion",
 Findings of ACL 2022, train every modality at a rate of its own. With SGD a rate is a factor on the
-encoder's gradient. It stays the same for the whole training, or goes with the modality's accuracy
+encoder's gradient. It stays the same for the whole training, or follows the modality's accuracy
 on validation data, as the authors of AGM and of MLB run the method (MSLR):
 
     constant   g <- c_m g
     validated  g <- c_m (A_m / mean of the last K A_m) g,  A_m of the latest validation
 
-How the paper itself comes to its rates is left out: neither it nor code of its authors was seen.
+The paper's own way to its rates is left out: neither the paper nor its authors' code was seen.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class LearningRates(GradientMethod):
     With SGD it is a learning rate of the encoder's own; with an adaptive optimizer, which divides a
     factor out again, use ``apply_to="update"``, or parameter groups. It takes the logits that other
     methods take, so that one can stand in for the other. The factor is a constant, or with `window`
-    goes with the accuracies that `validated` is told of::
+    follows the accuracies that `validated` gets::
 
         rates = mmfuse.LearningRates(encoders, window=5)
         for epoch in range(epochs):

@@ -159,8 +159,9 @@ class LFM(EpochWindowModule):
     ) -> LFM:
         """The method as the authors' released code runs it.
 
-        The schedule as it is, which leaves [0, 1] in epochs 177 to 188 of 200: there lambda_0 is
-        above 1 and the predictions are driven apart a little. The default stops at 0 and 1.
+        It takes the schedule as it is, which leaves [0, 1] in epochs 177 to 188 of 200: there
+        lambda_0 is above 1 and the predictions are driven apart a little. The default stops at 0
+        and 1.
 
         Fidelity: golden numbers of the authors' code (njustkmg/NeurIPS24-LFM at ad44fa0).
 

@@ -166,7 +166,7 @@ class MCR(DrawingModule):
     def official(
         cls, strength: float = 0.01, strategy: Strategy = "greedy", **keywords: Any
     ) -> MCR:
-        """As the released code computes the terms, for two modalities.
+        """The terms as the released code computes them, for two modalities.
 
         There J_m's gradient goes through the unpermuted prediction as well, without the weight k:
         with "greedy" it cancels between the two terms of each contribution. The released function

@@ -173,8 +173,8 @@ class MMPareto(GradientMethod):
     already count as the joint loss's, so that a step has one micro-batch.
 
     `backward` takes ``present`` (see `mmfuse.GradientMethod`), which matters where the whole batch
-    (of all ranks) lacks a modality: its encoder may be without gradients then, and what it has are
-    added as they are. Else masks change nothing, since the gradients decide.
+    (of all ranks) lacks a modality: its encoder may be without gradients then, and existing ones
+    are added as they are. Else masks change nothing, since the gradients decide.
 
     Fidelity: golden numbers of the authors' code. Three modalities and more are from the formulas.
 

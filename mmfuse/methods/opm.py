@@ -45,7 +45,7 @@ class OPM(DrawingModule):
 
     ::
 
-        model.opm = mmfuse.OPM()               # part of the model, whose eval() it has to hear
+        model.opm = mmfuse.OPM()               # part of the model, so that eval() reaches it
         for images, sounds, labels in loader:
             features = {"audio": audio_net(sounds), "visual": visual_net(images)}
             logits = mmfuse.unimodal_logits(head, features)
@@ -127,8 +127,8 @@ class OPM(DrawingModule):
         q is that of the same step; features are dropped in a share `p_exe` of the steps only; all
         that is left, gradients included, is divided by 1 − θ with θ = Σ d_m q_m / Σ d_m over the
         features' widths d_m; samples that have lost everything are removed, which makes shapes
-        dynamic and waits for the device; epochs 0 to 5 are left alone (call `set_epoch`). q is of
-        the dtype of the module, which a float64 network wants to be ``.double()``.
+        dynamic and waits for the device; epochs 0 to 5 are left alone (call `set_epoch`). q has
+        the module's dtype: in a float64 network call ``.double()`` on it.
 
         The released code's division has a backward pass of its own, which passes θ itself back to
         θ, and from there to the features through their scores: the gradient of an additional loss

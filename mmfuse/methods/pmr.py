@@ -2,9 +2,9 @@
 
 Fan, Xu, Wang, Wang & Guo, "PMR: Prototypical Modal Rebalance for Multimodal Learning", CVPR 2023.
 
-Every class has a prototype in each modality's feature space, and how near a sample is to that of
-its class says how far the modality has come. One that is behind is drawn towards its prototypes,
-one that is ahead is kept from settling too early; both are terms beside the joint loss:
+Every class has a prototype in each modality's feature space. The nearer samples are to those of
+their classes, the further the modality has come. One that is behind is drawn towards its
+prototypes, one that is ahead is kept uncertain early on; both are terms beside the joint loss:
 
     prototype  c_k^m = mean feature of class k;  c <- eps c + (1 - eps) c_new  in later epochs
     posterior  pi_i^m = softmax over k of -|phi_i^m - c_k^m|
@@ -59,7 +59,7 @@ class PMR(PrototypeModule):
 
     ::
 
-        model.pmr = mmfuse.PMR()               # part of the model, whose eval() it has to hear
+        model.pmr = mmfuse.PMR()               # part of the model, so that eval() reaches it
         for epoch in range(epochs):
             model.eval()                       # from a tenth of the training data, say
             model.pmr.update_prototypes((encode(x), y) for x, y in some_batches)
@@ -150,7 +150,7 @@ class PMR(PrototypeModule):
         no entropy; with a μ above 0 it is added as in the paper. A class without a sample makes its
         prototype NaN, for ever, and with it every loss; the released code takes a tenth of the
         batches, at least one. Epochs 0 to 100 inclusive. Its runs take a momentum of 0; 0.2 is the
-        default of its command line. Of AVE and CG-MNIST its prototypes are of validation data.
+        default of its command line. For AVE and CG-MNIST it takes prototypes from validation data.
 
         Fidelity: golden numbers of the authors' code
         (fanyunfeng-bit/Modal-Imbalance-PMR at 3615e48). Three modalities and more are from the

@@ -80,7 +80,7 @@ _REPORT = re.compile(
     r"Syscall param|Source and destination|Mismatched|Unaddressable|vex amd64)"
 )
 _FRAME = re.compile(r"^\s+(?:at|by) 0x[0-9A-F]+: (.*)$")
-# Functions that work for whoever calls them.
+# Functions that work for their callers.
 _LENT = re.compile(r"/(?:libc|libm|ld-linux\S*|vgpreload\S*)\.so|\b(?:str|mem)[\w-]+\.S:|vg_rep")
 _OURS = re.compile(r"libmmfuse|mmfuse::|mmfuse_control")
 

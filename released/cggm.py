@@ -47,7 +47,7 @@ def right_classes(logits: Tensor, labels: Tensor) -> float:
 
 
 def right_signs(prediction: Tensor, target: Tensor) -> float:
-    """Share of samples of whom both are positive, or neither is."""
+    """Share of samples whose two numbers are both positive, or both not."""
     found = prediction.view(-1).cpu().detach().numpy() > 0
     return float(np.average(found == (target.view(-1).cpu().detach().numpy() > 0)))
 
@@ -157,7 +157,7 @@ class Training:
         )
 
     def raw(self) -> None:
-        """Called once all gradients are there, for who wants to look."""
+        """Called once all gradients are there, for tests that look at them."""
 
     def modulated(self) -> None:
         """Called once the encoders' are scaled, likewise."""

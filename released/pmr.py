@@ -1,8 +1,8 @@
 """PMR, prototypical modal rebalance (CVPR 2023): fanyunfeng-bit/Modal-Imbalance-PMR at 3615e48.
 
 Distances are taken one by one, in a loop over samples and prototypes, and scores sample by sample.
-Who is behind is drawn towards its prototypes with a constant weight; of the paper's clip and
-entropies there is nothing. Losses are read on the host in every step.
+A modality behind is drawn towards its prototypes with a constant weight; the paper's clip and
+entropies are missing. Losses are read on the host in every step.
 """
 
 from __future__ import annotations

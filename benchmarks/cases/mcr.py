@@ -80,7 +80,7 @@ class Step(Case):
         shape = (2, PERMUTATIONS, len(i.labels))
         torch.rand(shape, device=i.device).argsort(2)
         a, v = i.logits
-        # Minus what it gets, for whom has not moved.
+        # The gradient of the modality that has not moved changes its sign.
         against_a, against_v = 2 * a.detach() - a, 2 * v.detach() - v
         moved = torch.stack([a[i.orders[0]] + against_v, v[i.orders[1]] + against_a])
         log_p = moved.log_softmax(3)

@@ -80,7 +80,7 @@ class Cosine(Case):
 
 @register
 class CosineGradients(Cosine):
-    """Forward and backward, for whoever takes it for a loss."""
+    """Forward and backward, as a loss takes it."""
 
     name = "paired_cosine_grad"
     title = "paired_cosine: forward and backward"

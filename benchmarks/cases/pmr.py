@@ -119,7 +119,7 @@ def prototypes(i: TrainingInputs) -> list[Tensor]:
 class Training(TrainingCase):
     """With prototypes that are there: they are made once in an epoch.
 
-    The released rule, with a constant weight for who is behind and without entropies.
+    The released rule, with a constant weight for the one behind and without entropies.
     """
 
     name = "pmr_training"

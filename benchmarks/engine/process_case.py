@@ -18,9 +18,9 @@ class Found:
     """Results of all processes.
 
     Attributes:
-        samples: Who steps → times; "plain" is a step without a method.
-        own: Who steps → seconds of an adapter's own code in a step.
-        reduced: Who steps → numbers that go to the other ranks in a step.
+        samples: Name of a kind of step → times; "plain" is a step without a method.
+        own: The same names → seconds of an adapter's own code in a step.
+        reduced: The same names → numbers that go to the other ranks in a step.
     """
 
     samples: Mapping[str, Sequence[Sample]]

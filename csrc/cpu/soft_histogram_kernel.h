@@ -28,7 +28,7 @@ inline int32_t lower_bin(acc_t place, int32_t most) {
   return place >= 0 ? std::min(static_cast<int32_t>(place), most) : 0;
 }
 
-// Puts samples that do not count, of which nothing is known, in the first bin.
+// Puts samples that do not count, which may hold anything, in the first bin.
 template <typename acc_t>
 inline void place_missing(const bool* present, int64_t n, acc_t* places) {
   for (int64_t k = 0; k < n; ++k) places[k] = present[k] ? places[k] : acc_t(0);

@@ -74,7 +74,8 @@ class Balance(Epochs):
     will be skipped and, for fused optimizers, how the gradients are scaled still. It tells the
     epochs to the method, and to OPM and ARM in the module. The method's state is in the Trainer's
     checkpoints; a resumed run goes on with the same numbers, also within an epoch if the data
-    loader does. A second fit of the same module keeps the method and what it has learned, and takes new anchors.
+    loader does. A second fit of the same module keeps the method and what it has learned, and takes
+    new anchors.
 
     With several optimizers (manual optimization) those that hold no parameter of an encoder are
     left alone. If the encoders are spread over several, all of their gradients are modulated

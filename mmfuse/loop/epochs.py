@@ -232,7 +232,7 @@ class EpochWindowModule(EpochWindow, nn.Module):
         self._agreed = False
 
     def _check_named(self, what: str, given: object) -> None:
-        """Checks that an argument maps names, as many as there are modalities."""
+        """Checks that an argument maps one name for each modality."""
         if not isinstance(given, Mapping):
             raise TypeError(f"{what} must map names to tensors, got {type(given).__name__}")
         if len(given) != self.num_modalities:

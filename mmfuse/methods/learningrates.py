@@ -48,7 +48,7 @@ from ..ops._tensors import kept_tensor
 #: The factors of AGM's authors, by the number of modalities (lihong2303/AGM_ICCV2023).
 _RATES = {2: (1.3, 0.7), 3: (0.9, 1.4, 0.7)}
 
-# Of them and the modalities a table is kept.
+# The state has a table of as many validations for each modality.
 _MOST_STEPS = 1_000_000
 
 

@@ -1,4 +1,4 @@
-"""Derivatives beyond the first in reverse mode: what an op has of them, and errors for the rest.
+"""Derivatives beyond the first in reverse mode: those that an op has, and errors for the rest.
 
 An op whose derivative were dropped in silence would train something else than the user has written.
 """

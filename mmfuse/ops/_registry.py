@@ -150,7 +150,7 @@ class Op:
         self._formula = (backward, setup_context)
 
     def register_no_second_derivative(self) -> None:
-        """An error for whoever differentiates this op, which is the backward pass of another."""
+        """Makes derivatives of this op, which is the backward pass of another, an error."""
         self._formula = no_second_derivative(self.public)
 
     def why_missing(self, backend: str, device: str | torch.device | None = None) -> str | None:

@@ -298,7 +298,7 @@ def kept_tensor(
     capturing = _capturing(device)
     key = (values, shape, dtype, device)
     with _kept_lock:
-        # Each look-up forms the hash of all numbers anew: one is enough for who comes every step.
+        # Each look-up forms the hash of all numbers anew: one is enough for a call in every step.
         found = _kept.get(key)
         if found is not None:
             if capturing:  # the graph reads it whenever it is replayed

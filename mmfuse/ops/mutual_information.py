@@ -157,7 +157,7 @@ def co_information(
     present: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """I(x; y) − I(x; y | z): what z explains of it (redundancy) minus what z adds to it (synergy).
+    """I(x; y) − I(x; y | z): what z explains of I(x; y), redundancy, minus synergy, what it adds.
 
     Symmetric in its three variables (McGill 1954, up to the sign). Positive for three copies of one
     variable, negative for z = x XOR y.

@@ -1,4 +1,4 @@
-"""redundancy_ratio: how much of a change of the input a representation takes over."""
+"""redundancy_ratio: how far a representation moves when its input moves a little."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""shared_information: what variables share with one more, alone and given each of the others."""
+"""shared_information: what variables share with a target, alone and given each other one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-// Which calls of ordering.h have been reached, and the one that is left out.
+// The calls of ordering.h that have been reached, and the one that is left out.
 #include "ordering.h"
 
 #include <cstring>

@@ -53,7 +53,7 @@ struct Warp {
   uint64_t values[2][kWarpSize];
 };
 
-// Who goes first, among blocks and among the threads that can go on.
+// The order of blocks, and of the threads that can go on.
 enum class Order { kForward, kReverse, kRandom };
 
 Order named_order(const std::string& name) {
@@ -85,7 +85,8 @@ std::vector<Variable> static_shared;
 int poison = 0xFF;
 bool scribbles = false;
 
-// Who runs a block, and where. One crew is enough, but for who looks for races, see races.h.
+// A thread and its fibers, which run a block. One crew is enough, but to look for races, see
+// races.h.
 struct Crew {
   Worker worker;
   std::vector<std::unique_ptr<Fiber>> fibers;

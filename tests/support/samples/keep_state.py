@@ -46,7 +46,7 @@ def small(device: str) -> Small:
     return lambda: ops.keep_state_(state, values, finite)
 
 
-short = small  # Nothing of it is ever shared out.
+short = small  # No part of it is ever shared out.
 
 
 def case(inputs: Inputs) -> list[Tensor]:

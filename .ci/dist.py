@@ -105,7 +105,7 @@ def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: boo
         call([*build, raw, "--wheel", tree], tree, **variables, **target)
     excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
     for wheel in raw.glob("*.whl"):
-        # Of the tools, auditwheel looks for patchelf on the PATH.
+        # One of the tools, auditwheel, looks for patchelf on the PATH.
         path = f"{programs.folder}{os.pathsep}{os.environ['PATH']}"
         command = [programs.folder / "auditwheel", "repair", *excluded, "--wheel-dir", output]
         call([*command, wheel], tree, PATH=path)

@@ -32,7 +32,7 @@ from gpu_plan import Group, Setting, Stage
 from gpu_report import Outcome, Report, show
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of the log of a stage that failed, on the terminal.
+# The terminal shows so many lines of the log of a stage that failed.
 SHOWN_LINES = 30
 # In a process of its own: a context here would stay on the GPU for the whole run.
 DESCRIBE = """

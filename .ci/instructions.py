@@ -43,7 +43,7 @@ from mmfuse import _native
 NUMBERS = Path(__file__).with_name("instructions.json")
 # The least of several times: some calls grow a table or find an address that hashes badly.
 TIMES = 7
-# Of instructions. Between runs the least of seven differs by up to 0.85 %; the rest is exact.
+# A count may be off by this. The least of seven differs by up to 0.85 %; the rest is exact.
 BAND = 0.02
 # Each kind of number depends on these beside the code; a kind that is missing here, on nothing.
 DEPENDS = {

@@ -14,8 +14,8 @@ from torch import Tensor
 from .noise import NoiseStream
 from .ops._registry import BACKENDS, OPS, Op
 
-# Of the largest number of a result. Sums of at most 74 float32 numbers are off by less than a tenth
-# of it; a wrong index or a missing term is off by far more.
+# A share of a result's largest number. Sums of at most 74 float32 numbers are off by less than a
+# tenth of it; a wrong index or a missing term is off by far more.
 TOLERANCE = 1e-4
 
 

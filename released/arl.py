@@ -50,14 +50,14 @@ def scaled(feature: Tensor, weight: Tensor) -> Tensor:
 class Step(NamedTuple):
     """Results of a step; pairs are audio, visual."""
 
-    #: That of the step, then the joint one, audio's and visual's.
+    #: The step's loss, then the joint one, audio's and visual's.
     losses: tuple[Tensor, Tensor, Tensor, Tensor]
     magnitudes: list[float]
     entropies: list[float]
     certainties: list[float]
-    #: Of this step's logits; 0 until they are used.
+    #: The weights of this step's logits; 0 until they are used.
     computed: list[float]
-    #: That the backward pass has used; 0 where nothing is scaled.
+    #: The weights that the backward pass has used; 0 where nothing is scaled.
     applied: list[float]
     unimodal_weight: float
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .networks import Network
 from .ogm import batch_scores
 
-#: Of the information that is shared with the fused feature, and of the conditional one.
+#: The information shared with the fused feature, and the conditional one, have these bins.
 BINS, CONDITIONAL_BINS = 30, 2
 
 

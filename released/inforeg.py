@@ -20,7 +20,7 @@ from .ogm import Logits, batch_scores
 MODALITIES = ("audio", "visual")
 #: Epochs that a trace is averaged over; as many zeros come before the first one.
 HISTORY = 10
-#: Of the strength of the pull.
+#: The factors of the strength of the pull.
 MULTIPLIER_AUDIO, MULTIPLIER_VISUAL = 0.95, 0.1
 
 

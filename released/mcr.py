@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .networks import Network, halves
 
-#: Of each training step on CREMA-D.
+#: The number in each training step on CREMA-D.
 PERMUTATIONS = 32
 
 

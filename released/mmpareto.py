@@ -25,9 +25,9 @@ GAMMA = 1.5
 #: The bound below which the squared norm of the solver's point must be.
 BOUND = 1e8
 
-#: Of one encoder: name of a tensor → its gradient, and "concat" → all of them as one row.
+#: One encoder's: name of a tensor → its gradient, and "concat" → all of them as one row.
 Gradients = Mapping[str, Tensor]
-#: Of the joint loss and of the unimodal one.
+#: The weights of the joint gradient and of the unimodal one.
 Weights = tuple[float, float]
 
 

@@ -36,10 +36,10 @@ class Drop(NamedTuple):
 class Step(NamedTuple):
     """Results of a step; pairs are audio, visual."""
 
-    #: Of the joint head, and of what is left.
+    #: The joint head's output, for the samples that are left.
     out: Tensor
     features: Sequence[Tensor]
-    #: Of all samples, undropped.
+    #: The logits of all samples, undropped.
     logits: tuple[Tensor, Tensor]
     scores: list[Tensor]
     q: Tensor

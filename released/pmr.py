@@ -26,7 +26,7 @@ class Step(NamedTuple):
     """Results of a step; pairs are audio, visual."""
 
     loss: Tensor
-    #: Of each modality alone, which are only looked at.
+    #: The losses of each modality alone, which are only looked at.
     losses: tuple[Tensor, Tensor]
     prototype_losses: tuple[Tensor, Tensor]
     prototype_logits: tuple[Tensor, Tensor]

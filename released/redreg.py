@@ -25,7 +25,7 @@ from .inforeg import (
 )
 from .networks import Network, own_heads
 
-#: Of the views' noise; how many steps a score's growth looks back; of the average of redundancies.
+#: The views' noise; the steps that a score's growth looks back; the redundancies' average.
 SIGMA, HISTORY, DECAY = 0.03, 10, 0.9
 #: How much growth counts against the redundancy, which phase is regulated, and how strongly.
 GAMMA, THRESHOLD, BETA = 0.6, 0.15, 0.9

@@ -14,7 +14,7 @@ from mmfuse.ops._registry import BACKENDS, OPS
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 MOST_LINES_OF_README = 150
-#: Of the package, where docstrings have training loops.
+#: Folders of the package whose docstrings have training loops.
 FOLDERS = ("methods", "adapters", "loop")
 #: A method on features that is made, and what it becomes part of.
 MADE = re.compile(r"\b(\w+)(?:\.\w+)? = mmfuse\.(?:OPM|ARM)\(")

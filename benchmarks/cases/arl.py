@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-#: Of the step before, for audio and visual.
+#: The weights of the step before, for audio and visual.
 WEIGHTS = (0.2, 0.8)
 GAMMA, CLIP = sequences.arl.GAMMA, sequences.arl.CLIP
 #: The first epoch in which gradients are scaled.

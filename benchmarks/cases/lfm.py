@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-# Of 200; the weights of labels and alignment are nearly alike.
+# The epoch, of 200; the weights of labels and alignment are nearly alike in it.
 EPOCH = 80
 
 

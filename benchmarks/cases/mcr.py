@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-# Of the play; so strong that it shows in a step.
+# The weight of the play; so strong that it shows in a step.
 STRENGTH = 1.0
 PERMUTATIONS = sequences.mcr.PERMUTATIONS
 

@@ -17,7 +17,7 @@ import torch
 import mmfuse
 from mmfuse import _native
 
-# Of the package that is measured, which need not be this checkout's.
+# The folder of the package that is measured, which need not be this checkout's.
 _ROOT = Path(mmfuse.__file__).resolve().parents[1]
 
 

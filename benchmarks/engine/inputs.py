@@ -12,7 +12,7 @@ from .workloads import Workload
 
 #: Strength of OGM's modulation.
 ALPHA = 0.8
-#: Of the two features that are compared, on average: above the gate's threshold, and below one.
+#: The cosine of the two features, on average: above the gate's threshold, and below one.
 COSINE = 0.5
 SEED = 20220614
 

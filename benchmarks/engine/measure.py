@@ -167,7 +167,7 @@ def interleaved(
                 for n in active
                 if len(samples[n]) < fewest or (spent[n] < share and len(samples[n]) < most)
             ]
-            # Nobody always runs after the same neighbour.
+            # No call always runs after the same neighbour.
             order.shuffle(active)
     finally:
         gc.enable()

@@ -37,7 +37,7 @@ _COPIES = 10
 # Elements that a training step keeps for each pixel, between the passes and at the worst moment of
 # the backward pass: autograd alone keeps 111 for the pixels of CREMA-D.
 _PER_PIXEL = 200
-# Of a measurement's seconds, for what runs beside a busy neighbour.
+# The share of a measurement's seconds that goes to runs beside a busy neighbour.
 _BUSY_SHARE = 0.3
 # Quiet seconds of a call above which it is not measured there.
 _BUSY_MOST = 0.1

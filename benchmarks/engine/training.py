@@ -15,7 +15,7 @@ from .inputs import SEED, Inputs
 from .networks import AudioVisual
 from .workloads import Workload
 
-#: With which probability RedReg drops a modality in the first epoch.
+#: RedReg drops a modality with this probability in the first epoch.
 DROP = 0.6
 
 

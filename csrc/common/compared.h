@@ -25,7 +25,7 @@ struct Compared {
     return table && (isnan(score(m * modalities + j)) || isnan(score(j * modalities + m)));
   }
 
-  // That of m over all of its own samples; NaN for one that is missing.
+  // m's score over all of its own samples; NaN for a modality that is missing.
   MMFUSE_HD double own(int64_t m) const { return score(table ? m * modalities + m : m); }
 };
 

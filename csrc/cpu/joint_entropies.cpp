@@ -190,7 +190,7 @@ class JointCounter {
     return problems_ * cost;
   }
 
-  // Of one tuple.
+  // The cost of one tuple.
   static Nanoseconds entropy_cost(const Table& table) { return table.cells * ns(1.5); }
 
   bool wide() const { return dtype_ == DType::kFloat64; }

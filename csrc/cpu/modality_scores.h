@@ -51,7 +51,7 @@ struct LogitRows {
   int64_t end;
 };
 
-// Of each row from `begin` on: its scores, 0 for one that does not count, and its weight.
+// The results of each row from `begin` on: scores, 0 for one that does not count, and weight.
 struct RowScores {
   double* prob;
   double* log_prob;

@@ -136,7 +136,7 @@ class ScoreRow {
     }
   }
 
-  // Of the true class, as it was before there were other targets: to the bit.
+  // Scores of the true class, as they were before there were other targets: to the bit.
   void index_scores(const RowScores& out, int64_t i, int64_t label) const {
     const double weight = index_weight(rows_, label);
     const double nan = std::numeric_limits<double>::quiet_NaN();

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kMaxParts = 16;
 constexpr int64_t kMinPart = 65536;
 
-// Of a sample, forwards or backwards, and of a cell.
+// The cost of a sample, forwards or backwards, and of a cell.
 constexpr Nanoseconds kSample = ns(3.2);
 constexpr Nanoseconds kCell = ns(0.2);
 

@@ -63,7 +63,7 @@ inline bool add_samples_of(const SoftSamples& samples, double* cells) {
       double* lower = upper + samples.bins;
       acc_t left = 1 - g, right = g;
       if constexpr (kMasked) {
-        // Of a sample that does not count both are 0.
+        // A sample that does not count has 0 for both.
         const acc_t share = samples.present[begin + k] ? acc_t(1) : acc_t(0);
         left *= share;
         right *= share;
@@ -126,7 +126,7 @@ inline SoftRangeSums write_gradients_of(const SoftSamples& samples, const SoftGr
       x[k] = by_f;
       y[k] = by_g;
     }
-    // Of the places only their slopes are needed now.
+    // Only the slopes of the places are needed now.
     scalar_t* grad_x = static_cast<scalar_t*>(grads.grad_x) + begin;
     scalar_t* grad_y = static_cast<scalar_t*>(grads.grad_y) + begin;
     store_scaled(x, n, samples.x.per_unit, grad_x);

@@ -22,7 +22,7 @@ from ._methods import checked, tell_epoch, warn_of_adaptive
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
-    # Of the two packages of Lightning the one that the program has imported.
+    # Lightning has two packages; this is the one that the program has imported.
     _unified = "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules
     try:
         if _unified and importlib.util.find_spec("lightning") is not None:

@@ -131,7 +131,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         given = {name: value for name, value in given.items() if value is not None}
         own = any(name in given for name in get_args(Kind))
         more = method.rule.need.inputs
-        # Of the user's own numbers a method may need features and inputs, or not: `observe` says.
+        # A method with the user's own numbers may still need features and inputs: `observe` says.
         needed = [] if own else [f"modality_{name}" for name in ("logits", *more)]
         labels = [] if own else ["labels"]
         for what, names, found in (("outputs", needed, outputs), ("inputs", labels, inputs)):

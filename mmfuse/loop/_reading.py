@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     waiting: list[int]
     #: The device of all gradients, if they are contiguous or in channels_last, and there; or None.
     device: torch.device | None
-    #: Of the kernels' vectors for these gradients: float64 if one of them is, else float32.
+    #: The dtype of the kernels' vectors for these gradients: float64 if one is, else float32.
     dtype: torch.dtype
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Of the last all-reduce on a GPU: its first number on the host, and the event that it is there.
+# The first number of the last all-reduce on a GPU, on the host, and the event that it is there.
 _late: list[tuple[Tensor, Any]] = []
 
 

@@ -41,7 +41,7 @@ class Active(NamedTuple):
     #: The device of all gradients, if they are whole, and contiguous or in channels_last, so that
     #: kernels can have them as they are; else None.
     device: torch.device | None = None
-    #: Of the kernels' vectors for these gradients: float64 if one of them is, else float32.
+    #: The dtype of the kernels' vectors for these gradients: float64 if one is, else float32.
     dtype: torch.dtype = torch.float32
     #: The gradients as the compiled kernels can read them, if they have been read so.
     table: Tensor | None = None

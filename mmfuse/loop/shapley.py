@@ -102,7 +102,7 @@ def share_of(outputs: dict[int, Tensor], modality: int, count: int) -> Tensor:
     total: Tensor | None = None
     for coalition, f in outputs.items():
         size, inside = coalition.bit_count(), coalition >> modality & 1
-        # Of the pair that this coalition is a part of, with the modality or without.
+        # The weight of the pair that this coalition is a part of, with the modality or without.
         factor = 1 / (count * math.comb(count - 1, size - 1 if inside else size))
         wide = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
         if total is None:  # all modalities, which comes first

@@ -13,9 +13,9 @@ from .._numbers import whole
 from ..noise import NoiseStream, saved_state
 from ..ops.keep_state import keep_checked_
 
-#: Of what `state_dict` returns; a state of another format is refused.
+#: The format of `state_dict`'s result; a state of another format is refused.
 FORMAT = 1
-#: Of the state of a method that is a module, whose entries are tensors. It reads format 1, too.
+#: The format of a module's state, whose entries are tensors. A module reads format 1, too.
 MODULE_FORMAT = 2
 
 
@@ -33,7 +33,7 @@ class State(dict[str, Tensor]):
     ) -> None:
         super().__init__(tensors or {})
         self.method = method
-        #: Of each tensor, where the device has it: float64 is float32 on one without.
+        #: Each tensor's dtype, if the device has it: float64 is float32 on one without.
         self._dtypes = {name: tensor.dtype for name, tensor in self.items()}
         self._move(device)
 

@@ -60,7 +60,7 @@ def histograms(
     present = None
     if complete is not None:
         present = complete.values
-        # Of a modality that nobody has nothing is known.
+        # Nothing is known about a modality that nobody has.
         each = zip(rows[:c], complete.here.unbind(), strict=True)
         rows = [*(torch.where(here.unsqueeze(1), x, torch.nan) for x, here in each), rows[c]]
     pairs = joint_entropies(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Of the released schedule.
+#: The length of the released schedule.
 EPOCHS = 200
 # Coefficients of its polynomial, as in the released script, lowest power first.
 _SCHEDULE = (

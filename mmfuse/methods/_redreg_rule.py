@@ -26,7 +26,7 @@ from . import _redreg_equations as equations
 from ._redreg_equations import EPS
 from ._redreg_monitor import Monitor
 
-#: Of the state, what a step changes.
+#: The parts of the state that a step changes.
 _HISTORY = ("scores", "steps", "redundancy", "average", "average_weight")
 
 Projection = Literal["tensor", "encoder"]

@@ -210,7 +210,7 @@ class PMR(PrototypeModule):
         means = seen.tables()[0] if seen.paired else seen.means
         ratios, behind = prototype_ratios(means)
         means = own(means) if seen.paired else means
-        # Of a batch in which nothing counts the means are NaN.
+        # The means are NaN for a batch in which nothing counts.
         losses = torch.where(scores.count > 0, -scores.log_prob, 0.0)
         shown = PMRResult(
             *(nothing.sum(), nothing, means, ratios, losses.detach()), modalities=tuple(logits)

@@ -33,7 +33,7 @@ class Criterion(NamedTuple):
 
 PLAIN = Criterion()
 
-#: Of the operators that score; `checked` makes the values.
+#: The schema of these arguments, in the operators that score; `checked` makes the values.
 ARGUMENTS = (
     "Tensor[] logits, Tensor labels, Tensor? weight, Tensor? pos_weight, int ignore_index, "
     "bool multilabel"

@@ -100,9 +100,10 @@ def imbalance_report(
         model: A module or another callable on the inputs, which it gets as arguments of their
             names, as in `unimodal_outputs`. Of DistributedDataParallel the module within is called.
         loader: Yields batches: (inputs by name, labels); a mapping of tensors with "labels" or
-            "label", as of Transformers; with `modalities`, M inputs and the labels in one tuple.
-            `batch` turns any other form into the first of these. Inputs are moved to the model's device.
-            Rows of all tensors are samples. Evaluate on samples that were not trained on.
+            "label", as of Transformers; with `modalities`, M inputs and the labels in one
+            tuple. `batch` turns any other form into the first of these. Inputs are moved to the
+            model's device. Rows of all tensors are samples. Evaluate on samples that were not
+            trained on.
         modalities: Names of the M ≥ 2 modalities among the inputs; the model gets all others, such
             as a padding mask, as they are. None for all inputs.
         metric: "accuracy" for class indices, where labels of −100 are ignored; "f1", macro F1, or

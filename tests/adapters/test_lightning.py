@@ -113,7 +113,7 @@ class Module(LightningModule):
 
     def training_step(self, data: Data, batch_idx: int) -> Tensor:
         loss, seen = forward(self.net, data)
-        # Of a callback that the Trainer does not know, the method is None.
+        # A callback that the Trainer does not know has None for a method.
         method = self.balance.method
         if method is None:
             seen.pop("way")

@@ -84,7 +84,7 @@ def test_replays_have_columns_and_what_cannot_be_replayed_a_reason(tmp_path: Pat
     assert len(rows) == 6
     for (_, provider), row in rows.items():
         replays = [row[name] for name in ("replay_ms", "replay_p80_ms", "replay_vs_foreach")]
-        # Of the same call on next to nothing.
+        # The time of the same call on next to nothing.
         assert float(row["host_us"]) > 0
         assert "host_ms" not in row
         if provider == "official":

@@ -94,7 +94,7 @@ def test_targets(targets: Any, tmp_path: Path, capsys: Any) -> None:
         row("ogm_ge", thousand, "cuda", replay_vs_foreach=99),
         row("update_scale", thousand, "cuda", vs_foreach=11.0),
         row("update_scale", large, "cuda", copy_share=0.93),
-        # Neither another provider's number nor another dtype's counts.
+        # Another provider's number does not count, nor does another dtype's.
         row("redreg", large, "triton", copy_share=0.95),
         {**row("inforeg", large, "cuda", copy_share=0.95), "dtype": "bfloat16"},
         row("mutual_information", "10⁷ pairs, 30 bins", "cuda", copy_share=1.1),

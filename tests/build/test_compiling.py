@@ -30,7 +30,7 @@ def append(path: Path, text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_ninja() is None, reason="needs ninja")
 def test_only_what_has_changed_is_compiled(small: Path, tmp_path: Path) -> None:
-    # Such a path has to survive ninja's file, the shell, and the compiler's list of headers.
+    # This path has to survive ninja's file, the shell, and the compiler's list of headers.
     checkout = small.rename(tmp_path / "mit Gr\u00fc\u00dfen $HOME: #1")
     library = checkout / "mmfuse" / "libmmfuse_cpu.so"
     assert compiled(checkout) == ["cpu.cpp", "simd.cpp"]

@@ -123,7 +123,7 @@ def test_a_compiler_error_is_shown_with_the_way_out(small: Path, ninja: bool) ->
     assert sentence.endswith("MMFUSE_NATIVE=1 makes a failure an error.")
     assert "Traceback" not in done.stderr
     assert not (small / "mmfuse" / "_build.json").exists()
-    # Nobody has asked for the kernels: the package works without them, and says why.
+    # The kernels were not asked for: the package works without them, and says why.
     done = run(command, small)
     assert done.returncode == 0, done.stderr
     assert "mmfuse: WARNING: without the cpu backend: it did not build: " in done.stderr

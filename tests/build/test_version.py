@@ -62,7 +62,7 @@ def test_a_tag_is_the_version(repository: Path, tmp_path: Path) -> None:
     git(repository, "tag", "v0.2.0")
     assert version(repository) == "0.2.0"
     assert version(unpacked(repository, tmp_path / "archive")) == "0.2.0"
-    # Nobody else has this tree.
+    # The tree differs from the tag from here on.
     (repository / "CHANGELOG.md").write_text("changed\n")
     node = git(repository, "rev-parse", "--short=9", "HEAD")
     assert version(repository) == f"0.2.1.dev0+g{node}.dirty"

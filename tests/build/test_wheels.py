@@ -90,7 +90,7 @@ def test_a_wheel_is_for_every_python(small: Path, tmp_path: Path) -> None:
     answer = json.dumps([".cpython-399-x86_64-linux-gnu.so", sysconfig.get_path("include")])
     other.write_text(f"#!/bin/sh\necho '{answer}'\n")
     other.chmod(0o755)
-    # Of an earlier build, for others.
+    # A library of an earlier build, for others.
     stale = small / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     (stale / "mmfuse").mkdir(parents=True)
     (stale / "mmfuse" / "_C.cpython-398-x86_64-linux-gnu.so").touch()

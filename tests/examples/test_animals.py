@@ -154,7 +154,7 @@ def test_the_noise_is_as_far_below_the_voice_as_it_should_be() -> None:
     out = speech.placed(voice, random)
     assert out.shape == (int(speech.RATE * speech.SECONDS),)
     noise = np.sort(np.abs(out))[: len(out) // 2].max() / 0.6745  # the median of |N(0, 1)|
-    # Of 17,640 samples 1,000 hold the voice, which moves the median of the noise by a few percent.
+    # 1,000 of 17,640 samples hold the voice, which moves the median of the noise by a few percent.
     assert -31 < 20 * np.log10(noise) < -9
 
 

@@ -30,7 +30,7 @@ def test_the_interval_is_that_of_the_bootstrap() -> None:
     """Of two values a, b the resampled means are a, (a + b)/2 and b with 1/4, 1/2 and 1/4."""
     found = difference([0.2, 0.4], [0.0, 0.0])
     assert (found.low, found.high) == pytest.approx((0.2, 0.4))
-    # Of many values it comes near the normal interval: mean ± 1.96 sd / sqrt(n).
+    # With many values it comes near the normal interval: mean ± 1.96 sd / sqrt(n).
     values = [math.sin(17.0 * i) for i in range(400)]
     found = difference(values, [0.0] * 400)
     sd = math.sqrt(sum((v - found.mean) ** 2 for v in values) / 400)

@@ -15,7 +15,7 @@ def test_every_file_is_replayed() -> None:
     assert len(FILES) > 25
     for modules in ("test_golden_*.py", "test_released_*.py"):
         tests = "".join(path.read_text() for path in DATA.parent.glob(modules))
-        # Nobody has released what the paper's equations say.
+        # The paper's equations have no release.
         left_out = {"pmr_paper"} if modules.startswith("test_released") else set()
         by_release = {"inforeg_november", "inforeg_march", "mla_first", "mla_head"}
         for name in FILES - by_release - left_out:

@@ -25,7 +25,7 @@ import processes
 from processes import Ended
 
 SCRIPT = Path(__file__).with_name("every_kernel.py")
-# Of the log of a job that failed, on the terminal.
+# The terminal shows so many lines of the log of a job that failed.
 SHOWN_LINES = 6
 TRACES = {
     "CUDA_LAUNCH_BLOCKING": "1",

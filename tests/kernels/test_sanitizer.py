@@ -92,7 +92,7 @@ def test_the_command_lines(fake: Path, tmp_path: Path, capsys: pytest.CaptureFix
         filtered = "--error-exitcode 1" in call and "--kernel-name kernel_substring=mmfuse" in call
         assert filtered == (tool != "initcheck")
         assert "every_kernel.py --device cuda --backend cuda" in call
-        # Neither poisoned memory nor a comparison, which is PyTorch's work.
+        # The tools run without poisoned memory, and without a comparison, which is PyTorch's work.
         assert "--poison" not in call and "--compare" not in call
     controls = {(tool, "control") for tool in ("memcheck", "initcheck")}
     assert seen == {(tool, case) for tool in sanitizer.TOOLS for case in CASES} | controls
@@ -188,7 +188,7 @@ def test_whose_kernel_read_what_was_not_written() -> None:
     triton = report.format("_update_grads_kernel+0x20 in update_grads.py:60", "")
     log = theirs + older + inlined + triton
     assert sanitizer.reads_of_ours(log, "cuda") is None
-    # Of what was found but not printed nobody knows whose it is.
+    # Reports that were not printed may be of our kernels.
     for errors, hidden in ((4, 0), (1004, 1000)):
         whole = f"{log}========= ERROR SUMMARY: {errors} errors\n"
         assert sanitizer.reads_of_ours(whole, "cuda") == 2 + hidden

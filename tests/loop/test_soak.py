@@ -25,7 +25,7 @@ LATE = STEPS // soak.CYCLE - 2
 # methods of a late cycle that keep anchors. The last checkpoint then lies within an epoch.
 BEGIN = LATE * soak.CYCLE // soak.SAVE_EVERY * soak.SAVE_EVERY
 FIRST, SECOND = (LATE * soak.CYCLE + soak.KINDS.index(kind) * soak.VISIT for kind in ANCHORED[:2])
-# Of one collective: longer than a rank ever waits for another on a busy machine.
+# The limit of one collective: longer than a rank ever waits for another on a busy machine.
 TIMEOUT = 20.0
 # Far beyond what any of this takes; it only ends a test that hangs.
 LONGEST = 600.0

@@ -456,7 +456,7 @@ def test_noise_is_normal_with_the_deviation_of_each_update() -> None:
         # Five deviations of the mean, 1/√n, and of the variance, √(2/n), of n normal numbers.
         assert abs(z.mean().item()) < 5 / n**0.5
         assert abs(z.var().item() - 1) < 5 * (2 / n) ** 0.5
-        # Of the fourth moment, 3 with variance 96/n: neither uniform nor heavy-tailed.
+        # The fourth moment is 3, with variance 96/n: the noise is neither uniform nor heavy-tailed.
         assert abs(z.pow(4).mean().item() - 3) < 5 * (96 / n) ** 0.5
         found.append(z)
     # Correlations of independent numbers have the deviation 1/√n.

@@ -86,7 +86,7 @@ def released_code(name: str) -> str:
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_a_release_is_the_one_that_it_says(name: str, source: Source) -> None:
     repository, commit = source.code.split(" at ")
-    # Of a method that another script has as well, that script's file has the sequence.
+    # If another script has the method as well, that script's file has the sequence.
     files = {name, *(other for other, its in SOURCES if its.code == source.code)}
     texts = [released_code(other) for other in files]
     assert any(repository in text and re.search(rf"\b{commit}\b", text) for text in texts)

@@ -145,7 +145,7 @@ def test_metrics_of_ones_own_with_one_missing() -> None:
     assert found[0].shares.tolist() == pytest.approx([3 / 7, 5 / 7, 6 / 7])
     assert found[1].shares[:2].tolist() == pytest.approx([0.5, 0.5])
     assert found[1].coefficients[2] == 1
-    # Of pairs with the third, the last metrics are those of the first step.
+    # The last metrics of pairs with the third are those of the first step.
     mine, others = (0 + -0.25) / 2, 0.25 + 0.375
     assert found[2].shares[0].item() == pytest.approx(others / (others + mine))
 

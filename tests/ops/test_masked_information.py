@@ -51,7 +51,7 @@ def test_the_counts_are_those_of_the_values_that_are_there(
         there = [x[p : p + 1, present[p]] for x in rows]
         want = ops.joint_entropies(there, tuples, 5, backend=cell.backend)
         assert torch.equal(found.counts[:, p : p + 1], want.counts)
-        # Of the same counts, added up in another order.
+        # The counts are the same, added up in another order.
         torch.testing.assert_close(
             found.entropies[:, p : p + 1], want.entropies, rtol=1e-12, atol=1e-12
         )
@@ -125,7 +125,7 @@ def test_wrong_masks_are_named(name: str) -> None:
         measure(*x, present=torch.ones(1, 8, dtype=torch.bool))
 
 
-# Of each problem: all there, 30 % missing, one left, none left.
+# Four kinds of problems: all there, 30 % missing, one left, none left.
 SOME, ONE, NONE = 1, 2, 3
 LEFT_OUT = (0, 12, 39, 40)
 

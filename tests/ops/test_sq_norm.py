@@ -12,7 +12,7 @@ from torch import Tensor
 from mmfuse import NoiseStream, ops
 from mmfuse.ops import update_grads as op_module
 
-# Which terms an update has besides the scale.
+# The terms that an update has besides the scale.
 TERMS = ["scale", "second", "pull", "noise", "all"]
 
 

@@ -281,7 +281,7 @@ def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
     if isinstance(method, nn.Module) and not hasattr(out, "coefficients"):
         return float(out.loss.detach().abs())
     if isinstance(method, nn.Module):  # the forward pass is what it was, or there is a loss more
-        # Of losses nothing is 0, of factors of a gradient 1.
+        # The neutral element is 0 for a loss, and 1 for a factor of a gradient.
         neutral = 0.0 if method.card.acts == "loss" else 1.0
         return float((out.coefficients - neutral).abs().nan_to_num(1.0).sum().detach())
     if method.card.official == ():  # a control, which does the same in every step

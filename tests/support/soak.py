@@ -53,7 +53,7 @@ _ALONE = [k for k in balancing.KINDS if not any(c.startswith(f"{k} + ") for c in
 ON_UPDATE = " on the update"
 # One alone: all that are attached to an optimizer have to decide about each of its steps.
 KINDS = (*_ALONE, *COMBINED, "OGM-GE" + ON_UPDATE)
-# Such that it acts only sometimes.
+# With these options a method acts only sometimes.
 OPTIONS: dict[str, dict[str, Any]] = {
     "RedReg": {
         "epochs": 8,
@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "agreement": (-2.0, -1.5),
     },
 }
-# Of `Network`: what DCP reads into has to have its shape before the first step.
+# Shapes for `Network`: DCP reads into buffers that must have them before the first step.
 SHAPES: dict[str, Any] = {"num_classes": 5, "widths": (8, 8)}
 STEPS_PER_EPOCH = 17
 VISIT = 2 * STEPS_PER_EPOCH

@@ -35,7 +35,7 @@ class ScoreColumns {
     });
   }
 
-  // Of class indices.
+  // For class indices.
   void statistics(const RowStatistics& out) {
     for_each_tile([&](int64_t row, int64_t n) {
       sum_statistics(row, n);

@@ -80,7 +80,7 @@ __global__ void unwritten_kernel(int* out) {
   out[blockIdx.x] = value;
 }
 
-// Nobody has written what it reads.
+// It reads memory that nobody has written.
 __global__ void unwritten_local_kernel(int* out) {
   int few[16];
   int* volatile first = few;

@@ -27,7 +27,7 @@ PROMISED = (TypeError, ValueError, RuntimeError, ImportError)
 
 #: Objects remember these for speed, so as to warn once, or of the latest batch for other ranks.
 CACHES = ("_warned", "_warned_of_mode", "registrations", "_looked", "_paired", "_kind", "_waiting")
-#: Whose docstrings promise for bad input that results are not finite, and no more.
+#: Their docstrings promise for bad input that results are not finite, and no more.
 NON_FINITE = ("ops.grad_stats",)
 
 

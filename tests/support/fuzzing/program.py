@@ -29,7 +29,7 @@ from .machines import Plan, Step
 from .targets import Target
 from .values import Made, T
 
-#: Of one round, after which the time is looked at and the seed is another one.
+#: The cases of one round, after which the program looks at the time and changes the seed.
 CASES = 100
 #: The text of a call may name these.
 PLAIN = {kind.__name__: kind for kind in (Call, Made, Plan, Step, T)}

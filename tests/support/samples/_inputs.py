@@ -12,7 +12,7 @@ from mmfuse import NoiseStream
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WIDE = (torch.float32, torch.float64)
-#: In which CUDA has kernels for short lists and for long ones.
+#: CUDA has kernels for short lists and for long ones in these dtypes.
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 SEED = 20_26
 

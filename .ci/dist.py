@@ -85,7 +85,7 @@ def quick(output: Path) -> None:
 
 
 def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: bool) -> Path:
-    """As a release is built; returns the tree that it was built from."""
+    """Builds as a release is built; returns the tree that it was built from."""
     build = [programs.folder / "python", "-m", "build", "--outdir"]
     call([*build, output, "--sdist", ROOT], ROOT)
     tree = unpacked(only(output, "*.tar.gz"), output.with_name("dist_tree"))

@@ -1,4 +1,4 @@
-"""Of a `make gpu`: the summary, and one archive of all that its stages have written."""
+"""The report of a `make gpu`: a summary, and one archive of all that its stages have written."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Report(NamedTuple):
 
 
 def reports(log: str) -> Iterator[Report]:
-    """Of memcheck's log, those whose access or branch is in a library of ours."""
+    """The reports of memcheck's log whose access or branch is in a library of ours."""
     section, lines = "", [""]
     for line in [*log.splitlines(), ""]:
         text = re.sub(r"^==\d+== ?", "", line)

@@ -37,7 +37,7 @@ def correlated(rho: float, *shape: int, generator: torch.Generator) -> tuple[Ten
 
 
 def information(rho: float) -> float:
-    """Of one pair, in nats."""
+    """The mutual information of one pair, in nats."""
     return -0.5 * math.log(1 - rho**2)
 
 

@@ -107,7 +107,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _difference(got: Tensor, right: Tensor) -> float:
-    """Of finite numbers; infinite where NaN or infinity stand elsewhere."""
+    """The largest difference of finite numbers; infinite if NaN or infinity stand elsewhere."""
     a, b = got.double(), right.double()
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):

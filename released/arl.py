@@ -81,7 +81,7 @@ def entropy(logits: Tensor) -> float:
 
 
 def shares(first: float, second: float) -> list[float]:
-    """Of their sum."""
+    """Both as shares of their sum."""
     return [first / (first + second), second / (first + second)]
 
 

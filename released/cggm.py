@@ -59,7 +59,7 @@ def decide(progress: Sequence[float]) -> list[float]:
 
 
 def cosine(weight: Tensor, fusion: Tensor) -> Tensor:
-    """Of a classifier's output layer and the fusion's."""
+    """The cosine of a classifier's output layer and the fusion's."""
     return F.cosine_similarity(weight.clone().view(-1), fusion, dim=0)
 
 

@@ -77,7 +77,7 @@ class Epoch:
         return {name: torch.zeros_like(module.weight) for name, module in layers(model)}
 
     def traces(self) -> dict[str, float]:
-        """Of each encoder's Fisher information: the sum of its layers' means."""
+        """The trace of each encoder's Fisher information: the sum of its layers' means."""
         return {
             modality: sum(
                 total.mean().item()
@@ -147,7 +147,7 @@ def growth(traces: Sequence[float]) -> float:
 def strengths(
     score_a: Tensor, score_v: Tensor, growth: float, release: Release = NOVEMBER
 ) -> tuple[Tensor | float, Tensor | float]:
-    """Of the pull on audio and on visual."""
+    """The strengths of the pull on audio and on visual."""
     alpha_a = alpha_v = 0
     if score_a > score_v and growth > release.threshold:
         alpha_a = MULTIPLIER_AUDIO * torch.exp(torch.tanh(score_a - score_v))

@@ -121,7 +121,7 @@ def step(
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Of one sample's [C]; NaN where a probability is 0."""
+    """The entropy of one sample's [C]; NaN where a probability is 0."""
     shares = F.softmax(logits, dim=0)
     return -torch.sum(shares * torch.log(shares))
 

@@ -73,7 +73,7 @@ def product(x: Gradients, y: Gradients) -> Tensor:
 
 
 def min_norm_weights(joint: Gradients, unimodal: Gradients) -> Weights:
-    """Of the shortest vector between the two, from products on the host.
+    """The weights of the shortest vector between the two, from products on the host.
 
     Raises:
         ArithmeticError: it is not shorter than the release can tell, or not a number; the release

@@ -34,7 +34,7 @@ def halves(model: Network, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def detached_halves(model: Network, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As `halves`; nothing reaches the head, but the features it does."""
+    """The same as `halves`; no gradient reaches the head, but the features get theirs."""
     return _halves(model.fc.weight.detach(), model.fc.bias.detach(), a, v)
 
 

@@ -64,7 +64,7 @@ def drop_probability(epoch: int, epochs: int) -> float:
 
 
 def agreement_threshold(epoch: int, epochs: int) -> float:
-    """Of the mean cosine."""
+    """The threshold of the mean cosine."""
     first, last = AGREEMENT
     return first + (last - first) * epoch / max(1, epochs - 1)
 
@@ -250,7 +250,7 @@ class Training:
 
 @torch.no_grad()
 def mean_probabilities(out_a: Tensor, out_v: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of the true class, read on the host."""
+    """The means of the true class's probabilities, read on the host."""
     rows = torch.arange(len(labels), device=labels.device)
     return {
         "audio": F.softmax(out_a, dim=1)[rows, labels].mean().item(),

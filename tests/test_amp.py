@@ -252,7 +252,7 @@ def test_autocast_logits_are_scored(cell: Cell) -> None:
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_a_scaled_run_is_the_unscaled_one_bit_for_bit(kind: str) -> None:
-    """Also displacements, which do not scale with the loss: `grad_scale` makes up for it."""
+    """Displacements do not scale with the loss: `grad_scale` makes up for it."""
     model, data = AudioVisual(), [batch() for _ in range(6)]
     runs = {}
     # bfloat16 has float32's exponents: a scale that is a power of two rounds nothing anywhere.

@@ -28,7 +28,7 @@ def test_every_operator_is_compared_on_every_backend_here() -> None:
 def test_a_build_for_cuda_without_a_gpu_is_checked_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Such a PyTorch names its accelerator, whose driver is not there."""
+    """Its PyTorch names an accelerator whose driver is not there."""
 
     def named(check_available: bool = False) -> torch.device | None:
         return None if check_available else torch.device("cuda")

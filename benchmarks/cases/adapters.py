@@ -143,7 +143,7 @@ def lightning_loop(balanced: bool, width: int, steps: int) -> Loop:
 
 
 def differences(stamps: Sequence[float]) -> list[float]:
-    """From each stamp to the next; the first two warm up."""
+    """The times from each stamp to the next; the first two warm up."""
     return [b - a for a, b in pairwise(stamps)][2:]
 
 

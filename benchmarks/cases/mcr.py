@@ -43,7 +43,7 @@ class Play(Inputs):
 
 @register
 class Step(Case):
-    """From logits to their gradients, by the play alone: no contrast.
+    """The path from logits to their gradients, by the play alone: no contrast.
 
     Every provider draws permutations as it does, and the others than mmfuse then take those that
     mmfuse draws, so that all compute the same.
@@ -116,7 +116,7 @@ def _divergence(a: Tensor, b: Tensor) -> Tensor:
 
 @register
 class Training(TrainingCase):
-    """Without the contrast, whose pairs the released library looks up in a way of its own."""
+    """A step without the contrast, whose pairs the released library looks up in its own way."""
 
     name = "mcr_training"
     title = "MCR: a whole training step"

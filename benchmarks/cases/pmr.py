@@ -42,7 +42,7 @@ class Near(Inputs):
 
 @register
 class Step(Case):
-    """From features to their gradients, with prototypes that are there; the released rule.
+    """The path from features to their gradients, with existing prototypes; the released rule.
 
     The release scores unimodal logits as well, for a ratio that only a log
     shows; that is left out.

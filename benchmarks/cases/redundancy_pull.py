@@ -21,7 +21,7 @@ RULE = RedundancyRule(threshold=-1.0)
 
 
 class RedundancyInputs(DecisionInputs):
-    """Also a history, a redundancy, and statistics of the gradients."""
+    """Inputs with a history, a redundancy, and statistics of the gradients."""
 
     def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(workload, dtype, device)

@@ -16,7 +16,7 @@ from mmfuse.reference import modality_scores as reference
 
 @register
 class SampleScores(Case):
-    """Of the head's logits."""
+    """Scores from the head's logits."""
 
     name = "sample_scores"
     title = "sample_scores"

@@ -48,7 +48,7 @@ class Inputs:
         """
 
     def cached(self, key: object, make: Callable[[], Any]) -> Any:
-        """Of what a provider makes once for a training run, outside the timed region."""
+        """An object that a provider makes once for a training run, outside the timed region."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

@@ -46,7 +46,7 @@ class ProcessCase(Case):
         raise TypeError(f"{self.name} makes its inputs in its processes")
 
     def check(self, provider: str, i: Any, result: Any) -> None:
-        """Nothing: `measure` does."""
+        """Checks nothing: `measure` does."""
 
     @abstractmethod
     def measure(self, workload: Workload, seconds: float) -> Found:

@@ -65,7 +65,7 @@ class Workload:
 
     @property
     def pixels(self) -> int:
-        """Of a training step's batch, over all spectrograms and images; else none."""
+        """The pixels of a training step's batch, over all spectrograms and images; else none."""
         if self.kind != "training":
             return 0
         images = self.frames * math.prod(self.shape)
@@ -198,7 +198,7 @@ def shrunk(workload: Workload, by: int) -> Workload:
 
 
 def tiny(workload: Workload) -> Workload:
-    """As many tensors, of a few elements each: a call on them takes what the host takes."""
+    """The workload with a few elements in each tensor: a call then takes the host's time."""
     return replace(
         workload,
         encoders=tuple(

@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 def plan_of(way: str, task: Task, args: argparse.Namespace, seed: int) -> Plan:
-    """Of the tuned settings, if there are any and no learning rate is asked for."""
+    """The tuned settings, if there are any and no learning rate is asked for."""
     lr, options = folded(args.settings.get(way, {}))
     rate = args.lr or lr or Plan.lr
     epochs = args.epochs or task.epochs

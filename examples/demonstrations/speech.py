@@ -147,7 +147,7 @@ def pronunciations(synthesiser: Synthesiser, words: Sequence[str]) -> dict[str, 
 
 
 def language(voice: str) -> str:
-    """Of a voice's identifier: "gmw/en-US" is "en"."""
+    """The language of a voice's identifier: "gmw/en-US" is "en"."""
     return voice.rpartition("/")[2].split("-")[0].split("+")[0]
 
 

@@ -145,7 +145,7 @@ class Balance(Epochs):
         self._count = 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is of this fit: a copy has other optimizers, and no Trainer's loggers."""
+        """The state but for this fit's: a copy has other optimizers, and no Trainer's loggers."""
         of_this: dict[str, Any] = {
             "_log": None,
             "_holders": None,

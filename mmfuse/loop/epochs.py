@@ -204,7 +204,7 @@ class EpochWindowModule(EpochWindow, nn.Module):
         return 2 * MODULE_FORMAT + 1, 0 if epoch is None else epoch + 1
 
     def _check_told(self, method: str, needed: bool = False) -> None:
-        """Also warns, once, where training goes on without gradients, as in an evaluation."""
+        """Warns, once, of training that goes on without gradients, too, as in an evaluation."""
         super()._check_told(method, needed)
         if torch.is_grad_enabled() or self._warned_of_mode or torch.compiler.is_compiling():
             return

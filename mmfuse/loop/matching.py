@@ -1,4 +1,4 @@
-"""From names, as a configuration file holds them, to the encoders that the methods take."""
+"""Finds the encoders that the methods take by names, as a configuration file holds them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a user's encoders to lists of parameters, and every check of what a user passes in."""
+"""Makes lists of parameters from a user's encoders, and checks all that a user passes in."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Modalities:
         self.changed: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is known of these very tensors: a copy has others."""
+        """The state but for facts about these very tensors: a copy has others."""
         return {k: v for k, v in self.__dict__.items() if k not in ("changed", "_places")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -87,7 +87,7 @@ class ScaledUpdates:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hooks, which an optimizer's copy does not have, nor the step's copies."""
+        """The state without hooks, which an optimizer's copy does not have, and without copies."""
         return {**self.__dict__, "_hooks": [], "_before": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

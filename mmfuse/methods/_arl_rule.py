@@ -98,7 +98,7 @@ class ARLRule:
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Of their sum; even ones if it is 0, as where all modalities are certain."""
+    """Shares of their sum; even ones if it is 0, as where all modalities are certain."""
     total = values.sum()
     return torch.where(total == 0, 1 / len(values), values / total)
 

@@ -82,7 +82,7 @@ def shown(
 
 
 def complete(here: Tensor, rows: Tensor, values: Tensor) -> Complete:
-    """Of values [B, …] the entries that count, where `rows` do."""
+    """The entries of values [B, …] that count, for the samples in `rows`."""
     of_each = rows.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
     return Complete(here.unsqueeze(1), of_each.reshape(1, -1))
 

@@ -57,7 +57,7 @@ class MLARule:
         return torch.pow(self.alpha, exponent)
 
     def divisor(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
-        """Of the k kᵀ that P loses: a number."""
+        """The divisor of the k kᵀ that P loses: a number."""
         return a + r @ k
 
     def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ class Seen(NamedTuple):
     present: Tensor | None = None
 
     def above(self, threshold: Tensor) -> Tensor:
-        """By how much the mean cosine of all pairs of modalities is above it; 0-d.
+        """The mean cosine of all pairs of modalities less the threshold; 0-d.
 
         If some are missing, the sum of the pairs' shared samples over the number of all: its
         sign is that of the mean.

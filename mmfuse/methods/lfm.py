@@ -186,7 +186,7 @@ class LFM(EpochWindowModule):
             self.weights[1].fill_(1 - first)
 
     def set_epoch(self, epoch: int) -> None:
-        """As in the other methods; halves the rate of the learning in epochs 20, 40, ….
+        """Begins an epoch, as in the other methods; in epochs 20, 40, … halves the learning's rate.
 
         Raises:
             TypeError: it is no integer.

@@ -100,7 +100,7 @@ class MMParetoRule(Stateless):
         return self
 
     def sense(self, batch: Batch) -> Sensed:
-        """Nothing: the gradients say it all."""
+        """Senses nothing: the gradients say it all."""
         raise AssertionError("MMPareto senses no logits")
 
     def check_takes(self, kind: Kind) -> None:

@@ -270,7 +270,7 @@ class PMR(PrototypeModule):
         return (logits, scores, counted), Observed(scores.prob.detach(), scores.count)
 
     def _check_told(self, method: str, needed: bool = False) -> None:
-        """Also warns, once, where the entropies should end, but no epoch was given."""
+        """Warns, once, if the entropies should end but no epoch was given, too."""
         super()._check_told(method, needed)
         if self._told or self._warned or self.entropy_epochs is None:
             return

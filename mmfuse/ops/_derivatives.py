@@ -146,7 +146,7 @@ def transformed_call(
     setup_context: Formula,
     backend: str,
 ) -> Any:
-    """As `differentiable_call`, under the transforms of torch.func; errors say `name`."""
+    """Does as `differentiable_call`, under the transforms of torch.func; errors say `name`."""
     recipe = _Recipe(name, overload, args, formula, setup_context, backend)
     tensors = [t for a in args for t in tensors_in(a)]
     return recipe.output(_Transformed.apply(recipe, *tensors))

@@ -334,7 +334,7 @@ def _copied(
 def _filled(
     values: Sequence[float], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """By kernels that carry the numbers as their arguments, one for each run of equal numbers.
+    """Filled by kernels that carry the numbers as arguments, one for each run of equal numbers.
 
     Slower than a copy, but a graph can capture it, and needs no memory of the host that would have
     to outlive it.

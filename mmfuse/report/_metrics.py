@@ -213,7 +213,7 @@ def _few(numbers: list[int]) -> str:
 
 
 def _silently(of: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], float]:
-    """Without warnings of classes that a bootstrap resample happens to lack."""
+    """The metric without warnings of classes that a bootstrap resample happens to lack."""
 
     def call(outputs: Tensor, labels: Tensor) -> float:
         with warnings.catch_warnings():

@@ -210,7 +210,7 @@ def imbalance_report(
 
 
 class _Options(NamedTuple):
-    """Of the bootstrap."""
+    """The bootstrap's options."""
 
     resamples: int
     confidence: float

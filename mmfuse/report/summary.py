@@ -190,7 +190,7 @@ class _Nowhere:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; NaN and infinity are None."""
+    """The value as JSON has it; NaN and infinity are None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, tuple) and hasattr(value, "_asdict"):

@@ -84,7 +84,7 @@ def shared(a, x):
 
 @triton.jit
 def likelihood(z, y):
-    """Of labels y under z: the probability, its logarithm, and the logarithm's derivative."""
+    """The probability of labels y under z, its logarithm, and the logarithm's derivative."""
     e = tl.exp(-tl.abs(z))
     u = 1.0 + e
     # The part of e that 1 + e has rounded away, for log1p.
@@ -184,7 +184,7 @@ def score_tile(
     target_stride, weight_ptr, pos_weight_ptr, ignore_index, ACC: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Of rows: maximum, sum of exponentials (of shares, with LABELS), p, ln p, and weight."""
+    """The rows' maximum, sum of exponentials (of shares, with LABELS), p, ln p, and weight."""
     if KIND == INDICES:
         label = tl.load(target_ptrs, mask=rows, other=0)
         weight = index_weights(label, rows, ignore_index, weight_ptr, n_classes)

@@ -41,7 +41,7 @@ def _growth(history_ptr, m, h, counts, steps, columns, eps):
 
 @triton.jit
 def _strength(scores_ptr, m, phase, beta, threshold, n_modalities, TABLE: tl.constexpr):
-    """That of the one modality that is ahead of all others, if it is redundant; 0 for the rest."""
+    """The strength of the one modality ahead of all others, if it is redundant; 0 for the rest."""
     total, others = tl.zeros_like(phase), tl.zeros_like(phase)
     first = phase > threshold
     for j in range(n_modalities):

@@ -900,7 +900,7 @@ class Within(Module):
         return forward(self.net, data)[0]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to note."""
+        """Notes nothing."""
 
     def validation_step(self, data: Data, batch_idx: int) -> None:
         self.modes.append(self.within.training)

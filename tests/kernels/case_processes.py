@@ -177,5 +177,5 @@ def main(
 
 
 def default_workers() -> int:
-    """As many as there are cores, but 12 at most: each holds a context on the GPU."""
+    """The number of cores, but 12 at most: each worker holds a context on the GPU."""
     return min(12, os.cpu_count() or 1)

@@ -63,7 +63,7 @@ class Step:
         return cache.get(self.grads, noise_ids=ids, noise_offsets=[0] * len(ids))
 
     def captured(self, gpu: Played, cache: tables.TableCache, *ids: int) -> tables.TensorTable:
-        """By a stream of its own, as torch.cuda.graph does it."""
+        """Captures the step on a stream of its own, as torch.cuda.graph does."""
         gpu.stream, gpu.capturing = 2, True
         try:
             return self(cache, *ids)

@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 
 def kernels_accesses() -> Iterator[Access]:
-    """Of all modules of mmfuse.triton."""
+    """The accesses of all modules of mmfuse.triton."""
     for info in pkgutil.iter_modules(mmfuse.triton.__path__, "mmfuse.triton."):
         yield from accesses(importlib.import_module(info.name))
 

@@ -100,7 +100,7 @@ def noted(op: str, found: dict[tuple[Any, ...], Variant]) -> Iterator[None]:
 
 
 def variants() -> list[Variant]:
-    """Of all ops, each once: those that a module's `compiled` launches, or else its `case`."""
+    """The variants of all ops, once each: those that `compiled` launches, or else `case`."""
     found: dict[tuple[Any, ...], Variant] = {}
     for op, module in samples.MODULES.items():
         inputs = samples.Inputs("cpu", "triton")

@@ -256,7 +256,7 @@ def test_a_method_scores_what_its_criterion_is_for(kind: str, task: str) -> None
 
 
 def _accuracies(logits: list[Tensor], labels: Tensor, keywords: dict[str, Any]) -> Tensor:
-    """Of each modality, by the weights of the rows; of several labels, the share of right ones."""
+    """A modality's accuracy, by the rows' weights; of several labels, the share of right ones."""
     if keywords.get("multilabel"):
         return torch.stack([((z > 0) == (labels > 0.5)).double().mean() for z in logits])
     weight = mmfuse.ops.sample_scores(logits, labels, **keywords).weight

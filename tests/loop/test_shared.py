@@ -71,7 +71,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_gradients(method: Any) -> dict[str, Tensor]:
-    """Of the losses that the method goes back through, without the method."""
+    """The gradients of the method's losses, without the method."""
     model = Net()
     shown = model.shown(method)
     loss = shown.loss

@@ -126,7 +126,7 @@ def assert_scaled(after: Tensor, before: Tensor, alone: Tensor, k: float) -> Non
 def assert_noisy(
     after: Tensor, before: Tensor, alone: Tensor, k: float, stream: NoiseStream, stream_id: int
 ) -> None:
-    """As `assert_scaled`, with + std(alone − before) z."""
+    """Does as `assert_scaled`, with + std(alone − before) z."""
     dtype = after.dtype
     w0, w1 = before.double(), alone.double()
     update = (alone - before).double()  # as it is stored

@@ -156,7 +156,7 @@ def output_layers(count: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def plain_direction(k: Tensor, classifiers: dict[str, Tensor], output: Tensor) -> Tensor:
-    """As the paper's formula, for λ = 1."""
+    """The loss by the paper's formula, for λ = 1."""
     total = torch.zeros((), dtype=torch.float64)
     for factor, w in zip(k.tolist(), classifiers.values(), strict=True):
         w, b = w.detach().double(), output.double()

@@ -91,7 +91,7 @@ def test_three_modalities_and_a_frozen_one(cell: Cell) -> None:
 
 
 def masks(cell: Cell, **missing: bool) -> dict[str, Tensor]:
-    """Of three samples, of which none has what is missing."""
+    """Masks of three samples, none of which has a missing modality."""
     return {n: torch.full((3,), not gone, device=cell.device) for n, gone in missing.items()}
 
 

@@ -192,7 +192,7 @@ def test_minus_infinity_fills_the_first_tile_of_a_column(cell: Cell) -> None:
 
 
 def finite_bound(a: Tensor, b: Tensor, tau: Tensor) -> Tensor:
-    """As if what underflows in every exponential had not been there."""
+    """The bound without the similarities that underflow in every exponential."""
     known = sums_of(a, b, tau, torch.float32)
     away = known.s < -1e30
     s, error = known.s.masked_fill(away, -1e4), known.error.masked_fill(away, 0.0)
@@ -345,7 +345,7 @@ def test_without_features(cell: Cell, dtype: torch.dtype, batch: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e-15, 1e-3, 60.0, 100.0], ids=str)
 def test_extreme_similarities(cell: Cell, dtype: torch.dtype, size: float) -> None:
-    """From 0 to ±1e4 and more, where exp overflows in every precision."""
+    """They go from 0 to ±1e4 and more, where exp overflows in every precision."""
     for batch, width in ((2, 6), (33, 5)):
         a, b = features(batch, width, dtype, cell.device, size)
         check(cell, a, b, 1.0)

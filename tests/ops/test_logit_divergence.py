@@ -27,7 +27,7 @@ LAYOUTS = {
 
 
 def plain(a: Tensor, b: Tensor, kind: str) -> Tensor:
-    """Of each row, by the definition; a class that one of them masks must not carry a gradient."""
+    """Each row's, by the definition; a class that one of them masks must not carry a gradient."""
     log_p, log_q = a.log_softmax(1), b.log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
 

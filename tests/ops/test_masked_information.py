@@ -208,7 +208,7 @@ def test_soft_gradients_are_those_of_differences(cell: Cell) -> None:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_modality_that_is_gone_leaves_the_other_pairs_alone(cell: Cell, count: int) -> None:
-    """Of M modalities with 30 % missing in each the last is not there at all, nor is one row."""
+    """The last of M modalities is absent, the others miss 30 %, and one row is absent too."""
     rows, present = data(cell, (12,) * count)
     z = [torch.where(present[m], rows[0][m].nan_to_num(0.5, 0.5) + m, NAN) for m in range(count)]
     present[-1], present[:, 5] = False, False

@@ -104,7 +104,7 @@ def test_is_numpys(cell: Cell, dtype: torch.dtype, bins: tuple[int, int]) -> Non
 
 @needs_numpy_2
 def test_one_variable_and_four(cell: Cell) -> None:
-    """From three variables on, an index that is wrong shows."""
+    """With three variables and more, a wrong index shows."""
     *data, target = features(4, (2, 60), torch.float32, cell)
     found = check(cell, data, target, 7, 3)
     assert len(set(found.ncmi[..., 0].flatten().tolist())) == 4 * 3 + 1

@@ -45,7 +45,7 @@ def values(
 
 
 def shares_of(weights: Tensor, samples: int) -> list[Tensor]:
-    """Of x, y and both, [P, n] in float64."""
+    """The shares of x, y and both, [P, n] in float64."""
     p = weights.double().cpu() / samples
     return [p.sum(2), p.sum(1), p.flatten(1)]
 

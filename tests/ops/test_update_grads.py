@@ -71,7 +71,7 @@ def check(
     ("lists", "noisy"), list(itertools.product([0, 1, 2], [False, True])), ids=str
 )
 def test_parity(cell: Cell, dtype: torch.dtype, lists: int, noisy: bool) -> None:
-    """Without params, with params alone, and with params and anchors."""
+    """The cases: without params, with params alone, and with params and anchors."""
     sizes = cell.affordable(SIZES + CHUNK_EDGES)
     grads = gradients(sizes, dtype, cell.device)
     extra = {}

@@ -70,7 +70,7 @@ class _Networks:
         }
 
     def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """That of all modalities together, and of each one; gradients are those of no step."""
+        """The loss of all modalities together, and of each one; gradients are those of no step."""
         for net in self.encoders.values():
             net.zero_grad()
         logits = self.forward()["logits"]

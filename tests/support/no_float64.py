@@ -51,7 +51,7 @@ class OnDevice(torch.Tensor):
         return False
 
     def tolist(self) -> Any:
-        """As of any tensor, which PyTorch refuses of its subclasses."""
+        """The list of any tensor, which PyTorch refuses to its subclasses."""
         return self.inner.tolist()
 
     def __repr__(self, **_: Any) -> str:

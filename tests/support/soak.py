@@ -410,7 +410,7 @@ def told(folder: Path, rank: int, what: str) -> list[Any]:
 
 
 def growth(folder: Path, rank: int) -> dict[str, int]:
-    """By how much a rank's memory has grown since the warm-up, at most."""
+    """The growth of a rank's memory since the warm-up, at most."""
     seen = told(folder, rank, "memory")
     if len(seen) <= WARM_UP:
         raise ValueError(f"{len(seen)} cycles are too few: a cycle has {CYCLE} steps")

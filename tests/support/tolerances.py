@@ -317,7 +317,7 @@ def mean_square_difference(dtype: torch.dtype, expected: Tensor, count: int) -> 
 
 
 def redundancy(dtype: torch.dtype, expected: Tensor, count: int, divisor: Tensor) -> Tensor:
-    """As mean_square_difference; ε, the sum with it, and the division are rounded once each.
+    """Bound as in mean_square_difference; ε, the sum with it and the division round once each.
 
     `divisor` is input_sq + ε, which magnifies an underflow of the mean. `expected` is the ratio.
     """

@@ -60,7 +60,7 @@ def _masks(call: ast.Call) -> list[ast.keyword]:
 
 
 def accesses(module: ModuleType) -> Iterator[Access]:
-    """Of all functions of a module."""
+    """The accesses of all functions of a module."""
     assert module.__file__ is not None
     source = Path(module.__file__).read_text()
     for function in ast.walk(ast.parse(source)):

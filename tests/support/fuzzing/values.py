@@ -189,7 +189,7 @@ class Drawer:
         return int(self.of(*SIZES)) if not self.maybe(40) else int(self.of(1025, 4097, 20_001))
 
     def shape(self, most: int = 4) -> tuple[int, ...]:
-        """Of 0 to `most` dimensions, of which the first alone may be long."""
+        """A shape of 0 to `most` dimensions, of which the first alone may be long."""
         dims = self.whole(0, most)
         return tuple(self.size() if not i else self.whole(0, 5) for i in range(dims))
 

@@ -34,7 +34,7 @@ def arguments(device: str) -> Samples:
 
 
 def undefined(device: str) -> Samples:
-    """Nothing changes."""
+    """Arguments with which nothing changes."""
     state, sums = _state(device), torch.full((5,), torch.nan, device=device)
     yes = torch.ones((), dtype=torch.bool, device=device)
     return {"keep_state_": [(state, _values(state), yes, sums)]}

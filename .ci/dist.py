@@ -76,7 +76,7 @@ def tools(folder: Path) -> Tools:
 
 
 def quick(output: Path) -> None:
-    """With the packages of this environment, and the objects of the checkout."""
+    """Builds with the packages of this environment, and the objects of the checkout."""
     setup = [sys.executable, "setup.py", "--quiet"]
     call([*setup, "sdist", "--dist-dir", output], ROOT)
     tree = unpacked(only(output, "*.tar.gz"), output.with_name("dist_tree"))

@@ -34,7 +34,7 @@ from gpu_report import Outcome, Report, show
 ROOT = Path(__file__).resolve().parents[1]
 # The terminal shows so many lines of the log of a stage that failed.
 SHOWN_LINES = 30
-# In a process of its own: a context here would stay on the GPU for the whole run.
+# It runs in a process of its own: a context here would stay on the GPU for the whole run.
 DESCRIBE = """
 import importlib.util, json, os, platform, torch
 found = {"available": torch.cuda.is_available()}

@@ -96,7 +96,7 @@ def last_match(pattern: str) -> Gist:
 
 
 def _repeated(command: Sequence[str], folder: str) -> Again:
-    """With --again, where the stage has left the names of what failed."""
+    """The command with --again, if the stage has left the names of failed jobs."""
 
     def again(scratch: Path) -> Sequence[str] | None:
         failed = scratch / folder / "failed.json"

@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def word(self) -> str:
-        """For the summary."""
+        """The line for the summary."""
         if self.code is None:
             return f"stopped after {self.seconds:.0f} s" if self.seconds else "no time left"
         words = {0: "passed", SKIPPED: "skipped"}

@@ -48,7 +48,7 @@ Runner = Callable[[str, int], Run]
 
 
 def judged(before: Sequence[float], after: Sequence[float], least: float = LEAST_CHANGE) -> str:
-    """In one word, or two; a change that counts is larger than `least`."""
+    """The verdict in a word or two; a change that counts is larger than `least`."""
     ratio = statistics.median(after) / statistics.median(before)
     if min(after) > max(before) and ratio > 1 + least:
         return "slower"

@@ -239,7 +239,7 @@ def default_stream(device: torch.device) -> NoiseStream:
         return known[1]
     stream = NoiseStream(seed, device, name="ogm_backward")
     if known is not None:
-        # In place: a captured CUDA graph goes on reading the state that it has seen.
+        # It changes in place: a captured CUDA graph goes on reading the state that it has seen.
         known[1].load_state_dict(stream.state_dict())
         stream = known[1]
     _default_streams[device] = (seed, stream)

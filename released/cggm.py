@@ -102,7 +102,7 @@ class Training:
         self.start()
 
     def start(self) -> None:
-        """Before the first step."""
+        """The state before the first step."""
         self.metrics: list[float] = [0.0] * len(self.classifiers)
         self.direction: Tensor | None = None
 

@@ -25,7 +25,7 @@ MULTIPLIER_AUDIO, MULTIPLIER_VISUAL = 0.95, 0.1
 
 
 class Release(NamedTuple):
-    """In what the two releases differ.
+    """The differences between the two releases.
 
     Attributes:
         threshold: Of the window.

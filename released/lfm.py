@@ -78,7 +78,7 @@ class Learned:
         labels: Tensor,
         epoch: int,
     ) -> None:
-        """Before an epoch, on the first half of samples that are held out."""
+        """Learns before an epoch, on the first half of samples that are held out."""
         if epoch and epoch % 20 == 0:
             self.rate /= 2
         half = len(labels) // 2

@@ -58,7 +58,7 @@ class Step(NamedTuple):
 
 
 def drop_probability(epoch: int, epochs: int) -> float:
-    """With which one of the inputs is dropped."""
+    """The probability with which one of the inputs is dropped."""
     length = max(1, int(epochs * DROP_SHARE))
     return DROP_FIRST + (DROP_LAST - DROP_FIRST) * min(1.0, epoch / length)
 

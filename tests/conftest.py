@@ -43,7 +43,7 @@ NO_GPU = "GPU tests are left out: no NVIDIA GPU here. `make gpu OUT=folder` runs
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Also beside the library for a GPU, which has nothing for tensors on the CPU.
+    # Needed also beside the library for a GPU, which has nothing for tensors on the CPU.
     if not torch.cuda.is_available() and OPS["grad_stats"].why_missing("cuda", "cpu") is not None:
         try:
             _native.load_library(build_kernels(), "cuda")

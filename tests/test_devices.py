@@ -34,7 +34,7 @@ ROUNDINGS = 2.0**-12
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """Within the roundings of float32 sums, and of the result's own dtype."""
+    """Asserts equality within the roundings of float32 sums, and of the result's own dtype."""
     if not expected.is_floating_point():
         assert torch.equal(found, expected)
         return

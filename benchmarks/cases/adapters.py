@@ -179,7 +179,7 @@ class Adapters(ProcessCase):
     workloads = tuple(_workload(name) for name in LOOPS)
 
     def measure(self, workload: Workload, seconds: float) -> Found:
-        """In one process of one thread."""
+        """Measures in one process of one thread."""
         name = workload.name.removesuffix("_loop")
         plain, balanced = in_processes(time_loop, [(name, workload.width, _STEPS, seconds)])[0]
         samples = {

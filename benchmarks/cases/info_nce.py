@@ -41,7 +41,7 @@ class ContrastInputs(Inputs):
 
 
 def exact_contrast(i: ContrastInputs) -> list[Tensor]:
-    """In float64, a block of rows at a time: the whole matrix may not fit."""
+    """The numbers in float64, a block of rows at a time: the whole matrix may not fit."""
     a, b = (feature.detach().double() for feature in i.features)
     blocks = range(0, len(a), _TILE)
 

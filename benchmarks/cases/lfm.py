@@ -26,7 +26,7 @@ def _logits(model: AudioVisual, a: Tensor, v: Tensor) -> list[Tensor]:
 
 @register
 class Training(TrainingCase):
-    """In an epoch of the schedule; the plain step has the joint loss alone, twice."""
+    """A step in an epoch of the schedule; the plain step has the joint loss alone, twice."""
 
     name = "lfm_training"
     title = "LFM: a whole training step"

@@ -77,7 +77,7 @@ class Decision(Case):
 
 @register
 class Factors(Case):
-    """With statistics: coefficient and noise of each tensor, as OGM-GE's step wants them."""
+    """The decision with statistics: coefficient and noise of each tensor, as OGM-GE wants them."""
 
     name = "modulation_factors"
     title = "modulation_factors with statistics"

@@ -34,7 +34,7 @@ class PairInputs(Inputs):
 
 
 def exact_cosine(i: PairInputs) -> Tensor:
-    """In float64."""
+    """The mean cosine in float64."""
     return reference.paired_cosine(*(f.detach().double() for f in i.features))
 
 

@@ -117,7 +117,7 @@ def prototypes(i: TrainingInputs) -> list[Tensor]:
 
 @register
 class Training(TrainingCase):
-    """With prototypes that are there: they are made once in an epoch.
+    """A step with existing prototypes: they are made once in an epoch.
 
     The released rule, with a constant weight for the one behind and without entropies.
     """

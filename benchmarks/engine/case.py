@@ -11,7 +11,7 @@ import torch
 from .inputs import Inputs
 from .workloads import WORKLOADS, Workload
 
-#: By name, in the order of the files.
+#: The cases by name, in the order of the files.
 CASES: dict[str, Case] = {}
 
 Made = TypeVar("Made", bound="type[Case]")

@@ -18,7 +18,7 @@ SEED = 20220614
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
-    """In which sums are taken: float32 for every dtype up to it, as AMP has coefficients."""
+    """The dtype of sums: float32 for every dtype up to it, as AMP has coefficients."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

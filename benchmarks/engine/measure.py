@@ -98,7 +98,7 @@ def flushes(lead: float, seconds: float) -> int:
 
 @contextlib.contextmanager
 def convolutions(*, tf32: bool) -> Iterator[None]:
-    """For a while cuDNN tries its algorithms and keeps the fastest, and rounds to TF32 or not."""
+    """Lets cuDNN try its algorithms for a while and keep the fastest, and round to TF32 or not."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32
     cudnn.benchmark, cudnn.allow_tf32 = True, tf32

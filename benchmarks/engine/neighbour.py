@@ -15,7 +15,7 @@ _START_S = 0.1
 
 
 class BusyNeighbour:
-    """While the context lasts, one spinning process for each core."""
+    """Runs one spinning process for each core while the context lasts."""
 
     def __enter__(self) -> BusyNeighbour:
         command = [sys.executable, "-S", "-c", _SPIN]

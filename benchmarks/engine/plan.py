@@ -1,4 +1,4 @@
-"""In which order a run measures, and how long each measurement may take."""
+"""The order in which a run measures, and the time of each measurement."""
 
 from __future__ import annotations
 

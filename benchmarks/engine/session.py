@@ -95,7 +95,7 @@ class Session:
             timed = {**passed, **replays}
             if large:
                 timed["copy"] = self.copy.prepared
-            # In a row, an update in place would go on shrinking the same gradient.
+            # Several updates in place in a row would go on shrinking the same gradient.
             in_rows = not large and case.kind not in ("gradients", "training")
             beside = self.busy and case.kind != "training"
             quiet = seconds * (1 - _BUSY_SHARE) if beside else seconds

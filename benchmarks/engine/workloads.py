@@ -155,7 +155,7 @@ _ALL = (
     ),
 )
 
-#: By name; a case adds those that only it runs on.
+#: The workloads by name; a case adds those that only it runs on.
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
 
 

@@ -15,7 +15,7 @@ struct Compared {
   int64_t modalities;
   bool table;
 
-  // By how much m is ahead of j; NaN where they share no sample.
+  // The lead of m over j; NaN where they share no sample.
   MMFUSE_HD double ahead(int64_t m, int64_t j) const {
     return table ? score(m * modalities + j) - score(j * modalities + m) : score(m) - score(j);
   }

@@ -80,7 +80,7 @@ class LogSumExp {
   double result(int64_t i) const { return max_[i] + std::log(sum_[i]); }
 
  private:
-  // As finite as the kernel's own.
+  // The sum is as finite as the kernel's own.
   static double shift_of(double max) {
     return std::clamp(max, std::numeric_limits<double>::lowest(),
                       std::numeric_limits<double>::max());

@@ -137,7 +137,7 @@ class JointCounter {
       ranges[i] =
           range_(slice(row % variables, row / variables, begin, std::min(length_, begin + step)));
     });
-    // For each problem those of all tables, as in `run`.
+    // The bins of all tables for each problem, as in `run`.
     const size_t own = tables_.size() * variables;
     std::vector<RowBins> rows(problems_ * own);
     for (size_t r = 0; r < problems_ * variables; ++r) {

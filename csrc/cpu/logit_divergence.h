@@ -6,7 +6,7 @@
 
 namespace mmfuse::cpu {
 
-// In the order of mmfuse/reference/logit_divergence.py.
+// The kinds in the order of mmfuse/reference/logit_divergence.py.
 enum class DivergenceKind { kKl, kMixture, kJs };
 
 // The numbers of each row: both maxima, both logarithms of the sums of exponentials, and the means

@@ -6,7 +6,7 @@
 
 namespace mmfuse::cpu {
 
-// At least a vector of any level.
+// Room for at least a vector of any level.
 constexpr int64_t kTermsPadding = 16;
 
 // Rows of one task at most, whose scores are on its stack.

@@ -95,7 +95,7 @@ class SoftProblems {
                                      : static_cast<const float*>(ranges)[i];
   }
 
-  // In the type that the values are computed in, which decides where a range is too wide or narrow.
+  // The type that the values are computed in decides if a range is too wide or narrow.
   double width(const void* ranges, int64_t p) const {
     const double low = end_of(ranges, 2 * p), high = end_of(ranges, 2 * p + 1);
     return dtype_ == DType::kFloat64 ? high - low

@@ -10,7 +10,7 @@
 
 namespace mmfuse::cuda {
 
-// In the order of mmfuse/reference/logit_divergence.py.
+// The kinds in the order of mmfuse/reference/logit_divergence.py.
 enum class DivergenceKind : int32_t { kKl, kMixture, kJs };
 
 // The numbers of each row: both maxima, both logarithms of the sums of exponentials, and the means

@@ -5,7 +5,7 @@
 
 namespace mmfuse::cuda {
 
-// In soft_histogram.cpp; `present` is [P, N], null where all count.
+// Defined in soft_histogram.cpp; `present` is [P, N], null where all count.
 Tensor masked_soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
                              const Tensor& y_range, int64_t bins, const bool* present);
 

@@ -15,7 +15,7 @@ constexpr int kMaxBins = 256;
 template <typename acc_t>
 constexpr acc_t kLeast = std::is_same_v<acc_t, double> ? DBL_MIN : FLT_MIN;
 
-// As in the reference: constant rows are at the first of the bins' centres.
+// The reference does the same: constant rows are at the first of the bins' centres.
 template <typename acc_t>
 __device__ __forceinline__ void store_range(const SoftPairs& pairs, int variable, int64_t problem,
                                             Range<acc_t> range) {

@@ -11,7 +11,7 @@
 namespace mmfuse::cuda {
 namespace {
 
-// As many as the registers allow.
+// Threads of a block, as many as the registers allow.
 template <typename scalar_t, Anchors kAnchors, bool kNoise>
 constexpr int kBlocksPerSm = kAnchors == Anchors::kNone ? (kNoise || sizeof(scalar_t) == 8 ? 4 : 5)
                              : kAnchors == Anchors::kMixed ? (kNoise ? 2 : 4)

@@ -130,7 +130,7 @@ class Balance(Epochs):
         # The parameters that the encoders' names led to; a second fit may find others.
         self._known: list[Tensor] = []
         self._warned = False
-        # From `setup` to `teardown`; and if a finder has run, and has not yet put back the state.
+        # The Trainer from `setup` to `teardown`; and if a finder has run, and not yet put back.
         self._trainer: Any = None
         self._finder = False
         # The state of a checkpoint that is read before there is a method.

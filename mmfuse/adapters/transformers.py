@@ -242,7 +242,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
 
     def _balance_begin_epoch(self) -> None:
         last = self._balance_epoch
-        # In a fraction, where the Trainer resumes; counted on, since an epoch may be cut short.
+        # The epoch is a fraction where the Trainer resumes; counted on, since one may be cut short.
         epoch = int(self.state.epoch or 0) if last is None else last + 1
         self._balance_epoch = epoch
         tell_epoch(self.model, epoch)

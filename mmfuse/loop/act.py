@@ -40,7 +40,7 @@ def act_on(
     backend: str | None = None,
     advance: bool = False,
 ) -> bool:
-    """In place, g ← scale·g + pull·second + noise_std·N(0, 1).
+    """Changes in place: g ← scale·g + pull·second + noise_std·N(0, 1).
 
     Args:
         active: The tensors g; this rank's parts of them.

@@ -316,7 +316,7 @@ class Rule(Protocol):
 
 
 class Stateless:
-    """For rules without a state, or without some of the stages."""
+    """A base for rules without a state, or without some of the stages."""
 
     def idle(self) -> Rule | None:
         """Leaves it to the loop."""

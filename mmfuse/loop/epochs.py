@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 def typed_as(forward: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
-    """For type checkers: a module's call takes and returns what its forward pass does."""
+    """Tells type checkers that a module's call takes and returns what its forward pass does."""
     raise NotImplementedError
 
 
@@ -96,7 +96,7 @@ class EpochWindow:
         return made
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """For pickle, together with the model.
+        """Pickles it, together with the model.
 
         Raises:
             TypeError: there is a process group.
@@ -258,7 +258,7 @@ class EpochWindowModule(EpochWindow, nn.Module):
             moved = self._buffers[name]
             assert buffer is not None and moved is not None
             if moved.dtype != narrowed(torch.float64, moved.device):
-                # From the old one: of a cast to fewer digits some would be lost.
+                # The new one is made from the old: a cast to fewer digits would lose some.
                 self._buffers[name] = buffer.to(moved.device).to(
                     narrowed(torch.float64, moved.device)
                 )

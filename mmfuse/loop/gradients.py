@@ -342,7 +342,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             with torch.no_grad():
                 return self._step(self.backend, given, grad_scale, found_inf)
         recording = torch.is_grad_enabled()
-        # As torch.no_grad does, but for its seven Python calls: every call here counts.
+        # This is torch.no_grad, but for its seven Python calls: every call here counts.
         torch._C._set_grad_enabled(False)
         try:
             return self._step(Eager(self.backend or ""), given, grad_scale, found_inf)

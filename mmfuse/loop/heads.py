@@ -150,7 +150,7 @@ def _split(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _called_affine(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In one call: every modality alone, and a row of nothing."""
+    """Calls the head once: every modality alone, and a row of nothing."""
     count, rows = len(features), next(iter(features.values())).shape[0]
     alone = [_alone(features, name) for name in features]
     stacked = torch.cat([*alone, torch.zeros_like(alone[0][:1])])

@@ -130,7 +130,7 @@ def passes_through(
     device: torch.device,
     kind: Callable[..., Any],
 ) -> Iterator[None]:
-    """For the model, and for whatever else `forward` may call."""
+    """Prepares the model, and whatever else `forward` may call, for the passes."""
     with kind(model, device):
         if forward is None or forward is model:
             yield

@@ -146,7 +146,7 @@ class Modalities:
                         "use as shared=[...]: it stays unmodulated"
                     )
                 owner[id(parameter)] = label
-                # As `_takes` has it, but for its call: `ogm_backward` does this in every step.
+                # `_takes`, but for the call: `ogm_backward` does this in every step.
                 reason = why_unsupported(parameter)
                 if (reason is None or parameter.requires_grad) and keep(parameter):
                     if reason is not None:

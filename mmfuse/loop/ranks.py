@@ -95,7 +95,7 @@ class Observed:
         return self.means.view(-1, *[math.isqrt(len(self.count))] * 2)
 
 
-#: For rules that sense nothing.
+#: The observation of rules that sense nothing.
 NOTHING = Observed(torch.empty(0), torch.empty(()))
 
 

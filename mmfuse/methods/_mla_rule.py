@@ -75,7 +75,7 @@ class MLARule:
 
 @dataclass(frozen=True)
 class MLAReleased(MLARule):
-    """With the release's division by each entry of a + k r, a matrix; and its entropies."""
+    """The first release: a division by each entry of a + k r, a matrix; and its entropies."""
 
     def divisor(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
         """A matrix."""

@@ -33,7 +33,7 @@ class OPMReleased(OPMRule):
             raise ValueError(f"p_exe must be a probability in [0, 1], got {self.p_exe}")
 
     def drop(self, opm: OPM, given: Given, q: Tensor) -> OPMResult:
-        """In a share of the steps; what is left is divided by 1 − θ, samples without any go."""
+        """Drops in a share of the steps; divides the rest by 1 − θ, and removes empty samples."""
         q = self._executed(opm, q)
         if self.theta_gradient and opm._acting and torch.is_grad_enabled():
             given = given._replace(features=self._with_theta_gradient(opm, given, q))

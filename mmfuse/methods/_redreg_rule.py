@@ -252,7 +252,7 @@ class RedRegRule(Stateless):
         return RedundancyRule(*numbers, self.unbiased, by_encoder)
 
     def _decided(self, beta: Tensor, state: State, tensors: Tensors) -> Decision:
-        """With the user's beta_m; nothing enters the history. Rare, and so without an op."""
+        """Decides by the user's beta_m; nothing enters the history. Rare, and so without an op."""
         nothing = torch.full_like(beta, torch.nan)
         report = (beta, nothing, nothing, state["redundancy"].clone(), nothing, nothing[0])
         return Decision(self._act(beta, tensors), report)

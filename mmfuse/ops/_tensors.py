@@ -310,7 +310,7 @@ def kept_tensor(
         if found is not None:
             return found
     if capturing:
-        # In the memory of the graph, which alone fills it, at each replay: not for anyone else.
+        # It is in the memory of the graph, which alone fills it, at each replay: for nobody else.
         return _filled(values, shape, dtype, device)
     made = _copied(values, shape, dtype, device)
     with _kept_lock:

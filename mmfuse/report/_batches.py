@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: From what a loader yields to (inputs by name, labels).
+#: Makes (inputs by name, labels) of what a loader yields.
 Read = Callable[[Any], tuple[Mapping[str, Tensor], Tensor]]
 
 _LABELS = ("labels", "label")

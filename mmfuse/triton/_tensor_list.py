@@ -283,7 +283,7 @@ class TableCache:
 
 
 def _row_orders(grads: Sequence[Tensor]) -> tuple[int, ...]:
-    """For each gradient in channels_last its row's channels · 2³² + spatial; else 0."""
+    """Each gradient's channels · 2³² + spatial size of a row in channels_last; else 0."""
     whole = tuple(map(Tensor.is_contiguous, grads))
     if False not in whole:
         return ()

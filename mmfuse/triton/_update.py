@@ -66,7 +66,7 @@ def _update_tile(
         offsets = _in_memory(offsets, spot)
     g = widen(tl.load(grad_ptr + offsets, mask=mask), ACC)
     y = scale * g
-    # By value, because 0 times a displacement that is not finite would not be 0.
+    # Selected by value, because 0 times a displacement that is not finite would not be 0.
     if param_ptr is not None and pull != 0:
         displacement = widen(tl.load(param_ptr + offsets, mask=mask), ACC)
         if anchor_ptr is not None:

@@ -73,7 +73,7 @@ def test_an_environment_without_pytorch_of_its_own(
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "own"], check=True)
     python = tmp_path / "own" / "bin" / "python"
     if below:
-        # As a container has it; this Python is itself in an environment.
+        # A container has it so; this Python is itself in an environment.
         settings = tmp_path / "own" / "pyvenv.cfg"
         text = settings.read_text().replace("packages = false", "packages = true")
         settings.write_text(text)

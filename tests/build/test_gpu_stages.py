@@ -217,7 +217,7 @@ def test_the_archive_has_what_a_stage_has_found_so_far(rehearsal: Rehearsal) -> 
             time.sleep(0.5)
             if (rehearsal.output / "results.tar.gz").is_file():
                 found = rehearsal.archive()
-        # As `kill` from another terminal would: the stage hangs until then.
+        # `kill` from another terminal would do the same: the stage hangs until then.
         process.kill()
     for pid in rehearsal.started():
         os.kill(pid, 9)

@@ -80,7 +80,7 @@ def test_a_library_that_does_not_load_costs_its_backend_only(broken: str, source
     built = Path(mmfuse.__file__).with_name("libmmfuse_cpu.so")
     if not built.exists():
         pytest.skip(str(_native.why_missing("cpu")))
-    # As a copy from another machine: no _C and no _build.json beside it.
+    # A copy from another machine: no _C and no _build.json beside it.
     shutil.copy(built, source / "mmfuse")
     (source / "mmfuse" / f"libmmfuse_{broken}.so").unlink(missing_ok=True)
     (source / "mmfuse" / f"libmmfuse_{broken}.so").write_text("not a library " * 100)

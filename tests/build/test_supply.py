@@ -111,7 +111,7 @@ def installed() -> list[str]:
 
 def test_licences_of_all_that_is_installed_with_mmfuse() -> None:
     names = installed()
-    # At least what the package and its tests need.
+    # These are at least what the package and its tests need.
     assert {"torch", "typing-extensions", "numpy", "pytest", "scipy"} <= set(names)
     strange = {name: licences(name) for name in names if not set(licences(name)) <= ALLOWED}
     assert strange == {}

@@ -34,7 +34,7 @@ __attribute__((visibility("default"))) double newer(double x, std::size_t n) {
   return std::exp(x) + std::log(x) + std::pow(x, kept->back());
 }
 """
-# As the real one: exceptions, and memory of a number of elements.
+# Like the real one it has exceptions, and memory of a number of elements.
 MODULE = """
 #include <pybind11/pybind11.h>
 

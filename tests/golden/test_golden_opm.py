@@ -25,7 +25,7 @@ from mmfuse.reference.noise import philox4x32, uniform_from_bits
 
 @cache
 def steps_of_the_stream(name: str) -> list[int]:
-    """For each step of the file, one of `NoiseStream(0)` whose numbers drop what the file's did.
+    """One `NoiseStream(0)` for each step of the file, whose numbers drop what the file's did.
 
     The file's uniform numbers are PyTorch's, which no state of the stream gives; but all that
     they decide is whether the step drops, and which samples of the one modality with q > 0.

@@ -27,7 +27,7 @@ def replay(golden: Golden, pmr: Any, forced: bool) -> tuple[Replay, list[list[Te
             pmr.set_epoch(epoch)
             with torch.no_grad():
                 seen = model.features({name: given[name][epoch] for name in names})
-            # In three parts, which are to be added up.
+            # The file has three parts, which are to be added up.
             parts = zip(
                 *(x.split(9) for x in (*seen.values(), labels_of_given[epoch])), strict=True
             )

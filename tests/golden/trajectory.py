@@ -196,7 +196,7 @@ class AsReleased(Network):
 
     def __init__(self, golden: Golden, relu: bool = False, maps: bool = False) -> None:
         super().__init__(golden, relu)
-        # In a tuple, where PyTorch looks for no module.
+        # A tuple hides them: PyTorch looks for no module there.
         self._called = tuple(Maps(e) if maps else e for e in self.encoders.values())
 
     @property
@@ -325,7 +325,7 @@ class Replay:
 
     def steps(self) -> Iterator[int]:
         threads = torch.get_num_threads()
-        # As the files were made; several would wait for each other longer than they work.
+        # The files were made with one; several would wait for each other longer than they work.
         torch.set_num_threads(1)
         try:
             for t in range(self.golden.steps):

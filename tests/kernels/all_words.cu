@@ -35,7 +35,7 @@ struct Exact {
   double sine;
 };
 
-// As the contract defines them: u is rounded to float, everything after that is exact.
+// The contract defines them so: u is rounded to float, everything after that is exact.
 __device__ Exact exact(uint32_t a, uint32_t b) {
   const double turn = kTwoPi * static_cast<double>(uniform_from_bits(b));
   return {sqrt(-2.0 * log(static_cast<double>(uniform_from_bits(a)))), cos(turn), sin(turn)};

@@ -165,7 +165,7 @@ def main(
     def done(job: Job, ended: Ended) -> None:
         if ended.code != 0:
             failed.add(job.name)
-            # At once, in case there is no time left for the others.
+            # It is written at once, in case there is no time left for the others.
             lines = last_lines(output / f"{job.name}.log")
             print("\n".join([f"{job.name}: {describe(ended)}", *lines]), flush=True)
 

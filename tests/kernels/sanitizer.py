@@ -48,7 +48,7 @@ class Tool(NamedTuple):
     control: bool = False
 
 
-# In the order in which they run.
+# The tools in the order in which they run.
 TOOLS = {
     "racecheck": Tool(),
     "memcheck": Tool(("--error-exitcode", "1", "--padding", "512"), control=True),

@@ -103,7 +103,7 @@ def _repeatable() -> Iterator[None]:
 
 
 def warmed(kind: str, model: AudioVisual, cell: Cell) -> Training:
-    """After steps on a stream of their own, as CUDA graphs want them."""
+    """Runs steps on a stream of their own first, as CUDA graphs want them."""
     training = Training(kind, model, cell)
     steps = 2  # the second finds the optimizer's state, and no gradient of a first step
     if cell.device == "cpu":

@@ -42,7 +42,7 @@ from triton_source import Access, accesses, dropped_mask
 import mmfuse.triton
 
 _OWNER = "a lane of a tensor is at its owner's place, and writes there what the owner's lane does"
-# By the source of the access: why nobody could notice.
+# The reason why nobody could notice, by the source of the access.
 HARMLESS = {
     "tl.store(later_ptr + place, gain, mask=is_modality)": _OWNER,
     "tl.store(later_ptr + newest, gain, mask=is_modality)": _OWNER,

@@ -16,7 +16,7 @@ import mmfuse
 
 NAMES = ("audio", "visual", "text")
 _TWO = {name: nn.Linear(1, 1) for name in ("audio", "visual")}
-#: By what a step returns.
+#: The kinds of numbers, by the field that a step returns.
 HAVE_RATIOS = [
     kind
     for kind in STEPPING

@@ -73,7 +73,7 @@ class Run:
         return list(self.methods.values())[-1]
 
     def show(self, audio: Tensor, visual: Tensor, labels: Tensor) -> Shown:
-        """With sums of losses."""
+        """Shows it with sums of losses."""
         a, v, _ = self.model(audio, visual)
         inputs = {"audio": audio, "visual": visual}
         seen = see(self.head, {"audio": a, "visual": v}, inputs, labels)

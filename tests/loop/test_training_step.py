@@ -681,7 +681,7 @@ def micro_batches() -> tuple[Data, list[Data]]:
 
 
 def double(model: AudioVisual) -> AudioVisual:
-    """In float64 and without batch norm's dependence on the other samples."""
+    """The model in float64, and without batch norm's dependence on the other samples."""
     return model.double().eval()
 
 

@@ -16,7 +16,7 @@ X, Z = torch.ones(4, 3), torch.zeros(2)
 LABELS = torch.tensor([0, 1, 2, 0])
 ONE = torch.ones((), dtype=torch.bool)
 
-#: By the argument's name, an op that is called with a wrong value for it.
+#: Calls of an op with a wrong value for an argument, by the argument's name.
 LISTS: list[tuple[str, Callable[[Any], Any]]] = [
     ("features", lambda v: ops.co_information_gate(v, 0.5)),
     ("features", lambda v: ops.drop_modalities(v, Z, NoiseStream(1))),

@@ -128,7 +128,7 @@ def test_noise_by_the_logical_index(
 
 @pytest.mark.parametrize("offset", [1, 6, 2**34 - 30])
 def test_offsets_in_the_stream(cell: Cell, offset: int) -> None:
-    """Within a block of the noise, and across the upper word of the blocks' number."""
+    """The offsets lie within a block of the noise, and across the upper word of its number."""
     cell.skip_slow(offset == 6)
     shapes = SMALL if cell.slow else [*SMALL, (2, 520, 3, 3), (2, 3, 70, 71)]
     grads = in_channels_last(cell, shapes, torch.float32)

@@ -67,7 +67,7 @@ def gradient_bounds(
     *,
     halves: bool = False,
 ) -> list[Tensor]:
-    """For the gradients of a, b and the temperature; `exact` holds grad, a, b, temperature."""
+    """Bounds for the gradients of a, b and temperature; `exact` holds grad, a, b, temperature."""
     grad, a, b, tau = exact
     weight = grad.abs() / len(a)
     softmax, error = torch.zeros_like(k.s), torch.zeros_like(k.s)

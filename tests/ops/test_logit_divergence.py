@@ -43,7 +43,7 @@ def plain(a: Tensor, b: Tensor, kind: str) -> Tensor:
 
 
 def exact(a: Tensor, b: Tensor, kind: str) -> tolerances.Divergence:
-    """In float64, of what the bounds are made."""
+    """The parts of the bounds, in float64."""
     logs = [z.detach().cpu().double().log_softmax(1) for z in (a, b)]
     p, q = (x.exp() for x in logs)
     log_p, log_q = (x.where(x.isfinite(), 0.0) for x in logs)

@@ -360,7 +360,7 @@ def test_no_host_sync(cell: Cell, name: str) -> None:
     power=st.integers(-20, 20),
 )
 def test_blind_to_order_and_scale(cell: Cell, count, bins, levels, seed, power) -> None:
-    """To the last bit: powers of two are not rounded."""
+    """They agree to the last bit: powers of two are not rounded."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     x, y, z = (
         torch.randint(0, levels, (count,), generator=generator).float().to(cell.device)

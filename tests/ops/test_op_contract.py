@@ -50,7 +50,7 @@ def test_parity(cell: Cell, op: str) -> None:
 
 
 def test_every_op_has_samples() -> None:
-    """In a file of its name, with a case; what is returned under it are its operators."""
+    """They are in a file of its name, with a case; its operators are the ones returned there."""
     assert set(samples.MODULES) == {op.module for op in OPS.values()}
     for name, module in samples.MODULES.items():
         operators = {op.name for op in OPS.values() if op.module == name}

@@ -186,7 +186,7 @@ def test_parity(
 def one(
     cell: Cell, scores: list[Any], red: list[float] | None = None, gate: float = 1.0, **more: Any
 ) -> ops.RedundancyPull:
-    """With a state of ones, and a threshold under every phase."""
+    """A pull with a state of ones, and a threshold under every phase."""
     count, device = len(scores), cell.device
     ones = [torch.ones(count, dtype=torch.float64, device=device) for _ in range(3)]
     history = torch.full((count, 3), 0.25, dtype=torch.float64, device=device)

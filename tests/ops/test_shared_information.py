@@ -123,7 +123,7 @@ def test_long_rows_and_many_problems(cell: Cell) -> None:
 
 
 def test_tables_of_which_only_one_needs_ranges(cell: Cell) -> None:
-    """On a GPU: one of the two fits a block's shared memory, whichever it is."""
+    """On a GPU one of the two fits a block's shared memory, whichever it is."""
     if cell.slow:
         pytest.skip("takes the interpreter long")
     *data, target = features(2, (2, 300), torch.float32, cell)
@@ -212,7 +212,7 @@ def test_no_host_sync(cell: Cell) -> None:
 
 
 def test_compiled(cell: Cell) -> None:
-    """In one graph, which is the eager call."""
+    """The one graph gives what the eager call gives."""
     if cell.slow:
         pytest.skip("the interpreter is not compiled")
     *data, target = features(2, (1, 40), torch.float32, cell)

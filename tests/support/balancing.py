@@ -56,7 +56,7 @@ ON_FEATURES = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "featur
 CONSTANT = [k for k in ON_GRADIENTS if METHODS[KINDS[k].method].card.official == ()]
 #: Those of which a paper says that they go together: the first in the forward pass.
 COMBINED = ["OPM + OGM-GE"]
-#: By the catalogue's names, those on gradients that need nothing but logits.
+#: Methods on gradients that need nothing but logits, by the catalogue's names.
 LOGITS_ONLY = [n for n, m in METHODS.items() if m.card[1:3] == ("gradient", ("logits",))]
 #: Modules that decide nothing by all ranks' samples: fixed rates, a schedule, a loss of each part.
 FIXED = [
@@ -301,7 +301,7 @@ def maker(name: str) -> Make:
     return with_stream
 
 
-#: By the catalogue's names, those that a framework's own backward pass suffices for.
+#: Methods for which a framework's own backward pass suffices, by the catalogue's names.
 MAKERS: dict[str, Make] = {
     KINDS[kind].method: maker(kind) for kind in STEPPING if not KINDS[kind].options
 }

@@ -171,7 +171,7 @@ def _of_method(kind: str) -> Callable[[], Call]:
     return partial(_on_gradients if kind in STEPPING else _on_losses, kind)
 
 
-#: By the name under which the numbers are kept.
+#: The calls by the name under which the numbers are kept.
 CALLS: dict[str, Callable[[], Call]] = {
     **{kind: _of_method(kind) for kind in KINDS},
     "ogm_backward": _whole_backward,

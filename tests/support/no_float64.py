@@ -111,7 +111,7 @@ class _Mode(TorchDispatchMode):
             name = func._schema.name.split("::")[1]
             assert func._overloadname == "reference", func
             module = importlib.import_module(f"mmfuse.reference.{OPS[name].module}")
-            # As a call from outside: below autograd PyTorch takes `meta` at its word.
+            # It acts as a call from outside: below autograd PyTorch takes `meta` at its word.
             keys = torch._C.DispatchKey
             with (
                 torch.no_grad(),
@@ -125,7 +125,7 @@ class _Mode(TorchDispatchMode):
 
 @contextmanager
 def device_without_float64() -> Iterator[torch.device]:
-    """In it tensors can be made on, and moved to, the device that it yields."""
+    """Yields a device; in the block, tensors can be made on it and moved to it."""
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:

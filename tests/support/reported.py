@@ -48,7 +48,7 @@ def samples(
 
 
 def batched(inputs: Mapping[str, Tensor], labels: Tensor, size: int = 64) -> Batches:
-    """In the order of the samples."""
+    """Batches in the order of the samples."""
     return [
         ({n: x[i : i + size] for n, x in inputs.items()}, labels[i : i + size])
         for i in range(0, len(labels), size)

@@ -116,7 +116,7 @@ def test_a_kernel_that_is_right() -> None:
     ],
 )
 def test_a_mask_that_is_missing_or_wrong(kernel, said: str) -> None:
-    """Within one allocation, where an address alone says nothing."""
+    """Both tensors lie within one allocation, where an address alone says nothing."""
     memory = torch.zeros(64)
     with checked_bounds(), pytest.raises(BoundsError, match=said) as raised:
         launch(kernel, memory[10:23], memory[23:36], 13)

@@ -64,7 +64,7 @@ __device__ __forceinline__ void visit_source(const void* source, DType dtype, co
   }
 }
 
-// As visit_source, for the anchor; does nothing where there is none.
+// Does as visit_source, for the anchor; does nothing where there is none.
 template <Anchors kAnchors, typename scalar_t, typename F>
 __device__ __forceinline__ void visit_anchor(const AnchorPair& pair, const F& f) {
   if constexpr (kAnchors == Anchors::kSame) {

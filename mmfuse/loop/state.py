@@ -111,8 +111,8 @@ def refuse_format(method: str, found: object, known: int) -> NoReturn:
     """Raises a ValueError for a state of a format that is not the known one."""
     kind = "has no format number" if found is None else f"has format {found}"
     raise ValueError(
-        f"the state of {method} {kind}, but this version of mmfuse reads format {known}: "
-        "install the version that saved it"
+        f"the state of {method} {kind}, but this version of mmfuse reads format {known}: it was "
+        "saved by another version; install that one to go on with it"
     )
 
 

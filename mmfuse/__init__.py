@@ -22,7 +22,7 @@ Next steps:
     help(mmfuse.unimodal_logits)     each modality's logits from a shared head
     help(mmfuse.unimodal_losses)     the baseline to compare with: unimodal losses
     help(mmfuse.scores)              scores for regression and other tasks
-    help(mmfuse.imbalance_report)    what a trained model owes to each modality, and who is behind
+    help(mmfuse.imbalance_report)    how much a trained model depends on each modality
     dir(mmfuse), dir(mmfuse.ops)     everything public; the kernels are in `mmfuse.ops`
     python -m mmfuse --help          what is installed here, and a check of it
 """

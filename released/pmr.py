@@ -112,7 +112,7 @@ def step(
         visual: Input of the second one.
         labels: Class indices [B].
         prototypes: Of audio and of visual, [C, D].
-        alpha: The weight of who is behind.
+        alpha: The weight of the modality that is behind.
         epoch: Counted from 0.
         ends: The last epoch that is rebalanced.
     """

@@ -27,7 +27,7 @@ def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
     for name, z in logits.items() if isinstance(logits, Mapping) else ():
         if not isinstance(z, Tensor) or z.device.type != "cpu" or z.dim() != 2 or z.shape[1] < 2:
             continue
-        if why_unsupported(z) is not None:  # who needs them refuses them
+        if why_unsupported(z) is not None:  # a method that needs them refuses them
             continue
         sums = z.detach().to(WIDE[z.device.type]).sum(1)
         if z.numel() and bool((z >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):

@@ -77,7 +77,7 @@ class AGMRule:
             shared: [M, M] bool, whether there are such; None if all modalities are everywhere.
 
         Returns:
-            [M] exp of the mean over j ≠ m of s_j − s_m; NaN where m shares samples with nobody.
+            [M] exp of the mean over j ≠ m of s_j − s_m; NaN where m shares samples with none.
         """
         lead = scores.T - scores
         if shared is None:

@@ -68,7 +68,7 @@ class CGGMResult(Result):
             `encoders`; 1 for a modality that no sample has.
         scores: [M] the metric e_m.
         progress: [M] Delta_m.
-        shares: [M] k_m; NaN for a modality with nobody to compare with.
+        shares: [M] k_m; NaN for a modality without another to compare with.
         finite: 0-d bool, False if a gradient holds a NaN or an Inf after the step.
     """
 

@@ -60,7 +60,7 @@ def written(
         mine = present[name].nonzero().flatten().tolist()
         terms = []
         for row in drawn:
-            # The i-th of those who are there gets the feature of the i-th by its number.
+            # The i-th sample that is there gets the feature of the i-th by its number.
             order = sorted(mine, key=lambda i: float(row[i]))
             pairs = zip(mine, order, strict=True)
             terms += [js(joint(i, name, j), joint(i, name, i)) for i, j in pairs]

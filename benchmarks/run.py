@@ -39,7 +39,7 @@ _QUICK = {
 }
 # Share of the CPU that others may take before the numbers are suspect.
 _BUSY = 0.05
-# For the samples of one measurement, beside a busy neighbour too.
+# Seconds for the samples of one measurement, beside a busy neighbour too.
 _SECONDS = 5.0
 
 

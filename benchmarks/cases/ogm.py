@@ -125,7 +125,7 @@ class Step(Case):
 
 @register
 class NoisyStep(Step):
-    """With noise."""
+    """A step with noise."""
 
     name = "ogm_ge_step"
     title = "OGM.step, noise=True"
@@ -195,7 +195,7 @@ class Training(TrainingCase):
         )
 
     def mmfuse(self, i: TrainingInputs, backend: str) -> None:
-        # As `OGM.official` sets it, which takes neither a stream nor a backend.
+        # `OGM.official` sets it so, which takes neither a stream nor a backend.
         method = i.cached(
             ("OGM", backend, self.noise),
             lambda: mmfuse.OGM(
@@ -217,7 +217,7 @@ class Training(TrainingCase):
 
 @register
 class NoisyTraining(Training):
-    """With noise."""
+    """A step with noise."""
 
     name = "ogm_ge_training"
     title = "OGM-GE: a whole training step"

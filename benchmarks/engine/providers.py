@@ -1,4 +1,4 @@
-"""Who is measured: `official`, `foreach`, `compile`, and the backends of mmfuse that run here.
+"""The providers: `official`, `foreach`, `compile`, and the backends of mmfuse that run here.
 
 And `plain`, a training step without its method.
 """

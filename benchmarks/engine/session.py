@@ -37,7 +37,7 @@ _COPIES = 10
 # Elements that a training step keeps for each pixel, between the passes and at the worst moment of
 # the backward pass: autograd alone keeps 111 for the pixels of CREMA-D.
 _PER_PIXEL = 200
-# Of a measurement's seconds, for what runs beside a busy neighbour.
+# The share of a measurement's seconds that goes to runs beside a busy neighbour.
 _BUSY_SHARE = 0.3
 # Quiet seconds of a call above which it is not measured there.
 _BUSY_MOST = 0.1
@@ -95,7 +95,7 @@ class Session:
             timed = {**passed, **replays}
             if large:
                 timed["copy"] = self.copy.prepared
-            # In a row, an update in place would go on shrinking the same gradient.
+            # Several updates in place in a row would go on shrinking the same gradient.
             in_rows = not large and case.kind not in ("gradients", "training")
             beside = self.busy and case.kind != "training"
             quiet = seconds * (1 - _BUSY_SHARE) if beside else seconds

@@ -48,7 +48,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         return markdown
     found = []
     for name in sorted(set(mmfuse.ops.__all__) - {"BACKENDS"}, key=str.lower):
-        # By the module that defines it: `mmfuse.ops.grad_stats` is the name of a module, too.
+        # The module that defines it counts: `mmfuse.ops.grad_stats` is the name of a module, too.
         found.append(f"::: {getattr(mmfuse.ops, name).__module__}.{name}")
     return markdown.replace("<!-- operators -->", "\n\n".join(found))
 

@@ -108,7 +108,7 @@ class InForward(Joint):
         self.own_losses = has_own_losses(name)
 
     def set_epoch(self, epoch: int) -> None:
-        """By which the method's window goes."""
+        """Moves the method's window to this epoch."""
         self.method.set_epoch(epoch)
 
 
@@ -241,7 +241,7 @@ class Reinforced(InForward):
         return self.model.fuse(self.method(features).features)
 
     def alone(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the classifier that all features share."""
+        """The logits of the classifier that all features share."""
         return {view: self.model.head[1](feature) for view, feature in features.items()}
 
 
@@ -288,7 +288,7 @@ class Alternating(Joint):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """By which the method's window goes."""
+        """Moves the method's window to this epoch."""
         self.method.set_epoch(epoch)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -308,7 +308,7 @@ class Alternating(Joint):
         return self.method.fuse(self.alone(features)).logits
 
     def alone(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the head that all share."""
+        """The logits of the head that all share."""
         return {view: self.model.head(feature) for view, feature in features.items()}
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a comparison say: means, paired differences, a table."""
+"""A comparison's runs in figures: means, paired differences, a table."""
 
 from __future__ import annotations
 

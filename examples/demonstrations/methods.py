@@ -73,8 +73,9 @@ class OnGradients(Joint):
 class Guided(OnGradients):
     """CGGM: a classifier for each modality learns from the detached feature, with its own Adam.
 
-    The direction term is left out: it compares the classifiers' output layers with that of the
-    joint head, which reads all features at once here and so has another shape.
+    Gradients are clipped to the norm 0.8 after the modulation, as the authors do. The direction
+    term is left out: it compares the classifiers' output layers with that of the joint head, which
+    reads all features at once here and so has another shape.
     """
 
     def __init__(self, model: Model, plan: Plan, *, name: str) -> None:
@@ -89,6 +90,8 @@ class Guided(OnGradients):
         logits = {v: self.classifiers[v](feature.detach()) for v, feature in features.items()}
         loss = F.cross_entropy(self.model.fuse(features), labels)
         out = self.method.backward(loss, logits, labels)
+        # The authors clip as well: a negative share climbs the loss, and would go on growing.
+        nn.utils.clip_grad_norm_(self.model.parameters(), 0.8)
         self.classifier_optimizer.zero_grad()
         total(mmfuse.unimodal_losses(logits, labels)).backward()
         self.classifier_optimizer.step()

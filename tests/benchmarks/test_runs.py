@@ -132,6 +132,8 @@ def test_quick_run_writes_table_csv_and_plot(
             # There are no plain steps, and no CUDA graphs on a CPU.
             dash |= name in ("of_plain", "own_us", "reduced") or name.startswith("replay")
             dash |= name == "busy_p90"  # a short run
+            noise = row["case"] == "ogm_ge" and row["provider"] == "reference"
+            dash |= noise and name in ("launches", "host_syncs", "extra_mib")
             assert (value == "") == dash, (row["case"], name)
     text = (tmp_path / "results.md").read_text()
     for needed in (

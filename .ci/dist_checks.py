@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -106,7 +107,9 @@ def check_all(output: Path, tools: Tools, root: Path, *, portable: bool) -> list
     command = ["git", "ls-files"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     faults += of_sdist(sdist, listed.stdout.splitlines())
-    folders = [str(root), str(output), str(Path.home())]
+    # A build in isolation has its packages, PyTorch's headers among them, in a folder of its own.
+    isolated = str(Path(tempfile.gettempdir(), "build-env-"))
+    folders = [str(root), str(output), str(Path.home()), isolated]
     for wheel in wheels:
         faults += of_wheel(wheel, folders)
         if portable and not wheel.stem.endswith("-any"):

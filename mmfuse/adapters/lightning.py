@@ -143,6 +143,9 @@ class Balance(Epochs):
         self._backward = False
         self._count = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.method or getattr(self._make, '__qualname__', '')})"
+
     def __getstate__(self) -> dict[str, Any]:
         """Without what is of this fit: a copy has other optimizers, and no Trainer's loggers."""
         of_this: dict[str, Any] = {

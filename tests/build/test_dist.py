@@ -108,6 +108,32 @@ def test_wheels_without_a_python_say_so(
     assert capsys.readouterr().err == "make wheels needs python2.0, which was not found\n"
 
 
+def test_a_wheel_that_is_there_is_tried_and_nothing_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With each Python, the wheel of this processor alone, and without the package's sources."""
+    dist = script("dist", monkeypatch)
+    tried: list[tuple[str, str, list[str]]] = []
+
+    def try_with(program: str, wheel: Path, checked: Path) -> None:
+        tried.append((program, wheel.name, sorted(path.name for path in checked.iterdir())))
+
+    monkeypatch.setattr(dist, "try_with", try_with)
+    monkeypatch.setattr(dist.platform, "machine", lambda: "aarch64")
+    output, tree = tmp_path / "dist", tmp_path / "dist_tree" / "mmfuse-0.2.0"
+    arguments = ["--built", "--output", str(output), "--pythons", sys.executable]
+    assert dist.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"there is no wheel to try in {output}; build it")
+    for name in ("mmfuse", "tests"):
+        (tree / name).mkdir(parents=True)
+    output.mkdir()
+    for processor in ("aarch64", "x86_64"):
+        (output / f"mmfuse-0.2.0-py3-none-manylinux_2_28_{processor}.whl").touch()
+    assert dist.main(arguments) == 0
+    wheel = "mmfuse-0.2.0-py3-none-manylinux_2_28_aarch64.whl"
+    assert tried == [(sys.executable, wheel, ["tests"])]
+
+
 def test_a_wheel_for_aarch64_needs_its_compiler(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

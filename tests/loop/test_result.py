@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -112,3 +113,20 @@ def test_a_module_shows_its_hyper_parameters(kind: str) -> None:
     text = repr(make(kind, {}, starts=2, ends=9))
     assert "num_modalities=2, starts=2, ends=9, epoch=0" in text
     assert " at 0x" not in text
+
+
+def test_a_method_between_epochs_shows_its_rule_and_parameters() -> None:
+    encoders = {"audio": nn.Linear(5, 4), "visual": nn.Linear(7, 4, bias=False)}
+    assert repr(mmfuse.ReLearning(encoders, every=5, ends=40)) == (
+        "ReLearning(ReLearningRule(lam=3.0, every=5, times=3), starts=0, ends=40, epoch=0)\n"
+        "  audio: 24 parameters in 2 tensors\n"
+        "  visual: 28 parameters in 1 tensor"
+    )
+
+
+@pytest.mark.parametrize("module", [mmfuse, mmfuse.ops], ids=lambda module: module.__name__)
+def test_nothing_public_is_shown_by_its_address(module: ModuleType) -> None:
+    found = [getattr(module, name) for name in dir(module) if not name.startswith("_")]
+    classes = [one for one in found if isinstance(one, type)]
+    assert len(classes) > 10
+    assert [one.__name__ for one in classes if one.__repr__ is object.__repr__] == []

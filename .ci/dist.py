@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from bounds import ONLY, PACKAGES, TESTS, said
+from bounds import ONLY, PACKAGES, TESTS, said, starts
 from cross import cross_environment
 from dist_checks import TOOLS, Tools, check_all
 
@@ -86,8 +86,10 @@ def quick(output: Path) -> None:
     call([*setup, "bdist_wheel", "--dist-dir", output], ROOT)
 
 
-def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: bool) -> None:
-    """As a release is built, from the source distribution alone."""
+def isolated(
+    output: Path, programs: Tools, pythons: Sequence[str], targets: Sequence[dict[str, str]]
+) -> None:
+    """As a release is built, from the source distribution alone; one wheel for each target."""
     build = [programs.folder / "python", "-m", "build", "--outdir"]
     call([*build, output, "--sdist", ROOT], ROOT)
     tree = unpacked(only(output, "*.tar.gz"), output.with_name("dist_tree"))
@@ -99,9 +101,6 @@ def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: boo
         "MMFUSE_PORTABLE": "1",
         "MMFUSE_PYTHONS": shlex.join(shutil.which(name) or name for name in pythons),
     }
-    targets: list[dict[str, str]] = [{}]
-    if aarch64:
-        targets.append(cross_environment(output.with_name("dist_cross"), run_compiler))
     for target in targets:
         shutil.rmtree(tree / "build", ignore_errors=True)
         call([*build, raw, "--wheel", tree], tree, **variables, **target)
@@ -165,16 +164,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     began, output = time.monotonic(), options.output.resolve()
     for program in options.pythons if options.wheels or options.built else ():
-        if shutil.which(program) is None:
-            print(f"make wheels needs {program}, which was not found", file=sys.stderr)
+        if not starts(program):
+            print(f"make wheels needs {program}, which is no Python that starts", file=sys.stderr)
             return 2
     if options.built:
         return try_all(output, options.pythons)
+    targets: list[dict[str, str]] = [{}]
+    if options.aarch64:
+        targets.append(cross_environment(output.with_name("dist_cross"), run_compiler))
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     programs = tools(output.with_name("dist_tools"))
     if options.wheels:
-        isolated(output, programs, options.pythons, options.aarch64)
+        isolated(output, programs, options.pythons, targets)
     else:
         quick(output)
     faults = check_all(output, programs, ROOT, portable=options.wheels)

@@ -63,11 +63,9 @@ def of_sdist(sdist: Path, tracked: Sequence[str]) -> Iterator[str]:
         names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
     if not tracked:
         yield "there is no repository to compare the source distribution with"
-    # These are of git alone.
-    wanted = {name for name in tracked if not name.startswith(".git")}
-    for name in sorted(wanted - names):
+    for name in sorted(set(tracked) - names):
         yield f"{sdist.name} lacks {name}"
-    for name in sorted(names - wanted):
+    for name in sorted(names - set(tracked)):
         if not re.fullmatch(r"PKG-INFO|setup\.cfg|mmfuse\.egg-info/.*", name):
             yield f"{sdist.name} has {name}, which is no part of the checkout"
 

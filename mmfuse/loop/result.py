@@ -69,11 +69,11 @@ def names_for(result: Any, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]
 
 def method_text(method: Any) -> str:
     """A method with encoders at the prompt: its rule, when it acts, and on which parameters."""
-    parts = [repr(method.rule)]
-    if hasattr(method, "apply_to"):
-        parts.append(f"apply_to={method.apply_to!r}")
+    gradient = hasattr(method, "apply_to")
+    where = f"apply_to={method.apply_to!r}" if gradient else f"acts={method.card.acts!r}"
+    parts = [repr(method.rule), where]
     parts.append(f"starts={method.starts}, ends={method.ends}, epoch={method.epoch}")
-    if getattr(method, "stream", None) is not None and method.rule.need.stream:
+    if gradient and method.rule.need.stream:
         parts.append(f"stream={method.stream}")
     modalities = method.modalities
     lines = [f"{type(method).__name__}({', '.join(parts)})"]

@@ -48,6 +48,7 @@ def test_a_source_distribution_is_what_is_tracked(checks: ModuleType, tmp_path: 
     path = sdist(tmp_path, "setup.py", "tests/a.py", "tests/new.py", *made)
     tracked = ["setup.py", "tests/a.py", "csrc/b.h", ".gitattributes"]
     assert list(checks.of_sdist(path, tracked)) == [
+        f"{path.name} lacks .gitattributes",
         f"{path.name} lacks csrc/b.h",
         f"{path.name} has tests/new.py, which is no part of the checkout",
     ]
@@ -105,7 +106,7 @@ def test_wheels_without_a_python_say_so(
 ) -> None:
     dist = script("dist", monkeypatch)
     assert dist.main(["--wheels", "--pythons", sys.executable, "python2.0"]) == 2
-    assert capsys.readouterr().err == "make wheels needs python2.0, which was not found\n"
+    assert capsys.readouterr().err == "make wheels needs python2.0, which is no Python that starts\n"
 
 
 def test_a_wheel_that_is_there_is_tried_and_nothing_built(
@@ -151,3 +152,10 @@ def test_a_wheel_for_aarch64_needs_its_compiler(
     with pytest.raises(SystemExit):
         cross.cross_environment(tmp_path, commands.append)
     assert "needs aarch64-linux-gnu-g++, which was not found" in capsys.readouterr().err
+    dist, earlier = script("dist", monkeypatch), tmp_path / "dist" / "earlier.whl"
+    earlier.parent.mkdir()
+    earlier.touch()
+    arguments = ["--wheels", "--aarch64", "--pythons", sys.executable]
+    with pytest.raises(SystemExit):
+        dist.main([*arguments, "--output", str(earlier.parent)])
+    assert earlier.exists()

@@ -94,7 +94,10 @@ def of_platform(wheel: Path) -> Iterator[str]:
         yield f"{wheel.name} has no manylinux tag"
     elif min((int(major), int(minor)) for major, minor in found) > NEWEST_MANYLINUX:
         limit = ".".join(map(str, NEWEST_MANYLINUX))
-        yield f"{wheel.name} needs a glibc newer than {limit}, which is PyTorch's bound"
+        yield (
+            f"{wheel.name} needs a glibc newer than {limit}, which is PyTorch's bound; build it on "
+            "a system of that age, or with MMFUSE_CUDA=0: CUDA's static runtime takes the newest"
+        )
 
 
 def check_all(output: Path, tools: Tools, root: Path, *, portable: bool) -> list[str]:

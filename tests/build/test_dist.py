@@ -76,7 +76,7 @@ def test_a_wheel_is_for_all_and_holds_no_path(checks: ModuleType, tmp_path: Path
     [
         ("manylinux_2_28_x86_64", ""),
         ("manylinux_2_27_x86_64.manylinux_2_28_x86_64", ""),
-        ("manylinux_2_34_x86_64", "needs a glibc newer than 2.28, which is PyTorch's bound"),
+        ("manylinux_2_34_x86_64", "needs a glibc newer than 2.28, which is PyTorch's bound;"),
         ("linux_x86_64", "has no manylinux tag"),
     ],
 )
@@ -84,7 +84,9 @@ def test_the_platform_is_one_of_pytorchs(
     platform: str, fault: str, checks: ModuleType, tmp_path: Path
 ) -> None:
     path = tmp_path / f"mmfuse-0.2.0-py3-none-{platform}.whl"
-    assert list(checks.of_platform(path)) == ([f"{path.name} {fault}"] if fault else [])
+    found = list(checks.of_platform(path))
+    assert len(found) == bool(fault)
+    assert all(sentence.startswith(f"{path.name} {fault}") for sentence in found)
 
 
 def test_the_programs_findings_are_shown(checks: ModuleType, tmp_path: Path) -> None:
@@ -106,7 +108,8 @@ def test_wheels_without_a_python_say_so(
 ) -> None:
     dist = script("dist", monkeypatch)
     assert dist.main(["--wheels", "--pythons", sys.executable, "python2.0"]) == 2
-    assert capsys.readouterr().err == "make wheels needs python2.0, which is no Python that starts\n"
+    expected = "make wheels needs python2.0, which is no Python that starts\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_a_wheel_that_is_there_is_tried_and_nothing_built(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import multiprocessing
+import os
 import pkgutil
 import re
 import subprocess
@@ -71,6 +73,24 @@ def compiled(variant: Variant, capability: int) -> str:
     return f"{made.metadata.num_warps} warps, {shared}, {resources(made.asm['cubin'])}"
 
 
+def attempt(variant: Variant, capability: int) -> tuple[bool, str]:
+    """Compiles a variant for one target; returns its success, and the line that reports it."""
+    title = f"{variant.kernel.__name__} [{variant.label}] sm_{capability}"
+    try:
+        return True, f"{title}: {compiled(variant, capability)}"
+    except Exception as error:  # every compiler stage raises something else
+        return False, f"FAILED {title}: {error}"
+
+
+# Forked processes read this list: a variant holds functions, which cannot be sent to them.
+_planned: list[tuple[Variant, int]] = []
+
+
+def attempt_planned(index: int) -> tuple[bool, str]:
+    """Compiles the planned variant and target of this index."""
+    return attempt(*_planned[index])
+
+
 def main() -> int:
     """Returns the number of failures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -82,21 +102,22 @@ def main() -> int:
     found = variants()
     never = {k for m in modules() for k in kernels(m)} - {v.kernel for v in found}
     for kernel in sorted(never, key=lambda kernel: kernel.__name__):
-        print(f"FAILED {kernel.__name__}: no op's samples launch it")
-    failures, count = len(never), 0
-    for variant in found:
-        title = f"{variant.kernel.__name__} [{variant.label}]"
-        if pattern not in title and pattern not in variant.op:
-            continue
-        for capability in CAPABILITIES:
-            count += 1
-            try:
-                print(f"{title} sm_{capability}: {compiled(variant, capability)}", flush=True)
-            except Exception as error:  # every compiler stage raises something else
-                print(f"FAILED {title} sm_{capability}: {error}", flush=True)
-                failures += 1
-    print(f"{count + len(never) - failures} passed, {failures} failed")
-    return min(failures, 1)
+        # Flushed, so that no forked process inherits it and prints it once more.
+        print(f"FAILED {kernel.__name__}: no op's samples launch it", flush=True)
+    _planned[:] = [
+        (variant, capability)
+        for variant in found
+        if pattern in f"{variant.kernel.__name__} [{variant.label}]" or pattern in variant.op
+        for capability in CAPABILITIES
+    ]
+    passed = 0
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for fine, line in pool.imap(attempt_planned, range(len(_planned))):
+            print(line, flush=True)
+            passed += fine
+    failed = len(never) + len(_planned) - passed
+    print(f"{passed} passed, {failed} failed")
+    return min(failed, 1)
 
 
 if __name__ == "__main__":

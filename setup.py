@@ -53,10 +53,10 @@ class Build(build):
 
 
 class Wheel(bdist_wheel):
-    """For every Python 3: the libraries hold none, and mmfuse._C is optional."""
+    """A wheel for every Python 3: the libraries hold none, and mmfuse._C is optional."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """Such as py3-none-linux_x86_64; py3-none-any with MMFUSE_NATIVE=0."""
+        """A tag such as py3-none-linux_x86_64; py3-none-any with MMFUSE_NATIVE=0."""
         return "py3", "none", super().get_tag()[2]
 
 

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for the GPUs that mmfuse supports; needs no GPU.
 
-What is compiled is what the ops' samples launch, see tests/kernels/triton_variants.py. Prints a
+It compiles the kernels that the ops' samples launch, see tests/kernels/triton_variants.py. Prints a
 line per variant and target, and fails if a kernel does not compile or is launched by no samples.
 Run it without TRITON_INTERPRET.
 """

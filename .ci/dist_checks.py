@@ -22,7 +22,7 @@ TOOLS = (
     "twine>=6",
     "validate-pyproject>=0.23",
 )
-# Which distributions take a wheel: glibc 2.28 is the bound of PyTorch's own.
+# Distributions of Linux that take a wheel: glibc 2.28 is the bound of PyTorch's own.
 NEWEST_MANYLINUX = (2, 28)
 
 

@@ -1,7 +1,7 @@
 """All that needs a GPU, in one call of less than ten minutes: `make gpu OUT=folder`.
 
 Libraries, kernels against the CPU, speed, tests, compute-sanitizer, Nsight Compute, a training
-step: gpu_plan.py has the stages and their times. What failed runs again with full traces at the
+step: gpu_plan.py has the stages and their times. Failed jobs run again with full traces at the
 end. The stages write to a scratch folder; after each of them and each row of the benchmark, OUT
 holds `summary.md` and one archive of everything, so that nothing is lost when the time is over.
 
@@ -32,9 +32,9 @@ from gpu_plan import Group, Setting, Stage
 from gpu_report import Outcome, Report, show
 
 ROOT = Path(__file__).resolve().parents[1]
-# Of the log of a stage that failed, on the terminal.
+# The terminal shows so many lines of the log of a stage that failed.
 SHOWN_LINES = 30
-# In a process of its own: a context here would stay on the GPU for the whole run.
+# It runs in a process of its own: a context here would stay on the GPU for the whole run.
 DESCRIBE = """
 import importlib.util, json, os, platform, torch
 found = {"available": torch.cuda.is_available()}
@@ -121,7 +121,7 @@ class Runner:
     """Runs stages and keeps the report up to date.
 
     Args:
-        report: Where outcomes go.
+        report: The report, which takes the outcomes.
         scratch: The folder for logs.
         scale: Factor on all times; a rehearsal against stand-ins is quick.
     """

@@ -26,7 +26,7 @@ from build_tools.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "gpu_library"
-# What the glue takes from it: without a symbol the linker might leave the library out.
+# The glue takes this symbol from PyTorch: without one the linker might leave the library out.
 STUB = "void aoti_torch_get_current_cuda_stream(void) {}\n"
 # Every distribution since 2022 has it; Ubuntu 22.04 has 2.35.
 NEWEST_GLIBC = (2, 34)
@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cpu, cuda = recipe.cpu(), recipe.cuda(nvcc)
     run_compiler(stub_command(compiler, objects))
     for library in (cpu, cuda):
-        # What neither PyTorch nor the stub has would be missing on the GPU machine too.
+        # A symbol that neither PyTorch nor the stub has would be missing on the GPU machine too.
         library.link += [f"-L{objects}", "-Wl,-z,defs"]
     build_all([cpu, cuda], set(), objects, recipe.tools(nvcc))
     found = []

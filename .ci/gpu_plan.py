@@ -18,7 +18,7 @@ from processes import SKIPPED
 
 # Side by side; each holds a context on the GPU.
 PROCESSES = min(12, os.cpu_count() or 1)
-# What says whether a kernel waits for memory, for instructions or for neither; in one pass.
+# These tell a kernel that waits for memory from one that waits for instructions; in one pass.
 METRICS = (
     "gpu__time_duration.sum",
     "dram__bytes_read.sum",
@@ -36,7 +36,7 @@ Again = Callable[[Path], Sequence[str] | None]
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and with what the stages run.
+    """The folders, programs and settings that the stages run with.
 
     Attributes:
         python: The interpreter, with PyTorch and the tests' packages.
@@ -96,7 +96,7 @@ def last_match(pattern: str) -> Gist:
 
 
 def _repeated(command: Sequence[str], folder: str) -> Again:
-    """With --again, where the stage has left the names of what failed."""
+    """The command with --again, if the stage has left the names of failed jobs."""
 
     def again(scratch: Path) -> Sequence[str] | None:
         failed = scratch / folder / "failed.json"

@@ -23,7 +23,7 @@ from processes import importing_checkout
 ROOT = Path(__file__).resolve().parent.parent
 BROUGHT = ROOT / "build" / "gpu_library"
 NATIVE = ("cpu", "cuda")
-# In a process of its own, because a library that has failed to load is not tried again in the same.
+# A process of its own, because a library that has failed to load is not tried again in the same.
 ASK = (
     "import json; from mmfuse import _native;"
     f"print(json.dumps({{b: _native.why_missing(b) for b in {NATIVE!r}}}))"
@@ -63,7 +63,7 @@ def python(*words: str, **environment: str) -> tuple[int, str]:
 
 
 def missing() -> dict[str, str | None]:
-    """For each native backend the reason why it does not run here, or None."""
+    """Each native backend's reason why it does not run here, or None."""
     code, output = python("-c", ASK)
     if code != 0:
         return dict.fromkeys(NATIVE, output.strip().splitlines()[-1])

@@ -1,4 +1,4 @@
-"""Of a `make gpu`: the summary, and one archive of all that its stages have written."""
+"""The report of a `make gpu`: a summary, and one archive of all that its stages have written."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def word(self) -> str:
-        """For the summary."""
+        """The line for the summary."""
         if self.code is None:
             return f"stopped after {self.seconds:.0f} s" if self.seconds else "no time left"
         words = {0: "passed", SKIPPED: "skipped"}
@@ -73,7 +73,7 @@ class Report:
 
     Args:
         output: The folder for the two.
-        scratch: What goes into the archive.
+        scratch: The folder that goes into the archive.
         environment: Of the machine, for the summary.
     """
 

@@ -7,8 +7,8 @@
 Of each call of tests/support/counted.py it counts instructions, under Valgrind's callgrind and in
 one thread, Python frames, operators that PyTorch dispatches, and kernels that a GPU would launch.
 .ci/instructions.json holds the numbers, and which interpreter, PyTorch, compiler and processor they
-are of: where these are others, what depends on them is not compared, and a line says so. What is
-cheaper counts as well: with a number that is too high, the next loss would go unnoticed.
+are of: where these are others, numbers that depend on them are not compared, and a line says so. A
+lower number counts as well: beside one that is too high, the next loss would go unnoticed.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from mmfuse import _native
 NUMBERS = Path(__file__).with_name("instructions.json")
 # The least of several times: some calls grow a table or find an address that hashes badly.
 TIMES = 7
-# Of instructions. Between runs the least of seven differs by up to 0.85 %; the rest is exact.
+# A count may be off by this. The least of seven differs by up to 0.85 %; the rest is exact.
 BAND = 0.02
-# What a number depends on beside the code; one that does not stand here depends on nothing.
+# Each kind of number depends on these beside the code; a kind that is missing here, on nothing.
 DEPENDS = {
     "instructions": ("python", "torch", "compiler", "libc", "valgrind", "processor"),
     "frames": ("python", "torch"),
@@ -75,7 +75,7 @@ class NotCountedError(Exception):
 
 
 def environment() -> dict[str, str]:
-    """What instructions depend on; Valgrind's processor has no AVX-512, whatever the real one."""
+    """Everything that instructions depend on; Valgrind's processor is one without AVX-512."""
     tool = shutil.which("valgrind")
     version = "none"
     if tool is not None:

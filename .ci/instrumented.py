@@ -1,7 +1,7 @@
 """A copy of the checkout whose libraries are compiled in another way, for sanitizers.
 
 The CUDA kernels in the host shim, and the C++ kernels where they have checks of their own: then the
-package in the copy has their library, and else none. What has not changed is kept.
+package in the copy has their library, and else none. Files that have not changed are kept.
 """
 
 from __future__ import annotations

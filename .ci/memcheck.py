@@ -4,8 +4,8 @@
 the generic level of instructions: Valgrind knows no AVX-512, and AVX2 (--level) takes it long. Of
 memcheck's reports those count whose access or branch is in a library of ours: a branch, an address
 or a conversion that depends on what nobody has written, on the heap or on the stack, and an access
-to memory that is not there. What a kernel computes from such memory without a branch is looked for
-in the results, by a client request. First, functions that are wrong on purpose have to be reported,
+to memory that is not there. A client request finds numbers in the results that a kernel computed
+from such memory without a branch. First, functions that are wrong on purpose have to be reported,
 and what mmfuse's own library makes of tensors that nobody has filled. Exit code 1 if something was
 found, 2 without Valgrind, its headers or a compiler. With --origins a report says where the memory
 came from, in twice the time.
@@ -80,7 +80,7 @@ _REPORT = re.compile(
     r"Syscall param|Source and destination|Mismatched|Unaddressable|vex amd64)"
 )
 _FRAME = re.compile(r"^\s+(?:at|by) 0x[0-9A-F]+: (.*)$")
-# Functions that work for whoever calls them.
+# Functions that work for their callers.
 _LENT = re.compile(r"/(?:libc|libm|ld-linux\S*|vgpreload\S*)\.so|\b(?:str|mem)[\w-]+\.S:|vg_rep")
 _OURS = re.compile(r"libmmfuse|mmfuse::|mmfuse_control")
 
@@ -98,7 +98,7 @@ class Report(NamedTuple):
 
 
 def reports(log: str) -> Iterator[Report]:
-    """Of memcheck's log, those whose access or branch is in a library of ours."""
+    """The reports of memcheck's log whose access or branch is in a library of ours."""
     section, lines = "", [""]
     for line in [*log.splitlines(), ""]:
         text = re.sub(r"^==\d+== ?", "", line)

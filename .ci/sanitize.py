@@ -32,7 +32,7 @@ COPY = OUTPUT / "checkout"
 # -g1 has the lines, which are all that a report needs; warnings are for the usual build.
 FLAGS = f"-O1 -g1 -w -fno-sanitize-recover=undefined -ffile-prefix-map={COPY}={ROOT}"
 BUILD = Build(OUTPUT, shim=f"{FLAGS} {CHECKS}", checks=CHECKS, flags=FLAGS)
-# Where, and only then the function, whose name may be long.
+# The place first, and then the function, whose name may be long.
 TRACE = 'stack_trace_format="    #%n %L %f"'
 OPTIONS = {
     # Memory that Python and PyTorch keep until the end is no concern here. The frames that GCC 12

@@ -1,4 +1,4 @@
-"""Which CUDA backend is faster for each op, from measured results: `python benchmarks/choose.py`.
+"""Names the faster CUDA backend of each op, from measured results: `python benchmarks/choose.py`.
 
 Looks at every results.csv under benchmarks/results that was measured on a GPU, or at the files that
 are named. Only cases count that are one op and its gradient. `TRITON_FIRST` in

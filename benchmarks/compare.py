@@ -48,7 +48,7 @@ Runner = Callable[[str, int], Run]
 
 
 def judged(before: Sequence[float], after: Sequence[float], least: float = LEAST_CHANGE) -> str:
-    """In one word, or two; a change that counts is larger than `least`."""
+    """The verdict in a word or two; a change that counts is larger than `least`."""
     ratio = statistics.median(after) / statistics.median(before)
     if min(after) > max(before) and ratio > 1 + least:
         return "slower"
@@ -82,12 +82,12 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """Of the whole call."""
+        """The verdict on the whole call."""
         return judged(self.before, self.after, LEAST_CHANGE + self.drift)
 
     @property
     def host_verdict(self) -> str:
-        """Of the host's part, which a neighbour disturbs less than a call on much data."""
+        """The verdict on the host's part, which a neighbour disturbs less than much data."""
         return judged(*self.host) if self.host else WITHIN
 
     @property
@@ -109,7 +109,7 @@ def take_turns(commits: tuple[str, str], runs: int, run: Runner) -> tuple[list[R
 
 
 def changes(before: Sequence[Run], after: Sequence[Run]) -> list[Change]:
-    """Of everything that all runs have."""
+    """The changes of every measurement that all runs have."""
     sides = [[{_key(row): row for row in run} for run in side] for side in (before, after)]
     every = [run for side in sides for run in side]
     keys = [key for key in every[0] if all(key in run for run in every)]
@@ -159,7 +159,7 @@ def table(found: Sequence[Change], commits: tuple[str, str]) -> list[str]:
 
 
 def got_slower(found: Sequence[Change]) -> list[Change]:
-    """As a whole, or in the host's part; not the control."""
+    """The slower calls, as a whole or in the host's part; not the control."""
     return [c for c in found if c.key[3] != CONTROL and "slower" in (c.verdict, c.host_verdict)]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -39,7 +40,7 @@ _QUICK = {
 }
 # Share of the CPU that others may take before the numbers are suspect.
 _BUSY = 0.05
-# For the samples of one measurement, beside a busy neighbour too.
+# Seconds for the samples of one measurement, beside a busy neighbour too.
 _SECONDS = 5.0
 
 
@@ -151,12 +152,19 @@ def measure_all(
     session.skipped += options.left_out
     there = {results.unit_of(row) for row in old}
     units = [unit for unit in units if unit.labels not in there]
-    for unit, seconds in plan.share(units, options.seconds, options.minutes):
+    began = time.monotonic()
+    for number, (unit, seconds) in enumerate(
+        plan.share(units, options.seconds, options.minutes), start=1
+    ):
         if seconds is None:
             session.skipped.append(f"{unit}: no time left")
             continue
         session.measure(unit, options.providers, seconds)
         gc.collect()
+        minutes = (time.monotonic() - began) / 60
+        session.console.print(
+            f"[dim]{number} of {len(units)} measurements, {minutes:.1f} minutes[/]"
+        )
         yield
 
 

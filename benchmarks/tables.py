@@ -124,6 +124,8 @@ def _host(row: Row) -> str:
 
 
 def _mib(row: Row) -> str:
+    if row.extra_mib is None:
+        return NO_NUMBER
     return f"{row.extra_mib:.{1 if 0.05 <= row.extra_mib < 10 else 0}f}"
 
 

@@ -68,11 +68,11 @@ class Target:
     """One line.
 
     Attributes:
-        text: What it says; `{}` is where the limit goes.
+        text: The line itself; `{}` stands for the limit.
         case: Of the benchmark.
         workload: The beginning of its title.
-        value: What is compared.
-        limit: With which number.
+        value: The number that is compared.
+        limit: The number that it is compared with.
         unit: How both are shown.
         at_least: True if the limit is the least, not the most, that is good.
         predicted: By benchmarks/NOTES.md, if it does.

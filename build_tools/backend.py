@@ -1,7 +1,7 @@
 """Setuptools' build backend, which asks for PyTorch and ninja as well where there is none.
 
 The headers of PyTorch are all that is needed of it, and one that is installed is found from a build
-in isolation, too. Where there is none (`uv pip install`, `python -m build`, a machine without
+in isolation, too. If there is none (`uv pip install`, `python -m build`, a machine without
 PyTorch) the front end has to bring it: plain `torch` is what mmfuse itself will depend on.
 """
 

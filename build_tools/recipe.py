@@ -17,7 +17,7 @@ CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: nothing newer of the stable ABI is used
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-# For a wheel that others get: nothing of a glibc or libstdc++ newer than PyTorch's own wheels need.
+# A wheel that others get takes nothing newer of glibc or libstdc++ than PyTorch's own wheels need.
 PORTABLE = ["-include", str(CSRC / "portable" / "manylinux.h")]
 
 
@@ -85,7 +85,7 @@ class Recipe:
         described = [*flags, f"-DMMFUSE_FLAGS={json.dumps(' '.join(flags))}"]
         headers = [f"-I{CSRC}", *(f"-isystem{folder}" for folder in folders)]
         command = [*self.compiler, *described, *self._elsewhere(include), *headers]
-        # By its file's name, which says for which Python it is: several take turns in the folder.
+        # Its file's name says for which Python it is: several take turns in the folder.
         compile_ = self._compile(name, command, [CSRC / "facts" / "module.cpp"])
         return self._library(library, self.output / name, compile_, [])
 

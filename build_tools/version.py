@@ -37,7 +37,7 @@ def development(last: str, distance: int) -> str:
 
 def is_release(found: Any) -> bool:
     """True on the very commit of a tag, and where nothing was changed since."""
-    # Where there is no tag, setuptools-scm takes the fallback, or 0.0.
+    # Without a tag, setuptools-scm takes the fallback, or 0.0.
     return bool(found.exact and TAG.fullmatch(str(found.tag)))
 
 

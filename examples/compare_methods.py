@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+PAGE = HERE.parent / "docs" / "demonstrations.md"
 SEARCH_SEED = 1000  # and after it; the seeds of the comparison begin at 0
 STAGES = ("search", "train", "report")
 
@@ -142,7 +143,10 @@ class Comparison:
         table = summary.compare(rows, self.task.views)
         summary.write(self.folder / "differences.csv", table)
         lines = summary.cells(table, rows, self.task.views)
-        (self.folder / "table.md").write_text(summary.markdown(lines))
+        text = summary.markdown(lines)
+        (self.folder / "table.md").write_text(text)
+        if self.args.results == RESULTS:  # what the repository publishes
+            summary.publish(PAGE, self.args.task, text)
         console = Console(highlight=False, width=210)
         console.print(summary.show(lines))
         for path in figures.draw(self.folder, self.task, rows, table):

@@ -2,7 +2,7 @@
 
 For D pairs of standard normal variables with correlation rho, I = -D/2 log(1 - rho^2) nats. The
 plot shows what the histogram, its differentiable "soft" form and InfoNCE with the best possible
-critic make of it, each with the bias that its docstring speaks of::
+critic estimate, each with the bias that its docstring describes::
 
     pip install matplotlib
     python examples/gaussian_information.py
@@ -37,7 +37,7 @@ def correlated(rho: float, *shape: int, generator: torch.Generator) -> tuple[Ten
 
 
 def information(rho: float) -> float:
-    """Of one pair, in nats."""
+    """The mutual information of one pair, in nats."""
     return -0.5 * math.log(1 - rho**2)
 
 

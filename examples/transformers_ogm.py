@@ -50,7 +50,7 @@ def balance(model: nn.Module) -> mmfuse.OGM:
 
 
 def accuracies(prediction: Any) -> dict[str, float]:
-    """Of the joint logits, and of each view's."""
+    """The accuracies of the joint logits, and of each view's."""
     joint, alone = prediction.predictions
     found = {"joint": joint, **alone}
     return {n: float(np.mean(z.argmax(1) == prediction.label_ids)) for n, z in found.items()}

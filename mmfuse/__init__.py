@@ -14,7 +14,7 @@ For a whole run there is an object, which has a state to save:
     ogm = mmfuse.OGM({"audio": audio_net, "video": video_net})
     out = ogm.backward(loss, logits, labels)       # out.as_dict() for a logger
 
-Where to look next:
+Next steps:
 
     list(mmfuse.METHODS)             the names of all methods
     help(mmfuse.OGM)                 a method: its formulas, arguments and release
@@ -22,7 +22,7 @@ Where to look next:
     help(mmfuse.unimodal_logits)     each modality's logits from a shared head
     help(mmfuse.unimodal_losses)     the baseline to compare with: unimodal losses
     help(mmfuse.scores)              scores for regression and other tasks
-    help(mmfuse.imbalance_report)    what a trained model owes to each modality, and who is behind
+    help(mmfuse.imbalance_report)    how much a trained model depends on each modality
     dir(mmfuse), dir(mmfuse.ops)     everything public; the kernels are in `mmfuse.ops`
     python -m mmfuse --help          what is installed here, and a check of it
 """

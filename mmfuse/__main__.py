@@ -35,7 +35,7 @@ def _is_here(device_type: str) -> bool:
 
 
 def _devices() -> dict[str, dict[str, Any] | None]:
-    """For each type of device: whether it has float64, and which backends serve all ops there."""
+    """Each type of device: whether it has float64, and which backends serve all ops there."""
     own = torch.accelerator.current_accelerator(check_available=True)
     types = list(dict.fromkeys(["cpu", "cuda", "xpu", "mps", *([own.type] if own else [])]))
     found: dict[str, dict[str, Any] | None] = {}

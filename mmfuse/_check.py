@@ -14,8 +14,8 @@ from torch import Tensor
 from .noise import NoiseStream
 from .ops._registry import BACKENDS, OPS, Op
 
-# Of the largest number of a result. Sums of at most 74 float32 numbers are off by less than a tenth
-# of it; a wrong index or a missing term is off by far more.
+# A share of a result's largest number. Sums of at most 74 float32 numbers are off by less than a
+# tenth of it; a wrong index or a missing term is off by far more.
 TOLERANCE = 1e-4
 
 
@@ -25,7 +25,7 @@ class Checked(NamedTuple):
     Attributes:
         op: The operator.
         backend: Its backend.
-        device: Where its arguments were.
+        device: The device of its arguments.
         error: Largest difference, as a share of the largest number; None where there is none.
         problem: The reason why it is wrong; None if it is right.
     """
@@ -107,7 +107,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _difference(got: Tensor, right: Tensor) -> float:
-    """Of finite numbers; infinite where NaN or infinity stand elsewhere."""
+    """The largest difference of finite numbers; infinite if NaN or infinity stand elsewhere."""
     a, b = got.double(), right.double()
     same = (a == b) | (a.isnan() & b.isnan())
     if bool(same.all()):

@@ -1,4 +1,4 @@
-"""The version, as the build has written it; nothing is asked of git, or of installed metadata."""
+"""The version, as the build has written it; neither git nor installed metadata is asked."""
 
 import json
 from pathlib import Path

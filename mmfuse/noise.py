@@ -26,7 +26,7 @@ class NoiseStream:
     Args:
         seed: The 64-bit seed, an integer. None takes `torch.initial_seed()`, which
             `torch.manual_seed` sets.
-        device: Where the state lives: the device of the gradients.
+        device: The device of the state, which is that of the gradients.
         name: Streams of one seed and different names draw different numbers, as do those that the
             methods make for themselves. None takes the seed as the key itself.
 
@@ -34,7 +34,7 @@ class NoiseStream:
         state: int64 [2] on `device`: (key, step). Kernels read it there, so that advancing it
             needs no host, and a captured CUDA graph draws fresh noise at every replay.
         ids: The stream id of each tensor of a list; None numbers them from 0.
-        offsets: Where each tensor starts within its flattened whole tensor; None means at 0.
+        offsets: The start of each tensor within its flattened whole tensor; None means at 0.
         agreed: True if all ranks of a distributed run are known to have this state. A method of
             mmfuse takes over the first rank's before its first step, and after `load_state_dict`.
 
@@ -239,7 +239,7 @@ def default_stream(device: torch.device) -> NoiseStream:
         return known[1]
     stream = NoiseStream(seed, device, name="ogm_backward")
     if known is not None:
-        # In place: a captured CUDA graph goes on reading the state that it has seen.
+        # It changes in place: a captured CUDA graph goes on reading the state that it has seen.
         known[1].load_state_dict(stream.state_dict())
         stream = known[1]
     _default_streams[device] = (seed, stream)

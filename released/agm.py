@@ -25,12 +25,12 @@ STARTS, ENDS = 0, 20
 
 
 class Script(NamedTuple):
-    """What is another in the scripts.
+    """The settings in which the scripts differ.
 
     Attributes:
         floor: Probabilities below it count as it.
         cap: The most that the difference of two ratios counts.
-        clip: Where the last layer's gradient goes beyond it, the norm of all is clipped to it.
+        clip: If the last layer's gradient exceeds it, the norm of all is clipped to it.
     """
 
     floor: float
@@ -42,7 +42,7 @@ TWO, THREE = Script(1e-8, math.inf, 1.0), Script(0.0, 7.0, 5.0)
 
 
 class Step(NamedTuple):
-    """What a step has computed, by modality where there are several."""
+    """Results of a step, by modality where there are several."""
 
     logits: Tensor
     responses: Sequence[Tensor]

@@ -48,16 +48,16 @@ def scaled(feature: Tensor, weight: Tensor) -> Tensor:
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
-    #: That of the step, then the joint one, audio's and visual's.
+    #: The step's loss, then the joint one, audio's and visual's.
     losses: tuple[Tensor, Tensor, Tensor, Tensor]
     magnitudes: list[float]
     entropies: list[float]
     certainties: list[float]
-    #: Of this step's logits; 0 until they are used.
+    #: The weights of this step's logits; 0 until they are used.
     computed: list[float]
-    #: That the backward pass has used; 0 where nothing is scaled.
+    #: The weights that the backward pass has used; 0 where nothing is scaled.
     applied: list[float]
     unimodal_weight: float
 
@@ -81,7 +81,7 @@ def entropy(logits: Tensor) -> float:
 
 
 def shares(first: float, second: float) -> list[float]:
-    """Of their sum."""
+    """Both as shares of their sum."""
     return [first / (first + second), second / (first + second)]
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .networks import Network
 from .ogm import batch_scores
 
-#: Of the information that is shared with the fused feature, and of the conditional one.
+#: The information shared with the fused feature, and the conditional one, have these bins.
 BINS, CONDITIONAL_BINS = 30, 2
 
 
@@ -33,7 +33,7 @@ class Contributions(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step has computed."""
+    """Results of a step."""
 
     #: Audio, visual, fused.
     features: tuple[Tensor, Tensor, Tensor]
@@ -98,7 +98,7 @@ def information(a: Tensor, v: Tensor, c: Tensor, bins: int = BINS) -> tuple[floa
 def contributions(
     a: Tensor, v: Tensor, c: Tensor, scores: tuple[float, float, float], bins: int = BINS
 ) -> Contributions:
-    """Of features and their scores; neither clamped nor bounded."""
+    """The contributions from features and their scores; neither clamped nor bounded."""
     p_a, p_v, p_c = scores
     nmi_a, nmi_v, ncmi_a, ncmi_v = information(a, v, c, bins)
     gain_a = p_c * nmi_a + p_v * (nmi_a - ncmi_a)

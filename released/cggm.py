@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-#: What the sum of all progress is made larger by.
+#: The sum of all progress is made larger by this.
 EPS = 1e-8
 #: λ, ρ and the largest norm of all gradients together.
 DIRECTION, RHO, CLIP = 0.2, 1.3, 0.8
 
 
 class Step(NamedTuple):
-    """What a step has computed, by modality where there are several."""
+    """Results of a step, by modality where there are several."""
 
     loss: float
     classifier_loss: Tensor
@@ -47,7 +47,7 @@ def right_classes(logits: Tensor, labels: Tensor) -> float:
 
 
 def right_signs(prediction: Tensor, target: Tensor) -> float:
-    """Share of samples of whom both are positive, or neither is."""
+    """Share of samples whose two numbers are both positive, or both not."""
     found = prediction.view(-1).cpu().detach().numpy() > 0
     return float(np.average(found == (target.view(-1).cpu().detach().numpy() > 0)))
 
@@ -59,7 +59,7 @@ def decide(progress: Sequence[float]) -> list[float]:
 
 
 def cosine(weight: Tensor, fusion: Tensor) -> Tensor:
-    """Of a classifier's output layer and the fusion's."""
+    """The cosine of a classifier's output layer and the fusion's."""
     return F.cosine_similarity(weight.clone().view(-1), fusion, dim=0)
 
 
@@ -102,7 +102,7 @@ class Training:
         self.start()
 
     def start(self) -> None:
-        """Before the first step."""
+        """The state before the first step."""
         self.metrics: list[float] = [0.0] * len(self.classifiers)
         self.direction: Tensor | None = None
 
@@ -157,7 +157,7 @@ class Training:
         )
 
     def raw(self) -> None:
-        """Called once all gradients are there, for who wants to look."""
+        """Called once all gradients are there, for tests that look at them."""
 
     def modulated(self) -> None:
         """Called once the encoders' are scaled, likewise."""

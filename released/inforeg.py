@@ -20,16 +20,16 @@ from .ogm import Logits, batch_scores
 MODALITIES = ("audio", "visual")
 #: Epochs that a trace is averaged over; as many zeros come before the first one.
 HISTORY = 10
-#: Of the strength of the pull.
+#: The factors of the strength of the pull.
 MULTIPLIER_AUDIO, MULTIPLIER_VISUAL = 0.95, 0.1
 
 
 class Release(NamedTuple):
-    """In what the two releases differ.
+    """The differences between the two releases.
 
     Attributes:
         threshold: Of the window.
-        own_logits: Where each modality's logits come from.
+        own_logits: The source of each modality's logits.
         pulls_visual: In March the second branch asks what the first one has asked.
     """
 
@@ -43,7 +43,7 @@ MARCH = Release(0.04, own_heads, False)
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     losses: tuple[Tensor, Tensor, Tensor]
     scores: list[Tensor]
@@ -58,7 +58,7 @@ def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 class Epoch:
-    """What this release and RedReg's keep during an epoch."""
+    """The values that this release and RedReg's keep during an epoch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.start = copy.deepcopy(model)
@@ -77,7 +77,7 @@ class Epoch:
         return {name: torch.zeros_like(module.weight) for name, module in layers(model)}
 
     def traces(self) -> dict[str, float]:
-        """Of each encoder's Fisher information: the sum of its layers' means."""
+        """The trace of each encoder's Fisher information: the sum of its layers' means."""
         return {
             modality: sum(
                 total.mean().item()
@@ -138,7 +138,7 @@ def log_fisher_and_norms(model: nn.Module, optimizer: torch.optim.Optimizer, epo
 
 
 def growth(traces: Sequence[float]) -> float:
-    """What the window goes by: how much the mean of the last traces has grown in an epoch."""
+    """The window's criterion: the growth of the mean of the last traces in an epoch."""
     now = sum(traces[-HISTORY:]) / HISTORY
     before = sum(traces[-HISTORY - 1 : -1]) / HISTORY
     return (now - before) / now
@@ -147,7 +147,7 @@ def growth(traces: Sequence[float]) -> float:
 def strengths(
     score_a: Tensor, score_v: Tensor, growth: float, release: Release = NOVEMBER
 ) -> tuple[Tensor | float, Tensor | float]:
-    """Of the pull on audio and on visual."""
+    """The strengths of the pull on audio and on visual."""
     alpha_a = alpha_v = 0
     if score_a > score_v and growth > release.threshold:
         alpha_a = MULTIPLIER_AUDIO * torch.exp(torch.tanh(score_a - score_v))

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 
 from .networks import Network
 
-#: Where the learned weights begin: of the labels, and of the alignment.
+#: The first values of the learned weights: of the labels, and of the alignment.
 INITIAL = (0.05, 0.95)
 
 
 class Step(NamedTuple):
-    """What a step has computed."""
+    """Results of a step."""
 
     logits: list[Tensor]
     losses: list[Tensor]
@@ -78,7 +78,7 @@ class Learned:
         labels: Tensor,
         epoch: int,
     ) -> None:
-        """Before an epoch, on the first half of samples that are held out."""
+        """Learns before an epoch, on the first half of samples that are held out."""
         if epoch and epoch % 20 == 0:
             self.rate /= 2
         half = len(labels) // 2

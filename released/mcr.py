@@ -21,12 +21,12 @@ from torch.nn import functional as F
 
 from .networks import Network, halves
 
-#: Of each training step on CREMA-D.
+#: The number in each training step on CREMA-D.
 PERMUTATIONS = 32
 
 
 class Step(NamedTuple):
-    """What a step has computed: the divergences with gradients in both encoders, and the losses."""
+    """Results of a step: the divergences with gradients in both encoders, and the losses."""
 
     divergences: list[Tensor]
     contrast: Tensor
@@ -34,7 +34,7 @@ class Step(NamedTuple):
 
 
 def js_divergence(first: Tensor, second: Tensor) -> Tensor:
-    """Of two batches of logits, through clamped probabilities."""
+    """The divergence of two batches of logits, through clamped probabilities."""
     p, q = (torch.softmax(torch.clamp(z, -1e7, 1e7), dim=1) for z in (first, second))
     mean = torch.clamp((p + q) / 2, 1e-20, 1).log()
     p, q = (torch.clamp(x, 1e-20, 1) for x in (p, q))
@@ -60,7 +60,7 @@ def nt_xent(a: Tensor, v: Tensor, labels: Tensor, temperature: float) -> Tensor:
 
 
 def permutations(rows: int) -> list[list[Tensor]]:
-    """Of a step, for audio and for visual, which have the same."""
+    """The permutations of a step, for audio and for visual, which have the same."""
     drawn = [torch.randperm(rows) for _ in range(PERMUTATIONS)]
     return [drawn, drawn]
 

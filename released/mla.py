@@ -22,14 +22,14 @@ from torch.nn import functional as F
 
 from .networks import Network
 
-#: What each release calls the weight that it looks for in the head.
+#: Each release looks for the head's weight by this name.
 WEIGHT = {"first": "weight", "head": "module.weight"}
-#: What the audio loss counts in a log.
+#: The weight of the audio loss in a log.
 SHARE = 0.55
 
 
 class Step(NamedTuple):
-    """What a step has computed: both losses, and the projector after each turn."""
+    """Results of a step: both losses, and the projector after each turn."""
 
     losses: list[Tensor]
     projectors: list[Tensor]
@@ -121,7 +121,7 @@ def step(
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Of one sample's [C]; NaN where a probability is 0."""
+    """The entropy of one sample's [C]; NaN where a probability is 0."""
     shares = F.softmax(logits, dim=0)
     return -torch.sum(shares * torch.log(shares))
 

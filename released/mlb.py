@@ -3,7 +3,7 @@
 A modality that is behind is made faster, one that is ahead slower, by a factor on all gradients of
 its encoder and on the weight of its linear head. The heads share one bias, which is not scaled.
 Three modalities have code of their own: with two, the second ratio is one over the first, and
-factors stay on the device. What a log shows is read on the host, most of it twice.
+factors stay on the device. The numbers of a log are read on the host, most of them twice.
 
 As released, choosing the method stops at a class name that no longer exists.
 """
@@ -26,7 +26,7 @@ STARTS, ENDS = 0, 1500
 
 
 class Step(NamedTuple):
-    """What a step has computed by modality; logits and losses begin with the joint ones."""
+    """Results of a step by modality; logits and losses begin with the joint ones."""
 
     logits: list[Tensor]
     losses: list[Tensor]
@@ -84,7 +84,7 @@ def decide(
 
 
 def log(ratios: Sequence[Tensor], factors: Sequence[Tensor | float]) -> list[list[float]]:
-    """What a list and a dashboard get, read on the host for each of them."""
+    """The numbers for a list and a dashboard, read on the host for each of them."""
 
     def read(values: Iterable[Tensor | float]) -> list[float]:
         return [float(value) for value in values]
@@ -133,7 +133,7 @@ def step(
         labels: Class indices [B], or what is to be predicted [B].
         text: Input of the third one, or None for two modalities.
         alpha: How steep the factors are.
-        beta: What the factor of a modality that is behind goes to; None for 2.
+        beta: The limit of the factor of a modality that is behind; None for 2.
         regression: True if the logits are predictions [B, 1]; of three modalities.
         epoch: Counted from 0.
     """

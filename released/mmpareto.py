@@ -22,17 +22,17 @@ from .networks import Network, own_heads
 MODALITIES = ("audio", "visual")
 #: How much longer the combined gradient is made.
 GAMMA = 1.5
-#: What the squared norm of the solver's point must be below.
+#: The bound below which the squared norm of the solver's point must be.
 BOUND = 1e8
 
-#: Of one encoder: name of a tensor → its gradient, and "concat" → all of them as one row.
+#: One encoder's: name of a tensor → its gradient, and "concat" → all of them as one row.
 Gradients = Mapping[str, Tensor]
-#: Of the joint loss and of the unimodal one.
+#: The weights of the joint gradient and of the unimodal one.
 Weights = tuple[float, float]
 
 
 class Step(NamedTuple):
-    """What a step has computed; dictionaries go by modality, losses are joint, audio, visual."""
+    """Results of a step; dictionaries go by modality, losses are joint, audio, visual."""
 
     losses: tuple[Tensor, Tensor, Tensor]
     joint: Mapping[str, Gradients]
@@ -73,7 +73,7 @@ def product(x: Gradients, y: Gradients) -> Tensor:
 
 
 def min_norm_weights(joint: Gradients, unimodal: Gradients) -> Weights:
-    """Of the shortest vector between the two, from products on the host.
+    """The weights of the shortest vector between the two, from products on the host.
 
     Raises:
         ArithmeticError: it is not shorter than the release can tell, or not a number; the release

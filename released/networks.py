@@ -1,4 +1,4 @@
-"""What the sequences ask of a network, and the logits that each modality has of its own."""
+"""The sequences' demands on a network, and the logits that each modality has of its own."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def halves(model: Network, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def detached_halves(model: Network, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """As `halves`; nothing reaches the head, but the features it does."""
+    """The same as `halves`; no gradient reaches the head, but the features get theirs."""
     return _halves(model.fc.weight.detach(), model.fc.bias.detach(), a, v)
 
 

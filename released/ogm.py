@@ -24,7 +24,7 @@ Logits = Callable[[Network, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     logits: tuple[Tensor, Tensor, Tensor]
     scores: list[Tensor]

@@ -1,6 +1,6 @@
 """OPM (TPAMI 2024), alone and with OGM-GE: GeWu-Lab/BML_TPAMI2024 at 4b3aa4f.
 
-Features are dropped with the probability of the same step, in a share of the steps. What is left,
+Features are dropped with the probability of the same step, in a share of the steps. The rest,
 and its gradient, is divided by 1 − θ, in an autograd function whose second gradient is θ itself.
 """
 
@@ -25,7 +25,7 @@ Q_BASE, LAMBDA, P_EXECUTE = 0.5, 0.5, 0.7
 
 
 class Drop(NamedTuple):
-    """What `drop` leaves: features, which samples [B, 1], who has kept what [2, B, 1], and θ."""
+    """Results of `drop`: features, the samples left [B, 1], who kept what [2, B, 1], and θ."""
 
     features: tuple[Tensor, ...]
     left: Tensor
@@ -34,12 +34,12 @@ class Drop(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
-    #: Of the joint head, and of what is left.
+    #: The joint head's output, for the samples that are left.
     out: Tensor
     features: Sequence[Tensor]
-    #: Of all samples, undropped.
+    #: The logits of all samples, undropped.
     logits: tuple[Tensor, Tensor]
     scores: list[Tensor]
     q: Tensor
@@ -120,7 +120,7 @@ def step(
         visual: Input of the second one.
         labels: Class indices [B].
         epoch: Counted from 0.
-        execute: What `executes` says of this step.
+        execute: The result of `executes` for this step.
         draw: As in `drop`.
         theta_gradient: True if features get θ's gradient through their scores. They do in the
             release; mmfuse leaves it out unless it is asked for, and is measured without.

@@ -1,8 +1,8 @@
 """PMR, prototypical modal rebalance (CVPR 2023): fanyunfeng-bit/Modal-Imbalance-PMR at 3615e48.
 
 Distances are taken one by one, in a loop over samples and prototypes, and scores sample by sample.
-Who is behind is drawn towards its prototypes with a constant weight; of the paper's clip and
-entropies there is nothing. Losses are read on the host in every step.
+A modality behind is drawn towards its prototypes with a constant weight; the paper's clip and
+entropies are missing. Losses are read on the host in every step.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MOMENTUM = 0.2
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     loss: Tensor
-    #: Of each modality alone, which are only looked at.
+    #: The losses of each modality alone, which are only looked at.
     losses: tuple[Tensor, Tensor]
     prototype_losses: tuple[Tensor, Tensor]
     prototype_logits: tuple[Tensor, Tensor]
@@ -112,7 +112,7 @@ def step(
         visual: Input of the second one.
         labels: Class indices [B].
         prototypes: Of audio and of visual, [C, D].
-        alpha: The weight of who is behind.
+        alpha: The weight of the modality that is behind.
         epoch: Counted from 0.
         ends: The last epoch that is rebalanced.
     """

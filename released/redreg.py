@@ -25,7 +25,7 @@ from .inforeg import (
 )
 from .networks import Network, own_heads
 
-#: Of the views' noise; how many steps a score's growth looks back; of the average of redundancies.
+#: The views' noise; the steps that a score's growth looks back; the redundancies' average.
 SIGMA, HISTORY, DECAY = 0.03, 10, 0.9
 #: How much growth counts against the redundancy, which phase is regulated, and how strongly.
 GAMMA, THRESHOLD, BETA = 0.6, 0.15, 0.9
@@ -37,7 +37,7 @@ DROP_FIRST, DROP_LAST, DROP_SHARE = 0.6, 0.1, 0.3
 
 
 class Monitored(NamedTuple):
-    """What the monitor has seen of one modality."""
+    """The monitor's findings about one modality."""
 
     redundancy: float
     average: float
@@ -46,7 +46,7 @@ class Monitored(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step has computed; pairs are audio, visual."""
+    """Results of a step; pairs are audio, visual."""
 
     inputs: tuple[Tensor, Tensor]
     features: tuple[Tensor, Tensor]
@@ -58,13 +58,13 @@ class Step(NamedTuple):
 
 
 def drop_probability(epoch: int, epochs: int) -> float:
-    """With which one of the inputs is dropped."""
+    """The probability with which one of the inputs is dropped."""
     length = max(1, int(epochs * DROP_SHARE))
     return DROP_FIRST + (DROP_LAST - DROP_FIRST) * min(1.0, epoch / length)
 
 
 def agreement_threshold(epoch: int, epochs: int) -> float:
-    """Of the mean cosine."""
+    """The threshold of the mean cosine."""
     first, last = AGREEMENT
     return first + (last - first) * epoch / max(1, epochs - 1)
 
@@ -135,7 +135,7 @@ def redundancies(
 
 
 def orthogonal(displacement: Tensor, grad: Tensor) -> Tensor:
-    """What is left of the displacement without its part along the gradient."""
+    """The displacement without its part along the gradient."""
     if grad.abs().sum() == 0:
         return displacement
     dot = (displacement * grad).sum()
@@ -250,7 +250,7 @@ class Training:
 
 @torch.no_grad()
 def mean_probabilities(out_a: Tensor, out_v: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of the true class, read on the host."""
+    """The means of the true class's probabilities, read on the host."""
     rows = torch.arange(len(labels), device=labels.device)
     return {
         "audio": F.softmax(out_a, dim=1)[rows, labels].mean().item(),

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 #: Epochs between resets, and how many there are.
 EVERY, TIMES = 20, 3
-#: What the gap in purity is multiplied by.
+#: The gap in purity is multiplied by this.
 STRENGTH = 3.0
 
 
 class Weights(NamedTuple):
-    """What the features say; pairs are audio, visual."""
+    """Findings from the features; pairs are audio, visual."""
 
     weights: tuple[Tensor, Tensor]
     #: Training audio, validation audio, training visual, validation visual.
@@ -69,7 +69,7 @@ def weights(
         train_labels: [N].
         val_labels: [N].
         cluster: k-means.
-        strength: What the gap is multiplied by.
+        strength: The factor of the gap.
     """
     found, scaled = [], []
     for i, each in enumerate(features):

@@ -43,7 +43,7 @@ NO_GPU = "GPU tests are left out: no NVIDIA GPU here. `make gpu OUT=folder` runs
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Also beside the library for a GPU, which has nothing for tensors on the CPU.
+    # Needed also beside the library for a GPU, which has nothing for tensors on the CPU.
     if not torch.cuda.is_available() and OPS["grad_stats"].why_missing("cuda", "cpu") is not None:
         try:
             _native.load_library(build_kernels(), "cuda")
@@ -60,7 +60,7 @@ def pytest_runtest_logstart(nodeid: str) -> None:
     replace_worker_with_a_lost_device(nodeid)
 
 
-# Where each op is held against the reference.
+# The tests that compare each op with the reference.
 _OPS = Path(__file__).parent / "ops"
 # A method's name within a test's, as one of its parameters: "ogm_ge_training", "2-OGM-GE".
 _METHOD = re.compile(
@@ -71,7 +71,7 @@ _METHOD = re.compile(
 def _is_slow(item: pytest.Item) -> bool:
     """True for a test on the CPU that `make check` runs because of its backend or its method.
 
-    What methods make of the ops is the same once each op is as the reference: above the ops `make
+    Methods do the same on each backend once its ops are as the reference: above the ops `make
     test` has the reference and the C++ kernels alone. Triton's interpreter is slow: of it `make
     test` has each op's parity in float32, from which other dtypes differ by casts.
     Benchmarks and examples, which no user imports, are for `make check`.

@@ -82,7 +82,7 @@ INF_IN_HEAD: Spoil = ("fc.weight", (0, 0), -torch.inf)
 
 @contextmanager
 def spoiled(model: nn.Module, spoil: Spoil) -> Iterator[None]:
-    """As if the backward pass had made an Inf or a NaN."""
+    """Gradients with the Inf or the NaN that a backward pass may make."""
     if spoil is None:
         yield
         return
@@ -252,7 +252,7 @@ def test_autocast_logits_are_scored(cell: Cell) -> None:
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_a_scaled_run_is_the_unscaled_one_bit_for_bit(kind: str) -> None:
-    """Also displacements, which do not scale with the loss: `grad_scale` makes up for it."""
+    """Displacements do not scale with the loss: `grad_scale` makes up for it."""
     model, data = AudioVisual(), [batch() for _ in range(6)]
     runs = {}
     # bfloat16 has float32's exponents: a scale that is a power of two rounds nothing anywhere.
@@ -345,7 +345,7 @@ WAYS = [
 
 
 def advanced(kind: str) -> list[str]:
-    """What goes on in a step that is skipped.
+    """The entries of the state that a skipped step still advances.
 
     The host does not know of the skip: the number of calls, after which RedReg monitors every k-th.
     """
@@ -387,7 +387,7 @@ def test_a_skipped_step_has_not_been(kind: str, way: str, make_optimizer: MakeOp
 
 @pytest.mark.parametrize("kind", ON_GRADIENTS)
 def test_a_step_that_overflows_fp16_is_skipped(kind: str) -> None:
-    """Nothing planted: the scale is so large that the backward pass leaves fp16's range."""
+    """The test plants nothing: the scale is so large that the backward pass leaves fp16's range."""
     model, data = AudioVisual(), [batch() for _ in range(3)]
     run = Trainer(kind, model, scaler=scaler_of(2.0**40), dtype=torch.float16)
     next_epoch(run.method)

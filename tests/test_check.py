@@ -28,7 +28,7 @@ def test_every_operator_is_compared_on_every_backend_here() -> None:
 def test_a_build_for_cuda_without_a_gpu_is_checked_on_the_cpu(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Such a PyTorch names its accelerator, whose driver is not there."""
+    """Its PyTorch names an accelerator whose driver is not there."""
 
     def named(check_available: bool = False) -> torch.device | None:
         return None if check_available else torch.device("cuda")
@@ -41,7 +41,7 @@ def test_a_build_for_cuda_without_a_gpu_is_checked_on_the_cpu(
 
 @pytest.mark.parametrize("name", list(OPS))
 def test_examples_are_of_finite_numbers(name: str) -> None:
-    """Nothing that a wrong kernel could share with a right one, such as NaN everywhere."""
+    """They are no NaN, which a wrong kernel could share with a right one."""
     results = _check._results(OPS[name], "reference", _check.example(OPS[name]), "cpu")
     assert all(bool(x.isfinite().all()) for x in results)
     assert any(bool((x != 0).any()) for x in results)

@@ -34,7 +34,7 @@ ROUNDINGS = 2.0**-12
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
-    """Within the roundings of float32 sums, and of the result's own dtype."""
+    """Asserts equality within the roundings of float32 sums, and of the result's own dtype."""
     if not expected.is_floating_point():
         assert torch.equal(found, expected)
         return
@@ -193,7 +193,7 @@ def test_every_method_of_the_catalogue_is_there() -> None:
 
 
 def test_what_is_known_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of others it is tried, once; the state comes back in float64 from a device without."""
+    """Others are tried, once; the state comes back in float64 from a device without it."""
     assert [_devices.has_float64(d) for d in ("cpu", "cuda", "meta", "mps")] == [1, 1, 1, 0]
     tried = []
     monkeypatch.setattr(_devices, "_computes", lambda kind: bool(tried.append(kind)))
@@ -225,7 +225,7 @@ def test_the_device_refuses_what_the_real_one_does() -> None:
 
 
 class TestBackends:
-    """Triton where it says so, and the reference everywhere."""
+    """Triton runs if it says so; the reference runs everywhere."""
 
     def test_types_that_no_kernel_is_for(self) -> None:
         for kind in ("mps", "hpu"):

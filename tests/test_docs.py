@@ -14,7 +14,7 @@ from mmfuse.ops._registry import BACKENDS, OPS
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 MOST_LINES_OF_README = 150
-#: Of the package, where docstrings have training loops.
+#: Folders of the package whose docstrings have training loops.
 FOLDERS = ("methods", "adapters", "loop")
 #: A method on features that is made, and what it becomes part of.
 MADE = re.compile(r"\b(\w+)(?:\.\w+)? = mmfuse\.(?:OPM|ARM)\(")
@@ -67,7 +67,7 @@ def test_code_blocks_name_their_language(document: str) -> None:
 
 
 def _is_run(path: str) -> bool:
-    """Whether a test has the name of this example, or of one that imports it."""
+    """True if a test has the name of this example, or of one that imports it."""
     module = ".".join(Path(path).with_suffix("").parts[1:])
     users = [
         p for p in (ROOT / "examples").glob("*.py") if f"from {module} import" in p.read_text()
@@ -116,7 +116,7 @@ def test_methods_on_features_are_parts_of_the_model() -> None:
     ],
 )
 def test_no_example_adds_up_the_logits_of_modalities(line: str) -> None:
-    """The loss is that of the head's own output: their sum is another wherever it is not affine."""
+    """The loss is that of the head's own output; the sum is another if the head is not affine."""
     assert ADDED_UP.search(line)
     assert {path for path, text in shown().items() if ADDED_UP.search(text)} == set()
 

@@ -66,7 +66,7 @@ def monitored() -> None:
 
 one_hot = nn.functional.one_hot(LABELS, 3)
 
-#: What a user does, the kind of error, and what it says.
+#: A mistake of a user, the kind of error, and its text.
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "one-hot labels": (
         lambda: stepped(logits(), one_hot),

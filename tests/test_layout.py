@@ -21,7 +21,7 @@ RELEASED = ROOT / "released"
 
 # From the top down: nobody imports from a folder before its own.
 ORDER = ("adapters", "report", "methods", "loop", "ops", "triton", "reference")
-# What users import, and how the package starts. Nothing else lies beside the folders.
+# Users import these, and the package starts with them. Nothing else lies beside the folders.
 IN_THE_ROOT = {
     "_check",
     "_devices",
@@ -36,6 +36,8 @@ IN_THE_ROOT = {
 }
 # Folders of op × backend: their tests are those of the ops.
 GRID = ("ops", "reference", "triton")
+# Files with sentences in them.
+PROSE = {".py", ".h", ".cpp", ".cu", ".md", ".toml"}
 MOST_LINES = 400
 MOST_LINES_OF_A_METHOD = 300
 MOST_LINES_OF_A_BENCHMARK = 300
@@ -113,7 +115,7 @@ def test_every_module_has_a_test_file_of_its_name(module: Path) -> None:
 
 
 def imported_packages(path: Path) -> set[str]:
-    """What a file imports from elsewhere, by the first of its names."""
+    """The packages that a file imports from elsewhere, by the first of their names."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -164,7 +166,7 @@ def test_pytest_collects_every_folder_of_tests(pytestconfig: pytest.Config) -> N
 
 
 def test_the_released_sequences_stand_alone_and_are_replayed() -> None:
-    """Nothing of mmfuse, tests or benchmarks in them, nor they in mmfuse."""
+    """They know nothing of mmfuse, tests or benchmarks, and mmfuse knows nothing of them."""
     methods = {path.stem for path in RELEASED.glob("*.py")} - {"__init__", "networks"}
     assert methods and methods <= {path.stem for path in (PACKAGE / "methods").glob("*.py")}
     for path in RELEASED.glob("*.py"):
@@ -172,14 +174,14 @@ def test_the_released_sequences_stand_alone_and_are_replayed() -> None:
     for path in PACKAGE.rglob("*.py"):
         assert "released" not in imported_packages(path), path
     for name in methods:
-        # Where there are no numbers, the method's own test has it.
+        # Without numbers, the method's own test has it.
         files = ("golden/test_released_", "golden/test_golden_", "methods/test_")
         paths = [path for file in files if (path := TESTS / f"{file}{name}.py").is_file()]
         assert any(f"from released import {name}" in path.read_text() for path in paths), name
 
 
 def test_no_two_test_files_have_one_name() -> None:
-    """They are imported by it: of two, pytest collects one, and stops at the other."""
+    """Pytest imports tests by it: of two, it collects one, and stops at the other."""
     names = [path.name for path in tracked("tests/*.py") if path.name.startswith("test_")]
     assert sorted(set(names)) == sorted(names)
 
@@ -207,7 +209,7 @@ def test_files_are_short_enough_to_read(folder: str) -> None:
 
 
 def test_csrc_shows_op_by_backend() -> None:
-    """What is no op's, or a helper of one op, lies in a folder below."""
+    """A file that is no op's, nor a helper of one op, lies in a folder below."""
     ops = {path.stem for path in (PACKAGE / "reference").glob("[a-z]*.py")}
     for backend in ("cpu", "cuda"):
         for path in (ROOT / "csrc" / backend).glob("*.*"):
@@ -215,7 +217,7 @@ def test_csrc_shows_op_by_backend() -> None:
 
 
 def test_kernels_know_no_pytorch() -> None:
-    """What kernels are made of includes neither a header of PyTorch nor the glue."""
+    """A kernel's sources include neither a header of PyTorch nor the glue."""
     kernels = [
         path
         for path in tracked("csrc")
@@ -226,3 +228,19 @@ def test_kernels_know_no_pytorch() -> None:
     assert len(kernels) > 30
     for path in kernels:
         assert not re.search(r"#include [<\"](torch|ATen|glue)/", path.read_text()), path
+
+
+def test_sentences_begin_with_their_subject() -> None:
+    """Comments, docstrings, documents and texts in the code; questions may ask with these words."""
+    begins = re.compile(r"\bW(?:hat|hether|hoever|here)\b(?![^.?!]*\?)")
+    found, seen = [], set()
+    for path in tracked():
+        if path.suffix not in PROSE and path.name != "Makefile":
+            continue
+        seen.add(path.suffix)
+        text = path.read_text()
+        for match in begins.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(f"{path.relative_to(ROOT)}:{line}: {text[match.start() :][:40]!r}")
+    assert seen >= PROSE
+    assert found == []

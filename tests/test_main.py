@@ -33,7 +33,7 @@ def test_report_shows_the_whole_grid() -> None:
 
 
 def test_a_checkout_says_its_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Which may be newer than the version, that was written when it was built."""
+    """The commit may be newer than the version, which was written during the build."""
     monkeypatch.setattr("mmfuse.__main__.__file__", str(tmp_path / "mmfuse" / "__main__.py"))
     (tmp_path / "mmfuse").mkdir()
     assert facts()["commit"] is None

@@ -1,4 +1,4 @@
-"""Integers that a user passes in may be NumPy's; what is no integer is refused by its name."""
+"""Integers that a user passes in may be NumPy's; other numbers are refused by name."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def order_of_epoch(n: Any) -> list[int]:
     return list(sampler)
 
 
-#: What takes an integer, by the argument's name in its error: a call, and what it gives.
+#: Functions that take an integer, by the argument's name in its error: a call, and its result.
 TAKES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "NoiseStream": ("seed", lambda n: mmfuse.NoiseStream(n).state.tolist()),
     "OGM.set_epoch": ("epoch", of_epoch),

@@ -47,7 +47,7 @@ def edit(path: Path, old: str, new: str) -> None:
 
 
 def test_every_mistake_is_an_error(copy: Path) -> None:
-    """All at once, since a build takes some seconds; each has to be named."""
+    """One build has all mistakes, since it takes some seconds; its output names each."""
     edit(copy / "docs" / "start.md", "(which_method.md)", "(which_methods.md)")
     edit(copy / "docs" / "index.md", "(training.md#other-tasks", "(training.md#otter-tasks")
     edit(copy / "docs" / "api.md", "::: mmfuse.unimodal_outputs\n", "")
@@ -69,7 +69,7 @@ def test_every_mistake_is_an_error(copy: Path) -> None:
 
 
 def test_pages_have_formulas_pictures_and_code_and_fetch_nothing() -> None:
-    """Of the site that `make docs` has built before it runs this."""
+    """The site is the one that `make docs` has built before it runs this."""
     page = (SITE / "methods" / "ogm.html").read_text()
     assert "<math" in page and "arithmatex" not in page
     assert "images/coefficients/ogm-ge.svg" in page

@@ -143,7 +143,7 @@ def lightning_loop(balanced: bool, width: int, steps: int) -> Loop:
 
 
 def differences(stamps: Sequence[float]) -> list[float]:
-    """From each stamp to the next; the first two warm up."""
+    """The times from each stamp to the next; the first two warm up."""
     return [b - a for a, b in pairwise(stamps)][2:]
 
 
@@ -179,7 +179,7 @@ class Adapters(ProcessCase):
     workloads = tuple(_workload(name) for name in LOOPS)
 
     def measure(self, workload: Workload, seconds: float) -> Found:
-        """In one process of one thread."""
+        """Measures in one process of one thread."""
         name = workload.name.removesuffix("_loop")
         plain, balanced = in_processes(time_loop, [(name, workload.width, _STEPS, seconds)])[0]
         samples = {

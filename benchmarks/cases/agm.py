@@ -30,7 +30,7 @@ class Responses(LogitsInputs):
             z.requires_grad_()
 
     def gradients(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Of the logits, below what they have gone through."""
+        """The gradients of the logits, below the operations on them."""
         return list(torch.autograd.grad(outputs, self.logits, self.arriving))
 
 
@@ -42,7 +42,7 @@ def _factors(losses: Tensor) -> Tensor:
 
 @register
 class Step(Case):
-    """From responses to their gradients, in the first step of a run."""
+    """The path from responses to their gradients, in the first step of a run."""
 
     name = "agm_step"
     title = "AGM: scores, and gradients of the responses"

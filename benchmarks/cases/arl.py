@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-#: Of the step before, for audio and visual.
+#: The weights of the step before, for audio and visual.
 WEIGHTS = (0.2, 0.8)
 GAMMA, CLIP = sequences.arl.GAMMA, sequences.arl.CLIP
 #: The first epoch in which gradients are scaled.
@@ -38,12 +38,12 @@ class FeatureLogits(LogitsInputs):
         self.arriving = [self._randn(shape, 1.0) for _ in self.logits]
 
     def gradients(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Of the features, below what they have gone through."""
+        """The gradients of the features, below the operations on them."""
         return list(torch.autograd.grad(outputs, self.features, self.arriving))
 
 
 class Decided(NamedTuple):
-    """Of a step, whose gradients are those of the weights before it."""
+    """The results of a step, whose gradients are those of the weights before it."""
 
     gradients: list[Tensor]
     weights: Tensor
@@ -61,7 +61,7 @@ def _weights(logits: list[Tensor]) -> Tensor:
 
 @register
 class Step(Case):
-    """From unimodal logits to the features' gradients, in the first step that is regulated."""
+    """The path from unimodal logits to the features' gradients, in the first regulated step."""
 
     name = "arl_step"
     title = "ARL: weights, and gradients of the features"
@@ -104,7 +104,7 @@ class Step(Case):
 
 
 def _unimodal(model: AudioVisual, a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """From the whole head, with zeros for the other feature."""
+    """The logits of the whole head, with zeros for the other feature."""
     out_a = model.fc(torch.cat([a, torch.zeros_like(v)], 1))
     return out_a, model.fc(torch.cat([torch.zeros_like(a), v], 1))
 

@@ -68,7 +68,7 @@ class Step(Case):
 
 
 class Guided(ThreeHeads):
-    """With a fusion to one feature's width, so that all output layers have one shape."""
+    """A step with a fusion to one feature's width, so that all output layers have one shape."""
 
     def __init__(self, width: int, classes: int) -> None:
         super().__init__(width, classes)

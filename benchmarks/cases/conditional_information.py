@@ -24,7 +24,7 @@ def _from_entropies(h_xz: Tensor, h_yz: Tensor, h_xyz: Tensor, h_z: Tensor) -> t
 
 @register
 class ConditionalInformation(Case):
-    """Of a whole batch; the released ncmi has another denominator, see `arm_information`."""
+    """A whole batch; the released ncmi has another denominator, see `arm_information`."""
 
     name = "conditional_information"
     title = "conditional_mutual_information"

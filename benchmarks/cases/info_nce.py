@@ -41,7 +41,7 @@ class ContrastInputs(Inputs):
 
 
 def exact_contrast(i: ContrastInputs) -> list[Tensor]:
-    """In float64, a block of rows at a time: the whole matrix may not fit."""
+    """The numbers in float64, a block of rows at a time: the whole matrix may not fit."""
     a, b = (feature.detach().double() for feature in i.features)
     blocks = range(0, len(a), _TILE)
 
@@ -72,7 +72,7 @@ def _contrast(a: Tensor, b: Tensor, temperature: Tensor) -> Tensor:
 
 
 def released_bound(i: ContrastInputs) -> Tensor:
-    """As people write it."""
+    """The bound as people write it."""
     a, b = i.features
     similarity = a @ b.t() / TEMPERATURE
     partner = torch.arange(len(a), device=a.device)
@@ -90,7 +90,7 @@ def eager_bound(i: ContrastInputs) -> Tensor:
 
 
 def compiled_bound(i: ContrastInputs) -> Tensor:
-    """Of the reference."""
+    """The bound of the compiled reference."""
     temperature = i.cached("temperature", lambda: torch.tensor(TEMPERATURE, device=i.device))
     return _contrast(*i.features, temperature)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-# Of 200; the weights of labels and alignment are nearly alike.
+# The epoch, of 200; the weights of labels and alignment are nearly alike in it.
 EPOCH = 80
 
 
@@ -26,7 +26,7 @@ def _logits(model: AudioVisual, a: Tensor, v: Tensor) -> list[Tensor]:
 
 @register
 class Training(TrainingCase):
-    """In an epoch of the schedule; the plain step has the joint loss alone, twice."""
+    """A step in an epoch of the schedule; the plain step has the joint loss alone, twice."""
 
     name = "lfm_training"
     title = "LFM: a whole training step"

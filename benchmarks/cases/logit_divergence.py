@@ -30,7 +30,7 @@ class PairsOfLogits(Inputs):
 
 
 def exact(i: PairsOfLogits, kind: str) -> tuple[Tensor, list[Tensor]]:
-    """In float64: the divergences, and the gradients of their sum."""
+    """The divergences in float64, and the gradients of their sum."""
     pairs = [[z.detach().double() for z in logits] for logits in (i.first, i.second)]
     place = reference.KINDS.index(kind)
     value, rows = reference.logit_divergence(*pairs, place, False)

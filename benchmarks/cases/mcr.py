@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-# Of the play; so strong that it shows in a step.
+# The weight of the play; so strong that it shows in a step.
 STRENGTH = 1.0
 PERMUTATIONS = sequences.mcr.PERMUTATIONS
 
@@ -43,7 +43,7 @@ class Play(Inputs):
 
 @register
 class Step(Case):
-    """From logits to their gradients, by the play alone: no contrast.
+    """The path from logits to their gradients, by the play alone: no contrast.
 
     Every provider draws permutations as it does, and the others than mmfuse then take those that
     mmfuse draws, so that all compute the same.
@@ -80,7 +80,7 @@ class Step(Case):
         shape = (2, PERMUTATIONS, len(i.labels))
         torch.rand(shape, device=i.device).argsort(2)
         a, v = i.logits
-        # Minus what it gets, for whom has not moved.
+        # The gradient of the modality that has not moved changes its sign.
         against_a, against_v = 2 * a.detach() - a, 2 * v.detach() - v
         moved = torch.stack([a[i.orders[0]] + against_v, v[i.orders[1]] + against_a])
         log_p = moved.log_softmax(3)
@@ -116,7 +116,7 @@ def _divergence(a: Tensor, b: Tensor) -> Tensor:
 
 @register
 class Training(TrainingCase):
-    """Without the contrast, whose pairs the released library looks up in a way of its own."""
+    """A step without the contrast, whose pairs the released library looks up in its own way."""
 
     name = "mcr_training"
     title = "MCR: a whole training step"

@@ -57,7 +57,7 @@ class Turn(Inputs):
 
 @register
 class Step(Case):
-    """Of a turn: the feature goes into P, and P is applied to the gradient of the head's weight.
+    """A turn: the feature goes into P, and P is applied to the gradient of the head's weight.
 
     As the release has it, whose division is entry by entry.
     """

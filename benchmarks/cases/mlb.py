@@ -79,7 +79,7 @@ def _logits(model: AudioVisual, a: Tensor, v: Tensor) -> list[Tensor]:
 
 @register
 class Training(TrainingCase):
-    """With the weights of the modalities' heads, which the released code scales as well."""
+    """A step with the weights of the modalities' heads, which the released code scales as well."""
 
     name = "mlb_training"
     title = "MLB: a whole training step"

@@ -51,7 +51,7 @@ def _combined(joint: list[Tensor], unimodal: list[Tensor]) -> list[Tensor]:
 
 
 class TwoGradients(GradientInputs):
-    """Of the joint loss, in `grads`, and of the unimodal ones, which disagree with it in part."""
+    """The joint loss's gradients, in `grads`, and the unimodal ones, which partly disagree."""
 
     def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device, **k: Any):
         super().__init__(workload, dtype, device, **k)

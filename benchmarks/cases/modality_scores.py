@@ -88,7 +88,7 @@ class OutputInputs(Inputs):
 
 
 def eager_log_likelihoods(i: OutputInputs) -> Tensor:
-    """Of each row, or with many labels of each label."""
+    """The log-likelihood of each row, or with many labels of each label."""
     if i.keywords:
         return -F.binary_cross_entropy_with_logits(i.logits, i.labels, reduction="none")
     return i.logits.log_softmax(1).gather(1, i.labels.unsqueeze(1))

@@ -21,7 +21,7 @@ from mmfuse.reference import modality_scores as reference_scores
 from .discrepancy_ratios import eager_ratios
 from .modality_scores import rounding_of_released_sums, stacked_scores
 
-#: What a decision takes of mmfuse.
+#: The ops of mmfuse that a decision calls.
 OPS = ("modality_scores", "modulation_factors")
 
 
@@ -77,7 +77,7 @@ class Decision(Case):
 
 @register
 class Factors(Case):
-    """With statistics: coefficient and noise of each tensor, as OGM-GE's step wants them."""
+    """The decision with statistics: coefficient and noise of each tensor, as OGM-GE wants them."""
 
     name = "modulation_factors"
     title = "modulation_factors with statistics"

@@ -59,7 +59,7 @@ def entropy(p: Tensor, *others: int) -> Tensor:
 
 
 def exact_information(i: ValueInputs) -> list[Tensor]:
-    """From the reference's counts; the bins are those of the values' own precision."""
+    """Numbers from the reference's counts; the bins are those of the values' own precision."""
     rows = [i.x.detach(), i.y.detach()]
     found, _ = reference.joint_entropies(rows, [0, 1], 2, i.bins)
     h_x, h_y, h_xy = found[0].unbind(-1)
@@ -77,7 +77,7 @@ def _shared(x: Tensor, y: Tensor, bins: int) -> tuple[Tensor, ...]:
 
 @register
 class Information(Case):
-    """Of many values; the released way is ARM's, in NumPy, whose memory is not PyTorch's."""
+    """Many values; the released way is ARM's, in NumPy, whose memory is not PyTorch's."""
 
     name = "mutual_information"
     title = "mutual_information"
@@ -117,7 +117,7 @@ class Information(Case):
 
 @register
 class SampleInformation(Information):
-    """Of many small problems, which stay in a cache between both passes."""
+    """Many small problems, which stay in a cache between both passes."""
 
     name = "sample_information"
     title = "mutual_information of each sample"

@@ -43,7 +43,7 @@ Timed = dict[str, list[float]]
 
 
 class Network(AudioVisual):
-    """Also gives each modality's logits, within the forward pass, where FSDP2's head is whole."""
+    """Gives each modality's logits, too, within the forward pass, where FSDP2's head is whole."""
 
     def forward(
         self, audio: Tensor, visual: Tensor, scores: bool
@@ -63,7 +63,7 @@ def batch(rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.SGD:
-    """Of all steps."""
+    """The optimizer of all steps."""
     return torch.optim.SGD(model.parameters(), lr=_RATE, momentum=0.9)
 
 
@@ -175,7 +175,7 @@ def time_steps(
 
 
 def _go_on(wanted: bool) -> bool:
-    """As the first rank says."""
+    """The first rank's answer."""
     if not dist.is_initialized():
         return wanted
     said = torch.tensor(wanted)

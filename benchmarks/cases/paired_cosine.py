@@ -34,7 +34,7 @@ class PairInputs(Inputs):
 
 
 def exact_cosine(i: PairInputs) -> Tensor:
-    """In float64."""
+    """The mean cosine in float64."""
     return reference.paired_cosine(*(f.detach().double() for f in i.features))
 
 
@@ -80,7 +80,7 @@ class Cosine(Case):
 
 @register
 class CosineGradients(Cosine):
-    """Forward and backward, for whoever takes it for a loss."""
+    """Forward and backward, as a loss takes it."""
 
     name = "paired_cosine_grad"
     title = "paired_cosine: forward and backward"

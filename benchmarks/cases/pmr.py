@@ -42,7 +42,7 @@ class Near(Inputs):
 
 @register
 class Step(Case):
-    """From features to their gradients, with prototypes that are there; the released rule.
+    """The path from features to their gradients, with existing prototypes; the released rule.
 
     The release scores unimodal logits as well, for a ratio that only a log
     shows; that is left out.
@@ -117,9 +117,9 @@ def prototypes(i: TrainingInputs) -> list[Tensor]:
 
 @register
 class Training(TrainingCase):
-    """With prototypes that are there: they are made once in an epoch.
+    """A step with existing prototypes: they are made once in an epoch.
 
-    The released rule, with a constant weight for who is behind and without entropies.
+    The released rule, with a constant weight for the one behind and without entropies.
     """
 
     name = "pmr_training"

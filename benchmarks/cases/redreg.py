@@ -220,7 +220,7 @@ class Monitored(TrainingCase):
 
 @register
 class MonitoredAlways(Monitored):
-    """In every step."""
+    """A monitor in every step."""
 
     name = "redreg_monitor_1"
     title = "RedReg: four steps, monitor in each"
@@ -229,7 +229,7 @@ class MonitoredAlways(Monitored):
 
 @register
 class MonitoredTwice(Monitored):
-    """In every second step."""
+    """A monitor in every second step."""
 
     name = "redreg_monitor_2"
     title = "RedReg: four steps, monitor in two"
@@ -238,7 +238,7 @@ class MonitoredTwice(Monitored):
 
 @register
 class MonitoredOnce(Monitored):
-    """In every fourth step."""
+    """A monitor in every fourth step."""
 
     name = "redreg_monitor_4"
     title = "RedReg: four steps, monitor in one"

@@ -21,7 +21,7 @@ RULE = RedundancyRule(threshold=-1.0)
 
 
 class RedundancyInputs(DecisionInputs):
-    """Also a history, a redundancy, and statistics of the gradients."""
+    """Inputs with a history, a redundancy, and statistics of the gradients."""
 
     def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(workload, dtype, device)
@@ -35,7 +35,7 @@ class RedundancyInputs(DecisionInputs):
         numbers = torch.arange(1, tensors + 1, device=device)
         x = numbers.to(torch.float32)
         self.stats = GradStats(numbers, 1 / x, x, x.sin(), x)
-        # Also the four statistics that are read.
+        # The four statistics are read, too.
         self.nbytes += tensors * (8 + 3 * 4)
 
 

@@ -16,7 +16,7 @@ from mmfuse.reference import modality_scores as reference
 
 @register
 class SampleScores(Case):
-    """Of the head's logits."""
+    """Scores from the head's logits."""
 
     name = "sample_scores"
     title = "sample_scores"
@@ -43,7 +43,7 @@ class SampleScores(Case):
 
 @register
 class SampleStatistics(SampleScores):
-    """With the argmax, the entropy, the log-sum-exp and the sum of magnitudes."""
+    """Scores with the argmax, the entropy, the log-sum-exp and the sum of magnitudes."""
 
     name = "sample_statistics"
     title = "sample_scores with statistics"

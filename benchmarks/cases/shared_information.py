@@ -18,7 +18,7 @@ from mmfuse.reference import joint_entropies as reference
 
 from .mutual_information import TOLERANCE, bins_of, counts_of, entropy
 
-#: Of the conditional mutual information.
+#: The conditional mutual information has these.
 CONDITIONAL_BINS = 2
 
 

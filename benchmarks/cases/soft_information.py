@@ -53,7 +53,7 @@ def _shares(x: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 
 def _eager_information(i: ValueInputs) -> Tensor:
-    """As a product of two [N, bins] matrices it took longer, on the CPU."""
+    """The best eager form; a product of two [N, bins] matrices took longer, on the CPU."""
     x, y = (v[0] if v.dtype == torch.float64 else v[0].float() for v in (i.x, i.y))
     (first, x_shares), (second, y_shares) = _shares(x, i.bins), _shares(y, i.bins)
     cell = first * i.bins + second

@@ -63,7 +63,7 @@ class Scale(Update):
 
 @register
 class Noise(Update):
-    """With noise of a spread that is known."""
+    """An update with noise of a known spread."""
 
     name = "update_noise"
     title = "update_grads_(scale, noise)"

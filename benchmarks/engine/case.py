@@ -11,7 +11,7 @@ import torch
 from .inputs import Inputs
 from .workloads import WORKLOADS, Workload
 
-#: By name, in the order of the files.
+#: The cases by name, in the order of the files.
 CASES: dict[str, Case] = {}
 
 Made = TypeVar("Made", bound="type[Case]")
@@ -26,8 +26,8 @@ class Case(ABC):
     that is missing is not measured.
 
     Attributes:
-        name: What `--cases` calls it.
-        title: What the report calls it.
+        name: Its name in `--cases`.
+        title: Its name in the report.
         kind: The kind of workload that it runs on.
         ops: The mmfuse ops that a backend needs for it.
         passes: How often at least one operand's worth of bytes is read or written; 0 where bytes

@@ -41,7 +41,7 @@ def compiled(*, dynamic: bool) -> Callable[[Callable[..., Any]], Callable[..., A
 
 @compiled(dynamic=True)
 def stats_of(*tensors: Tensor) -> GradStats:
-    """Of one gradient, or of one with its parameter and anchor."""
+    """Statistics of one gradient, or of one with its parameter and anchor."""
     grad, *displaced = ([t] for t in tensors)
     numel, moments = reference_stats.grad_stats(grad, *(displaced or ([], [])))
     return GradStats(numel, *moments.unbind())

@@ -31,11 +31,14 @@ _DEVICE_EVENTS = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclass(frozen=True)
 class Cost:
-    """One call's doings besides taking time."""
+    """One call's doings besides taking time; None is not counted."""
 
-    launches: int
-    host_syncs: int
-    extra_bytes: int
+    launches: int | None
+    host_syncs: int | None
+    extra_bytes: int | None
+
+
+UNCOUNTED = Cost(None, None, None)
 
 
 def cost_of(prepared: Prepared, device: torch.device) -> Cost:

@@ -34,7 +34,7 @@ def add_noise(i: GradientInputs, noise_std: Tensor) -> None:
     """Adds noise_std[t] · N(0, 1); all the noise comes from one call of the generator."""
     sizes = [g.numel() for g in i.grads]
     flat = torch.randn(sum(sizes), dtype=i.dtype, device=i.device)
-    # In the gradient's own format, without which `_foreach_` ops take tensor by tensor.
+    # The gradient's own format, without which `_foreach_` ops take tensor by tensor.
     noise = [
         z.view_as(g) if g.is_contiguous() else z.as_strided(g.shape, g.stride(), z.storage_offset())
         for z, g in zip(flat.split(sizes), i.grads, strict=True)

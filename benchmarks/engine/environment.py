@@ -17,7 +17,7 @@ import torch
 import mmfuse
 from mmfuse import _native
 
-# Of the package that is measured, which need not be this checkout's.
+# The folder of the package that is measured, which need not be this checkout's.
 _ROOT = Path(mmfuse.__file__).resolve().parents[1]
 
 
@@ -54,7 +54,7 @@ def available_bytes(device: torch.device) -> float:
 class Bystanders:
     """How much of the CPU other processes have taken since this object was made.
 
-    Where they do, PyTorch's OpenMP threads wait for a thread that does not run, and times are
+    If they take any, PyTorch's OpenMP threads wait for a thread that does not run, and times are
     milliseconds off per operator; a reader must know.
     """
 

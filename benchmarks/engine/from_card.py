@@ -30,7 +30,7 @@ class CardStep(TrainingCase):
     """
 
     network = ThreeHeads
-    # Which ops a rule will call is not on its card.
+    # A card does not say which ops its rule will call.
     ops = tuple(OPS)
 
     def exact(self, i: TrainingInputs, regulated: bool) -> list[Tensor]:

@@ -24,7 +24,7 @@ _NORM_PIECE = 2**22
 
 
 def in_format(tensor: Tensor, channels_last: bool) -> Tensor:
-    """In the memory format that `.to(memory_format=...)` gives a network's parameters."""
+    """A tensor in the memory format that `.to(memory_format=...)` gives a network's parameters."""
     if channels_last and tensor.dim() == 4:
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor

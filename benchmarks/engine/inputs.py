@@ -12,13 +12,13 @@ from .workloads import Workload
 
 #: Strength of OGM's modulation.
 ALPHA = 0.8
-#: Of the two features that are compared, on average: above the gate's threshold, and below one.
+#: The cosine of the two features, on average: above the gate's threshold, and below one.
 COSINE = 0.5
 SEED = 20220614
 
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
-    """In which sums are taken: float32 for every dtype up to it, as AMP has coefficients."""
+    """The dtype of sums: float32 for every dtype up to it, as AMP has coefficients."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -26,7 +26,7 @@ class Inputs:
     """Handed by a case to its providers.
 
     Attributes:
-        workload: Where the sizes come from.
+        workload: The source of the sizes.
         dtype: Of the data.
         device: Of the data.
         nbytes: Bytes of one operand, e.g. of all gradients.
@@ -48,7 +48,7 @@ class Inputs:
         """
 
     def cached(self, key: object, make: Callable[[], Any]) -> Any:
-        """Of what a provider makes once for a training run, outside the timed region."""
+        """An object that a provider makes once for a training run, outside the timed region."""
         if key not in self._cache:
             self._cache[key] = make()
         return self._cache[key]

@@ -27,7 +27,7 @@ class Prepared:
     """A provider's call on its inputs.
 
     Attributes:
-        call: What is timed.
+        call: The call that is timed.
         restore: Undoes what the call has changed; not timed.
         compiled: True if it runs code of torch.compile.
         queued: True if the device's time alone is wanted: the clock then starts when the whole call
@@ -51,11 +51,11 @@ class Sample:
 class Clock:
     """Times a call: once, as a training step makes it, or a short one many times in a row.
 
-    On a GPU by events. What was written before, to empty the caches, keeps the device busy while
+    On a GPU by events. The write before it, which empties the caches, keeps the device busy while
     the host prepares the first launches, as a backward pass would.
 
     Args:
-        device: Where the calls run.
+        device: The device of the calls.
         shrink: By how much the data is smaller than it should be, in a rehearsal.
     """
 
@@ -98,7 +98,7 @@ def flushes(lead: float, seconds: float) -> int:
 
 @contextlib.contextmanager
 def convolutions(*, tf32: bool) -> Iterator[None]:
-    """For a while cuDNN tries its algorithms and keeps the fastest, and rounds to TF32 or not."""
+    """Lets cuDNN try its algorithms for a while and keep the fastest, and round to TF32 or not."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32
     cudnn.benchmark, cudnn.allow_tf32 = True, tf32
@@ -124,8 +124,8 @@ def interleaved(
         providers: Name → what to time.
         clock: Times one call.
         seconds: For all calls together, in equal shares.
-        cold: Whether to empty the caches before each call.
-        in_rows: Whether to time rows of calls that take about a millisecond together. A short call
+        cold: True to empty the caches before each call.
+        in_rows: True to time rows of calls that take about a millisecond together. A short call
             on its own mostly shows what the provider before it has left in the caches.
         most: Samples of each call.
         least: Samples of each call, however long they take; default: `MIN_SAMPLES`.
@@ -167,7 +167,7 @@ def interleaved(
                 for n in active
                 if len(samples[n]) < fewest or (spent[n] < share and len(samples[n]) < most)
             ]
-            # Nobody always runs after the same neighbour.
+            # No call always runs after the same neighbour.
             order.shuffle(active)
     finally:
         gc.enable()
@@ -183,7 +183,7 @@ class BigCopy:
     """A copy far beyond the caches: the yardstick of the machine.
 
     Attributes:
-        prepared: What to time.
+        prepared: The calls to time.
         nbytes: Bytes read plus bytes written.
     """
 

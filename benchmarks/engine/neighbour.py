@@ -8,14 +8,14 @@ import sys
 import time
 from types import TracebackType
 
-# Ends by itself if whoever has started it is gone.
+# Ends by itself if the process that started it is gone.
 _SPIN = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**6))"
 # Until all of them run.
 _START_S = 0.1
 
 
 class BusyNeighbour:
-    """While the context lasts, one spinning process for each core."""
+    """Runs one spinning process for each core while the context lasts."""
 
     def __enter__(self) -> BusyNeighbour:
         command = [sys.executable, "-S", "-c", _SPIN]

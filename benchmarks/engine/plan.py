@@ -1,4 +1,4 @@
-"""In which order a run measures, and how long each measurement may take."""
+"""The order in which a run measures, and the time of each measurement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Plan:
     """A list of measurements, in the order of their worth.
 
     Attributes:
-        about: What it is for.
+        about: Its purpose.
         units: Case, workload and dtype of each.
         without: Providers that are left out unless they are named.
         samples: Of each provider and of its replays, at most.
@@ -144,8 +144,8 @@ def share(
     Args:
         plan: In the order of worth.
         seconds: For the samples of one measurement, at most.
-        minutes: For the whole run, or None. What is left is shared out among those to come, half of
-            it for data, checks and counts.
+        minutes: For the whole run, or None. The rest is shared out among those to come, half of it
+            for data, checks and counts.
         now: Tells the time in seconds.
     """
     began = now()

@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from .report import show_ratio
 from .rows import Row
 
-#: In words, and in Okabe and Ito's colours, which people with any colour vision can tell apart.
+#: Labels, and Okabe and Ito's colours, which people with any colour vision can tell apart.
 LEGEND = {
     "foreach": ("best eager PyTorch", "#999999"),
     "compile": ("torch.compile", "#E69F00"),
@@ -115,7 +115,7 @@ def _draw_panel(ax: Axes, groups: Groups) -> None:
             ratio = row.vs_official
             assert ratio is not None
             low, high = whiskers(row)
-            # From 1 outwards: what is slower than official points to the left.
+            # Bars start at 1: those slower than official point to the left.
             ax.barh(
                 y,
                 ratio - 1,

@@ -18,9 +18,9 @@ class Found:
     """Results of all processes.
 
     Attributes:
-        samples: Who steps → times; "plain" is a step without a method.
-        own: Who steps → seconds of an adapter's own code in a step.
-        reduced: Who steps → numbers that go to the other ranks in a step.
+        samples: Name of a kind of step → times; "plain" is a step without a method.
+        own: The same names → seconds of an adapter's own code in a step.
+        reduced: The same names → numbers that go to the other ranks in a step.
     """
 
     samples: Mapping[str, Sequence[Sample]]
@@ -46,7 +46,7 @@ class ProcessCase(Case):
         raise TypeError(f"{self.name} makes its inputs in its processes")
 
     def check(self, provider: str, i: Any, result: Any) -> None:
-        """Nothing: `measure` does."""
+        """Checks nothing: `measure` does."""
 
     @abstractmethod
     def measure(self, workload: Workload, seconds: float) -> Found:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class Counter:
-    """Of torch.distributed.all_reduce, with which DDP and FSDP2 themselves do not reduce."""
+    """Counts calls of torch.distributed.all_reduce, which DDP and FSDP2 themselves do not use."""
 
     def __init__(self) -> None:
         self.calls = self.numbers = 0

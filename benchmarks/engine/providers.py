@@ -1,4 +1,4 @@
-"""Who is measured: `official`, `foreach`, `compile`, and the backends of mmfuse that run here.
+"""The providers: `official`, `foreach`, `compile`, and the backends of mmfuse that run here.
 
 And `plain`, a training step without its method.
 """
@@ -21,6 +21,7 @@ from .inputs import Inputs
 from .measure import Prepared
 from .workloads import Workload
 
+REFERENCE = "reference"
 OTHERS = (PLAIN, "official", "foreach", "compile")
 _LARGEST_REFERENCE_NOISE = 2**26
 
@@ -46,7 +47,7 @@ def why_not(name: str, case: Case, workload: Workload, device: torch.device) -> 
     reason = why_no_backend(name, case.ops, device)
     if reason is not None:
         return reason
-    if name == "reference" and case.noisy and workload.elements > _LARGEST_REFERENCE_NOISE:
+    if name == REFERENCE and case.noisy and workload.elements > _LARGEST_REFERENCE_NOISE:
         return "its noise is integer arithmetic in PyTorch: minutes a call at this size"
     return None
 

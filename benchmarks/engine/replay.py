@@ -28,7 +28,7 @@ class Recording:
 
     Attributes:
         replay: Does again on the device what was recorded, on the same tensors.
-        result: What the call has returned; every replay writes it anew.
+        result: The call's result; every replay writes it anew.
     """
 
     replay: Call

@@ -38,6 +38,14 @@ def _digits(value: float) -> str:
     return f"{value:.2f}" if value >= 0.995 else f"{value:#.2g}"
 
 
+def _count(value: int | None) -> str:
+    return NO_NUMBER if value is None else str(value)
+
+
+def _mib(value: float | None) -> str:
+    return NO_NUMBER if value is None else f"{value:.{2 if value < 10 else 0}f}"
+
+
 _COLUMNS: dict[str, Callable[[Row], str]] = {
     "provider": lambda r: r.provider,
     "×official": lambda r: show_ratio(r.vs_official),
@@ -54,10 +62,10 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "GB/s": lambda r: NO_NUMBER if r.gb_per_s is None else _digits(r.gb_per_s),
     "of copy": lambda r: NO_NUMBER if r.copy_share is None else f"{r.copy_share:.0%}",
     "×floor": lambda r: show_ratio(r.times_floor),
-    "launches": lambda r: str(r.launches),
-    "syncs": lambda r: str(r.host_syncs),
-    "extra MiB": lambda r: f"{r.extra_mib:.{2 if r.extra_mib < 10 else 0}f}",
-    "reduced": lambda r: NO_NUMBER if r.reduced is None else str(r.reduced),
+    "launches": lambda r: _count(r.launches),
+    "syncs": lambda r: _count(r.host_syncs),
+    "extra MiB": lambda r: _mib(r.extra_mib),
+    "reduced": lambda r: _count(r.reduced),
     "adapter": lambda r: NO_NUMBER if r.own_us is None else show_time(r.own_us / 1e3),
     "samples": lambda r: str(r.samples),
 }
@@ -139,7 +147,8 @@ _NOTES = """\
 - *launches*: on a GPU, kernels, copies and fills that the profiler saw. On the CPU, operators
   dispatched (a `_foreach_` operator counts once, though it loops inside), and for `compile` the
   kernels that Inductor generated. *syncs*: how often the host waits for a value.
-- *extra MiB*: peak of what the call allocates from PyTorch's allocator.
+- *extra MiB*: peak of what the call allocates from PyTorch's allocator. A dash: launches, syncs and
+  memory are not counted where `reference` makes noise, which takes it thousands of operators.
 - *reduced*: how many numbers mmfuse sends to the other ranks in a step. *adapter*: the adapter's
   own code in a step, without the method and the framework.
 """

@@ -1,4 +1,4 @@
-"""Where results live, and how they are read again: results/<machine>/<commit>/.
+"""The folders of results, results/<machine>/<commit>/, and reading them again.
 
 A folder of a commit is filled by one run or by several, each of which replaces what it measures
 anew; `facts.json` has what the numbers depend on. Nothing of a dirty tree gets there.
@@ -38,7 +38,7 @@ class Facts:
 
 
 def folder_of_commit(device: torch.device) -> Path:
-    """Where a run's results belong.
+    """The folder that a run's results belong to.
 
     Raises:
         DirtyTree: files differ from the commit, or there is none.

@@ -48,9 +48,9 @@ class Row:
     copy_share: float | None
     times_floor: float | None
     floor_bytes: int
-    launches: int
-    host_syncs: int
-    extra_mib: float
+    launches: int | None
+    host_syncs: int | None
+    extra_mib: float | None
     own_us: float | None = None
     reduced: int | None = None
 
@@ -130,7 +130,7 @@ def make_rows(
                 floor_bytes=floor_bytes,
                 launches=cost.launches,
                 host_syncs=cost.host_syncs,
-                extra_mib=cost.extra_bytes / _MIB,
+                extra_mib=_scaled(cost.extra_bytes, 1 / _MIB),
                 own_us=_scaled(besides.own.get(provider), 1e6),
                 reduced=besides.reduced.get(provider),
             )

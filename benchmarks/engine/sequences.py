@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-# At the end, so that an installed mmfuse stays the one that is measured.
+# It goes to the end, so that an installed mmfuse stays the one that is measured.
 sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 

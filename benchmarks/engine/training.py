@@ -15,7 +15,7 @@ from .inputs import SEED, Inputs
 from .networks import AudioVisual
 from .workloads import Workload
 
-#: With which probability RedReg drops a modality in the first epoch.
+#: RedReg drops a modality with this probability in the first epoch.
 DROP = 0.6
 
 
@@ -93,5 +93,5 @@ class TrainingInputs(Inputs):
 
 
 def new_optimizer(model: AudioVisual) -> torch.optim.SGD:
-    """As both releases make it."""
+    """The optimizer as both releases make it."""
     return torch.optim.SGD(model.parameters(), lr=2e-3, momentum=0.9, weight_decay=1e-4)

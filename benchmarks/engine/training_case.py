@@ -58,7 +58,7 @@ def take_step(i: TrainingInputs, losses: Callable[[AudioVisual], Sequence[Tensor
 
 
 def joint_step(i: TrainingInputs) -> None:
-    """On the joint loss."""
+    """Trains on the joint loss."""
 
     def losses(model: AudioVisual) -> Sequence[Tensor]:
         _, _, out = model(i.audio, i.visual)
@@ -68,7 +68,7 @@ def joint_step(i: TrainingInputs) -> None:
 
 
 def own_heads_step(i: TrainingInputs) -> None:
-    """On the joint loss and on those of both modalities, from heads of their own."""
+    """Trains on the joint loss and on those of both modalities, from heads of their own."""
 
     def losses(model: AudioVisual) -> Sequence[Tensor]:
         a, v, out = model(i.audio, i.visual)

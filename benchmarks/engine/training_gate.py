@@ -35,7 +35,7 @@ class Pass:
     logits: list[Tensor]
 
     def named_gradients(self) -> list[tuple[str, Tensor | None]]:
-        """Of every parameter."""
+        """The gradients of every parameter, by name."""
         return [(name, p.grad) for name, p in self.model.named_parameters()]
 
 
@@ -50,7 +50,7 @@ def true_class(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def modality_of(name: str) -> int | None:
-    """Whose parameter it is, by its name; None for a head's."""
+    """The modality of a parameter, by its name; None for a head's."""
     return {"audio_net": 0, "visual_net": 1}.get(name.split(".")[0])
 
 

@@ -1,4 +1,4 @@
-"""Where updates are compared: windows of every tensor, and the stream's noise in all of them.
+"""Windows of every tensor, in which updates are compared, and the stream's noise in all of them.
 
 On a GPU what counts is the launches, so the noise of all windows is formed at once.
 """

@@ -18,8 +18,8 @@ class Workload:
     """Sizes only; a case makes the tensors.
 
     Attributes:
-        name: What `--workloads` calls it.
-        title: What the report calls it.
+        name: Its name in `--workloads`.
+        title: Its name in the report.
         kind: Which cases run on it: here "gradients", "logits", "features" or "training"; what only
             one case runs on stands in its file.
         encoders: One tuple of parameter shapes per modality.
@@ -65,7 +65,7 @@ class Workload:
 
     @property
     def pixels(self) -> int:
-        """Of a training step's batch, over all spectrograms and images; else none."""
+        """The pixels of a training step's batch, over all spectrograms and images; else none."""
         if self.kind != "training":
             return 0
         images = self.frames * math.prod(self.shape)
@@ -155,7 +155,7 @@ _ALL = (
     ),
 )
 
-#: By name; a case adds those that only it runs on.
+#: The workloads by name; a case adds those that only it runs on.
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
 
 
@@ -198,7 +198,7 @@ def shrunk(workload: Workload, by: int) -> Workload:
 
 
 def tiny(workload: Workload) -> Workload:
-    """As many tensors, of a few elements each: a call on them takes what the host takes."""
+    """The workload with a few elements in each tensor: a call then takes the host's time."""
     return replace(
         workload,
         encoders=tuple(

@@ -15,7 +15,7 @@ struct Compared {
   int64_t modalities;
   bool table;
 
-  // By how much m is ahead of j; NaN where they share no sample.
+  // The lead of m over j; NaN where they share no sample.
   MMFUSE_HD double ahead(int64_t m, int64_t j) const {
     return table ? score(m * modalities + j) - score(j * modalities + m) : score(m) - score(j);
   }
@@ -25,7 +25,7 @@ struct Compared {
     return table && (isnan(score(m * modalities + j)) || isnan(score(j * modalities + m)));
   }
 
-  // That of m over all of its own samples; NaN for one that is missing.
+  // m's score over all of its own samples; NaN for a modality that is missing.
   MMFUSE_HD double own(int64_t m) const { return score(table ? m * modalities + m : m); }
 };
 

@@ -1,4 +1,4 @@
-// What OGM and OGM-GE decide: discrepancy ratios, coefficients, the noise's standard deviation.
+// The decision of OGM and OGM-GE: discrepancy ratios, coefficients, the noise's standard deviation.
 #pragma once
 
 #include <math.h>

@@ -66,7 +66,7 @@ MMFUSE_HD double redundancy_phase(const Redundancy& now, double growth,
   return now.last / (average + kRedundancyEps) - rule.gamma * growing;
 }
 
-// Of the one modality that is ahead of all others, if it is redundant; 0 for the rest.
+// The strength of the one modality ahead of all others, if it is redundant; 0 for the rest.
 template <typename F>
 MMFUSE_HD double redundancy_strength(const Compared<F>& compared, int64_t m, double phase,
                                      const RedundancyRule& rule) {

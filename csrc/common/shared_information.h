@@ -17,12 +17,12 @@ MMFUSE_HD double normalised(double twice_mi, double total) {
   return share < 0 ? 0 : share > 1 ? 1 : share;
 }
 
-// Of h = H(m), H(c), H(m, c).
+// nmi, from h = H(m), H(c), H(m, c).
 MMFUSE_HD double shared_alone(const double* h) {
   return normalised(2 * (h[0] + h[1] - h[2]), h[0] + h[1]);
 }
 
-// Of m and c given j, from h = H(m), H(j), H(m, j), H(c), H(m, c), H(j, c), H(m, j, c).
+// ncmi of m and c given j, from h = H(m), H(j), H(m, j), H(c), H(m, c), H(j, c), H(m, j, c).
 MMFUSE_HD double shared_given_second(const double* h) {
   return normalised(2 * (h[2] + h[5] - h[6] - h[1]), h[2] + h[5] - 2 * h[1]);
 }

@@ -9,7 +9,7 @@
 namespace mmfuse::cpu {
 namespace {
 
-// Of a row to draw for, and once more to copy or not; of a byte of it.
+// A row's cost to draw for, and once more to copy or not; a byte's cost.
 constexpr Nanoseconds kRow = ns(0.5);
 constexpr Nanoseconds kByte = ns(0.015);
 

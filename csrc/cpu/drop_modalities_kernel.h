@@ -60,7 +60,7 @@ inline void drop_rows(const DropSlice& slice) {
 }
 
 // Rows of one vector or less: their factors are spread out first, since a branch for each row that
-// nobody can foresee would take longer than the row.
+// a processor cannot foresee would take longer than the row.
 template <typename scalar_t>
 inline void drop_narrow_rows(const DropSlice& slice) {
   using acc_t = acc_type<scalar_t>;

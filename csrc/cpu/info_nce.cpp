@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> product_gradients(const Tensor& a, const Tensor& b,
   return {torch::stable::to(grad_a, a.scalar_type()), torch::stable::to(grad_b, b.scalar_type())};
 }
 
-// Of an element of a similarity matrix, forwards or backwards.
+// The cost of an element of a similarity matrix, forwards or backwards.
 Nanoseconds cost_of(const SimilarityBlock& block) {
   return block.rows * block.columns * ns(block.dtype == DType::kFloat64 ? 2 : 0.8);
 }
@@ -80,7 +80,7 @@ class LogSumExp {
   double result(int64_t i) const { return max_[i] + std::log(sum_[i]); }
 
  private:
-  // As finite as the kernel's own.
+  // The sum is as finite as the kernel's own.
   static double shift_of(double max) {
     return std::clamp(max, std::numeric_limits<double>::lowest(),
                       std::numeric_limits<double>::max());

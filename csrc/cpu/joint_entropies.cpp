@@ -137,7 +137,7 @@ class JointCounter {
       ranges[i] =
           range_(slice(row % variables, row / variables, begin, std::min(length_, begin + step)));
     });
-    // For each problem those of all tables, as in `run`.
+    // The bins of all tables for each problem, as in `run`.
     const size_t own = tables_.size() * variables;
     std::vector<RowBins> rows(problems_ * own);
     for (size_t r = 0; r < problems_ * variables; ++r) {
@@ -190,7 +190,7 @@ class JointCounter {
     return problems_ * cost;
   }
 
-  // Of one tuple.
+  // The cost of one tuple.
   static Nanoseconds entropy_cost(const Table& table) { return table.cells * ns(1.5); }
 
   bool wide() const { return dtype_ == DType::kFloat64; }

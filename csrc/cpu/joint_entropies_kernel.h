@@ -51,7 +51,7 @@ inline RowRange row_range(const RowSlice& row) {
   });
 }
 
-// As many int32 as F64 has lanes.
+// A vector of as many int32 as F64 has lanes.
 using I32Half = int32_t __attribute__((vector_size(kVectorBytes / 2)));
 
 inline I32 lane_integers(I32 x) { return x; }
@@ -162,7 +162,7 @@ inline void count_halves_of(const RowSlice* rows, const RowBins* const* bins, ui
   for (int s = 1; s < kSets; ++s) {
     for (int lane = 0; lane < kWidth; ++lane) counts[s] -= above[s][lane];
   }
-  // From "at least these" to "these and no others".
+  // Turns "at least these" into "these and no others".
   for (int k = 0; k < kOrder; ++k) {
     for (int s = 0; s < kSets; ++s) {
       if ((s >> k & 1) == 0) counts[s] -= counts[s | 1 << k];

@@ -42,7 +42,7 @@ struct C10_HIDDEN Call {
     return std::clamp<int64_t>(kTaskElements / pair.classes, 1, kMaxTaskRows);
   }
 
-  // Of row k of both, and of a class of it besides.
+  // The cost of row k of both, and of a class of it besides.
   Nanoseconds cost_of(const LogitPair& pair, bool backward) const {
     const bool wide = pair.dtype == DType::kFloat64;
     const double row = backward ? 35 : 100;

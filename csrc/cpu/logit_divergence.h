@@ -6,11 +6,11 @@
 
 namespace mmfuse::cpu {
 
-// In the order of mmfuse/reference/logit_divergence.py.
+// The kinds in the order of mmfuse/reference/logit_divergence.py.
 enum class DivergenceKind { kKl, kMixture, kJs };
 
-// Of each row: both maxima, both logarithms of the sums of exponentials, and the means under p and
-// under q that its gradients take.
+// The numbers of each row: both maxima, both logarithms of the sums of exponentials, and the means
+// under p and under q that its gradients take.
 constexpr int kRowNumbers = 6;
 
 // More than a vector of any level.

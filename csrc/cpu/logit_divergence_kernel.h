@@ -125,7 +125,7 @@ class PairRow {
   static vec_t log_of_one_more(vec_t x) {
     const vec_t zero{}, one = zero + 1;
     const vec_t u = one + x;
-    // What 1 + x has rounded away.
+    // x - (u - 1) is the part of x that 1 + x has rounded away.
     return log_of_normal(u) + (x - (u - one));
   }
 

@@ -15,10 +15,10 @@ namespace {
 
 // Enough rows to be worth a task of their own.
 constexpr int64_t kTaskElements = 16384;
-// Where the rows adjoin, a task has whole vectors of them.
+// If the rows adjoin, a task has whole vectors of them.
 constexpr int64_t kTaskColumns = 64;
 
-// Of the rows, whatever is made of them: the passes differ by less than these do.
+// The cost of the rows in any pass: the passes differ by less than these do.
 Nanoseconds cost_of(const LogitRows& rows) {
   const bool wide = rows.dtype == DType::kFloat64;
   double element = rows.classes_adjoin ? (wide ? 1.7 : 0.2) : (wide ? 3 : 1);

@@ -6,7 +6,7 @@
 
 namespace mmfuse::cpu {
 
-// At least a vector of any level.
+// Room for at least a vector of any level.
 constexpr int64_t kTermsPadding = 16;
 
 // Rows of one task at most, whose scores are on its stack.
@@ -51,7 +51,7 @@ struct LogitRows {
   int64_t end;
 };
 
-// Of each row from `begin` on: its scores, 0 for one that does not count, and its weight.
+// The results of each row from `begin` on: scores, 0 for one that does not count, and weight.
 struct RowScores {
   double* prob;
   double* log_prob;

@@ -136,7 +136,7 @@ class ScoreRow {
     }
   }
 
-  // Of the true class, as it was before there were other targets: to the bit.
+  // Scores of the true class, as they were before there were other targets: to the bit.
   void index_scores(const RowScores& out, int64_t i, int64_t label) const {
     const double weight = index_weight(rows_, label);
     const double nan = std::numeric_limits<double>::quiet_NaN();
@@ -150,7 +150,7 @@ class ScoreRow {
     put_scores(out, i, std::exp(below_max) / sum, below_max - std::log(sum), weight);
   }
 
-  // As index_scores, and the row's statistics from the same vectors.
+  // Does as index_scores, and forms the row's statistics from the same vectors.
   void index_statistics(const RowStatistics& out, int64_t i, int64_t label) const {
     const double weight = index_weight(rows_, label);
     const bool possible = label >= 0 && label < rows_.classes;

@@ -9,7 +9,7 @@
 namespace mmfuse::cpu {
 namespace {
 
-// Of an element: two deviates.
+// The cost of an element: two deviates.
 constexpr Nanoseconds kElement = ns(1.4);
 
 }  // namespace

@@ -34,7 +34,7 @@ inline double tiles_views(const ViewsSlice& slice) {
       views[k] = static_cast<scalar_t*>(slice.views[k]) + at;
       write_view(x, sources[k].draw(slice.noise_offsets[k] + at, n, x), sigma, n, views[k]);
     }
-    // From the views as they are stored, rounded to their type.
+    // The difference is of the views as they are stored, rounded to their type.
     sum += squared_difference(views[0], views[1], n);
   }
   return sum;

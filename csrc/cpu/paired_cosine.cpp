@@ -14,7 +14,7 @@ int64_t rows_per_task(int64_t width) {
   return std::clamp<int64_t>(kChunk / std::max<int64_t>(1, width), 1, 4096);
 }
 
-// Of rows of a and b, and of an element of both besides.
+// The cost of rows of a and b, and of an element of both besides.
 Nanoseconds cost_of(DType dtype, int64_t rows, int64_t width, bool backward) {
   const double row = backward ? 20 : 12;
   const double element = (backward ? 0.25 : 0.08) * (dtype == DType::kFloat64 ? 2 : 1);

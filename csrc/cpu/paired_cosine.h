@@ -18,7 +18,7 @@ struct FeatureRows {
   int64_t end;
 };
 
-// Where the gradients go, and the gradient of one row's cosine.
+// The places of both gradients, and the gradient of one row's cosine.
 struct CosineGrads {
   void* grad_a;
   void* grad_b;

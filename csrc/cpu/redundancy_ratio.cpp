@@ -10,7 +10,7 @@ namespace mmfuse::cpu {
 namespace {
 
 constexpr double kEps = 1e-12;
-// Of an element.
+// The cost of an element.
 constexpr Nanoseconds kNarrow = ns(0.07), kWide = ns(0.2);
 
 }  // namespace

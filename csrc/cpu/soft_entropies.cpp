@@ -11,7 +11,7 @@
 
 namespace mmfuse::cpu {
 
-// In soft_histogram.cpp; `present` is [P, N], null where all count.
+// Defined in soft_histogram.cpp; `present` is [P, N], null where all count.
 Tensor masked_soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
                              const Tensor& y_range, int64_t bins, const bool* present);
 
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> masked_soft_histogram_backward(
 
 namespace {
 
-// As of joint_entropies' ranges and entropies, which are the same work.
+// The costs of joint_entropies' ranges and entropies, which are the same work.
 constexpr Nanoseconds kValue = ns(0.08);
 constexpr Nanoseconds kCell = ns(1.5);
 
@@ -47,7 +47,7 @@ void for_each_part(const Tensor& x, const bool* present, const F& f) {
   });
 }
 
-// As in the reference: constant rows are at the first of the bins' centres.
+// The reference does the same: constant rows are at the first of the bins' centres.
 Tensor value_range(const Tensor& x, const bool* present) {
   const int64_t problems = x.size(0), parts = (x.size(1) + kChunk - 1) / kChunk;
   std::vector<ValueEnds> found(problems * parts);

@@ -29,7 +29,7 @@ inline ValueEnds ends_of(const acc_t* x, int64_t n) {
   return {lowest + static_cast<double>(sum), highest + static_cast<double>(sum)};
 }
 
-// Of the values that count; the others are taken for the first of these.
+// The ends of the values that count; the others are taken for the first of these.
 template <typename acc_t>
 inline ValueEnds ends_of_present(const acc_t* x, const bool* present, int64_t n) {
   constexpr int64_t kTogether = 512;

@@ -15,7 +15,7 @@ namespace {
 constexpr int64_t kMaxParts = 16;
 constexpr int64_t kMinPart = 65536;
 
-// Of a sample, forwards or backwards, and of a cell.
+// The cost of a sample, forwards or backwards, and of a cell.
 constexpr Nanoseconds kSample = ns(3.2);
 constexpr Nanoseconds kCell = ns(0.2);
 
@@ -95,7 +95,7 @@ class SoftProblems {
                                      : static_cast<const float*>(ranges)[i];
   }
 
-  // In the type that the values are computed in, which decides where a range is too wide or narrow.
+  // The type that the values are computed in decides if a range is too wide or narrow.
   double width(const void* ranges, int64_t p) const {
     const double low = end_of(ranges, 2 * p), high = end_of(ranges, 2 * p + 1);
     return dtype_ == DType::kFloat64 ? high - low

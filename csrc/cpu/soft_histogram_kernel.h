@@ -28,7 +28,7 @@ inline int32_t lower_bin(acc_t place, int32_t most) {
   return place >= 0 ? std::min(static_cast<int32_t>(place), most) : 0;
 }
 
-// Puts samples that do not count, of which nothing is known, in the first bin.
+// Puts samples that do not count, which may hold anything, in the first bin.
 template <typename acc_t>
 inline void place_missing(const bool* present, int64_t n, acc_t* places) {
   for (int64_t k = 0; k < n; ++k) places[k] = present[k] ? places[k] : acc_t(0);
@@ -63,7 +63,7 @@ inline bool add_samples_of(const SoftSamples& samples, double* cells) {
       double* lower = upper + samples.bins;
       acc_t left = 1 - g, right = g;
       if constexpr (kMasked) {
-        // Of a sample that does not count both are 0.
+        // A sample that does not count has 0 for both.
         const acc_t share = samples.present[begin + k] ? acc_t(1) : acc_t(0);
         left *= share;
         right *= share;
@@ -126,13 +126,13 @@ inline SoftRangeSums write_gradients_of(const SoftSamples& samples, const SoftGr
       x[k] = by_f;
       y[k] = by_g;
     }
-    // Of the places only their slopes are needed now.
+    // Only the slopes of the places are needed now.
     scalar_t* grad_x = static_cast<scalar_t*>(grads.grad_x) + begin;
     scalar_t* grad_y = static_cast<scalar_t*>(grads.grad_y) + begin;
     store_scaled(x, n, samples.x.per_unit, grad_x);
     store_scaled(y, n, samples.y.per_unit, grad_y);
     if constexpr (kMasked) {
-      // Where no sample counts there is no range: 0 times its NaN is not 0.
+      // A problem in which no sample counts has no range: 0 times its NaN is not 0.
       for (int64_t k = 0; k < n; ++k) {
         if (samples.present[begin + k]) continue;
         grad_x[k] = scalar_t{};

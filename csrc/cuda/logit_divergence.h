@@ -10,11 +10,11 @@
 
 namespace mmfuse::cuda {
 
-// In the order of mmfuse/reference/logit_divergence.py.
+// The kinds in the order of mmfuse/reference/logit_divergence.py.
 enum class DivergenceKind : int32_t { kKl, kMixture, kJs };
 
-// Of each row: both maxima, both logarithms of the sums of exponentials, and the means under p and
-// under q that its gradients take.
+// The numbers of each row: both maxima, both logarithms of the sums of exponentials, and the means
+// under p and under q that its gradients take.
 constexpr int kRowNumbers = 6;
 
 // Both [rows, classes]; the classes adjoin in memory. Gradients are contiguous, or null.

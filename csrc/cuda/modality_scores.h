@@ -91,7 +91,7 @@ struct SampleStatisticsParams {
   void* abs_sum;
 };
 
-// Of class indices.
+// Statistics for class indices.
 void launch_sample_statistics(const SampleStatisticsParams& params, cudaStream_t stream);
 
 struct ModalityScoresBackwardParams {

@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
   const int64_t begin = static_cast<int64_t>(blockIdx.x) * kViewsChunk;
   const int64_t left = params.numel - begin;
   const int elements = left < kViewsChunk ? static_cast<int>(left) : kViewsChunk;
-  // Where each view draws blocks of its own, that is most of the work, and rare: one loop is
-  // enough.
+  // If each view draws blocks of its own, which is rare, drawing them is most of the work: one loop
+  // is enough.
   const auto sum = kWhole && vector && elements == kViewsChunk
                        ? make_views<scalar_t, kWhole, kWhole>(params, begin, elements, vector)
                        : make_views<scalar_t, kWhole, false>(params, begin, elements, vector);

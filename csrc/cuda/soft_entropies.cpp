@@ -5,7 +5,7 @@
 
 namespace mmfuse::cuda {
 
-// In soft_histogram.cpp; `present` is [P, N], null where all count.
+// Defined in soft_histogram.cpp; `present` is [P, N], null where all count.
 Tensor masked_soft_histogram(const Tensor& x, const Tensor& y, const Tensor& x_range,
                              const Tensor& y_range, int64_t bins, const bool* present);
 
@@ -27,7 +27,7 @@ SoftPairs soft_pairs(const Tensor& x, const Tensor& y, const Tensor& x_range, co
       x.scalar_type() == ScalarType::Double};
 }
 
-// Of the problems of a call, how many samples count in each.
+// The numbers of samples that count, in each problem of a call.
 struct C10_HIDDEN Counts {
   std::optional<Tensor> numbers;
 

@@ -15,7 +15,7 @@ constexpr int kMaxBins = 256;
 template <typename acc_t>
 constexpr acc_t kLeast = std::is_same_v<acc_t, double> ? DBL_MIN : FLT_MIN;
 
-// As in the reference: constant rows are at the first of the bins' centres.
+// The reference does the same: constant rows are at the first of the bins' centres.
 template <typename acc_t>
 __device__ __forceinline__ void store_range(const SoftPairs& pairs, int variable, int64_t problem,
                                             Range<acc_t> range) {
@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
   int counts[1] = {0};
   for (int i = threadIdx.x; i < part.elements; i += kThreads) counts[0] += present[i];
   block_sum<kThreads>(counts);
-  // Of whole numbers the order does not matter.
+  // The order does not matter to whole numbers.
   if (threadIdx.x == 0 && counts[0] > 0) {
     atomicAdd(out + part.problem, static_cast<unsigned long long>(counts[0]));
   }
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   block_sum<kThreads>(counts);
   if (threadIdx.x != 0) return;
-  // Of whole numbers the order does not matter.
+  // The order does not matter to whole numbers.
   unsigned long long* out = params.counts + 2 * (variable * pairs.problems + part.problem);
   for (int k = 0; k < 2; ++k) {
     if (counts[k] > 0) atomicAdd(out + k, static_cast<unsigned long long>(counts[k]));

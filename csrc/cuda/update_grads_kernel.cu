@@ -11,7 +11,7 @@
 namespace mmfuse::cuda {
 namespace {
 
-// As many as the registers allow.
+// Threads of a block, as many as the registers allow.
 template <typename scalar_t, Anchors kAnchors, bool kNoise>
 constexpr int kBlocksPerSm = kAnchors == Anchors::kNone ? (kNoise || sizeof(scalar_t) == 8 ? 4 : 5)
                              : kAnchors == Anchors::kMixed ? (kNoise ? 2 : 4)
@@ -164,7 +164,7 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x == 0) store_result(table.sq_norm, table.wide, sum[0], slot);
 }
 
-// Where each tensor's partial sums begin, by its slot, while the groups' tables are launched.
+// The row at which each tensor's partial sums begin, by its slot, while the groups' tables launch.
 struct PartialRows {
   std::vector<int64_t> first;
   int64_t next = 0;

@@ -102,7 +102,7 @@ void parallel_steps(int64_t total, int64_t step, Nanoseconds cost, const F& f) {
                 [&](int64_t i) { f(i, i * step, std::min(total, (i + 1) * step)); });
 }
 
-// In pairs, so that the rounding hardly grows with the count.
+// Adds in pairs, so that the rounding hardly grows with the count.
 inline double pairwise_sum(const double* x, size_t count) {
   if (count <= 8) return std::accumulate(x, x + count, 0.0);
   const size_t half = count / 2;

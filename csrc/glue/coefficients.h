@@ -36,7 +36,7 @@ inline NoiseKey noise_key(const int64_t* state, int64_t stream_id) {
           static_cast<uint32_t>(state[1])};
 }
 
-// Where float32 or float64 numbers are written.
+// A tensor that takes float32 or float64 numbers.
 class Numbers {
  public:
   explicit Numbers(Tensor& tensor)

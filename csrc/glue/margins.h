@@ -71,7 +71,7 @@ inline void write_entropies(const int64_t* counts, int order, int bins, int64_t 
   for (int mask = whole; mask > 0; --mask) {
     const int kept = __builtin_popcount(mask);
     if (mask != whole) {
-      // From the margin that has one variable more.
+      // It is formed from the margin that has one variable more.
       const int added = __builtin_ctz(~mask);
       const int before = __builtin_popcount(mask & ((1 << added) - 1));
       sum_bins(margins[mask | 1 << added], power(bins, before), bins, power(bins, kept - before),

@@ -1,5 +1,5 @@
-// Whether new results on the CPU are filled with NaN before a kernel writes them, which tests ask
-// for: PyTorch's own way fills what comes through its dispatcher alone.
+// A switch for tests, which fills new results on the CPU with NaN before a kernel writes them:
+// PyTorch's own switch fills only tensors that come through its dispatcher.
 #pragma once
 
 namespace mmfuse {

@@ -63,7 +63,7 @@ struct RowOrder {
   }
 };
 
-// As mmfuse/ops/_tensors.py has it: places in a row fit the arithmetic of all backends.
+// mmfuse/ops/_tensors.py has it, too: places in a row fit the arithmetic of all backends.
 constexpr int64_t kLongestRow = int64_t{1} << 20;
 
 inline RowOrder row_order(const Tensor& tensor, const char* what) {
@@ -71,7 +71,7 @@ inline RowOrder row_order(const Tensor& tensor, const char* what) {
   const int64_t dims = tensor.dim();
   bool last = dims == 4 || dims == 5;
   int64_t expected = 1;
-  // From the dimension that lies closest: channels, the spatial ones from the last, rows.
+  // The order begins with the dimension that lies closest: channels, spatial ones backwards, rows.
   for (int64_t i = 0; last && i < dims; ++i) {
     const int64_t d = i == 0 ? 1 : i == dims - 1 ? 0 : dims - i;
     last = tensor.size(d) == 1 || tensor.stride(d) == expected;

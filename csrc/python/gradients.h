@@ -15,7 +15,7 @@
 
 namespace mmfuse::python {
 
-// As DLPack 1 lays them out; what is not used has no type.
+// The layout of DLPack 1; what is not used has no type.
 struct DLTensor {
   void* data;
   int32_t device_type, device_id;
@@ -48,7 +48,7 @@ constexpr uint8_t kInt = 0, kFloat = 2, kBFloat = 4;
 // A row of a table, as `glue/table.h` reads it: data, number of elements, dtypes, stream id,
 // channels and spatial size of a row order, and the data of parameter and anchor, 0 without them.
 constexpr int64_t kRow = 8;
-// As `glue/tensors.h` has it.
+// `glue/tensors.h` has it, too.
 constexpr int64_t kLongestRow = int64_t{1} << 20;
 
 // A reference that ends with its scope.
@@ -262,7 +262,7 @@ struct Table {
     return table;
   }
 
-  // By whatever thread lets go of it.
+  // Whatever thread lets go of it runs this.
   static void free(DLManaged* managed) {
     delete last.exchange(static_cast<Table*>(managed->context));
   }

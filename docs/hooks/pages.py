@@ -19,26 +19,36 @@ ROOT = Path(__file__).resolve().parents[2]
 MOST_LINES_OF_README = 150
 #: Documents of the root that are pages of the site as well.
 FROM_ROOT = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+#: Figures and tables of the comparisons, and their folder in the site.
+RESULTS, IN_SITE = "examples/results", "results"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the documents of the root, with links as they are in `docs/`."""
+    """Adds the documents of the root, with links as they are in `docs/`, and the results."""
     for name, page in FROM_ROOT.items():
         text = (ROOT / name).read_text()
         text = re.sub(r"\]\(docs/", "](", text)
         for other, its in FROM_ROOT.items():
             text = text.replace(f"]({other}", f"]({its}")
         files.append(File.generated(config, page, content=text))
+    for kind in ("png", "csv", "json"):
+        for path in sorted((ROOT / RESULTS).glob(f"*/*.{kind}")):
+            uri = f"{IN_SITE}/{path.parent.name}/{path.name}"
+            files.append(File.generated(config, uri, abs_src_path=str(path)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    """Puts an entry for every public name of `mmfuse.ops` where the page of the operators ends."""
+    """Points links at the results as the site has them, and fills the page of the operators.
+
+    That page gets an entry for every public name of `mmfuse.ops`.
+    """
+    markdown = markdown.replace(f"](../{RESULTS}/", f"]({IN_SITE}/")
     if page.file.src_uri != "ops.md":
         return markdown
     found = []
     for name in sorted(set(mmfuse.ops.__all__) - {"BACKENDS"}, key=str.lower):
-        # By the module that defines it: `mmfuse.ops.grad_stats` is the name of a module, too.
+        # The module that defines it counts: `mmfuse.ops.grad_stats` is the name of a module, too.
         found.append(f"::: {getattr(mmfuse.ops, name).__module__}.{name}")
     return markdown.replace("<!-- operators -->", "\n\n".join(found))
 

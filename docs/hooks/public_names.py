@@ -23,7 +23,7 @@ def public() -> set[str]:
     """The dotted names that users may rely on."""
     names = {f"mmfuse.{n}" for n in dir(mmfuse) if not n.startswith("_")}
     modules = {f"mmfuse.{n}" for n in ("ops", "amp", "scores")}
-    # By the module that defines it: beside the function `grad_stats` there is a module of the name.
+    # The module that defines it counts: beside `grad_stats` there is a module of the name.
     operators = (getattr(mmfuse.ops, n) for n in mmfuse.ops.__all__ if n != "BACKENDS")
     names |= {f"{operator.__module__}.{operator.__name__}" for operator in operators}
     for module in (mmfuse.amp, mmfuse.scores, accelerate, lightning, transformers):

@@ -1,1 +1,1 @@
-"""What the demonstrations and the comparison share: data, networks, training, measures, figures."""
+"""Data, networks, training, measures and figures of the demonstrations and the comparison."""

@@ -92,7 +92,7 @@ def _array(file: str) -> np.ndarray:
 def near_duplicates(images: Tensor, block: int = 1000) -> Tensor:
     """Numbers of groups: images that are nearly alike, or mirror each other, share one.
 
-    Whoever is like one member of a group belongs to it.
+    An image that is like one member of a group belongs to it.
 
     Args:
         images: [N, 1, H, W].
@@ -161,7 +161,7 @@ def split(
 def pair(data: Animals, heard: Tensor, seen: Tensor, each: int, generator: torch.Generator) -> Part:
     """`each` pairs of every class from some utterances and some images, in random order.
 
-    Where there are too few, all are taken before any is taken again.
+    If there are too few, all are taken before any is taken again.
     """
     chosen: list[list[Tensor]] = [[], [], []]
     for label in range(len(CLASSES)):

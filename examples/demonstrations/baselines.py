@@ -31,7 +31,7 @@ class Plan:
         options: Hyper-parameters of the method, by the names that it has for them.
         seed: Of weights, batches and noise.
         backend: Of mmfuse; None for the best one.
-        device: Where the model is trained.
+        device: The device to train on.
     """
 
     lr: float = 0.01
@@ -128,7 +128,7 @@ class OwnHeads(Joint):
         (F.cross_entropy(self.model.fuse(features), labels) + total(own)).backward()
 
     def alone(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the heads."""
+        """The logits of the heads."""
         return {view: self.heads[view](feature) for view, feature in features.items()}
 
 
@@ -165,7 +165,7 @@ class Separate(OwnHeads):
         return each.logsumexp(0)
 
     def alone(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the heads; equal logits for a modality that has no model."""
+        """The logits of the heads; equal ones for a modality that has no model."""
         given = {view: features[view] for view in self.views}
         logits = super().alone(given)
         blank = torch.zeros_like(logits[self.views[0]])

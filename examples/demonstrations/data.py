@@ -102,7 +102,7 @@ def installed(package: str, file: str, install: str) -> Path:
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """What Python 2's arrays were pickled with; no other codec is run."""
+    """Encodes as Python 2's arrays were pickled; no other codec is run."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"the codec {encoding}")
     return text.encode(encoding)
@@ -134,7 +134,7 @@ def read_pickle(stream: BinaryIO, name: str, install: str) -> Any:
 
     Args:
         stream: The pickle.
-        name: What errors call it.
+        name: Its name in errors.
         install: The command that installs the package, for the error.
 
     Raises:

@@ -10,7 +10,7 @@ import torch
 
 from .data import DataError, Part, Split, check_classes, installed, standardise
 
-# What each view of a digit holds; the keys are the names of the files.
+# The measurements in each view of a digit; the keys are the names of the files.
 VIEWS = {
     "fac": "216 profile correlations",
     "fou": "76 Fourier coefficients of the shape",

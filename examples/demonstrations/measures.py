@@ -1,4 +1,4 @@
-"""What is measured of a trained model on test data: accuracy, noise, linear probes."""
+"""Measures of a trained model on test data: accuracy, noise, linear probes."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import mmfuse
 
-from .baselines import Build, Joint, Plan, losses, total
+from .baselines import Build, Joint, Plan, heads, losses, total
 from .networks import WIDTH, Model
 
 
@@ -70,6 +70,34 @@ class OnGradients(Joint):
         return self.method.backward(loss, logits, labels, features, views).coefficients
 
 
+class Guided(OnGradients):
+    """CGGM: a classifier for each modality learns from the detached feature, with its own Adam.
+
+    Gradients are clipped to the norm 0.8 after the modulation, as the authors do. The direction
+    term is left out: it compares the classifiers' output layers with that of the joint head, which
+    reads all features at once here and so has another shape.
+    """
+
+    def __init__(self, model: Model, plan: Plan, *, name: str) -> None:
+        super().__init__(model, plan, name=name)
+        # Not a part of the model: the plan's optimizer must not see them.
+        self.classifiers = heads(model, list(model.encoders), plan)
+        self.classifier_optimizer = torch.optim.Adam(self.classifiers.parameters(), lr=5e-4)
+
+    def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Tensor:
+        """Leaves the changed gradients in the model, and trains the classifiers."""
+        features = self.model.features(views)
+        logits = {v: self.classifiers[v](feature.detach()) for v, feature in features.items()}
+        loss = F.cross_entropy(self.model.fuse(features), labels)
+        out = self.method.backward(loss, logits, labels)
+        # The authors clip as well: a negative share climbs the loss, and would go on growing.
+        nn.utils.clip_grad_norm_(self.model.parameters(), 0.8)
+        self.classifier_optimizer.zero_grad()
+        total(mmfuse.unimodal_losses(logits, labels)).backward()
+        self.classifier_optimizer.step()
+        return out.coefficients
+
+
 class InForward(Joint):
     """A method that is a module of the forward pass, by the name of its class.
 
@@ -83,7 +111,7 @@ class InForward(Joint):
         self.own_losses = has_own_losses(name)
 
     def set_epoch(self, epoch: int) -> None:
-        """By which the method's window goes."""
+        """Moves the method's window to this epoch."""
         self.method.set_epoch(epoch)
 
 
@@ -216,7 +244,7 @@ class Reinforced(InForward):
         return self.model.fuse(self.method(features).features)
 
     def alone(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the classifier that all features share."""
+        """The logits of the classifier that all features share."""
         return {view: self.model.head[1](feature) for view, feature in features.items()}
 
 
@@ -263,7 +291,7 @@ class Alternating(Joint):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """By which the method's window goes."""
+        """Moves the method's window to this epoch."""
         self.method.set_epoch(epoch)
 
     def __call__(self, views: dict[str, Tensor], labels: Tensor) -> Tensor:
@@ -283,7 +311,7 @@ class Alternating(Joint):
         return self.method.fuse(self.alone(features)).logits
 
     def alone(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of the head that all share."""
+        """The logits of the head that all share."""
         return {view: self.model.head(feature) for view, feature in features.items()}
 
 
@@ -358,6 +386,8 @@ def build(name: str) -> Build:
             way = Prototypical
         else:
             way = Aligned if getattr(made, "replaces_joint_loss", False) else Added
+    elif hasattr(made, "direction_loss"):
+        way = Guided
     else:
         way = {
             "gradient": OnGradients,

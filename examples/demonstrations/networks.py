@@ -32,7 +32,7 @@ class Model(nn.Module):
 
 
 def vector_encoder(size: int, hidden: int = 128) -> nn.Module:
-    """For [B, size]."""
+    """An encoder for [B, size]."""
     return nn.Sequential(nn.Linear(size, hidden), nn.ReLU(), nn.Linear(hidden, WIDTH), nn.ReLU())
 
 
@@ -55,12 +55,12 @@ class Patches(nn.Module):
 
 
 def series_encoder(channels: int, length: int) -> nn.Module:
-    """For time series, [B, channels, length]."""
+    """An encoder for time series, [B, channels, length]."""
     return patch_encoder(10, 5, channels * 10, (length - 5) // 5, 32)
 
 
 def picture_encoder(height: int, width: int) -> nn.Module:
-    """For pictures and spectrograms, [B, 1, height, width]."""
+    """An encoder for pictures and spectrograms, [B, 1, height, width]."""
     return patch_encoder(6, 3, 36, (height - 3) // 3 * ((width - 3) // 3), 24)
 
 

@@ -12,7 +12,7 @@ RESAMPLES, SEED = 9999, 0
 
 
 class Difference(NamedTuple):
-    """Of one measure between a method and its baseline, over the seeds that both have."""
+    """The difference in a measure between a method and its baseline, over their common seeds."""
 
     mean: float
     low: float  # of the 95 % interval

@@ -25,12 +25,12 @@ def batches(part: Part, size: int = 250) -> Iterator[tuple[dict[str, Tensor], Te
 
 
 def predict(run: Run) -> Callable[[dict[str, Tensor]], Tensor]:
-    """From inputs by name to the trained model's logits."""
+    """The way from inputs by name to the trained model's logits."""
     return lambda views: run.method.predict(run.model.features(views))
 
 
 def alone(view: str, run: Run) -> Callable[[Tensor], Tensor]:
-    """From one modality's input to the logits of the model that was trained on it."""
+    """The way from one modality's input to the logits of the model that was trained on it."""
     return lambda x: predict(run)({view: x})
 
 

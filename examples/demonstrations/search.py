@@ -32,7 +32,7 @@ class EachView(NamedTuple):
     of: BaseDistribution
 
 
-#: What is drawn beside the learning rate, around the papers' values; others draw that alone.
+#: The search draws these beside the learning rate, around the papers' values; others that alone.
 SPACES: dict[str, dict[str, BaseDistribution | EachView]] = {
     "OGM": {"alpha": FloatDistribution(0.1, 1.0)},
     "OPM": {"q_base": FloatDistribution(0.2, 0.8), "lam": FloatDistribution(0.1, 1.0)},
@@ -56,7 +56,7 @@ SPACES: dict[str, dict[str, BaseDistribution | EachView]] = {
 
 
 def space(way: str, views: Sequence[str]) -> dict[str, BaseDistribution]:
-    """What is drawn for a way to train; a value for each modality is "<name>.<modality>"."""
+    """The values to draw for a way to train; each modality's own is "<name>.<modality>"."""
     out: dict[str, BaseDistribution] = {"lr": LR}
     for name, values in SPACES.get(method_of(way) or "", {}).items():
         if isinstance(values, EachView):
@@ -81,7 +81,7 @@ class Search:
         journal: File of the trials.
         task: Name of the data set.
         splits: By their seeds, which nothing else may use afterwards.
-        plan: What is not tuned.
+        plan: The settings that are not tuned.
         classes: How many.
     """
 
@@ -127,7 +127,7 @@ class Search:
         study.tell(drawn, statistics.fmean(values))
 
     def best(self, way: str, trials: int) -> Drawn:
-        """What the best of the first trials drew; of equal ones, the first."""
+        """The values that the best of the first trials drew; of equal ones, the first."""
         finished = self.finished(way)[:trials]
         return max(finished, key=lambda trial: trial.value or 0.0).params
 

@@ -48,7 +48,7 @@ class Result(NamedTuple):
 
 
 def plan_of(way: str, task: Task, args: argparse.Namespace, seed: int) -> Plan:
-    """Of the tuned settings, if there are any and no learning rate is asked for."""
+    """The tuned settings, if there are any and no learning rate is asked for."""
     lr, options = folded(args.settings.get(way, {}))
     rate = args.lr or lr or Plan.lr
     epochs = args.epochs or task.epochs
@@ -218,7 +218,7 @@ def backend_names(args: argparse.Namespace) -> str:
 
 
 def parser(description: str, views: Sequence[str]) -> argparse.ArgumentParser:
-    """What all demonstrations ask for."""
+    """The options that all demonstrations have."""
     out = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )

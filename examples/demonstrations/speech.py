@@ -35,7 +35,7 @@ FFT, HOP = 512, 441
 BANDS, FRAMES = 32, 40
 LOWEST, HIGHEST = 60.0, 8000.0  # Hz
 
-# Of speak_lib.h, version 1.52.
+# Constants of speak_lib.h, version 1.52.
 _SYNCHRONOUS, _UTF8 = 2, 1
 _SPEED, _PITCH, _SPREAD = 1, 3, 4
 
@@ -147,7 +147,7 @@ def pronunciations(synthesiser: Synthesiser, words: Sequence[str]) -> dict[str, 
 
 
 def language(voice: str) -> str:
-    """Of a voice's identifier: "gmw/en-US" is "en"."""
+    """The language of a voice's identifier: "gmw/en-US" is "en"."""
     return voice.rpartition("/")[2].split("-")[0].split("+")[0]
 
 

@@ -1,8 +1,9 @@
-"""What the runs of a comparison say: means, paired differences, a table."""
+"""A comparison's runs in figures: means, paired differences, a table."""
 
 from __future__ import annotations
 
 import csv
+import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -171,6 +172,21 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     rows = [lines[0], rule, *lines[1:]]
     text = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return f"{CAPTION}.\n\n{text}\n".replace("*", "\\*")
+
+
+def publish(page: Path, task: str, text: str) -> None:
+    """Replaces the table of a data set in a page; its place is between two comments.
+
+    Raises:
+        DataError: the page has no such place.
+    """
+    place = re.compile(
+        rf"(<!-- comparison {task}: .*?-->\n).*?(<!-- end of comparison -->)", re.DOTALL
+    )
+    changed, found = place.subn(lambda at: f"{at[1]}\n{text}\n{at[2]}", page.read_text())
+    if found != 1:
+        raise DataError(f"{page} must have one place for the comparison {task!r}, it has {found}")
+    page.write_text(changed)
 
 
 def in_words(row: Compared) -> str:

@@ -17,7 +17,7 @@ from .networks import Model, encoder
 
 
 class History(NamedTuple):
-    """What a training did, epoch by epoch; everything but the coefficients is on validation data.
+    """A training's course, epoch by epoch; everything but the coefficients is on validation data.
 
     The scores mean the same with every method: the probability that a modality alone gives to the
     true class, on average over the samples.

@@ -42,7 +42,7 @@ def method_of(way: str) -> str | None:
 
 
 def baseline_of(way: str) -> str | None:
-    """What it is compared with: the same losses without the method; None for joint training."""
+    """The way it is compared with: its losses without the method; None for joint training."""
     name = method_of(way)
     if name is not None and has_own_losses(name):
         return OWN_LOSSES

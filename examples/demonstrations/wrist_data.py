@@ -1,7 +1,7 @@
 """Wrist movements: a smartwatch's accelerometer and gyroscope during seven shoulder exercises.
 
-The recordings are real and simultaneous. A split never divides a person: who is tested was neither
-trained on nor used for validation.
+The recordings are real and simultaneous. A split never divides a person: the people of the
+test are neither trained on nor used for validation.
 """
 
 from __future__ import annotations

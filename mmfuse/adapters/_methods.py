@@ -33,7 +33,7 @@ def checked(method: object) -> GradientMethod:
         )
     if method.rule.need.second == "unimodal":
         raise TypeError(
-            f"{method.name} makes its two backward passes itself, where the framework makes one; "
+            f"{method.name} makes its two backward passes itself, but the framework makes one; "
             f"call {method.name}.backward(loss, unimodal_losses=...) in a training loop of your own"
         )
     return method
@@ -49,7 +49,7 @@ def tell_epoch(model: nn.Module, epoch: int) -> None:
 def warn_of_adaptive(
     method: GradientMethod, optimizers: Iterable[torch.optim.Optimizer], *, stacklevel: int = 2
 ) -> None:
-    """Warns where an optimizer divides out again what the method does to gradients."""
+    """Warns if an optimizer divides the method's factor on gradients out again."""
     need = method.rule.need
     if method.apply_to == "update" or need.second is not None or need.squares is not None:
         return
@@ -57,8 +57,8 @@ def warn_of_adaptive(
         if _adaptive(optimizer):
             kind = type(optimizer).__name__
             warnings.warn(
-                f"{kind} divides a gradient by its own recent size, and with it the factor of "
-                f"{method.name}, which nearly has no effect then: use {method.name}(..., "
+                f"{kind} divides a gradient by its own recent size, which cancels most of the "
+                f"factor of {method.name}: use {method.name}(..., "
                 'apply_to="update"), or SGD, as the papers do',
                 RuntimeWarning,
                 stacklevel=stacklevel + 1,
@@ -67,6 +67,6 @@ def warn_of_adaptive(
 
 
 def _adaptive(optimizer: torch.optim.Optimizer) -> bool:
-    """True if a step does not grow with the gradient: Adam and its like have betas, as Lion has."""
+    """True if a step does not grow with the gradient: Adam, its relatives and Lion have betas."""
     known = (torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.RMSprop)
     return isinstance(optimizer, known) or "betas" in optimizer.defaults

@@ -51,8 +51,8 @@ class Balance:
     ``load_state``; another run with the same method calls the method's ``begin`` before.
 
     With ``mixed_precision="fp16"`` the gradients are still scaled in `backward`: methods that mix
-    parameters into gradients are given the scale. The scaler has not looked for an Inf yet, so that
-    a step which it skips for one that is in no encoder counts for the method.
+    parameters into gradients are given the scale. The scaler has not looked for an Inf yet: a step
+    that it skips because of one outside of the encoders counts for the method.
 
     Args:
         accelerator: The Accelerator. The method's state becomes part of its ``save_state`` and
@@ -122,8 +122,8 @@ class Balance:
             features: Name → [B, …] features, for methods that need them.
             inputs: Name → input of each encoder, likewise.
             sync: True if the optimizer steps after this micro-batch; None for what
-                ``accelerator.accumulate`` says. Inside ``accelerator.no_sync``, which says nothing
-                and would have gradients modulated that are this rank's alone, pass False.
+                ``accelerator.accumulate`` says. Pass False inside ``accelerator.no_sync``,
+                where the gradients are this rank's alone.
             **kwargs: ``present``, ``scores`` and the others of `mmfuse.GradientMethod`, or as for
                 ``accelerator.backward``.
 

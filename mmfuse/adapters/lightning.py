@@ -22,7 +22,7 @@ from ._methods import checked, tell_epoch, warn_of_adaptive
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
 else:
-    # Of the two packages of Lightning the one that the program has imported.
+    # Lightning has two packages; this is the one that the program has imported.
     _unified = "lightning.pytorch" in sys.modules or "pytorch_lightning" not in sys.modules
     try:
         if _unified and importlib.util.find_spec("lightning") is not None:
@@ -71,10 +71,11 @@ class Balance(Epochs):
     The gradients are modulated before they are clipped. With ``accumulate_grad_batches`` the
     accumulated gradient is modulated once, by the scores of all its micro-batches; under data
     parallelism by those of all ranks. With a GradScaler the method gets to know whether the step
-    will be skipped and, for fused optimizers, how the gradients are scaled still. Epochs are told
-    to the method, and to OPM and ARM in the module. Its state is in the Trainer's checkpoints; a
-    resumed run goes on with the same numbers, also within an epoch where the data loader does. A
-    second fit of the same module keeps the method and what it has learned, and takes new anchors.
+    will be skipped and, for fused optimizers, how the gradients are scaled still. It tells the
+    epochs to the method, and to OPM and ARM in the module. The method's state is in the Trainer's
+    checkpoints; a resumed run goes on with the same numbers, also within an epoch if the data
+    loader does. A second fit of the same module keeps the method and what it has learned, and takes
+    new anchors.
 
     With several optimizers (manual optimization) those that hold no parameter of an encoder are
     left alone. If the encoders are spread over several, all of their gradients are modulated
@@ -90,7 +91,7 @@ class Balance(Epochs):
         hyperparameters: Passed on to `method`.
 
     Attributes:
-        method: What `method` has made, from the start of the fit; None before.
+        method: The method that `method` has made, from the start of the fit; None before.
         result: The result of its last step; None before.
 
     Raises:
@@ -126,10 +127,11 @@ class Balance(Epochs):
         self._log_every = log_every or 0
         self._log: ScalarLog | None = None
         self._module: LightningModule | None = None
-        # Where the encoders' names have led to; a second fit may find others.
+        # The parameters that the encoders' names led to; a second fit may find others.
         self._known: list[Tensor] = []
         self._warned = False
-        # From `setup` to `teardown`; and if a finder has run, and has not yet put back the state.
+        # The Trainer from `setup` to `teardown`; True if a finder has run and not yet restored the
+        # state.
         self._trainer: Any = None
         self._finder = False
         # The state of a checkpoint that is read before there is a method.
@@ -147,7 +149,7 @@ class Balance(Epochs):
         return f"{type(self).__name__}({self.method or getattr(self._make, '__qualname__', '')})"
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is of this fit: a copy has other optimizers, and no Trainer's loggers."""
+        """The state but for this fit's: a copy has other optimizers, and no Trainer's loggers."""
         of_this: dict[str, Any] = {
             "_log": None,
             "_holders": None,
@@ -169,7 +171,7 @@ class Balance(Epochs):
         inputs: Mapping[str, Tensor] | None = None,
         **more: Unpack[More],
     ) -> None:
-        """Takes in one micro-batch; for ``training_step``.
+        """Collects one micro-batch; call it in ``training_step``.
 
         Outside of training, as where validation shares the code, and while Lightning's Tuner runs,
         nothing is done.
@@ -341,7 +343,7 @@ class Balance(Epochs):
             self._log.flush()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Nothing is taken in any more."""
+        """Collects nothing any more."""
         self._fitting = False
         self._log = None
 

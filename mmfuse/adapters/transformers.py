@@ -54,11 +54,11 @@ else:
 class BalanceMixin(_Base):  # type: ignore[misc]
     """Steps a method in a Trainer, after the backward passes of a step and before clipping.
 
-    For ``class MyTrainer(BalanceMixin, Trainer)``; `BalancedTrainer` is that. What a method needs
-    is taken from the model's outputs by `balance_inputs`, which can be overridden. Epochs, gradient
+    For ``class MyTrainer(BalanceMixin, Trainer)``; `BalancedTrainer` is that. `balance_inputs`,
+    which can be overridden, takes the method's arguments from the model's outputs. Epochs, gradient
     accumulation, mixed precision, DDP, FSDP2 and checkpoints are the Trainer's; the method's state
-    lies beside the optimizer's, in the file "mmfuse.pt". What the last step has decided is read
-    where the Trainer reads the loss, at its logging steps, and becomes part of the same log.
+    lies beside the optimizer's, in the file "mmfuse.pt". The result of the last step is read
+    when the Trainer reads the loss, at its logging steps, and becomes part of the same log.
     Methods in the model, such as `mmfuse.OPM`, are told the epochs, too.
 
     Args:
@@ -131,7 +131,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         given = {name: value for name, value in given.items() if value is not None}
         own = any(name in given for name in get_args(Kind))
         more = method.rule.need.inputs
-        # Of the user's own numbers a method may need features and inputs, or not: `observe` says.
+        # A method with the user's own numbers may still need features and inputs: `observe` says.
         needed = [] if own else [f"modality_{name}" for name in ("logits", *more)]
         labels = [] if own else ["labels"]
         for what, names, found in (("outputs", needed, outputs), ("inputs", labels, inputs)):
@@ -150,7 +150,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """The Trainer's, which the method looks at in training."""
+        """The Trainer's loss; in training the method looks at the outputs."""
         # The Trainer takes the labels out of the batch where it smooths them.
         given = dict(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
@@ -180,7 +180,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's, with what the last step has decided where the training loss is logged."""
+        """The Trainer's log, with the last step's result where the training loss is logged."""
         if "loss" in logs and self._balance_result is not None:
             names = self.balance_method.modalities.names  # type: ignore[union-attr]
             scalars = scalars_of(self._balance_result, names)
@@ -242,7 +242,7 @@ class BalanceMixin(_Base):  # type: ignore[misc]
 
     def _balance_begin_epoch(self) -> None:
         last = self._balance_epoch
-        # In a fraction, where the Trainer resumes; counted on, since an epoch may be cut short.
+        # The epoch is a fraction where the Trainer resumes; counted on, since one may be cut short.
         epoch = int(self.state.epoch or 0) if last is None else last + 1
         self._balance_epoch = epoch
         tell_epoch(self.model, epoch)

@@ -53,8 +53,8 @@ def named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
         ]
         if not of_module:
             raise ValueError(
-                f"{prefix} ({type(encoder).__name__}) has no parameter: a modality that nothing is "
-                "learned for has no gradient to balance; leave it out"
+                f"{prefix} ({type(encoder).__name__}) has no parameter: a modality that nothing "
+                "is learned for has no gradient to balance; leave it out"
             )
         for label, parameter in of_module:
             if isinstance(parameter, UninitializedParameter):

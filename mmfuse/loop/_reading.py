@@ -1,6 +1,6 @@
 """Reads the gradients of many parameters one by one; `mmfuse._native` can in one call.
 
-A step reads every gradient anew, for nothing of one can be known from the step before: another
+A step reads every gradient anew, since the step before tells nothing about it: another
 tensor may be in its place, of another dtype or layout, also at the same address. The one call gives
 what is here and a table, int64 [T, 8] on the CPU, of each gradient's address, number of elements,
 dtype, place and order, and the addresses and dtypes of its parameter and anchor; or None where a
@@ -29,7 +29,7 @@ class Reading(NamedTuple):
     waiting: list[int]
     #: The device of all gradients, if they are contiguous or in channels_last, and there; or None.
     device: torch.device | None
-    #: Of the kernels' vectors for these gradients: float64 if one of them is, else float32.
+    #: The dtype of the kernels' vectors for these gradients: float64 if one is, else float32.
     dtype: torch.dtype
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Of the last all-reduce on a GPU: its first number on the host, and the event that it is there.
+# The first number of the last all-reduce on a GPU, on the host, and the event that it is there.
 _late: list[tuple[Tensor, Any]] = []
 
 
@@ -26,7 +26,7 @@ def reduce_together(
 
     Args:
         totals: Sums; NaN from a rank with an error.
-        count: Where among them the one is that is never NaN otherwise.
+        count: The place among them of the one that is never NaN otherwise.
         error: This rank's.
         group: The ranks.
 

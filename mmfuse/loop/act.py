@@ -40,7 +40,7 @@ def act_on(
     backend: str | None = None,
     advance: bool = False,
 ) -> bool:
-    """In place, g ← scale·g + pull·second + noise_std·N(0, 1).
+    """Changes in place: g ← scale·g + pull·second + noise_std·N(0, 1).
 
     Args:
         active: The tensors g; this rank's parts of them.
@@ -50,7 +50,7 @@ def act_on(
         noise: The stream of the noise, or a callable that makes it; with `act.noise_std`.
         sq_norm: [T] float64, receives Σg² before the update; with parts that are whole.
         backend: Name of a backend; None for the best one.
-        advance: Where the noise is drawn from a stream, to have that go on to its next step, if all
+        advance: True to have the noise's stream, if there is one, go on to its next step if all
             gradients are finite.
 
     Returns:

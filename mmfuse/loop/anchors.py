@@ -25,7 +25,7 @@ class Anchors:
     Args:
         dtype: Of the copies; None keeps each parameter's own. With bfloat16 the displacement
             w − w₀ carries the rounding of w₀, up to 2⁻⁹·|w|.
-        device: Where the copies are; None for each parameter's own device. From "cpu" they are
+        device: The device of the copies; None for each parameter's own device. From "cpu" they are
             copied to the gradients' device in every step, 64 MiB at a time.
         frozen: True if frozen parameters are copied too; else when they are first unfrozen.
 

@@ -32,7 +32,7 @@ from .ranks import Group, Observed, agree, rank_and_size
 
 State = Mapping[str, Tensor]
 ApplyTo = Literal["gradient", "update"]
-#: Where a method acts; `Card` describes them.
+#: The place where a method acts; `Card` describes them.
 Acts = Literal["gradient", "feature", "logits", "loss", "head", "parameter"]
 #: Makes standard normal noise like a gradient.
 MakesNoise = Callable[[Tensor], Tensor]
@@ -85,7 +85,7 @@ class Card(NamedTuple):
 
     Attributes:
         paper: Authors, place and year.
-        acts: Where it acts: between backward pass and optimizer on the "gradient"; in the forward
+        acts: Its place: between backward pass and optimizer on the "gradient"; in the forward
             pass on a "feature", on "logits", or as a part of the "loss"; in a step of each modality
             on a "head"'s gradient; between epochs on a "parameter".
         needs: The arguments that the user gives in a step, beside labels: "logits", "features" and
@@ -115,15 +115,15 @@ class Need(NamedTuple):
     """A rule's needs, which the loop meets.
 
     Attributes:
-        inputs: What `observe` and `step` must be given beside logits and labels.
-        stats: Whether `decide` gets `grad_stats` of every tensor, of both lists if there are two.
+        inputs: The arguments of `observe` and `step` beside logits and labels.
+        stats: True if `decide` gets `grad_stats` of every tensor, of both lists if there are two.
         second: The second list of tensors that `Act.pull` multiplies. "anchor" are displacements
             w − w₀ from the parameters at the start of the epoch, which the loop keeps. "unimodal"
             are gradients of the unimodal losses, while the first list has the joint loss's.
-        squares: Whether `settle` gets each gradient's Σg², before the update or after it.
+        squares: When Σg² of each gradient, which `settle` gets, is taken; None if it gets none.
         stream: True if noise is drawn from the stream, in `sense` or for `Act.noise_std`.
         noise: The source of `Act.noise_std`'s noise: "stream", or a callable; None for no noise.
-        draws: Whether `sense` draws from the stream: then it advances, and `Clock.step` counts, in
+        draws: True if `sense` draws from the stream: then it advances, and `Clock.step` counts, in
             every step.
         neutral: The coefficient of a modality that nothing is done to.
         means: How many means for each modality `sense` returns.
@@ -179,7 +179,7 @@ class Sensed(NamedTuple):
 
     Attributes:
         means: [K] means over the labelled samples, `Need.means` of each modality's scores.
-        parts: What `Rule.sums` makes sums of, where there is more than one micro-batch or rank.
+        parts: The input of `Rule.sums`, where there is more than one micro-batch or rank.
         rows: The number of samples, for rules that number them.
     """
 
@@ -189,7 +189,7 @@ class Sensed(NamedTuple):
 
 
 class Clock(NamedTuple):
-    """Where training is: numbers of the host, counted from 0; `step` with `Need.draws` only."""
+    """The progress of training, counted from 0 on the host; `step` with `Need.draws` only."""
 
     epoch: int
     step: int
@@ -201,7 +201,7 @@ class Batch(NamedTuple):
     Attributes:
         scores: Each modality's, in the order of the modalities; tables of M·M numbers each, flat,
             where modalities are missing or the scores are the user's (see `mmfuse.loop.pairs`).
-        given: What `Need.inputs` names, each of M tensors in the order of the modalities.
+        given: The inputs named in `Need.inputs`, M tensors each, in the order of the modalities.
         modalities: The encoders' names.
         state: The rule's.
         clock: Of the step.
@@ -240,7 +240,7 @@ class Tensors(NamedTuple):
     Attributes:
         owner: Each one's modality.
         modalities: M, how many there are.
-        device: Where the gradients, and so all [T] tensors, are.
+        device: The device of the gradients, and so of all [T] tensors.
         stats: `grad_stats` of the T gradients, of whole tensors and unscaled; None if the rule
             does not need them, or does nothing in this epoch.
         place: Each one's index among all parameters of the method; None if T is all of them.
@@ -316,7 +316,7 @@ class Rule(Protocol):
 
 
 class Stateless:
-    """For rules without a state, or without some of the stages."""
+    """A base for rules without a state, or without some of the stages."""
 
     def idle(self) -> Rule | None:
         """Leaves it to the loop."""

@@ -24,7 +24,7 @@ R = TypeVar("R")
 
 
 def typed_as(forward: Callable[P, R]) -> Callable[[Callable[..., Any]], Callable[P, R]]:
-    """For type checkers: a module's call takes and returns what its forward pass does."""
+    """Tells type checkers that a module's call takes and returns what its forward pass does."""
     raise NotImplementedError
 
 
@@ -35,7 +35,7 @@ class EpochWindow:
     ends: int | None
     #: The epoch that runs, counted from 0; 0 before `set_epoch`.
     epoch: int
-    # Whether `set_epoch` has been called in this run.
+    # True once `set_epoch` has been called in this run.
     _told: bool
     _warned: bool
     # `modulating` in this epoch: a compiled step that read the epoch would be compiled in each.
@@ -96,15 +96,16 @@ class EpochWindow:
         return made
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """For pickle, together with the model.
+        """Pickles it, together with the model.
 
         Raises:
             TypeError: there is a process group.
         """
         if self.process_group not in (None, False):
             raise TypeError(
-                f"a process_group is of its process, so that this {type(self).__name__} cannot be "
-                "pickled: save its state_dict(), or make it with process_group=None (all ranks)"
+                f"a process_group belongs to its process, so that this {type(self).__name__} "
+                "cannot be pickled: save its state_dict(), or make it with process_group=None "
+                "(all ranks)"
             )
         return super().__reduce_ex__(protocol)
 
@@ -203,7 +204,7 @@ class EpochWindowModule(EpochWindow, nn.Module):
         return 2 * MODULE_FORMAT + 1, 0 if epoch is None else epoch + 1
 
     def _check_told(self, method: str, needed: bool = False) -> None:
-        """Also warns, once, where training goes on without gradients, as in an evaluation."""
+        """Warns, once, of training that goes on without gradients, too, as in an evaluation."""
         super()._check_told(method, needed)
         if torch.is_grad_enabled() or self._warned_of_mode or torch.compiler.is_compiling():
             return
@@ -231,7 +232,7 @@ class EpochWindowModule(EpochWindow, nn.Module):
         self._agreed = False
 
     def _check_named(self, what: str, given: object) -> None:
-        """Checks that an argument maps names, as many as there are modalities."""
+        """Checks that an argument maps one name for each modality."""
         if not isinstance(given, Mapping):
             raise TypeError(f"{what} must map names to tensors, got {type(given).__name__}")
         if len(given) != self.num_modalities:
@@ -259,7 +260,7 @@ class EpochWindowModule(EpochWindow, nn.Module):
             moved = self._buffers[name]
             assert buffer is not None and moved is not None
             if moved.dtype != narrowed(torch.float64, moved.device):
-                # From the old one: of a cast to fewer digits some would be lost.
+                # The new one is made from the old: a cast to fewer digits would lose some.
                 self._buffers[name] = buffer.to(moved.device).to(
                     narrowed(torch.float64, moved.device)
                 )

@@ -79,12 +79,12 @@ def look(
         labels: Their targets.
         more: Further information.
         criterion: The loss that they are for.
-        device: Where the user's numbers go.
+        device: The device that the user's numbers go to.
         backend: Name of a backend; None for the best one.
         accuracy: True if the scores are accuracies in the place of probabilities.
 
     Raises:
-        TypeError: something is missing, or two things of which one is to be given.
+        TypeError: something is missing, or two arguments exclude each other.
         ValueError: names or shapes do not fit.
     """
     kind, numbers, count = own_numbers(names, device, more, logits)
@@ -198,7 +198,7 @@ def own_numbers(
         raise TypeError(f"got {both}; give one of them")
     kind = given[0]
     if more.get("present") is not None:
-        raise TypeError(f"present goes with logits; {kind} of a modality that is missing are NaN")
+        raise TypeError(f"present goes with logits; give NaN in {kind} for a missing modality")
     values: Any = more[kind]
     if not isinstance(values, Mapping) or list(values) != list(names):
         _refuse_names(kind, values, names)

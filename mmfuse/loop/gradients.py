@@ -42,8 +42,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
                 optimizer.step()
 
     `step` comes after AMP's unscaling and before clipping. With gradient accumulation, `observe`
-    every micro-batch and `step` once: the accumulated gradient is treated by what all of them have
-    shown. Under data parallelism (DDP, FSDP2) scores are averaged over the ranks, by their numbers
+    every micro-batch and `step` once: the accumulated gradient is changed by the scores of all of
+    them. Under data parallelism (DDP, FSDP2) scores are averaged over the ranks, by their numbers
     of samples, and the noise is the same everywhere.
 
     `observe`, `step` and `backward` take more by keyword, all of it name → value. Micro-batches of
@@ -80,9 +80,9 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             ``nn.CrossEntropyLoss()``. See `mmfuse.ops.modality_scores` for the scores.
         anchor_dtype: Of the epoch-start copies w₀ of methods that have them; ``torch.bfloat16``
             halves them, at the cost of w₀'s rounding in every displacement.
-        anchor_device: Where they are; "cpu" frees the GPU, and copies them to it in every step.
+        anchor_device: Of these copies; "cpu" frees the GPU, and copies them to it in every step.
         stream: The random stream; None makes one from `torch.initial_seed()`, the method and the
-            encoders' names, at step 0. In a distributed run the first rank's is taken over by all.
+            encoders' names, at step 0. In a distributed run all take over the first rank's.
         name: Of this object, where there are several with encoders of the same names: their
             streams differ by it.
         backend: Name of a backend; None for the best one.
@@ -152,7 +152,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
 
     @torch.no_grad()
     def set_epoch(self, epoch: int) -> None:
-        """Says which epoch begins, counted from 0; that ends the one before.
+        """Begins an epoch, counted from 0, and ends the one before.
 
         Copies the encoders, for methods with anchors. Without effect if this epoch runs already, as
         where a run is resumed within it.
@@ -177,8 +177,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
     def begin(self) -> None:
         """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number.
 
-        Forgets what an unfinished step has observed. What was learned of earlier epochs stays; make
-        a new object for a run that shall not know of them.
+        Forgets what an unfinished step has observed. Knowledge of earlier epochs stays; make a
+        new object for a run that shall not know of them.
         """
         super().begin()
         self._clock = Clock(self.epoch, self._clock.step)
@@ -199,7 +199,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         inputs: Mapping[str, Tensor] | None = None,
         **more: Unpack[More],
     ) -> None:
-        """Takes in what one micro-batch shows; `step` then uses all since the last step.
+        """Collects one micro-batch's scores; `step` then uses all since the last step.
 
         Args:
             logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`), or
@@ -252,7 +252,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
 
         Args:
             loss: The scalar loss.
-            logits: As in `step`, and so are the four others that it has.
+            logits: As in `step`.
             labels: See there.
             features: See there.
             inputs: See there.
@@ -342,7 +342,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             with torch.no_grad():
                 return self._step(self.backend, given, grad_scale, found_inf)
         recording = torch.is_grad_enabled()
-        # As torch.no_grad does, but for its seven Python calls: every call here counts.
+        # This is torch.no_grad, but for its seven Python calls: every call here counts.
         torch._C._set_grad_enabled(False)
         try:
             return self._step(Eager(self.backend or ""), given, grad_scale, found_inf)

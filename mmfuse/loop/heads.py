@@ -68,8 +68,8 @@ def unimodal_logits(
     if not isinstance(seen, nn.Linear):
         if output is not None:
             raise ValueError(
-                "output= is for affine heads, whose logits add up to it; a "
-                f"{type(seen).__name__} gives others"
+                "output= is for affine heads, whose logits add up to it; leave it out for a "
+                f"{type(seen).__name__}"
             )
         return _called(seen, features)
     if sum(widths.values()) != seen.in_features:
@@ -150,7 +150,7 @@ def _split(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def _called_affine(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In one call: every modality alone, and a row of nothing."""
+    """Calls the head once: every modality alone, and a row of nothing."""
     count, rows = len(features), next(iter(features.values())).shape[0]
     alone = [_alone(features, name) for name in features]
     stacked = torch.cat([*alone, torch.zeros_like(alone[0][:1])])

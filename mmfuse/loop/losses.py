@@ -30,7 +30,7 @@ def unimodal_losses(
 ) -> dict[str, Tensor]:
     """The loss of each modality alone, to be added to the joint one.
 
-    Who trains on CE(z) + Σ_m CE(z^m) instead of CE(z) gives every encoder a gradient that no other
+    Training on CE(z) + Σ_m CE(z^m) instead of CE(z) gives every encoder a gradient that no other
     modality can take away: the baseline that a balanced method has to beat, and a part of many of
     them (MMPareto: Wei & Hu, ICML 2024, Eq. 1; MLB; ARL; InfoReg's release). It takes no second
     forward pass::
@@ -109,9 +109,7 @@ def _loss(loss_of: Callable[..., Any], name: str, *given: Tensor) -> Any:
         raise
     except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, (NotImplementedError, TypeError)) else ValueError
-        raise kind(
-            f"the criterion makes no loss of logits[{name!r}] and labels: {error}"
-        ) from error
+        raise kind(f"the criterion fails on logits[{name!r}] and labels: {error}") from error
 
 
 def _check(logits: object, labels: object, criterion: object) -> None:

@@ -1,4 +1,4 @@
-"""Each modality's outputs, from a model of which nothing but its inputs is known."""
+"""Each modality's outputs, from a model of which only the inputs are known."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def unimodal_outputs(
         baseline: The input that stands in for a masked modality's. "zero" are zeros, for token ids
             the token 0; "mean" is the batch's mean over dim 0 for every sample, of floating
             inputs; a callable gets name and input and returns a tensor like the input. It is
-            called once for each modality, and not for the only one. What it draws from PyTorch's
-            own generator is drawn once more by what comes after; give it a generator of its own.
+            called once for each modality, and not for the only one. Give it a random generator
+            of its own: PyTorch's is put back, so that later draws would repeat the callable's.
         forward: Calls the model with name → input where arguments of these names do not fit, as
             ``lambda x: model(x["audio"], x["visual"])``, or ``model`` for one that takes the
             mapping itself. It should call a DistributedDataParallel's ``.module``.
@@ -94,7 +94,7 @@ def unimodal_outputs(
 
 
 def check_inputs(model: object, inputs: object, baseline: object) -> None:
-    """Raises what `unimodal_outputs` says of them."""
+    """Raises the errors that `unimodal_outputs` names."""
     if not callable(model):
         hint = " (are model and inputs swapped?)" if isinstance(model, Mapping) else ""
         raise TypeError(
@@ -107,8 +107,8 @@ def check_inputs(model: object, inputs: object, baseline: object) -> None:
     for name, x in inputs.items():
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"inputs[{name!r}] is not a tensor but {type(x).__name__}; forward= can pass on "
-                "to the model what is no modality's input"
+                f"inputs[{name!r}] is not a tensor but {type(x).__name__}; pass other "
+                "arguments to the model in forward="
             )
     if not callable(baseline) and (not isinstance(baseline, str) or baseline not in _BASELINES):
         raise ValueError(
@@ -118,7 +118,7 @@ def check_inputs(model: object, inputs: object, baseline: object) -> None:
 
 
 def device_of(model: object, inputs: Inputs) -> torch.device:
-    """Where the model runs; inputs may still be on the CPU."""
+    """The device that the model runs on; inputs may still be on the CPU."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return next(iter(inputs.values())).device if parameter is None else parameter.device
 
@@ -130,7 +130,7 @@ def passes_through(
     device: torch.device,
     kind: Callable[..., Any],
 ) -> Iterator[None]:
-    """For the model, and for whatever else `forward` may call."""
+    """Prepares the model, and whatever else `forward` may call, for the passes."""
     with kind(model, device):
         if forward is None or forward is model:
             yield
@@ -153,11 +153,14 @@ def _mask(name: str, x: Tensor, baseline: Baseline) -> Tensor:
     if baseline == "mean":
         if not (x.is_floating_point() or x.is_complex()):
             raise TypeError(
-                f"inputs[{name!r}] has dtype {x.dtype}, of which a mean is no input; give "
+                f"inputs[{name!r}] has dtype {x.dtype}, whose mean the model cannot take; give "
                 'baseline="zero" or a callable'
             )
         if not x.dim():
-            raise ValueError(f"inputs[{name!r}] has no batch to take the mean of")
+            raise ValueError(
+                f"inputs[{name!r}] has no batch to take the mean of; give "
+                'baseline="zero" or a callable'
+            )
         return torch.empty_like(x).copy_(x.mean(dim=0, keepdim=True))  # dense, for the model's view
     assert callable(baseline)
     found = baseline(name, x)

@@ -1,4 +1,4 @@
-"""From names, as a configuration file holds them, to the encoders that the methods take."""
+"""Finds the encoders that the methods take by names, as a configuration file holds them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def match_parameters(model: nn.Module, encoders: Mapping[str, Named]) -> dict[st
     them. Call this after whatever replaces parameters, as `fully_shard` does.
 
     Args:
-        model: Where to look.
+        model: The model that has the encoders.
         encoders: Name of the modality → the encoder itself (a module, or an iterable of
             parameters), or one or several patterns: the name of a module, which stands for all of
             it; the name of a parameter; or a glob over the names of parameters, in which ``*`` also

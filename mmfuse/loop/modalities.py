@@ -1,4 +1,4 @@
-"""From a user's encoders to lists of parameters, and every check of what a user passes in."""
+"""Makes lists of parameters from a user's encoders, and checks all that a user passes in."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Active(NamedTuple):
     ids: list[int]
     #: Each one's modality.
     modality: tuple[int, ...]
-    #: Where each one's part lies; empty if no parameter is sharded.
+    #: The place of each one's part; empty if no parameter is sharded.
     shards: list[Shard | None]
     #: The device of all gradients, if they are whole, and contiguous or in channels_last, so that
     #: kernels can have them as they are; else None.
     device: torch.device | None = None
-    #: Of the kernels' vectors for these gradients: float64 if one of them is, else float32.
+    #: The dtype of the kernels' vectors for these gradients: float64 if one is, else float32.
     dtype: torch.dtype = torch.float32
     #: The gradients as the compiled kernels can read them, if they have been read so.
     table: Tensor | None = None
@@ -146,7 +146,7 @@ class Modalities:
                         "use as shared=[...]: it stays unmodulated"
                     )
                 owner[id(parameter)] = label
-                # As `_takes` has it, but for its call: `ogm_backward` does this in every step.
+                # `_takes`, but for the call: `ogm_backward` does this in every step.
                 reason = why_unsupported(parameter)
                 if (reason is None or parameter.requires_grad) and keep(parameter):
                     if reason is not None:
@@ -157,14 +157,14 @@ class Modalities:
             if not found and every:
                 raise ValueError(
                     f"encoders[{name!r}] has no parameter of its own: shared= holds all "
-                    f"{len(every)}. The one gradient of an encoder that several modalities use "
-                    "has no part of each to modulate; act on their features instead, with OPM, ARM "
-                    "or mmfuse.ops.scale_grad"
+                    f"{len(every)}. The gradient of an encoder that several modalities use cannot "
+                    "be divided among them; act on their features instead, with OPM, ARM or "
+                    "mmfuse.ops.scale_grad"
                 )
             if len(self.parameters) == before:
                 raise ValueError(
                     f"encoders[{name!r}] has no parameter to modulate: {len(found)} found, "
-                    f"none selected by select={select!r} that can get a gradient"
+                    f"but select={select!r} selects none that can get a gradient"
                 )
         self._owner = tuple(self.modality)
         self._everything = list(range(len(self.parameters)))
@@ -182,7 +182,7 @@ class Modalities:
         self.changed: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what is known of these very tensors: a copy has others."""
+        """The state but for facts about these very tensors: a copy has others."""
         return {k: v for k, v in self.__dict__.items() if k not in ("changed", "_places")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -197,7 +197,7 @@ class Modalities:
 
     @property
     def device(self) -> torch.device:
-        """Where the encoders are now."""
+        """The device that the encoders are on now."""
         return self.parameters[0].device
 
     def check_unchanged(self) -> None:
@@ -327,7 +327,7 @@ class Modalities:
         )
 
     def _place(self, i: int) -> Shard | None:
-        """Where this rank's part of a parameter lies; looked up once."""
+        """The place of this rank's part of a parameter; looked up once."""
         if i not in self._places:
             self._places[i] = shard_of(self.parameter_names[i], self.parameters[i])
         return self._places[i]
@@ -356,7 +356,7 @@ def check_names(what: str, values: Mapping[str, Tensor], names: Sequence[str], o
         ValueError: its names are not those of `others`.
     """
     if not isinstance(values, Mapping):
-        raise TypeError(f"{what} must map the modalities' names to tensors")
+        raise TypeError(f"{what} must map names to tensors, got {type(values).__name__}")
     missing = [name for name in names if name not in values]
     unknown = [name for name in values if name not in names]
     if missing or unknown:

@@ -25,12 +25,12 @@ def scoring(call: Callable[..., object], device: torch.device) -> Iterator[None]
     """Evaluation mode, no gradients, and the random state and training flags as before.
 
     In evaluation mode batch norm leaves its statistics alone. A module's flags are switched one by
-    one, for `train(True)` afterwards would also wake those that a user has frozen. What a plain
-    callable calls is only known when it is called, so that every module is switched on its way in.
+    one, for `train(True)` afterwards would also wake those that a user has frozen. The
+    modules of a plain callable are only known once it calls them, so that each is switched then.
 
     Args:
         call: The module or callable that will be called.
-        device: Where; its random generator is kept as well.
+        device: Its device; that one's random generator is kept as well.
     """
     with torch.no_grad(), _evaluation(call, device, lambda module: not _of_pytorch(module)):
         yield
@@ -45,7 +45,7 @@ def evaluating(call: Callable[..., object], device: torch.device) -> Iterator[No
 
     Args:
         call: The module or callable that will be called.
-        device: Where; its random generator is kept as well.
+        device: Its device; that one's random generator is kept as well.
     """
     with _evaluation(call, device, lambda module: True):
         yield
@@ -90,7 +90,7 @@ def training(call: Callable[..., object], device: torch.device) -> Iterator[None
 
     Args:
         call: The module or callable that will be called.
-        device: Where; its random generator is kept as well.
+        device: Its device; that one's random generator is kept as well.
     """
     kept = _Buffers()
 

@@ -52,7 +52,7 @@ def check_alike(
         logits: Of each.
         multilabel: As in `distributions`.
         rows: How many samples there are; None for as many as the logits have.
-        compared: Whether they will be, which takes two classes.
+        compared: True if they will be, which takes two classes.
 
     Raises:
         TypeError: they are no floating tensors.

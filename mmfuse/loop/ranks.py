@@ -95,7 +95,7 @@ class Observed:
         return self.means.view(-1, *[math.isqrt(len(self.count))] * 2)
 
 
-#: For rules that sense nothing.
+#: The observation of rules that sense nothing.
 NOTHING = Observed(torch.empty(0), torch.empty(()))
 
 
@@ -163,7 +163,7 @@ class Observations:
         Args:
             width: Numbers that every rank adds up; needed by a rank with an error, which may not
                 have any.
-            device: Where, likewise.
+            device: The device of the numbers, likewise.
 
         Raises:
             RuntimeError: nothing was added, or another rank has an error.
@@ -223,7 +223,7 @@ def over_ranks(
         look: Looks at this rank's samples; returns something, and what they show.
         process_group: The ranks.
         width: How many numbers the ranks add up.
-        device: Where they are.
+        device: The device of the numbers.
 
     Raises:
         Exception: what `look` raises, here, and as a RuntimeError on the other ranks.

@@ -34,7 +34,7 @@ class Result:
     entries: ClassVar[Entries] = {}
 
     def __init_subclass__(cls) -> None:
-        # In the class itself, where @dataclass leaves it alone.
+        # It is in the class itself, where @dataclass leaves it alone.
         cls.__repr__ = Result.__repr__  # type: ignore[method-assign]
 
     def as_dict(self) -> dict[str, Tensor]:

@@ -70,7 +70,7 @@ class ScalarLog:
         values: Mapping[str, Tensor | float] | Tensor,
         names: Sequence[str] | None = None,
     ) -> None:
-        """Takes in the scalars of one step, as float32.
+        """Adds the scalars of one step, as float32.
 
         The first call fixes the tags.
 
@@ -91,7 +91,7 @@ class ScalarLog:
         elif names is None:
             tags = tuple(values)
         else:
-            raise TypeError("names go with a [K] tensor; a mapping has its tags")
+            raise TypeError("names go with a [K] tensor; leave them out, a mapping has its own")
         self._check_tags(tags)
         order = self._tags or tags
         if isinstance(values, Mapping):
@@ -120,7 +120,7 @@ class ScalarLog:
         if missing or new:
             kinds = (("missing", missing), ("new", new))
             raise ValueError(
-                "the tags are those of the first call; "
+                "every call must have the tags of the first call; "
                 + "; ".join(f"{kind} {which}" for kind, which in kinds if which)
             )
 
@@ -228,7 +228,7 @@ def _tensorboard(add_scalar: Callable[..., object]) -> Write:
 
 def _tags_of_row(values: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
-        raise TypeError("a tensor of values needs names, its tags")
+        raise TypeError("a tensor of values needs names, a tag for each value")
     if values.dim() != 1 or len(values) != len(names):
         raise ValueError(
             f"values must be of shape [{len(names)}], one for each name, got {list(values.shape)}"

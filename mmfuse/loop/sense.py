@@ -1,4 +1,4 @@
-"""The sense stage: what micro-batches show, over all of a step and over all ranks."""
+"""The sense stage: the numbers of micro-batches, over all of a step and over all ranks."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def warn_of_probabilities(logits: Mapping[str, Tensor]) -> None:
     for name, z in logits.items() if isinstance(logits, Mapping) else ():
         if not isinstance(z, Tensor) or z.device.type != "cpu" or z.dim() != 2 or z.shape[1] < 2:
             continue
-        if why_unsupported(z) is not None:  # who needs them refuses them
+        if why_unsupported(z) is not None:  # a method that needs them refuses them
             continue
         sums = z.detach().to(WIDE[z.device.type]).sum(1)
         if z.numel() and bool((z >= 0).all()) and bool(((sums - 1).abs() < 1e-2).all()):
             warnings.warn(
                 f"logits[{name!r}] look like probabilities: no number is negative, and every row "
-                "adds up to 1; give what comes before the softmax",
+                "adds up to 1; give the logits before the softmax",
                 RuntimeWarning,
                 stacklevel=5,
             )
@@ -160,7 +160,7 @@ class Senses:
     def _without_samples(self, mask: Tensor) -> frozenset[str]:
         """Those without a sample in this and in this step's other micro-batches, as far as known.
 
-        Where reading the mask would wait for the device, it may be any of them.
+        If reading the mask would wait for the device, it may be any of them.
         """
         names = frozenset(self._modalities.names)
         if mask.device.type == "cpu" and not torch.compiler.is_dynamo_compiling():
@@ -218,7 +218,7 @@ class Senses:
             self._observations.check(seen)
 
     def keeps(self, error: Exception, stream: NoiseStream) -> bool:
-        """Whether `take` will raise this error, on all ranks; not where this rank is alone.
+        """True if `take` will raise this error on all ranks; False if this rank is alone.
 
         The others go on to their next collective, and so has this rank to.
         """

@@ -76,8 +76,9 @@ def shapley_responses(
     alone = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     if alone is not model and forward is not None:
         raise ValueError(
-            "forward= would call a DistributedDataParallel in every pass, of which it counts one: "
-            "leave out forward=, and wrap a module that takes the inputs by their names"
+            "forward= would call a DistributedDataParallel in every pass, but it expects one pass "
+            "for each backward pass: leave out forward=, and wrap a module that takes the inputs "
+            "by their names"
         )
     every = (1 << len(names)) - 1
     found = {every: called_with(model, forward, output, "for all modalities", dict(inputs))}
@@ -101,7 +102,7 @@ def share_of(outputs: dict[int, Tensor], modality: int, count: int) -> Tensor:
     total: Tensor | None = None
     for coalition, f in outputs.items():
         size, inside = coalition.bit_count(), coalition >> modality & 1
-        # Of the pair that this coalition is a part of, with the modality or without.
+        # The weight of the pair that this coalition is a part of, with the modality or without.
         factor = 1 / (count * math.comb(count - 1, size - 1 if inside else size))
         wide = f.float() if f.dtype in (torch.float16, torch.bfloat16) else f
         if total is None:  # all modalities, which comes first

@@ -22,7 +22,7 @@ from ..ops._tensors import index_tensor
 
 
 class Shard(NamedTuple):
-    """Where this rank's part lies.
+    """The place of this rank's part in the whole tensor.
 
     Attributes:
         shape: Of the whole tensor.
@@ -53,7 +53,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 def shard_of(name: str, tensor: Tensor) -> Shard | None:
-    """Where this rank's part of a parameter lies; None if the tensor is a plain one.
+    """The place of this rank's part of a parameter; None if the tensor is a plain one.
 
     Raises:
         TypeError: the parameter is a partial sum, not yet reduced over the ranks.

@@ -1,4 +1,4 @@
-"""One step of a method on gradients: decide, act, settle, and what of it counts."""
+"""One step of a method on gradients: decide, act, settle, and keep the state if the step counts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def take_step(
 ) -> Any:
     """Changes the gradients, or decides about updates to come; called without autograd.
 
-    Returns the rule's result. What it raises, it raises before anything changes.
+    Returns the rule's result. It raises its errors before anything changes.
 
     Args:
         method: The method, on the encoders' device.

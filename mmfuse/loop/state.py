@@ -13,9 +13,9 @@ from .._numbers import whole
 from ..noise import NoiseStream, saved_state
 from ..ops.keep_state import keep_checked_
 
-#: Of what `state_dict` returns; a state of another format is refused.
+#: The format of `state_dict`'s result; a state of another format is refused.
 FORMAT = 1
-#: Of the state of a method that is a module, whose entries are tensors. It reads format 1, too.
+#: The format of a module's state, whose entries are tensors. A module reads format 1, too.
 MODULE_FORMAT = 2
 
 
@@ -24,7 +24,7 @@ class State(dict[str, Tensor]):
 
     Args:
         method: Whose state it is, for error texts.
-        device: Where the tensors are kept.
+        device: The device of the tensors.
         tensors: Their first values.
     """
 
@@ -33,7 +33,7 @@ class State(dict[str, Tensor]):
     ) -> None:
         super().__init__(tensors or {})
         self.method = method
-        #: Of each tensor, where the device has it: float64 is float32 on one without.
+        #: Each tensor's dtype, if the device has it: float64 is float32 on one without.
         self._dtypes = {name: tensor.dtype for name, tensor in self.items()}
         self._move(device)
 
@@ -112,7 +112,7 @@ def refuse_format(method: str, found: object, known: int) -> NoReturn:
     kind = "has no format number" if found is None else f"has format {found}"
     raise ValueError(
         f"the state of {method} {kind}, but this version of mmfuse reads format {known}: it was "
-        "saved by another version, which has to be installed to go on with it"
+        "saved by another version; install that one to go on with it"
     )
 
 
@@ -172,7 +172,7 @@ def in_backward() -> bool:
 
 
 def refuse_backward(method: str, consequence: str) -> NoReturn:
-    """Raises a RuntimeError for a method that is `in_backward`, and says what would come of it."""
+    """Raises a RuntimeError for a method that is `in_backward`, and names the consequence."""
     raise RuntimeError(
         f"{method} is called in a backward pass, as activation checkpointing does, {consequence}; "
         f"leave {method} outside of the checkpointed part"

@@ -88,7 +88,7 @@ def _averaged(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> lis
 
 
 def check_loss(loss: Tensor, retain_graph: bool, device: torch.device) -> None:
-    """Checks what a backward pass would find out after it, or after another one, has changed.
+    """Raises a backward pass's errors before it, or another one, has changed anything.
 
     Raises:
         RuntimeError: the loss has no gradient.

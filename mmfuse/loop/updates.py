@@ -1,4 +1,4 @@
-"""Scales what an optimizer has done to the encoders' parameters.
+"""Scales an optimizer's updates of the encoders' parameters.
 
 Adaptive optimizers divide a gradient by its own size, so that a factor on the gradient is divided
 out again. A factor on the update is not:
@@ -65,8 +65,8 @@ class ScaledUpdates:
         # A wrapper that only looks like an optimizer, as Accelerate's, calls no hooks.
         if not hasattr(optimizer, "_optimizer_step_pre_hooks"):
             raise TypeError(
-                f"expected a torch.optim.Optimizer, got {kind}; of a wrapper pass the optimizer in "
-                "it (see mmfuse.adapters.accelerate)"
+                f"expected a torch.optim.Optimizer, got {kind}; if it wraps an optimizer, pass "
+                "that one (see mmfuse.adapters.accelerate)"
             )
         self.method = method
         self.modalities = modalities
@@ -75,7 +75,9 @@ class ScaledUpdates:
         self.decided: Decided | None = None
         self._before: dict[int, Tensor] = {}
         if not self._held().ids:
-            raise ValueError(f"this {kind} has no parameter of the encoders")
+            raise ValueError(
+                f"this {kind} has no parameter of the encoders; attach the optimizer that has them"
+            )
         self._register()
 
     def _register(self) -> None:
@@ -85,7 +87,7 @@ class ScaledUpdates:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the hooks, which an optimizer's copy does not have, nor the step's copies."""
+        """The state without hooks, which an optimizer's copy does not have, and without copies."""
         return {**self.__dict__, "_hooks": [], "_before": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,7 +206,7 @@ class AttachedOptimizers:
         self._known.remove(found[0])
 
     def decide(self, decided: Decided | None) -> None:
-        """Says what is done to every optimizer's next update; None forgets it."""
+        """Sets the change of every optimizer's next update; None forgets it."""
         for known in self._known:
             known.decided = decided
 

@@ -77,7 +77,7 @@ class AGMRule:
             shared: [M, M] bool, whether there are such; None if all modalities are everywhere.
 
         Returns:
-            [M] exp of the mean over j ≠ m of s_j − s_m; NaN where m shares samples with nobody.
+            [M] exp of the mean over j ≠ m of s_j − s_m; NaN where m shares samples with none.
         """
         lead = scores.T - scores
         if shared is None:
@@ -110,7 +110,7 @@ def look_at(
         labels: Their targets; None where the scores are the user's.
         more: Masks, or those scores.
         criterion: The loss that logits and labels are for.
-        device: Where the user's scores go.
+        device: The device that the user's scores go to.
         backend: Name of a backend; None for the best one.
     """
     kind, numbers, weight = own_numbers(list(logits), device, more, None)

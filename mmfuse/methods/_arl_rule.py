@@ -19,7 +19,7 @@ class ARLResult(Result):
     Attributes:
         features: Name → the feature, with its values as they were.
         coefficients: [M] 1 + w_m that the backward pass uses, in the order of `features`; 1 for a
-            modality with nobody to compare with, of which w_m, v_m, H_m and u_m are NaN.
+            modality without another to compare with, whose w_m, v_m, H_m and u_m are NaN.
         scores: [M] batch mean of the true class's probability; None in `eval()` or without labels.
         weights: [M] w_m of this step's logits; None in `eval()`.
         magnitudes: [M] v_m; None in `eval()`.
@@ -67,10 +67,10 @@ class ARLRule:
     def decide_by_pairs(
         self, magnitudes: Tensor, entropies: Tensor, compared: Tensor
     ) -> tuple[Tensor, ...]:
-        """The same of tables [M, M], see `mmfuse.loop.pairs`; NaN for who is compared with nobody.
+        """The same of tables [M, M], see `mmfuse.loop.pairs`; NaN for one compared with no other.
 
-        A share is told by the mean over j of (value of j) / (value of m), each over what m and j
-        share: v_m = 1 / (1 + (count - 1) mean_j V_jm / V_mj), of the `count` who are compared.
+        A share follows from the mean over j of (value of j) / (value of m), each over what m and j
+        share: v_m = 1 / (1 + (count - 1) mean_j V_jm / V_mj), of the `count` that are compared.
 
         Args:
             magnitudes: Means over the samples that two modalities share.
@@ -98,13 +98,13 @@ class ARLRule:
 
 
 def _shares(values: Tensor) -> Tensor:
-    """Of their sum; even ones if it is 0, as where all modalities are certain."""
+    """Shares of their sum; even ones if it is 0, as where all modalities are certain."""
     total = values.sum()
     return torch.where(total == 0, 1 / len(values), values / total)
 
 
 def _shares_by_pairs(table: Tensor, compared: Tensor, count: Tensor) -> Tensor:
-    """[M] shares of the `count` who are compared with others; even ones of values that are 0."""
+    """[M] shares of the `count` that are compared with others; even ones of values that are 0."""
     total = table + table.T
     of_pair = torch.where(total == 0, 0.5, table / total)
     others = torch.where(compared, 1 / of_pair - 1, 0.0).sum(1) / compared.sum(1)

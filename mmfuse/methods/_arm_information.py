@@ -1,4 +1,4 @@
-"""ARM's information: what each modality shares with the fused representation.
+"""ARM's information, which each modality shares with the fused representation.
 
 nmi_m = 2 I(m; c) / (H(m) + H(c)) and ncmi_m, the same given another modality j, mean over j != m;
 and the released code's ncmi. `mmfuse.methods.arm` has the paper.
@@ -22,7 +22,7 @@ from ._means import mean_where
 
 
 class Complete(NamedTuple):
-    """Which modalities and values count, where samples miss some of them.
+    """The modalities and values that count if samples miss some of them.
 
     Attributes:
         here: [M, P] bool, the modalities of each problem: in a batch those that some sample has, on
@@ -35,7 +35,7 @@ class Complete(NamedTuple):
 
 
 class Histograms(NamedTuple):
-    """Joint entropies of what the information is made of; M modalities m, j and c, the fused one.
+    """Joint entropies that the information is made of; M modalities m, j and c, the fused one.
 
     Attributes:
         pairs: Of (m, c).
@@ -60,7 +60,7 @@ def histograms(
     present = None
     if complete is not None:
         present = complete.values
-        # Of a modality that nobody has nothing is known.
+        # Nothing is known about a modality that nobody has.
         each = zip(rows[:c], complete.here.unbind(), strict=True)
         rows = [*(torch.where(here.unsqueeze(1), x, torch.nan) for x, here in each), rows[c]]
     pairs = joint_entropies(

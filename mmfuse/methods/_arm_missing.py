@@ -26,13 +26,14 @@ def is_more(more: More) -> bool:
     for kind in ("ratios", "coefficients"):
         if more.get(kind) is not None:
             raise TypeError(
-                f"ARM takes no {kind}: features times weights of your own need no ARM; give scores"
+                f"ARM takes no {kind}: multiply the features by your own weights without ARM, or "
+                "give scores"
             )
     return any(value is not None for value in more.values())
 
 
 class Shown(NamedTuple):
-    """Which modalities each sample of this rank has, and the user's scores.
+    """The modalities of each sample of this rank, and the user's scores.
 
     Attributes:
         mask: [M, B] bool.
@@ -81,7 +82,7 @@ def shown(
 
 
 def complete(here: Tensor, rows: Tensor, values: Tensor) -> Complete:
-    """Of values [B, …] the entries that count, where `rows` do."""
+    """The entries of values [B, …] that count, for the samples in `rows`."""
     of_each = rows.view(-1, *[1] * (values.dim() - 1)).expand_as(values)
     return Complete(here.unsqueeze(1), of_each.reshape(1, -1))
 
@@ -91,7 +92,7 @@ def left_alone(
 ) -> tuple[Tensor, Tensor]:
     """[M] weights where samples miss modalities, and 0-d whether they count.
 
-    A modality that no sample has weighs 1, and so does one that there is no other beside. Where no
+    A modality that no sample has weighs 1, and so does one that there is no other beside. If no
     sample has all the others, the batch says nothing. Averages are of weights relative to all M
     modalities, so that a batch without one of them does not enter.
 
@@ -100,7 +101,7 @@ def left_alone(
         counts: True if the rule counts them.
         here: [M] bool, the modalities that some sample has.
         known: 0-d bool, whether a sample has all of these.
-        average: [M] what is taken where a batch says nothing.
+        average: [M] the weights to take where a batch says nothing.
     """
     compared = here & (here.sum() > 1)
     weights = torch.where(compared, torch.where(known, weights, average), 1.0)

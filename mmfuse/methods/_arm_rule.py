@@ -47,7 +47,7 @@ class ARMRule:
     bins: int = 30
     conditional_bins: int = 2
 
-    #: Whether `eval()` takes the moving average of the weights of training.
+    #: True if `eval()` takes the moving average of the weights of training.
     averages: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -70,7 +70,7 @@ class ARMRule:
     ) -> tuple[Tensor, Tensor]:
         """[M] positive weights, and 0-d whether they count.
 
-        Where a modality contributes nothing, as one whose features are all alike, the weights of
+        If a modality contributes nothing, as one whose features are all alike, the weights of
         this batch say nothing, and those of the batches before are taken. `here` are the modalities
         that are compared; None for all.
         """

@@ -23,7 +23,7 @@ from ..loop.predictions import (
 Named = Mapping[str, Tensor]
 #: The logits, 0 where they are missing, and [M, B] bool, which are there; None for all.
 Checked = tuple[list[Tensor], "Tensor | None"]
-#: From two lists of K logits [B, C] to [K] mixture divergences, or [K, B] with ``per_row=True``.
+#: Makes [K] mixture divergences, or [K, B] with ``per_row=True``, of two lists of K logits [B, C].
 Divergence = Callable[..., Tensor]
 
 
@@ -36,7 +36,7 @@ def checked(
         logits: Of each modality.
         present: Name → [B] bool, which samples have the modality; None if all have all.
         multilabel: As in `mmfuse.loop.predictions.distributions`.
-        compared: Whether there will be an alignment of them.
+        compared: True if there will be an alignment of them.
 
     Raises:
         TypeError: logits or masks have an unsupported type.

@@ -1,11 +1,11 @@
-"""LFM's two weights: the authors' schedule, and what a step of the learning goes by."""
+"""LFM's two weights: the authors' schedule, and the number that a step of the learning follows."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: Of the released schedule.
+#: The length of the released schedule.
 EPOCHS = 200
 # Coefficients of its polynomial, as in the released script, lowest power first.
 _SCHEDULE = (

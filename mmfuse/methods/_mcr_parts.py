@@ -57,7 +57,7 @@ def orders_of(drawn: Tensor, here: Tensor | None) -> Tensor:
     """
     if here is None:
         return drawn.argsort(1)
-    # Those who are not there are behind all numbers drawn, in the order that they have.
+    # Samples that are not there come after all numbers drawn, in the order that they have.
     places = (~here).to(drawn.dtype).argsort(stable=True).expand_as(drawn)
     order = drawn.masked_fill(~here, torch.inf).argsort(dim=1, stable=True)
     return torch.empty_like(order).scatter_(1, places, order)

@@ -57,7 +57,7 @@ class MLARule:
         return torch.pow(self.alpha, exponent)
 
     def divisor(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
-        """Of the k kᵀ that P loses: a number."""
+        """The divisor of the k kᵀ that P loses: a number."""
         return a + r @ k
 
     def moved(self, projector: Tensor, r: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ class MLARule:
 
 @dataclass(frozen=True)
 class MLAReleased(MLARule):
-    """With the release's division by each entry of a + k r, a matrix; and its entropies."""
+    """The first release: a division by each entry of a + k r, a matrix; and its entropies."""
 
     def divisor(self, k: Tensor, r: Tensor, a: Tensor) -> Tensor:
         """A matrix."""

@@ -33,7 +33,7 @@ class OPMReleased(OPMRule):
             raise ValueError(f"p_exe must be a probability in [0, 1], got {self.p_exe}")
 
     def drop(self, opm: OPM, given: Given, q: Tensor) -> OPMResult:
-        """In a share of the steps; what is left is divided by 1 − θ, samples without any go."""
+        """Drops in a share of the steps; divides the rest by 1 − θ, and removes empty samples."""
         q = self._executed(opm, q)
         if self.theta_gradient and opm._acting and torch.is_grad_enabled():
             given = given._replace(features=self._with_theta_gradient(opm, given, q))
@@ -64,7 +64,7 @@ class OPMReleased(OPMRule):
         # All ranks' scores, through which this rank's pass their gradients.
         s = given.scores + (own - own.detach())
         ratios = ((s.unsqueeze(1) / s).sum(1) - 1) / (len(s) - 1)
-        # Where q is 0, nothing is dropped in this step, and nothing depends on the ratio.
+        # If q is 0, nothing is dropped in this step, and nothing depends on the ratio.
         probabilities = drop_probabilities(ratios, self.q_base, self.lam).to(q)
         half_square = _theta(features, torch.where(q > 0, probabilities, 0.0)).square() / 2
         found = torch.autograd.grad(

@@ -71,8 +71,8 @@ def with_one_left(
 ) -> OPMResult:
     """The result where modalities are missing: a sample keeps the last feature that it has.
 
-    Where all that a sample has would go, that with the smallest q_m stays. What is missing counts
-    as not kept.
+    If a sample would lose all that it has, the feature with the smallest q_m stays. A missing
+    modality counts as not kept.
 
     Args:
         given: The batch.

@@ -33,7 +33,7 @@ class ClassSums:
     Attributes:
         modalities: M.
         classes: C; 0 for as many as the labels need.
-        device: Where the sums are.
+        device: The device of the sums.
         names: The modalities; none for what the first batch has.
         dtypes: Of their features.
         sums: [C, D] for each modality.
@@ -126,7 +126,7 @@ def class_sums(
     """Sums of features by class over all batches and ranks, [C, D] each, and their counts [C, M].
 
     Args:
-        collected: Where this rank's go.
+        collected: This rank's sums, which are added to.
         batches: This rank's.
         widths: D of each modality; 0 where it is not known.
         process_group: The ranks.
@@ -206,7 +206,7 @@ class PrototypeModule(EpochWindowModule):
             check_sequence("widths", widths, "integers")
         if widths is not None and (num_classes is None or len(widths) != count):
             raise ValueError(
-                f"widths go with num_classes, and are num_modalities={count} numbers; got "
+                f"widths go with num_classes, one number for each of the {count} modalities; got "
                 f"{list(widths)} with num_classes={num_classes}"
             )
         for m in range(count):
@@ -224,10 +224,10 @@ class PrototypeModule(EpochWindowModule):
 
     @torch.no_grad()
     def update_prototypes(self, batches: Batches) -> None:
-        """Takes class means over batches as the new prototypes, from the second time on a share.
+        """Takes class means over batches as the new prototypes, later mixed with the old ones.
 
-        To be called before the first epoch and between epochs, by all ranks, with features that
-        the encoders give in evaluation mode; each rank brings its part of the data. Reads the
+        Call it before the first epoch and between epochs, on all ranks, with features that the
+        encoders give in evaluation mode; each rank brings its part of the data. It reads the
         labels' range on the host.
 
         Args:

@@ -98,8 +98,8 @@ def prototype_ratios(scores: Tensor) -> tuple[Tensor, Tensor]:
             nobody.
 
     Returns:
-        [M] each: S_m over the smallest other, and the largest other over S_m; above 1 for who is
-        ahead of some, and for who is behind some. NaN where there is nobody to compare with.
+        [M] each: S_m over the smallest other, and the largest other over S_m; above 1 for a
+        modality ahead of some, and for one behind some. NaN without another to compare with.
     """
     table = scores / scores.T if scores.dim() == 2 else scores.unsqueeze(1) / scores
     itself = torch.eye(len(scores), dtype=torch.bool, device=scores.device)

@@ -26,7 +26,7 @@ def gate_threshold(agreement: tuple[float, float], epoch: int, epochs: int) -> f
 
 
 def drop_probability(schedule: tuple[float, float, float], epoch: int, epochs: int) -> float:
-    """That an input is dropped: from the first to the second over the third, a share of epochs."""
+    """From the first number to the second, over a share of the epochs, the third."""
     first, last, share_of_epochs = schedule
     return first + (last - first) * _progress(epoch, int(epochs * share_of_epochs))
 

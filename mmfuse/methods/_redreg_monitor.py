@@ -124,7 +124,7 @@ def _representation(name: str, encoder: Forward, x: Tensor) -> Tensor:
 
 def _check_names(what: str, given: Collection[str], names: Sequence[str]) -> None:
     if isinstance(given, str) or not hasattr(given, "__iter__"):
-        raise TypeError(f"{what} must be of names, got {type(given).__name__}")
+        raise TypeError(f"{what} must hold names of encoders, got {type(given).__name__}")
     unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(f"{what} names {unknown}; the encoders are {list(names)}")
@@ -147,7 +147,7 @@ def _sigmas(sigma: float | Mapping[str, float], names: Sequence[str]) -> list[fl
         _check_names("sigma", sigma, names)
         missing = [name for name in names if name not in sigma]
         if missing:
-            raise ValueError(f"sigma lacks {missing}")
+            raise ValueError(f"sigma lacks {missing}; give every encoder's, or one number for all")
         values = [real(f"sigma[{name!r}]", sigma[name]) for name in names]
     else:
         values = [real("sigma", sigma)] * len(names)

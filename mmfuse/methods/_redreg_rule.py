@@ -26,7 +26,7 @@ from . import _redreg_equations as equations
 from ._redreg_equations import EPS
 from ._redreg_monitor import Monitor
 
-#: Of the state, what a step changes.
+#: The parts of the state that a step changes.
 _HISTORY = ("scores", "steps", "redundancy", "average", "average_weight")
 
 Projection = Literal["tensor", "encoder"]
@@ -73,9 +73,9 @@ class Seen(NamedTuple):
     present: Tensor | None = None
 
     def above(self, threshold: Tensor) -> Tensor:
-        """By how much the mean cosine of all pairs of modalities is above it; 0-d.
+        """The mean cosine of all pairs of modalities less the threshold; 0-d.
 
-        Where some are missing, the sum of the pairs' shared samples over the number of all: its
+        If some are missing, the sum of the pairs' shared samples over the number of all: its
         sign is that of the mean.
         """
         cosines = []
@@ -252,7 +252,7 @@ class RedRegRule(Stateless):
         return RedundancyRule(*numbers, self.unbiased, by_encoder)
 
     def _decided(self, beta: Tensor, state: State, tensors: Tensors) -> Decision:
-        """With the user's beta_m; nothing enters the history. Rare, and so without an op."""
+        """Decides by the user's beta_m; nothing enters the history. Rare, and so without an op."""
         nothing = torch.full_like(beta, torch.nan)
         report = (beta, nothing, nothing, state["redundancy"].clone(), nothing, nothing[0])
         return Decision(self._act(beta, tensors), report)

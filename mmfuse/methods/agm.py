@@ -42,7 +42,7 @@ class AGM(EpochWindowModule):
 
     ::
 
-        model.agm = mmfuse.AGM()               # part of the model, whose eval() it has to hear
+        model.agm = mmfuse.AGM()               # part of the model, so that eval() reaches it
         for images, sounds, labels in loader:
             inputs = {"audio": sounds, "visual": images}
             responses = mmfuse.shapley_responses(model, inputs)

@@ -3,8 +3,8 @@
 "Improving Multimodal Learning via Imbalanced Learning", ICCV 2025, as the release's README has the
 title; the formulas are those of the released code.
 
-The encoder whose modality says less in the joint prediction, and is surer of what it says, learns
-faster: the gradient that enters its feature is made larger. From each modality's logits alone:
+An encoder learns faster if its modality has less influence on the joint prediction and is surer of
+its own: the gradient that enters its feature is made larger. From each modality's logits alone:
 
     magnitude  v_m = mean over the batch of sum_c abs(z_m), as a share of all modalities'
     entropy    H_m = mean over the batch of the entropy of softmax(z_m), a share of at least 0.6 / M
@@ -38,11 +38,11 @@ __all__ = ["ARL", "ARLResult"]
 
 
 class ARL(EpochWindowModule):
-    """ARL, between the encoders and whatever is made of their features.
+    """ARL, between the encoders and the fusion of their features.
 
     ::
 
-        model.arl = mmfuse.ARL()               # part of the model, whose eval() it has to hear
+        model.arl = mmfuse.ARL()               # part of the model, so that eval() reaches it
         for images, sounds, labels in loader:
             features = {"audio": audio_net(sounds), "visual": visual_net(images)}
             with torch.no_grad():              # only to decide from
@@ -55,7 +55,7 @@ class ARL(EpochWindowModule):
 
     Take all losses from the features that it returns: their values are as they were, and what does
     not go through them is not scaled. In `eval()` features pass, and logits are not looked at.
-    Where something in the logits is not finite, nothing is scaled.
+    If something in the logits is not finite, nothing is scaled.
 
     Fidelity: from the formulas; `official` has golden numbers.
 

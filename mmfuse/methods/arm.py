@@ -3,9 +3,9 @@
 Gao, Cao, Zhu, Wang & Hu, "Asymmetric Reinforcing against Multi-modal Representation Bias",
 AAAI 2025.
 
-A modality that contributes less to the fused representation c is weighted up, by what it shares
-with c, with and without the other modalities. The feature of each modality m and c are taken as
-B·D paired values, in equal bins over their ranges:
+ARM gives a larger weight to a modality that contributes less to the fused representation c. The
+contribution is the information that it shares with c, with and without the others. The feature of
+each modality m and c are taken as B·D paired values, in equal bins over their ranges:
 
     nmi_m  = 2 I(m; c) / (H(m) + H(c))                         30 bins
     ncmi_m = 2 I(m; c | j) / (H(m | j) + H(c | j)), mean over j != m   2 bins
@@ -49,7 +49,7 @@ class ARM(EpochWindowModule):
 
     ::
 
-        model.arm = mmfuse.ARM()               # part of the model, whose eval() it has to hear
+        model.arm = mmfuse.ARM()               # part of the model, so that eval() reaches it
         features = {"audio": audio_net(sounds), "visual": visual_net(images)}   # [B, D] each
         fused = neck(torch.cat([features["audio"], features["visual"]], 1))     # [B, D]
         logits = {name: classifier(f) for name, f in features.items()}

@@ -4,8 +4,8 @@ Guo, Jin, Chen & Zhao, "Classifier-guided Gradient Modulation for Enhanced Multi
 NeurIPS 2024; the formulas are those of the released code.
 
 Each modality has a classifier of its own, which learns from its detached feature and changes no
-encoder. How much better it has become since the step before says how fast the modality learns, and
-the encoder of one that takes a large part of the progress is slowed:
+encoder. Its gain since the step before says how fast the modality learns, and an encoder whose
+modality takes a large part of the progress is slowed:
 
     metric     e_m: accuracy over the batch, or the task's own metric, higher is better
     progress   Delta_m = e_m - e_m of the step before, which is 0 at first
@@ -68,7 +68,7 @@ class CGGMResult(Result):
             `encoders`; 1 for a modality that no sample has.
         scores: [M] the metric e_m.
         progress: [M] Delta_m.
-        shares: [M] k_m; NaN for a modality with nobody to compare with.
+        shares: [M] k_m; NaN for a modality without another to compare with.
         finite: 0-d bool, False if a gradient holds a NaN or an Inf after the step.
     """
 

@@ -2,13 +2,13 @@
 
 Yao & Mihalcea, "Modality-specific Learning Rates for Effective Multimodal Additive Late-fusion",
 Findings of ACL 2022, train every modality at a rate of its own. With SGD a rate is a factor on the
-encoder's gradient. It stays the same for the whole training, or goes with the modality's accuracy
+encoder's gradient. It stays the same for the whole training, or follows the modality's accuracy
 on validation data, as the authors of AGM and of MLB run the method (MSLR):
 
     constant   g <- c_m g
     validated  g <- c_m (A_m / mean of the last K A_m) g,  A_m of the latest validation
 
-How the paper itself comes to its rates is left out: neither it nor code of its authors was seen.
+The paper's own way to its rates is left out: neither the paper nor its authors' code was seen.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from ..ops._tensors import kept_tensor
 #: The factors of AGM's authors, by the number of modalities (lihong2303/AGM_ICCV2023).
 _RATES = {2: (1.3, 0.7), 3: (0.9, 1.4, 0.7)}
 
-# Of them and the modalities a table is kept.
+# The state has a table of as many validations for each modality.
 _MOST_STEPS = 1_000_000
 
 
@@ -120,7 +120,7 @@ class LearningRates(GradientMethod):
     With SGD it is a learning rate of the encoder's own; with an adaptive optimizer, which divides a
     factor out again, use ``apply_to="update"``, or parameter groups. It takes the logits that other
     methods take, so that one can stand in for the other. The factor is a constant, or with `window`
-    goes with the accuracies that `validated` is told of::
+    follows the accuracies that `validated` gets::
 
         rates = mmfuse.LearningRates(encoders, window=5)
         for epoch in range(epochs):
@@ -178,7 +178,9 @@ class LearningRates(GradientMethod):
             ValueError: names do not fit, or a number is out of range.
         """
         if self.rule.window is None:
-            raise RuntimeError("LearningRates has constant rates; give window for validated ones")
+            raise RuntimeError(
+                "LearningRates has constant rates; give window to make them follow validation"
+            )
         device = self._state["scores"].device
         _, latest, _ = own_numbers(self.modalities.names, device, {"scores": scores}, None)
         self._state.set(self.rule.after(self._state, latest))

@@ -159,8 +159,9 @@ class LFM(EpochWindowModule):
     ) -> LFM:
         """The method as the authors' released code runs it.
 
-        The schedule as it is, which leaves [0, 1] in epochs 177 to 188 of 200: there lambda_0 is
-        above 1 and the predictions are driven apart a little. The default stops at 0 and 1.
+        It takes the schedule as it is, which leaves [0, 1] in epochs 177 to 188 of 200: there
+        lambda_0 is above 1 and the predictions are driven apart a little. The default stops at 0
+        and 1.
 
         Fidelity: golden numbers of the authors' code (njustkmg/NeurIPS24-LFM at ad44fa0).
 
@@ -185,7 +186,7 @@ class LFM(EpochWindowModule):
             self.weights[1].fill_(1 - first)
 
     def set_epoch(self, epoch: int) -> None:
-        """As in the other methods; halves the rate of the learning in epochs 20, 40, ….
+        """Begins an epoch, as in the other methods; in epochs 20, 40, … halves the learning's rate.
 
         Raises:
             TypeError: it is no integer.
@@ -279,7 +280,7 @@ class LFM(EpochWindowModule):
         if self.weighting != "learned":
             raise RuntimeError('LFM learns its weights with weighting="learned" only')
         if not self._told:
-            raise RuntimeError("LFM: call set_epoch(epoch) first, by which the rate goes")
+            raise RuntimeError("LFM: call set_epoch(epoch) first; the rate depends on it")
         if not parameters:
             raise ValueError("parameters must hold at least one tensor")
 

@@ -124,7 +124,7 @@ class MCR(DrawingModule):
     #: Nothing is averaged over the ranks but, by DDP, gradients.
     decides_over_ranks: ClassVar[bool] = False
     criterion: Loss
-    # Whether J_m's gradient leaves the unpermuted prediction alone, as the released play does.
+    # True if J_m's gradient leaves the unpermuted prediction alone, as the released play does.
     _released = False
 
     def __init__(
@@ -166,7 +166,7 @@ class MCR(DrawingModule):
     def official(
         cls, strength: float = 0.01, strategy: Strategy = "greedy", **keywords: Any
     ) -> MCR:
-        """As the released code computes the terms, for two modalities.
+        """The terms as the released code computes them, for two modalities.
 
         There J_m's gradient goes through the unpermuted prediction as well, without the weight k:
         with "greedy" it cancels between the two terms of each contribution. The released function
@@ -208,7 +208,7 @@ class MCR(DrawingModule):
             labels: [B] class indices, for the contrast; rows labelled −100 do not count.
             head: From the concatenated features [B, ΣD_m], in their order, to the joint logits.
             present: Name → [B] bool, which samples have the modality; None if all have all. J_m is
-                of the samples that have m, among which alone it is exchanged. What is missing adds
+                of the samples that have m, among which alone it is exchanged. A missing m adds
                 nothing to the joint logits, or is 0 for the head, and has no part in the contrast.
 
         Returns:

@@ -158,7 +158,7 @@ class MLB(GradientMethod):
         beta: float = 2.0,
         **common: Unpack[Common],
     ) -> MLB:
-        """As the authors' released code runs it: the same, in epochs 0 to 1500 inclusive.
+        """MLB as the authors' released code runs it: the same, in epochs 0 to 1500 inclusive.
 
         Fidelity: golden numbers of the authors' code (kkontras/MLB at 357b5ce).
         """

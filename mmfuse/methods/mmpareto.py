@@ -4,7 +4,7 @@ Wei & Hu, "MMPareto: Boosting Multimodal Learning with Innocent Unimodal Assista
 formulas are those of the released code.
 
 The network is trained on the joint loss and on every modality's own. An encoder m gets a gradient
-g1 from the first and g2 from its own unimodal loss. Where they agree, both count alike; where they
+g1 from the first and g2 from its own unimodal loss. If they agree, both count alike; if they
 conflict, the encoder takes the direction of the shortest vector between them, which makes neither
 loss worse. Each tensor's combined gradient then gets at least the length of the plain sum, times a
 factor gamma:
@@ -100,7 +100,7 @@ class MMParetoRule(Stateless):
         return self
 
     def sense(self, batch: Batch) -> Sensed:
-        """Nothing: the gradients say it all."""
+        """Senses nothing: the gradients say it all."""
         raise AssertionError("MMPareto senses no logits")
 
     def check_takes(self, kind: Kind) -> None:
@@ -168,13 +168,13 @@ class MMPareto(GradientMethod):
             optimizer.step()
 
     A step has two backward passes: of the joint loss, and of the sum of the unimodal ones, whose
-    parts reach one encoder each. Heads keep the gradient of the sum of all losses. Where there is
-    no conflict an encoder's gradient is gamma times that of this sum. Gradients that are there
+    parts reach one encoder each. Heads keep the gradient of the sum of all losses. Without
+    conflict an encoder's gradient is gamma times that of this sum. Gradients that are there
     already count as the joint loss's, so that a step has one micro-batch.
 
     `backward` takes ``present`` (see `mmfuse.GradientMethod`), which matters where the whole batch
-    (of all ranks) lacks a modality: its encoder may be without gradients then, and what it has are
-    added as they are. Else masks change nothing, since the gradients decide.
+    (of all ranks) lacks a modality: its encoder may be without gradients then, and existing ones
+    are added as they are. Else masks change nothing, since the gradients decide.
 
     Fidelity: golden numbers of the authors' code. Three modalities and more are from the formulas.
 

@@ -53,7 +53,7 @@ class ModalityDropout(DrawingModule):
         kept = dropout(features).features
         loss = F.cross_entropy(head(torch.cat(list(kept.values()), 1)), labels)
 
-    In `eval()` the features pass unchanged. What is kept is not made larger.
+    In `eval()` the features pass unchanged. Kept features are not made larger.
 
     Fidelity: from the formulas.
 

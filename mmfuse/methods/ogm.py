@@ -229,7 +229,7 @@ class OGM(GradientMethod):
     ) -> OGM:
         """The method as the authors' code runs it on CREMA-D, to reproduce its tables.
 
-        CVPR Eq. 10, in both releases, four-dimensional weights only. With
+        It takes CVPR Eq. 10, in both releases, for four-dimensional weights only. With
         ``noise=torch.randn_like`` the noise comes from PyTorch's generator, tensor by tensor, as it
         does there.
 

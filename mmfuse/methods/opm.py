@@ -2,7 +2,7 @@
 
 Wei, Hu, Du & Wen, "On-the-fly Modulation for Balanced Multimodal Learning", TPAMI 2024.
 
-Where OGM slows the dominant modality in the backward pass, OPM weakens it in the forward pass: its
+OGM slows the dominant modality in the backward pass; OPM weakens it in the forward pass: its
 feature is dropped, sample by sample, with a probability that rises with its dominance, so that the
 joint prediction has to do without it and the other encoder gets the gradient:
 
@@ -45,7 +45,7 @@ class OPM(DrawingModule):
 
     ::
 
-        model.opm = mmfuse.OPM()               # part of the model, whose eval() it has to hear
+        model.opm = mmfuse.OPM()               # part of the model, so that eval() reaches it
         for images, sounds, labels in loader:
             features = {"audio": audio_net(sounds), "visual": visual_net(images)}
             logits = mmfuse.unimodal_logits(head, features)
@@ -127,8 +127,8 @@ class OPM(DrawingModule):
         q is that of the same step; features are dropped in a share `p_exe` of the steps only; all
         that is left, gradients included, is divided by 1 − θ with θ = Σ d_m q_m / Σ d_m over the
         features' widths d_m; samples that have lost everything are removed, which makes shapes
-        dynamic and waits for the device; epochs 0 to 5 are left alone (call `set_epoch`). q is of
-        the dtype of the module, which a float64 network wants to be ``.double()``.
+        dynamic and waits for the device; epochs 0 to 5 are left alone (call `set_epoch`). q has
+        the module's dtype: in a float64 network call ``.double()`` on it.
 
         The released code's division has a backward pass of its own, which passes θ itself back to
         θ, and from there to the features through their scores: the gradient of an additional loss
@@ -145,8 +145,8 @@ class OPM(DrawingModule):
                 It takes one more pass, forth and back, between features and scores; `logits` that
                 do not come from `features` pass nothing back.
             starts: As in `OPM`.
-            **keywords: As in `OPM`. Whether a step drops is decided by the first number of the
-                stream's id after the modalities'.
+            **keywords: As in `OPM`. The first number of the stream's id after the modalities'
+                decides if a step drops.
 
         Raises:
             ValueError: a hyper-parameter is out of range.

@@ -2,9 +2,9 @@
 
 Fan, Xu, Wang, Wang & Guo, "PMR: Prototypical Modal Rebalance for Multimodal Learning", CVPR 2023.
 
-Every class has a prototype in each modality's feature space, and how near a sample is to that of
-its class says how far the modality has come. One that is behind is drawn towards its prototypes,
-one that is ahead is kept from settling too early; both are terms beside the joint loss:
+Every class has a prototype in each modality's feature space. The nearer samples are to those of
+their classes, the further the modality has come. One that is behind is drawn towards its
+prototypes, one that is ahead is kept uncertain early on; both are terms beside the joint loss:
 
     prototype  c_k^m = mean feature of class k;  c <- eps c + (1 - eps) c_new  in later epochs
     posterior  pi_i^m = softmax over k of -|phi_i^m - c_k^m|
@@ -59,7 +59,7 @@ class PMR(PrototypeModule):
 
     ::
 
-        model.pmr = mmfuse.PMR()               # part of the model, whose eval() it has to hear
+        model.pmr = mmfuse.PMR()               # part of the model, so that eval() reaches it
         for epoch in range(epochs):
             model.eval()                       # from a tenth of the training data, say
             model.pmr.update_prototypes((encode(x), y) for x, y in some_batches)
@@ -150,7 +150,7 @@ class PMR(PrototypeModule):
         no entropy; with a μ above 0 it is added as in the paper. A class without a sample makes its
         prototype NaN, for ever, and with it every loss; the released code takes a tenth of the
         batches, at least one. Epochs 0 to 100 inclusive. Its runs take a momentum of 0; 0.2 is the
-        default of its command line. Of AVE and CG-MNIST its prototypes are of validation data.
+        default of its command line. For AVE and CG-MNIST it takes prototypes from validation data.
 
         Fidelity: golden numbers of the authors' code
         (fanyunfeng-bit/Modal-Imbalance-PMR at 3615e48). Three modalities and more are from the
@@ -180,8 +180,8 @@ class PMR(PrototypeModule):
         """The term to add to the loss of a batch.
 
         Args:
-            features: Name → [B, …] for the M modalities. What is [M] is in the order of those that
-                the prototypes come from.
+            features: Name → [B, …] for the M modalities. Results [M] are in the order of those
+                that the prototypes come from.
             labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
             present: Name → [B] bool, which samples have the modality; None if all have all. Two
                 modalities are compared over the samples that have both, and a loss is of those that
@@ -210,7 +210,7 @@ class PMR(PrototypeModule):
         means = seen.tables()[0] if seen.paired else seen.means
         ratios, behind = prototype_ratios(means)
         means = own(means) if seen.paired else means
-        # Of a batch in which nothing counts the means are NaN.
+        # The means are NaN for a batch in which nothing counts.
         losses = torch.where(scores.count > 0, -scores.log_prob, 0.0)
         shown = PMRResult(
             *(nothing.sum(), nothing, means, ratios, losses.detach()), modalities=tuple(logits)
@@ -218,7 +218,7 @@ class PMR(PrototypeModule):
         if not self._acting:
             return replace(shown, prototype_logits=logits)
         k = self.rule.coefficients(behind).nan_to_num(0.0)
-        # Where k is 0, a loss that is NaN or infinite adds nothing either.
+        # A loss with k = 0 adds nothing, even if it is NaN or infinite.
         loss = torch.where(k > 0, self.rule.weights(k) * losses, 0.0).sum()
         entropies = None
         if self.rule.mu and self._entropic:
@@ -270,7 +270,7 @@ class PMR(PrototypeModule):
         return (logits, scores, counted), Observed(scores.prob.detach(), scores.count)
 
     def _check_told(self, method: str, needed: bool = False) -> None:
-        """Also warns, once, where the entropies should end, but no epoch was given."""
+        """Warns, once, if the entropies should end but no epoch was given, too."""
         super()._check_told(method, needed)
         if self._told or self._warned or self.entropy_epochs is None:
             return

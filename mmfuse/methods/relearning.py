@@ -2,9 +2,9 @@
 
 Wei, Li, Feng & Hu, "Diagnosing and Re-learning for Balanced Multimodal Learning", ECCV 2024.
 
-Now and then every encoder goes part of the way back to where it began, so that it can learn anew.
-How far is told by how much better its features separate the training data than data that it has
-not seen, which is large for an encoder that has learned too much:
+Every few epochs each encoder goes part of the way back to its initial parameters, so that it can
+learn anew. It goes further if its features separate the training data much better than data that
+it has not seen, a sign that it has memorized:
 
     purity  P_m = share of samples in clusters whose commonest class is theirs; k-means, k = C
     weight  alpha_m = tanh(lam |P_m of the training data - P_m of the validation data|)
@@ -107,7 +107,7 @@ class ReLearning(EpochWindow):
             which take its weights: None for all where torch.distributed is initialized, False for
             this rank alone.
         anchor_dtype: Of the copy; None for each parameter's own.
-        anchor_device: Where it is; None for each parameter's own.
+        anchor_device: Of the copy; None for each parameter's own.
         backend: Name of a backend; None for the best one.
 
     Raises:
@@ -242,7 +242,7 @@ class ReLearning(EpochWindow):
 
     @torch.no_grad()
     def reset(self, weights: Tensor | Mapping[str, Tensor | float]) -> None:
-        """Takes all encoders back towards where they began; one launch.
+        """Takes all encoders back towards their initial parameters; one launch.
 
         Args:
             weights: [M] α_m in the order of `encoders`, or name → number, from 0 (stay) to 1

@@ -33,7 +33,7 @@ class Criterion(NamedTuple):
 
 PLAIN = Criterion()
 
-#: Of the operators that score; `checked` makes the values.
+#: The schema of these arguments, in the operators that score; `checked` makes the values.
 ARGUMENTS = (
     "Tensor[] logits, Tensor labels, Tensor? weight, Tensor? pos_weight, int ignore_index, "
     "bool multilabel"
@@ -94,7 +94,9 @@ def checked(
     if criterion is PLAIN:
         return dense, labels, None, None, IGNORED_LABEL, False
     if criterion.pos_weight is not None:
-        raise ValueError("pos_weight is for multilabel=True; give weight, of each class")
+        raise ValueError(
+            "pos_weight is for multilabel=True; give weight, one number for each class"
+        )
     ignored = whole("ignore_index", criterion.ignore_index)
     weight = _of_each_class("weight", criterion.weight, names, logits)
     return dense, labels, weight, None, ignored, False
@@ -140,7 +142,9 @@ def _with_floating_targets(
         if z.device != labels.device:
             raise ValueError(f"{name} is on {z.device}, labels on {labels.device}")
     if not multilabel and criterion.pos_weight is not None:
-        raise ValueError("pos_weight is for multilabel=True; give weight, of each class")
+        raise ValueError(
+            "pos_weight is for multilabel=True; give weight, one number for each class"
+        )
     if criterion.ignore_index != IGNORED_LABEL:
         raise ValueError("ignore_index is for class indices; floating labels have no such value")
     weight = _of_each_class("weight", criterion.weight, names, logits)
@@ -192,13 +196,15 @@ def _of_each_class(
 def _check_constant(called: str, values: Tensor) -> None:
     """Raises an error if a derivative in these targets or weights were lost."""
     if values.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{called} must not require a gradient, of which these scores have none")
+        raise ValueError(
+            f"{called} must not require a gradient: the scores have none for it; detach it"
+        )
     if forward_ad._current_level < 0 or torch.compiler.is_compiling():  # not in a dual level
         return
     if forward_ad.unpack_dual(values).tangent is not None:
         raise NotImplementedError(
-            f"{called} carries a forward-mode tangent, of which these scores have none: give its "
-            "primal"
+            f"{called} carries a forward-mode tangent: the scores have no derivative for it; give "
+            "its primal"
         )
 
 

@@ -1,4 +1,4 @@
-"""Derivatives beyond the first in reverse mode: what an op has of them, and errors for the rest.
+"""Derivatives beyond the first in reverse mode: those that an op has, and errors for the rest.
 
 An op whose derivative were dropped in silence would train something else than the user has written.
 """
@@ -23,7 +23,7 @@ def no_second_derivative(name: str) -> tuple[Formula, Formula]:
 
     def formula(backend: str, ctx: Any, *grads: Any) -> NoReturn:
         raise RuntimeError(
-            f"mmfuse.ops.{name} has no second derivative, in any backend; for one, {_WAY_OUT}"
+            f"mmfuse.ops.{name} has no second derivative, in any backend; to have one, {_WAY_OUT}"
         )
 
     return formula, lambda ctx, inputs, output: None
@@ -146,7 +146,7 @@ def transformed_call(
     setup_context: Formula,
     backend: str,
 ) -> Any:
-    """As `differentiable_call`, under the transforms of torch.func; errors say `name`."""
+    """Does as `differentiable_call`, under the transforms of torch.func; errors say `name`."""
     recipe = _Recipe(name, overload, args, formula, setup_context, backend)
     tensors = [t for a in args for t in tensors_in(a)]
     return recipe.output(_Transformed.apply(recipe, *tensors))

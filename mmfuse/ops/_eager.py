@@ -117,7 +117,7 @@ def differentiable_call(
         backend: Name of the overload.
 
     Returns:
-        What the overload returns.
+        The overload's result.
     """
     tensors: list[Tensor] = []
     layout = []

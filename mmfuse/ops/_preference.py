@@ -1,4 +1,4 @@
-"""Which backend an op runs on where the caller names none."""
+"""The backend that an op runs on if the caller names none."""
 
 from __future__ import annotations
 

@@ -116,7 +116,8 @@ class Op:
             if self._formula and torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
                 if torch._C._are_functorch_transforms_active():
                     raise RuntimeError(
-                        f"{overload} has no gradient under torch.func; mmfuse.ops.{self.public} has"
+                        f"{overload} has no gradient under torch.func; call "
+                        f"mmfuse.ops.{self.public}, which has one"
                     )
                 return differentiable_call(below, args, *self._formula, backend)
             with torch._C._AutoDispatchBelowAutograd():
@@ -149,7 +150,7 @@ class Op:
         self._formula = (backward, setup_context)
 
     def register_no_second_derivative(self) -> None:
-        """An error for whoever differentiates this op, which is the backward pass of another."""
+        """Makes derivatives of this op, which is the backward pass of another, an error."""
         self._formula = no_second_derivative(self.public)
 
     def why_missing(self, backend: str, device: str | torch.device | None = None) -> str | None:
@@ -157,7 +158,7 @@ class Op:
 
         Args:
             backend: One of `BACKENDS`.
-            device: Where the tensors are; None asks whether it runs on any device. Of GPUs,
+            device: The tensors' device; None asks whether it runs on any device. Of GPUs,
                 "cuda" is the current one.
         """
         if backend in self._reasons:
@@ -344,7 +345,7 @@ def active_backend(op: str, device: torch.device | str = "cpu", backend: str | N
 
     Args:
         op: Name of an op, such as "update_grads_".
-        device: Where the tensors are.
+        device: The tensors' device.
         backend: The name in the call; None for the default.
 
     Raises:

@@ -169,7 +169,7 @@ def kernel_layout(
     """Gives the kernels memory that they can have, without copying where possible.
 
     They take contiguous tensors and those in channels_last; params and anchors in the order of
-    their gradients. What has to be copied is copied in one call.
+    their gradients. Tensors that have to be copied are copied in one call.
 
     Args:
         grads: T tensors.
@@ -288,7 +288,7 @@ def kept_tensor(
         values: All elements, in order.
         shape: Of the tensor.
         dtype: Of the tensor.
-        device: Where it is.
+        device: Of the tensor.
         backend: Of the calling op; an `Eager` one says that nothing is compiled.
     """
     if (
@@ -298,7 +298,7 @@ def kept_tensor(
     capturing = _capturing(device)
     key = (values, shape, dtype, device)
     with _kept_lock:
-        # Each look-up forms the hash of all numbers anew: one is enough for who comes every step.
+        # Each look-up forms the hash of all numbers anew: one is enough for a call in every step.
         found = _kept.get(key)
         if found is not None:
             if capturing:  # the graph reads it whenever it is replayed
@@ -310,7 +310,7 @@ def kept_tensor(
         if found is not None:
             return found
     if capturing:
-        # In the memory of the graph, which alone fills it, at each replay: not for anyone else.
+        # It is in the memory of the graph, which alone fills it, at each replay: for nobody else.
         return _filled(values, shape, dtype, device)
     made = _copied(values, shape, dtype, device)
     with _kept_lock:
@@ -334,7 +334,7 @@ def _copied(
 def _filled(
     values: Sequence[float], shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """By kernels that carry the numbers as their arguments, one for each run of equal numbers.
+    """Filled by kernels that carry the numbers as arguments, one for each run of equal numbers.
 
     Slower than a copy, but a graph can capture it, and needs no memory of the host that would have
     to outlive it.

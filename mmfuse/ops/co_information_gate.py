@@ -28,7 +28,7 @@ def co_information_gate(
     """1 where the features of M modalities agree, else 0: RedReg's gate.
 
     They agree when the mean over all pairs of modalities and over the batch of cos(φ_i^m, φ_i^j) is
-    above the threshold. A step function: no gradient flows through it. Where samples lack a
+    above the threshold. A step function: no gradient flows through it. If samples lack a
     modality, give the rows of those that have all: a row of zeros has the cosine 0, and counts.
     (`RedReg` with ``present`` takes each pair over the samples that have both.)
 

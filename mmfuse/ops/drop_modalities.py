@@ -103,7 +103,7 @@ def drop_modalities(
         features: M tensors [B, …] on one device; float16, bfloat16, float32 or float64, which may
             be mixed, and any shapes after the batch.
         q: [M] floating, probabilities in [0, 1] that a sample loses modality m; compared in
-            float32. Where it is NaN nothing is dropped.
+            float32. A NaN drops nothing.
         stream: The random stream. Sample i of modality m draws the i-th number of the stream's m-th
             id. The step is not advanced.
         scale: 0-d floating, a factor for what is kept; no gradient flows to it. None for 1.

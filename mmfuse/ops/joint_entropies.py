@@ -70,7 +70,7 @@ def joint_entropies(
 
     The bins are those of NumPy 2, whose edges have the data's precision: `bins` equal ones over
     each row's own range, closed on the left, the last one on both sides, constant data widened by
-    0.5 to either side. The counts are exact. Nothing is differentiable. (Where a range is so narrow
+    0.5 to either side. The counts are exact. Nothing is differentiable. (If a range is so narrow
     that its step is subnormal, NumPy's edges may not ascend, and its counts mean nothing; here a
     value goes to the last bin that begins at or below it.)
 
@@ -154,7 +154,7 @@ def _without_the_filled(
     for k in range(order):
         margin = cube.sum([2 + other for other in range(order) if other != k])
         cell = cell * bins + (margin > 0).to(torch.int64).argmax(-1)
-    # Where a value is not finite all counts are 0, and stay so.
+    # A problem with a value that is not finite has counts of 0, and keeps them.
     extra = (~present).sum(1) * (counts.sum(-1) > 0)
     counts = counts.scatter_add(-1, cell.unsqueeze(-1), -extra.unsqueeze(-1))
     return JointEntropies(entropies(counts, order, bins), counts)

@@ -68,7 +68,7 @@ def modulation_factors(
     eps: float = 0.0,
     backend: str | None = None,
 ) -> ModulationFactors:
-    """Discrepancy ratios, coefficients, and what they and the noise are for each tensor.
+    """Discrepancy ratios and coefficients of modalities; factor and noise of each tensor.
 
     The formulas are those of `discrepancy_ratios`, `mmfuse.ogm_coefficients` and `GradStats.std`,
     in float64 and rounded once; here they are one launch instead of a dozen. Not differentiable.

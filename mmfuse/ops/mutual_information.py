@@ -84,8 +84,8 @@ def mutual_information(
             differentiable once, needs at least 2 bins, and is smaller, since sharing out blurs the
             joint distribution.
         present: [N] or [P, N] bool, which pairs count, for samples that lack one of the variables:
-            the estimate is that of the pairs that are there, NaN if there are none. What the
-            others hold does not matter, and their gradients are 0.
+            the estimate is that of the pairs that are there, NaN if there are none. The values
+            of the others do not matter, and their gradients are 0.
         backend: Name of a backend; None for the best one.
 
     Returns:
@@ -157,7 +157,7 @@ def co_information(
     present: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """I(x; y) − I(x; y | z): what z explains of it (redundancy) minus what z adds to it (synergy).
+    """I(x; y) − I(x; y | z): what z explains of I(x; y), redundancy, minus synergy, what it adds.
 
     Symmetric in its three variables (McGill 1954, up to the sign). Positive for three copies of one
     variable, negative for z = x XOR y.

@@ -65,8 +65,8 @@ def noisy_views(
 ) -> NoisyViews:
     """Two views x + σ·n₁ and x + σ·n₂ of an input, and how far apart they are.
 
-    One read of x, two writes; the noise is made on the way. With it RedReg asks how much of a
-    change of its input a representation takes over (see `redundancy_ratio`).
+    One read of x, two writes; the noise is made on the way. RedReg compares how far a
+    representation moves between the views (see `redundancy_ratio`).
 
     Equivalent to::
 

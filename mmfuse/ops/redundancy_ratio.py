@@ -1,4 +1,4 @@
-"""redundancy_ratio: how much of a change of the input a representation takes over."""
+"""redundancy_ratio: how far a representation moves when its input moves a little."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(backend: str, ctx: Any, grad: Tensor) -> Any:
     z1, z2, input_sq, ratio = ctx.saved_tensors
     scale = grad / (input_sq + EPS)
-    # In the accumulator's precision and range, rounded once.
+    # The product is in the accumulator's precision and range, and rounded once.
     grad_z = (z1.to(scale) - z2.to(scale)) * (2.0 * scale / max(1, z1.numel()))
     return grad_z.to(z1.dtype), -grad_z.to(z1.dtype), -scale * ratio
 

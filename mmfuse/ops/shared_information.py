@@ -1,4 +1,4 @@
-"""shared_information: what variables share with one more, alone and given each of the others."""
+"""shared_information: what variables share with a target, alone and given each other one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .joint_entropies import MAX_BINS, are_usual, check_bins, paired_rows
 
 
 class SharedInformation(NamedTuple):
-    """Of M variables m and a target c, in P problems; float64, or float32 on a device without it.
+    """Information of M variables m and a target c, in P problems; float64 if the device has it.
 
     Attributes:
         nmi: [M, P], 2·I(m; c) / (H(m) + H(c)), in [0, 1]; 0 if both entropies are.

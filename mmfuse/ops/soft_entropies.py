@@ -70,7 +70,7 @@ def soft_entropies(
         y: [P, N] of the same dtype, on the same device.
         bins: From 2 to 256.
         backend: Name of a backend; None for the best one.
-        present: [P, N] bool; samples that are not are left out of ranges, sums and counts, whatever
+        present: [P, N] bool; samples that are absent do not enter ranges, sums and counts, whatever
             their values are. None for all.
 
     Returns:

@@ -1,4 +1,4 @@
-"""In which precision the reference accumulates."""
+"""The precision in which the reference accumulates."""
 
 from __future__ import annotations
 

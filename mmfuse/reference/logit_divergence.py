@@ -22,7 +22,7 @@ from torch import Tensor
 from ._dtype import accumulator
 from ._example import Normal
 
-#: By their place: what `kind` is to the operators.
+#: The kinds; the operators take the place of one.
 KINDS = ("kl", "mixture", "js")
 KL, MIXTURE, JS = range(3)
 

@@ -63,7 +63,7 @@ def _shares(labels: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor
 
 
 def _log_likelihoods(z: Tensor, y: Tensor) -> Tensor:
-    """Of each label, y log sigmoid(z) + (1 - y) log(1 - sigmoid(z)), with 0 * inf = 0."""
+    """Each label's y log sigmoid(z) + (1 - y) log(1 - sigmoid(z)), with 0 * inf = 0."""
     against = torch.where(y == 0, 0.0, y * (-z).clamp(min=0))
     against = against + torch.where(y == 1, 0.0, (1 - y) * z.clamp(min=0))
     return -(against + (-z.abs()).exp().log1p())

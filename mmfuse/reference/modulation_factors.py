@@ -1,4 +1,4 @@
-"""What OGM and OGM-GE do to each gradient: discrepancy ratios, coefficients, noise."""
+"""The decision of OGM and OGM-GE for each gradient: discrepancy ratios, coefficients, noise."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def noisy_views(
     for stream_id, offset in zip(noise_ids, noise_offsets, strict=True):
         z = standard_normal(noise_state, x.numel(), stream_id, offset).to(dtype)
         views.append((x.to(dtype) + sigma * z.view(x.shape)).to(x.dtype))
-    # Of the views as they are stored: that is what an encoder gets to see.
+    # The views as they are stored decide: an encoder gets to see those.
     difference = views[0].to(dtype) - views[1].to(dtype)
     return views[0], views[1], difference.square().mean()
 

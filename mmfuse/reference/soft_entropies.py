@@ -45,7 +45,7 @@ def soft_entropies_backward(
     least = torch.finfo(p.dtype).tiny
 
     def slope(q: Tensor) -> Tensor:
-        # Of -q log max(q, least): an empty cell has a finite slope.
+        # The slope of -q log max(q, least): an empty cell has a finite one.
         return -(q.clamp(min=least).log() + (q >= least))
 
     g_x, g_y, g_xy = (g[:, None, None] / samples for g in grad.unbind(1))

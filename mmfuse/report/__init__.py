@@ -1,1 +1,1 @@
-"""The imbalance report: how much a trained model owes to each modality, and who is behind."""
+"""The imbalance report: how much a trained model owes to each modality, and which one is behind."""

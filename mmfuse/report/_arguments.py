@@ -96,6 +96,6 @@ def check_known(names: Sequence[str], **given: Mapping[str, Any]) -> None:
 
 
 def device_of(model: object) -> torch.device | None:
-    """Where the model is; None if it has no parameters or is no module."""
+    """The model's device; None if it has no parameters or is no module."""
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     return None if parameter is None else parameter.device

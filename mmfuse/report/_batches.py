@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: From what a loader yields to (inputs by name, labels).
+#: Makes (inputs by name, labels) of what a loader yields.
 Read = Callable[[Any], tuple[Mapping[str, Tensor], Tensor]]
 
 _LABELS = ("labels", "label")
@@ -46,7 +46,7 @@ def batches(
         loader: Any iterable.
         read: The user's `batch=`.
         names: The modalities; None for all inputs of the first batch.
-        device: Where the model is; None leaves tensors where they are.
+        device: The model's device; None leaves tensors where they are.
 
     Raises:
         TypeError: a batch is something else than inputs by name and labels.

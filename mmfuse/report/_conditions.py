@@ -35,8 +35,8 @@ class Conditions:
         model: Without DistributedDataParallel.
         names: The M ≥ 2 modalities.
         alone: Name → a model that was trained on this modality alone.
-        shapley: Whether all coalitions are needed.
-        notes: What had to be left out, in sentences.
+        shapley: True if all coalitions are needed.
+        notes: The parts that had to be left out, in sentences.
     """
 
     model: Callable[..., Any]

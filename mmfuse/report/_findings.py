@@ -98,7 +98,7 @@ def _leaning(report: ImbalanceReport) -> str:
 
 
 def _apart(a: Estimate, b: Estimate) -> bool | None:
-    """Whether two intervals do not overlap; None without intervals."""
+    """True if two intervals do not overlap; None without intervals."""
     if a.low is None or a.high is None or b.low is None or b.high is None:
         return None
     return a.high < b.low or b.high < a.low

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._numbers import real
 
-#: Of longer histories, means of so many parts are shown.
+#: A longer history is shown as means of so many parts.
 MOST_POINTS = 100
 
 

@@ -122,7 +122,7 @@ def _named(
     if task == "labels":
         of_labels = getattr(classification, f"multilabel_{kind}")
         count = outputs.shape[1]
-        # Of probabilities: torchmetrics takes what lies in [0, 1] for one already.
+        # It gets probabilities: torchmetrics takes numbers in [0, 1] for these already.
         return lambda z, y: of_labels(z.sigmoid(), y.long(), count, average="macro", **plain)
     of_classes = getattr(classification, f"multiclass_{kind}")
     average = "micro" if metric == "accuracy" else "macro"
@@ -213,7 +213,7 @@ def _few(numbers: list[int]) -> str:
 
 
 def _silently(of: Callable[[Tensor, Tensor], Any]) -> Callable[[Tensor, Tensor], float]:
-    """Without warnings of classes that a bootstrap resample happens to lack."""
+    """The metric without warnings of classes that a bootstrap resample happens to lack."""
 
     def call(outputs: Tensor, labels: Tensor) -> float:
         with warnings.catch_warnings():

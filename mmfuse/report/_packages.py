@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-#: What a package is called where it is installed from, if that is another name.
+#: The name to install a package by, if it differs from the module's.
 INSTALLED_AS = {"sklearn": "scikit-learn"}
 
 

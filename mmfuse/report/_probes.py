@@ -57,7 +57,7 @@ def probe(
     regression for numbers, whose penalty is chosen by leave-one-out errors.
 
     Args:
-        task: What the labels are.
+        task: The kind of the labels.
         train: Features [N, D].
         labels: [N, ...].
         test: Features [T, D].

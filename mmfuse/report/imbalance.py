@@ -82,7 +82,7 @@ def imbalance_report(
         φ_m = Σ_S |S|! (M − |S| − 1)! / M! · (v(S ∪ m) − v(S))   over all S without m
 
     whose share is φ_m / (v(all) − v(none)). Masking says how the model uses a modality, but not
-    how much there is in it. For that, give what was trained on one modality alone:
+    how much the modality could tell it. For that, give models of one modality alone:
     `unimodal_models` for the metric, and for linear probes of the frozen features `encoders`,
     `unimodal_encoders` and `train_loader`. The ratio of both probes is the evidence of imbalance:
     an encoder below 1 has learnt less in joint training than it does alone.
@@ -91,18 +91,19 @@ def imbalance_report(
     numbers. They say nothing of other training runs: train with several seeds for that.
 
     The model runs in evaluation mode and without gradients, 2^M + M·len(severities) times for each
-    batch. Nothing of it changes: neither parameters, gradients, batch norm's statistics, training
-    flags and device, nor the random states of PyTorch, NumPy and Python. Your own forward hooks
-    run. Of several processes call it in one, with a loader of all samples; in all, if the model is
-    sharded (FSDP2).
+    batch. Parameters, gradients, batch norm's statistics, training flags and device stay as
+    they are, and so do the random states of PyTorch, NumPy and Python. Your own forward hooks
+    run. With several processes call it in one, with a loader of all samples; in all, if the model
+    is sharded (FSDP2).
 
     Args:
         model: A module or another callable on the inputs, which it gets as arguments of their
             names, as in `unimodal_outputs`. Of DistributedDataParallel the module within is called.
         loader: Yields batches: (inputs by name, labels); a mapping of tensors with "labels" or
-            "label", as of Transformers; with `modalities`, M inputs and the labels in one tuple; of
-            others `batch` makes the first of these. Inputs are moved to the model's device.
-            Rows of all tensors are samples. Evaluate on samples that were not trained on.
+            "label", as of Transformers; with `modalities`, M inputs and the labels in one
+            tuple. `batch` turns any other form into the first of these. Inputs are moved to the
+            model's device. Rows of all tensors are samples. Evaluate on samples that were not
+            trained on.
         modalities: Names of the M ≥ 2 modalities among the inputs; the model gets all others, such
             as a padding mask, as they are. None for all inputs.
         metric: "accuracy" for class indices, where labels of −100 are ignored; "f1", macro F1, or
@@ -110,19 +111,19 @@ def imbalance_report(
             labels [N, L]; "mae" for regression: all of torchmetrics, on logits. Or a
             `torchmetrics.Metric`, or a callable on all outputs and all labels, both on the CPU.
         higher_is_better: For a metric of your own that does not say so itself.
-        baseline: What a masked modality has for an input: "zero", "mean" of the batch, or a
+        baseline: The input that replaces a masked modality's: "zero", "mean" of the batch, or a
             callable on name and input, as in `unimodal_outputs`; ``lambda name, x: x.roll(1, 0)``
             gives it another sample's.
         severities: Standard deviations of the noise, in those of the batch's own input.
-        corrupt: Instead of Gaussian noise, a callable on name, input and severity, which then is
-            what you make of it.
+        corrupt: Instead of Gaussian noise, a callable on name, input and severity, whose
+            meaning you choose.
         unimodal_models: Name → a model trained on this modality alone, called with its input.
         encoders: Name → the encoder in the model, as a module, the name of one, or a callable on
             the modality's input that returns its features [B, ...].
-        unimodal_encoders: Name → the like, trained on the modality alone.
-        train_loader: Where probes are fitted: the training samples, as `loader` yields them.
-        history: What ``out.as_dict()`` gave in each step of training, or `ScalarLog` has written.
-        shapley: Whether to compute Shapley values, which take 2^M passes; None for up to 6
+        unimodal_encoders: Name → such an encoder, trained on the modality alone.
+        train_loader: The training samples, to fit the probes on, as `loader` yields them.
+        history: The result of ``out.as_dict()`` in each step of training, or a `ScalarLog`'s rows.
+        shapley: True to compute Shapley values, which take 2^M passes; None does so for up to 6
             modalities.
         forward: Calls the model with name → input, as in `unimodal_outputs`.
         output: From what the model returns to its outputs [B, ...], as ``lambda out: out.logits``.
@@ -209,7 +210,7 @@ def imbalance_report(
 
 
 class _Options(NamedTuple):
-    """Of the bootstrap."""
+    """The bootstrap's options."""
 
     resamples: int
     confidence: float

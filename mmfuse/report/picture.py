@@ -101,7 +101,7 @@ def panels(report: ImbalanceReport) -> list[Panel]:
         )
     readings = {
         "scores": "How well each modality alone did on the batch, as the method measured it.",
-        "coefficients": "What the method set for each modality in each step; its documentation "
+        "coefficients": "The method's number for each modality in each step; its documentation "
         "says what that is (of OGM a factor of the gradient: 1 leaves it alone).",
     }
     fields = report.history.fields if report.history else {}

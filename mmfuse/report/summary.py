@@ -58,7 +58,7 @@ class ImbalanceReport:
         shapley_share: Name → its share of the gain over no modality; they add up to 1.
         probes: Name → linear probes of its encoders.
         history: Scores, coefficients and the like over training.
-        notes: What was left out, and why.
+        notes: The parts that were left out, and why.
     """
 
     metric: str
@@ -190,7 +190,7 @@ class _Nowhere:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it; NaN and infinity are None."""
+    """The value as JSON has it; NaN and infinity are None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, tuple) and hasattr(value, "_asdict"):

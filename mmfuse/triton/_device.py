@@ -14,7 +14,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 def widen(x, ACC: tl.constexpr):
     """Converts loaded elements to the accumulator's type, exactly."""
     if x.dtype == tl.bfloat16:
-        # By bits, because the interpreter's own conversion loses subnormal numbers.
+        # The bits are cut, because the interpreter's own conversion loses subnormal numbers.
         bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         return bits.to(tl.float32, bitcast=True).to(ACC)
     return x.to(ACC)

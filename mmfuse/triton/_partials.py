@@ -44,7 +44,7 @@ def _mean_kernel(partials_ptr, out_ptr, n_partials, count: tl.int64, BLOCK_SIZE:
 
 
 def accumulator(x: Tensor) -> torch.dtype:
-    """In which dtype sums over x are formed and returned."""
+    """The dtype in which sums over x are formed and returned."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

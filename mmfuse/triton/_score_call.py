@@ -43,7 +43,7 @@ def _by_columns(z: Tensor) -> bool:
 
 
 def _strides(z: Tensor) -> tuple[int, int, int]:
-    """Of outer rows, classes and inner rows, as in csrc/glue/score_rows.h."""
+    """Strides of outer rows, classes and inner rows, as in csrc/glue/score_rows.h."""
     if z.dim() == 2 or z.shape[2] == 1:
         return 0, z.stride(1), z.stride(0)
     return z.stride(0), z.stride(1), z.stride(2)

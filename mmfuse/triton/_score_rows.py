@@ -15,7 +15,7 @@ LABELS = tl.constexpr(2)
 
 @triton.jit
 def row_places(outer, inner, outer_stride, stride, COLUMNS: tl.constexpr):
-    """Where rows begin: they are one by one in memory with COLUMNS, or else their classes are."""
+    """Offsets of rows: with COLUMNS the rows are one by one in memory, else their classes are."""
     first = outer.to(tl.int64) * outer_stride
     return first + (inner if COLUMNS else inner.to(tl.int64) * stride)
 
@@ -84,10 +84,10 @@ def shared(a, x):
 
 @triton.jit
 def likelihood(z, y):
-    """Of labels y under z: the probability, its logarithm, and the logarithm's derivative."""
+    """The probability of labels y under z, its logarithm, and the logarithm's derivative."""
     e = tl.exp(-tl.abs(z))
     u = 1.0 + e
-    # What 1 + e has rounded away, for log1p.
+    # The part of e that 1 + e has rounded away, for log1p.
     rest = e - (u - 1.0)
     against = shared(1.0 - y, tl.where(z > 0.0, z, 0.0)) + shared(y, tl.where(z < 0.0, -z, 0.0))
     log_prob = -(tl.log(u) + rest + against)
@@ -184,7 +184,7 @@ def score_tile(
     target_stride, weight_ptr, pos_weight_ptr, ignore_index, ACC: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Of rows: maximum, sum of exponentials (of shares, with LABELS), p, ln p, and weight."""
+    """The rows' maximum, sum of exponentials (of shares, with LABELS), p, ln p, and weight."""
     if KIND == INDICES:
         label = tl.load(target_ptrs, mask=rows, other=0)
         weight = index_weights(label, rows, ignore_index, weight_ptr, n_classes)

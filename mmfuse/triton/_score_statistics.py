@@ -94,7 +94,7 @@ def _sample_statistics_kernel(
     inner, n_rows, COLUMNS: tl.constexpr, WIDEST: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of rows of one modality; grid (tiles, M)."""
+    """The statistics of a tile of rows of one modality; grid (tiles, M)."""
     first = tl.program_id(1).to(tl.int64) * n_rows
     for m in tl.static_range(len(logits_ptrs)):
         if tl.program_id(1) == m:

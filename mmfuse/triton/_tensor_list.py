@@ -32,7 +32,7 @@ NOISE_ID = tl.constexpr(6)
 ROW_ORDER = tl.constexpr(7)
 _ROW_WIDTH = tl.constexpr(8)
 
-# What 128-bit loads and stores need, in bytes.
+# 128-bit loads and stores need this alignment, in bytes.
 _ALIGNMENT = tl.constexpr(16)
 _CACHED_TABLES = 32
 # Page-locked memory for the tables of a capture: this many entries (2 MiB) at least, and room for
@@ -283,7 +283,7 @@ class TableCache:
 
 
 def _row_orders(grads: Sequence[Tensor]) -> tuple[int, ...]:
-    """For each gradient in channels_last its row's channels · 2³² + spatial; else 0."""
+    """Each gradient's channels · 2³² + spatial size of a row in channels_last; else 0."""
     whole = tuple(map(Tensor.is_contiguous, grads))
     if False not in whole:
         return ()

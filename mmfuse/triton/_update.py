@@ -66,7 +66,7 @@ def _update_tile(
         offsets = _in_memory(offsets, spot)
     g = widen(tl.load(grad_ptr + offsets, mask=mask), ACC)
     y = scale * g
-    # By value, because 0 times a displacement that is not finite would not be 0.
+    # Selected by value, because 0 times a displacement that is not finite would not be 0.
     if param_ptr is not None and pull != 0:
         displacement = widen(tl.load(param_ptr + offsets, mask=mask), ACC)
         if anchor_ptr is not None:
@@ -121,7 +121,7 @@ def update_chunk(
     any noise_offset costs one Philox call per four elements.
 
     Args:
-        out_ptr: Where to write; may be grad_ptr.
+        out_ptr: The result; may be grad_ptr.
         grad_ptr: The tensor g.
         param_ptr: The tensor w, or None with `pull`.
         anchor_ptr: The tensor w0, or None for 0 and with `pull`.

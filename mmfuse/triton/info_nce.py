@@ -196,7 +196,7 @@ def _tiles(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, slice, slice]]:
 def info_nce(a: Tensor, b: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `mmfuse.ops.info_nce`; also log-sum-exp of the rows and of the columns."""
     count, dtype = a.shape[0], accumulator(a)
-    # Of the rows and of the columns.
+    # One row for the rows, one for the columns.
     tops = torch.full((2, count), -math.inf, dtype=dtype, device=a.device)
     totals = torch.zeros_like(tops)
     diagonal = torch.empty(count, dtype=dtype, device=a.device)

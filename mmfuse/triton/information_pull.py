@@ -27,7 +27,7 @@ def score_at(scores_ptr, counts_ptr, at, ONE_COUNT: tl.constexpr):
 
 @triton.jit
 def ahead(scores_ptr, counts_ptr, m, j, n_modalities, TABLE: tl.constexpr, ONE_COUNT: tl.constexpr):
-    """By how much m is ahead of j, for a block of modalities m; NaN if they share no sample."""
+    """The lead of m over j, for a block of modalities m; NaN if they share no sample."""
     ours = m * n_modalities + j if TABLE else m
     theirs = j * n_modalities + m if TABLE else m * 0 + j
     mine = score_at(scores_ptr, counts_ptr, ours, ONE_COUNT)

@@ -15,7 +15,7 @@ from ._partials import accumulator
 from ._problems import NUM_WARPS, ProblemSplit, share_of_program, split_problems
 from ._tensor_list import launch_on
 
-# In place of the third index of a pair.
+# Stands in place of the third index of a pair.
 _NONE = -1
 
 
@@ -90,7 +90,7 @@ def _bin_indices_kernel(
         col = start + tl.arange(0, BLOCK_COLS)
         mask = used[:, None] & (col < n_own)[None, :]
         x = widen(tl.load(x_ptrs + col[None, :], mask=mask, other=0.0), ACC)
-        # By bisection: where the range is a few ulps, no guess would be near.
+        # Bisection finds it: where the range is a few ulps, no guess would be near.
         index = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
         for step in tl.static_range(STEPS):
             higher = index + (1 << (STEPS - 1 - step))

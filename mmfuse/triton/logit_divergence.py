@@ -39,13 +39,13 @@ MERGE_WARPS = 4
 def _log_of_one_more(x):
     """Ln(1 + x) for 0 <= x < 1."""
     u = 1.0 + x
-    # What 1 + x has rounded away.
+    # x - (u - 1) is the part of x that 1 + x has rounded away.
     return tl.log(u) + (x - (u - 1.0))
 
 
 @triton.jit
 def _log_ratio(d):
-    """Of d = ln p - ln q: |d|, exp(-|d|), ln cosh(d / 2), ln(max(p, q) / m), and |d| < 1."""
+    """From d = ln p - ln q: |d|, exp(-|d|), ln cosh(d / 2), ln(max(p, q) / m), and |d| < 1."""
     size = tl.abs(d)
     e = tl.exp(-size)
     near = size < 1.0
@@ -68,7 +68,7 @@ def _halves(d):
 
 @triton.jit
 def _kl_terms(p, q, d, TERMS: tl.constexpr):
-    """Of p (d - 1 + exp(-d)), the series where that is a difference of larger numbers."""
+    """Terms p (d - 1 + exp(-d)), the series where that is a difference of larger numbers."""
     series = tl.full(d.shape, 1.0, d.dtype)
     for i in tl.static_range(TERMS - 2):
         series = 1.0 - series * d / (TERMS - i)
@@ -88,7 +88,7 @@ def _js_terms(p, q, d):
 def _softmax_tile(
     a_ptrs, b_ptrs, used, c, n_classes, top_a, top_b, log_a, log_b, ACC: tl.constexpr
 ):  # fmt: skip
-    """Of a tile p, q and ln p - ln q; p and q are 0 beyond the classes and rows."""
+    """A tile's p, q and ln p - ln q; p and q are 0 beyond the classes and rows."""
     inside = used[:, None] & (c < n_classes)[None, :]
     # Another name than the loaded numbers: a variable keeps its type.
     x = widen(tl.load(a_ptrs[:, None] + c[None, :], mask=inside, other=0.0), ACC)

@@ -200,7 +200,7 @@ def _backward_rows(
     pos_weight_ptr, ignore_index, grad_prob, grad_log_prob, count, inner,
     BLOCK_ROWS: tl.constexpr, BLOCK_CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile; for class indices (grad_prob p + grad_log_prob) w / count (onehot - softmax)."""
+    """A tile's gradient: (grad_prob p + grad_log_prob) w / count (onehot - softmax) for indices."""
     DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
     outer, row = _tile_of_rows(tl.program_id(0), inner, BLOCK_ROWS)

@@ -155,7 +155,7 @@ def noisy_views(
     chunks = triton.cdiv(numel + shift, CHUNK_SIZE) if numel else 0
     partials = torch.empty(chunks, dtype=torch.float64, device=x.device)
     if numel:
-        # By its bits, because Triton passes a Python float as float32.
+        # It is passed by its bits, because Triton passes a Python float as float32.
         (sigma_bits,) = struct.unpack("<q", struct.pack("<d", sigma))
         with launch_on(x.device):
             _noisy_views_kernel[(chunks,)](

@@ -41,7 +41,7 @@ def _growth(history_ptr, m, h, counts, steps, columns, eps):
 
 @triton.jit
 def _strength(scores_ptr, m, phase, beta, threshold, n_modalities, TABLE: tl.constexpr):
-    """That of the one modality that is ahead of all others, if it is redundant; 0 for the rest."""
+    """The strength of the one modality ahead of all others, if it is redundant; 0 for the rest."""
     total, others = tl.zeros_like(phase), tl.zeros_like(phase)
     first = phase > threshold
     for j in range(n_modalities):
@@ -55,7 +55,7 @@ def _strength(scores_ptr, m, phase, beta, threshold, n_modalities, TABLE: tl.con
         total += tl.where(compared, difference, 0.0)
         others += tl.where(compared, 1.0, 0.0)
     regulated = first & (others > 0.0)
-    # Of all others too, where nothing comes of it: tanh is for what is ahead.
+    # 0 elsewhere, where the sum leads to nothing: tanh_of is for positive numbers.
     delta = tl.where(regulated, total, 0.0) / tl.maximum(others, 1.0)
     return tl.where(regulated, tl.exp(beta * tanh_of(delta)), 0.0)
 

@@ -191,7 +191,7 @@ def soft_histogram(
 ) -> Tensor:
     """See `mmfuse.reference.soft_histogram`."""
     n_rows, n_cols = x.shape
-    # In float64, because rounding by rounding a large float32 count would lose small shares.
+    # float64, because rounding by rounding a large float32 count would lose small shares.
     table = torch.zeros((n_rows, bins, bins), dtype=torch.float64, device=x.device)
     broken = torch.zeros(n_rows, dtype=torch.uint8, device=x.device)
     if x.numel():

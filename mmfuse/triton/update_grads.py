@@ -122,7 +122,7 @@ def _update_grads_sq_norm_kernel(
     slot = tl.program_id(0).to(tl.int64)
     row_ptr = row_of(rows_ptr, slot)
     numel = tl.load(row_ptr + NUMEL)
-    # As the chunks are counted: from the beginning of the noise block of the first element.
+    # Chunks are counted from the beginning of the noise block of the first element.
     length = numel + (tl.load(row_ptr + NOISE_OFFSET) & 3)
     n_chunks = tl.where(numel > 0, tl.cdiv(length, CHUNK_SIZE), 0)
     first_ptr = partials_ptr + tl.load(row_ptr + FIRST_CHUNK)

@@ -66,7 +66,7 @@ def fresh() -> Iterator[None]:
 
 
 def see(model: nn.Module, data: Batch) -> dict[str, Any]:
-    """What `Balance.backward` and the methods' `observe` take, and the loss."""
+    """The arguments of `Balance.backward` and of the methods' `observe`, and the loss."""
     audio, visual, labels = data
     a, v, out = model(audio, visual)
     net: Any = model.module if isinstance(model, DistributedDataParallel) else model
@@ -94,7 +94,7 @@ def by_hand(
     accumulate: int = 1,
     clip: float = 0.5,
 ) -> list[Any]:
-    """The loop that the README tells to write."""
+    """The training loop of the README."""
     method = make(model.encoders)
     optimizer = optimizer or sgd(model)
     if method.apply_to == "update":
@@ -124,7 +124,7 @@ def accelerated(
     epochs: int = 1,
     clip: float = 0.5,
 ) -> list[Any]:
-    """The same loop as the adapter has it."""
+    """The same loop with the adapter."""
     net: Any = model
     method = make(net.encoders)
     samples = TensorDataset(*(torch.stack(part).flatten(0, 1) for part in zip(*data, strict=True)))
@@ -414,7 +414,7 @@ def test_two_processes_are_ddp_by_hand_and_stay_replicas() -> None:
 
 
 def sharded_state(rank: int) -> dict[str, Any]:
-    """What is written of a method whose encoders are sharded, and what comes back from it."""
+    """Writes a method whose encoders are sharded, and reads it back into another."""
     from torch.distributed.fsdp import fully_shard
 
     launched(rank)
@@ -461,7 +461,7 @@ def test_the_state_of_sharded_encoders_is_written_whole() -> None:
     ],
 )
 def test_gradients_that_lie_elsewhere_are_refused(kind: DistributedType, told: str) -> None:
-    """As Accelerate's state says it on GPUs; on a CPU it knows none of them."""
+    """The test sets Accelerate's state as on GPUs; on a CPU Accelerate knows none of them."""
     accelerator = Accelerator(cpu=True)
     ogm = ogm_ge(AudioVisual().encoders)
     Balance(accelerator, ogm)

@@ -113,7 +113,7 @@ class Module(LightningModule):
 
     def training_step(self, data: Data, batch_idx: int) -> Tensor:
         loss, seen = forward(self.net, data)
-        # Of a callback that the Trainer does not know, the method is None.
+        # A callback that the Trainer does not know has None for a method.
         method = self.balance.method
         if method is None:
             seen.pop("way")
@@ -405,7 +405,7 @@ def counted(method: Any) -> tuple[int, list[int]]:
 
 
 def test_a_second_fit_goes_on(tmp_path: Path) -> None:
-    """Of one Trainer, with more epochs: the method and its state are kept."""
+    """One Trainer fits again, with more epochs: the method and its state are kept."""
     net, data = AudioVisual(), Batches()
     balance = balance_for("InfoReg")
     module = Module(net, balance)
@@ -482,7 +482,7 @@ def test_a_second_fit_in_a_spawned_process(tmp_path: Path) -> None:
 
 
 class Tuned(Module):
-    """What the finders of Lightning's Tuner change."""
+    """A module with the values that the finders of Lightning's Tuner change."""
 
     lr = 0.05
     batch_size = 2
@@ -512,7 +512,7 @@ def find_size(tuner: Tuner, module: Tuned) -> None:
 def test_the_tuner_is_left_alone(
     tmp_path: Path, name: str, find: Callable[..., None], fitted: bool
 ) -> None:
-    """It fits without callbacks; the training after it is the one without it."""
+    """The Tuner fits without callbacks; the training after it is the one without it."""
     options = {"max_epochs": 1, "log_every_n_steps": 1}
     trained = []
     for tune in (True, False):
@@ -627,7 +627,7 @@ class Skipping(Module):
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_a_batch_that_is_left_out_modulates_nothing(tmp_path: Path) -> None:
-    """What it has shown joins the next step."""
+    """Its logits, already shown to the method, join the next step."""
     balance = balance_for("OGM", starts=0, ends=None)
     module = Skipping(AudioVisual(), balance)
     trainer(tmp_path, balance, max_epochs=1).fit(module, Batches())
@@ -664,7 +664,7 @@ def test_a_method_that_does_not_act_on_gradients(tmp_path: Path, make: Any) -> N
 
 @pytest.mark.parametrize("kind", TWO_GRADIENTS)
 def test_a_method_that_makes_the_backward_passes(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(TypeError, match=f"{kind} makes its two backward passes itself, where the"):
+    with pytest.raises(TypeError, match=f"{kind} makes its two backward passes itself, but the"):
         fit(tmp_path, AudioVisual(), Batches(), Balance(mmfuse.METHODS[kind], ENCODERS))
 
 
@@ -696,7 +696,7 @@ def test_no_scalars(tmp_path: Path, never: int | None) -> None:
 
 
 class Keep(Callback):
-    """Every rank writes down what it has trained, and what it has decided."""
+    """Has every rank write down its parameters and its decisions."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -796,7 +796,7 @@ def train_sharded(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_sharded_parameters_and_their_checkpoints(tmp_path: Path) -> None:
-    """In a script of its own, which Lightning starts once more for the second rank."""
+    """The test is a script of its own, which Lightning starts once more for the second rank."""
     adapters = Path(__file__).parent
     tests = adapters.parent
     paths = [str(path) for path in (adapters, tests / "support", tests.parent)]
@@ -887,7 +887,7 @@ def test_an_encoder_that_was_replaced_between_two_fits(tmp_path: Path) -> None:
 
 
 class Within(Module):
-    """With a method that is part of the network, and no other if there is no callback of one."""
+    """A module whose network contains a method; the callback may have none."""
 
     def __init__(self, kind: str, balance: Balance | None = None, **options: Any) -> None:
         super().__init__(AudioVisual(), balance)  # type: ignore[arg-type]
@@ -903,7 +903,7 @@ class Within(Module):
         return forward(self.net, data)[0]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Nothing to note."""
+        """Notes nothing."""
 
     def validation_step(self, data: Data, batch_idx: int) -> None:
         self.modes.append(self.within.training)
@@ -928,7 +928,7 @@ def test_a_method_in_the_module_hears_of_the_epochs(
 def test_a_method_in_the_module_goes_on_in_its_epoch(
     kind: str, callback: str, tmp_path: Path
 ) -> None:
-    """In the middle of the second one."""
+    """The run stops in the middle of its second epoch, and goes on there."""
     modules = []
     for limit, path in (({"max_steps": STEPS + 1}, None), ({}, tmp_path / "last.ckpt")):
         balance = Balance(mmfuse.OGM, ENCODERS) if callback == "Balance" else None

@@ -56,7 +56,7 @@ WAY: str | None = None
 
 
 class Model(AudioVisual):
-    """What a user's model returns; the features and inputs are for RedReg."""
+    """A user's model, with all it returns; the features and inputs are for RedReg."""
 
     def forward(self, audio: Tensor, visual: Tensor, labels: Tensor) -> ModelOutput:
         a, v, out = super().forward(audio, visual)
@@ -137,7 +137,7 @@ def by_hand(
     optimizer: torch.optim.Optimizer | None = None,
     forward: Callable[..., Mapping[str, Any]] | None = None,
 ) -> list[Any]:
-    """The loop that the README tells to write."""
+    """The training loop of the README."""
     optimizer = optimizer or torch.optim.SGD(model.parameters(), lr=0.05)
     method = make(model.encoders)
     if method.apply_to == "update":

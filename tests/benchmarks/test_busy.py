@@ -1,4 +1,4 @@
-"""Beside a busy neighbour, and the host's own time."""
+"""Measurements beside a busy neighbour, and the host's own time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two commits in turns: what is called slower, and what is noise."""
+"""Two commits in turns: the comparison tells a slower case from noise."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from benchmarked import (
     CALLED,
     CPU,
+    TINY,
     TRAININGS,
     UPDATES,
     inputs_of,
@@ -22,6 +24,7 @@ from cases import (
     info_nce,
 )
 from cases.drop_modalities import DropInputs
+from cases.modulation_factors import exact_decision
 from cases.noisy_views import SIGMA, ViewInputs
 from engine import gate, providers
 from engine.gradients import GradientInputs
@@ -108,6 +111,21 @@ def test_gate_refuses_a_damaged_update(case: Case, provider: str) -> None:
         damage(i)
         with pytest.raises(gate.ParityError):
             case.check(provider, i, result)
+
+
+@pytest.mark.parametrize("provider", ["official", "foreach", "reference"])
+def test_a_coefficient_near_zero_is_as_exact_as_float32_can_be(provider: str) -> None:
+    """With many classes the ratio is large, and 1 − tanh of it has few digits left."""
+    case = CASES["ogm_step"]
+    i = case.make(dataclasses.replace(TINY, batch=64, classes=309), torch.float32, CPU)
+    with torch.no_grad():
+        result = providers.prepare(provider, case, i).call()
+    case.check(provider, i, result)
+    smallest = float(exact_decision(i.head.logits, i.head.labels)[0].min())
+    assert smallest < 2e-3
+    torch._foreach_mul_(i.grads, 1.05)
+    with pytest.raises(gate.ParityError):
+        case.check(provider, i, result)
 
 
 def _uniform(z: Tensor) -> Tensor:

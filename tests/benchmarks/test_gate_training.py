@@ -218,7 +218,7 @@ def test_a_method_that_is_added_gets_a_step_of_its_own(newcomer: Case) -> None:
 
 @pytest.mark.parametrize("method", IN_STEPS)
 def test_a_step_can_be_made_from_each_card(method: str) -> None:
-    """But ARM's, which wants a fused representation, and those that act in no ordinary step."""
+    """All but ARM's, which wants a fused representation, and those without steps."""
     made = type("Made", (from_card.CardStep,), {"name": "made", "title": "", "method": method})
     card = mmfuse.METHODS[method].card
     if "fused" in card.needs or card.acts in ("head", "parameter"):

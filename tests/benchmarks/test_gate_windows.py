@@ -15,7 +15,7 @@ from engine.gate import ParityError
 
 from mmfuse.reference import noise as reference_noise
 
-# Of several tensors, at the start of a block and within one, and beyond 2³² blocks.
+# Places in several tensors, at the start of a block and within one, and beyond 2³² blocks.
 PLACES = [(0, 0, 7), (3, 5, 6), (3, 1021, 1300), (1, 4, 8), (2, 2**34 + 3, 2**34 + 14)]
 
 

@@ -1,6 +1,6 @@
 """The benchmark on a GPU as far as a CPU can show it: recorded calls, fixed plans, rehearsals.
 
-What records is handed in: here it is the recording of operators that stands in for a CUDA graph.
+A test hands in the recorder: here a recording of operators stands in for a CUDA graph.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def record(prepared: measure.Prepared) -> replay.Recording:
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
-    """Sets what records."""
+    """Sets the recorder."""
 
     def use(recorder: Any) -> None:
         monkeypatch.setattr(replay, "recorder_for", lambda device: recorder)
@@ -84,7 +84,7 @@ def test_replays_have_columns_and_what_cannot_be_replayed_a_reason(tmp_path: Pat
     assert len(rows) == 6
     for (_, provider), row in rows.items():
         replays = [row[name] for name in ("replay_ms", "replay_p80_ms", "replay_vs_foreach")]
-        # Of the same call on next to nothing.
+        # The time of the same call on next to nothing.
         assert float(row["host_us"]) > 0
         assert "host_ms" not in row
         if provider == "official":
@@ -410,7 +410,7 @@ def test_the_gate_holds_for_channels_last(name: str, provider: str) -> None:
 
 
 def test_rows_of_committed_results_are_still_read() -> None:
-    """They have `host_ms`, and no replays."""
+    """Their rows have `host_ms`, and no replays."""
     import choose
 
     files = list((Path(choose.__file__).parent / "results").glob("**/results.csv"))

@@ -1,4 +1,4 @@
-"""Made of a GPU's results: targets, the choice of backends; and what is profiled there."""
+"""A GPU's results decide about targets and backends; and the calls that are profiled there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def choose(benchmarks: None, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.usefixtures("benchmarks")
 def test_the_profiled_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, and small; the names must be those of cases, workloads and functions."""
+    """They run small, on the CPU; the names must be those of cases, workloads and functions."""
     script = load("benchmarks/profile_kernels.py", monkeypatch)
     called = []
     for case, workload in script.CALLS.items():
@@ -94,7 +94,7 @@ def test_targets(targets: Any, tmp_path: Path, capsys: Any) -> None:
         row("ogm_ge", thousand, "cuda", replay_vs_foreach=99),
         row("update_scale", thousand, "cuda", vs_foreach=11.0),
         row("update_scale", large, "cuda", copy_share=0.93),
-        # Neither another provider's number nor another dtype's counts.
+        # Another provider's number does not count, nor does another dtype's.
         row("redreg", large, "triton", copy_share=0.95),
         {**row("inforeg", large, "cuda", copy_share=0.95), "dtype": "bfloat16"},
         row("mutual_information", "10⁷ pairs, 30 bins", "cuda", copy_share=1.1),
@@ -219,7 +219,7 @@ def test_choosing_a_backend(choose: Any, tmp_path: Path, capsys: Any) -> None:
 
 
 def test_the_default_backends_are_those_that_were_measured(choose: Any) -> None:
-    """With the committed results; without any on a GPU nothing may be preferred."""
+    """The committed results say so; without results on a GPU no backend may be preferred."""
     speeds = choose.speed_of_triton((ROOT / "benchmarks/results").glob("**/results.csv"))
     assert choose.triton_first(speeds) == TRITON_FIRST
 

@@ -46,7 +46,7 @@ def test_no_panel_is_mostly_empty() -> None:
     figure.draw_without_rendering()
     heights = [ax.get_position().height for ax in figure.axes]
     bars = [sum(patch.get_width() != 0 for patch in ax.patches) for ax in figure.axes]
-    # As high as what is in them, but for the gaps between groups.
+    # Figures are as high as their contents, but for the gaps between groups.
     assert heights[0] / heights[1] == pytest.approx(bars[0] / bars[1], rel=0.35)
     for ax in figure.axes:
         low, high = ax.get_xlim()

@@ -46,7 +46,7 @@ def test_every_setup_steps_with_every_gradient_method(found: dict[str, Found]) -
 
 @pytest.mark.slow
 def test_what_is_reduced_is_a_few_numbers(found: dict[str, Found]) -> None:
-    """M scores and a count for OGM, more for the others; under FSDP2 also sums of every tensor."""
+    """OGM reduces M scores and a count, others more; under FSDP2 also sums of every tensor."""
     m = 2
     assert set(found["single"].reduced.values()) == {0}
     ddp, fsdp2 = found["ddp"].reduced, found["fsdp2"].reduced

@@ -1,4 +1,4 @@
-"""Where results go, that they are read again, and the documents' tables of them."""
+"""Results go to their folder and are read again, and documents have tables of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole runs, small: what is refused, what is written."""
+"""Whole runs, small: their refusals and their files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_wrong_provider_is_not_timed_and_the_run_fails(
 @pytest.mark.slow
 @pytest.mark.usefixtures("small_machine")
 def test_a_run_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
-    """What is there stays, to the last digit; what is missing is measured."""
+    """Rows that are there stay, to the last digit; missing ones are measured."""
     arguments = ["--cases", "update_scale", "grad_stats", "--workloads", "tiny", "--no-plots"]
     chosen = ["--providers", "official", "reference", "--device", "cpu", "--seconds", "0.01"]
     whole = [*arguments, "--dtype", "float32", *chosen, "--output", str(tmp_path), "--resume"]
@@ -132,6 +132,8 @@ def test_quick_run_writes_table_csv_and_plot(
             # There are no plain steps, and no CUDA graphs on a CPU.
             dash |= name in ("of_plain", "own_us", "reduced") or name.startswith("replay")
             dash |= name == "busy_p90"  # a short run
+            noise = row["case"] == "ogm_ge" and row["provider"] == "reference"
+            dash |= noise and name in ("launches", "host_syncs", "extra_mib")
             assert (value == "") == dash, (row["case"], name)
     text = (tmp_path / "results.md").read_text()
     for needed in (

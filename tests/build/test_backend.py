@@ -31,7 +31,7 @@ def test_pytorch_and_ninja_are_asked_for_where_there_is_none(
     assert backend.missing() == ["ninja>=1.11"]
     monkeypatch.setattr(backend, "find_torch", nothing_found)
     assert backend.missing() == ["ninja>=1.11", "torch>=2.11"]
-    # What nothing is compiled for needs neither.
+    # A build that compiles nothing needs neither.
     monkeypatch.setattr(backend, "find_compiler", lambda: None)
     assert backend.missing() == []
     monkeypatch.setattr(backend, "find_compiler", lambda: ["c++"])
@@ -69,11 +69,11 @@ def test_the_oldest_pytorch_is_the_same_everywhere() -> None:
 def test_an_environment_without_pytorch_of_its_own(
     below: bool, small: Path, tmp_path: Path
 ) -> None:
-    """In isolation: PyTorch lies below the environment, or the build has to bring it."""
+    """In isolation PyTorch lies below the environment, or the build has to bring it."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "own"], check=True)
     python = tmp_path / "own" / "bin" / "python"
     if below:
-        # As a container has it; this Python is itself in an environment.
+        # A container has it so; this Python is itself in an environment.
         settings = tmp_path / "own" / "pyvenv.cfg"
         text = settings.read_text().replace("packages = false", "packages = true")
         settings.write_text(text)

@@ -1,4 +1,4 @@
-"""`make bounds`: which versions it installs, and what it says without a Python."""
+"""`make bounds`: the versions that it installs, and its error without a Python."""
 
 from __future__ import annotations
 

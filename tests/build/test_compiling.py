@@ -1,4 +1,4 @@
-"""Ninja compiles what has changed, whoever asks for the build, and wherever the checkout lies."""
+"""Ninja compiles the files that changed, for every front end and wherever the checkout lies."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def append(path: Path, text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_ninja() is None, reason="needs ninja")
 def test_only_what_has_changed_is_compiled(small: Path, tmp_path: Path) -> None:
-    # Such a path has to survive ninja's file, the shell, and the compiler's list of headers.
+    # This path has to survive ninja's file, the shell, and the compiler's list of headers.
     checkout = small.rename(tmp_path / "mit Gr\u00fc\u00dfen $HOME: #1")
     library = checkout / "mmfuse" / "libmmfuse_cpu.so"
     assert compiled(checkout) == ["cpu.cpp", "simd.cpp"]
@@ -52,7 +52,7 @@ def test_only_what_has_changed_is_compiled(small: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_an_editable_install_again_compiles_nothing(small: Path, tmp_path: Path) -> None:
-    """Although setuptools gives each a new folder for what it makes."""
+    """Setuptools makes a new folder for each install; the objects are kept nonetheless."""
     words = [
         "--no-deps",
         "--no-build-isolation",

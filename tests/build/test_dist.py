@@ -1,4 +1,4 @@
-"""What `make dist` finds in distributions that an index, or another machine, would not take."""
+"""`make dist` finds what an index, or another machine, would not take in distributions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build finds: PyTorch, compilers, nvcc and its architectures, ninja; and says if not."""
+"""A build finds PyTorch, compilers, nvcc and its architectures, and ninja; or it says so."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_an_unknown_architecture_is_a_reason(
     monkeypatch: pytest.MonkeyPatch,
     fake_nvcc: Callable[..., str],
 ) -> None:
-    """It leaves the cpu backend as it is, like all that keeps CUDA from being built."""
+    """It leaves the cpu backend as it is, like all reasons against CUDA."""
     (tmp_path / "version.py").write_text("cuda = '13.0'\n")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0")
     monkeypatch.delenv("MMFUSE_CUDA", raising=False)
@@ -153,7 +153,7 @@ def program(path: Path, text: str) -> Path:
 def test_compilers_that_are_not_there_and_that_do_not_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are told apart, and one that the user names is never ignored."""
+    """Both get errors of their own, and a compiler that the user names is never ignored."""
     monkeypatch.delenv("CXXFLAGS", raising=False)
     monkeypatch.setenv("CXX", "no-such-compiler -m64")
     with pytest.raises(SystemExit, match="there is no program 'no-such-compiler'; set CXX to"):

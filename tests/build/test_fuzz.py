@@ -1,4 +1,4 @@
-"""`make fuzz` finds what is planted, survives a crash, and finds nothing in a small share."""
+"""`make fuzz` finds planted errors, survives a crash, and finds nothing in a small share."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def endless(x: Tensor) -> None:
 
 
 def _report(function: Any, folder: Path, compared: bool = False) -> program.Report:
-    """A number of cases, and in this process: a busy machine finds the same."""
+    """Runs a number of cases in this process: a busy machine finds the same."""
     name = function.__name__
     target = Function(name, function, _one, compared)
     return program.rounds(target, math.inf, 1, folder / name, cases=200)

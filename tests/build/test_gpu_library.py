@@ -1,4 +1,4 @@
-"""`make gpu-library`: with a toy of each library, and what it refuses."""
+"""`make gpu-library`: it builds a toy of each library, and refuses mistakes."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_for_the_architectures_that_are_listed(toy: Path) -> None:
 
 
 def test_an_undefined_symbol_is_found_here(toy: Path) -> None:
-    """Not on the GPU machine."""
+    """The link on this machine finds it, not the GPU machine."""
     (toy / "csrc" / "cuda" / "glue.cpp").write_text("void nowhere();\nvoid f() { nowhere(); }\n")
     done = build(toy)
     assert done.returncode == 1

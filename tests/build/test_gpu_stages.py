@@ -126,7 +126,7 @@ def test_all_is_well(rehearsal: Rehearsal) -> None:
 
 @pytest.mark.slow
 def test_everything_fails(rehearsal: Rehearsal) -> None:
-    """Each stage runs all the same, and what can be repeated is repeated once."""
+    """Each stage runs all the same; stages that can be repeated are repeated once."""
     modes = dict.fromkeys(("kernels", "pytest", "benchmark", "nvcc", "compute_sanitizer"), "fail")
     done = rehearsal(**modes)
     assert done.returncode == 1
@@ -151,7 +151,7 @@ def test_everything_fails(rehearsal: Rehearsal) -> None:
 
 @pytest.mark.slow
 def test_everything_hangs(rehearsal: Rehearsal) -> None:
-    """And ignores that it is interrupted, as do the processes that it has started."""
+    """The programs and the processes that they started ignore the interrupt."""
     parts = ("kernels", "pytest", "benchmark", "nvcc", "compute_sanitizer", "ncu")
     began = time.monotonic()
     done = rehearsal(scale=SCALE, **dict.fromkeys(parts, "hang"))
@@ -164,7 +164,7 @@ def test_everything_hangs(rehearsal: Rehearsal) -> None:
         assert summary[name][0].startswith("stopped after "), name
     assert rehearsal.started() != []
     assert all(has_ended(pid) for pid in rehearsal.started())
-    # What there was before the end is there.
+    # The archive has all that was written before the end.
     assert "speed/results.csv" in rehearsal.archive()
 
 
@@ -217,7 +217,7 @@ def test_the_archive_has_what_a_stage_has_found_so_far(rehearsal: Rehearsal) -> 
             time.sleep(0.5)
             if (rehearsal.output / "results.tar.gz").is_file():
                 found = rehearsal.archive()
-        # As `kill` from another terminal would: the stage hangs until then.
+        # `kill` from another terminal would do the same: the stage hangs until then.
         process.kill()
     for pid in rehearsal.started():
         os.kill(pid, 9)
@@ -229,7 +229,7 @@ Refused = Callable[[dict[str, Any]], str]
 
 @pytest.fixture
 def refused(rehearsal: Rehearsal) -> Callable[..., str]:
-    """Runs it where it cannot begin; returns the one line that it says."""
+    """Runs `make gpu` under conditions that forbid it; returns its one line."""
 
     def call(*arguments: str, machine: dict[str, Any] | None = None, **variables: str) -> str:
         stand_ins = gpu_stand_ins.environment(rehearsal.programs, {})

@@ -1,4 +1,4 @@
-"""In a checkout whose package is installed elsewhere, without libraries of its own."""
+"""A checkout whose package is installed elsewhere, without libraries of its own."""
 
 from __future__ import annotations
 

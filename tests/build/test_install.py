@@ -25,7 +25,7 @@ def installed_without(source: Path, **env: str) -> Path:
 
 
 def report(library: Path) -> str:
-    """What `python -m mmfuse` says, after one op has run."""
+    """The output of `python -m mmfuse`, after one op has run."""
     script = (
         "import warnings, torch, mmfuse; warnings.simplefilter('ignore');"
         "print(mmfuse.__file__);"
@@ -64,7 +64,7 @@ def test_a_build_leaves_no_library_of_an_earlier_one(source: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_no_library_needs_python(backend: str) -> None:
-    """So that one built for another version of Python, or elsewhere, loads here."""
+    """A library that was built elsewhere, or for another Python, therefore loads here."""
     path = Path(mmfuse.__file__).with_name(f"libmmfuse_{backend}.so")
     if not path.exists():
         pytest.skip(f"{path.name} was not built here")
@@ -80,7 +80,7 @@ def test_a_library_that_does_not_load_costs_its_backend_only(broken: str, source
     built = Path(mmfuse.__file__).with_name("libmmfuse_cpu.so")
     if not built.exists():
         pytest.skip(str(_native.why_missing("cpu")))
-    # As a copy from another machine: no _C and no _build.json beside it.
+    # A copy from another machine: no _C and no _build.json beside it.
     shutil.copy(built, source / "mmfuse")
     (source / "mmfuse" / f"libmmfuse_{broken}.so").unlink(missing_ok=True)
     (source / "mmfuse" / f"libmmfuse_{broken}.so").write_text("not a library " * 100)
@@ -123,7 +123,7 @@ def test_a_compiler_error_is_shown_with_the_way_out(small: Path, ninja: bool) ->
     assert sentence.endswith("MMFUSE_NATIVE=1 makes a failure an error.")
     assert "Traceback" not in done.stderr
     assert not (small / "mmfuse" / "_build.json").exists()
-    # Nobody has asked for the kernels: the package works without them, and says why.
+    # The kernels were not asked for: the package works without them, and says why.
     done = run(command, small)
     assert done.returncode == 0, done.stderr
     assert "mmfuse: WARNING: without the cpu backend: it did not build: " in done.stderr

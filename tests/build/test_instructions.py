@@ -1,4 +1,4 @@
-"""make instructions finds what has become dearer, and compares nothing that cannot be compared."""
+"""make instructions finds calls that cost more, and compares only numbers that are comparable."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEPT = {
 
 
 class Gate:
-    """The script, with numbers that a test says in place of those that are counted."""
+    """The script, with numbers of the test in the place of counted ones."""
 
     def __init__(self, script: Any, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.script = script
@@ -169,7 +169,7 @@ def test_the_numbers_in_the_repository_are_complete() -> None:
 
 @pytest.mark.parametrize("name", [n for n in counted.CALLS if not n.startswith("ops.")])
 def test_what_is_counted_acts(name: str) -> None:
-    """In the same way each time, and for one modality in another than for the other."""
+    """A counted step does the same each time, and treats the modalities differently."""
     call = counted.made(name)
     results = []
     for _ in range(2):

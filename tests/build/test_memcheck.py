@@ -1,4 +1,4 @@
-"""make memcheck counts what memcheck says of our libraries; all else of it runs in CI."""
+"""make memcheck counts memcheck's reports about our libraries; CI runs the rest of it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / ".ci" / "memcheck.py"
 
-# Of each kind one: in our library, in what it calls, and in PyTorch, called by ours.
+# One report of each kind: in our library, in a callee of it, and in PyTorch, called by ours.
 LOG = """\
 ==7== Memcheck, a memory error detector
 ==7== Conditional jump or move depends on uninitialised value(s)

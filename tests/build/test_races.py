@@ -1,4 +1,4 @@
-"""make races says what it needs, and finds every place where a kernel orders its memory."""
+"""make races names its requirements, and finds every place where a kernel orders its memory."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""make sanitize says what it needs; all else of it runs in CI."""
+"""make sanitize names its requirements; CI runs the rest of it."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What users get with mmfuse: licences, no network at import, checkpoints that run no code."""
+"""Users get licences with mmfuse, an import without network, checkpoints that run no code."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def installed() -> list[str]:
 
 def test_licences_of_all_that_is_installed_with_mmfuse() -> None:
     names = installed()
-    # At least what the package and its tests need.
+    # These are at least what the package and its tests need.
     assert {"torch", "typing-extensions", "numpy", "pytest", "scipy"} <= set(names)
     strange = {name: licences(name) for name in names if not set(licences(name)) <= ALLOWED}
     assert strange == {}
@@ -175,7 +175,7 @@ def test_importing_opens_no_socket(frameworks: tuple[str, ...]) -> None:
 
 
 def loaded(state: object) -> object:
-    """What comes back from a file that may hold tensors and plain containers only."""
+    """The state, saved and read from a file that may hold tensors and plain containers only."""
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
@@ -184,7 +184,7 @@ def loaded(state: object) -> object:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_holds_tensors_and_plain_values(kind: str) -> None:
-    """MLA and ReLearning, which have no part in a step, have this in their own tests."""
+    """MLA and ReLearning, which have no part in a step, have this test in their own files."""
     torch.manual_seed(0)
     encoders = {name: nn.Linear(3, 4) for name in ("audio", "visual")}
     head = nn.Linear(8, 5)

@@ -32,7 +32,7 @@ def version(folder: Path) -> str:
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """What the version is read from, with 0.1.0 as the last release, and no repository."""
+    """The files that the version is read from; 0.1.0 is the last release. It is no repository."""
     folder = tmp_path / "träé e"
     shutil.copytree(ROOT / "build_tools", folder / "build_tools")
     for name in (".gitattributes", ".git_archival.txt"):
@@ -62,7 +62,7 @@ def test_a_tag_is_the_version(repository: Path, tmp_path: Path) -> None:
     git(repository, "tag", "v0.2.0")
     assert version(repository) == "0.2.0"
     assert version(unpacked(repository, tmp_path / "archive")) == "0.2.0"
-    # Nobody else has this tree.
+    # The tree differs from the tag from here on.
     (repository / "CHANGELOG.md").write_text("changed\n")
     node = git(repository, "rev-parse", "--short=9", "HEAD")
     assert version(repository) == f"0.2.1.dev0+g{node}.dirty"
@@ -104,7 +104,7 @@ def test_a_source_distribution_knows_its_version(repository: Path) -> None:
 
 
 def test_a_folder_in_another_repository_is_not_that_one(tree: Path) -> None:
-    """Such as an unpacked archive below one's own project."""
+    """An unpacked archive may lie below one's own project, for example."""
     git(tree.parent, "init", "--quiet")
     git(tree.parent, "commit", "--quiet", "--allow-empty", "--message", "one")
     git(tree.parent, "tag", "v9.0.0")

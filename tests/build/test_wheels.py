@@ -17,7 +17,7 @@ from installs import ROOT, run
 from build_tools import pythons
 from build_tools.finding import BuildError, is_portable
 
-# What takes newer symbols from glibc and libstdc++, unless it is told not to.
+# This takes newer symbols from glibc and libstdc++, unless it is told not to.
 NEWER = """
 #include <cmath>
 #include <memory>
@@ -34,7 +34,7 @@ __attribute__((visibility("default"))) double newer(double x, std::size_t n) {
   return std::exp(x) + std::log(x) + std::pow(x, kept->back());
 }
 """
-# As the real one: exceptions, and memory of a number of elements.
+# Like the real one it has exceptions, and memory of a number of elements.
 MODULE = """
 #include <pybind11/pybind11.h>
 
@@ -85,12 +85,12 @@ def text_of(wheel: Path, pattern: str) -> str:
 
 @pytest.mark.slow
 def test_a_wheel_is_for_every_python(small: Path, tmp_path: Path) -> None:
-    """With the module for two of them; the other is this one, which says that it is another."""
+    """One wheel has the module for two of them; another is this one, whose tag says so."""
     other = tmp_path / "python of others"
     answer = json.dumps([".cpython-399-x86_64-linux-gnu.so", sysconfig.get_path("include")])
     other.write_text(f"#!/bin/sh\necho '{answer}'\n")
     other.chmod(0o755)
-    # Of an earlier build, for others.
+    # A library of an earlier build, for others.
     stale = small / "build" / f"lib.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
     (stale / "mmfuse").mkdir(parents=True)
     (stale / "mmfuse" / "_C.cpython-398-x86_64-linux-gnu.so").touch()
@@ -132,7 +132,7 @@ def versions(path: Path) -> dict[str, tuple[int, ...]]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="these are symbols of glibc")
 def test_a_portable_wheel_needs_no_newer_glibc_than_pytorch(small: Path) -> None:
-    """Bounds of manylinux_2_28, which PyTorch's own wheels have."""
+    """The bounds are those of manylinux_2_28, which PyTorch's own wheels have."""
     (small / "csrc" / "cpu" / "newer.cpp").write_text(NEWER)
     (small / "csrc" / "facts" / "module.cpp").write_text(MODULE)
     bounds = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11)}
@@ -173,7 +173,7 @@ def test_another_processor_is_in_the_name_of_the_module(monkeypatch: pytest.Monk
 
 
 def test_nothing_asks_an_index_for_mmfuse() -> None:
-    """It is on none: somebody else's package of that name would be fetched."""
+    """No index has it: pip would fetch somebody else's package of that name."""
     seen = 0
     for pattern in ("*.md", "mmfuse/**/*.py", "docs/*.md", "examples/*.py", ".ci/*.py"):
         for path in ROOT.glob(pattern):

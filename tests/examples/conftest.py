@@ -1,4 +1,4 @@
-"""What all tests of the examples share."""
+"""Fixtures of all tests of the examples."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """As the scripts run: on a busy machine, threads that wait for each other take seconds."""
+    """The scripts use one thread: on a busy machine, threads wait seconds for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,4 +1,4 @@
-"""The example of adaptive optimizers: what it measures is what it says, twice over."""
+"""The example of adaptive optimizers: it measures the numbers that it prints, twice over."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_the_update_is_k_times_as_large(
 
 
 def test_adam_divides_a_factor_of_the_gradient_out(measured: list[example.Measured]) -> None:
-    """What is left of it is what Adam's epsilon hides: k times a gradient that is no larger."""
+    """Only Adam's epsilon leaves some of it: k times a gradient that is no larger."""
     ratios = {m.k: m.ratio for m in measured if (m.optimizer, m.apply_to) == ("Adam", "gradient")}
     assert all(0.99 < ratio <= 1.0 for ratio in ratios.values())
     assert ratios[1.0] == 1.0

@@ -1,4 +1,4 @@
-"""The spoken animals: duplicates and languages stay apart, speech is cached, bad input is said."""
+"""The spoken animals: duplicates and languages stay apart, speech is cached, bad input is named."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_near_duplicates_and_mirror_images_share_a_number() -> None:
 
 
 def test_chains_of_duplicates_are_one_group() -> None:
-    """Who is like a member belongs to the group, whichever numbers they have."""
+    """An image that is like a member belongs to the group, whichever numbers they have."""
     # In one step the cosine is 0.987, in two 0.949; the last image is far from all.
     angles = torch.cat([0.16 * torch.tensor([0.0, 6, 2, 4, 1, 5, 3]), torch.tensor([1.5])])
     images = torch.zeros(8, 1, 28, 28)
@@ -154,7 +154,7 @@ def test_the_noise_is_as_far_below_the_voice_as_it_should_be() -> None:
     out = speech.placed(voice, random)
     assert out.shape == (int(speech.RATE * speech.SECONDS),)
     noise = np.sort(np.abs(out))[: len(out) // 2].max() / 0.6745  # the median of |N(0, 1)|
-    # Of 17,640 samples 1,000 hold the voice, which moves the median of the noise by a few percent.
+    # 1,000 of 17,640 samples hold the voice, which moves the median of the noise by a few percent.
     assert -31 < 20 * np.log10(noise) < -9
 
 

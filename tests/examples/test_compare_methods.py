@@ -19,7 +19,8 @@ import compare_methods as compare
 from demonstrations import summary
 from demonstrations.data import DataError
 from demonstrations.settings import load
-from demonstrations.ways import ONLY, OWN_LOSSES
+from demonstrations.tasks import TASKS
+from demonstrations.ways import ONLY, OWN_LOSSES, ways
 
 # Without the compiled library the examples run on the reference, and say so.
 pytestmark = [
@@ -154,3 +155,45 @@ def test_a_wrong_argument_is_one_line(
     with pytest.raises(SystemExit):
         run(*arguments)
     assert message in capsys.readouterr().err
+
+
+PUBLISHED = sorted(path.parent for path in compare.RESULTS.glob("*/settings.json"))
+assert [folder.name for folder in PUBLISHED] == ["animals", "wrist"]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_the_page_shows_the_published_table(folder: Path) -> None:
+    table = (folder / "table.md").read_text()
+    place = f"<!-- comparison {folder.name}: make compare TASK={folder.name} -->\n\n{table}"
+    assert place in compare.PAGE.read_text()
+    runs = summary.read(folder / "runs.csv")
+    _, tuned = load(folder / "settings.json")
+    known = ways(TASKS[folder.name].views)
+    assert set(summary.names(runs)) == set(known) == set(tuned)
+    assert len(runs) == len(known) * 10 * 2, "ten seeds, at two epochs each"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_published_differences_are_those_of_the_published_runs(
+    folder: Path, tmp_path: Path
+) -> None:
+    views = TASKS[folder.name].views
+    runs = summary.read(folder / "runs.csv")
+    table = summary.compare(runs, views)
+    summary.write(tmp_path / "differences.csv", table)
+    again = (tmp_path / "differences.csv").read_text()
+    assert again == (folder / "differences.csv").read_text()
+    lines = summary.cells(table, runs, views)
+    assert summary.markdown(lines) == (folder / "table.md").read_text()
+
+
+def test_a_page_without_a_place_is_an_error(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- comparison wrist: command -->\nold\n<!-- end of comparison -->\n")
+    summary.publish(page, "wrist", "new\n")
+    assert page.read_text() == (
+        "<!-- comparison wrist: command -->\n\nnew\n\n<!-- end of comparison -->\n"
+    )
+    with pytest.raises(DataError, match="one place for the comparison 'animals', it has 0"):
+        summary.publish(page, "animals", "new")

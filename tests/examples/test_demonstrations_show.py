@@ -1,4 +1,4 @@
-"""The demonstrations' scripts on a stand-in: what they print, and what they take from settings."""
+"""The demonstrations' scripts on a stand-in: their output, and their settings."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorials" / "first_run.m
 
 @pytest.mark.slow
 def test_it_prints_what_its_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    """To two digits: rounding goes by the machine."""
+    """The numbers agree to two digits: rounding differs between machines."""
     assert example.main([]) == 0
     printed = capsys.readouterr().out
     shown = re.search(r"```text\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)

@@ -45,7 +45,7 @@ def test_a_run_writes_picture_page_and_numbers(
 
 @pytest.mark.slow
 def test_the_tutorial_shows_what_the_example_prints() -> None:
-    """To two digits: rounding goes by the machine."""
+    """The numbers agree to two digits: rounding differs between machines."""
     report = example.report(("pix", "fou"), 30, 0).as_dict()
     shown = PAGE.read_text()
     probes = report["probes"]

@@ -12,14 +12,14 @@ from demonstrations.paired import difference, holm
 
 
 def test_holm_corrects_as_in_the_textbook() -> None:
-    """By hand, for 0.01, 0.02, 0.03, 0.04: 4, 3, 2 times, and never below the one before."""
+    """The factors of 0.01, 0.02, 0.03, 0.04 are 4, 3, 2 and 1, and no result is below the last."""
     assert holm([0.03, 0.01, 0.04, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
 
 
 def test_the_p_value_counts_all_signs() -> None:
-    """Of five positive differences, two of 32 sign patterns have a mean as far from 0."""
+    """Two of 32 sign patterns of five positive differences have a mean as far from 0."""
     found = difference([1.0, 2.0, 3.0, 4.0, 5.0], [0.0] * 5)
     assert found.p == pytest.approx(2 / 32)
     assert (found.mean, found.count) == (3.0, 5)
@@ -27,10 +27,10 @@ def test_the_p_value_counts_all_signs() -> None:
 
 
 def test_the_interval_is_that_of_the_bootstrap() -> None:
-    """Of two values a, b the resampled means are a, (a + b)/2 and b with 1/4, 1/2 and 1/4."""
+    """The resampled means of a and b are a, (a + b)/2 and b with 1/4, 1/2 and 1/4."""
     found = difference([0.2, 0.4], [0.0, 0.0])
     assert (found.low, found.high) == pytest.approx((0.2, 0.4))
-    # Of many values it comes near the normal interval: mean ± 1.96 sd / sqrt(n).
+    # With many values it comes near the normal interval: mean ± 1.96 sd / sqrt(n).
     values = [math.sin(17.0 * i) for i in range(400)]
     found = difference(values, [0.0] * 400)
     sd = math.sqrt(sum((v - found.mean) ** 2 for v in values) / 400)

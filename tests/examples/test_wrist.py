@@ -1,4 +1,4 @@
-"""The wrist movements: people stay apart, windows are cut right, bad files are said."""
+"""The wrist movements: people stay apart, windows are cut right, bad files get an error."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_class_without_samples_is_said() -> None:
 
 
 class Malicious:
-    """Whoever unpickles it runs a command."""
+    """A pickle of it runs a command when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -65,7 +65,7 @@ def test_official_reproduces_the_released_code(
             ratio=out.ratios,
             running_ratio=out.usual_ratios,
             running_score_after=agm.running_scores.diagonal(),
-            # That of this step, which after the last epoch is not in force.
+            # The coefficient of this step, which after the last epoch is not in force.
             coefficient=agm.rule.coefficients(out.ratios, out.usual_ratios),
             coefficient_used=out.coefficients,
             response=torch.stack(list(responses.values())),

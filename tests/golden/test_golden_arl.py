@@ -28,7 +28,7 @@ def test_official_reproduces_the_released_code(cell: Cell, release: Any, forced:
     clipped = 0
 
     def head(features: dict[str, torch.Tensor], *there: str) -> torch.Tensor:
-        """Of the whole head, with zeros for who is not there."""
+        """Logits of the whole head; zeros stand for modalities that are left out."""
         shown = [f if name in there else torch.zeros_like(f) for name, f in features.items()]
         return model.head(torch.cat(shown, 1))
 

@@ -52,6 +52,6 @@ def test_official_reproduces_the_released_code(
         run.step()
 
     run.check(tolerance=tolerance)
-    # Neither clamped nor bounded.
+    # The weights are not clamped and not bounded.
     assert int((run["weight"] < 0).any(1).sum()) == negative
     assert run["weight"].abs().max() > 10

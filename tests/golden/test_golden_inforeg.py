@@ -14,7 +14,7 @@ import mmfuse
 
 
 def growth_of(inforeg: mmfuse.InfoReg) -> Tensor:
-    """What the window goes by: InfoReg shows its traces, and whether they grow enough."""
+    """The window's criterion: InfoReg shows its traces, and whether they grow enough."""
     traces = inforeg.state_dict()["state"]["traces"][0]
     if not traces.any():
         return torch.ones(())

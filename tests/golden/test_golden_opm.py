@@ -25,7 +25,7 @@ from mmfuse.reference.noise import philox4x32, uniform_from_bits
 
 @cache
 def steps_of_the_stream(name: str) -> list[int]:
-    """For each step of the file, one of `NoiseStream(0)` whose numbers drop what the file's did.
+    """One `NoiseStream(0)` for each step of the file, whose numbers drop what the file's did.
 
     The file's uniform numbers are PyTorch's, which no state of the stream gives; but all that
     they decide is whether the step drops, and which samples of the one modality with q > 0.
@@ -116,14 +116,14 @@ def replay(name: str, *, forced: bool, **options: bool) -> Replay:
 
 
 def divisor(features: dict[str, Tensor], result: mmfuse.OPMResult) -> Tensor:
-    """What kept features are divided by, which is where θ shows."""
+    """The number that kept features are divided by, in which θ shows."""
     feature = features["audio"].detach()
     kept = result.keep[0].unsqueeze(1) & (feature != 0)
     return (feature[kept] / result.features["audio"].detach()[kept])[0]
 
 
 def coefficients(ogm: mmfuse.OGM, result: mmfuse.OGMResult) -> Tensor:
-    """The file's: from its first epoch on they are computed, also where they are not applied."""
+    """The file's coefficients: it computes them from its first epoch on, also when unused."""
     if ogm.modulating:
         return result.coefficients
     assert result.coefficients.tolist() == [1, 1]
@@ -157,7 +157,7 @@ def test_official_reproduces_the_released_code(
 
 @pytest.fixture(params=["opm_official", "opm_official_ogmge"])
 def without_thetas_gradient(request: pytest.FixtureRequest) -> Replay:
-    """As people get it who leave θ's gradient out."""
+    """The gradients for people who leave θ's gradient out."""
     return replay(request.param, theta_gradient=False, forced=True)
 
 

@@ -27,7 +27,7 @@ def replay(golden: Golden, pmr: Any, forced: bool) -> tuple[Replay, list[list[Te
             pmr.set_epoch(epoch)
             with torch.no_grad():
                 seen = model.features({name: given[name][epoch] for name in names})
-            # In three parts, which are to be added up.
+            # The file has three parts, which are to be added up.
             parts = zip(
                 *(x.split(9) for x in (*seen.values(), labels_of_given[epoch])), strict=True
             )
@@ -92,7 +92,7 @@ def test_official_reproduces_the_released_code(cell: Cell, forced: bool) -> None
 @on_every_backend
 @free_and_forced
 def test_the_papers_equations(cell: Cell, forced: bool) -> None:
-    """Of which there is no release: a clip, and entropies in the first epochs."""
+    """No release has them: a clip, and entropies in the first epochs."""
     cell.skip_slow(not forced)
     mmfuse.use_backend(cell.backend)
     golden, paper = Golden("pmr_paper"), mmfuse.PMR

@@ -1,4 +1,4 @@
-"""The replay itself: what it must notice."""
+"""The replay itself must notice every difference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_every_file_is_replayed() -> None:
     assert len(FILES) > 25
     for modules in ("test_golden_*.py", "test_released_*.py"):
         tests = "".join(path.read_text() for path in DATA.parent.glob(modules))
-        # Nobody has released what the paper's equations say.
+        # The paper's equations have no release.
         left_out = {"pmr_paper"} if modules.startswith("test_released") else set()
         by_release = {"inforeg_november", "inforeg_march", "mla_first", "mla_head"}
         for name in FILES - by_release - left_out:
@@ -57,7 +57,7 @@ def test_what_was_not_recorded_is_missed() -> None:
 
 
 def test_training_without_the_method_is_noticed() -> None:
-    """Forced, in the gradients after the method alone; free, in all that follows."""
+    """Forced, the gradients after the method show it; free, all later arrays do."""
     rest = ["applied", "coefficient", "loss", "lr", "ratio", "score"]
     conv = [f"grad_after.{m}.{c}.weight" for m in ("audio", "visual") for c in ("c1", "c2")]
     with pytest.raises(AssertionError) as noticed:

@@ -12,7 +12,7 @@ from released import agm
 
 
 class Fused(AsReleased):
-    """For any number of modalities, and with a layer between fusion and head."""
+    """A network for any number of modalities, with a layer between fusion and head."""
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         features = self.features(*inputs)

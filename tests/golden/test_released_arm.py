@@ -11,7 +11,7 @@ from released import arm
 @free_and_forced
 @pytest.mark.parametrize(
     ("name", "tolerance"),
-    # As the file promises: large weights amplify rounding.
+    # The file promises no more: large weights amplify rounding.
     [("arm_official_relu", 1e-9), ("arm_official_signed", 1e-8)],
 )
 def test_the_sequence_is_the_authors(name: str, tolerance: float, forced: bool) -> None:

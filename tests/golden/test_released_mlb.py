@@ -47,7 +47,7 @@ def test_the_sequence_is_the_authors(name: str, behind: list[int], forced: bool)
 
 
 def test_after_the_last_epoch_factors_are_not_used() -> None:
-    """Of which the files show the epochs before."""
+    """The files show only the epochs before."""
     golden = Golden("mlb_m2")
     model = AsReleased(golden)
     run = Replay(golden, model, sgd(golden, model), forced=False)

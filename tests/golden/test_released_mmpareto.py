@@ -50,7 +50,7 @@ def rows(*values: float) -> dict[str, Tensor]:
 
 
 def test_what_the_file_does_not_show_of_the_solver() -> None:
-    """A gradient of zeros, and products that are as large as both copies together."""
+    """Its cases are a gradient of zeros, and products that are as large as both copies together."""
     assert mmpareto.min_norm_weights(rows(0, 0), rows(1, 2)) == (0.999, 1 - 0.999)
     assert mmpareto.min_norm_weights(rows(1, 2), rows(0, 0)) == (0.001, 0.999)
     assert mmpareto.min_norm_weights(rows(9999, 0), rows(0, 9999)) == (0.5, 0.5)

@@ -87,7 +87,7 @@ def test_without_thetas_gradient_all_else_is_the_authors(name: str) -> None:
 
 
 def test_samples_that_have_lost_everything_are_removed() -> None:
-    """Which the files do not show: it takes both probabilities above 0."""
+    """The files do not show it: it takes both probabilities above 0."""
     features = [torch.randn(6, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     q = torch.tensor([0.5, 0.3], dtype=torch.float64)
     mask = torch.ones(2, 6, 1, dtype=torch.float64)

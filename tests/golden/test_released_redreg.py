@@ -13,7 +13,7 @@ from released import redreg
 
 @pytest.fixture(autouse=True)
 def _constants_in_float64() -> Iterator[None]:
-    """As the files were made; the release's strengths are of the default dtype."""
+    """The files were made so; the release's strengths have the default dtype."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -76,6 +76,6 @@ def test_the_sequence_is_the_authors(
 
 
 def test_inputs_are_dropped_less_and_less_for_three_tenths_of_the_epochs() -> None:
-    """Of which the files show the first epoch and one after them."""
+    """The files show the first of these epochs and one after them."""
     drawn = [redreg.drop_probability(epoch, 80) for epoch in (0, 12, 24, 79)]
     assert drawn == pytest.approx([0.6, 0.35, 0.1, 0.1])

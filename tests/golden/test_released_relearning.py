@@ -62,6 +62,6 @@ def test_when() -> None:
 
 
 def test_purity_of_labels_with_a_gap() -> None:
-    """Which are renumbered; a cluster votes for its commonest class."""
+    """The labels are renumbered; a cluster votes for its commonest class."""
     found = relearning.purity(np.array([0, 0, 5, 5, 5, 2]), np.array([0, 0, 0, 1, 1, 1]))
     assert found == 4 / 6

@@ -35,7 +35,7 @@ on_every_backend = pytest.mark.parametrize(
 )
 free_and_forced = pytest.mark.parametrize("forced", [True, False], ids=["forced", "free"])
 
-# What goes in; everything else comes out.
+# These go in; everything else comes out.
 _INPUTS = (
     "x.",
     "y",
@@ -64,7 +64,7 @@ class Golden:
     def __init__(self, name: str) -> None:
         self.name = name
         with np.load(DATA / f"{name}.npz") as file:
-            # Where a method acts within the backward pass, there is no gradient before it.
+            # If a method acts within the backward pass, there is no gradient before it.
             names = {key: key.replace("grad_final.", "grad_after.") for key in file.files}
             self.arrays = {name: torch.from_numpy(file[key]) for key, name in names.items()}
 
@@ -114,7 +114,7 @@ class ConvEncoder(nn.Module):
         self.shift = shift
 
     def maps(self, x: Tensor) -> Tensor:
-        """What is averaged: [B·frames, D, H, W]."""
+        """The maps that are averaged: [B·frames, D, H, W]."""
         # Audio is [B, H, W]; visual [B, c, frames, H, W], whose frames join the batch.
         folded = x.unsqueeze(1) if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1)
         z = self.c2(F.relu(self.bn(self.c1(folded))))
@@ -196,7 +196,7 @@ class AsReleased(Network):
 
     def __init__(self, golden: Golden, relu: bool = False, maps: bool = False) -> None:
         super().__init__(golden, relu)
-        # In a tuple, where PyTorch looks for no module.
+        # A tuple hides them: PyTorch looks for no module there.
         self._called = tuple(Maps(e) if maps else e for e in self.encoders.values())
 
     @property
@@ -272,7 +272,7 @@ class Replay:
         golden: The file.
         model: Holds the file's initial parameters.
         optimizer: Of all parameters.
-        forced: Whether to go on from the file's numbers.
+        forced: True to go on from the file's numbers.
         backwards: 1 if each step has one backward pass. With more the test calls `raw()` after the
             last.
     """
@@ -311,7 +311,7 @@ class Replay:
                 self._compare_later(f"grad.{name}", parameter.grad)
 
     def _left_out(self, name: str) -> bool:
-        """Where a file holds the gradient of each loss, it may leave out that of their sum."""
+        """True if the file holds the gradient of each loss, and leaves out that of their sum."""
         return f"grad.{name}" not in self.golden and f"grad_after.{name}" in self.golden
 
     @torch.no_grad()
@@ -325,7 +325,7 @@ class Replay:
 
     def steps(self) -> Iterator[int]:
         threads = torch.get_num_threads()
-        # As the files were made; several would wait for each other longer than they work.
+        # The files were made with one; several would wait for each other longer than they work.
         torch.set_num_threads(1)
         try:
             for t in range(self.golden.steps):
@@ -371,7 +371,7 @@ class Replay:
         self._stepped += 1
 
     def __getitem__(self, key: str) -> Tensor:
-        """What was recorded, stacked."""
+        """The recorded tensors of this name, stacked."""
         return torch.stack(self.recorded[key])
 
     def check(
@@ -412,7 +412,7 @@ class Replay:
 
 
 def difference(got: Tensor, want: Tensor, tolerance: float = TOLERANCE) -> str | None:
-    """What is wrong, or None if `got` is `want` within the tolerance."""
+    """The first error, or None if `got` is `want` within the tolerance."""
     if got.shape != want.shape:
         return f"shape {list(got.shape)}, the file has {list(want.shape)}"
     error = (got.double() - want.double()).abs().reshape(len(want), -1)

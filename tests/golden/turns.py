@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from trajectory import Replay
 
-#: Of MLA's files, what the replayed steps do not make; tests compare it by itself.
+#: The parts of MLA's files that the replayed steps do not make; tests compare them by themselves.
 ASIDE = {"projector.initial", "gating.logits", "gating.weights_two", "gating.weights_three"}
 #: The elementwise division is by entries that come near to 0 (data/README.md).
 TOLERANCE = {"mla_first": 1e-6, "mla_head": 1e-9}

@@ -20,7 +20,7 @@ constexpr double kAllowed = 1e-5;
 constexpr int kThreads = 256;
 constexpr uint64_t kWords = uint64_t{1} << 32;
 
-// What one thread has found; `all_words` takes the largest of each.
+// Findings of one thread; `all_words` takes the largest of each.
 struct Found {
   double words;        // how many it has looked at: added up
   double contract;     // error over what the contract allows, of real pairs
@@ -35,7 +35,7 @@ struct Exact {
   double sine;
 };
 
-// As the contract defines them: u is rounded to float, everything after that is exact.
+// The contract defines them so: u is rounded to float, everything after that is exact.
 __device__ Exact exact(uint32_t a, uint32_t b) {
   const double turn = kTwoPi * static_cast<double>(uniform_from_bits(b));
   return {sqrt(-2.0 * log(static_cast<double>(uniform_from_bits(a)))), cos(turn), sin(turn)};

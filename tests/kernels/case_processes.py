@@ -25,7 +25,7 @@ import processes
 from processes import Ended
 
 SCRIPT = Path(__file__).with_name("every_kernel.py")
-# Of the log of a job that failed, on the terminal.
+# The terminal shows so many lines of the log of a job that failed.
 SHOWN_LINES = 6
 TRACES = {
     "CUDA_LAUNCH_BLOCKING": "1",
@@ -67,7 +67,7 @@ def run_jobs(
     """Runs the jobs in their order, as many side by side as there are workers.
 
     Args:
-        jobs: What to run.
+        jobs: The cases to run.
         output: Folder for the logs.
         workers: How many run at once.
         end: When all must have ended, on the monotonic clock; what has not begun then is reported
@@ -165,7 +165,7 @@ def main(
     def done(job: Job, ended: Ended) -> None:
         if ended.code != 0:
             failed.add(job.name)
-            # At once, in case there is no time left for the others.
+            # It is written at once, in case there is no time left for the others.
             lines = last_lines(output / f"{job.name}.log")
             print("\n".join([f"{job.name}: {describe(ended)}", *lines]), flush=True)
 
@@ -177,5 +177,5 @@ def main(
 
 
 def default_workers() -> int:
-    """As many as there are cores, but 12 at most: each holds a context on the GPU."""
+    """The number of cores, but 12 at most: each worker holds a context on the GPU."""
     return min(12, os.cpu_count() or 1)

@@ -49,13 +49,13 @@ def run(
     """Runs the cases, or those of these names, and waits for them.
 
     Args:
-        device: Where the tensors are.
+        device: The tensors' device.
         backend: Whose kernels run.
         names: Of cases; none are all.
         interpreted: True if the inputs are those of Triton's interpreter.
 
     Returns:
-        What each case has written.
+        The tensors that each case has written.
     """
     written = {}
     with ops.use_backend(backend):
@@ -86,7 +86,7 @@ def not_written(tensors: Sequence[Tensor]) -> list[int]:
         if tensor.is_floating_point():
             good = tensor.isfinite()
         elif tensor.dtype == torch.bool:
-            # As bytes: reading another bit pattern as a bool means nothing.
+            # Compared as bytes: reading another bit pattern as a bool means nothing.
             good = tensor.view(torch.uint8) <= 1
         else:
             good = tensor != torch.iinfo(tensor.dtype).max
@@ -127,7 +127,7 @@ def load_shim() -> None:
     """Compiles the CUDA kernels for the CPU, where there is no GPU."""
     from cuda_on_cpu.build import build_kernels
 
-    # Also where a real CUDA library is loaded: it has no kernels for tensors of the CPU.
+    # It is loaded beside a real CUDA library, too, which has no kernels for tensors of the CPU.
     if OPS["grad_stats"].why_missing("cuda", "cpu") is not None:
         _native.load_library(build_kernels(), "cuda")
 

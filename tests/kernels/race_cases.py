@@ -5,10 +5,10 @@
 
 It runs under ThreadSanitizer, and forks for each case, so that PyTorch is imported once. `check`
 fails on every report, and leaves in reached.json how long a case took and which orderings it has
-reached: barriers, atomic additions and relaxed stores, as the sources in csrc/cuda have them. What
-no case reaches fails too. `mutants` leaves out one ordering after another, see
+reached: barriers, atomic additions and relaxed stores, as the sources in csrc/cuda have them. One
+that no case reaches fails too. `mutants` leaves out one ordering after another, see
 cuda_on_cpu/ordering.h, and runs the cases that reach it, the shortest first, until one reports a
-race. If none does, the ordering is either not needed or not tested. Where it is not needed against
+race. If none does, the ordering is either not needed or not tested. If it is not needed against
 races, a comment says so, on its line or the one above: `race-mutants: why`.
 
 Before all cases, `check` updates one gradient twice in a call, which has to be reported.
@@ -45,11 +45,11 @@ WORKERS = 2
 
 
 class Place(NamedTuple):
-    """Where a kernel orders its memory.
+    """A call by which a kernel orders its memory.
 
     Attributes:
         name: "csrc/cuda/device/reduce.h:36".
-        function: What is called there.
+        function: The function that is called there.
         excuse: Why nobody would notice if it were not; empty without one.
     """
 
@@ -59,13 +59,13 @@ class Place(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What came of one case in a process of its own.
+    """The end of one case in a process of its own.
 
     Attributes:
         case: Its name.
         code: The process's exit code; negative for a signal.
         seconds: How long it took.
-        reports: What the sanitizer has written.
+        reports: The sanitizer's reports.
         text: All that the process has written.
         reached: The orderings that were reached, by their names.
     """
@@ -196,7 +196,7 @@ class Forks:
     """Runs cases in processes that are forked, some side by side.
 
     Args:
-        kernels: What runs.
+        kernels: The kernels that run.
         output: Folder for what the processes write.
     """
 

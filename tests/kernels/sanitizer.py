@@ -48,7 +48,7 @@ class Tool(NamedTuple):
     control: bool = False
 
 
-# In the order in which they run.
+# The tools in the order in which they run.
 TOOLS = {
     "racecheck": Tool(),
     "memcheck": Tool(("--error-exitcode", "1", "--padding", "512"), control=True),
@@ -62,10 +62,10 @@ OURS = {"cuda": re.compile(r"mmfuse"), "triton": re.compile(r"\b_\w+_kernel\b")}
 
 
 class Outcome(NamedTuple):
-    """What came of one tool on one case.
+    """The end of one tool's run on one case.
 
     Attributes:
-        errors: What the tool has counted; None if its log has no summary.
+        errors: The tool's count; None if its log has no summary.
         ended: How it ended.
     """
 

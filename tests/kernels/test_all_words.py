@@ -10,7 +10,7 @@ import pytest
 from all_words import Found
 from processes import cuda_tool
 
-# Neither divides 2^32, so that the low bits vary, too.
+# The stride does not divide 2^32, so that the low bits vary, too.
 STRIDE = 65_537
 
 

@@ -54,7 +54,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Played:
 
 
 class Step:
-    """What a step looks up: tables of gradients, whose size goes with the number of elements."""
+    """The tables that a step looks up; their gradients' size goes with the number of elements."""
 
     def __init__(self, numel: int = 100_000, count: int = 2) -> None:
         self.grads = [torch.empty(1).expand(numel) for _ in range(count)]
@@ -63,7 +63,7 @@ class Step:
         return cache.get(self.grads, noise_ids=ids, noise_offsets=[0] * len(ids))
 
     def captured(self, gpu: Played, cache: tables.TableCache, *ids: int) -> tables.TensorTable:
-        """By a stream of its own, as torch.cuda.graph does it."""
+        """Captures the step on a stream of its own, as torch.cuda.graph does."""
         gpu.stream, gpu.capturing = 2, True
         try:
             return self(cache, *ids)
@@ -105,7 +105,7 @@ def test_captures_of_different_steps_with_eager_steps_in_between(gpu: Played) ->
     assert taken > 10 * tables._CAPTURE_ENTRIES
     assert gpu.entries < 8 * taken
     assert gpu.allocations < 12
-    # What an earlier graph copies has not been handed out again.
+    # Entries that an earlier graph copies have not been handed out again.
     starts = {source.entries.data_ptr() for source in cache._copied_by_graphs.values()}
     assert len(starts) == 600
     for (_, columns), source in cache._copied_by_graphs.items():
@@ -150,7 +150,7 @@ def test_the_way_out_when_there_is_not_enough(gpu: Played) -> None:
         except RuntimeError as error:
             assert "run the same step once more" in str(error)  # noqa: PT017
             worked.append(False)
-    # What one graph has asked for is there for all later ones.
+    # Room that one graph has asked for is there for all later ones.
     failures = worked.count(False)
     assert 1 <= failures <= 3
     assert worked == [False] * failures + [True] * (12 - failures)

@@ -1,4 +1,4 @@
-"""Each case in a process of its own: what fails, dies or hangs takes nobody with it."""
+"""Each case runs in a process of its own: one that fails, dies or hangs harms no other."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 Run = Callable[..., int]
 
-# What a case does, by its name; the last argument is its name's.
+# A case does one of these, by its name; the last argument is its name's.
 PROGRAM = """
 import os, signal, sys, time
 name, flags = sys.argv[1], os.environ.get("CUDA_LAUNCH_BLOCKING")

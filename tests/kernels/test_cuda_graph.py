@@ -83,7 +83,7 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         method = {} if self.method is None else dict(self.method.state_dict())
-        # What RedReg counts in Python belongs to the recording.
+        # RedReg's count in Python belongs to the recording.
         method.pop("step", None)
         state = {"model": dict(self.model.state_dict()), "method": method}
         return copy.deepcopy({**state, "stream": self.stream.state})
@@ -103,7 +103,7 @@ def _repeatable() -> Iterator[None]:
 
 
 def warmed(kind: str, model: AudioVisual, cell: Cell) -> Training:
-    """After steps on a stream of their own, as CUDA graphs want them."""
+    """Runs steps on a stream of their own first, as CUDA graphs want them."""
     training = Training(kind, model, cell)
     steps = 2  # the second finds the optimizer's state, and no gradient of a first step
     if cell.device == "cpu":
@@ -188,7 +188,7 @@ def test_every_replay_draws_fresh_noise(cell: Cell) -> None:
 def test_what_is_kept_on_the_device_may_be_missing(
     cell: Cell, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the first step with these gradients is the one that is captured."""
+    """The captured step may be the first one with these gradients."""
     cell.skip_slow()
     model = AudioVisual().to(cell.device)
     torch.manual_seed(1)

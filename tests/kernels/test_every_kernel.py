@@ -1,4 +1,4 @@
-"""every_kernel.py leaves no kernel out, and finds what differs from the reference."""
+"""every_kernel.py leaves no kernel out, and finds differences from the reference."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_cuda_kernel_is_launched(
     assert [name for name, tensors in written.items() if not_written(tensors)] == []
     # Under a sanitizer each launch takes long.
     assert launches.total() < 1500
-    # What has to be asked for, see csrc/cuda/device/launch.h.
+    # These kernels have to ask for their shared memory, see csrc/cuda/device/launch.h.
     most = shim.most_shared()
     large = {name.split("<")[0] for name, shared in most.items() if shared > 48 * 1024}
     assert large == {"joint_histogram_kernel", "soft_histogram_kernel"}
@@ -114,7 +114,7 @@ def test_no_result_depends_on_which_thread_goes_first(
     seed: int,
     byte: int,
 ) -> None:
-    """Nor on what a block or a thread has not written: shared memory and stacks are NaN here.
+    """Memory that no block or thread has written decides nothing either: it is NaN here.
 
     The other byte makes a large number, which a comparison does not pass over.
     """
@@ -191,7 +191,7 @@ def test_every_triton_kernel_is_launched_and_keeps_to_its_tensors() -> None:
 
 
 def run_reference(name: str) -> list[Tensor]:
-    """What the interpreter's inputs of a case should give."""
+    """The right results for the interpreter's inputs of a case."""
     return run("cpu", "reference", [name], interpreted=True)[name]
 
 

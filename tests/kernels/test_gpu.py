@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, a second device, and the CPU's noise."""
+"""Properties that only a GPU can show: streams, a second device, and the CPU's noise."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_on_a_stream_of_ones_own(backend: str, op: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @torch.no_grad()
 def test_on_a_second_device(backend: str, op: str) -> None:
-    """While the first one is current."""
+    """The first one is current meanwhile."""
     overload = getattr(getattr(torch.ops.mmfuse, op), backend)
     with torch.cuda.device(0):
         for arguments in samples.arguments("cuda:1")[op]:
@@ -79,7 +79,7 @@ def test_on_a_second_device(backend: str, op: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_noise_is_that_of_the_cpu(backend: str) -> None:
-    """Up to the contract's 1e-5·(1 + |z|), element for element."""
+    """They agree to the contract's 1e-5·(1 + |z|), element for element."""
     sizes, ids, offsets = [1, 7, 4096, 100_003], [3, 0, 2**32 - 1, 12], [0, 5, 2**33 + 2, 1]
     seed = -(2**62) - 7
     on_gpu, on_cpu = NoiseStream(seed, "cuda"), NoiseStream(seed)

@@ -82,7 +82,7 @@ def test_a_step(gpu_like: Cell, noise: bool, formula: str, count: int) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not in the shim")
 @pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])
 def test_the_kernels_that_were_really_launched(noise: bool) -> None:
-    """In the host shim, where a batch of 700 needs every kernel that a step can."""
+    """The host shim shows them, for a batch of 700, which needs every kernel that a step can."""
     nets = Nets(2, "cpu", rows=700)
     ogm = OGM(nets.encoders, noise=noise, backend="cuda")
     nets.backward()
@@ -102,7 +102,7 @@ def test_the_kernels_that_were_really_launched(noise: bool) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU, not in the shim")
 @pytest.mark.parametrize("count", [1, 127, 128, 129])
 def test_a_short_list_does_not_pay_for_a_long_table(count: int) -> None:
-    """Of tensors of one kind; the empty one is in no table."""
+    """The lists hold tensors of one kind; the empty tensor is in no table."""
     grads = [torch.full((3,), 1.0 + i, device="cpu") for i in range(count)]
     grads.insert(0, torch.empty(0))
     scale, squares = torch.full((count + 1,), 0.5), torch.empty(count + 1)
@@ -183,7 +183,7 @@ DECIDING = {
 
 @pytest.mark.parametrize("kind", DECIDING)
 def test_a_step_with_a_state(gpu_like: Cell, kind: str) -> None:
-    """InfoReg's and RedReg's decisions are a launch each, and so is what becomes of their state."""
+    """InfoReg's and RedReg's decisions are a launch each, and so is the change of their state."""
     nets = Nets(3, gpu_like.device)
     options = {"monitor_every": 100} if kind == "RedReg" else {}
     method = make(kind, nets.encoders, backend=gpu_like.backend, **options)

@@ -1,4 +1,4 @@
-"""A gradient that stays as it is is not read: in a process of its own, where it may not be."""
+"""A gradient that stays as it is is not read: this process forbids it."""
 
 from __future__ import annotations
 

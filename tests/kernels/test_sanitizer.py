@@ -1,4 +1,4 @@
-"""sanitizer.py runs each tool on each case, and reports what they find."""
+"""sanitizer.py runs each tool on each case, and reports their findings."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_the_command_lines(fake: Path, tmp_path: Path, capsys: pytest.CaptureFix
         filtered = "--error-exitcode 1" in call and "--kernel-name kernel_substring=mmfuse" in call
         assert filtered == (tool != "initcheck")
         assert "every_kernel.py --device cuda --backend cuda" in call
-        # Neither poisoned memory nor a comparison, which is PyTorch's work.
+        # The tools run without poisoned memory, and without a comparison, which is PyTorch's work.
         assert "--poison" not in call and "--compare" not in call
     controls = {(tool, "control") for tool in ("memcheck", "initcheck")}
     assert seen == {(tool, case) for tool in sanitizer.TOOLS for case in CASES} | controls
@@ -159,7 +159,7 @@ def test_what_has_not_begun_is_not_clean(
 def test_a_tool_without_a_summary_fails_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """It has not looked at anything, as where the script could not start."""
+    """The tool has not looked at anything, for example because the script could not start."""
     monkeypatch.setenv("FAKE_SILENT", "--case grad_stats")
     assert examine(tmp_path / "logs", "triton") == 1
     lines = [line for line in capsys.readouterr().out.splitlines() if " FAILED " in line]
@@ -188,7 +188,7 @@ def test_whose_kernel_read_what_was_not_written() -> None:
     triton = report.format("_update_grads_kernel+0x20 in update_grads.py:60", "")
     log = theirs + older + inlined + triton
     assert sanitizer.reads_of_ours(log, "cuda") is None
-    # Of what was found but not printed nobody knows whose it is.
+    # Reports that were not printed may be of our kernels.
     for errors, hidden in ((4, 0), (1004, 1000)):
         whole = f"{log}========= ERROR SUMMARY: {errors} errors\n"
         assert sanitizer.reads_of_ours(whole, "cuda") == 2 + hidden

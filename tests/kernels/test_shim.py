@@ -1,4 +1,4 @@
-"""The shim itself: warp operations, barriers, atomics, orders, and what it reports as an error."""
+"""The shim itself: warp operations, barriers, atomics, orders, and its errors."""
 
 import ctypes
 import os
@@ -129,7 +129,7 @@ def test_poison_finds_shared_memory_that_was_not_written(run: Run, loaded: Shim)
     reason="the sanitizer keeps variables elsewhere",
 )
 def test_poison_finds_a_variable_that_was_not_written(run: Run, loaded: Shim) -> None:
-    """In two runs it is another number, which is how test_every_kernel.py finds it."""
+    """Its number differs between two runs, which is how test_every_kernel.py finds it."""
     for byte in (0xFF, 0x5A):
         out = np.zeros(32, np.int32)
         loaded.poison_shared(True, byte)

@@ -1,4 +1,4 @@
-"""The mutants are kernels without one mask, whose loss somebody notices, or it is said."""
+"""The mutants are kernels without one mask; a case notices each, or the table says so."""
 
 from __future__ import annotations
 

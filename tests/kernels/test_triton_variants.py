@@ -71,7 +71,7 @@ for v in c.variants():
 
 @pytest.mark.slow
 def test_new_sizes_are_not_compiled_anew() -> None:
-    """Batches of an epoch, the last of which is a smaller one, of one kind of network."""
+    """The batches are those of an epoch, whose last is smaller, of one kind of network."""
     program = """
 import torch
 from mmfuse import NoiseStream, ops

@@ -7,7 +7,7 @@ Each case of every_kernel.py runs first as it is, in the interpreter, under the 
 tests/support/triton_bounds.py and with new memory poisoned: that tells in which case which mask
 keeps lanes out, and must find nothing. Then each access loses its mask, and these cases run again,
 the short ones first, until one fails. "bounds" is what the checker has found; "results" are others
-than those of the reference. What nobody has noticed, and does harm, is listed once more at the end;
+than those of the reference. Harmful ones that no case has noticed are listed once more at the end;
 exit code 1.
 """
 
@@ -42,7 +42,7 @@ from triton_source import Access, accesses, dropped_mask
 import mmfuse.triton
 
 _OWNER = "a lane of a tensor is at its owner's place, and writes there what the owner's lane does"
-# By the source of the access: why nobody could notice.
+# The reason why nobody could notice, by the source of the access.
 HARMLESS = {
     "tl.store(later_ptr + place, gain, mask=is_modality)": _OWNER,
     "tl.store(later_ptr + newest, gain, mask=is_modality)": _OWNER,
@@ -53,7 +53,7 @@ class Case(NamedTuple):
     """A case as it runs without a mutant.
 
     Attributes:
-        checked: Where it came to.
+        checked: The accesses that it made.
         expected: The reference's results.
         seconds: How long it took.
     """
@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
 
 def kernels_accesses() -> Iterator[Access]:
-    """Of all modules of mmfuse.triton."""
+    """The accesses of all modules of mmfuse.triton."""
     for info in pkgutil.iter_modules(mmfuse.triton.__path__, "mmfuse.triton."):
         yield from accesses(importlib.import_module(info.name))
 
@@ -85,7 +85,7 @@ def run_case(name: str) -> tuple[Checked, list[Tensor]]:
 
 
 def reference(name: str) -> list[Tensor]:
-    """What the case should write."""
+    """The right results of the case."""
     return every_kernel.run("cpu", "reference", [name], interpreted=True)[name]
 
 
@@ -133,7 +133,7 @@ def noticed(name: str, expected: Sequence[Tensor]) -> str | None:
 
 
 def verdict(access: Access, cases: dict[str, Case]) -> str | None:
-    """Who notices that this mask is gone: how, and in which case; None if nobody does."""
+    """The case that notices that this mask is gone, and how; None if no case does."""
     mine = [name for name, case in cases.items() if needs_mask(case.checked, access)]
     with dropped_mask(access.module, access.function, access.index):
         for name in sorted(mine, key=lambda name: cases[name].seconds):

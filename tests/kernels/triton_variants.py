@@ -1,8 +1,8 @@
-"""What the launches of the ops' samples would have Triton compile on a GPU; needs no GPU.
+"""The kernels that Triton would compile on a GPU for the ops' samples; needs no GPU.
 
 Instead of being launched a kernel is noted, with what Triton's own launcher makes of its arguments:
-types, constants, and which addresses and numbers the compiler may take for multiples of 16. What is
-written is whatever memory held before.
+types, constants, and which addresses and numbers the compiler may take for multiples of 16. Results
+hold whatever their memory held before.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from mmfuse import ops
 from mmfuse.ops import _registry
 
-# Where the launcher's part does not depend on the GPU's generation.
+# The launcher's part is the same for every generation of GPUs.
 _BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 
 
@@ -34,7 +34,7 @@ class Variant:
         kernel: The @triton.jit function.
         signature: The type of each argument; constants are "constexpr".
         constants: Values, by the position of the argument.
-        attributes: What the compiler may take for granted, by the position of the argument.
+        attributes: The facts that the compiler may rely on, by the position of the argument.
         options: Keywords of `triton.compile`.
     """
 
@@ -60,7 +60,7 @@ class Variant:
         return " ".join([*map(_short, kinds), *values])
 
     def source(self) -> ASTSource:
-        """What the launcher hands to the compiler."""
+        """The source as the launcher hands it to the compiler."""
         return ASTSource(
             self.kernel, dict(self.signature), dict(self.constants), dict(self.attributes)
         )
@@ -100,7 +100,7 @@ def noted(op: str, found: dict[tuple[Any, ...], Variant]) -> Iterator[None]:
 
 
 def variants() -> list[Variant]:
-    """Of all ops, each once: those that a module's `compiled` launches, or else its `case`."""
+    """The variants of all ops, once each: those that `compiled` launches, or else `case`."""
     found: dict[tuple[Any, ...], Variant] = {}
     for op, module in samples.MODULES.items():
         inputs = samples.Inputs("cpu", "triton")

@@ -1,4 +1,4 @@
-"""Anchors: what is kept of the parameters, and in which parts it is worked with."""
+"""Anchors: the copies of the parameters, and the parts in which the loop works with them."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def detached(values: Any) -> Any:
 
 
 def seen(model: AudioVisual, method: Any, data: tuple[Tensor, ...]) -> dict[str, Any]:
-    """What the method looks at, after a backward pass that leaves gradients for it."""
+    """The method's arguments, after a backward pass that leaves gradients for it."""
     model.zero_grad()
     inputs = {"audio": data[0], "visual": data[1]}
     features = {name: net(inputs[name]) for name, net in model.encoders.items()}

@@ -1,4 +1,4 @@
-"""A rule that is written here, in the loop: what the contract promises to a paper."""
+"""A rule that is written here, in the loop: the contract's promises to a paper."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Halving(Stateless):
-    """Halves the gradients of whoever has the larger score, and counts the steps."""
+    """Halves the gradients of the modality with the larger score, and counts the steps."""
 
     result = Result
     need: ClassVar[Need] = Need(squares="before")

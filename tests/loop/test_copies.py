@@ -107,7 +107,7 @@ def in_a_group(rank: int, kind: str) -> tuple[Any, Any]:
     torch.manual_seed(0)
     model = AudioVisual()
     method = make(kind, model.encoders, process_group=group)
-    with pytest.raises(TypeError, match=r"a process_group is of its process.*state_dict\(\)"):
+    with pytest.raises(TypeError, match=r"a process_group belongs to its process.*state_dict\(\)"):
         pickle.dumps((model, method))
     other, copied = copy.deepcopy((model, method))
     assert copied.process_group is group

@@ -78,7 +78,7 @@ def test_frozen_parameters_are_not_copied(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ANCHORED)
 def test_unfrozen_within_an_epoch_they_are_what_they_were(kind: str) -> None:
-    """As if all had been copied: a frozen parameter does not change."""
+    """The result is as if all had been copied: a frozen parameter does not change."""
     model = AudioVisual()
     other = copy.deepcopy(model)
     methods = []

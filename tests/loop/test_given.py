@@ -16,7 +16,7 @@ import mmfuse
 
 NAMES = ("audio", "visual", "text")
 _TWO = {name: nn.Linear(1, 1) for name in ("audio", "visual")}
-#: By what a step returns.
+#: The kinds of numbers, by the field that a step returns.
 HAVE_RATIOS = [
     kind
     for kind in STEPPING
@@ -256,7 +256,7 @@ def test_a_method_scores_what_its_criterion_is_for(kind: str, task: str) -> None
 
 
 def _accuracies(logits: list[Tensor], labels: Tensor, keywords: dict[str, Any]) -> Tensor:
-    """Of each modality, by the weights of the rows; of several labels, the share of right ones."""
+    """A modality's accuracy, by the rows' weights; of several labels, the share of right ones."""
     if keywords.get("multilabel"):
         return torch.stack([((z > 0) == (labels > 0.5)).double().mean() for z in logits])
     weight = mmfuse.ops.sample_scores(logits, labels, **keywords).weight
@@ -297,7 +297,7 @@ def test_another_frameworks_ratio_takes_a_few_lines() -> None:
 
 
 def test_the_loss_of_a_criterion_and_its_score_agree() -> None:
-    """Where everything is a logarithm, the weighted mean score is minus PyTorch's loss."""
+    """With log scores everywhere, the weighted mean score is minus PyTorch's loss."""
     criterion, shape, target = TASKS["weights and ignored rows"]
     torch.manual_seed(2)
     z = torch.randn(shape, dtype=torch.float64)

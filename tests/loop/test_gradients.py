@@ -87,7 +87,7 @@ def test_a_wrong_epoch_changes_nothing(
 
 @every
 def test_epochs_that_are_never_told(made: type[mmfuse.GradientMethod]) -> None:
-    """An error where anchors are needed; where the window would never end, one warning."""
+    """They are an error if anchors are needed; a window that would never end gives one warning."""
     net = Net()
     method = made(dict(net.encoders), ends=3)
     if method.anchors is not None:
@@ -110,7 +110,7 @@ def test_outside_of_its_epochs_nothing_changes(made: type[mmfuse.GradientMethod]
     net.zero_grad()
     joint, unimodal, seen = net.losses()
     parameters = list(net.parameters())
-    # What these methods train on without being there: the joint loss, or the sum of all.
+    # A training without these methods has this loss: the joint one, or the sum of all.
     two = method.rule.need.second == "unimodal"
     expected = torch.autograd.grad(
         joint + sum(unimodal.values()) if two else joint, parameters, retain_graph=True

@@ -207,7 +207,7 @@ def test_nothing_is_left_after_an_error() -> None:
 
 
 def test_a_loss_goes_through_a_head_with_buffers() -> None:
-    """Also where the training's own pass comes between: its buffers are not those of the graph."""
+    """The training's own pass may come between: its buffers are not those of the graph."""
     head, given = stateful(), features()
     logits = mmfuse.unimodal_logits(head, given)
     head(joined(given))
@@ -331,7 +331,7 @@ class TestErrors:
         assert not torch.equal(sum(logits.values()), output)
 
     def test_an_output_that_is_off_in_the_tenth_digit(self) -> None:
-        """Seen in float64, where rounding is less; in float32 it is more."""
+        """float64 shows it, since its rounding is smaller; in float32 rounding is larger."""
         head, given = linear(), features()
         output = head(joined(given)) + 1e-7
         with pytest.raises(ValueError, match=r"by up to 1e-07"):

@@ -1,4 +1,4 @@
-"""Several methods in one training step: their order, and that it is told where it matters."""
+"""Several methods in one training step: their order, and the warning if it matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels of every integer type count alike, wherever they are read."""
+"""Labels of every integer type count alike, in every part that reads them."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _of_rank(rank: int, dtype: torch.dtype) -> tuple[list[float], list[float]]:
 
 
 def test_ranks_are_weighed_alike() -> None:
-    """For the methods on features, whose scores are averaged over the ranks in the forward pass."""
+    """Methods on features average their scores over the ranks in the forward pass."""
     expected: Any = ranks(2).run(_of_rank, torch.int64)
     assert expected[0] == expected[1]
     assert ranks(2).run(_of_rank, torch.uint8) == expected

@@ -68,7 +68,7 @@ def test_any_callable_may_make_them() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_missing_samples_are_left_out(kind: str, reduction: str) -> None:
-    """As if each modality had a batch of its own; what is missing may be anything, such as NaN."""
+    """Each modality has a batch of its own, as it were; missing entries may even be NaN."""
     logits, labels, loss = case(kind)
     loss.reduction = reduction
     present = {name: torch.rand(9) > 0.4 for name in NAMES}
@@ -151,10 +151,10 @@ MASKS = dict.fromkeys(Z, torch.ones(2, dtype=torch.bool))
         (Z, Y, {"criterion": F.mse_loss, "present": MASKS}, TypeError, "present goes with nn.Cros"),
         (Z, Y, {"present": {"audio": MASKS["audio"]}}, ValueError, "missing .'visual'"),
         (Z, Y, {"present": dict.fromkeys(Z, Y)}, TypeError, r"present\['audio'\] must be a bool"),
-        (Z, Y + 100, {}, ValueError, r"no loss of logits\['audio'\] and labels: Target 100 is"),
-        (Z, Y[:1], {}, ValueError, r"no loss of logits\['audio'\] and labels"),
-        (Z | {"visual": Z["visual"].long()}, Y, {}, TypeError, r"no loss of logits\['visual'\]"),
-        (Z, Y, {"criterion": nn.Identity()}, TypeError, "the criterion makes no loss of"),
+        (Z, Y + 100, {}, ValueError, r"fails on logits\['audio'\] and labels: Target 100 is"),
+        (Z, Y[:1], {}, ValueError, r"fails on logits\['audio'\] and labels"),
+        (Z | {"visual": Z["visual"].long()}, Y, {}, TypeError, r"fails on logits\['visual'\]"),
+        (Z, Y, {"criterion": nn.Identity()}, TypeError, "the criterion fails on"),
         (Z, Y[0], {"present": MASKS}, ValueError, "labels must have one entry for each sample"),
         (Z | {"audio": torch.zeros(6)}, Y, {"present": MASKS}, ValueError, r"logits\['audio'\]"),
         (

@@ -84,7 +84,7 @@ def loop(
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("kind", BASELINES)
 class TestEqualToALoop:
-    """To the bit; scores of evaluation mode, a loss of the module's own."""
+    """They agree to the bit; scores of evaluation mode, a loss of the module's own."""
 
     def test_scores(self, kind: str, count: int) -> None:
         baseline, mask = BASELINES[kind]
@@ -175,7 +175,7 @@ class InPlace(nn.Module):
 @pytest.mark.parametrize("differentiable", [True, False])
 @pytest.mark.parametrize("baseline", ["zero", lambda name, x: torch.full_like(x, 0.5)])
 def test_nothing_is_left_in_the_inputs(baseline: Any, differentiable: bool) -> None:
-    """Of a model that changes them in place: each pass begins with what was given."""
+    """The model changes them in place: each pass begins with the given ones."""
     model, given = InPlace().eval(), data()
     found = unimodal_outputs(model, given, baseline=baseline, differentiable=differentiable)
     for name, x in data().items():
@@ -206,7 +206,7 @@ def test_nothing_is_left_after_an_error() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_the_training_pass_goes_on_as_without(when: str) -> None:
-    """Also in autocast, which keeps weights from one pass to the next."""
+    """Autocast, which keeps weights from one pass to the next, is among the cases."""
     results = []
     for scored in (True, False):
         model, given = made(), data()
@@ -223,7 +223,7 @@ def test_the_training_pass_goes_on_as_without(when: str) -> None:
 
 
 def test_a_loss_of_both_passes_goes_back() -> None:
-    """Also where the training's own pass comes between: its buffers are not those of the graph."""
+    """The training's own pass may come between: its buffers are not those of the graph."""
     model, given = made(), data()
     alone = unimodal_outputs(model, given, differentiable=True)
     joint = model(**given)
@@ -235,7 +235,7 @@ def test_a_loss_of_both_passes_goes_back() -> None:
 
 
 class TestForms:
-    """How models are called, and what they return."""
+    """The ways to call a model, and the kinds of its outputs."""
 
     def expected(self, model: Fusion) -> dict[str, Tensor]:
         return unimodal_outputs(model, data())
@@ -327,7 +327,7 @@ class TestForms:
 
 
 class Output(NamedTuple):
-    """As of Hugging Face's models."""
+    """An output like those of Hugging Face's models."""
 
     loss: Tensor
     logits: Tensor

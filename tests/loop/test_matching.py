@@ -1,4 +1,4 @@
-"""Encoders by name: modules, globs, what wrappers put into names, and what matches nothing."""
+"""Encoders by name: modules, globs, the prefixes of wrappers, and names that match nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _one_rank(tmp_path: Path) -> Iterator[None]:
 
 
 def names(model: nn.Module, found: object) -> list[str]:
-    """What was found, by the parameters' names in `model`."""
+    """The found parameters, by their names in `model`."""
     by_id = {id(p): name for name, p in model.named_parameters()}
     assert isinstance(found, list)
     return [by_id[id(p)] for p in found]

@@ -1,4 +1,4 @@
-"""An error changes nothing: what `make fuzz` has found about methods on gradients."""
+"""An error changes nothing: findings of `make fuzz` about methods on gradients."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Run:
 
 @pytest.mark.parametrize("kind", STEPPING)
 def test_a_batch_of_another_kind_comes_before_the_backward_pass(kind: str) -> None:
-    """The gradients were those of the new batch, of which the method had said an error."""
+    """The gradients were those of the new batch, though the method had raised an error about it."""
     run = Run(kind)
     run.method.observe(**run.arguments())
     before = run.gradients()
@@ -68,7 +68,7 @@ def test_a_batch_that_is_refused_has_no_rows(kind: str) -> None:
 
 
 def _changes(saved: dict[str, Any]) -> dict[str, Any]:
-    """By name, states that do not fit in one entry."""
+    """States that do not fit in one entry, by name."""
     found: dict[str, Any] = {
         "no mapping": 5,
         "an epoch in words": {**saved, "epoch": "two"},

@@ -41,7 +41,7 @@ def _draws(kind: str) -> bool:
 
 @pytest.mark.parametrize("kind", STEPPING)
 def test_a_pair_is_compared_over_the_samples_that_have_both(kind: str) -> None:
-    """Other samples may hold anything: also NaN, as encoders of empty inputs make it."""
+    """Other samples may hold anything, even NaN, which encoders may return for empty inputs."""
     nets, other = Networks(2), Networks(2)
     present = masks(2, 0.3)
     both = present["audio"] & present["visual"]

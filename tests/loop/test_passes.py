@@ -1,4 +1,4 @@
-"""Passes of ours through a user's modules: what they see, and what they leave."""
+"""Our passes through a user's modules: their inputs, and the traces that they must not leave."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The way to the kernels of gradients that are whole, on one device, and in an order they take.
+"""The short way to the kernels: gradients that are whole, on one device, in an order they take.
 
 It has fewer checks than the public ops, and a bound on the Python that it runs.
 """
@@ -138,7 +138,7 @@ def test_it_gives_the_numbers_of_the_checked_way(
 
 @pytest.mark.parametrize("name", LOGITS_ONLY)
 def test_a_gradient_that_kernels_cannot_take_is_refused(name: str) -> None:
-    """Also among many: the check looks at kinds of gradients, not at each."""
+    """It may be one among many: the check looks at kinds of gradients, not at each."""
     nets = encoders()
     nets["visual"][0].grad = nets["visual"][0].grad.to_sparse()
     method = METHODS[name](nets)
@@ -181,7 +181,7 @@ CPU = torch.device("cpu")
 
 
 class TestEager:
-    """A backend's name that says: nothing is compiled, no gradient is wanted."""
+    """A backend's name which says that nothing is compiled and no gradient is wanted."""
 
     def test_it_runs_the_backend_of_its_name(self, cell: Cell) -> None:
         scores = torch.tensor([0.2, 0.7, 0.4], device=cell.device)

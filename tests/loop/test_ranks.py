@@ -73,7 +73,7 @@ class Run:
         return list(self.methods.values())[-1]
 
     def show(self, audio: Tensor, visual: Tensor, labels: Tensor) -> Shown:
-        """With sums of losses."""
+        """Shows it with sums of losses."""
         a, v, _ = self.model(audio, visual)
         inputs = {"audio": audio, "visual": visual}
         seen = see(self.head, {"audio": a, "visual": v}, inputs, labels)
@@ -190,7 +190,7 @@ def test_ranks_equal_one_process_with_the_whole_batch(name: str, sizes: tuple[in
 
 @pytest.mark.parametrize("name", [*MONITORING, *DROPPING, *COMBINED])
 def test_noise_on_samples_is_that_of_the_whole_batch(name: str) -> None:
-    # Where all ranks have as many samples, each draws the numbers of its rows of the whole batch.
+    # If all ranks have as many samples, each draws the numbers of its rows of the whole batch.
     expected = train(0, name, (6, 6), 6)
     found = ranks(2).run(train, name, (6, 6), 6)
     assert_equal(found[0]["parameters"], expected["parameters"], **tolerance_of(name))
@@ -261,7 +261,7 @@ def test_a_rank_without_labelled_samples_does_not_count(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_reduction_a_step(name: str) -> None:
-    """A small one; of a method with two gradients, one of those that are not DDP's."""
+    """It is small; a method with two gradients also reduces those that are not DDP's."""
     steps, modalities = 3, 2
     model = without_batch_norm()
     encoders = sum(p.numel() for net in model.encoders.values() for p in net.parameters())
@@ -304,7 +304,7 @@ def test_the_functional_form_keeps_replicas_equal() -> None:
 
 
 def test_without_reduction_replicas_drift() -> None:
-    # What `process_group=False` is for is the user's affair; here it shows what the others do.
+    # Users know why they pass `process_group=False`; here it shows what the other choices do.
     first, second = ranks(2).run(functional, False)
     assert (first["scores"] != second["scores"]).any()
     assert any(

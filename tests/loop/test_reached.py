@@ -127,7 +127,7 @@ class TestTwice:
     def test_new_backward_passes_are_not(
         self, name: str, passes: list[int], set_to_none: bool
     ) -> None:
-        """Also where the allocator gives the next gradient the place of the last."""
+        """The allocator may give the next gradient the place of the last."""
         model = Model()
         method = made(name, model)
         for count in passes:
@@ -137,7 +137,7 @@ class TestTwice:
             model.zero_grad(set_to_none=set_to_none)
 
     def test_a_backward_pass_onto_changed_gradients_is_not(self, name: str) -> None:
-        """As with gradients that are accumulated over steps, which is the user's business."""
+        """Gradients accumulated over steps are of this kind, which is the user's business."""
         model = Model()
         method = made(name, model)
         for _ in range(3):

@@ -48,7 +48,7 @@ def order(tensor: Tensor) -> list[int]:
 
 
 def assert_as_looked_at(given: list[nn.Parameter]) -> None:
-    """What is read at once is what is read one by one, and the table is of these very gradients."""
+    """Reading at once finds the same as one by one, and the table is of these very gradients."""
     found, each = quick(given), read_each(given, names(given))
     assert found is not None
     grads, ids, waiting, wide, table, paired = found
@@ -134,7 +134,7 @@ OTHERS: dict[str, Callable[[], Tensor]] = {
 @needs_module
 @pytest.mark.parametrize("kind", OTHERS)
 def test_what_has_to_be_looked_at_is_left(kind: str) -> None:
-    """It is looked at one by one then, where errors and copies come from."""
+    """The method looks at gradients one by one then, which raises the errors and makes copies."""
     for place in (0, 3, 6):
         given = parameters()
         grad = OTHERS[kind]()
@@ -256,7 +256,7 @@ CHANGES = {
 @pytest.mark.parametrize("noise", [True, False])
 @pytest.mark.parametrize("change", CHANGES)
 def test_nothing_of_the_step_before_is_believed(cell: Cell, change: str, noise: bool) -> None:
-    """After a step like any other the gradients are of another kind, and then as they were."""
+    """After usual steps the gradients change their kind, and then change it back."""
     results = []
     for quickly in (True, False):
         method, given = balancing(cell, noise)

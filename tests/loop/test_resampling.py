@@ -1,4 +1,4 @@
-"""ContributionSampler: how often each sample is seen, in which order, and by which process."""
+"""ContributionSampler: each sample's number, the order, and the process that sees it."""
 
 from __future__ import annotations
 

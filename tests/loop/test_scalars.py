@@ -1,4 +1,4 @@
-"""Scalars of every step: what arrives in TensorBoard, and that nothing waits for them before."""
+"""Scalars of every step arrive in TensorBoard, and nothing waits for them before."""
 
 from __future__ import annotations
 

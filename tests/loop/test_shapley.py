@@ -198,7 +198,7 @@ def test_bad_arguments(
 
 
 def gradients(model: nn.Module, rows: slice, agm: mmfuse.AGM) -> list[Tensor]:
-    """After two steps, so that the second one's ratios are compared with something."""
+    """The gradients after two steps, so that the second one's ratios have something to compare."""
     _, data = made(2)
     for _ in range(2):
         model.zero_grad()

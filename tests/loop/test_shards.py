@@ -331,7 +331,7 @@ def test_an_inf_on_one_rank_is_known_to_all_and_advances_nothing(name: str) -> N
 
 
 def tensor_parallel(rank: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Rows over one mesh dimension, columns over the other: noise by index in the whole."""
+    """Rows over one mesh dimension, columns over the other: noise by the index in the whole."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
     placements = [[Shard(0), Shard(1)], [Shard(0), Shard(0)], [Replicate(), Shard(1)]]
     parameters, gradients = [], []

@@ -71,7 +71,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def plain_gradients(method: Any) -> dict[str, Tensor]:
-    """Of the losses that the method goes back through, without the method."""
+    """The gradients of the method's losses, without the method."""
     model = Net()
     shown = model.shown(method)
     loss = shown.loss
@@ -235,7 +235,7 @@ class TestErrors:
 
     def test_own_parameters_that_are_not_selected(self) -> None:
         model = Net()
-        message = r"has no parameter to modulate: 2 found, none selected by select='conv'"
+        message = r"has no parameter to modulate: 2 found, but select='conv' selects none"
         with pytest.raises(ValueError, match=message):
             mmfuse.OGM(dict(model.encoders), shared=model.common, select="conv")
 
@@ -261,7 +261,7 @@ def test_what_the_error_recommends_for_a_siamese_encoder_works() -> None:
 
 
 class TestSurgery:
-    """What is shared may be replaced where it was given as a module, which can be asked again."""
+    """A shared module may be replaced within one that was given, which can be asked again."""
 
     def step(self, method: Any, model: Net) -> Any:
         model.zero_grad()

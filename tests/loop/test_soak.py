@@ -21,16 +21,16 @@ from balancing import ANCHORED
 RANKS = 2
 STEPS = 5000
 LATE = STEPS // soak.CYCLE - 2
-# Where the run that dies begins, from a checkpoint of the other, and where its ranks are killed: in
-# two methods of a late cycle that keep anchors. The last checkpoint then lies within an epoch.
+# The run that dies begins here, from a checkpoint of the other, and its ranks are killed in two
+# methods of a late cycle that keep anchors. The last checkpoint then lies within an epoch.
 BEGIN = LATE * soak.CYCLE // soak.SAVE_EVERY * soak.SAVE_EVERY
 FIRST, SECOND = (LATE * soak.CYCLE + soak.KINDS.index(kind) * soak.VISIT for kind in ANCHORED[:2])
-# Of one collective: longer than a rank ever waits for another on a busy machine.
+# The limit of one collective: longer than a rank ever waits for another on a busy machine.
 TIMEOUT = 20.0
 # Far beyond what any of this takes; it only ends a test that hangs.
 LONGEST = 600.0
 
-# What is said depends on whether the survivor was reading, writing or elsewhere.
+# The message depends on the survivor: was it reading, writing or elsewhere?
 LOST = re.compile(r"(RuntimeError|DistBackendError): .*\bgloo\b.*(by peer|Broken pipe)")
 
 pytestmark = pytest.mark.slow
@@ -125,6 +125,6 @@ def test_five_thousand_steps_two_deaths_in_between_and_the_same_end(
 
 
 def test_a_leak_of_one_number_a_step_is_found(start: Start, tmp_path: Path) -> None:
-    """By the number of tensors: the resident size of so few steps says nothing."""
+    """The number of tensors shows it; the resident size of so few steps says nothing."""
     succeed(start(tmp_path, (soak.WARM_UP + 1) * soak.CYCLE, ranks=1, leak=True), tmp_path)
     assert soak.growth(tmp_path, 0)["tensors"] == soak.CYCLE

@@ -1,4 +1,4 @@
-"""A run that is saved, loaded into new objects and continued is the run that was not."""
+"""A run that is saved, loaded into new objects and continued equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ ON_BOUNDARY, WITHIN = 5, 4  # steps of an epoch: the tenth step is the last of o
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As the ranks have it: PyTorch's sums depend on the number of threads."""
+    """The ranks have one thread each: PyTorch's sums depend on the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -125,7 +125,7 @@ def load(training: Training, path: Path, how: str) -> None:
 
 
 def objects(training: Training) -> dict[str, Any]:
-    """What DCP saves and loads: the methods as they are, by its protocol of stateful objects."""
+    """The objects that DCP saves and loads; the methods are stateful objects by its protocol."""
     (optimizer,) = training.optimizers.values()
     model_state, optimizer_state = get_state_dict(training.network, optimizer)
     (methods,) = training.methods.values()

@@ -82,7 +82,7 @@ CHANGES: dict[str, tuple[Callable[[nn.ModuleDict], None], str]] = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", LOGITS_ONLY)
 def test_the_next_step_raises(name: str, change: str) -> None:
-    """Also where old parameters go on having gradients, so that none is missing."""
+    """Old parameters may go on having gradients, so that none is missing."""
     nets = encoders()
     method = METHODS[name](dict(nets))
     start(method)

@@ -1,4 +1,4 @@
-"""What training steps are made of: compilation, checkpointing, shared and frozen parameters."""
+"""Parts of training steps: compilation, checkpointing, shared and frozen parameters."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ class TestCompile:
 
     @pytest.fixture(autouse=True)
     def _cold(self, monkeypatch: pytest.MonkeyPatch) -> object:
-        """As in a process where no op was called before: the first call chooses the backend."""
+        """Acts as a process that has called no op before: the first call chooses the backend."""
         torch._dynamo.reset()
         for op in OPS.values():
             monkeypatch.setattr(op, "_chosen", {})
@@ -494,7 +494,7 @@ class TestFreezing:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_grad_leaves_none_or_zero(kind: str) -> None:
-    """Where every parameter gets a gradient it makes no difference."""
+    """If every parameter gets a gradient, the choice makes no difference."""
     model = AudioVisual()
     runs = []
     for none in (True, False):
@@ -509,7 +509,7 @@ def test_zero_grad_leaves_none_or_zero(kind: str) -> None:
 
 
 def test_a_zero_gradient_gets_the_noise_beside_std() -> None:
-    """What a layer without part in this step has after zero_grad(set_to_none=False): std 0."""
+    """A layer without part in this step has zeros after zero_grad(set_to_none=False): std 0."""
     parts, data = Parts(AudioVisual()), batch()
     spare = parts.model.audio_net.spare = nn.Linear(6, 4)
     ogm = OGM(parts.model.encoders, stream=NoiseStream(3))
@@ -681,7 +681,7 @@ def micro_batches() -> tuple[Data, list[Data]]:
 
 
 def double(model: AudioVisual) -> AudioVisual:
-    """In float64 and without batch norm's dependence on the other samples."""
+    """The model in float64, and without batch norm's dependence on the other samples."""
     return model.double().eval()
 
 

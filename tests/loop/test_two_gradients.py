@@ -1,4 +1,4 @@
-"""Two gradients of each encoder: alone, under DDP and under FSDP2, where the mean is over ranks."""
+"""Two gradients of each encoder: alone, under DDP and under FSDP2, which average over ranks."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def with_masks(rank: int, gone: bool) -> list[Any]:
 
 @pytest.mark.parametrize("gone", [False, True])
 def test_ranks_without_a_modality(gone: bool) -> None:
-    """The other's gradients reach all; what no rank has is left alone."""
+    """The other modality's gradients reach all; one that no rank has is left alone."""
     first, second = ranks(2).run(with_masks, gone)
     torch.testing.assert_close(first[:2], second[:2], rtol=0, atol=0, equal_nan=True)
     coefficients, cosines, grads = first
@@ -202,7 +202,7 @@ def test_the_formula() -> None:
 
 
 def test_gradients_that_were_there_belong_to_the_joint_loss() -> None:
-    """Of a penalty on the weights, say, that has had a backward pass of its own."""
+    """They may come from a penalty on the weights, say, with a backward pass of its own."""
     models = [make(), make()]
     joint, unimodal = models[0](*data(0))
     mmfuse.MMPareto(models[0].encoders).backward(

@@ -126,7 +126,7 @@ def assert_scaled(after: Tensor, before: Tensor, alone: Tensor, k: float) -> Non
 def assert_noisy(
     after: Tensor, before: Tensor, alone: Tensor, k: float, stream: NoiseStream, stream_id: int
 ) -> None:
-    """As `assert_scaled`, with + std(alone − before) z."""
+    """Does as `assert_scaled`, with + std(alone − before) z."""
     dtype = after.dtype
     w0, w1 = before.double(), alone.double()
     update = (alone - before).double()  # as it is stored
@@ -433,7 +433,7 @@ def test_noise_reaches_parameters_in_another_memory_format() -> None:
 
 
 def test_noise_is_normal_with_the_deviation_of_each_update() -> None:
-    """Against what the numbers must be like, whatever stream they come from."""
+    """It is compared with the normal distribution, whatever stream it comes from."""
     n = 40_000
     model = Logits({"a": ((200, 200), (n,)), "b": ((n,),)}).double()
     with torch.no_grad():
@@ -456,7 +456,7 @@ def test_noise_is_normal_with_the_deviation_of_each_update() -> None:
         # Five deviations of the mean, 1/√n, and of the variance, √(2/n), of n normal numbers.
         assert abs(z.mean().item()) < 5 / n**0.5
         assert abs(z.var().item() - 1) < 5 * (2 / n) ** 0.5
-        # Of the fourth moment, 3 with variance 96/n: neither uniform nor heavy-tailed.
+        # The fourth moment is 3, with variance 96/n: the noise is neither uniform nor heavy-tailed.
         assert abs(z.pow(4).mean().item() - 3) < 5 * (96 / n) ** 0.5
         found.append(z)
     # Correlations of independent numbers have the deviation 1/√n.
@@ -543,7 +543,7 @@ def test_a_step_that_a_scaler_skips_changes_nothing(fused: bool, noise: bool) ->
 def test_an_update_that_is_not_finite_shows(
     cell: Cell, ahead: int, noise: bool, bad: float
 ) -> None:
-    """Also in the modality whose factor is one; the other tensors are not touched by it."""
+    """The modality may have the factor one; the other tensors are not touched by it."""
     model = Logits(SMALL).to(cell.device)
     spread = together(lambda p: SGD(p, lr=0.1))
     twin, optimizer = Twin(model, spread), spread(model)[0]
@@ -679,7 +679,7 @@ def test_an_interrupted_run_goes_on_with_the_same_numbers() -> None:
         assert torch.equal(p, q)
 
 
-# What is refused, and that nothing has changed then.
+# Mistakes are refused, and then nothing has changed.
 
 
 def test_attach_is_for_updates() -> None:
@@ -829,7 +829,7 @@ def test_ranks_agree_on_the_stream_whoever_holds_the_nan(bad: int | None) -> Non
 
 
 def test_a_closure_may_decide_within_the_step() -> None:
-    """As Lightning's closure does, in which the whole training step runs."""
+    """Lightning's closure does so: the whole training step runs in it."""
     model = Logits(SMALL)
     spread = together(OPTIMIZERS["adamw"])
     twin, optimizer = Twin(model, spread), spread(model)[0]

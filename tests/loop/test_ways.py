@@ -90,7 +90,7 @@ def data(step: int) -> Data:
 
 
 def masks_of(way: str, labels: Tensor, first: int = 0) -> dict[str, Tensor] | None:
-    """Who has what: the second half of the whole batch has no audio."""
+    """The masks: the second half of the whole batch has no audio."""
     if way != "present":
         return None
     rows = torch.arange(len(labels)) + first
@@ -165,7 +165,7 @@ def acted(kind: str, run: Run, out: list[Tensor]) -> bool:
 
 @pytest.mark.parametrize(("kind", "way"), [c for c in WITH_MORE if c[0] not in TWO_GRADIENTS])
 def test_it_is_what_decides(kind: str, way: str) -> None:
-    """Of the same batch, with and without it; a score of one's own is taken as it is.
+    """The same batch with and without it decides differently; own scores are taken as they are.
 
     A loss that compares no scores is another one.
     """
@@ -181,7 +181,7 @@ def test_it_is_what_decides(kind: str, way: str) -> None:
             own = torch.stack([given["scores"][n] for n in shown.seen["features"]]).double()
             assert any(torch.allclose(found[0].scores.double(), p) for p in (own, own.log()))
             return
-    # What a monitor and an average say is of the features alone.
+    # A monitor and an average speak of the features alone.
     shown = "scores" if hasattr(found[0], "scores") else "loss"
     first, second = (getattr(out, shown).detach() for out in found)
     assert float((first - second).abs().min()) > 1e-4

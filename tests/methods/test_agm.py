@@ -114,7 +114,7 @@ def test_outside_of_the_window_only_the_release_goes_on() -> None:
         if epoch > 1:
             assert found[0].tolist() == [1.0, 1.0] and torch.equal(found[1], last)
             assert last.tolist() != [1.0, 1.0]
-    # What is usual is known of all steps.
+    # The running means include all steps.
     assert all((agm.running_steps == 4).all() for agm in (default, official))
     late = mmfuse.AGM.official(starts=1)
     late.set_epoch(0)
@@ -285,7 +285,7 @@ def scored(rank: int, size: int) -> list[Tensor]:
 
 
 def test_scores_of_ones_own() -> None:
-    """As from logits whose true classes have these probabilities, and averaged over ranks."""
+    """They act as logits whose true classes have these probabilities, averaged over ranks."""
     whole = two_ranks_find(scored)
     assert whole[3][2] == 1 and (whole[0] != 1).all()
     p = torch.tensor([[0.7, 0.3], [0.2, 0.8]], dtype=torch.float64)

@@ -140,7 +140,7 @@ def test_a_modality_that_nobody_has_leaves_no_trace(form: str) -> None:
     two = {name: responses[name] for name in ("m0", "m2")}
     lead = pair(two, labels, present={name: present[name] for name in two}).ratios
     torch.testing.assert_close(out.ratios[[0, 2]], lead, rtol=1e-12, atol=0)
-    # After the last epoch the release goes on with what was last, but for who is not there.
+    # After the last epoch the release keeps the last coefficients, but for missing modalities.
     agm.set_epoch(4)
     late = agm(spoilt(responses, present), labels, present=present).coefficients
     last = after["coefficients"] if form == "official" else torch.ones(3, dtype=torch.float64)

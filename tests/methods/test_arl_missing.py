@@ -142,7 +142,7 @@ def test_what_is_not_finite_scales_nothing() -> None:
 
 @pytest.mark.parametrize("values", [(0.0, 0.0, 0.0), (0.0, 0.0, 1.0), (2.0, 3.0, 5.0)])
 def test_tables_of_full_batches_are_means(values: tuple[float, ...]) -> None:
-    """Also where some or all say nothing."""
+    """Some or all modalities may say nothing."""
     rule, means = ARLRule(4.0), torch.tensor(values, dtype=torch.float64)
     table = means.unsqueeze(1).expand(-1, 3)
     compared = ~torch.eye(3, dtype=torch.bool)

@@ -337,7 +337,7 @@ def test_the_released_code_takes_a_collapsed_batch_as_it_is() -> None:
 
 
 def test_a_batch_that_is_not_finite_is_no_collapsed_one() -> None:
-    """It shows: an average in its place would hide it."""
+    """It shows; an average in its place would hide it."""
     features, *others = batch(CELLS[0])
     features["visual"][0, 0] = torch.nan
     arm = ARM(8)

@@ -1,4 +1,4 @@
-"""The catalogue has every method, and what it says of one is true."""
+"""The catalogue has every method, and tells the truth about each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TWO = {"audio": nn.Linear(2, 2), "visual": nn.Linear(2, 2)}
 ROOT = Path(mmfuse.__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 LAYERS = {name: nn.Conv2d(1, 1, 1) for name in ("audio", "visual")}
-#: What a method is made on, by where it acts; one in the forward pass on nothing.
+#: The first arguments of a method, by the place where it acts; one in the forward pass has none.
 MADE_ON: dict[str, tuple[Any, ...]] = {"gradient": (TWO,), "head": (nn.Linear(2, 2),)}
 SOURCES = [(name, source) for name, made in mmfuse.METHODS.items() for source in made.card.official]
 #: Without the controls.
@@ -86,7 +86,7 @@ def released_code(name: str) -> str:
 @pytest.mark.parametrize(("name", "source"), SOURCES)
 def test_a_release_is_the_one_that_it_says(name: str, source: Source) -> None:
     repository, commit = source.code.split(" at ")
-    # Of a method that another script has as well, that script's file has the sequence.
+    # If another script has the method as well, that script's file has the sequence.
     files = {name, *(other for other, its in SOURCES if its.code == source.code)}
     texts = [released_code(other) for other in files]
     assert any(repository in text and re.search(rf"\b{commit}\b", text) for text in texts)
@@ -147,7 +147,7 @@ def prose(made: object) -> str:
 
 
 def test_the_table_in_the_readme_is_what_the_cards_say() -> None:
-    """All but the short description, which is for people; each method's name leads to its page."""
+    """All columns but the short description agree; each method's name leads to its page."""
     readme = (ROOT / "README.md").read_text()
     rows = [line for line in readme.splitlines() if line.startswith("| [`")]
     found = [re.sub(r"^(\| [^|]+\|) [^|]{15,90} \|", r"\1", row) for row in rows]
@@ -183,7 +183,7 @@ def test_the_documents_name_it(name: str, document: str) -> None:
 
 
 def keywords(name: str) -> dict[str, Any]:
-    """Every keyword of a method that has a default, and which one."""
+    """Every keyword of a method that has a default, with the default."""
     made = mmfuse.METHODS[name]
     taken = dict(signature(made).parameters)
     if issubclass(made, mmfuse.GradientMethod):
@@ -205,7 +205,7 @@ def test_official_takes_the_keywords_of_the_class(name: str) -> None:
     assert {"starts", "ends", "process_group", "backend"} < given.keys()
     plain, official = made(*encoders), made.official(*encoders, **given)
     assert type(official) is made
-    # What it is given it uses: with the class's own values the release is another by its type only.
+    # It uses the given values: with the class's own, the release differs in its type only.
     if hasattr(plain, "rule"):
         named = {field.name for field in fields(plain.rule)} & given.keys()
         assert {key: getattr(official.rule, key) for key in named} == {

@@ -86,7 +86,7 @@ def test_progress_that_cancels_is_bounded(bound: float | None) -> None:
 
 @pytest.mark.parametrize("made", [mmfuse.CGGM, mmfuse.CGGM.official])
 def test_who_gains_more_than_all_together_is_turned_around(made: Any) -> None:
-    """As in the release, whose golden numbers have such steps; the default's bound lets it be."""
+    """The release does so, and its golden numbers have such steps; the default's bound does not."""
     nets, labels = networks(3), torch.zeros(ROWS, dtype=torch.int64)
     cggm = made(nets, rho=1.0)
     for right in ([2, 4, 4], [5, 3, 4]):  # +3, -1 and 0 of 8
@@ -134,7 +134,7 @@ def test_a_batch_without_labels_changes_nothing() -> None:
 
 
 def test_metrics_of_ones_own_with_one_missing() -> None:
-    """Who is missing keeps its last metric, and takes part in no comparison."""
+    """A missing modality keeps its last metric, and takes part in no comparison."""
     nets = networks(3)
     cggm = mmfuse.CGGM(nets, rho=1.0, bound=None)
     steps = [(0.5, 0.25, 0.125), (0.75, 0.5, math.nan), (0.5, 0.75, 0.5)]
@@ -145,7 +145,7 @@ def test_metrics_of_ones_own_with_one_missing() -> None:
     assert found[0].shares.tolist() == pytest.approx([3 / 7, 5 / 7, 6 / 7])
     assert found[1].shares[:2].tolist() == pytest.approx([0.5, 0.5])
     assert found[1].coefficients[2] == 1
-    # Of pairs with the third, the last metrics are those of the first step.
+    # The last metrics of pairs with the third are those of the first step.
     mine, others = (0 + -0.25) / 2, 0.25 + 0.375
     assert found[2].shares[0].item() == pytest.approx(others / (others + mine))
 
@@ -156,7 +156,7 @@ def output_layers(count: int) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def plain_direction(k: Tensor, classifiers: dict[str, Tensor], output: Tensor) -> Tensor:
-    """As the paper's formula, for λ = 1."""
+    """The loss by the paper's formula, for λ = 1."""
     total = torch.zeros((), dtype=torch.float64)
     for factor, w in zip(k.tolist(), classifiers.values(), strict=True):
         w, b = w.detach().double(), output.double()
@@ -167,7 +167,7 @@ def plain_direction(k: Tensor, classifiers: dict[str, Tensor], output: Tensor) -
 @pytest.mark.parametrize("made", [mmfuse.CGGM, mmfuse.CGGM.official])
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_direction_loss(count: int, made: Any) -> None:
-    """Of the weights that are there, or of those of the step before."""
+    """Its weights are those that are there, or those of the step before."""
     nets, labels = networks(count), torch.zeros(ROWS, dtype=torch.int64)
     cggm = made(nets)
     weights, output = output_layers(count)

@@ -1,4 +1,4 @@
-"""InfoReg against its paper's formulas, what it keeps, and what it refuses."""
+"""InfoReg against its paper's formulas; its state and its errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def backward(nets: nn.ModuleDict, step: Step, scale: float = 1.0) -> dict[str, T
 
 
 def opened(nets: nn.ModuleDict, **options: object) -> InfoReg:
-    """In its third epoch; the trace has grown a hundredfold from the first to the second."""
+    """An InfoReg in its third epoch; the trace has grown a hundredfold between the first two."""
     inforeg = InfoReg(dict(nets), **options)
     for scale in (1.0, 10.0):
         next_epoch(inforeg)

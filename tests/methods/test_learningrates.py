@@ -45,7 +45,7 @@ def test_the_rates(cell: Cell, names: tuple[str, ...], rates: Any, expected: lis
 
 
 def test_with_sgd_it_is_a_learning_rate() -> None:
-    """Over steps, momentum included: as parameter groups have it."""
+    """It equals parameter groups with these rates over several steps, momentum included."""
     torch.manual_seed(0)
     kinds = []
     for by_groups in (True, False):

@@ -1,4 +1,4 @@
-"""LFM's formulas, its weights over epochs, and what it refuses; golden numbers are elsewhere."""
+"""LFM's formulas, its weights over epochs, and its errors; golden numbers are elsewhere."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def batch(count: int, device: Any = "cpu", rows: int = 7) -> tuple[dict[str, Ten
 
 
 def gap(a: Tensor, b: Tensor) -> Tensor:
-    """By PyTorch's divergence of the mean from both."""
+    """PyTorch's divergence of the mean from both."""
     p, q = a.softmax(1), b.softmax(1)
     mean = (p + q) / 2
     return (

@@ -35,7 +35,7 @@ class Net(nn.Module):
         return features, mmfuse.unimodal_logits(self.head, features)
 
     def gradients(self, loss: Tensor) -> dict[str, list[Tensor]]:
-        """Of each encoder."""
+        """The gradients of each encoder."""
         return {
             n: list(torch.autograd.grad(loss, list(net.parameters()), retain_graph=True))
             for n, net in self.encoders.items()

@@ -60,7 +60,7 @@ def written(
         mine = present[name].nonzero().flatten().tolist()
         terms = []
         for row in drawn:
-            # The i-th of those who are there gets the feature of the i-th by its number.
+            # The i-th sample that is there gets the feature of the i-th by its number.
             order = sorted(mine, key=lambda i: float(row[i]))
             pairs = zip(mine, order, strict=True)
             terms += [js(joint(i, name, j), joint(i, name, i)) for i, j in pairs]
@@ -116,7 +116,7 @@ def test_the_contrast_is_of_the_rows_that_there_are() -> None:
     mask = torch.stack(list(present.values()))
     filled = [torch.where(present[n].unsqueeze(1), x, 0) for n, x in features.items()]
     found = nt_xent(filled, labels, 0.5, mask)
-    # As of one modality that has those rows alone.
+    # The loss is that of one modality which has those rows alone.
     rows = torch.cat([x[present[n]] for n, x in features.items()])
     classes = torch.cat([labels[here] for here in present.values()])
     torch.testing.assert_close(found, nt_xent([rows], classes, 0.5))

@@ -254,7 +254,7 @@ def test_the_projector_is_float32_at_least(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_compiled_step_is_one_graph(masked: bool) -> None:
-    """With masks also where nobody has the modality, which the graph does not look at."""
+    """Masks are among the cases, even one in which nobody has the modality."""
     heads = [nn.Linear(WIDTH, CLASSES, dtype=torch.float64) for _ in range(2)]
     heads[1].load_state_dict(heads[0].state_dict())
     made = [mmfuse.MLA(head, batches=3) for head in heads]
@@ -479,7 +479,7 @@ def masked_turns(rank: int, size: int) -> list[Tensor]:
 
 
 def test_a_turn_is_of_the_samples_that_have_the_modality() -> None:
-    """As with their rows alone; a turn of nobody is one of the epoch's that leaves all as it is."""
+    """It acts on their rows alone; a turn of nobody counts in the epoch and changes nothing."""
     head = nn.Linear(WIDTH, CLASSES, dtype=torch.float64)
     masked, rows_only = (mmfuse.MLA(head, batches=3) for _ in range(2))
     for _ in range(3):

@@ -91,7 +91,7 @@ def test_three_modalities_and_a_frozen_one(cell: Cell) -> None:
 
 
 def masks(cell: Cell, **missing: bool) -> dict[str, Tensor]:
-    """Of three samples, of which none has what is missing."""
+    """Masks of three samples, none of which has a missing modality."""
     return {n: torch.full((3,), not gone, device=cell.device) for n, gone in missing.items()}
 
 
@@ -112,7 +112,7 @@ def test_masks_of_samples_change_nothing(cell: Cell) -> None:
 
 @pytest.mark.parametrize("gradients", ["none", "some"])
 def test_a_modality_that_no_sample_has_is_left_alone(cell: Cell, gradients: str) -> None:
-    """Where its encoder has gradients nonetheless, their sum is what the plain loss gives it."""
+    """If its encoder has gradients nonetheless, their sum is what the plain loss gives it."""
     method, nets = made(cell)
     joint, unimodal = torch.rand(2, 2, 3, device=cell.device)
     reached = nets if gradients == "some" else {"a": nets["a"]}

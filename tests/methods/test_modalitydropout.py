@@ -20,7 +20,7 @@ def features_of(count: int, device: Any = "cpu", rows: int = ROWS) -> dict[str, 
 
 
 def near(found: Tensor, probability: float, rows: float) -> bool:
-    """Within five standard deviations of a binomial: wrong once in 1.7 million."""
+    """True within five standard deviations of a binomial: wrong once in 1.7 million."""
     deviation = (probability * (1 - probability) / rows) ** 0.5
     return abs(float(found) - probability) <= 5 * deviation + 1e-12
 

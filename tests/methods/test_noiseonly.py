@@ -11,7 +11,7 @@ import mmfuse
 
 
 def test_it_is_ogm_ge_with_every_coefficient_at_1(cell: Cell) -> None:
-    """What it adds is the gradient's standard deviation times the stream's numbers."""
+    """It adds the gradient's standard deviation times the stream's numbers."""
     nets = {name: nn.Linear(9, 7).to(cell.device) for name in ("audio", "visual", "text")}
     parameters = [p for net in nets.values() for p in net.parameters()]
     logits = {name: (i + 1) * torch.randn(5, 4) for i, name in enumerate(nets)}

@@ -159,7 +159,7 @@ def test_together_with_ogm_both_see_the_undropped_ratios(cell: Cell) -> None:
         assert torch.equal(ogm.ratios, out.ratios)
     dominant = int(out.ratios.argmax())
     assert not out.keep[dominant].any()
-    # What was dropped as a whole has no gradient left, whatever OGM would scale.
+    # A modality that was dropped as a whole has no gradient left, whatever OGM would scale.
     assert not nets[NAMES[dominant]].weight.grad.any()
     assert nets[NAMES[1 - dominant]].weight.grad.any()
 
@@ -199,7 +199,7 @@ def test_official_is_the_released_code(cell: Cell, dtype: torch.dtype) -> None:
 
 
 def test_official_gives_the_features_thetas_gradient(cell: Cell) -> None:
-    """As the loss plus θ²/2, with a head that is detached for the scores; three unequal widths."""
+    """It is that of the loss plus θ²/2; scores see a detached head; three unequal widths."""
     widths = {"audio": 6, "visual": 3, "text": 5}
     head = torch.nn.Linear(14, 5, device=cell.device).double()
     labels = torch.randint(0, 5, (16,), device=cell.device)
@@ -248,7 +248,7 @@ def test_official_gives_the_features_thetas_gradient(cell: Cell) -> None:
 
 
 def test_official_removes_samples_that_have_lost_everything(cell: Cell) -> None:
-    """Which takes both probabilities above 0: only scores that are not a ratio's could do that."""
+    """It takes both probabilities above 0, which only scores that are not a ratio's could give."""
     opm = OPM.official(p_exe=1.0, theta_gradient=False, backend=cell.backend, starts=0)
     features, logits, labels = batch(cell)
     given = Given(NAMES[:2], list(features.values()), list(logits.values()), labels, opm.q)

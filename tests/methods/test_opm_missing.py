@@ -31,7 +31,7 @@ def everyone(modalities: int = 3) -> dict[str, Tensor]:
 
 
 def dropping(modalities: int = 3, **options: object) -> OPM:
-    """With the probability 1 for whoever is ahead."""
+    """An OPM that drops every modality that is ahead, with the probability 1."""
     made = OPM(1.0, num_modalities=modalities, stream=mmfuse.NoiseStream(1), **options)
     made.q.copy_(torch.tensor([1.0, 0.9, 0.0][:modalities]))
     return made
@@ -61,7 +61,7 @@ def test_no_sample_loses_the_last_that_it_has() -> None:
     assert bool((out.keep & shown).any(0).all())
     assert bool(out.keep[0, :10].all())
     assert torch.equal(out.features["a"][:10], features["a"][:10])
-    # Of those that would lose both, the one with the smaller probability stays.
+    # A sample that would lose both keeps the one with the smaller probability.
     assert not bool(out.keep[0, 10:20].any()) and bool(out.keep[1, 10:20].all())
     assert torch.equal(out.features["v"][10:20], features["v"][10:20])
     assert not bool(out.keep[0, 20:].any())

@@ -1,4 +1,4 @@
-"""What docs/training.md says about BalanceMM's three modalities, against its formulas."""
+"""The claims of docs/training.md about BalanceMM's three modalities, against its formulas."""
 
 from __future__ import annotations
 

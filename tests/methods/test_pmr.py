@@ -1,4 +1,4 @@
-"""PMR: its loss from its definition, its prototypes, and what is odd."""
+"""PMR: its loss from its definition, its prototypes, and odd inputs."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_modality_that_is_nan_leaves_the_others_alone() -> None:
 
 
 def test_a_feature_on_its_prototype_has_a_gradient() -> None:
-    """Where that of a square root would be infinite."""
+    """The gradient of a square root would be infinite there."""
     pmr = mmfuse.PMR()
     features, labels = batch(2, 20, 100)
     pmr.update_prototypes([(features, labels)])
@@ -441,7 +441,7 @@ def test_bad_input() -> None:
         ({"num_modalities": 1}, ValueError, "num_modalities must be at least 2"),
         ({"num_classes": 0}, ValueError, "num_classes must be at least 1"),
         ({"widths": (3, 4)}, ValueError, "widths go with num_classes"),
-        ({"widths": (3,), "num_classes": 2}, ValueError, "num_modalities=2 numbers"),
+        ({"widths": (3,), "num_classes": 2}, ValueError, "one number for each of the 2"),
         ({"entropy_epochs": 1.5}, TypeError, "entropy_epochs"),
     ],
 )

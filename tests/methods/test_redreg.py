@@ -1,4 +1,4 @@
-"""RedReg against a plain transcription, its monitor's discretion, and what it refuses."""
+"""RedReg against a plain transcription, its monitor's discretion, and its errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def batches(count: int, steps: int, device: str = "cpu") -> list[Step]:
 
 
 def always(model: Network, **options: object) -> RedReg:
-    """Regulates whatever modality is ahead, in a started epoch."""
+    """A RedReg that regulates every modality that is ahead, in a started epoch."""
     options = {"threshold": -1e9, "agreement": (-2.0, -2.0), **options}
     redreg = RedReg(dict(model.encoders), **options)
     next_epoch(redreg)

@@ -1,4 +1,4 @@
-"""ReLearning: purities, weights and resets from their definitions, and what is odd."""
+"""ReLearning: purities, weights and resets from their definitions, and odd inputs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def encoders_of(count: int, seed: int = 0) -> nn.ModuleDict:
 
 @torch.no_grad()
 def wander(module: nn.Module, seed: int) -> None:
-    """As training would: parameters and buffers are others."""
+    """Changes parameters and buffers, as training would."""
     generator = torch.Generator().manual_seed(seed)
     for p in module.parameters():
         if p.requires_grad:
@@ -455,7 +455,7 @@ class TestRanks:
 
 
 def sharded(rank: int, path: str | None) -> list[Tensor]:
-    """With a checkpoint in between, where there are ranks."""
+    """Has a checkpoint in between if there are ranks."""
     encoders = encoders_of(2)
     if path is not None:
         mesh = init_device_mesh("cpu", (2,))

@@ -114,7 +114,7 @@ def stepped(kind: str, task: Task, flat: bool) -> tuple[Any, list[Tensor]]:
 @pytest.mark.parametrize("kind", LOOKING)
 @pytest.mark.parametrize("task", TASKS)
 def test_any_outputs(task: str, kind: str) -> None:
-    """A method that scores decides as from the places one by one, where it can be told so."""
+    """A method that scores decides as it does from the places one by one, if it can be told so."""
     out, grads = stepped(kind, TASKS[task], flat=False)
     assert all(bool(g.isfinite().all()) for g in grads)
     for name in ("coefficients", "scores", "ratios", "loss"):

@@ -16,7 +16,7 @@ X, Z = torch.ones(4, 3), torch.zeros(2)
 LABELS = torch.tensor([0, 1, 2, 0])
 ONE = torch.ones((), dtype=torch.bool)
 
-#: By the argument's name, an op that is called with a wrong value for it.
+#: Calls of an op with a wrong value for an argument, by the argument's name.
 LISTS: list[tuple[str, Callable[[Any], Any]]] = [
     ("features", lambda v: ops.co_information_gate(v, 0.5)),
     ("features", lambda v: ops.drop_modalities(v, Z, NoiseStream(1))),
@@ -99,7 +99,7 @@ def test_what_is_no_stream(case: int) -> None:
 
 @pytest.mark.parametrize("owner", [[0.5], [True], ["0"], [torch.tensor(0)], [None]], ids=repr)
 def test_half_a_modality_owns_nothing(owner: Any) -> None:
-    """Such numbers were cut to integers, without a word."""
+    """An owner of 0.5 was cut to an integer, without a word."""
     with pytest.raises(TypeError, match=r"owner\[0\] must be an integer"):
         ops.modulation_factors(Z + 1, 0.8, owner=owner)
     with pytest.raises(TypeError, match=r"owner\[0\] must be an integer"):

@@ -46,7 +46,7 @@ def test_what_runs_where(
 
 
 def test_a_library_that_says_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the host shim, or one that was built by hand."""
+    """The host shim says nothing, nor does a library that was built by hand."""
     monkeypatch.setitem(_native._loaded, "cuda", {})
     assert _native.why_not_on((3, 5)) is None
 

@@ -128,7 +128,7 @@ def test_noise_by_the_logical_index(
 
 @pytest.mark.parametrize("offset", [1, 6, 2**34 - 30])
 def test_offsets_in_the_stream(cell: Cell, offset: int) -> None:
-    """Within a block of the noise, and across the upper word of the blocks' number."""
+    """The offsets lie within a block of the noise, and across the upper word of its number."""
     cell.skip_slow(offset == 6)
     shapes = SMALL if cell.slow else [*SMALL, (2, 520, 3, 3), (2, 3, 70, 71)]
     grads = in_channels_last(cell, shapes, torch.float32)
@@ -136,7 +136,7 @@ def test_offsets_in_the_stream(cell: Cell, offset: int) -> None:
 
 
 def test_an_odd_address(cell: Cell) -> None:
-    """Where no vectors can be loaded, though the channels are a multiple of four."""
+    """No vectors can be loaded there, though the channels are a multiple of four."""
     made = []
     for _ in range(3):
         memory = torch.randn(5 * 9 * 8 + 1).to(cell.device)
@@ -169,7 +169,7 @@ def test_params_in_another_format(cell: Cell, noisy: bool) -> None:
 
 
 def test_a_std_of_zero_adds_nothing(cell: Cell) -> None:
-    """And where the scale is 1 too, not even the bits of a NaN change."""
+    """If the scale is 1 too, not even the bits of a NaN change."""
     grads = in_channels_last(cell, [(4, 3, 3, 3), (3, 4, 2, 2)], torch.float32)
     bits = [g.view(torch.int32).clone() for g in grads]
     zeros = torch.zeros(3, device=cell.device)
@@ -296,7 +296,7 @@ def test_fullgraph_compile(cell: Cell) -> None:
 
 @pytest.mark.parametrize("layout", ["transposed", "long rows"])
 def test_the_op_itself_refuses_other_orders(cell: Cell, layout: str) -> None:
-    """Whoever calls it without the checks in Python gets an error and no wrong numbers."""
+    """A caller without the checks in Python gets an error and no wrong numbers."""
     if cell.backend not in ("cpu", "cuda"):
         pytest.skip("the checks are those of the compiled backends")
     grad = torch.randn(4, 3, 2, 2).permute(3, 2, 1, 0).to(cell.device)

@@ -210,7 +210,7 @@ def test_no_gradient_flows(cell: Cell) -> None:
 
 @ON_THE_CPU
 def test_same_verdict_for_any_number_of_threads(cell: Cell) -> None:
-    """At the mean itself, where the last bit decides."""
+    """The threshold is the mean itself, where the last bit decides."""
     modalities = features(3, 5000, 65, torch.float32, cell.device)
     mean, bound = mean_and_bound(modalities, torch.float32)
     thresholds = [mean + bound * k / 200 for k in range(-20, 21)]

@@ -1,4 +1,4 @@
-"""Every op has the derivatives it is asked for, or says that it has not: no wrong number, no 0."""
+"""Every op has its derivatives or says that it has none: no wrong number, no 0."""
 
 from __future__ import annotations
 
@@ -189,7 +189,7 @@ def named(name: str) -> str:
 
 
 def test_every_op_is_either_constant_or_has_an_example() -> None:
-    """And every gradient's operator says what its own gradient is."""
+    """Every gradient's operator also says which gradient it has itself."""
     assert set(examples(Cell("reference", "cpu"))) == set(DIFFERENTIABLE)
     assert {name for name in OPS if name.endswith("_backward")} <= set(WITH_FORMULA)
     assert set(DIFFERENTIABLE).isdisjoint(CONSTANT)
@@ -261,7 +261,7 @@ def test_the_mask_of_drop_modalities_has_derivatives_of_any_order(cell: Cell) ->
 @pytest.mark.parametrize("recording", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_forward_mode_is_an_error(cell: Cell, name: str, recording: bool) -> None:
-    """Also under no_grad, which does not switch it off, and over reverse mode."""
+    """no_grad, which does not switch it off, and reverse mode over it are among the cases."""
     call = examples(cell)[name].call
     values = features(cell)
     error = pytest.raises(NotImplementedError, match=named(name) + "has no forward-mode")
@@ -287,7 +287,7 @@ def test_vmap_is_an_error(cell: Cell, name: str) -> None:
 
 @pytest.mark.parametrize("name", WITH_FORMULA)
 def test_operators_called_by_themselves_lose_no_tangent(cell: Cell, name: str) -> None:
-    """As compiled code calls them: past the public functions."""
+    """Compiled code calls them so: past the public functions."""
     overload = OPS[name].overloads[cell.backend]
     arguments = arguments_of(OPS[name], cell)
     public = OPS[name].public
@@ -318,7 +318,7 @@ def _times(arguments: Any, factor: Tensor) -> Any:
 
 @pytest.mark.parametrize("name", CONSTANT)
 def test_results_without_a_gradient_are_constants(cell: Cell, name: str) -> None:
-    """Of an operator by itself and of the op: neither gradient nor tangent, as after detach."""
+    """An operator by itself and the op have neither gradient nor tangent, as after detach."""
     op = OPS[name]
     arguments = arguments_of(op, cell)
     device = torch.device(cell.device)
@@ -414,7 +414,7 @@ OPMS = {
 
 @pytest.mark.parametrize("made", OPMS)
 def test_opm_goes_through_a_gradient_penalty(cell: Cell, made: str) -> None:
-    """What OPM drops in a step is a constant of that step, but for theta's gradient."""
+    """The samples that OPM drops are a constant of the step, but for theta's gradient."""
     values = features(cell)
     opm = OPMS[made](stream=NoiseStream(5, cell.device), backend=cell.backend)
     opm.to(cell.device, torch.float64).q.copy_(torch.tensor([0.5, 0.4]))

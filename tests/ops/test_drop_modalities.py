@@ -113,7 +113,7 @@ def test_long_lists_of_mixed_dtypes(cell: Cell, count: int) -> None:
 
 @pytest.mark.parametrize("rows", [1023, 4097])
 def test_many_rows(cell: Cell, rows: int) -> None:
-    """Through several blocks of threads and of the stream."""
+    """They take several blocks of threads and of the stream."""
     stream = NoiseStream(9, cell.device).place([3, 2], [1, 6])
     features = batches(rows, [(2,), (5,)], [torch.float32, torch.bfloat16], cell.device)
     check(cell, features, torch.tensor([0.3, 0.6], device=cell.device), stream)
@@ -150,7 +150,7 @@ def test_is_the_formula_of_the_docstring(cell: Cell) -> None:
 
 
 def test_a_number_equal_to_q_is_dropped(cell: Cell) -> None:
-    """And one just above it is kept."""
+    """A number just above it is kept."""
     stream = NoiseStream(3, cell.device).place([5, 5, 5], [2, 2, 2])
     u = stream.uniform(9, 5, 2)[7]
     q = torch.stack([u, u.nextafter(torch.zeros_like(u)), u.nextafter(torch.ones_like(u))])
@@ -184,7 +184,7 @@ def test_probability_zero_one_and_nan(cell: Cell, dtype: torch.dtype) -> None:
 
 
 def test_probabilities_beyond_the_interval(cell: Cell) -> None:
-    """On a device the host does not look; the op itself must do what is documented."""
+    """The host does not look at them on a device; the op itself must act as documented."""
     features = batches(50, [(3,)] * 3, [torch.float32], cell.device)
     state = NoiseStream(5, cell.device).state
     q = torch.tensor([-0.5, 1.5, float("inf")], device=cell.device)
@@ -317,7 +317,7 @@ def test_odd_addresses(cell: Cell, dtype: torch.dtype) -> None:
 def test_the_gradient_goes_where_the_feature_went(
     cell: Cell, dtype: torch.dtype, scaled: bool
 ) -> None:
-    """Also past NaN: what flows back to a dropped sample is 0."""
+    """A NaN does not stop it; the gradient of a dropped sample is 0."""
     features = batches(25, [(4, 3), (), (17,)], [dtype, torch.float32], cell.device)
     leaves = [f.requires_grad_() for f in features]
     q = torch.tensor([0.5, 0.3, 0.7], device=cell.device)

@@ -90,7 +90,7 @@ def test_mixed_dtypes_in_one_call(cell: Cell) -> None:
 
 
 def tensors_to_pair(cell: Cell, dtype: torch.dtype) -> list[Tensor]:
-    """Of several chunks, with a rest behind the vectors, and at an address between them."""
+    """Tensors of several chunks, with a rest behind the vectors, and at an address between them."""
     grads = gradients(cell.affordable([0, 7, 1030, 8197, 40_003]), dtype, cell.device)
     return grads + gradients([1027], dtype, cell.device, odd_address=True)
 

@@ -67,7 +67,7 @@ def gradient_bounds(
     *,
     halves: bool = False,
 ) -> list[Tensor]:
-    """For the gradients of a, b and the temperature; `exact` holds grad, a, b, temperature."""
+    """Bounds for the gradients of a, b and temperature; `exact` holds grad, a, b, temperature."""
     grad, a, b, tau = exact
     weight = grad.abs() / len(a)
     softmax, error = torch.zeros_like(k.s), torch.zeros_like(k.s)
@@ -192,7 +192,7 @@ def test_minus_infinity_fills_the_first_tile_of_a_column(cell: Cell) -> None:
 
 
 def finite_bound(a: Tensor, b: Tensor, tau: Tensor) -> Tensor:
-    """As if what underflows in every exponential had not been there."""
+    """The bound without the similarities that underflow in every exponential."""
     known = sums_of(a, b, tau, torch.float32)
     away = known.s < -1e30
     s, error = known.s.masked_fill(away, -1e4), known.error.masked_fill(away, 0.0)
@@ -288,7 +288,7 @@ def test_gradients_of_some_only(cell: Cell, needed: tuple[bool, ...]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_0d_gradient_and_temperature(cell: Cell, dtype: torch.dtype) -> None:
-    """What autograd hands over may be one element of something, or an expanded number."""
+    """Autograd may hand over one element of something, or an expanded number."""
     a, b = features(6, 5, dtype, cell.device)
     numbers = torch.tensor([[9.0, 0.75], [9.0, 9.0]]).to(
         cell.device, tolerances.accumulation_dtype(dtype)
@@ -345,7 +345,7 @@ def test_without_features(cell: Cell, dtype: torch.dtype, batch: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e-15, 1e-3, 60.0, 100.0], ids=str)
 def test_extreme_similarities(cell: Cell, dtype: torch.dtype, size: float) -> None:
-    """From 0 to ±1e4 and more, where exp overflows in every precision."""
+    """They go from 0 to ±1e4 and more, where exp overflows in every precision."""
     for batch, width in ((2, 6), (33, 5)):
         a, b = features(batch, width, dtype, cell.device, size)
         check(cell, a, b, 1.0)

@@ -40,10 +40,10 @@ def numpys_counts(variables: Sequence[Tensor], bins: int) -> Tensor:
 def counts_between_overshooting_edges(
     columns: Sequence[numpy.ndarray], edges: Sequence[numpy.ndarray]
 ) -> numpy.ndarray:
-    """In a range of few subnormals a step that was rounded up climbs past the end.
+    """The counts in a range of few subnormals, where a step rounded up climbs past the end.
 
-    NumPy then searches edges out of order. What is meant is the last bin that begins at or before
-    the value.
+    NumPy then searches edges out of order. The right one is the last bin that begins at or
+    before the value.
     """
     bins = len(edges[0]) - 1
     counts = numpy.zeros([bins] * len(edges))

@@ -29,7 +29,7 @@ def made(device: str, count: int = 5) -> tuple[list[Tensor], list[Tensor]]:
 
 @pytest.mark.parametrize("count", [1, 5, 8, 9, 70])
 def test_all_change_or_none(cell: Cell, count: int) -> None:
-    """Also where they are more than one launch takes."""
+    """There may be more of them than one launch takes."""
     for finite in (True, False):
         state, values = made(cell.device, count)
         before = [x.clone() for x in state]

@@ -27,7 +27,7 @@ LAYOUTS = {
 
 
 def plain(a: Tensor, b: Tensor, kind: str) -> Tensor:
-    """Of each row, by the definition; a class that one of them masks must not carry a gradient."""
+    """Each row's, by the definition; a class that one of them masks must not carry a gradient."""
     log_p, log_q = a.log_softmax(1), b.log_softmax(1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
 
@@ -43,7 +43,7 @@ def plain(a: Tensor, b: Tensor, kind: str) -> Tensor:
 
 
 def exact(a: Tensor, b: Tensor, kind: str) -> tolerances.Divergence:
-    """In float64, of what the bounds are made."""
+    """The parts of the bounds, in float64."""
     logs = [z.detach().cpu().double().log_softmax(1) for z in (a, b)]
     p, q = (x.exp() for x in logs)
     log_p, log_q = (x.where(x.isfinite(), 0.0) for x in logs)
@@ -256,7 +256,7 @@ def test_gradcheck(cell: Cell, kind: str, per_row: bool) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_gets_no_gradient(cell: Cell, kind: str) -> None:
-    """And the student the same one as beside one that does; also under torch.func."""
+    """The student gets the same one as beside a teacher with one; also under torch.func."""
     a, b = pair_of(cell, (5, 7), torch.float32, 1.0)
 
     def call(x: Tensor, y: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def test_the_counts_are_those_of_the_values_that_are_there(
         there = [x[p : p + 1, present[p]] for x in rows]
         want = ops.joint_entropies(there, tuples, 5, backend=cell.backend)
         assert torch.equal(found.counts[:, p : p + 1], want.counts)
-        # Of the same counts, added up in another order.
+        # The counts are the same, added up in another order.
         torch.testing.assert_close(
             found.entropies[:, p : p + 1], want.entropies, rtol=1e-12, atol=1e-12
         )
@@ -125,7 +125,7 @@ def test_wrong_masks_are_named(name: str) -> None:
         measure(*x, present=torch.ones(1, 8, dtype=torch.bool))
 
 
-# Of each problem: all there, 30 % missing, one left, none left.
+# Four kinds of problems: all there, 30 % missing, one left, none left.
 SOME, ONE, NONE = 1, 2, 3
 LEFT_OUT = (0, 12, 39, 40)
 
@@ -191,7 +191,7 @@ def test_soft_entropies_of_some_samples_are_the_references(cell: Cell, count: in
 
 
 def test_soft_gradients_are_those_of_differences(cell: Cell) -> None:
-    """Of samples that are left out, too: theirs are 0."""
+    """Samples that are left out have one too, of 0."""
     generator = torch.Generator().manual_seed(5)
     x, y = torch.rand(2, 2, 9, dtype=torch.float64, generator=generator).to(cell.device)
     present = torch.ones(2, 9, dtype=torch.bool, device=cell.device)
@@ -208,7 +208,7 @@ def test_soft_gradients_are_those_of_differences(cell: Cell) -> None:
 
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_modality_that_is_gone_leaves_the_other_pairs_alone(cell: Cell, count: int) -> None:
-    """Of M modalities with 30 % missing in each the last is not there at all, nor is one row."""
+    """The last of M modalities is absent, the others miss 30 %, and one row is absent too."""
     rows, present = data(cell, (12,) * count)
     z = [torch.where(present[m], rows[0][m].nan_to_num(0.5, 0.5) + m, NAN) for m in range(count)]
     present[-1], present[:, 5] = False, False

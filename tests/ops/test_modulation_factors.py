@@ -18,7 +18,7 @@ EPS = 1e-8
 
 
 def statistics(count: int, dtype: torch.dtype) -> GradStats:
-    """Of tensors with 1 to 40 elements or up to 2³³, whose spread runs over 12 decades."""
+    """Statistics of tensors with 1 to 40 elements or up to 2³³, with spreads over 12 decades."""
     numel = torch.randint(1, 41, (count,))
     numel[::7] = torch.randint(2, 2**33, (len(numel[::7]),))
     m2 = torch.randn(count).mul(6).exp().to(dtype)

@@ -185,7 +185,7 @@ def test_constants_share_nothing(cell: Cell) -> None:
         both = ops.mutual_information(x, x, bins, estimator, backend=cell.backend)
         slack = soft_slack(torch.float32, bins**2)
         assert all(float(value.abs().max()) <= slack for value in both[:3])
-        # Where a soft entropy is no more than rounding, its share is too.
+        # If a soft entropy is no more than rounding, its share is no more either.
         assert estimator == "soft" or both.nmi.tolist() == [0.0, 0.0]
         one = ops.mutual_information(x, y, bins, estimator, backend=cell.backend)
         assert float(one.mi.abs().max()) <= slack and float(one.h_x.abs().max()) <= slack
@@ -360,7 +360,7 @@ def test_no_host_sync(cell: Cell, name: str) -> None:
     power=st.integers(-20, 20),
 )
 def test_blind_to_order_and_scale(cell: Cell, count, bins, levels, seed, power) -> None:
-    """To the last bit: powers of two are not rounded."""
+    """They agree to the last bit: powers of two are not rounded."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     x, y, z = (
         torch.randint(0, levels, (count,), generator=generator).float().to(cell.device)

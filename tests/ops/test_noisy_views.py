@@ -19,7 +19,7 @@ FEW_SIZES = [1, 5, 8, 33, 1025]
 
 
 def noise_of(x: Tensor, stream: NoiseStream) -> list[Tensor]:
-    """What both views must have drawn, in float64 on the CPU."""
+    """The noise that both views must have drawn, in float64 on the CPU."""
     ids, offsets = stream.counters(2)
     return [
         stream.normal(x.numel(), i, o, dtype=torch.float64).cpu().view(x.shape)
@@ -77,7 +77,7 @@ def test_parity(cell: Cell, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("shape", [(63,), (7, 9)], ids=str)
 def test_agrees_with_the_reference_in_float64(cell: Cell, shape: tuple[int, ...]) -> None:
-    """With the ids 0 and 1 of a stream that is not placed."""
+    """The ids are 0 and 1, of a stream that is not placed."""
     stream = NoiseStream(4, cell.device)
     x = torch.randn(shape, dtype=torch.float64, device=cell.device)
     views = check(cell, x, 0.5, stream)

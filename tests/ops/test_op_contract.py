@@ -1,4 +1,4 @@
-"""What PyTorch asks of a custom op: opcheck, fakes, fullgraph compile, and the grid itself."""
+"""PyTorch's demands on a custom op: opcheck, fakes, fullgraph compile, and the grid itself."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def test_parity(cell: Cell, op: str) -> None:
         if op in samples.BOUNDS:
             exact = outcome(reference, copied(arguments, "cpu", wide=True))
             bounds = samples.BOUNDS[op](copied(arguments, "cpu"), exact)
-            # What is left over are the arguments, which such an op does not write to.
+            # The results left over are the arguments, which such an op does not write to.
             for result, expected, bound in zip(found, exact, bounds, strict=False):
                 tolerances.assert_within(result, expected, bound)
 
 
 def test_every_op_has_samples() -> None:
-    """In a file of its name, with a case; what is returned under it are its operators."""
+    """They are in a file of its name, with a case; its operators are the ones returned there."""
     assert set(samples.MODULES) == {op.module for op in OPS.values()}
     for name, module in samples.MODULES.items():
         operators = {op.name for op in OPS.values() if op.module == name}

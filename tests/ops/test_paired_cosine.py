@@ -272,7 +272,7 @@ def test_gradient_of_one_side(cell: Cell, needed: tuple[bool, bool]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_0d_gradient(cell: Cell, dtype: torch.dtype) -> None:
-    """What autograd hands over may be one element of something, or an expanded number."""
+    """Autograd may hand over one element of something, or an expanded number."""
     a, b = features(4, 9, dtype, cell.device)
     backward = getattr(torch.ops.mmfuse.paired_cosine_backward, cell.backend)
     wide_type = tolerances.accumulation_dtype(dtype)
@@ -333,7 +333,7 @@ def test_same_bits_for_any_number_of_threads(
     powers=st.tuples(st.integers(-3, 3), st.integers(-3, 3)),
 )
 def test_symmetric_and_blind_to_lengths(cell: Cell, batch, width, dtype, seed, powers) -> None:
-    """To the last bit: powers of two are not rounded, and products commute."""
+    """They agree to the last bit: powers of two are not rounded, and products commute."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     a, b = (
         (0.1 + torch.rand(batch, width, generator=generator)).to(dtype).to(cell.device)

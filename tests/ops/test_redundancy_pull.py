@@ -186,7 +186,7 @@ def test_parity(
 def one(
     cell: Cell, scores: list[Any], red: list[float] | None = None, gate: float = 1.0, **more: Any
 ) -> ops.RedundancyPull:
-    """With a state of ones, and a threshold under every phase."""
+    """A pull with a state of ones, and a threshold under every phase."""
     count, device = len(scores), cell.device
     ones = [torch.ones(count, dtype=torch.float64, device=device) for _ in range(3)]
     history = torch.full((count, 3), 0.25, dtype=torch.float64, device=device)
@@ -234,7 +234,7 @@ def test_a_pair_without_a_shared_sample_is_not_compared(cell: Cell) -> None:
 
 @pytest.mark.parametrize("by_encoder", [False, True])
 def test_where_nothing_is_pulled_the_gradient_stays(cell: Cell, by_encoder: bool) -> None:
-    """Also beside statistics that are not finite; and a NaN stays within its encoder."""
+    """The statistics may not be finite; a NaN stays within its encoder."""
     device = cell.device
     bad = torch.tensor([1.0, NAN, INF, 1.0], device=device)
     stats = GradStats(torch.arange(1, 5, device=device), bad, bad, bad, bad)

@@ -259,7 +259,7 @@ def test_same_bits_for_any_number_of_threads(cell: Cell, dtype: torch.dtype) -> 
 @settings(max_examples=6, **COMMON)
 @given(size=st.integers(1, 5000), dtype=dtypes, seed=seeds, power=st.integers(-3, 3))
 def test_symmetric_and_quadratic(cell: Cell, size, dtype, seed, power) -> None:
-    """To the last bit: d² does not see the sign, and powers of two are not rounded."""
+    """They agree to the last bit: d² does not see the sign, and powers of two are not rounded."""
     generator = torch.Generator().manual_seed(seed % 2**63)
     z1, z2 = (
         (1 + torch.rand(size, generator=generator)).to(dtype).to(cell.device) for _ in range(2)

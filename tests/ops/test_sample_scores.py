@@ -75,7 +75,7 @@ def check_means(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> None:
         part = rows.weight / count
         total = (part * (slopes[0, m] * rows.prob + slopes[1, m] * rows.log_prob)).sum()
         (wanted,) = torch.autograd.grad(total, exact)
-        # Of a row with many classes every term is at most its share or its softmax.
+        # Every term of a row with many classes is at most its share or its softmax.
         size = rows.shares.amax(1).clamp(max=1) if "multilabel" in targets.keywords else 1.0
         size = 2 * slopes[:, m].abs().sum().double() * (part * size).unsqueeze(1)
         deepest = 1 + rows.log_prob.detach().abs().max()

@@ -139,7 +139,7 @@ def assign(y: Tensor) -> Tensor:
 @pytest.mark.parametrize("noisy", [False, True], ids=["plain", "noisy"])
 @pytest.mark.parametrize("change", [relu, add, assign])
 def test_the_result_may_be_changed_in_place(cell: Cell, change: Any, noisy: bool) -> None:
-    """As after `register_hook`; x itself stays as it is, for those that look at it later."""
+    """`register_hook` allows it too; x itself stays as it is, for code that looks at it later."""
     leaf = torch.randn(4, 6, device=cell.device, requires_grad=True)
     half = torch.tensor(0.5, device=cell.device)
     stream = NoiseStream(3, cell.device)

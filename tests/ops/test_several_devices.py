@@ -1,6 +1,6 @@
 """Lists of tensors on several devices, and the index tensors that lead there and back.
 
-One device under two names stands in for two. What is shown is that the results are those of one
+One device under two names stands in for two. The tests show that the results are those of one
 device, and that a step can be captured in a CUDA graph and waits for nothing.
 """
 
@@ -81,7 +81,7 @@ def assert_same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 
 def expected_steps(cell: Cell, count: int, anchored: bool) -> list[list[Tensor]]:
-    """What each step gives on one device."""
+    """The results of each step on one device."""
     lists = Lists(cell, anchored)
     return [lists.seen(lists.step()) for _ in range(count)]
 
@@ -125,7 +125,7 @@ def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """True if a CUDA graph is captured, as far as the index tensors see."""
+    """Plays the capture of a CUDA graph, as far as the index tensors see."""
     state = [False]
     monkeypatch.setattr(_tensors, "_capturing", lambda device: state[0])
     return state
@@ -177,7 +177,7 @@ class TestKeptTensors:
         captured.result.zero_()  # the graph's memory may be anything between its replays
         captured.replay()
         assert (captured.result.tolist(), captured.result.dtype) == (list(index), torch.int64)
-        # What only a replay fills is of no use to anyone else.
+        # A tensor that only a replay fills is of no use to anyone else.
         assert _tensors.index_tensor(index, CPU) is not captured.result
         capturing[0] = False
         assert _tensors.index_tensor(index, CPU) is not captured.result

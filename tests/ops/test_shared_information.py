@@ -104,7 +104,7 @@ def test_is_numpys(cell: Cell, dtype: torch.dtype, bins: tuple[int, int]) -> Non
 
 @needs_numpy_2
 def test_one_variable_and_four(cell: Cell) -> None:
-    """From three variables on, an index that is wrong shows."""
+    """With three variables and more, a wrong index shows."""
     *data, target = features(4, (2, 60), torch.float32, cell)
     found = check(cell, data, target, 7, 3)
     assert len(set(found.ncmi[..., 0].flatten().tolist())) == 4 * 3 + 1
@@ -123,7 +123,7 @@ def test_long_rows_and_many_problems(cell: Cell) -> None:
 
 
 def test_tables_of_which_only_one_needs_ranges(cell: Cell) -> None:
-    """On a GPU: one of the two fits a block's shared memory, whichever it is."""
+    """On a GPU one of the two fits a block's shared memory, whichever it is."""
     if cell.slow:
         pytest.skip("takes the interpreter long")
     *data, target = features(2, (2, 300), torch.float32, cell)
@@ -132,7 +132,7 @@ def test_tables_of_which_only_one_needs_ranges(cell: Cell) -> None:
 
 
 def test_is_the_ops_on_pairs_and_triples(cell: Cell) -> None:
-    """As the docstring says it; those ops' results are float32."""
+    """The docstring says so; those ops' results are float32."""
     *data, target = features(3, (2, 90), torch.float32, cell)
     found = ops.shared_information(data, target, 8, 3, backend=cell.backend)
     for m, x in enumerate(data):
@@ -212,7 +212,7 @@ def test_no_host_sync(cell: Cell) -> None:
 
 
 def test_compiled(cell: Cell) -> None:
-    """In one graph, which is the eager call."""
+    """The one graph gives what the eager call gives."""
     if cell.slow:
         pytest.skip("the interpreter is not compiled")
     *data, target = features(2, (1, 40), torch.float32, cell)

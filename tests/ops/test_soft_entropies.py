@@ -45,7 +45,7 @@ def values(
 
 
 def shares_of(weights: Tensor, samples: int) -> list[Tensor]:
-    """Of x, y and both, [P, n] in float64."""
+    """The shares of x, y and both, [P, n] in float64."""
     p = weights.double().cpu() / samples
     return [p.sum(2), p.sum(1), p.flatten(1)]
 
@@ -140,7 +140,7 @@ def test_the_gradient_is_pytorchs(cell: Cell) -> None:
 
 
 def test_the_ends_share_in_equal_parts(cell: Cell) -> None:
-    """Where the value at an end is there more than once, each has the same gradient."""
+    """If several samples have the value at an end, each has the same gradient."""
     x = torch.tensor([[0.0, 0.0, 1.3, 2.6, 3.0, 3.0, 3.0]], device=cell.device)
     y = x.flip(1) + torch.tensor([0.1, 0.2, 0.3, 0.25, 0.15, 0.05, 0.35], device=cell.device)
     forward = OPS["soft_entropies"].overloads[cell.backend]

@@ -25,7 +25,7 @@ SIZES = [*FEW_SIZES, (5, 257, 64), (1, 3001, 17), (40, 10, 5), (2, 50, 256)]
 
 
 def ranges(x: Tensor) -> Tensor:
-    """As the op forms them: in the accumulator's precision, constants at the first centre."""
+    """Ranges as the op forms them: in the accumulator's precision, constants in the first bin."""
     x = x.detach().to(tolerances.accumulation_dtype(x.dtype))
     width = torch.where(x.amin(1) == x.amax(1), 1.0, 0.0).to(x.dtype)
     return torch.stack([x.amin(1), x.amax(1) + width], dim=1)

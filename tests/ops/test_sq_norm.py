@@ -12,7 +12,7 @@ from torch import Tensor
 from mmfuse import NoiseStream, ops
 from mmfuse.ops import update_grads as op_module
 
-# Which terms an update has besides the scale.
+# The terms that an update has besides the scale.
 TERMS = ["scale", "second", "pull", "noise", "all"]
 
 
@@ -91,7 +91,7 @@ def test_a_float64_result_of_float32_gradients(cell: Cell) -> None:
 
 
 def test_many_tensors(cell: Cell) -> None:
-    """Also more than one launch of a CUDA kernel takes."""
+    """There are more than one launch of a CUDA kernel takes."""
     grads = gradients([i % 7 for i in range(60 if cell.slow else 2100)], torch.float32, cell.device)
     check(cell, grads, **terms(cell, "pull", grads))
 
@@ -166,7 +166,7 @@ def test_identity_is_read_and_not_written(cell: Cell) -> None:
 
 
 def test_the_sum_does_not_depend_on_the_update(cell: Cell) -> None:
-    """Nor on whether there is one, except for noise, which cuts tensors at its own blocks."""
+    """Having no update changes nothing either; noise does, which cuts tensors at its own blocks."""
     grads = gradients([5, 8195, 70], torch.float32, cell.device)
     found = []
     for scale, kind in ((1.0, "scale"), (0.5, "scale"), (0.5, "pull")):

@@ -71,7 +71,7 @@ def check(
     ("lists", "noisy"), list(itertools.product([0, 1, 2], [False, True])), ids=str
 )
 def test_parity(cell: Cell, dtype: torch.dtype, lists: int, noisy: bool) -> None:
-    """Without params, with params alone, and with params and anchors."""
+    """The cases: without params, with params alone, and with params and anchors."""
     sizes = cell.affordable(SIZES + CHUNK_EDGES)
     grads = gradients(sizes, dtype, cell.device)
     extra = {}
@@ -167,7 +167,7 @@ def test_no_anchors_are_anchors_of_zero(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 def test_params_that_are_not_finite(cell: Cell, dtype: torch.dtype, value: float) -> None:
-    """A pull of 0 leaves them alone; another one takes them over, and says so."""
+    """A pull of 0 leaves them alone; another one takes them over, and `finite` says so."""
     grads = gradients([1002, 1002], dtype, cell.device)
     before = [g.to(tolerances.accumulation_dtype(dtype), copy=True) for g in grads]
     params = [torch.full_like(grads[0], value), torch.ones_like(grads[1])]
@@ -298,7 +298,7 @@ def test_strided_params_and_anchors(cell: Cell, anchored: bool) -> None:
 
 @pytest.mark.parametrize("view", list(strided_views("cpu")))
 def test_strided_gradients_beside_params(cell: Cell, view: str) -> None:
-    """In another memory format than the params, and in the same one."""
+    """They have another memory format than the params, or the same one."""
     grad = strided_views(cell.device)[view]
     for params in (torch.randn(grad.shape).to(cell.device), torch.randn_like(grad)):
         check(cell, [grad], params=[params], pull=torch.tensor([0.7]))
@@ -306,7 +306,7 @@ def test_strided_gradients_beside_params(cell: Cell, view: str) -> None:
 
 @pytest.mark.parametrize("view", ["contiguous", *strided_views("cpu")])
 def test_autograd_sees_the_change(cell: Cell, view: str) -> None:
-    """A graph that needs the old values refuses to go on, as after any operation in place."""
+    """A graph that needs the old values refuses to go on, as after any in-place operation."""
     cell.skip_slow(view != "contiguous")
     views = {"contiguous": torch.randn(4, 6, device=cell.device), **strided_views(cell.device)}
     grad = views[view]

@@ -39,7 +39,7 @@ def test_a_modality_that_the_model_ignores_has_no_share() -> None:
     assert report.joint.value == pytest.approx(right)
     assert report.nothing.value == pytest.approx(none)
     assert right > none + 0.2
-    # In every resample; but for the rounding of sums.
+    # It holds in every resample; but for the rounding of sums.
     assert report.shapley_share["visual"] == pytest.approx((0, 0, 0), abs=1e-12)
     assert report.shapley_share["audio"] == pytest.approx((1, 1, 1), abs=1e-12)
     assert report.shapley["audio"].value == pytest.approx(right - none)
@@ -63,7 +63,7 @@ def test_every_coalition_and_the_shapley_values_of_three() -> None:
         others = tuple(n for n in NAMES if n != name)
         assert report.alone[name].value == pytest.approx(value((name,)))
         assert report.removed[name].value == pytest.approx(value(others))
-        # As averages over the orders in which modalities come, and not over coalitions.
+        # They are averages over the orders in which modalities come, and not over coalitions.
         gains = []
         for order in itertools.permutations(NAMES):
             before = order[: order.index(name)]

@@ -1,4 +1,4 @@
-"""Bad input of a report: one sentence that says what to do, before anything has changed."""
+"""Bad input of a report: one sentence with the way out, before anything has changed."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "integers and their mean": (
         reported(loader=of({n: x.long() for n, x in INPUTS.items()}), baseline="mean"),
         TypeError,
-        "of which a mean is no input",
+        "whose mean the model cannot take",
     ),
 }
 

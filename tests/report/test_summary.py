@@ -117,7 +117,7 @@ def test_findings_follow_from_the_intervals() -> None:
     assert "the model leans most on audio" in said()
     close = {"audio": Estimate(0.3, 0.2, 0.5), "visual": Estimate(0.4, 0.3, 0.6)}
     assert "do not say which one the model leans on" in said(removed=close)
-    # Of an error, the larger one is worse.
+    # The metric is an error: the larger one is worse.
     errors = {"audio": Estimate(0.3, 0.2, 0.4), "visual": Estimate(0.8, 0.7, 0.85)}
     assert "leans most on visual" in said(removed=errors, higher_is_better=False)
     bare = {n: Estimate(e.value) for n, e in errors.items()}

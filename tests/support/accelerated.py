@@ -14,7 +14,7 @@ def reset() -> None:
 
 
 def launched(rank: int) -> None:
-    """What a launcher tells Accelerate; the processes and their group are there already."""
+    """Tells Accelerate what a launcher would; the processes and their group are there already."""
     reset()
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({name: str(value) for name, value in told.items()})

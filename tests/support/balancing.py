@@ -1,4 +1,4 @@
-"""The methods of the catalogue, such that they act in most of a few steps, and a step with any.
+"""The methods of the catalogue, made to act in most of a few steps, and a step with any of them.
 
 A test that says `KINDS`, or a part of it by what a method needs, has every method that is added.
 """
@@ -56,7 +56,7 @@ ON_FEATURES = [k for k in KINDS if METHODS[KINDS[k].method].card.acts == "featur
 CONSTANT = [k for k in ON_GRADIENTS if METHODS[KINDS[k].method].card.official == ()]
 #: Those of which a paper says that they go together: the first in the forward pass.
 COMBINED = ["OPM + OGM-GE"]
-#: By the catalogue's names, those on gradients that need nothing but logits.
+#: Methods on gradients that need nothing but logits, by the catalogue's names.
 LOGITS_ONLY = [n for n, m in METHODS.items() if m.card[1:3] == ("gradient", ("logits",))]
 #: Modules that decide nothing by all ranks' samples: fixed rates, a schedule, a loss of each part.
 FIXED = [
@@ -185,7 +185,7 @@ _LOOKS_AT = {
 
 
 def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
-    """What the method looks at: in its forward pass, or in `step` and `observe`."""
+    """The method's arguments in its forward pass, or in `step` and `observe`."""
     if isinstance(method, nn.Module):
         widths = {name: x[0].numel() for name, x in seen["features"].items()}
         if "logits" in seen:
@@ -199,7 +199,7 @@ def arguments(method: Any, seen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Shown(NamedTuple):
-    """What a forward pass shows to a method.
+    """A forward pass's results as a method gets them.
 
     Attributes:
         loss: The joint loss.
@@ -224,7 +224,7 @@ def show(method: Any, head: nn.Module, seen: dict[str, Any], reduction: str = "m
 def joint_loss(
     method: Any, head: nn.Module, seen: Mapping[str, Any], out: Any, reduction: str = "mean"
 ) -> Tensor:
-    """The loss that a method in the forward pass leaves, `out` its result; None for no such."""
+    """The loss from a method in the forward pass, `out` being its result; None without one."""
     passed = getattr(out, "features", seen["features"])
     joint = head(torch.cat(list(passed.values()), 1))
     if hasattr(out, "logits"):  # the joint ones are their sum
@@ -272,7 +272,7 @@ def balance(
 
 
 def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
-    """How far a step was from one without the method; 0 if it has changed nothing."""
+    """The difference between a step with and without the method; 0 if it has changed nothing."""
     if isinstance(method, nn.Module) and hasattr(out, "features"):
         pairs = zip(out.features.values(), seen["features"].values(), strict=True)
         away = sum(float((a - b).abs().sum().detach()) for a, b in pairs)
@@ -281,7 +281,7 @@ def strength(method: Any, seen: Mapping[str, Any], out: Any) -> float:
     if isinstance(method, nn.Module) and not hasattr(out, "coefficients"):
         return float(out.loss.detach().abs())
     if isinstance(method, nn.Module):  # the forward pass is what it was, or there is a loss more
-        # Of losses nothing is 0, of factors of a gradient 1.
+        # The neutral element is 0 for a loss, and 1 for a factor of a gradient.
         neutral = 0.0 if method.card.acts == "loss" else 1.0
         return float((out.coefficients - neutral).abs().nan_to_num(1.0).sum().detach())
     if method.card.official == ():  # a control, which does the same in every step
@@ -301,7 +301,7 @@ def maker(name: str) -> Make:
     return with_stream
 
 
-#: By the catalogue's names, those that a framework's own backward pass suffices for.
+#: Methods for which a framework's own backward pass suffices, by the catalogue's names.
 MAKERS: dict[str, Make] = {
     KINDS[kind].method: maker(kind) for kind in STEPPING if not KINDS[kind].options
 }
@@ -309,7 +309,7 @@ ogm_ge, inforeg, redreg = MAKERS["OGM"], MAKERS["InfoReg"], MAKERS["RedReg"]
 
 
 def needed(method: GradientMethod, seen: dict[str, Any]) -> dict[str, Any]:
-    """Without the features and inputs that the method does not look at."""
+    """All arguments but the features and inputs that the method does not look at."""
     more = {"features", "inputs", "way"}.difference(method.rule.need.inputs)
     found = {name: value for name, value in seen.items() if name not in more}
     return ways.arguments(seen["way"], found, seen) if seen.get("way") else found

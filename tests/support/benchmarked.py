@@ -49,7 +49,7 @@ def inputs_of(case: Case, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def named(case: Case) -> str:
-    """For pytest's ids."""
+    """A name for pytest's ids."""
     return case.name
 
 

@@ -21,7 +21,7 @@ class Cell(NamedTuple):
         return self == Cell("triton", "cpu")
 
     def affordable(self, sizes: Sequence[int]) -> list[int]:
-        """Without those that take the interpreter long; Triton's chunks are at most 8,192."""
+        """The sizes that take the interpreter no minutes; Triton's chunks are at most 8,192."""
         return [n for n in sizes if n < 9_000] if self.slow else list(sizes)
 
     def skip_slow(self, variant: bool = True) -> None:

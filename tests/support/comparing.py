@@ -1,4 +1,4 @@
-"""How what a kernel has written differs from what the reference has."""
+"""Differences between a kernel's results and the reference's."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def difference(found: Tensor, expected: Tensor) -> str | None:
 
 
 def outcome(call: Callable[..., Any], arguments: Any) -> list[Tensor]:
-    """What a call returns, and its arguments afterwards: some ops work in place."""
+    """The results of a call, and its arguments afterwards: some ops work in place."""
     out = call(*arguments)
     found = [x for x in (*tree_leaves(out), *tree_leaves(arguments)) if isinstance(x, Tensor)]
     return [x.detach() for x in found]

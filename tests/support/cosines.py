@@ -15,7 +15,7 @@ SHAPES = [*FEW_SHAPES, (1, 2), (3, 31), (7, 8), (64, 16), (16, 512), (3, 4097), 
 
 
 class Rows(NamedTuple):
-    """What the tolerances need to know of each row, [B, 1] or [B, D], in float64."""
+    """Each row's numbers for the tolerances, [B, 1] or [B, D], in float64."""
 
     cosines: Tensor
     overlap: Tensor

@@ -29,7 +29,7 @@ def _nothing() -> None:
 
 
 class Call(NamedTuple):
-    """What is counted, and what has to be done before each time.
+    """A call that is counted, and another that has to be made before each time.
 
     Attributes:
         once: The call.
@@ -59,7 +59,7 @@ class _Networks:
         self.labels = torch.arange(9) % 4
 
     def forward(self) -> dict[str, Any]:
-        """What a method may look at, under the names of its arguments."""
+        """Everything that a method may look at, under the names of its arguments."""
         features = {name: net(self.inputs[name]) for name, net in self.encoders.items()}
         logits = mmfuse.unimodal_logits(self.head, features)
         return {
@@ -70,7 +70,7 @@ class _Networks:
         }
 
     def losses(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """That of all modalities together, and of each one; gradients are those of no step."""
+        """The loss of all modalities together, and of each one; gradients are those of no step."""
         for net in self.encoders.values():
             net.zero_grad()
         logits = self.forward()["logits"]
@@ -171,7 +171,7 @@ def _of_method(kind: str) -> Callable[[], Call]:
     return partial(_on_gradients if kind in STEPPING else _on_losses, kind)
 
 
-#: By the name under which the numbers are kept.
+#: The calls by the name under which the numbers are kept.
 CALLS: dict[str, Callable[[], Call]] = {
     **{kind: _of_method(kind) for kind in KINDS},
     "ogm_backward": _whole_backward,
@@ -207,7 +207,7 @@ def frames(name: str) -> int:
 
 
 def operators(name: str) -> int:
-    """What a call hands to PyTorch's dispatcher, views and allocations included."""
+    """Calls that go to PyTorch's dispatcher, views and allocations included."""
     return launches_of(made(name).once).calls
 
 

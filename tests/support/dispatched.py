@@ -1,4 +1,4 @@
-"""Which operators a call hands to PyTorch's dispatcher, and which of them launch a kernel."""
+"""The operators that a call hands to PyTorch's dispatcher, and those that launch a kernel."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Launches(TorchDispatchMode):
 
     @property
     def kernels(self) -> int:
-        """Of all the operators, each of mmfuse's with as many as it has at most."""
+        """The kernels of all operators, each of mmfuse's with as many as it has at most."""
         second = sum(self.operators[name] for name in TWO_KERNELS)
         return self.operators.total() + second + self._advances
 

@@ -1,4 +1,4 @@
-"""What the tests do on a GPU only: their order, and a worker that has lost the device.
+"""The tests' order on a GPU, and the end of a worker that has lost the device.
 
 After an illegal access every later call of CUDA in the process fails, so that one bad kernel would
 turn all tests of its worker red. The worker ends instead, and pytest-xdist starts another in its
@@ -20,7 +20,7 @@ FIRST = ("test_gpu.py", "test_cuda_graph.py", "test_update_grads.py", "test_grad
 
 
 def turn(item: pytest.Item) -> int:
-    """Where a test stands: those of the reference, which is PyTorch's own kernels, are last."""
+    """A test's place: those of the reference, which is PyTorch's own kernels, are last."""
     parameters = getattr(getattr(item, "callspec", None), "params", {}).values()
     # A backend's name, or cells.Cell.
     if any(str(value) == "reference" or value == ("reference", "cuda") for value in parameters):
@@ -42,6 +42,6 @@ def is_lost() -> bool:
 def replace_worker_with_a_lost_device(nodeid: str) -> None:
     """Ends a worker of pytest-xdist before its next test, if its device is lost."""
     if "PYTEST_XDIST_WORKER" in os.environ and is_lost():
-        # What went wrong was reported with the test before.
+        # The error was reported with the test before.
         print(f"{nodeid}: the GPU is lost to this process, which ends", file=sys.stderr, flush=True)
         os._exit(CODE)

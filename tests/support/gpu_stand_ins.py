@@ -1,8 +1,8 @@
 """Stand-ins for what `make gpu` starts: they succeed, fail, hang or flood, as a test wants.
 
-A folder with `python`, `nvcc`, `compute-sanitizer` and `ncu`. What only runs small programs (the
-noise's words, the profiler's stage, the sanitizer's jobs) is the project's own script; what would
-need a GPU or minutes (every_kernel.py, pytest, the benchmark, the build) is played.
+A folder with `python`, `nvcc`, `compute-sanitizer` and `ncu`. Parts that only run small programs
+(the noise's words, the profiler's stage, the sanitizer's jobs) are the project's own scripts; parts
+that would need a GPU or minutes (every_kernel.py, pytest, the benchmark, the build) are played.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def install(folder: Path) -> Path:
 
 
 def environment(folder: Path, modes: dict[str, str]) -> dict[str, str]:
-    """What the programs read; `folder` is theirs.
+    """The environment that the programs read; `folder` is theirs.
 
     Raises:
         ValueError: there is no such part.

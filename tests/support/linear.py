@@ -1,4 +1,4 @@
-"""Linear encoders, a batch of which the first modality is ahead, and masks of who is present."""
+"""Linear encoders, a batch whose first modality is ahead, and masks of present ones."""
 
 from __future__ import annotations
 

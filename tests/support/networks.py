@@ -65,7 +65,7 @@ def batch(size: int = 12, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def start_third_epoch(inforeg: InfoReg) -> None:
-    """As after two epochs of equal traces: the window opens in the third one at the earliest."""
+    """Acts as two epochs of equal traces: the window opens in the third one at the earliest."""
     state = copy.deepcopy(inforeg.state_dict())
     state["state"]["epochs"].fill_(2)
     state["state"]["traces"].fill_(1.0)

@@ -1,7 +1,7 @@
 """A device that lacks float64: tensors that say they are on `mps`, and are computed on the CPU.
 
-Everything that PyTorch is asked to do passes through here. What would make a float64 tensor there,
-or mixes tensors of two devices, raises, as on the real one.
+Everything that PyTorch is asked to do passes through here. A call that would make a float64 tensor
+there, or mixes tensors of two devices, raises, as on the real one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class OnDevice(torch.Tensor):
         return False
 
     def tolist(self) -> Any:
-        """As of any tensor, which PyTorch refuses of its subclasses."""
+        """The list of any tensor, which PyTorch refuses to its subclasses."""
         return self.inner.tolist()
 
     def __repr__(self, **_: Any) -> str:
@@ -111,7 +111,7 @@ class _Mode(TorchDispatchMode):
             name = func._schema.name.split("::")[1]
             assert func._overloadname == "reference", func
             module = importlib.import_module(f"mmfuse.reference.{OPS[name].module}")
-            # As a call from outside: below autograd PyTorch takes `meta` at its word.
+            # It acts as a call from outside: below autograd PyTorch takes `meta` at its word.
             keys = torch._C.DispatchKey
             with (
                 torch.no_grad(),
@@ -125,7 +125,7 @@ class _Mode(TorchDispatchMode):
 
 @contextmanager
 def device_without_float64() -> Iterator[torch.device]:
-    """In it tensors can be made on, and moved to, the device that it yields."""
+    """Yields a device; in the block, tensors can be made on it and moved to it."""
     before = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
     try:

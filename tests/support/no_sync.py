@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What .item(), bool(t), float(t), t.nonzero(), t[mask] and torch.equal end in.
+# .item(), bool(t), float(t), t.nonzero(), t[mask] and torch.equal end in these.
 _READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal"}
 
 

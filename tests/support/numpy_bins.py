@@ -1,4 +1,4 @@
-"""Values for histograms, and as NumPy counts them."""
+"""Values for histograms, and NumPy's counts of them."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 77
 # How long an interrupted command may take to say what it has found.
 GRACE_S = 10.0
-# Of each log; a command that floods its output fills neither the disk nor an archive.
+# The part of each log that is kept: a flood of output fills neither the disk nor an archive.
 HEAD_BYTES = 2**18
 TAIL_BYTES = 2**20
 
@@ -111,7 +111,7 @@ def run(
         log: The file for its output; it holds what has come so far at every tick.
         seconds: The limit.
         environment: Added to this process's.
-        cwd: Where it runs.
+        cwd: The folder it runs in.
         tick: Called about every `tick_s` seconds while the command runs.
         tick_s: See there.
     """

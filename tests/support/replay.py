@@ -16,8 +16,8 @@ class _Recording(TorchDispatchMode):
     """Every operator, and the tensors it was called on and has returned.
 
     A replay calls the same operators on the same tensors and writes the results to where they were
-    then, as a CUDA graph does with its addresses. What a step keeps in Python, or puts in a new
-    tensor that the next step is to read, stays as it was when it was recorded.
+    then, as a CUDA graph does with its addresses. Whatever a step keeps in Python, or puts in
+    a new tensor that the next step is to read, stays as it was when it was recorded.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Captured:
     where they are.
 
     Attributes:
-        result: What the step has returned; later replays overwrite the tensors in it.
+        result: The step's result; later replays overwrite the tensors in it.
     """
 
     def __init__(self, step: Callable[[], Any], device: str) -> None:

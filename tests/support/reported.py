@@ -48,7 +48,7 @@ def samples(
 
 
 def batched(inputs: Mapping[str, Tensor], labels: Tensor, size: int = 64) -> Batches:
-    """In the order of the samples."""
+    """Batches in the order of the samples."""
     return [
         ({n: x[i : i + size] for n, x in inputs.items()}, labels[i : i + size])
         for i in range(0, len(labels), size)
@@ -67,7 +67,7 @@ def state_of(model: nn.Module) -> list[Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two of `state_of` are equal to the bit."""
+    """True if two of `state_of` are equal to the bit."""
     if isinstance(a, Tensor):
         return isinstance(b, Tensor) and torch.equal(a, b)
     if isinstance(a, (list, tuple)):

@@ -63,7 +63,7 @@ def _probabilities(shape: tuple[int, ...]) -> Tensor:
     return found / found.sum(1, keepdim=True).clamp(min=1e-6)
 
 
-#: By name: for logits of a shape, [N, C, d1, …].
+#: Makers of targets by name, for logits of a shape, [N, C, d1, …].
 KINDS: dict[str, Callable[[tuple[int, ...]], Targets]] = {
     "indices": lambda s: Targets(_some_ignored(s, -100), {}),
     "weighted indices": lambda s: Targets(

@@ -48,12 +48,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import mmfuse
 
-# What acts together is not trained alone as well.
+# Methods that act together are not trained alone as well.
 _ALONE = [k for k in balancing.KINDS if not any(c.startswith(f"{k} + ") for c in COMBINED)]
 ON_UPDATE = " on the update"
 # One alone: all that are attached to an optimizer have to decide about each of its steps.
 KINDS = (*_ALONE, *COMBINED, "OGM-GE" + ON_UPDATE)
-# Such that it acts only sometimes.
+# With these options a method acts only sometimes.
 OPTIONS: dict[str, dict[str, Any]] = {
     "RedReg": {
         "epochs": 8,
@@ -63,7 +63,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "agreement": (-2.0, -1.5),
     },
 }
-# Of `Network`: what DCP reads into has to have its shape before the first step.
+# Shapes for `Network`: DCP reads into buffers that must have them before the first step.
 SHAPES: dict[str, Any] = {"num_classes": 5, "widths": (8, 8)}
 STEPS_PER_EPOCH = 17
 VISIT = 2 * STEPS_PER_EPOCH
@@ -165,7 +165,7 @@ class Training:
     Args:
         kinds: Of `KINDS`, or a part of one.
         network: The network.
-        wrapped: What to call instead, such as DistributedDataParallel around it.
+        wrapped: The module to call instead, such as DistributedDataParallel around it.
         anchor_dtype: Of methods with anchors.
         fused: True if the optimizers are; PyTorch has no such kernels for DTensors on the CPU.
     """
@@ -258,7 +258,7 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def bits(value: Any) -> Any:
-    """What two values have in common only if they are equal bit for bit, NaN included."""
+    """A value's key; two values have the same one if they are equal bit for bit, NaN included."""
     if not isinstance(value, Tensor):
         return repr(value)
     raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -266,7 +266,7 @@ def bits(value: Any) -> Any:
 
 
 def differences(a: Any, b: Any) -> list[str]:
-    """Where two nested values are not equal bit for bit."""
+    """The places at which two nested values are not equal bit for bit."""
     ours, theirs = ({path: bits(leaf) for path, leaf in leaves(x)} for x in (a, b))
     return sorted(p for p in ours.keys() | theirs.keys() if ours.get(p) != theirs.get(p))
 
@@ -410,7 +410,7 @@ def told(folder: Path, rank: int, what: str) -> list[Any]:
 
 
 def growth(folder: Path, rank: int) -> dict[str, int]:
-    """By how much a rank's memory has grown since the warm-up, at most."""
+    """The growth of a rank's memory since the warm-up, at most."""
     seen = told(folder, rank, "memory")
     if len(seen) <= WARM_UP:
         raise ValueError(f"{len(seen)} cycles are too few: a cycle has {CYCLE} steps")
@@ -437,7 +437,7 @@ def main() -> int:
             options.leak,
         )
         sys.stdout.flush()
-        # As torch.multiprocessing.spawn ends its ranks. Where gloo's thread is the last to hold a
+        # As torch.multiprocessing.spawn ends its ranks. If gloo's thread is the last to hold a
         # tensor, it asks for the lock of an interpreter that has gone, and the process aborts.
         os._exit(0)
     with tempfile.TemporaryDirectory() as temporary:

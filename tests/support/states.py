@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def differences(a: Any, b: Any, path: str = "state") -> list[str]:
-    """Where two state dicts differ in a single bit; NaN equals NaN."""
+    """The places at which two state dicts differ in a single bit; NaN equals NaN."""
     if isinstance(a, dict):
         assert list(a) == list(b)
         return [d for key in a for d in differences(a[key], b[key], f"{path}.{key}")]

@@ -12,7 +12,7 @@ OTHER = "Something else that PyTorch has to say"
 
 
 class SyncDebugMode:
-    """What torch.cuda does: the mode is set first, then the first call of a process warns."""
+    """Acts as torch.cuda does: the mode is set first, then the first call of a process warns."""
 
     def __init__(self, message: str) -> None:
         self.mode = 0

@@ -101,7 +101,7 @@ def test_a_log_that_fits_is_whole(tmp_path: Path) -> None:
 
 
 def test_ending_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an interrupt of the caller does."""
+    """An interrupt of the caller ends all processes in this way."""
     monkeypatch.setattr(processes, "_ending", type(processes._ending)())
     pids: list[int] = []
 

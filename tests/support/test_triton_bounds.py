@@ -1,6 +1,6 @@
 """Kernels that are misused on purpose are reported, with their names; those that are right are not.
 
-What is between `checked_bounds` and the tensors of an operator is tried with mmfuse's own ops.
+The code between `checked_bounds` and the tensors of an operator is tried with mmfuse's own ops.
 """
 
 # ruff: noqa: N803 - compile-time arguments are written in capitals
@@ -116,7 +116,7 @@ def test_a_kernel_that_is_right() -> None:
     ],
 )
 def test_a_mask_that_is_missing_or_wrong(kernel, said: str) -> None:
-    """Within one allocation, where an address alone says nothing."""
+    """Both tensors lie within one allocation, where an address alone says nothing."""
     memory = torch.zeros(64)
     with checked_bounds(), pytest.raises(BoundsError, match=said) as raised:
         launch(kernel, memory[10:23], memory[23:36], 13)

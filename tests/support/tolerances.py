@@ -114,7 +114,7 @@ def row_entropy(dtype: torch.dtype, expected: Tensor, classes: int) -> Tensor:
 
     An exponential and its argument cost (8 + √C)·u, see softmax_score, for either part. Whenever a
     larger maximum is found, both sums are turned to it for 7 roundings; as in `log_sum_exp` that
-    happens at most √C times. What is below the smallest normal number may be 0.
+    happens at most √C times. A number below the smallest normal number may be 0.
     """
     wide = accumulation_dtype(dtype)
     relative = 2 * (8 + classes**0.5) + 7 * classes**0.5
@@ -138,7 +138,7 @@ def weighted_mean(dtype: torch.dtype, rows: Tensor, errors: Tensor, weight: Tens
 
 
 class Divergence(NamedTuple):
-    """What the bounds of a divergence are made of, [B, C] in float64, for t terms of p, q and d.
+    """The parts of a divergence's bounds, [B, C] in float64, for t terms of p, q and d.
 
     `log_p` and `log_q` are 0 where p or q is 0, which nothing rounds. `own` is how far an error of
     p or of q moves a term, relatively; `slope` is |dt/dd|; `factors` are what p and q are
@@ -161,7 +161,7 @@ def _log_softmax(u: float, log_p: Tensor) -> Tensor:
 
 
 def _definition(exact: Divergence) -> Tensor:
-    """What the expected numbers are off by, whose float64 terms are differences of larger ones.
+    """The error of the expected numbers, whose float64 terms are differences of larger ones.
 
     They are p and q times differences of logarithms, each with its own error.
     """
@@ -177,8 +177,8 @@ def divergence(dtype: torch.dtype, exact: Divergence) -> Tensor:
     first order the error that all d of a row share cancels, which this does not use. Evaluated from
     a given d: exp(−|d|) is good to 4 units, 1 − exp(−|d|) absolutely so, and its share of m is at
     most |p − q|; with log1p, the products and, beyond |d| = 1, ln 2, this comes to at most 30 u
-    (t + |p − q|). Adding up positive terms costs √C, less than what their own errors have. What is
-    below the smallest normal number may be 0: p, and with it p |d|.
+    (t + |p − q|). Adding up positive terms costs √C, less than what their own errors have. A number
+    below the smallest normal one may be 0: p, and with it p |d|.
     """
     wide = accumulation_dtype(dtype)
     u, tiny = UNIT_ROUNDOFF[wide], torch.finfo(wide).tiny
@@ -317,7 +317,7 @@ def mean_square_difference(dtype: torch.dtype, expected: Tensor, count: int) -> 
 
 
 def redundancy(dtype: torch.dtype, expected: Tensor, count: int, divisor: Tensor) -> Tensor:
-    """As mean_square_difference; ε, the sum with it, and the division are rounded once each.
+    """Bound as in mean_square_difference; ε, the sum with it and the division round once each.
 
     `divisor` is input_sq + ε, which magnifies an underflow of the mean. `expected` is the ratio.
     """

@@ -60,7 +60,7 @@ class Extent:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> Extent:
-        """Of this view, whatever else its memory holds."""
+        """The extent of this view, whatever else its memory holds."""
         kind = tl.str_to_ty(mangle_type(tensor), None)
         steps = zip(tensor.shape, tensor.stride(), strict=True)
         span = 1 + sum((size - 1) * stride for size, stride in steps) if tensor.numel() else 0
@@ -72,7 +72,7 @@ class Extent:
         return cls(name, kind, tensor.data_ptr(), tensor.itemsize, span, elements)
 
     def missed(self, addresses: np.ndarray) -> np.ndarray:
-        """Of each address, whether it is no element's."""
+        """True for each address that is no element's."""
         # Without a sign, what lies before the tensor is far beyond it.
         places, within = np.divmod(addresses - np.uint64(self.base), np.uint64(self.itemsize))
         missed = (within != 0) | (places >= self.span)
@@ -81,7 +81,7 @@ class Extent:
         return missed
 
     def described(self, address: int) -> str:
-        """Where an address is that was missed."""
+        """A missed address, in words."""
         place, within = divmod(address - self.base, self.itemsize)
         part = f" + {within} bytes" if within else ""
         kind = "gap" if not within and 0 <= place < self.span else "element"
@@ -103,7 +103,7 @@ class Site:
 
 @dataclass
 class Checked:
-    """What has been looked at.
+    """Everything that has been looked at.
 
     Attributes:
         kernels: How often each kernel was launched.
@@ -166,7 +166,7 @@ class _Checker:
         self._names: list[str] = []
 
     def launch(self, original: Callable[..., None]) -> Callable[..., None]:
-        """Of GridExecutor: which kernel runs."""
+        """Wraps GridExecutor's launch: notes which kernel runs."""
 
         def call(executor: Any, *args: Any, **kwargs: Any) -> None:
             before = self._kernel, self._names
@@ -186,7 +186,7 @@ class _Checker:
         return call
 
     def convert(self, original: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Of an argument, in their order: the tensor that its pointer belongs to."""
+        """Wraps the conversion of arguments, in their order: finds the tensor of each pointer."""
 
         def named(argument: Any, name: str) -> Any:
             if type(argument) is tuple:
@@ -199,7 +199,7 @@ class _Checker:
         return lambda argument: named(argument, self._names.pop(0))
 
     def carry(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Of whatever makes a pointer: it belongs to the tensor of those that it is made of."""
+        """Wraps all that makes a pointer: it belongs to the tensor of those that it is made of."""
 
         def call(builder: Any, *args: Any, **kwargs: Any) -> Any:
             made = original(builder, *args, **kwargs)
@@ -222,7 +222,7 @@ class _Checker:
         )
 
     def promise(self, original: Callable[..., None]) -> Callable[..., None]:
-        """Of tl.multiple_of: the number or the address is a multiple."""
+        """Wraps tl.multiple_of: checks that the number or the address is a multiple."""
 
         def call(handle: Any, key: str, value: list[int]) -> None:
             if key == "tt.divisibility" and handle.data.size == 1 and handle.data.item() % value[0]:
@@ -233,7 +233,7 @@ class _Checker:
         return call
 
     def access(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        """Of what reads or writes."""
+        """Wraps what reads or writes."""
         names = list(inspect.signature(original).parameters)
         word = "reads" if name in _READS else "writes"
         pointer = next(name for name in names if name in ("ptr", "ptrs"))
@@ -276,7 +276,7 @@ class _Checker:
 
 
 def _nothing(pointers: Any, mask: np.ndarray) -> Any:
-    """What a lane has that was kept out, and was promised nothing."""
+    """The values of a lane that was kept out, and was promised nothing."""
     kind = pointers.get_element_ty()
     dtype = interpreter._get_np_dtype(kind)
     values = np.zeros(mask.shape, dtype)

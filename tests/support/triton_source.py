@@ -41,7 +41,7 @@ class Access(NamedTuple):
 
 
 def _calls(tree: ast.AST) -> list[ast.Call]:
-    """In the order in which they stand."""
+    """The calls in the order in which they stand."""
     found = [
         node
         for node in ast.walk(tree)
@@ -60,7 +60,7 @@ def _masks(call: ast.Call) -> list[ast.keyword]:
 
 
 def accesses(module: ModuleType) -> Iterator[Access]:
-    """Of all functions of a module."""
+    """The accesses of all functions of a module."""
     assert module.__file__ is not None
     source = Path(module.__file__).read_text()
     for function in ast.walk(ast.parse(source)):
@@ -72,7 +72,7 @@ def accesses(module: ModuleType) -> Iterator[Access]:
 
 
 class _Dropped:
-    """What the interpreter makes of a function's source, without a mask of it."""
+    """The interpreter's reading of a function's source, without a mask of it."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -87,7 +87,7 @@ class _Dropped:
 
 @contextmanager
 def dropped_mask(module: str, function: str, index: int) -> Iterator[None]:
-    """In the block, a function in the interpreter lacks the mask of its access at this place."""
+    """Removes the mask of a function's access at this place, in the interpreter, for the block."""
     target = getattr(importlib.import_module(module), function)
     with mock.patch.object(target.rewriter, "ast_transformer", _Dropped(index)):
         rewritten = target.rewriter.rewrite_ast()

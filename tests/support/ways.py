@@ -22,7 +22,7 @@ CLASSES = 5
 
 
 def options(way: str | None) -> dict[str, Any]:
-    """What the method is made with."""
+    """The keyword arguments that the method is made with."""
     if way != "criterion":
         return {}
     weight = torch.linspace(0.5, 2.0, CLASSES, dtype=torch.float64)

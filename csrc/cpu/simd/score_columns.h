@@ -35,7 +35,7 @@ class ScoreColumns {
     });
   }
 
-  // Of class indices.
+  // The statistics for class indices.
   void statistics(const RowStatistics& out) {
     for_each_tile([&](int64_t row, int64_t n) {
       sum_statistics(row, n);
@@ -158,7 +158,7 @@ class ScoreColumns {
     }
   }
 
-  // As sum_classes<false>, with all that statistics are made of.
+  // Does as sum_classes<false>, with all that statistics are made of.
   void sum_statistics(int64_t row, int64_t n) {
     for (int64_t j = 0; j < n; j += kWidth) {
       store(top_ + j, splat(-kInfinity));
@@ -242,7 +242,7 @@ class ScoreColumns {
     }
   }
 
-  // From sums to scores.
+  // Turns sums into scores.
   void finish(int64_t row, int64_t n) {
     const vec_t nan = splat(std::numeric_limits<acc_t>::quiet_NaN());
     for (int64_t j = 0; j < n; j += kWidth) {

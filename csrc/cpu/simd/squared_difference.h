@@ -3,7 +3,7 @@
 // Few enough elements to sum in the accumulator's own precision.
 constexpr int64_t kDifferenceTile = 4096;
 
-// For a sum beyond float's range, whose mean may well be within it.
+// A version for a sum beyond float's range, whose mean may well be within it.
 template <typename scalar_t>
 inline double wide_squared_difference(const scalar_t* x, const scalar_t* y, int64_t n) {
   double sum = 0;

@@ -48,7 +48,7 @@ inline Likelihood<vec_t> likelihood(vec_t z, vec_t y) {
   const vec_t zero{}, one = zero + 1;
   const vec_t e = exp_nonpositive(z < zero ? z : -z);
   const vec_t u = one + e;
-  // What 1 + e has rounded away, for log1p.
+  // The part of e that 1 + e has rounded away, for log1p.
   const vec_t rest = e - (u - one);
   const vec_t no = shared(one - y, z > zero ? z : zero);
   const vec_t yes = shared(y, z < zero ? -z : zero);

@@ -89,7 +89,7 @@ class TransposedNormals {
     }
   }
 
-  // Where the next deviate goes: its row and channel, and the place in that channel.
+  // The place of the next deviate: its row and channel, and the place in that channel.
   struct Place {
     float* first;  // of the channel
     int64_t channel;

@@ -42,8 +42,8 @@ inline bool is_identity(const UpdateSlice& slice) {
 // Runs all slices, whole tensors each; false when a stored value is NaN or infinite. Without
 // `check_finite` or `sq_norm`, tensors that stay as they are are not read, and count as finite.
 // `sq_norm`, if not null, receives the sum of squares of each tensor before the update; the sums do
-// not depend on the number of threads. What has nothing to do may be gone from `tensors`
-// afterwards.
+// not depend on the number of threads. Slices without anything to do may be gone
+// from `tensors` afterwards.
 bool launch_update(std::vector<UpdateSlice>& tensors, bool check_finite, double* sq_norm = nullptr);
 
 }  // namespace mmfuse::cpu

@@ -228,7 +228,7 @@ inline bool all_finite(const scalar_t* x, int64_t n) {
   return check.passed();
 }
 
-// For a tensor that stays as it is.
+// A loop for a tensor that stays as it is.
 template <typename scalar_t>
 inline bool look_at_tiles(const scalar_t* x, int64_t size, double* squares) {
   if (squares == nullptr) return all_finite(x, size);

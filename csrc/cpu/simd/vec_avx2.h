@@ -1,4 +1,4 @@
-// 256-bit vectors: AVX2, FMA and F16C. What each function does is said in vec_generic.h.
+// 256-bit vectors: AVX2, FMA and F16C. See vec_generic.h for each function.
 
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 inline F64 multiply_add(F64 a, F64 b, F64 c) { return _mm256_fmadd_pd(a, b, c); }

@@ -1,4 +1,4 @@
-// 512-bit vectors: AVX-512 F, BW, DQ, VL. What each function does is said in vec_generic.h.
+// 512-bit vectors: AVX-512 F, BW, DQ, VL. See vec_generic.h for each function.
 
 inline F32 multiply_add(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 inline F64 multiply_add(F64 a, F64 b, F64 c) { return _mm512_fmadd_pd(a, b, c); }

@@ -10,6 +10,6 @@ using F64 = double __attribute__((vector_size(kVectorBytes)));
 using I64 = int64_t __attribute__((vector_size(kVectorBytes)));
 using U64 = uint64_t __attribute__((vector_size(kVectorBytes)));
 using I16 = int16_t __attribute__((vector_size(kVectorBytes)));
-// As many 16-bit or 32-bit values as F32 or F64 has lanes.
+// Vectors of as many 16-bit or 32-bit values as F32 or F64 has lanes.
 using U16 = uint16_t __attribute__((vector_size(kVectorBytes / 2)));
 using F32Half = float __attribute__((vector_size(kVectorBytes / 2)));

@@ -19,8 +19,8 @@ constexpr int kPackSize =
         ? kNoiseBlock
         : static_cast<int>(kVectorBytes / sizeof(scalar_t));
 
-// Packs in a batch whose widened gradients take this many registers. What else a kernel keeps
-// decides how many these may be, if enough blocks are to fit on a multiprocessor without spilling.
+// Packs in a batch whose widened gradients take this many registers. A kernel's other
+// registers limit these, if enough blocks are to fit on a multiprocessor without spilling.
 template <typename scalar_t, Anchors kAnchors, int kRegisters>
 constexpr int kBatchPacks =
     kAnchors == Anchors::kMixed
@@ -64,7 +64,7 @@ __device__ __forceinline__ void visit_source(const void* source, DType dtype, co
   }
 }
 
-// As visit_source, for the anchor; does nothing where there is none.
+// Does as visit_source, for the anchor; does nothing where there is none.
 template <Anchors kAnchors, typename scalar_t, typename F>
 __device__ __forceinline__ void visit_anchor(const AnchorPair& pair, const F& f) {
   if constexpr (kAnchors == Anchors::kSame) {

@@ -51,8 +51,8 @@ __device__ __forceinline__ RowPart row_part(int64_t block, int64_t parts, int64_
   return {problem, part, problem * columns + first, static_cast<int>(left < chunk ? left : chunk)};
 }
 
-// Where this thread's elements of the tile that starts at `tile` lie: next to each other if the
-// rows are aligned for vectors, otherwise a block apart.
+// The index of this thread's j-th element of the tile that starts at `tile`: they lie next to each
+// other if the rows are aligned for vectors, otherwise a block apart.
 template <bool kVector, int kThreads>
 __device__ __forceinline__ int tile_index(int tile, int j) {
   const int thread = threadIdx.x;

@@ -287,7 +287,7 @@ struct RowStatistics {
   acc_t abs_sum;
 };
 
-// In one pass with `sum_row`'s sums, which go to `softmax` as there.
+// Sums in one pass with `sum_row`'s, which go to `softmax` as there.
 template <typename team_t, typename scalar_t>
 __device__ __forceinline__ RowStatistics<acc_type<scalar_t>> row_statistics(
     const LogitRow<scalar_t>& row, int64_t label, RowSoftmax<acc_type<scalar_t>>& softmax) {

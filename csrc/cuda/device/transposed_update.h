@@ -54,7 +54,7 @@ __device__ __forceinline__ TransposedTile transposed_tile(const TransposedTiling
           spatial - s < tiling.spatial ? spatial - s : tiling.spatial};
 }
 
-// Where a tile's deviates are in shared memory: in logical order, one run of them or, where the
+// The places of a tile's deviates in shared memory: in logical order, one run of them or, if the
 // tile has only some places of its channels, one for each channel.
 class TileNoise {
  public:

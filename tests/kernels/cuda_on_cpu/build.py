@@ -33,7 +33,7 @@ FLAGS = (
     # Into a folder of their own only: what is there counts as built with the flags of now.
     *shlex.split(os.environ.get("MMFUSE_SHIM_FLAGS", "")),
 )
-# For the kernels, but not for what runs them: a sanitizer of threads looks at these alone.
+# Flags of the kernels, but not of what runs them: a sanitizer of threads looks at these alone.
 KERNEL_FLAGS = shlex.split(os.environ.get("MMFUSE_KERNEL_FLAGS", ""))
 RUNTIME = [HERE / "runtime.cpp"]
 if "-DMMFUSE_RACES" in FLAGS:

@@ -32,7 +32,7 @@ struct dim3 {
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-// Where the running fiber is in the launch.
+// The running fiber's place in the launch.
 extern dim3 threadIdx;
 extern dim3 blockIdx;
 extern dim3 blockDim;
@@ -56,7 +56,7 @@ bool run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
 // The running block's dynamic shared memory, filled with `poison` before each block.
 void* dynamic_shared();
 
-// What went wrong in the last launch that failed.
+// The error of the last launch that failed.
 const char* failure();
 
 // Waits for all threads of the block.

@@ -1,4 +1,4 @@
-"""What the shim's libraries contain and launch: kernels, launches, shared variables, the order."""
+"""Contents and launches of the shim's libraries: kernels, shared variables, the order."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Shim:
         return {names[addresses[i]]: (counts[i], shared[i]) for i in range(used)}
 
     def set_order(self, order: str, seed: int = 0) -> None:
-        """Who goes first among blocks and threads: "forward", "reverse" or "random"."""
+        """Sets which block and thread goes first: "forward", "reverse" or "random"."""
         assert order in ("forward", "reverse", "random")
         self._library.shim_set_order(order.encode(), ctypes.c_uint32(seed))
 
@@ -101,7 +101,7 @@ class Shim:
 
         Args:
             on: Or not at all, but for dynamic shared memory, which is always filled.
-            byte: What with; the default makes NaN.
+            byte: The byte to fill them with; the default makes NaN.
         """
         self._library.shim_set_poison(ctypes.c_int(byte), ctypes.c_bool(on))
         variables = [

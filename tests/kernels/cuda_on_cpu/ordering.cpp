@@ -1,4 +1,4 @@
-// Which calls of ordering.h have been reached, and the one that is left out.
+// The calls of ordering.h that have been reached, and the one that is left out.
 #include "ordering.h"
 
 #include <cstring>
@@ -9,7 +9,7 @@
 namespace cuda_on_cpu {
 namespace {
 
-// Where a call stands, by the compiler's own copy of the path: true if it is left out.
+// The calls' places, by the compiler's own copy of the path: true if a call is left out.
 std::map<std::pair<const char*, int>, bool> reached;
 std::string out;
 

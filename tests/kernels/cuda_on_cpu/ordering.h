@@ -1,5 +1,5 @@
-// What a kernel orders its memory with, in the build that looks for races: each call knows where it
-// stands, so that one of them can be left out, to see whether the race that comes of it is found.
+// The calls by which a kernel orders its memory, in the build that looks for races. Each knows its
+// place in the source, so that a test can leave one out, and see that the race is found.
 #pragma once
 
 namespace cuda_on_cpu {

@@ -107,8 +107,8 @@ inline void acquire(char&) {}
 
 #endif
 
-// What orders the threads of a crew's blocks. Two of each: a thread that is already on its way to
-// the next meeting must not be taken to have been at the last one.
+// The meetings that order the threads of a crew's blocks. Two of each: a thread that is already on
+// its way to the next meeting must not be taken to have been at the last one.
 class Meetings {
  public:
   void begin_launch() { blocks_ = 0; }

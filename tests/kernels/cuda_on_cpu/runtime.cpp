@@ -53,7 +53,7 @@ struct Warp {
   uint64_t values[2][kWarpSize];
 };
 
-// Who goes first, among blocks and among the threads that can go on.
+// The order of blocks, and of the threads that can go on.
 enum class Order { kForward, kReverse, kRandom };
 
 Order named_order(const std::string& name) {
@@ -81,11 +81,12 @@ Order order = order_of_environment();
 std::mt19937 random_bits;
 std::vector<size_t> turns;
 std::vector<Variable> static_shared;
-// What memory that nobody has written holds: shared memory, and with `scribbles` a thread's stack.
+// Fills memory that nobody has written: shared memory, and with `scribbles` a thread's stack.
 int poison = 0xFF;
 bool scribbles = false;
 
-// Who runs a block, and where. One crew is enough, but for who looks for races, see races.h.
+// A thread and its fibers, which run a block. One crew is enough, but to look for races, see
+// races.h.
 struct Crew {
   Worker worker;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -143,7 +144,7 @@ void arrange(std::vector<size_t>& turns, size_t count) {
   if (order == Order::kRandom) std::shuffle(turns.begin(), turns.end(), random_bits);
 }
 
-// Where the kernel's variables will be.
+// Fills the part of the stack that the kernel's variables will take.
 __attribute__((noinline)) void scribble() {
   char area[kScribbledBytes];
   std::memset(area, poison, kScribbledBytes);
@@ -292,7 +293,7 @@ const char* failure() { return error.c_str(); }
 
 }  // namespace cuda_on_cpu
 
-// What launches.py asks for.
+// The functions that launches.py calls.
 extern "C" {
 
 // Stores the kernels that have been launched, how often, and the most dynamic shared memory that

@@ -80,7 +80,7 @@ __global__ void unwritten_kernel(int* out) {
   out[blockIdx.x] = value;
 }
 
-// Nobody has written what it reads.
+// It reads memory that nobody has written.
 __global__ void unwritten_local_kernel(int* out) {
   int few[16];
   int* volatile first = few;
@@ -101,7 +101,7 @@ __global__ void beyond_dynamic_kernel(int* out) {
   out[threadIdx.x] = first[threadIdx.x + 1];
 }
 
-// What lies beyond the variable must still be known after other threads have run.
+// The shim must still know the memory beyond the variable after other threads have run.
 __global__ void beyond_local_kernel(int* out) {
   int few[4] = {1, 2, 3, 4};
   const int* volatile first = few;

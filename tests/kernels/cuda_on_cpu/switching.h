@@ -1,4 +1,4 @@
-// What a sanitizer has to know when one fiber leaves the processor and another one arrives.
+// A sanitizer has to be told when one fiber leaves the processor and another one arrives.
 #pragma once
 
 #include <setjmp.h>
@@ -14,8 +14,8 @@
 
 namespace cuda_on_cpu {
 
-// Where a stack lies, for AddressSanitizer, and the frames that it keeps elsewhere; and whose it
-// is, for ThreadSanitizer.
+// A stack's place, for AddressSanitizer, and the frames that it keeps elsewhere; and the stack's
+// owner, for ThreadSanitizer.
 struct Stack {
   const void* bottom = nullptr;
   size_t bytes = 0;

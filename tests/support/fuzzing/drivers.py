@@ -277,7 +277,7 @@ def use_backend(d: Drawer) -> Arguments:
     return {"backend": d.of(None, "cpu", "reference")}
 
 
-#: By the public name.
+#: The drivers by the op's public name.
 DRIVERS: dict[str, Callable[[Drawer], Arguments]] = {
     "active_backend": active_backend,
     "co_information": three_variables,

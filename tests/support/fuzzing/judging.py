@@ -20,14 +20,14 @@ from torch import Tensor, nn
 import mmfuse
 
 PACKAGE = str(Path(mmfuse.__file__).parent)
-#: Where the models are that a user would have written.
+#: This file has the models that a user would have written.
 OWN = str(Path(__file__).with_name("values.py"))
 #: The kinds of errors that the docstrings promise.
 PROMISED = (TypeError, ValueError, RuntimeError, ImportError)
 
-#: What objects remember for speed, so as to warn once, or of the latest batch for other ranks.
+#: Objects remember these for speed, so as to warn once, or of the latest batch for other ranks.
 CACHES = ("_warned", "_warned_of_mode", "registrations", "_looked", "_paired", "_kind", "_waiting")
-#: Whose docstrings promise for bad input that results are not finite, and no more.
+#: Their docstrings promise for bad input that results are not finite, and no more.
 NON_FINITE = ("ops.grad_stats",)
 
 

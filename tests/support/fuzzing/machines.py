@@ -17,7 +17,7 @@ from . import judging
 from .mistakes import spoil
 from .worlds import OTHERS, World
 
-#: What has a training step of its own, and the methods beside them.
+#: These have a training step of their own; beside them stand the other methods.
 SEQUENCES = (*KINDS, *OTHERS)
 
 
@@ -105,7 +105,7 @@ class Sequence:
             judging.check_error(f"{name}'s backward", outcome.error, WORDS)
 
 
-#: What errors may name beside arguments.
+#: Errors may name these beside arguments.
 WORDS = ("gradient", "parameter", "parameters", "encoders", "inputs", "features", "logits", "state")
 
 

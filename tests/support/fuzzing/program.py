@@ -29,9 +29,9 @@ from .machines import Plan, Step
 from .targets import Target
 from .values import Made, T
 
-#: Of one round, after which the time is looked at and the seed is another one.
+#: The cases of one round, after which the program looks at the time and changes the seed.
 CASES = 100
-#: What the text of a call may name.
+#: The text of a call may name these.
 PLAIN = {kind.__name__: kind for kind in (Call, Made, Plan, Step, T)}
 SHRINKING_SECONDS = 20
 #: A target that takes so much longer than its share hangs.
@@ -39,7 +39,7 @@ GRACE_SECONDS = 180.0
 
 
 class Report(NamedTuple):
-    """What became of a target: how many cases ran, and the keys of what was found."""
+    """The end of a target's run: how many cases ran, and the keys of the findings."""
 
     cases: int
     found: list[str]
@@ -95,7 +95,7 @@ def _round(
         try:
             target.judge(call)
         except Found as found:
-            # What comes up while another one is being shrunk has its turn later.
+            # A finding that comes up while another one is being shrunk has its turn later.
             if found.key in known or key not in (None, found.key):
                 return
             key, failing = found.key, (call, found)

@@ -156,7 +156,7 @@ def found_inf(d: Drawer) -> Arguments:
     return {"scaler": Made("scaler", (d.maybe(),)), "optimizer": optimizer}
 
 
-#: By the name under which a user finds it in `mmfuse`.
+#: The drivers by the name under which a user finds it in `mmfuse`.
 FUNCTIONS: dict[str, Callable[[Drawer], Arguments]] = {
     "ContributionSampler": sampler,
     "NoiseStream": noise_stream,
@@ -183,7 +183,7 @@ GIVEN: dict[str, Any] = {
     "encoders": Made("encoders", (Made("linear", (2, 3)), Made("linear", (3, 3)))),
     "head": Made("linear", (3, 4)),
 }
-#: What all methods on gradients take beside their own.
+#: All methods on gradients take these beside their own.
 COMMON: dict[str, Any] = {
     "select": "all",
     "shared": None,

@@ -21,7 +21,7 @@ NO_RESULT = ("active_backend", "use_backend")
 
 
 class Target(Protocol):
-    """What `program.py` does with each."""
+    """The attributes and methods of each target that `program.py` uses."""
 
     name: str
 

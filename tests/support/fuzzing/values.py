@@ -1,4 +1,4 @@
-"""Arguments as plain data, from which each backend gets its own: what is printed can be run."""
+"""Arguments as plain data, from which each backend gets its own: their printed form can be run."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ class _Sum(nn.Module):
         return torch.stack([x.cos().sum(1) for x in inputs.values()]).sum(0).unsqueeze(1) * 0.5
 
 
-#: By name, what plain data cannot say.
+#: Objects that plain data cannot describe, by name.
 MAKERS: dict[str, Callable[..., Any]] = {
     "stream": _stream,
     "stats": _stats,
@@ -189,7 +189,7 @@ class Drawer:
         return int(self.of(*SIZES)) if not self.maybe(40) else int(self.of(1025, 4097, 20_001))
 
     def shape(self, most: int = 4) -> tuple[int, ...]:
-        """Of 0 to `most` dimensions, of which the first alone may be long."""
+        """A shape of 0 to `most` dimensions, of which the first alone may be long."""
         dims = self.whole(0, most)
         return tuple(self.size() if not i else self.whole(0, 5) for i in range(dims))
 

@@ -20,7 +20,7 @@ NAMES = ("audio", "visual")
 CLASSES, WIDTH, FEATURES = 5, 3, 4
 #: Methods of which a training step has no part in `balancing.KINDS`.
 OTHERS = tuple(name for name, made in METHODS.items() if made.card.acts in ("head", "parameter"))
-#: What `set_epoch` gets.
+#: The arguments of `set_epoch`.
 EPOCHS: tuple[Any, ...] = (0, 1, 2, 3, -1, 1.5, "1", None, True, 10**6, 2**70, torch.tensor(1))
 Action = Callable[..., Any]
 
@@ -114,7 +114,7 @@ class World:
             found["step"] = lambda n: (method.step, self._shown(n) if n % 4 else {})
         return found
 
-    # What the actions do and take -----------------------------------------------------------------
+    # The actions' calls and arguments -------------------------------------------------------------
 
     def _labels(self) -> Tensor:
         return self.seen["labels"] if self.seen else torch.arange(6) % CLASSES

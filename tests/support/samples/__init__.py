@@ -1,4 +1,4 @@
-"""What the tests run each op on: a module of the op's name for each, found by that name.
+"""The arguments that the tests run each op on: one module for each, found by the op's name.
 
 A new op is a new file here; test_op_contract.py, every_kernel.py, .ci/compile_triton.py and
 .ci/instructions.py go through all of them. In a module are, by these names,
@@ -37,14 +37,14 @@ __all__ = ["BOUNDS", "CASES", "MODULES", "SEED", "Inputs", "Samples", "arguments
 Case = Callable[[Inputs], list[Tensor]]
 Bound = Callable[[Sequence[Any], Sequence[Tensor]], Sequence[Tensor]]
 
-#: By the op's name, which is that of its file in every backend's folder.
+#: Modules by the op's name, which is that of its file in every backend's folder.
 MODULES: dict[str, ModuleType] = {
     info.name: importlib.import_module(f"{__name__}.{info.name}")
     for info in pkgutil.iter_modules(__path__)
     if not info.name.startswith("_")
 }
 CASES: dict[str, Case] = {name: module.case for name, module in MODULES.items()}
-#: By the operator's name.
+#: Bounds by the operator's name.
 BOUNDS: dict[str, Bound] = {
     operator: bound
     for module in MODULES.values()

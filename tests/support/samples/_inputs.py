@@ -12,7 +12,7 @@ from mmfuse import NoiseStream
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 WIDE = (torch.float32, torch.float64)
-#: In which CUDA has kernels for short lists and for long ones.
+#: CUDA has kernels for short lists and for long ones in these dtypes.
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
 SEED = 20_26
 
@@ -26,7 +26,7 @@ class Inputs:
     """Random tensors on a device; the same ones at every run.
 
     Args:
-        device: Where they are made.
+        device: Their device.
         backend: Which kernels will read them.
     """
 
@@ -74,7 +74,7 @@ class Inputs:
         return self.placed((values / 16).to(dtype), offset)
 
     def mask(self, *shape: int) -> Tensor:
-        """Which values are there: seven of ten."""
+        """The values that are there: seven of ten."""
         return self.placed(torch.rand(shape, generator=self._generator) < 0.7)
 
     def stream(self, count: int | None = None) -> NoiseStream:

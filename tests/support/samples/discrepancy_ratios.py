@@ -29,7 +29,7 @@ def small(device: str) -> Small:
     return lambda: ops.discrepancy_ratios(scores)
 
 
-short = small  # Nothing of it is ever shared out.
+short = small  # No part of it is ever shared out.
 
 
 def case(inputs: Inputs) -> list[Tensor]:

@@ -33,7 +33,7 @@ def small(device: str) -> Small:
     return lambda: ops.information_pull(scores, is_open, steps, 0.9, owner=[0, 1, 1])
 
 
-short = small  # Nothing of it is ever shared out.
+short = small  # No part of it is ever shared out.
 
 
 def case(inputs: Inputs) -> list[Tensor]:

@@ -34,7 +34,7 @@ def arguments(device: str) -> Samples:
 
 
 def undefined(device: str) -> Samples:
-    """Nothing changes."""
+    """Arguments with which nothing changes."""
     state, sums = _state(device), torch.full((5,), torch.nan, device=device)
     yes = torch.ones((), dtype=torch.bool, device=device)
     return {"keep_state_": [(state, _values(state), yes, sums)]}
@@ -46,7 +46,7 @@ def small(device: str) -> Small:
     return lambda: ops.keep_state_(state, values, finite)
 
 
-short = small  # Nothing of it is ever shared out.
+short = small  # No part of it is ever shared out.
 
 
 def case(inputs: Inputs) -> list[Tensor]:

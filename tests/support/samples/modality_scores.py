@@ -12,7 +12,7 @@ from mmfuse import ops
 
 from ._inputs import DTYPES, Inputs, Samples, Small
 
-#: What the operators get without keywords.
+#: The operators' last arguments in a call without keywords.
 PLAIN = (None, None, -100, False)
 
 

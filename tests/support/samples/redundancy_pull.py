@@ -82,7 +82,7 @@ def small(device: str) -> Small:
     return lambda: ops.redundancy_pull(scores, scores, gate, state, owner=[0, 1, 1], stats=stats)
 
 
-short = small  # Nothing of it is ever shared out.
+short = small  # No part of it is ever shared out.
 
 
 def case(inputs: Inputs) -> list[Tensor]:

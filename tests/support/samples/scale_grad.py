@@ -30,7 +30,7 @@ def _bound(arguments: Sequence[Any], exact: Sequence[Tensor]) -> list[Tensor]:
     grad, coefficient, noise_std = arguments[:3]
     scaled = coefficient.cpu().double() * grad.cpu().double()
     sigma = torch.zeros(()).double() if noise_std is None else noise_std.cpu().double()
-    # What the exact result holds beside the scaled gradient is the noise.
+    # The noise is the rest of the exact result, beside the scaled gradient.
     z = torch.where(sigma > 0, (exact[0] - scaled) / sigma, 0.0)
     zero = torch.zeros(())
     return [tolerances.updated_grad(grad.dtype, exact[0], scaled, zero, sigma, z)]

@@ -115,7 +115,7 @@ def case(inputs: Inputs) -> list[Tensor]:
 
 
 def _taking_the_stream_on(inputs: Inputs) -> list[Tensor]:
-    """As a step does it: the update itself advances the stream, where it can read a table."""
+    """Updates as a step does: the update itself advances the stream, if it can read a table."""
     grads, stream = inputs.many(5), inputs.stream()
     flag = torch.ones((), dtype=torch.bool, device=inputs.device)
     half, one = (torch.full((5,), x, device=inputs.device) for x in (0.5, 1.0))

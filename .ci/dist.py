@@ -145,7 +145,7 @@ def try_all(output: Path, pythons: Sequence[str]) -> int:
     wheels = [*output.glob(f"*manylinux*_{platform.machine()}.whl")]
     trees = [*output.with_name("dist_tree").glob("mmfuse-*")]
     if not wheels or not trees:
-        print(f"there is no wheel to try in {output}; build it without --built", file=sys.stderr)
+        print(f"there is no wheel to try in {output}; build it without TRY=1", file=sys.stderr)
         return 2
     checked = tests_alone(trees[0], output.with_name("dist_checked"))
     for program in pythons:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import sys
 import tarfile
 import zipfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from installs import ROOT
+from installs import ROOT, run
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -136,6 +137,15 @@ def test_a_wheel_that_is_there_is_tried_and_nothing_built(
     assert dist.main(arguments) == 0
     wheel = "mmfuse-0.2.0-py3-none-manylinux_2_28_aarch64.whl"
     assert tried == [(sys.executable, wheel, ["tests"])]
+
+
+@pytest.mark.parametrize("words", [[], ["TRY=1"], ["AARCH64=1"]], ids=str)
+def test_make_wheels_builds_unless_it_is_told_to_try(words: list[str]) -> None:
+    done = run(["make", "--dry-run", "wheels", *words], ROOT)
+    (call,) = re.findall(r"dist\.py (.*(?:\\\n.*)?)", done.stdout)
+    assert ("--built" in call) == ("TRY=1" in words), done.stderr
+    assert ("--wheels" in call) == ("TRY=1" not in words)
+    assert ("--aarch64" in call) == ("AARCH64=1" in words)
 
 
 def test_a_wheel_for_aarch64_needs_its_compiler(

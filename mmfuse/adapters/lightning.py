@@ -150,13 +150,8 @@ class Balance(Epochs):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state but for this fit's: a copy has other optimizers, and no Trainer's loggers."""
-        of_this: dict[str, Any] = {
-            "_log": None,
-            "_holders": None,
-            "_to_come": set(),
-            "_trainer": None,
-        }
-        return {**self.__dict__, **of_this, "_fitting": False, "_training": False}
+        fit: dict[str, Any] = {"_log": None, "_holders": None, "_trainer": None}
+        return {**self.__dict__, **fit, "_to_come": set(), "_fitting": False, "_training": False}
 
     @property
     def state_key(self) -> str:

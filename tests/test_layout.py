@@ -55,7 +55,7 @@ def tracked(*patterns: str) -> list[Path]:
         ).stdout.splitlines()
     else:  # an unpacked source distribution, which says what it has
         names = (ROOT / "mmfuse.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines()
-        wanted = {pattern if "*" in pattern else f"{pattern}/*" for pattern in patterns}
+        wanted = {pattern if "*" in pattern else f"{pattern}/*" for pattern in patterns or "*"}
         listed = [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
     found = [ROOT / name for name in listed]
     return [path for path in found if path.is_file()]

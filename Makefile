@@ -169,8 +169,10 @@ dist: build
 	$(BIN)/python .ci/dist.py
 
 # For each Python it downloads PyTorch: PYTHONS="python3.10 python3.13", AARCH64=1 by a cross-compiler.
+# TRY=1 tries the wheel that is in build/dist with further ones.
 wheels: $(ENVIRONMENT)
-	$(BIN)/python .ci/dist.py --wheels $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(AARCH64),--aarch64)
+	$(BIN)/python .ci/dist.py $(if $(TRY),--built,--wheels) $(if $(PYTHONS),--pythons $(PYTHONS)) \
+		$(if $(AARCH64),--aarch64)
 
 release: $(ENVIRONMENT)
 	$(if $(VERSION),,$(error make release VERSION=0.2.0: which version?))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -50,6 +49,14 @@ def pins(python: str, bounds: dict[str, str]) -> list[str]:
     chosen = {name: bounds[name] for name in ("torch", "typing_extensions", *PACKAGES)}
     chosen |= FIRST_FOR.get(python, {})
     return [f"{name}=={version}" for name, version in chosen.items()]
+
+
+def starts(program: str) -> bool:
+    """True if this program is a Python; a manager's link may be there and lead to none."""
+    try:
+        return subprocess.run([program, "-c", ""], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def said(command: Sequence[object], cwd: Path) -> str:
@@ -102,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("pythons", nargs="*", default=PYTHONS, help="programs, or their paths")
     pythons = parser.parse_args(argv).pythons
     for program in pythons:
-        if shutil.which(program) is None:
-            print(f"make bounds needs {program}, which was not found on the PATH", file=sys.stderr)
+        if not starts(program):
+            print(f"make bounds needs {program}, which is no Python that starts", file=sys.stderr)
             return 2
     OUTPUT.mkdir(parents=True, exist_ok=True)
     results = [try_with(program) for program in pythons]

@@ -4,14 +4,16 @@
 checkout has built; and all checks. `make wheels`, before a release: builds in isolation, from the
 unpacked source distribution alone, one wheel with kernels that other Linux machines take, with
 mmfuse._C for each of the Pythons; installs it in a new environment of each, and runs tests there.
-`--aarch64` adds that wheel by a cross-compiler (.ci/cross.py). PyTorch comes from wherever pip gets
-it: PIP_CONSTRAINT chooses a version. Exit code 1 if a check failed, 2 without a Python.
+`--aarch64` adds that wheel by a cross-compiler (.ci/cross.py). `--built` builds nothing, and tries
+the wheel of an earlier call. PyTorch comes from wherever pip gets it: PIP_CONSTRAINT chooses a
+version. Exit code 1 if a check failed, 2 without a Python or without that wheel.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -23,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from bounds import ONLY, PACKAGES, TESTS
+from bounds import ONLY, PACKAGES, TESTS, said, starts
 from cross import cross_environment
 from dist_checks import TOOLS, Tools, check_all
 
@@ -84,8 +86,10 @@ def quick(output: Path) -> None:
     call([*setup, "bdist_wheel", "--dist-dir", output], ROOT)
 
 
-def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: bool) -> Path:
-    """As a release is built; returns the tree that it was built from."""
+def isolated(
+    output: Path, programs: Tools, pythons: Sequence[str], targets: Sequence[dict[str, str]]
+) -> None:
+    """As a release is built, from the source distribution alone; one wheel for each target."""
     build = [programs.folder / "python", "-m", "build", "--outdir"]
     call([*build, output, "--sdist", ROOT], ROOT)
     tree = unpacked(only(output, "*.tar.gz"), output.with_name("dist_tree"))
@@ -97,9 +101,6 @@ def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: boo
         "MMFUSE_PORTABLE": "1",
         "MMFUSE_PYTHONS": shlex.join(shutil.which(name) or name for name in pythons),
     }
-    targets: list[dict[str, str]] = [{}]
-    if aarch64:
-        targets.append(cross_environment(output.with_name("dist_cross"), run_compiler))
     for target in targets:
         shutil.rmtree(tree / "build", ignore_errors=True)
         call([*build, raw, "--wheel", tree], tree, **variables, **target)
@@ -109,7 +110,6 @@ def isolated(output: Path, programs: Tools, pythons: Sequence[str], aarch64: boo
         path = f"{programs.folder}{os.pathsep}{os.environ['PATH']}"
         command = [programs.folder / "auditwheel", "repair", *excluded, "--wheel-dir", output]
         call([*command, wheel], tree, PATH=path)
-    return tree
 
 
 def tests_alone(tree: Path, folder: Path) -> Path:
@@ -121,7 +121,7 @@ def tests_alone(tree: Path, folder: Path) -> Path:
 
 
 def try_with(program: str, wheel: Path, checked: Path) -> None:
-    """Installs the wheel in a new environment, and runs tests there."""
+    """Installs the wheel in a new environment, runs tests there, and removes it if they pass."""
     began = time.monotonic()
     environment = checked.with_name(f"dist_{Path(program).name}")
     python = environment / "bin" / "python"
@@ -132,7 +132,25 @@ def try_with(program: str, wheel: Path, checked: Path) -> None:
     variables = {"MMFUSE_REQUIRE_BACKENDS": "reference,cpu", "CXX": "false"}
     pytest = [python, "-m", "pytest", "-q", "-n", "2", "-m", "not slow", "-k", ONLY]
     call([*pytest, *TESTS], checked, **variables)
-    print(f"dist: {program}: passed in {time.monotonic() - began:.0f} s", flush=True)
+    versions = "import platform, torch; print(platform.python_version(), torch.__version__)"
+    found, of_torch = said([python, "-c", versions], checked).split()
+    seconds = time.monotonic() - began
+    print(f"dist: Python {found} with PyTorch {of_torch}: passed in {seconds:.0f} s", flush=True)
+    # PyTorch for CUDA takes 5 GB for each Python.
+    shutil.rmtree(environment)
+
+
+def try_all(output: Path, pythons: Sequence[str]) -> int:
+    """Tries the wheel for this processor, with the tests of the source distribution beside it."""
+    wheels = [*output.glob(f"*manylinux*_{platform.machine()}.whl")]
+    trees = [*output.with_name("dist_tree").glob("mmfuse-*")]
+    if not wheels or not trees:
+        print(f"there is no wheel to try in {output}; build it without TRY=1", file=sys.stderr)
+        return 2
+    checked = tests_alone(trees[0], output.with_name("dist_checked"))
+    for program in pythons:
+        try_with(program, wheels[0], checked)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -141,27 +159,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--wheels", action="store_true", help="in isolation, for other machines")
     parser.add_argument("--pythons", nargs="*", default=PYTHONS, help="programs, or their paths")
     parser.add_argument("--aarch64", action="store_true", help="that wheel, too")
+    parser.add_argument("--built", action="store_true", help="tries the wheel that is there")
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of what is made")
     options = parser.parse_args(argv)
     began, output = time.monotonic(), options.output.resolve()
-    for program in options.pythons if options.wheels else ():
-        if shutil.which(program) is None:
-            print(f"make wheels needs {program}, which was not found", file=sys.stderr)
+    for program in options.pythons if options.wheels or options.built else ():
+        if not starts(program):
+            print(f"make wheels needs {program}, which is no Python that starts", file=sys.stderr)
             return 2
+    if options.built:
+        return try_all(output, options.pythons)
+    targets: list[dict[str, str]] = [{}]
+    if options.aarch64:
+        targets.append(cross_environment(output.with_name("dist_cross"), run_compiler))
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
     programs = tools(output.with_name("dist_tools"))
     if options.wheels:
-        tree = isolated(output, programs, options.pythons, options.aarch64)
+        isolated(output, programs, options.pythons, targets)
     else:
         quick(output)
     faults = check_all(output, programs, ROOT, portable=options.wheels)
     for fault in faults:
         print(f"dist: {fault}", file=sys.stderr)
     if options.wheels and not faults:
-        checked = tests_alone(tree, output.with_name("dist_checked"))
-        for program in options.pythons:
-            try_with(program, only(output, "*manylinux*x86_64.whl"), checked)
+        try_all(output, options.pythons)
     for path in sorted(output.iterdir()):
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     print(f"dist: {'failed' if faults else 'passed'} in {time.monotonic() - began:.0f} s")

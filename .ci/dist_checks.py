@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,11 +63,9 @@ def of_sdist(sdist: Path, tracked: Sequence[str]) -> Iterator[str]:
         names = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
     if not tracked:
         yield "there is no repository to compare the source distribution with"
-    # These are of git alone.
-    wanted = {name for name in tracked if not name.startswith(".git")}
-    for name in sorted(wanted - names):
+    for name in sorted(set(tracked) - names):
         yield f"{sdist.name} lacks {name}"
-    for name in sorted(names - wanted):
+    for name in sorted(names - set(tracked)):
         if not re.fullmatch(r"PKG-INFO|setup\.cfg|mmfuse\.egg-info/.*", name):
             yield f"{sdist.name} has {name}, which is no part of the checkout"
 
@@ -95,7 +94,10 @@ def of_platform(wheel: Path) -> Iterator[str]:
         yield f"{wheel.name} has no manylinux tag"
     elif min((int(major), int(minor)) for major, minor in found) > NEWEST_MANYLINUX:
         limit = ".".join(map(str, NEWEST_MANYLINUX))
-        yield f"{wheel.name} needs a glibc newer than {limit}, which is PyTorch's bound"
+        yield (
+            f"{wheel.name} needs a glibc newer than {limit}, which is PyTorch's bound; build it on "
+            "a system of that age, or with MMFUSE_CUDA=0: CUDA's static runtime takes the newest"
+        )
 
 
 def check_all(output: Path, tools: Tools, root: Path, *, portable: bool) -> list[str]:
@@ -106,7 +108,9 @@ def check_all(output: Path, tools: Tools, root: Path, *, portable: bool) -> list
     command = ["git", "ls-files"]
     listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     faults += of_sdist(sdist, listed.stdout.splitlines())
-    folders = [str(root), str(output), str(Path.home())]
+    # A build in isolation has its packages, PyTorch's headers among them, in a folder of its own.
+    isolated = str(Path(tempfile.gettempdir(), "build-env-"))
+    folders = [str(root), str(output), str(Path.home()), isolated]
     for wheel in wheels:
         faults += of_wheel(wheel, folders)
         if portable and not wheel.stem.endswith("-any"):

@@ -69,8 +69,8 @@ def dated(changelog: str, version: str, day: str) -> str:
     if there.search(changelog):
         if entries:
             raise ReleaseError(
-                f"the changelog has {version} and, above it, lines that are unreleased; which "
-                "version are those of?"
+                f"the changelog has {version} and, above it, lines that are unreleased: move them "
+                "below its heading, or release the next version"
             )
         return there.sub(heading, changelog)
     if not entries:

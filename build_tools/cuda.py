@@ -36,7 +36,7 @@ def wants_cuda(torch: Path, nvcc: str | None) -> tuple[bool, str]:
         except BuildError as error:
             reason = error.reason
     if reason and wanted == "1":
-        raise BuildError(f"MMFUSE_CUDA=1, but {reason}.")
+        raise BuildError(f"MMFUSE_CUDA=1, but {reason}; unset it to install without these kernels.")
     return not reason, reason
 
 

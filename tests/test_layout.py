@@ -45,13 +45,18 @@ MOST_LINES_OF_A_BENCHMARK = 300
 
 def tracked(*patterns: str) -> list[Path]:
     """Files of the repository; those that were removed but not yet committed are left out."""
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+    else:  # an unpacked source distribution, which says what it has
+        names = (ROOT / "mmfuse.egg-info" / "SOURCES.txt").read_text(encoding="utf-8").splitlines()
+        wanted = {pattern if "*" in pattern else f"{pattern}/*" for pattern in patterns or "*"}
+        listed = [name for name in names if any(fnmatch(name, pattern) for pattern in wanted)]
     found = [ROOT / name for name in listed]
     return [path for path in found if path.is_file()]
 

@@ -73,6 +73,9 @@ class Balance:
         self._warned = False
         accelerator.register_for_checkpointing(self)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.method})"
+
     def set_epoch(self, epoch: int) -> None:
         """Tells the method which epoch begins, and OPM and ARM in the models that are prepared.
 

@@ -145,15 +145,13 @@ class Balance(Epochs):
         self._backward = False
         self._count = 0
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.method or getattr(self._make, '__qualname__', '')})"
+
     def __getstate__(self) -> dict[str, Any]:
         """The state but for this fit's: a copy has other optimizers, and no Trainer's loggers."""
-        of_this: dict[str, Any] = {
-            "_log": None,
-            "_holders": None,
-            "_to_come": set(),
-            "_trainer": None,
-        }
-        return {**self.__dict__, **of_this, "_fitting": False, "_training": False}
+        fit: dict[str, Any] = {"_log": None, "_holders": None, "_trainer": None}
+        return {**self.__dict__, **fit, "_to_come": set(), "_fitting": False, "_training": False}
 
     @property
     def state_key(self) -> str:

@@ -38,6 +38,10 @@ class DrawingModule(EpochWindowModule):
         if stream is None:
             self.noise_state = self.noise_state.to(self.epoch_state.device)
 
+    def extra_repr(self) -> str:
+        """The same of every module, and the random stream."""
+        return f"{super().extra_repr()}, stream={NoiseStream.from_state(self.noise_state)}"
+
     def agreed_stream(self) -> NoiseStream:
         """The stream, the same on all ranks."""
         stream = NoiseStream.from_state(self.noise_state)

@@ -242,9 +242,11 @@ class EpochWindowModule(EpochWindow, nn.Module):
             )
 
     def extra_repr(self) -> str:
-        """The hyper-parameters, and in which epochs the module acts."""
-        shown = (*self._shown, "num_modalities", "starts", "ends", "epoch")
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in shown)
+        """The hyper-parameters, in which epochs the module acts, and on what."""
+        names = (*self._shown, "num_modalities", "starts", "ends", "epoch")
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        card = getattr(self, "card", None)
+        return shown if card is None else f"{shown}, acts={card.acts!r}"
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Fills in the buffers that a module from the meta device gets."""

@@ -99,6 +99,13 @@ class ContributionSampler(Sampler[int]):
         self.epoch: int = 0
         self._stream = NoiseStream(seed, name=type(self).__name__)
 
+    def __repr__(self) -> str:
+        samples = self.indices[-1] + 1
+        return (
+            f"{type(self).__name__}({samples:,} samples and {len(self) - samples:,} copies, "
+            f"shuffle={self.shuffle}, epoch={self.epoch}, stream={self._stream})"
+        )
+
     def set_epoch(self, epoch: int) -> None:
         """Says which epoch begins, counted from 0; without it every epoch has the same order."""
         self.epoch = whole("epoch", epoch, least=0)

@@ -68,13 +68,15 @@ def names_for(result: Any, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]
 
 
 def method_text(method: Any) -> str:
-    """A method on gradients at the prompt: its rule, when it acts, and on which parameters."""
-    window = f"starts={method.starts}, ends={method.ends}, epoch={method.epoch}"
-    head = f"{method.name}({method.rule}, apply_to={method.apply_to!r}, {window})"
-    if method._need.stream:
-        head = f"{head[:-1]}, stream={method.stream})"
+    """A method with encoders at the prompt: its rule, when it acts, and on which parameters."""
+    gradient = hasattr(method, "apply_to")
+    where = f"apply_to={method.apply_to!r}" if gradient else f"acts={method.card.acts!r}"
+    parts = [repr(method.rule), where]
+    parts.append(f"starts={method.starts}, ends={method.ends}, epoch={method.epoch}")
+    if gradient and method.rule.need.stream:
+        parts.append(f"stream={method.stream}")
     modalities = method.modalities
-    lines = [head]
+    lines = [f"{type(method).__name__}({', '.join(parts)})"]
     for m, name in enumerate(modalities.names):
         own = [
             p for p, of in zip(modalities.parameters, modalities.modality, strict=True) if of == m

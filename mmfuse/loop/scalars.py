@@ -58,6 +58,11 @@ class ScalarLog:
         self._arrived: torch.cuda.Event | None = None
         self._closed = False
 
+    def __repr__(self) -> str:
+        waiting = len(self._steps) + len(self._sent)
+        parts = [f"every={self.every}", f"{len(self._tags)} tags", f"{waiting} steps to be written"]
+        return f"{type(self).__name__}({', '.join(parts + ['closed'] * self._closed)})"
+
     @torch.no_grad()
     def add(
         self,

@@ -31,7 +31,7 @@ from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindow
 from ..loop.modalities import Modalities, check_names, per_tensor
 from ..loop.ranks import Group, check_group
-from ..loop.result import Result
+from ..loop.result import Result, method_text
 from ..loop.state import FORMAT, check_format
 from ..ops import update_grads_
 from ._relearning_purity import Cluster, Features, checked, purities
@@ -150,6 +150,8 @@ class ReLearning(EpochWindow):
         self.modalities: Modalities = Modalities(encoders, select, shared)
         self.anchors: Anchors = Anchors(anchor_dtype, anchor_device, frozen=True)
         self.anchors.take(self.modalities.parameters)
+
+    __repr__ = method_text
 
     @classmethod
     def official(

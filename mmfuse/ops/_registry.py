@@ -325,7 +325,10 @@ class use_backend(AbstractContextManager["use_backend"]):  # noqa: N801 - reads 
         if backend is not None and (not isinstance(backend, str) or backend not in BACKENDS):
             raise ValueError(f"backend must be one of {', '.join(BACKENDS)}; got {backend!r}")
         self._previous = _forced
-        _forced = backend
+        self._backend = _forced = backend
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._backend!r})"
 
     def __exit__(
         self,

@@ -318,6 +318,7 @@ def test_what_does_not_fit_is_refused() -> None:
             Balance(accelerator, maker(kind)(model.encoders))
     assert accelerator._custom_objects == []
     balance = Balance(accelerator, InfoReg(model.encoders))
+    assert repr(balance) == f"Balance({balance.method})"
     with pytest.raises(ValueError, match="InfoReg acts on gradients only; there is nothing to"):
         balance.attach(sgd(model))
     with pytest.raises(ValueError, match=r'OGM\(..., apply_to="update"\)'):

@@ -264,8 +264,11 @@ def test_a_factory_makes_the_method(tmp_path: Path) -> None:
     def make(encoders: Any) -> mmfuse.OGM:
         return mmfuse.OGM.official(encoders, noise=False)
 
-    module = fit(tmp_path, net, data, Balance(make, ENCODERS))
+    callback = Balance(make, ENCODERS)
+    assert repr(callback).endswith("make)")
+    module = fit(tmp_path, net, data, callback)
     assert_same_training(module, expected, by_hand(expected, data, make))
+    assert repr(callback).startswith("Balance(OGM(OGMRule(")
 
 
 @pytest.mark.parametrize("name", MAKERS)

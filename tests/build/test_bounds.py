@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -37,8 +38,12 @@ def test_the_tests_that_it_runs_are_there(bounds: ModuleType) -> None:
 
 
 def test_without_a_python_it_says_so(
-    bounds: ModuleType, capsys: pytest.CaptureFixture[str]
+    bounds: ModuleType, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert bounds.main(["no-such-python"]) == 2
-    expected = "make bounds needs no-such-python, which was not found on the PATH\n"
-    assert capsys.readouterr().err == expected
+    link = tmp_path / "python3.10"
+    link.write_text("#!/bin/sh\nexit 127\n")  # as a manager's, of a Python that is not chosen
+    link.chmod(0o755)
+    for program in ("no-such-python", str(link)):
+        assert bounds.main([program]) == 2
+        expected = f"make bounds needs {program}, which is no Python that starts\n"
+        assert capsys.readouterr().err == expected

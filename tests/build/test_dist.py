@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import sys
 import tarfile
 import zipfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from installs import ROOT
+from installs import ROOT, run
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -48,6 +49,7 @@ def test_a_source_distribution_is_what_is_tracked(checks: ModuleType, tmp_path: 
     path = sdist(tmp_path, "setup.py", "tests/a.py", "tests/new.py", *made)
     tracked = ["setup.py", "tests/a.py", "csrc/b.h", ".gitattributes"]
     assert list(checks.of_sdist(path, tracked)) == [
+        f"{path.name} lacks .gitattributes",
         f"{path.name} lacks csrc/b.h",
         f"{path.name} has tests/new.py, which is no part of the checkout",
     ]
@@ -75,7 +77,7 @@ def test_a_wheel_is_for_all_and_holds_no_path(checks: ModuleType, tmp_path: Path
     [
         ("manylinux_2_28_x86_64", ""),
         ("manylinux_2_27_x86_64.manylinux_2_28_x86_64", ""),
-        ("manylinux_2_34_x86_64", "needs a glibc newer than 2.28, which is PyTorch's bound"),
+        ("manylinux_2_34_x86_64", "needs a glibc newer than 2.28, which is PyTorch's bound;"),
         ("linux_x86_64", "has no manylinux tag"),
     ],
 )
@@ -83,7 +85,9 @@ def test_the_platform_is_one_of_pytorchs(
     platform: str, fault: str, checks: ModuleType, tmp_path: Path
 ) -> None:
     path = tmp_path / f"mmfuse-0.2.0-py3-none-{platform}.whl"
-    assert list(checks.of_platform(path)) == ([f"{path.name} {fault}"] if fault else [])
+    found = list(checks.of_platform(path))
+    assert len(found) == bool(fault)
+    assert all(sentence.startswith(f"{path.name} {fault}") for sentence in found)
 
 
 def test_the_programs_findings_are_shown(checks: ModuleType, tmp_path: Path) -> None:
@@ -105,7 +109,43 @@ def test_wheels_without_a_python_say_so(
 ) -> None:
     dist = script("dist", monkeypatch)
     assert dist.main(["--wheels", "--pythons", sys.executable, "python2.0"]) == 2
-    assert capsys.readouterr().err == "make wheels needs python2.0, which was not found\n"
+    expected = "make wheels needs python2.0, which is no Python that starts\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_wheel_that_is_there_is_tried_and_nothing_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """With each Python, the wheel of this processor alone, and without the package's sources."""
+    dist = script("dist", monkeypatch)
+    tried: list[tuple[str, str, list[str]]] = []
+
+    def try_with(program: str, wheel: Path, checked: Path) -> None:
+        tried.append((program, wheel.name, sorted(path.name for path in checked.iterdir())))
+
+    monkeypatch.setattr(dist, "try_with", try_with)
+    monkeypatch.setattr(dist.platform, "machine", lambda: "aarch64")
+    output, tree = tmp_path / "dist", tmp_path / "dist_tree" / "mmfuse-0.2.0"
+    arguments = ["--built", "--output", str(output), "--pythons", sys.executable]
+    assert dist.main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"there is no wheel to try in {output}; build it")
+    for name in ("mmfuse", "tests"):
+        (tree / name).mkdir(parents=True)
+    output.mkdir()
+    for processor in ("aarch64", "x86_64"):
+        (output / f"mmfuse-0.2.0-py3-none-manylinux_2_28_{processor}.whl").touch()
+    assert dist.main(arguments) == 0
+    wheel = "mmfuse-0.2.0-py3-none-manylinux_2_28_aarch64.whl"
+    assert tried == [(sys.executable, wheel, ["tests"])]
+
+
+@pytest.mark.parametrize("words", [[], ["TRY=1"], ["AARCH64=1"]], ids=str)
+def test_make_wheels_builds_unless_it_is_told_to_try(words: list[str]) -> None:
+    done = run(["make", "--dry-run", "wheels", *words], ROOT)
+    (call,) = re.findall(r"dist\.py (.*)", done.stdout, re.S)
+    assert ("--built" in call) == ("TRY=1" in words), done.stderr
+    assert ("--wheels" in call) == ("TRY=1" not in words)
+    assert ("--aarch64" in call) == ("AARCH64=1" in words)
 
 
 def test_a_wheel_for_aarch64_needs_its_compiler(
@@ -125,3 +165,10 @@ def test_a_wheel_for_aarch64_needs_its_compiler(
     with pytest.raises(SystemExit):
         cross.cross_environment(tmp_path, commands.append)
     assert "needs aarch64-linux-gnu-g++, which was not found" in capsys.readouterr().err
+    dist, earlier = script("dist", monkeypatch), tmp_path / "dist" / "earlier.whl"
+    earlier.parent.mkdir()
+    earlier.touch()
+    arguments = ["--wheels", "--aarch64", "--pythons", sys.executable]
+    with pytest.raises(SystemExit):
+        dist.main([*arguments, "--output", str(earlier.parent)])
+    assert earlier.exists()

@@ -20,6 +20,10 @@ def test_copies_by_contribution() -> None:
     assert sampler.indices == sorted(sampler.indices)
     assert Counter(sampler) == REPEATS
     assert len(sampler) == 19
+    shown = repr(ContributionSampler(CONTRIBUTIONS, shuffle=False, seed=3))
+    assert shown.startswith(
+        "ContributionSampler(6 samples and 13 copies, shuffle=False, epoch=0, stream=NoiseStream("
+    )
 
 
 def test_the_mean_over_the_modalities_counts() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mmfuse
+from mmfuse.loop.drawing import DrawingModule
 from mmfuse.loop.result import Result
 
 
@@ -109,6 +111,27 @@ def test_a_method_on_gradients_shows_its_rule_and_parameters(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", IN_FORWARD)
 def test_a_module_shows_its_hyper_parameters(kind: str) -> None:
-    text = repr(make(kind, {}, starts=2, ends=9))
-    assert "num_modalities=2, starts=2, ends=9, epoch=0" in text
+    method = make(kind, {}, starts=2, ends=9)
+    text = repr(method)
+    where = f"acts={type(method).card.acts!r}"
+    assert f"num_modalities=2, starts=2, ends=9, epoch=0, {where}" in text
+    assert ("stream=NoiseStream(key=" in text) == isinstance(method, DrawingModule)
     assert " at 0x" not in text
+
+
+def test_a_method_between_epochs_shows_its_rule_and_parameters() -> None:
+    encoders = {"audio": nn.Linear(5, 4), "visual": nn.Linear(7, 4, bias=False)}
+    assert repr(mmfuse.ReLearning(encoders, every=5, ends=40)) == (
+        "ReLearning(ReLearningRule(lam=3.0, every=5, times=3), acts='parameter', "
+        "starts=0, ends=40, epoch=0)\n"
+        "  audio: 24 parameters in 2 tensors\n"
+        "  visual: 28 parameters in 1 tensor"
+    )
+
+
+@pytest.mark.parametrize("module", [mmfuse, mmfuse.ops], ids=lambda module: module.__name__)
+def test_nothing_public_is_shown_by_its_address(module: ModuleType) -> None:
+    found = [getattr(module, name) for name in dir(module) if not name.startswith("_")]
+    classes = [one for one in found if isinstance(one, type)]
+    assert len(classes) > 10
+    assert [one.__name__ for one in classes if one.__repr__ is object.__repr__] == []

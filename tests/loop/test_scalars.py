@@ -63,7 +63,9 @@ def test_nothing_is_written_before_the_buffer_is_full() -> None:
         if not torch.cuda.is_available():
             assert len(written) == 4 * ((step + 1) // 4)
     assert [step for step, _ in written] == [0, 10, 20, 30, 40, 50, 60, 70]
+    assert repr(log).startswith("ScalarLog(every=4, 2 tags, ")
     log.flush()
+    assert repr(log) == "ScalarLog(every=4, 2 tags, 0 steps to be written)"
     expected = [(10 * step, {"a": float(step), "b": float(-step)}) for step in range(11)]
     assert written == expected
     log.flush()
@@ -72,6 +74,7 @@ def test_nothing_is_written_before_the_buffer_is_full() -> None:
     log.close()
     assert written == [*expected, (110, {"a": 11.0, "b": -11.0})]
     log.close()
+    assert repr(log).endswith(", closed)")
     with pytest.raises(RuntimeError, match="the log is closed"):
         log.add(120, {"a": torch.tensor(12), "b": -12})
     assert len(written) == 12

@@ -178,6 +178,6 @@ def test_nothing_asks_an_index_for_mmfuse() -> None:
     for pattern in ("*.md", "mmfuse/**/*.py", "docs/*.md", "examples/*.py", ".ci/*.py"):
         for path in ROOT.glob(pattern):
             text = path.read_text(encoding="utf-8")
-            assert not re.search(r"install (-\S+ )*[\"']?mmfuse\b(?!\.)", text), path
+            assert not re.search(r"\binstall (-\S+ )*[\"']?mmfuse\b(?!\.)", text), path
             seen += "pip install" in text
     assert seen > 5

@@ -161,10 +161,8 @@ def measure_all(
             continue
         session.measure(unit, options.providers, seconds)
         gc.collect()
-        minutes = (time.monotonic() - began) / 60
-        session.console.print(
-            f"[dim]{number} of {len(units)} measurements, {minutes:.1f} minutes[/]"
-        )
+        took = "{}:{:02d}".format(*divmod(int(time.monotonic() - began), 60))
+        session.console.print(f"[dim]{number} of {len(units)} measurements, {took} minutes[/]")
         yield
 
 

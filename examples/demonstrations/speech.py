@@ -23,7 +23,7 @@ from torch import Tensor
 from .data import DataError, installed
 
 INSTALL = "pip install espeakng-loader==0.2.4"
-VERSION = "espeakng-loader 0.2.4, form 2"  # part of the cache's key
+VERSION = "espeakng-loader 0.2.4, form 3"  # part of the cache's key
 VARIANTS = ("m1", "m3", "m5", "m7", "f1", "f2", "f4", "f5")
 VOICES_OF_A_LANGUAGE = 3
 #: Languages that pronounce as many of the words alike count as one.
@@ -118,6 +118,8 @@ class Synthesiser:
         for parameter, value in ((_SPEED, rate), (_PITCH, pitch), (_SPREAD, spread)):
             self.lib.espeak_SetParameter(parameter, value, 0)
         self._heard.clear()
+        # It draws the noise of breath and hiss, and seeds that by the clock when it starts.
+        self.lib.espeak_ng_SetRandSeed(ctypes.c_long(rate))
         text = word.encode()
         failed = self.lib.espeak_Synth(text, len(text) + 1, 0, 0, 0, _UTF8, None, None)
         if failed or not self._heard:

@@ -59,6 +59,15 @@ def starts(program: str) -> bool:
         return False
 
 
+def all_start(target: str, programs: Sequence[str]) -> bool:
+    """True if all of these Pythons start; names the first one that does not."""
+    for program in programs:
+        if not starts(program):
+            print(f"{target} needs {program}, which is no Python that starts", file=sys.stderr)
+            return False
+    return True
+
+
 def said(command: Sequence[object], cwd: Path) -> str:
     """The output of a command."""
     words = [str(word) for word in command]
@@ -108,10 +117,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("pythons", nargs="*", default=PYTHONS, help="programs, or their paths")
     pythons = parser.parse_args(argv).pythons
-    for program in pythons:
-        if not starts(program):
-            print(f"make bounds needs {program}, which is no Python that starts", file=sys.stderr)
-            return 2
+    if not all_start("make bounds", pythons):
+        return 2
     OUTPUT.mkdir(parents=True, exist_ok=True)
     results = [try_with(program) for program in pythons]
     return 0 if all(results) else 1

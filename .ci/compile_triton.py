@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import multiprocessing
-import os
 import pkgutil
 import re
 import subprocess
@@ -73,22 +72,18 @@ def compiled(variant: Variant, capability: int) -> str:
     return f"{made.metadata.num_warps} warps, {shared}, {resources(made.asm['cubin'])}"
 
 
-def attempt(variant: Variant, capability: int) -> tuple[bool, str]:
-    """Compiles a variant for one target; returns its success, and the line that reports it."""
+# Forked processes read this list: a variant holds functions, which cannot be sent to them.
+_planned: list[tuple[Variant, int]] = []
+
+
+def attempt(index: int) -> tuple[bool, str]:
+    """Compiles a planned variant for its target; returns its success, and a line about it."""
+    variant, capability = _planned[index]
     title = f"{variant.kernel.__name__} [{variant.label}] sm_{capability}"
     try:
         return True, f"{title}: {compiled(variant, capability)}"
     except Exception as error:  # every compiler stage raises something else
         return False, f"FAILED {title}: {error}"
-
-
-# Forked processes read this list: a variant holds functions, which cannot be sent to them.
-_planned: list[tuple[Variant, int]] = []
-
-
-def attempt_planned(index: int) -> tuple[bool, str]:
-    """Compiles the planned variant and target of this index."""
-    return attempt(*_planned[index])
 
 
 def main() -> int:
@@ -111,8 +106,8 @@ def main() -> int:
         for capability in CAPABILITIES
     ]
     passed = 0
-    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
-        for fine, line in pool.imap(attempt_planned, range(len(_planned))):
+    with multiprocessing.get_context("fork").Pool() as pool:
+        for fine, line in pool.imap(attempt, range(len(_planned))):
             print(line, flush=True)
             passed += fine
     failed = len(never) + len(_planned) - passed

@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from bounds import ONLY, PACKAGES, TESTS, said, starts
+from bounds import ONLY, PACKAGES, TESTS, all_start, said
 from cross import cross_environment
 from dist_checks import TOOLS, Tools, check_all
 
@@ -163,10 +163,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="folder of what is made")
     options = parser.parse_args(argv)
     began, output = time.monotonic(), options.output.resolve()
-    for program in options.pythons if options.wheels or options.built else ():
-        if not starts(program):
-            print(f"make wheels needs {program}, which is no Python that starts", file=sys.stderr)
-            return 2
+    if (options.wheels or options.built) and not all_start("make wheels", options.pythons):
+        return 2
     if options.built:
         return try_all(output, options.pythons)
     targets: list[dict[str, str]] = [{}]
@@ -182,8 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     faults = check_all(output, programs, ROOT, portable=options.wheels)
     for fault in faults:
         print(f"dist: {fault}", file=sys.stderr)
-    if options.wheels and not faults:
-        try_all(output, options.pythons)
+    if options.wheels and not faults and try_all(output, options.pythons):
+        return 2
     for path in sorted(output.iterdir()):
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
     print(f"dist: {'failed' if faults else 'passed'} in {time.monotonic() - began:.0f} s")

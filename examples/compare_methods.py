@@ -146,7 +146,7 @@ class Comparison:
         text = summary.markdown(lines)
         (self.folder / "table.md").write_text(text)
         if self.args.results == RESULTS:  # what the repository publishes
-            summary.publish(PAGE, self.args.task, text)
+            summary.publish(PAGE, f"comparison {self.args.task}", text)
         console = Console(highlight=False, width=210)
         console.print(summary.show(lines))
         for path in figures.draw(self.folder, self.task, rows, table):

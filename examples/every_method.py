@@ -11,7 +11,6 @@ Finished runs are kept in `build/every_method`, so that a second call goes on wh
 from __future__ import annotations
 
 import argparse
-import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from demonstrations.baselines import Plan
 from demonstrations.handwritten_data import CLASSES, load, split
 from demonstrations.measures import measure
 from demonstrations.show import mean_sd
+from demonstrations.summary import publish
 from demonstrations.training import History, Run
 from demonstrations.ways import JOINT, baseline_of, method_of, ways
 from tqdm import tqdm
@@ -35,7 +35,6 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 VIEWS = ("pix", "fou")
 BATCH = 64
-TABLE = re.compile(r"(<!-- digits: .*?-->\n).*?(<!-- end of digits -->)", re.DOTALL)
 # Grey that can be read on white and on black: one file serves both themes.
 INK = "#8a8a8a"
 STYLE = {
@@ -152,9 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if method_of(name) is not None:
             draw(name, runs[0], given.docs / "images" / "coefficients")
     if given.methods is None:
-        page = given.docs / "which_method.md"
-        lines = "\n".join(["", *table(results), ""])
-        page.write_text(TABLE.sub(lambda found: f"{found[1]}{lines}\n{found[2]}", page.read_text()))
+        text = "".join(f"{line}\n" for line in table(results))
+        publish(given.docs / "which_method.md", "digits", text)
     return 0
 
 

@@ -174,18 +174,17 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return f"{CAPTION}.\n\n{text}\n".replace("*", "\\*")
 
 
-def publish(page: Path, task: str, text: str) -> None:
-    """Replaces the table of a data set in a page; its place is between two comments.
+def publish(page: Path, name: str, text: str) -> None:
+    """Replaces a table in a page, between two comments that begin and end with its name.
 
     Raises:
         DataError: the page has no such place.
     """
-    place = re.compile(
-        rf"(<!-- comparison {task}: .*?-->\n).*?(<!-- end of comparison -->)", re.DOTALL
-    )
+    end = name.partition(" ")[0]
+    place = re.compile(rf"(<!-- {name}: .*?-->\n).*?(<!-- end of {end} -->)", re.DOTALL)
     changed, found = place.subn(lambda at: f"{at[1]}\n{text}\n{at[2]}", page.read_text())
     if found != 1:
-        raise DataError(f"{page} must have one place for the comparison {task!r}, it has {found}")
+        raise DataError(f"{page} must have one place for the {name!r}, it has {found}")
     page.write_text(changed)
 
 

@@ -139,7 +139,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         self._state = State(self.name, self.modalities.device, rule.init(count, tensors))
 
     def __repr__(self) -> str:
-        return method_text(self)
+        stream = [f"stream={self.stream}"] if self.rule.need.stream else []
+        return method_text(self, f"apply_to={self.apply_to!r}", *stream)
 
     def _new_stream(self, name: str | None) -> NoiseStream:
         parts = [self.name, *self.modalities.names] + ([] if name is None else [name])

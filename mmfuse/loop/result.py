@@ -67,14 +67,10 @@ def names_for(result: Any, names: tuple[str, ...]) -> dict[str, tuple[str, ...]]
     return {"modalities": names} if named else {}
 
 
-def method_text(method: Any) -> str:
-    """A method with encoders at the prompt: its rule, when it acts, and on which parameters."""
-    gradient = hasattr(method, "apply_to")
-    where = f"apply_to={method.apply_to!r}" if gradient else f"acts={method.card.acts!r}"
-    parts = [repr(method.rule), where]
-    parts.append(f"starts={method.starts}, ends={method.ends}, epoch={method.epoch}")
-    if gradient and method.rule.need.stream:
-        parts.append(f"stream={method.stream}")
+def method_text(method: Any, where: str, *more: str) -> str:
+    """A method with encoders at the prompt: its rule, where and when it acts, its parameters."""
+    window = f"starts={method.starts}, ends={method.ends}, epoch={method.epoch}"
+    parts = [repr(method.rule), where, window, *more]
     modalities = method.modalities
     lines = [f"{type(method).__name__}({', '.join(parts)})"]
     for m, name in enumerate(modalities.names):

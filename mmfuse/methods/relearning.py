@@ -3,8 +3,7 @@
 Wei, Li, Feng & Hu, "Diagnosing and Re-learning for Balanced Multimodal Learning", ECCV 2024.
 
 Every few epochs each encoder goes part of the way back to its initial parameters, so that it can
-learn anew. It goes further if its features separate the training data much better than data that
-it has not seen, a sign that it has memorized:
+learn anew: further if its features separate the training data much better than unseen data:
 
     purity  P_m = share of samples in clusters whose commonest class is theirs; k-means, k = C
     weight  alpha_m = tanh(lam |P_m of the training data - P_m of the validation data|)
@@ -151,7 +150,8 @@ class ReLearning(EpochWindow):
         self.anchors: Anchors = Anchors(anchor_dtype, anchor_device, frozen=True)
         self.anchors.take(self.modalities.parameters)
 
-    __repr__ = method_text
+    def __repr__(self) -> str:
+        return method_text(self, f"acts={self.card.acts!r}")
 
     @classmethod
     def official(

@@ -191,9 +191,9 @@ def test_published_differences_are_those_of_the_published_runs(
 def test_a_page_without_a_place_is_an_error(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("<!-- comparison wrist: command -->\nold\n<!-- end of comparison -->\n")
-    summary.publish(page, "wrist", "new\n")
+    summary.publish(page, "comparison wrist", "new\n")
     assert page.read_text() == (
         "<!-- comparison wrist: command -->\n\nnew\n\n<!-- end of comparison -->\n"
     )
-    with pytest.raises(DataError, match="one place for the comparison 'animals', it has 0"):
-        summary.publish(page, "animals", "new")
+    with pytest.raises(DataError, match="one place for the 'comparison animals', it has 0"):
+        summary.publish(page, "comparison animals", "new")

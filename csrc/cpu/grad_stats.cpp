@@ -88,7 +88,7 @@ std::tuple<Tensor, Tensor> grad_stats(const TensorList& grads, const TensorList&
   return {sizes_of(tensors), moments_of(tensors, displaced, result_type(grads))};
 }
 
-// The same of a table, with its parameters and anchors if it is to be of displacements: numbers of
+// The same of a table, of displacements with its parameters, and anchors if it has any: numbers of
 // elements, and each moment by itself.
 TensorList grad_stats_table(const Tensor& table, const Tensor&, bool displaced) {
   const Rows rows(table, displaced);

@@ -28,7 +28,7 @@ constexpr int64_t kRowNumbers = sizeof(GradRow) / sizeof(int64_t);
 
 class Rows {
  public:
-  // `paired`: the call needs parameters and anchors.
+  // `paired`: the call needs parameters; anchors it takes where there are any.
   explicit Rows(const Tensor& table, bool paired = false) {
     STD_TORCH_CHECK(table.is_contiguous() && table.scalar_type() == ScalarType::Long &&
                         table.device().is_cpu() && table.dim() == 2 && table.size(1) == kRowNumbers,
@@ -40,8 +40,7 @@ class Rows {
       const bool ordered = row.channels > 0 && row.spatial > 0;
       STD_TORCH_CHECK(row.data != 0 && row.numel > 0 && known && ordered,
                       "mmfuse: this is no table of gradients");
-      STD_TORCH_CHECK(!paired || (row.param != 0 && row.anchor != 0),
-                      "mmfuse: this table has no parameters and anchors");
+      STD_TORCH_CHECK(!paired || row.param != 0, "mmfuse: this table has no parameters");
     }
   }
 

@@ -144,7 +144,7 @@ struct Attribute {
 struct Reader {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   const DLExchange* exchange = nullptr;
-  Attribute grad, requires_grad;
+  Attribute grad, requires_grad, version;
   PyObject *numel, *is_neg;
 
   // False where this PyTorch has no such interface, or one of another major version.
@@ -160,6 +160,7 @@ struct Reader {
     parameter = reinterpret_cast<PyTypeObject*>(parameter_type);
     grad.find(tensor_type, parameter_type, "grad");
     requires_grad.find(tensor_type, parameter_type, "requires_grad");
+    version.find(tensor_type, parameter_type, "_version");
     numel = PyUnicode_InternFromString("numel");
     is_neg = PyUnicode_InternFromString("is_neg");
     return true;
@@ -346,21 +347,38 @@ inline PyObject* read_gradients(const Reader& reader, PyObject* parameters, PyOb
   return PyTuple_Pack(6, grads.get(), ids, waiting.get(), is_wide, rows.get(), is_paired);
 }
 
-// (whether one is float64, table) of a list of gradients; None where `read_gradients` has none.
-inline PyObject* read_list(const Reader& reader, PyObject* grads) {
+// (whether one is float64, table) of lists of gradients and, each a list or None, of parameters and
+// anchors; None where `read_gradients` has none, or a parameter or anchor does not lie as its
+// gradient does.
+inline PyObject* read_list(const Reader& reader, PyObject* grads, PyObject* params,
+                           PyObject* anchors) {
   const auto other = [] { return Py_NewRef(Py_None); };
   if (reader.exchange == nullptr || !PyList_CheckExact(grads)) return other();
   const Py_ssize_t count = PyList_GET_SIZE(grads);
   if (count == 0) return other();
+  PyObject* beside[] = {params, anchors};
+  for (PyObject* list : beside) {
+    if (list == Py_None) continue;
+    if (!PyList_CheckExact(list) || PyList_GET_SIZE(list) != count) return other();
+  }
   auto table = Table::of_rows(count);
   DLTensor one, first{};
   bool wide = false;
   for (Py_ssize_t i = 0; i < count; ++i) {
     int64_t* row = &table->numbers[i * kRow];
-    const Found found = read_gradient(reader, PyList_GET_ITEM(grads, i), &one, &first, row);
+    PyObject* grad = PyList_GET_ITEM(grads, i);
+    Found found = read_gradient(reader, grad, &one, &first, row);
+    // A tensor of inference mode, which nobody may change, has none.
+    if (found == Found::kPlain && !Object(reader.version.of(grad, true))) {
+      return PyErr_Clear(), other();
+    }
+    wide = wide || row[2] == static_cast<int64_t>(DType::kFloat64);
+    for (int k = 0; found == Found::kPlain && k < 2; ++k) {
+      if (beside[k] == Py_None) continue;
+      found = read_beside(reader, PyList_GET_ITEM(beside[k], i), one, k, row);
+    }
     if (found != Found::kPlain) return found == Found::kOther ? other() : nullptr;
     row[3] = i;
-    wide = wide || row[2] == static_cast<int64_t>(DType::kFloat64);
   }
   const Object rows(to_python(reader, std::move(table)));
   if (!rows) return nullptr;

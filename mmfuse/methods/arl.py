@@ -1,7 +1,7 @@
 """ARL: asymmetric representation learning.
 
-"Improving Multimodal Learning via Imbalanced Learning", ICCV 2025, as the release's README has the
-title; the formulas are those of the released code.
+Wei, Luo & Luo, "Improving Multimodal Learning via Imbalanced Learning", ICCV 2025. The formulas are
+those of the released code.
 
 An encoder learns faster if its modality has less influence on the joint prediction and is surer of
 its own: the gradient that enters its feature is made larger. From each modality's logits alone:
@@ -79,7 +79,7 @@ class ARL(EpochWindowModule):
     """
 
     card: ClassVar[Card] = Card(
-        "Improving Multimodal Learning via Imbalanced Learning, ICCV 2025",
+        "Wei et al., ICCV 2025",
         "feature",
         ("features", "logits"),
         (

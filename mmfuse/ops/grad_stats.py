@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._eager import Eager
+from ._lists import read_lists
 from ._registry import Op
 from ._tensors import by_device, check_list, check_pairs, index_tensor, kernel_layout
 
@@ -119,6 +120,11 @@ def grad_stats(
         TypeError: a tensor is sparse, integer or complex.
         ValueError: params or anchors do not mirror grads, or anchors come without params.
     """
+    eager = not torch.compiler.is_compiling()
+    listed = read_lists(_op, backend, grads, params, anchors) if eager else None
+    if listed is not None:
+        with torch._C._AutoDispatchBelowAutograd():
+            return GradStats(*listed.kernel(listed.table, grads[0], params is not None))
     check_list("grads", grads)
     params, anchors = check_pairs(grads, params, anchors)
     groups = by_device(grads)

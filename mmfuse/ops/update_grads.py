@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import _native
 from ..noise import NoiseStream
 from ._arguments import check_stream
 from ._eager import Eager
+from ._lists import is_vector, read_lists
 from ._registry import Op
 from ._tensors import (
     by_device,
@@ -94,9 +93,9 @@ def update_grads_(
             gradient is an expanded view, or `sq_norm` has another shape, dtype or device. Nothing
             has been changed then.
     """
-    more = (params, anchors, pull, noise_std, stream, sq_norm)
-    alone = not torch.compiler.is_compiling() and all(given is None for given in more)
-    if alone and _scale_usual(grads, scale, finite, backend):
+    lists, vectors = (grads, params, anchors), (scale, pull, noise_std)
+    eager = not torch.compiler.is_compiling()
+    if eager and _update_usual(*lists, *vectors, stream, finite, sq_norm, backend):
         return
     check_list("grads", grads)
     check_writable(grads, lambda i: f"grads[{i}]")
@@ -122,7 +121,6 @@ def update_grads_(
     ids, offsets = stream.counters(len(grads)) if stream is not None else ([], [])
     groups = by_device(grads)
     if len(groups) != 1:
-        vectors = (scale, pull, noise_std)
         for device, index in groups.items():
             squares = None if sq_norm is None else sq_norm.new_empty(len(index), device=device)
             _update_part(
@@ -166,51 +164,55 @@ def update_grads_(
         sq_norm.copy_(squares)
 
 
-def _scale_usual(
-    grads: Sequence[Tensor], scale: Tensor, finite: Tensor | None, backend: str | None
+def _update_usual(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor] | None,
+    anchors: Sequence[Tensor] | None,
+    scale: Tensor,
+    pull: Tensor | None,
+    noise_std: Tensor | None,
+    stream: NoiseStream | None,
+    finite: Tensor | None,
+    sq_norm: Tensor | None,
+    backend: str | None,
 ) -> bool:
-    """Scales plain dense gradients on one device, all read in one call of `mmfuse._C`.
-
-    For a list of tensors nobody else has to see: under a mode or transform of PyTorch, and wherever
-    an argument is anything else than usual, it does nothing and returns False.
-    """
-    read = _native.read_list
-    if (
-        read is None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-        or backend == ""  # which is nobody's name, but stands for none in `Eager`
-        or not isinstance(grads, (list, tuple))
-        or len(grads) == 0
-        or type(scale) is not Tensor
-        or type(grads[0]) is not Tensor
-        or grads[0].is_inference()
-        or not scale.is_floating_point()
-        or scale.layout is not torch.strided
-        or scale.is_meta
-        or scale.shape != (len(grads),)
-    ):
+    """Does all of `update_grads_` if every argument is usual; else nothing, and returns False."""
+    if (pull is None) != (params is None) or (noise_std is None) != (stream is None):
         return False
-    device = grads[0].device
-    kernel = _op.of_table(Eager(backend or ""), device)
-    if kernel is None or not _is_usual_flag(finite, device):
+    vectors, count = (scale, pull, noise_std), len(grads) if isinstance(grads, (list, tuple)) else 0
+    if False in [is_vector(v, count) for v in vectors if v is not None]:
         return False
-    grads = list(grads)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(grads):
+    state = None
+    if stream is not None:
+        # A place of its own may name other ids, and offsets, which a table has not.
+        if type(stream) is not NoiseStream or stream.ids is not None:
+            return False
+        state = stream.state
+        if state.is_meta or state.shape != (2,):
+            return False
+    listed = read_lists(_op, backend, grads, params, anchors)
+    if listed is None:
         return False
-    found = read(grads)
-    if found is None:
+    own, dtype = listed.lists[0], listed.dtype
+    device = own[0].device
+    squared = sq_norm is None or (
+        is_vector(sq_norm, count, torch.float64, dtype)
+        and sq_norm.device == device
+        and sq_norm.is_contiguous()
+    )
+    if not squared or not _is_usual_flag(finite, device):
         return False
-    wide, table = found
-    factors = scale.to(device, torch.float64 if wide else torch.float32).contiguous()
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(own):
+        return False
+    numbers = [t for t in (finite, sq_norm) if t is not None]
+    if True in [t.is_inference() for t in numbers]:  # such a gradient is not read either
+        return False
+    first, *others = (None if v is None else v.to(device, dtype).contiguous() for v in vectors)
     with torch._C._AutoDispatchBelowAutograd():
-        kernel(table, factors, None, None, None, finite, None, False)
-    torch._C._increment_version(grads)
-    if finite is not None:
-        torch._C._increment_version([finite])
+        at = None if state is None else state.to(device)
+        listed.kernel(listed.table, first, *others, at, finite, sq_norm, False)
+    torch._C._increment_version(own)
+    torch._C._increment_version(numbers)
     return True
 
 

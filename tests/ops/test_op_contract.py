@@ -171,6 +171,7 @@ def test_the_slow_default_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     op = OPS["grad_stats"]
     monkeypatch.setitem(op._reasons, "cpu", "not built, for this test")
     monkeypatch.setattr(op, "_chosen", {})
+    monkeypatch.setattr(op, "_tables", {})
     monkeypatch.setattr(_registry, "_warned", set())
     with pytest.warns(RuntimeWarning, match=r"'reference' .* 'cpu' is not available .*for this"):
         ops.grad_stats([torch.ones(2)])

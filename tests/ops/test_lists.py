@@ -64,6 +64,7 @@ def beside(kind: str, dtype: torch.dtype, device: str) -> dict[str, list[Tensor]
 KINDS = ["scale", "params", "anchors", "noise", "params, noise", "anchors, noise"]
 
 
+@pytest.mark.slow_except_on("cpu", "cuda")  # the others get lists either way
 @needs_module
 @pytest.mark.parametrize("more", ["", "finite", "finite, squares"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,6 +106,7 @@ def test_both_ways_give_the_same_bits(
     assert not torch.equal(results[0][4], gradients(dtype, cell.device)[4])
 
 
+@pytest.mark.slow_except_on("cpu", "cuda")  # the others get lists either way
 @needs_module
 @pytest.mark.parametrize("kind", ["", "params", "anchors"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

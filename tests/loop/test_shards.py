@@ -203,7 +203,7 @@ def assert_same_run(found: list[dict[str, Any]], expected: dict[str, Any], name:
         torch.testing.assert_close(other["results"], found[0]["results"], **same)
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_the_sharded_run_equals_the_unsharded_one(
     name: str, size: int, unsharded: dict[str, dict[str, Any]]

@@ -42,7 +42,10 @@ inline float exp_row(const scalar_t* x, int64_t n, float max, float* terms) {
     const float nothing = -std::numeric_limits<float>::infinity();
     const F32 term = exp_nonpositive(load_first(x, n, nothing) - max);
     if constexpr (kStore) store(terms, term);
-    sum += term;
+    // The other lanes are 0, and each addition waits for the one before.
+    double few = 0;
+    for (int64_t lane = 0; lane < n; ++lane) few += term[lane];
+    return static_cast<float>(few);
   }
   return static_cast<float>(sum_lanes(sum));
 }

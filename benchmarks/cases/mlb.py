@@ -35,7 +35,7 @@ class Step(Case):
     name = "mlb_step"
     title = "MLB.step"
     kind = "gradients"
-    ops = ("modality_scores", "update_grads_")
+    ops = ("modality_scores", "modulation_factors", "update_grads_")
     passes = 2
     encoders = 2
     make = staticmethod(GradientInputs)
@@ -85,7 +85,7 @@ class Training(TrainingCase):
     title = "MLB: a whole training step"
     method = "MLB"
     network = ThreeHeads
-    ops = ("modality_scores", "update_grads_")
+    ops = ("modality_scores", "modulation_factors", "update_grads_")
 
     def exact(self, i: TrainingInputs, regulated: bool) -> list[Tensor]:
         def forward(model: AudioVisual) -> tuple[list[Tensor], list[Tensor], Tensor]:

@@ -24,7 +24,11 @@ Nanoseconds cost_of(const LogitRows& rows) {
   double element = rows.classes_adjoin ? (wide ? 1.7 : 0.2) : (wide ? 3 : 1);
   if (rows.kind == TargetKind::kShares) element = wide ? 2.3 : 1.1;
   if (rows.kind == TargetKind::kLabels) element = wide ? 9 : 2.3;
-  const double row = rows.classes_adjoin ? 40 : 0;
+  double row = rows.classes_adjoin ? 40 : 0;
+  if (rows.classes_adjoin && better_as_columns(rows)) {
+    row = wide ? 15 : 8;
+    element = wide ? 1.6 : 0.6;
+  }
   return rows.end * ns(row + static_cast<double>(rows.classes) * element);
 }
 

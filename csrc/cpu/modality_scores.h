@@ -51,6 +51,16 @@ struct LogitRows {
   int64_t end;
 };
 
+// True if rows whose classes adjoin take less time side by side, though each logit has to be moved
+// for it.
+inline bool better_as_columns(const LogitRows& rows) {
+  constexpr int64_t kManyRows = 32;
+  // Of float64 a row's own exponentials are taken one by one.
+  const int64_t few = rows.dtype == DType::kFloat64 ? 96 : 32;
+  return rows.kind == TargetKind::kIndices && rows.classes <= few &&
+         rows.end - rows.begin >= kManyRows && rows.inner >= kManyRows;
+}
+
 // The results of each row from `begin` on: scores, 0 for one that does not count, and weight.
 struct RowScores {
   double* prob;

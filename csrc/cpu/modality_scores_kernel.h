@@ -3,6 +3,7 @@
 // clang-format off
 #include "cpu/simd/targets.h"
 #include "cpu/simd/exp_row.h"
+#include "cpu/simd/score_columns.h"
 // clang-format on
 
 // A row's place, found by one division at the first row of a part: one for each row takes longer
@@ -216,6 +217,7 @@ class ScoreRow {
 };
 
 inline void score_rows(const LogitRows& rows, const RowScores& out) {
+  if (better_as_columns(rows)) return score_columns(rows, out);
   visit_dtype(rows.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     RowPlace place(rows);
@@ -234,6 +236,7 @@ inline void score_rows(const LogitRows& rows, const RowScores& out) {
 }
 
 inline void statistics_rows(const LogitRows& rows, const RowStatistics& out) {
+  if (better_as_columns(rows)) return statistics_columns(rows, out);
   visit_dtype(rows.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     RowPlace place(rows);
@@ -260,5 +263,3 @@ inline void grad_rows(const LogitRows& rows, const RowGrads& grads) {
     }
   });
 }
-
-#include "cpu/simd/score_columns.h"

@@ -4,22 +4,22 @@
 namespace mmfuse::cpu {
 
 // Ratios and coefficients [M], scale and noise's standard deviation [T]; [0] without statistics.
-std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(const Tensor& scores,
-                                                              const Tensor& owner,
-                                                              const std::optional<Tensor>& numel,
-                                                              const std::optional<Tensor>& m2,
-                                                              double alpha, bool cvpr, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(
+    const Tensor& scores, const Tensor& owner, const std::optional<Tensor>& numel,
+    const std::optional<Tensor>& m2, double alpha, double beta, int64_t formula, double eps) {
   const int64_t modalities = scores.numel();
   const int64_t count = owner.numel();
   const Coefficients values(scores, modalities, "scores");
   const int64_t* owners = indices_of(owner, count, "owner");
   Tensor ratios = empty_on_cpu({modalities}, scores.scalar_type());
   Tensor coefficients = empty_on_cpu({modalities}, scores.scalar_type());
+  const ModulationRule rule{alpha, beta, static_cast<ModulationFormula>(formula)};
   const Numbers leads(ratios), decided(coefficients);
   for (int64_t m = 0; m < modalities; ++m) {
-    const double ratio = discrepancy_ratio([&](int64_t j) { return values[j]; }, m, modalities);
+    const auto score = [&](int64_t j) { return values[j]; };
+    const double ratio = modulation_ratio(score, m, modalities, rule);
     leads.set(m, ratio);
-    decided.set(m, modulation_coefficient(ratio, {alpha, cvpr}));
+    decided.set(m, modulation_coefficient(ratio, rule));
   }
   const Coefficients known(coefficients, modalities, "coefficients");
   const ScalarType dtype = m2 ? m2->scalar_type() : scores.scalar_type();

@@ -4,11 +4,9 @@
 
 namespace mmfuse::cuda {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(const Tensor& scores,
-                                                              const Tensor& owner,
-                                                              const std::optional<Tensor>& numel,
-                                                              const std::optional<Tensor>& m2,
-                                                              double alpha, bool cvpr, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(
+    const Tensor& scores, const Tensor& owner, const std::optional<Tensor>& numel,
+    const std::optional<Tensor>& m2, double alpha, double beta, int64_t formula, double eps) {
   ModulationFactorsParams call{};
   call.modalities = scores.numel();
   call.tensors = owner.numel();
@@ -19,7 +17,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(const Tensor& scor
     call.numel = indices_of(*numel, call.tensors, "numel");
     call.m2 = coefficients_of(*m2, static_cast<size_t>(call.tensors), "m2");
   }
-  call.rule = {alpha, cvpr};
+  call.rule = {alpha, beta, static_cast<ModulationFormula>(formula)};
   call.eps = eps;
   const DeviceScope device(scores);
   const Tensor& like = m2 ? *m2 : scores;

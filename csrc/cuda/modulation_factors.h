@@ -1,4 +1,4 @@
-// modulation_factors: discrepancy ratios, coefficients, and what they and the noise are for each
+// modulation_factors: ratios, coefficients, and what they and the noise are for each
 // tensor.
 #pragma once
 

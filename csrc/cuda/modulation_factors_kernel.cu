@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int64_t t = i - call.modalities;
   if (t >= call.tensors) return;
   const auto score = [&](int64_t j) { return load_coefficient<double>(call.scores, j); };
-  const double ratio = discrepancy_ratio(score, t < 0 ? i : call.owner[t], call.modalities);
+  const int64_t m = t < 0 ? i : call.owner[t];
+  const double ratio = modulation_ratio(score, m, call.modalities, call.rule);
   const double coefficient = modulation_coefficient(ratio, call.rule);
   if (t < 0) {
     store_result(call.ratios, call.scores.wide, ratio, i);

@@ -44,7 +44,7 @@ from ..loop.gradients import GradientMethod
 from ..loop.pairs import mean_ratio, stages
 from ..loop.ranks import Observed
 from ..loop.result import Result
-from ._means import mean_of_others
+from ..ops.modulation_factors import factors_of_checked
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,26 @@ class MLBRule(Stateless):
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
         """rho_m and k_m."""
-        scores, given = seen.means, None
         if seen.paired or seen.kind != "scores":
             scores, ratios, given = stages(seen, lambda table: mean_ratio(table.T))
-        else:
-            ratios = mean_of_others(scores) / scores
-        if given is None:
-            change = torch.tanh(self.alpha * (ratios - 1))
-            # NaN, of a score of 0 / 0 or one that is missing, tells nothing about a lead.
-            given = 1 + torch.where(ratios > 1, (self.beta - 1) * change, change)
-        k = torch.where(given.isnan(), 1.0, given)
-        return Decision(Act(scale=tensors.each(k)), (k, scores, ratios))
+            if given is None:
+                change = torch.tanh(self.alpha * (ratios - 1))
+                # NaN, of a score of 0 / 0 or one that is missing, tells nothing about a lead.
+                given = 1 + torch.where(ratios > 1, (self.beta - 1) * change, change)
+            k = torch.where(given.isnan(), 1.0, given)
+            return Decision(Act(scale=tensors.each(k)), (k, scores, ratios))
+        factors = factors_of_checked(
+            tensors.backend,
+            seen.means.to(tensors.device),
+            self.alpha,
+            "mlb",
+            tensors.owner,
+            None,
+            0.0,
+            beta=self.beta,
+        )
+        act = Act(scale=factors.scale)
+        return Decision(act, (factors.coefficients, seen.means, factors.ratios))
 
 
 class MLB(GradientMethod):

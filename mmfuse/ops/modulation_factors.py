@@ -1,4 +1,4 @@
-"""modulation_factors: all that OGM and OGM-GE decide, in one launch."""
+"""modulation_factors: all that OGM, OGM-GE and MLB decide, in one launch."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .._numbers import real
+from .._numbers import finite, real
+from ..reference.modulation_factors import CVPR, MLB, TPAMI
 from ._arguments import check_owner
 from ._registry import Op
 from ._tensors import check_dense, kept_tensor
 from .discrepancy_ratios import check_scores
 from .grad_stats import GradStats
 
+#: OGM's formulas.
 Formula = Literal["tpami", "cvpr"]
+#: The place of each formula, which the operators take.
+_PLACES = {"tpami": TPAMI, "cvpr": CVPR, "mlb": MLB}
 
 
 class ModulationFactors(NamedTuple):
     """The decision about M modalities and T tensors.
 
     Attributes:
-        ratios: [M] discrepancy ratios ρ_m.
+        ratios: [M] ρ_m.
         coefficients: [M] k_m.
         scale: [T] the coefficient of each tensor's modality.
         noise_std: [T] standard deviation of each tensor's noise; None without statistics.
@@ -41,7 +45,8 @@ def _fake(
     numel: Tensor | None,
     m2: Tensor | None,
     alpha: float,
-    cvpr: bool,
+    beta: float,
+    formula: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     modalities, tensors = scores.shape[0], owner.shape[0]
@@ -52,7 +57,8 @@ def _fake(
 
 _op = Op(
     "modulation_factors",
-    "(Tensor scores, Tensor owner, Tensor? numel, Tensor? m2, float alpha, bool cvpr, float eps)"
+    "(Tensor scores, Tensor owner, Tensor? numel, Tensor? m2, float alpha, float beta,"
+    " int formula, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
 )
@@ -61,17 +67,19 @@ _op = Op(
 def modulation_factors(
     scores: Tensor,
     alpha: float,
-    formula: Formula = "tpami",
+    formula: Formula | Literal["mlb"] = "tpami",
     *,
+    beta: float = 2.0,
     owner: Sequence[int] = (),
     stats: GradStats | None = None,
     eps: float = 0.0,
     backend: str | None = None,
 ) -> ModulationFactors:
-    """Discrepancy ratios and coefficients of modalities; factor and noise of each tensor.
+    """Ratios and coefficients of modalities; factor and noise of each tensor.
 
-    The formulas are those of `discrepancy_ratios`, `mmfuse.ogm_coefficients` and `GradStats.std`,
-    in float64 and rounded once; here they are one launch instead of a dozen. Not differentiable.
+    The formulas are those of OGM, in `discrepancy_ratios` and `mmfuse.ogm_coefficients`, or of MLB,
+    and of `GradStats.std`, in float64 and rounded once; here they are one launch instead of a
+    dozen. Not differentiable.
 
     Equivalent to::
 
@@ -80,10 +88,18 @@ def modulation_factors(
         scale = coefficients[owner]
         noise_std = torch.where(stats.numel > 1, stats.std + eps, 0)
 
+    and with ``formula="mlb"`` (Kontras et al., BMVC 2024), whose ratio is above 1 for a modality
+    that is behind, to::
+
+        ratios = (scores.sum() - scores) / (M - 1) / scores
+        change = torch.tanh(alpha * (ratios - 1))
+        coefficients = 1 + torch.where(ratios > 1, (beta - 1) * change, change)
+
     Args:
         scores: [M] non-negative scores, float32 or float64, M ≥ 2.
         alpha: Strength, at least 0.
-        formula: "tpami" (TPAMI Eq. 11) or "cvpr" (CVPR Eq. 10).
+        formula: "tpami" (TPAMI Eq. 11), "cvpr" (CVPR Eq. 10) or "mlb".
+        beta: The largest coefficient of a modality that is behind, at least 0; for "mlb" only.
         owner: [T] each tensor's modality. The numbers are kept on the device for later calls.
         stats: Statistics of the T tensors, for their noise.
         eps: Is added to the standard deviations.
@@ -91,16 +107,19 @@ def modulation_factors(
 
     Returns:
         `ModulationFactors`. Ratios and coefficients are like `scores`, as is `scale` without
-        `stats`; with them the [T] are like `stats.m2`. A ratio that is at most 1 or NaN has the
-        coefficient 1; so has every ratio for alpha = 0. A tensor of one element has no noise.
+        `stats`; with them the [T] are like `stats.m2`. A ratio that is NaN has the coefficient 1;
+        so has, but for "mlb", one that is at most 1, and every one for alpha = 0. A tensor of one
+        element has no noise.
 
     Raises:
         TypeError: `scores` or the statistics are not float32 or float64.
-        ValueError: a shape is wrong, `owner` names no modality, devices differ, `alpha` is
-            negative or not finite, or there is no such formula.
+        ValueError: a shape is wrong, `owner` names no modality, devices differ, `alpha` or `beta`
+            is negative or not finite, or there is no such formula.
     """
     check_scores(scores)
-    check_strength(alpha, formula)
+    check_strength(alpha, formula, (*_PLACES,))
+    if not (finite("beta", beta) and beta >= 0):
+        raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
     modalities = scores.shape[0]
     check_owner(owner, modalities)
     if type(eps) is not float:
@@ -108,17 +127,21 @@ def modulation_factors(
     if stats is not None:
         _check_stats(stats, len(owner), scores)
     scores = scores.detach().contiguous()
-    return factors_of_checked(backend, scores, alpha, formula, tuple(owner), stats, eps)
+    return factors_of_checked(
+        backend, scores, alpha, formula, tuple(owner), stats, eps, beta=float(beta)
+    )
 
 
 def factors_of_checked(
     backend: str | None,
     scores: Tensor,
     alpha: float,
-    formula: Formula,
+    formula: str,
     owner: tuple[int, ...],
     stats: GradStats | None,
     eps: float,
+    *,
+    beta: float = 0.0,
 ) -> ModulationFactors:
     """`modulation_factors` of arguments that need no check; `scores` are contiguous."""
     device = scores.device
@@ -126,8 +149,7 @@ def factors_of_checked(
     numel = m2 = None
     if stats is not None:
         numel, m2 = stats.numel.contiguous(), stats.m2.contiguous()
-    cvpr = formula == "cvpr"
-    found = _op(backend, device, scores, index, numel, m2, alpha, cvpr, eps)
+    found = _op(backend, device, scores, index, numel, m2, alpha, beta, _PLACES[formula], eps)
     ratios, coefficients, scale, noise = found
     return ModulationFactors(ratios, coefficients, scale, None if stats is None else noise)
 
@@ -137,14 +159,15 @@ def noise_std(stats: GradStats, eps: float) -> Tensor:
     return torch.where(stats.numel > 1, stats.std + eps, 0)
 
 
-def check_strength(alpha: float, formula: str) -> None:
+def check_strength(alpha: float, formula: str, formulas: Sequence[str] = ("tpami", "cvpr")) -> None:
     """Raises a ValueError for hyper-parameters of OGM that are out of range."""
     if type(alpha) is not float:
         alpha = real("alpha", alpha)
     if not (math.isfinite(alpha) and alpha >= 0):
         raise ValueError(f"alpha must be a finite number of at least 0, got {alpha}")
-    if formula not in ("tpami", "cvpr"):
-        raise ValueError(f"formula must be 'tpami' or 'cvpr', got {formula!r}")
+    if formula not in formulas:
+        *others, last = map(repr, formulas)
+        raise ValueError(f"formula must be {', '.join(others)} or {last}, got {formula!r}")
 
 
 def _check_stats(stats: GradStats, count: int, scores: Tensor) -> None:

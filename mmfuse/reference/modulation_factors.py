@@ -1,4 +1,4 @@
-"""The decision of OGM and OGM-GE for each gradient: discrepancy ratios, coefficients, noise."""
+"""The decision of OGM, OGM-GE and MLB for each gradient: ratios, coefficients, noise."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from .._devices import WIDE
 from ._example import Normal
 from .discrepancy_ratios import discrepancy_ratios
 
+#: The formulas; the operators take the place of one.
+TPAMI, CVPR, MLB = 0, 1, 2
+
 
 def modulation_factors(
     scores: Tensor,
@@ -18,20 +21,16 @@ def modulation_factors(
     numel: Tensor | None,
     m2: Tensor | None,
     alpha: float,
-    cvpr: bool,
+    beta: float,
+    formula: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mmfuse.ops.modulation_factors`; the noise's [T] are [0] without statistics."""
     wide = WIDE[scores.device.type]
-    ratios = discrepancy_ratios(scores.to(wide))
-    if cvpr:
-        x = torch.where(ratios > 1, alpha * ratios, 0.0)
-        slowed = 1 - torch.tanh(x)
+    if formula == MLB:
+        ratios, coefficients = _behind(scores.to(wide), alpha, beta)
     else:
-        x = ratios - 1
-        slowed = (1 - alpha * torch.tanh(x)).clamp(min=0)
-    # NaN is not greater than 0, nor is alpha * inf for alpha = 0.
-    coefficients = torch.where(x > 0, slowed, 1.0)
+        ratios, coefficients = _ahead(scores.to(wide), alpha, formula)
     ratios, coefficients = ratios.to(scores.dtype), coefficients.to(scores.dtype)
     scale = coefficients[owner]
     if m2 is None or numel is None:
@@ -41,8 +40,33 @@ def modulation_factors(
     return ratios, coefficients, scale.to(m2.dtype), noise_std.to(m2.dtype)
 
 
+def _ahead(scores: Tensor, alpha: float, formula: int) -> tuple[Tensor, Tensor]:
+    """OGM's, which slows a modality that is ahead."""
+    ratios = discrepancy_ratios(scores)
+    if formula == CVPR:
+        x = torch.where(ratios > 1, alpha * ratios, 0.0)
+        slowed = 1 - torch.tanh(x)
+    else:
+        x = ratios - 1
+        slowed = (1 - alpha * torch.tanh(x)).clamp(min=0)
+    # NaN is not greater than 0, nor is alpha * inf for alpha = 0.
+    return ratios, torch.where(x > 0, slowed, 1.0)
+
+
+def _behind(scores: Tensor, alpha: float, beta: float) -> tuple[Tensor, Tensor]:
+    """MLB's, which also speeds up one that is behind."""
+    others = ~torch.eye(len(scores), dtype=torch.bool, device=scores.device)
+    mean = torch.where(others, scores, 0.0).sum(1) / (len(scores) - 1)
+    ratios = mean / scores
+    change = torch.tanh(alpha * (ratios - 1))
+    k = 1 + torch.where(ratios > 1, (beta - 1) * change, change)
+    return ratios, torch.where(k.isnan(), 1.0, k)
+
+
 def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
     """Arguments of each operator, from standard normal numbers of a shape."""
     scores = normal(2).sigmoid()
     owner = torch.tensor([1, 0, 1], device=scores.device)
-    return {"modulation_factors": (scores, owner, owner + 5, normal(3).exp(), 0.8, False, 1e-8)}
+    return {
+        "modulation_factors": (scores, owner, owner + 5, normal(3).exp(), 0.8, 2.0, TPAMI, 1e-8)
+    }

@@ -8,30 +8,46 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..reference.modulation_factors import CVPR as _CVPR_PLACE
+from ..reference.modulation_factors import MLB as _MLB_PLACE
+from ..reference.modulation_factors import TPAMI as _TPAMI_PLACE
 from ._aot import COMPILE_OPTIONS
 from ._tensor_list import launch_on
 
+TPAMI = tl.constexpr(_TPAMI_PLACE)
+CVPR = tl.constexpr(_CVPR_PLACE)
+MLB = tl.constexpr(_MLB_PLACE)
 BLOCK_SIZE = 128
 NUM_WARPS = 4
 
 
 @triton.jit
-def _ratio(scores_ptr, m, n_modalities):
-    """float64 mean over j != m of S_m / S_j, for a block of modalities m."""
+def _ratio(scores_ptr, m, n_modalities, FORMULA: tl.constexpr):
+    """float64 mean over j != m of S_m / S_j, or for MLB S_j / S_m, for a block of modalities m."""
     score = tl.load(scores_ptr + m).to(tl.float64)
     total = tl.zeros_like(score)
     for j in range(n_modalities):
-        total += tl.where(m == j, 0.0, score / tl.load(scores_ptr + j).to(tl.float64))
-    return total / (n_modalities - 1)
+        other = tl.load(scores_ptr + j).to(tl.float64)
+        total += tl.where(m == j, 0.0, other if FORMULA == MLB else score / other)
+    mean = total / (n_modalities - 1)
+    return mean / score if FORMULA == MLB else mean
 
 
 @triton.jit
-def _coefficient(ratio, alpha, CVPR: tl.constexpr):
-    """TPAMI Eq. 11 or CVPR Eq. 10; 1 also for a NaN, which is not greater than 0."""
-    x = tl.where(ratio > 1.0, alpha * ratio, 0.0) if CVPR else ratio - 1.0
-    # tanh x, for x > 0 to a few units of 2^-53.
+def _coefficient(ratio, alpha, beta, FORMULA: tl.constexpr):
+    """TPAMI Eq. 11, CVPR Eq. 10 or MLB's; 1 also for a NaN."""
+    if FORMULA == CVPR:
+        x = tl.where(ratio > 1.0, alpha * ratio, 0.0)
+    elif FORMULA == TPAMI:
+        x = ratio - 1.0
+    else:
+        x = alpha * (ratio - 1.0)
+    # tanh x to a few units of 2^-53, of 1.
     tanh = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-    slowed = 1.0 - tanh if CVPR else tl.maximum(1.0 - alpha * tanh, 0.0)
+    if FORMULA == MLB:
+        k = 1.0 + tl.where(ratio > 1.0, (beta - 1.0) * tanh, tanh)
+        return tl.where(k == k, k, 1.0)
+    slowed = 1.0 - tanh if FORMULA == CVPR else tl.maximum(1.0 - alpha * tanh, 0.0)
     return tl.where(x > 0.0, slowed, 1.0)
 
 
@@ -39,7 +55,7 @@ def _coefficient(ratio, alpha, CVPR: tl.constexpr):
     do_not_specialize=[
         *("scores_ptr", "owner_ptr", "numel_ptr", "m2_ptr"),
         *("ratios_ptr", "coefficients_ptr", "scale_ptr", "noise_std_ptr"),
-        *("alpha_bits", "eps_bits", "n_modalities", "n_tensors"),
+        *("alpha_bits", "beta_bits", "eps_bits", "n_modalities", "n_tensors"),
     ]
 )
 def _modulation_factors_kernel(
@@ -52,10 +68,11 @@ def _modulation_factors_kernel(
     scale_ptr,
     noise_std_ptr,
     alpha_bits: tl.int64,
+    beta_bits: tl.int64,
     eps_bits: tl.int64,
     n_modalities,
     n_tensors,
-    CVPR: tl.constexpr,
+    FORMULA: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
     """The first lanes decide about a modality, the others about a tensor, by its owner's scores.
@@ -67,10 +84,11 @@ def _modulation_factors_kernel(
     is_modality = t < 0
     is_tensor = (t >= 0) & (t < n_tensors)
     owner = tl.load(owner_ptr + t, mask=is_tensor, other=0)
-    ratio = _ratio(scores_ptr, tl.where(is_modality, i, owner), n_modalities)
+    ratio = _ratio(scores_ptr, tl.where(is_modality, i, owner), n_modalities, FORMULA)
     alpha = alpha_bits.to(tl.int64).to(tl.float64, bitcast=True)
+    beta = beta_bits.to(tl.int64).to(tl.float64, bitcast=True)
     number: tl.constexpr = ratios_ptr.dtype.element_ty
-    coefficient = _coefficient(ratio, alpha, CVPR).to(number)
+    coefficient = _coefficient(ratio, alpha, beta, FORMULA).to(number)
     tl.store(ratios_ptr + i, ratio.to(number), mask=is_modality)
     tl.store(coefficients_ptr + i, coefficient, mask=is_modality)
     factor: tl.constexpr = scale_ptr.dtype.element_ty
@@ -90,7 +108,8 @@ def modulation_factors(
     numel: Tensor | None,
     m2: Tensor | None,
     alpha: float,
-    cvpr: bool,
+    beta: float,
+    formula: int,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `mmfuse.ops.modulation_factors`."""
@@ -98,7 +117,7 @@ def modulation_factors(
     ratios, coefficients = scores.new_empty(n_modalities), scores.new_empty(n_modalities)
     like = scores if m2 is None else m2
     scale, noise_std = like.new_empty(n_tensors), like.new_empty(0 if m2 is None else n_tensors)
-    alpha_bits, eps_bits = struct.unpack("<qq", struct.pack("<dd", alpha, eps))
+    bits = struct.unpack("<qqq", struct.pack("<ddd", alpha, beta, eps))
     with launch_on(scores.device):
         _modulation_factors_kernel[(triton.cdiv(n_modalities + n_tensors, BLOCK_SIZE),)](
             scores,
@@ -109,11 +128,10 @@ def modulation_factors(
             coefficients,
             scale,
             noise_std,
-            alpha_bits,
-            eps_bits,
+            *bits,
             n_modalities,
             n_tensors,
-            CVPR=cvpr,
+            FORMULA=formula,
             BLOCK_SIZE=BLOCK_SIZE,
             num_warps=NUM_WARPS,
             **COMPILE_OPTIONS,

@@ -167,6 +167,7 @@ def test_micro_batches_change_the_scores_alone(gpu_like: Cell, noise: bool) -> N
 
 # Beside the scores, the flag that all is finite, and the update of all gradients.
 DECIDING = {
+    "MLB": {"modulation_factors": 1},
     # The sums of squares so far, with this step's.
     "InfoReg": {"information_pull": 1, "add": 1, "keep_state_": 1},
     # The gate with its threshold in the features' dtype, and the stream's next step.
@@ -182,8 +183,8 @@ DECIDING = {
 
 
 @pytest.mark.parametrize("kind", DECIDING)
-def test_a_step_with_a_state(gpu_like: Cell, kind: str) -> None:
-    """InfoReg's and RedReg's decisions are a launch each, and so is the change of their state."""
+def test_a_decision_is_a_launch(gpu_like: Cell, kind: str) -> None:
+    """So is the change of InfoReg's and RedReg's state."""
     nets = Nets(3, gpu_like.device)
     options = {"monitor_every": 100} if kind == "RedReg" else {}
     method = make(kind, nets.encoders, backend=gpu_like.backend, **options)

@@ -44,6 +44,7 @@ NUMBERS: list[tuple[str, Callable[[Any], Any]]] = [
     ("temperature", lambda v: ops.info_nce(X, X, v)),
     ("beta", lambda v: ops.information_pull(Z, Z > 0, Z.long(), v)),
     ("alpha", lambda v: ops.modulation_factors(Z + 1, v)),
+    ("beta", lambda v: ops.modulation_factors(Z + 1, 0.8, "mlb", beta=v)),
     ("eps", lambda v: ops.modulation_factors(Z + 1, 0.8, eps=v)),
     ("sigma", lambda v: ops.noisy_views(X, v, NoiseStream(1))),
     ("alpha", lambda v: mmfuse.ogm_coefficients(Z, v)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import tolerances
 import torch
@@ -15,6 +17,8 @@ from mmfuse.ops import GradStats
 FLOAT = (torch.float32, torch.float64)
 NAN, INF = float("nan"), float("inf")
 EPS = 1e-8
+BETA = 3.0
+FORMULAS = ["tpami", "cvpr", "mlb"]
 
 
 def statistics(count: int, dtype: torch.dtype) -> GradStats:
@@ -35,6 +39,15 @@ def expected(
     """The papers' formulas, modality by modality."""
     s = s.double()
     count = len(s)
+    std = None
+    if stats is not None:
+        std = torch.zeros(len(stats.m2), dtype=torch.float64)
+        some = stats.numel > 1
+        std[some] = (stats.m2.double()[some] / (stats.numel[some] - 1)).sqrt() + EPS
+    if formula == "mlb":
+        rho = torch.stack([s[torch.arange(count) != m].mean() / s[m] for m in range(count)])
+        change = torch.tanh(alpha * (rho - 1))
+        return rho, torch.where(rho > 1, 1 + (BETA - 1) * change, 1 + change), std
     rho = torch.stack([(s[m] / s[torch.arange(count) != m]).mean() for m in range(count)])
     k = torch.ones_like(rho)
     ahead = rho > 1
@@ -42,16 +55,11 @@ def expected(
         k[ahead] = (1 - alpha * torch.tanh(rho[ahead] - 1)).clamp(min=0)
     else:
         k[ahead] = 1 - torch.tanh(alpha * rho[ahead])
-    std = None
-    if stats is not None:
-        std = torch.zeros(len(stats.m2), dtype=torch.float64)
-        some = stats.numel > 1
-        std[some] = (stats.m2.double()[some] / (stats.numel[some] - 1)).sqrt() + EPS
     return rho, k, std
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("formula", ["tpami", "cvpr"])
+@pytest.mark.parametrize("formula", FORMULAS)
 @pytest.mark.parametrize("moments", [None, *FLOAT], ids=str)
 @pytest.mark.parametrize("dtype", FLOAT, ids=str)
 @pytest.mark.parametrize(("count", "tensors"), [(2, 16), (3, 0), (5, 137), (33, 1), (137, 9)])
@@ -71,17 +79,20 @@ def test_parity(
         s.to(cell.device),
         0.8,
         formula,
+        beta=BETA,
         owner=owner,
         stats=None if stats is None else on(cell.device, stats),
         eps=EPS,
         backend=cell.backend,
     )
     rho, k, std = expected(s, 0.8, formula, stats)
-    assert bool((k < 0.9).any() and (k == 1).any())
+    assert bool((k < 0.9).any() and (k > 1.1 if formula == "mlb" else k == 1).any())
     assert found.ratios.dtype == found.coefficients.dtype == dtype
     assert found.scale.dtype == (moments or dtype)
     tolerances.assert_within(found.ratios, rho, tolerances.ratios(dtype, rho), "ratios")
     bound = tolerances.coefficients(dtype, count, 0.8, k)
+    if formula == "mlb":
+        bound = tolerances.balancing_coefficients(dtype, count, 0.8, BETA, k)
     tolerances.assert_within(found.coefficients, k, bound, "coefficients")
     # The tensors get what their modality has, rounded where it is.
     spread = found.coefficients[list(owner)].to(found.scale.dtype)
@@ -136,9 +147,38 @@ def test_scores_of_zero_and_not_a_number(cell: Cell, dtype: torch.dtype) -> None
             assert found.scale.tolist() == [k[1], k[0]]
 
 
-@pytest.mark.parametrize("formula", ["tpami", "cvpr"])
+def test_mlb_is_the_single_steps_in_one(cell: Cell) -> None:
+    """The docstring's other snippet."""
+    s, alpha = torch.tensor([0.6, 0.2, 0.25], device=cell.device), 0.5
+    found = ops.modulation_factors(
+        s, alpha, "mlb", beta=BETA, owner=[2, 0, 1], backend=cell.backend
+    )
+    ratios = (s.sum() - s) / (3 - 1) / s
+    change = torch.tanh(alpha * (ratios - 1))
+    k = 1 + torch.where(ratios > 1, (BETA - 1) * change, change)
+    for actual, single in [(found.ratios, ratios), (found.coefficients, k)]:
+        torch.testing.assert_close(actual, single)
+    assert torch.equal(found.scale, found.coefficients[[2, 0, 1]])
+    assert found.coefficients[0] < 1 < found.coefficients[2] < found.coefficients[1] < BETA
+
+
+def test_mlb_of_scores_of_zero_and_not_a_number(cell: Cell) -> None:
+    for scores, ratios, k in [
+        ([0.5, 0.0], [0.0, INF], [1 - math.tanh(0.75), BETA]),
+        ([0.0, 0.0], [NAN, NAN], [1.0, 1.0]),
+        ([NAN, 0.5], [NAN, NAN], [1.0, 1.0]),
+        ([0.5, 0.5], [1.0, 1.0], [1.0, 1.0]),
+        ([0.5, NAN, 0.5], [NAN, NAN, NAN], [1.0, 1.0, 1.0]),
+    ]:
+        s = torch.tensor(scores, dtype=torch.float64, device=cell.device)
+        found = ops.modulation_factors(s, 0.75, "mlb", beta=BETA, backend=cell.backend)
+        assert found.ratios.tolist() == pytest.approx(ratios, nan_ok=True)
+        assert found.coefficients.tolist() == pytest.approx(k, rel=1e-14)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
 def test_without_strength_every_coefficient_is_one(cell: Cell, formula: str) -> None:
-    for scores in ([0.9, 0.1], [0.5, 0.0], [NAN, 0.5]):
+    for scores in ([0.9, 0.1], [0.5, 0.0], [NAN, 0.5]):  # MLB's 0 times infinity is no number
         s = torch.tensor(scores, device=cell.device)
         found = ops.modulation_factors(s, 0.0, formula, owner=[0, 1, 1], backend=cell.backend)
         assert found.coefficients.tolist() == [1, 1]
@@ -189,10 +229,15 @@ class TestBadInput:
             (torch.ones(2).half(), 0.8, "tpami", TypeError, "scores must be a float32 or float64"),
             (s, -1.0, "tpami", ValueError, "alpha must be a finite number of at least 0, got -1"),
             (s, NAN, "tpami", ValueError, "alpha must be a finite number"),
-            (s, 0.8, "eq9", ValueError, "formula must be 'tpami' or 'cvpr', got 'eq9'"),
+            (s, 0.8, "eq9", ValueError, "formula must be 'tpami', 'cvpr' or 'mlb', got 'eq9'"),
         ]:
             with pytest.raises(error, match=match):
                 ops.modulation_factors(scores, alpha, formula)
+
+    @pytest.mark.parametrize("beta", [-1.0, NAN, INF])
+    def test_beta(self, beta: float) -> None:
+        with pytest.raises(ValueError, match="beta must be a finite number of at least 0"):
+            ops.modulation_factors(torch.ones(2), 0.8, "mlb", beta=beta)
 
     def test_owner(self) -> None:
         for owner, match in [

@@ -91,7 +91,7 @@ def check_means(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_parity_in_every_layout(cell: Cell, kind: str, layout: str, dtype: torch.dtype) -> None:
     cell.skip_slow(dtype in (torch.float16, torch.float64))
-    shape = (3, 5, 4, 7)
+    shape = (3, 5, 4, 9)
     targets = KINDS[kind](shape)
     logits = logits_of(cell, shape, [dtype, dtype], layout)
     check_samples(cell, logits, targets)
@@ -312,7 +312,7 @@ INDICES = ["indices", "weighted indices"]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", INDICES)
 def test_statistics_in_every_layout(cell: Cell, kind: str, layout: str, dtype: torch.dtype) -> None:
-    shape = (3, 5, 4, 7)
+    shape = (3, 5, 4, 9)
     check_statistics(cell, logits_of(cell, shape, [dtype, dtype], layout), KINDS[kind](shape))
 
 
@@ -331,6 +331,38 @@ def test_of_equal_logits_the_first_one_is_the_argmax(cell: Cell, layout: str, cl
     labels = torch.where(torch.rand(90) < 0.5, z.argmax(1), torch.randint(0, classes, (90,)))
     labels[:5] = z[:5].flip(1).argmax(1).neg() + classes - 1  # the last of the largest
     check_statistics(cell, [LAYOUTS[layout](z).to(cell.device)], Targets(labels, {}))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "of wider rows"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_rows_of_few_classes_with_anything_in_them(
+    cell: Cell, dtype: torch.dtype, layout: str
+) -> None:
+    """They may go side by side, whatever the layout: what is in one shows in no other."""
+    z = (3 * torch.randn(70, 5)).to(dtype)
+    labels = torch.randint(0, 5, (70,))
+    for row, (place, value) in enumerate([(0, torch.nan), (1, torch.inf), (2, -torch.inf)]):
+        z[row, place] = value
+    z[3], z[4], labels[5] = -torch.inf, 0, -100
+    every = [3, 40, 69, *range(3), 4, 5]
+    for name in ("sample_scores", "sample_statistics"):
+        overload = getattr(getattr(torch.ops.mmfuse, name), cell.backend)
+        found, alone = (
+            overload(
+                [LAYOUTS[layout](z[i]).to(cell.device)],
+                labels[i].to(cell.device),
+                None,
+                None,
+                -100,
+                False,
+            )
+            for i in (slice(None), every)
+        )
+        for all_rows, few in zip(found, alone, strict=True):
+            bound = 1e-3 if all_rows.is_floating_point() else 0
+            torch.testing.assert_close(
+                all_rows[..., every], few, rtol=bound, atol=bound, equal_nan=True
+            )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows first"])

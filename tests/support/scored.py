@@ -15,6 +15,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda z: z,
     "classes last": lambda z: z.movedim(1, -1).contiguous().movedim(-1, 1),
     "a token less": lambda z: F.pad(z.movedim(1, -1), [0, 0, 0, 1])[..., :-1, :].movedim(-1, 1),
+    "of wider rows": lambda z: F.pad(z.movedim(1, -1), [0, 3])[..., :-3].movedim(-1, 1),
     "every other": lambda z: z.repeat_interleave(2, -1)[..., ::2],
     "rows first": lambda z: z.transpose(0, -1).contiguous().transpose(0, -1),
 }

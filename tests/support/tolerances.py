@@ -240,6 +240,18 @@ def coefficients(dtype: torch.dtype, count: int, alpha: float, k: Tensor) -> Ten
     return 2 * computed + UNIT_ROUNDOFF[dtype] * k.abs()
 
 
+def balancing_coefficients(
+    dtype: torch.dtype, count: int, alpha: float, beta: float, k: Tensor
+) -> Tensor:
+    """The same for MLB's, whose argument of tanh is x = α(ρ − 1), and whose change times β − 1.
+
+    δρ moves tanh(x) by at most (M + 2)·u·αρ·sech²(x), where αρ = x + α and x·sech²(x) < 0.45.
+    """
+    u = UNIT_ROUNDOFF[torch.float64]
+    computed = max(abs(beta - 1), 1.0) * ((0.45 + alpha) * (count + 3) + 8) * u
+    return 2 * computed + UNIT_ROUNDOFF[dtype] * k.abs()
+
+
 def modulation_noise(dtype: torch.dtype, std: Tensor) -> Tensor:
     """√(m2/(n − 1)) + ε from the same m2: three float64 roundings on each side, then `dtype`."""
     u = 6 * UNIT_ROUNDOFF[torch.float64] + UNIT_ROUNDOFF[dtype]

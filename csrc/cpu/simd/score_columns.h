@@ -1,5 +1,5 @@
-// Scores of rows that adjoin in memory while their classes do not; no include guard, see
-// foreach_simd.h.
+// Scores of rows that adjoin in memory while their classes do not, or that have few classes; no
+// include guard, see foreach_simd.h.
 //
 // A vector holds as many rows. The logits of some classes of a tile of rows go through L1, so that
 // each is read from memory once, though a maximum comes before its exponentials.
@@ -99,13 +99,27 @@ class ScoreColumns {
 
   // The logits of `k` classes into terms_, their maxima into top_.
   void read_terms(int64_t first, int64_t k, int64_t n) {
+    if (rows_.classes_adjoin) transpose(first, k, n);
     for (int64_t c = 0; c < k; ++c) {
       const scalar_t* x = column(first + c);
+      acc_t* terms = terms_ + c * tile_;
       for (int64_t j = 0; j < n; j += kWidth) {
-        const vec_t v = load_some(x + j, n - j, -kInfinity);
-        store(terms_ + c * tile_ + j, v);
+        const vec_t v =
+            rows_.classes_adjoin ? load(terms + j) : load_some(x + j, n - j, -kInfinity);
+        store(terms + j, v);
         store(top_ + j, maximum(v, load(top_ + j)));
       }
+    }
+  }
+
+  // The logits of rows whose classes adjoin, into terms_.
+  void transpose(int64_t first, int64_t k, int64_t n) {
+    const scalar_t* x = column(first);
+    for (int64_t j = 0; j < n; ++j, x += rows_.strides.inner) {
+      for (int64_t c = 0; c < k; ++c) terms_[c * tile_ + j] = Element<scalar_t>::widen(x[c]);
+    }
+    for (int64_t j = n; j % kWidth != 0; ++j) {
+      for (int64_t c = 0; c < k; ++c) terms_[c * tile_ + j] = -kInfinity;
     }
   }
 

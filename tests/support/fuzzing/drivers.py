@@ -219,7 +219,9 @@ def _owned(d: Drawer, modalities: int) -> tuple[list[int], Made, Made]:
 def modulation_factors(d: Drawer) -> Arguments:
     count = d.whole(2, 5)
     found: Arguments = {"scores": d.tensor(count, kind="positive", dtypes=WIDE)}
-    found |= {"alpha": d.of(0.8, 0.0, 1), "formula": d.of("tpami", "cvpr")}
+    found |= {"alpha": d.of(0.8, 0.0, 1), "formula": d.of("tpami", "cvpr", "mlb")}
+    if found["formula"] == "mlb":
+        found["beta"] = d.of(2.0, 10, 0.5)
     if d.maybe():
         found["owner"], stats, _ = _owned(d, count)
         if d.maybe():

@@ -1,13 +1,18 @@
-"""modulation_factors: both formulas, with and without an owner's statistics."""
+"""modulation_factors: all formulas, with and without an owner's statistics."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
 
 from mmfuse import ops
+from mmfuse.reference.modulation_factors import CVPR, MLB, TPAMI
 
 from ._inputs import WIDE, Inputs, Samples, Small
+
+FORMULAS = ("tpami", "cvpr", "mlb")
 
 
 def arguments(device: str) -> Samples:
@@ -15,9 +20,10 @@ def arguments(device: str) -> Samples:
     index = torch.tensor([1, 0, 1], device=device)
     return {
         "modulation_factors": [
-            (two, index, None, None, 0.8, False, 0.0),
-            (two.double(), index, index + 1, three, 0.8, True, 1e-8),
-            (two, index[:0], index[:0], three[:0].double(), 0.0, False, 1e-8),
+            (two, index, None, None, 0.8, 2.0, TPAMI, 0.0),
+            (two.double(), index, index + 1, three, 0.8, 2.0, CVPR, 1e-8),
+            (two, index[:0], index[:0], three[:0].double(), 0.0, 2.0, TPAMI, 1e-8),
+            (three, index, index + 1, three, 0.8, 10.0, MLB, 1e-8),
         ]
     }
 
@@ -38,7 +44,7 @@ def case(inputs: Inputs) -> list[Tensor]:
     for dtype in WIDE:
         scores = (inputs.normal(37).abs() + 0.1).to(dtype)
         stats = ops.grad_stats([inputs.normal(5, dtype=dtype)] * len(owner))
-        for formula, given in (("tpami", stats), ("cvpr", stats), ("tpami", None), ("cvpr", None)):
+        for formula, given in itertools.product(FORMULAS, (stats, None)):
             found = ops.modulation_factors(scores, 0.5, formula, owner=owner, stats=given)
             written += [x for x in found if x is not None]
     return written
@@ -55,6 +61,8 @@ def compiled(inputs: Inputs) -> None:
         (f64, f32, "tpami"),
         (f32, f64, "cvpr"),
         (f64, f64, "tpami"),
+        (f32, None, "mlb"),
+        (f64, f32, "mlb"),
     ):
         given = stats and ops.grad_stats([inputs.normal(5, dtype=stats)] * len(owner))
         score = inputs.vector(0.2, 0.7, dtype=scores)

@@ -52,7 +52,8 @@ class Step(Case):
                 p.grad *= factor * RHO
 
     def foreach(self, i: GradientInputs) -> None:
-        eager.scale(i, _factors(_rates(i.head.logits, i.head.labels)).to(i.wide))
+        factors = _factors(_rates(i.head.logits, i.head.labels)).to(i.wide)
+        eager.scale(i, factors, eager.read(i))
 
     def mmfuse(self, i: GradientInputs, backend: str) -> None:
         method = i.cached(

@@ -54,7 +54,7 @@ class Step(Case):
                 p.grad *= k
 
     def foreach(self, i: GradientInputs) -> None:
-        eager.scale(i, _factors(stacked_scores(i.head).unbind()))
+        eager.scale(i, _factors(stacked_scores(i.head).unbind()), eager.read(i))
 
     def mmfuse(self, i: GradientInputs, backend: str) -> None:
         method = i.cached(

@@ -95,8 +95,9 @@ class Step(Case):
 
     def foreach(self, i: GradientInputs) -> None:
         coefficients, _ = CASES["decision"].foreach(i.head)
+        grads = eager.read(i)
         std = eager.std(i) + 1e-8 if self.noise else None
-        eager.scale(i, coefficients)
+        eager.scale(i, coefficients, grads)
         if std is not None:
             eager.add_noise(i, std)
 

@@ -24,9 +24,20 @@ def std(i: GradientInputs) -> Tensor:
     return ((squares(i) - sums.square() / i.numel) / (i.numel - 1)).clamp_(min=0).sqrt_()
 
 
-def scale(i: GradientInputs, factors: Tensor) -> None:
+def read(i: GradientInputs) -> list[list[Tensor]]:
+    """Each encoder's gradients, from its parameters: a whole step finds them nowhere else.
+
+    Each backward pass makes new ones, unless they are kept and set to zero.
+    """
+    return [[p.grad for p in params] for params in i.encoder_params]
+
+
+def scale(
+    i: GradientInputs, factors: Tensor, encoder_grads: list[list[Tensor]] | None = None
+) -> None:
     """Multiplies the gradients of encoder m by factors[m]."""
-    for grads, factor in zip(i.encoder_grads, factors.unbind(), strict=True):
+    every = i.encoder_grads if encoder_grads is None else encoder_grads
+    for grads, factor in zip(every, factors.unbind(), strict=True):
         torch._foreach_mul_(grads, factor)
 
 

@@ -48,8 +48,6 @@ const std::vector<Chunk>& make_chunks(const std::vector<slice_t>& slices) {
   return make_chunks(slices, [](const slice_t&) { return kChunk; });
 }
 
-// f(i) for every i in [0, count), which together stand for `elements` elements. The next index goes
-// to whichever thread is free: chunks differ in size, and other processes take cores away.
 // How long a call takes on one thread, rather too little: a second thread that comes too late costs
 // milliseconds where cores are busy, one that is missing some microseconds. A type of its own, so
 // that nobody hands over a number of elements. benchmarks/NOTES.md has where the numbers are from.

@@ -142,11 +142,10 @@ def accuracies(
 
 
 def mean_scores(samples: SampleScores) -> ModalityScores:
-    """Scores over all samples that count, of the mean alone; NaN if there are none."""
+    """Scores over all samples that count, of `prob` alone, which is finite; NaN if there are none."""
     weight = samples.weight.to(WIDE[samples.weight.device.type])
-    prob = samples.prob.to(weight)
     count = weight.sum()
-    prob = torch.where(weight > 0, prob * weight, 0.0).flatten(1).sum(1) / count
+    prob = (samples.prob.to(weight).flatten(1) @ weight.flatten()) / count
     return ModalityScores(prob, prob.log(), count)
 
 

@@ -142,7 +142,7 @@ def accuracies(
 
 
 def mean_scores(samples: SampleScores) -> ModalityScores:
-    """Scores over all samples that count, of `prob` alone, which is finite; NaN if there are none."""
+    """Scores over all samples that count, of `prob` alone, all finite; NaN if there are none."""
     weight = samples.weight.to(WIDE[samples.weight.device.type])
     count = weight.sum()
     prob = (samples.prob.to(weight).flatten(1) @ weight.flatten()) / count

@@ -18,14 +18,17 @@ constexpr int64_t kTaskElements = 16384;
 // If the rows adjoin, a task has whole vectors of them.
 constexpr int64_t kTaskColumns = 64;
 
-// The cost of the rows in any pass: the passes differ by less than these do.
-Nanoseconds cost_of(const LogitRows& rows) {
+// A pass over rows. They differ by less than the kinds of rows do, but for one: gradients go row by
+// row where scores go side by side.
+enum class Pass { kScores, kGradients };
+
+Nanoseconds cost_of(const LogitRows& rows, Pass pass) {
   const bool wide = rows.dtype == DType::kFloat64;
   double element = rows.classes_adjoin ? (wide ? 1.7 : 0.2) : (wide ? 3 : 1);
   if (rows.kind == TargetKind::kShares) element = wide ? 2.3 : 1.1;
   if (rows.kind == TargetKind::kLabels) element = wide ? 9 : 2.3;
   double row = rows.classes_adjoin ? 40 : 0;
-  if (rows.classes_adjoin && better_as_columns(rows)) {
+  if (pass == Pass::kScores && rows.classes_adjoin && better_as_columns(rows)) {
     row = wide ? 15 : 8;
     element = wide ? 1.6 : 0.6;
   }
@@ -75,11 +78,11 @@ struct C10_HIDDEN Call {
 
   // f(rows, m) for every modality m, in parts of its rows.
   template <typename F>
-  void for_each_part(const F& f) const {
+  void for_each_part(Pass pass, const F& f) const {
     std::vector<int64_t> first{0};
     Nanoseconds cost = ns(0);
     for (const LogitRows& all : modalities) {
-      cost = cost + cost_of(all);
+      cost = cost + cost_of(all, pass);
       first.push_back(first.back() + (all.end + step_of(all) - 1) / step_of(all));
     }
     parallel_each(first.back(), cost, [&](int64_t i) {
@@ -96,7 +99,7 @@ struct C10_HIDDEN Call {
   void for_each_scored(const F& f) const {
     const auto by_rows = MMFUSE_SIMD_SELECT(score_rows);
     const auto by_columns = MMFUSE_SIMD_SELECT(score_columns);
-    for_each_part([&](const LogitRows& part, size_t m) {
+    for_each_part(Pass::kScores, [&](const LogitRows& part, size_t m) {
       double scores[3][kMaxTaskRows];
       const RowScores found{scores[0], scores[1], scores[2]};
       (part.classes_adjoin ? by_rows : by_columns)(part, found);
@@ -238,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_statis
   bool* correct_data = static_cast<bool*>(correct.mutable_data_ptr());
   const auto by_rows = MMFUSE_SIMD_SELECT(statistics_rows);
   const auto by_columns = MMFUSE_SIMD_SELECT(statistics_columns);
-  call.for_each_part([&](const LogitRows& part, size_t m) {
+  call.for_each_part(Pass::kScores, [&](const LogitRows& part, size_t m) {
     double found[7][kMaxTaskRows];
     const RowStatistics one{{found[0], found[1], found[2]}, found[3], found[4], found[5], found[6]};
     (part.classes_adjoin ? by_rows : by_columns)(part, one);
@@ -280,7 +283,7 @@ TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_
   }
   const auto by_rows = MMFUSE_SIMD_SELECT(grad_rows);
   const auto by_columns = MMFUSE_SIMD_SELECT(grad_columns);
-  call.for_each_part([&](const LogitRows& part, size_t m) {
+  call.for_each_part(Pass::kGradients, [&](const LogitRows& part, size_t m) {
     const int64_t terms = part.kind == TargetKind::kLabels ? 0 : part.classes + kTermsPadding;
     const int64_t lists = part.classes_adjoin ? (part.kind == TargetKind::kShares ? 2 : 1) : 0;
     const std::unique_ptr<double[]> scratch(new double[lists * terms]);

@@ -1,5 +1,4 @@
-// modulation_factors: ratios, coefficients, and what they and the noise are for each
-// tensor.
+// modulation_factors: ratios, coefficients, and what they and the noise are for each tensor.
 #pragma once
 
 #include <cuda_runtime_api.h>

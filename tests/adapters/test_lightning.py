@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import os
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import ways
 from balancing import (
     ACTING,
@@ -710,6 +712,8 @@ class Keep(Callback):
             "stream": pl_module.balance.method.stream.state,
         }
         torch.save(kept, self.folder / f"rank{trainer.global_rank}.pt")
+        # Lightning leaves gloo's group to the exit, where its threads may abort the process.
+        atexit.register(dist.destroy_process_group)
 
 
 class Ranked(Module):
@@ -792,6 +796,7 @@ def train_sharded(folder: Path) -> None:
     assert [type(t) for t in anchors] == [Tensor] * len(modulated)
     assert [t.shape for t in anchors] == [p.shape for p in modulated]
     (folder / f"rank{whole.global_rank}").touch()
+    dist.destroy_process_group()  # Lightning does it for NCCL alone; gloo's exit may abort
 
 
 @pytest.mark.slow

@@ -16,16 +16,15 @@ from torch.nn import functional as F
 
 import mmfuse
 
-RHO, CLIP = 1.3, 0.8
+from .modality_accuracies import rates
+from .progress_factors import RHO, decide
+
+CLIP = 0.8
 
 
-def _factors(rates: Tensor) -> Tensor:
+def _factors(scores: Tensor) -> Tensor:
     """[M] of top-1 rates; of a first step, whose progress they are."""
-    return RHO * (rates.sum() + 1e-8 - rates) / (rates.sum() + 1e-8)
-
-
-def _rates(logits: list[Tensor], labels: Tensor) -> Tensor:
-    return torch.stack([(z.argmax(1) == labels).double().mean() for z in logits])
+    return decide(scores, torch.zeros_like(scores))[0]
 
 
 @register
@@ -35,13 +34,13 @@ class Step(Case):
     name = "cggm_step"
     title = "CGGM.step"
     kind = "gradients"
-    ops = ("sample_scores", "update_grads_")
+    ops = ("modality_accuracies", "progress_factors", "update_grads_")
     passes = 2
     encoders = 2
     make = staticmethod(GradientInputs)
 
     def check(self, provider: str, i: GradientInputs, result: object) -> None:
-        factors = _factors(_rates(i.head.logits, i.head.labels))
+        factors = _factors(rates(i.head.logits, i.head.labels))
         check_update(provider, i, scale=factors[i.modality_index])
 
     def official(self, i: GradientInputs) -> None:
@@ -52,7 +51,11 @@ class Step(Case):
                 p.grad *= factor * RHO
 
     def foreach(self, i: GradientInputs) -> None:
-        factors = _factors(_rates(i.head.logits, i.head.labels)).to(i.wide)
+        last = i.cached("last rates", lambda: torch.zeros(2, dtype=torch.float64, device=i.device))
+        last.zero_()  # as before a first step
+        now = rates(i.head.logits, i.head.labels)
+        factors = decide(now, last)[0].to(i.wide)
+        last.copy_(now)
         eager.scale(i, factors, eager.read(i))
 
     def mmfuse(self, i: GradientInputs, backend: str) -> None:
@@ -104,7 +107,7 @@ class Training(TrainingCase):
     title = "CGGM: a whole training step"
     method = "CGGM"
     network = Guided
-    ops = ("sample_scores", "update_grads_")
+    ops = ("modality_accuracies", "progress_factors", "update_grads_")
 
     def exact(self, i: TrainingInputs, regulated: bool) -> list[Tensor]:
         def forward(model: Guided) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -113,7 +116,7 @@ class Training(TrainingCase):
             return [a, v], logits, sum(F.cross_entropy(z, i.labels) for z in logits)
 
         seen = backward(i, forward)
-        factors = _factors(_rates(seen.logits[1:], i.labels))
+        factors = _factors(rates(seen.logits[1:], i.labels))
         grads = []
         for name, grad in seen.named_gradients():
             modality = modality_of(name)

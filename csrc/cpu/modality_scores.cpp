@@ -107,18 +107,48 @@ struct C10_HIDDEN Call {
     });
   }
 
+  // f(rows, m, statistics) likewise.
+  template <typename F>
+  void for_each_statistics(const F& f) const {
+    const auto by_rows = MMFUSE_SIMD_SELECT(statistics_rows);
+    const auto by_columns = MMFUSE_SIMD_SELECT(statistics_columns);
+    for_each_part(Pass::kScores, [&](const LogitRows& part, size_t m) {
+      double found[7][kMaxTaskRows];
+      const RowStatistics one{
+          {found[0], found[1], found[2]}, found[3], found[4], found[5], found[6]};
+      (part.classes_adjoin ? by_rows : by_columns)(part, one);
+      f(part, m, one);
+    });
+  }
+
+  // Sums of w p, w log p and w of each modality, [M][3].
+  std::vector<double> sums() const {
+    return sums_of([&](const auto& f) { for_each_scored(f); });
+  }
+
+  // Sums of w where the label is the argmax, w p and w, likewise.
+  std::vector<double> accurate_sums() const {
+    return sums_of([&](const auto& f) {
+      for_each_statistics([&](const LogitRows& part, size_t m, const RowStatistics& one) {
+        f(part, m, RowScores{one.correct, one.scores.prob, one.scores.weight});
+      });
+    });
+  }
+
   static int64_t step_of(const LogitRows& rows) {
     const int64_t step = kTaskElements / std::max<int64_t>(1, rows.classes);
     return std::clamp<int64_t>(step, rows.classes_adjoin ? 1 : kTaskColumns, kMaxTaskRows);
   }
 
-  // Sums of w p, w log p and w of each modality, [M][3].
-  std::vector<double> sums() const {
+ private:
+  // [M][3] of what for_each gives for each part in the place of scores.
+  template <typename F>
+  std::vector<double> sums_of(const F& for_each) const {
     std::vector<double> found(3 * modalities.size());
     if (kept()) {
       // Row after row, to the same bit as ever.
       std::vector<double> scores(3 * modalities.size() * rows);
-      for_each_scored([&](const LogitRows& part, size_t m, const RowScores& one) {
+      for_each([&](const LogitRows& part, size_t m, const RowScores& one) {
         double* to = scores.data() + 3 * m * rows + 3 * part.begin;
         for (int64_t i = 0; i < part.end - part.begin; ++i) add(one, i, to + 3 * i);
       });
@@ -141,7 +171,7 @@ struct C10_HIDDEN Call {
       const LogitRows& all = modalities[k / 3];
       parts[k].resize((all.end + step_of(all) - 1) / step_of(all));
     }
-    for_each_scored([&](const LogitRows& part, size_t m, const RowScores& one) {
+    for_each([&](const LogitRows& part, size_t m, const RowScores& one) {
       double sum[3] = {};
       for (int64_t i = 0; i < part.end - part.begin; ++i) add(one, i, sum);
       for (int k = 0; k < 3; ++k) parts[3 * m + k][part.begin / step_of(part)] = sum[k];
@@ -152,7 +182,6 @@ struct C10_HIDDEN Call {
     return found;
   }
 
- private:
   // Scores of [B, C] logits with class indices are few.
   bool kept() const {
     return modalities[0].kind == TargetKind::kIndices && modalities[0].inner == rows;
@@ -176,6 +205,23 @@ struct C10_HIDDEN Call {
   }
 };
 
+// Means [M] of the first and the second sum, by the third, which is also the last result.
+std::tuple<Tensor, Tensor, Tensor> means_of(const std::vector<double>& sums,
+                                            const TensorList& logits, ScalarType dtype) {
+  const int64_t count = static_cast<int64_t>(logits.size());
+  Tensor first = empty_on_cpu({count}, dtype);
+  Tensor second = empty_on_cpu({count}, dtype);
+  Tensor total = empty_on_cpu({}, ScalarType::Double);
+  const Numbers firsts(first), seconds(second);
+  for (int64_t m = 0; m < count; ++m) {
+    // No row that counts: 0 / 0 is the NaN that is wanted.
+    firsts.set(m, sums[3 * m] / sums[3 * m + 2]);
+    seconds.set(m, sums[3 * m + 1] / sums[3 * m + 2]);
+  }
+  write_number(total, 0, sums[3 * widest(logits) + 2]);
+  return {first, second, total};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels,
@@ -183,20 +229,18 @@ std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, con
                                                    const std::optional<Tensor>& pos_weight,
                                                    int64_t ignore_index, bool multilabel) {
   const Call call(logits, labels, weight, pos_weight, ignore_index, multilabel);
-  const std::vector<double> sums = call.sums();
-  const int64_t count = static_cast<int64_t>(logits.size());
-  const ScalarType dtype = result_type(logits);
-  Tensor prob = empty_on_cpu({count}, dtype);
-  Tensor log_prob = empty_on_cpu({count}, dtype);
-  Tensor total = empty_on_cpu({}, ScalarType::Double);
-  const Numbers probs(prob), log_probs(log_prob);
-  for (int64_t m = 0; m < count; ++m) {
-    // No row that counts: 0 / 0 is the NaN that is wanted.
-    probs.set(m, sums[3 * m] / sums[3 * m + 2]);
-    log_probs.set(m, sums[3 * m + 1] / sums[3 * m + 2]);
-  }
-  write_number(total, 0, sums[3 * widest(logits) + 2]);
-  return {prob, log_prob, total};
+  return means_of(call.sums(), logits, result_type(logits));
+}
+
+// Of class indices the weighted share of rows that are right, and prob.
+std::tuple<Tensor, Tensor, Tensor> modality_accuracies(const TensorList& logits,
+                                                       const Tensor& labels,
+                                                       const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& pos_weight,
+                                                       int64_t ignore_index, bool multilabel) {
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "mmfuse: labels must be int64");
+  const Call call(logits, labels, weight, pos_weight, ignore_index, multilabel);
+  return means_of(call.accurate_sums(), logits, ScalarType::Double);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sample_scores(const TensorList& logits, const Tensor& labels,
@@ -239,12 +283,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sample_statis
       sizes(abs_sum);
   double* weight_data = static_cast<double*>(weights.mutable_data_ptr());
   bool* correct_data = static_cast<bool*>(correct.mutable_data_ptr());
-  const auto by_rows = MMFUSE_SIMD_SELECT(statistics_rows);
-  const auto by_columns = MMFUSE_SIMD_SELECT(statistics_columns);
-  call.for_each_part(Pass::kScores, [&](const LogitRows& part, size_t m) {
-    double found[7][kMaxTaskRows];
-    const RowStatistics one{{found[0], found[1], found[2]}, found[3], found[4], found[5], found[6]};
-    (part.classes_adjoin ? by_rows : by_columns)(part, one);
+  call.for_each_statistics([&](const LogitRows& part, size_t m, const RowStatistics& one) {
     for (int64_t i = 0; i < part.end - part.begin; ++i) {
       const size_t place = m * call.rows + part.begin + i;
       probs.set(place, one.scores.prob[i]);
@@ -299,6 +338,7 @@ TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, CPU, m) {
   m.impl("modality_scores.cpu", TORCH_BOX(&mmfuse::cpu::modality_scores));
   m.impl("modality_scores_backward.cpu", TORCH_BOX(&mmfuse::cpu::modality_scores_backward));
+  m.impl("modality_accuracies.cpu", TORCH_BOX(&mmfuse::cpu::modality_accuracies));
   m.impl("sample_statistics.cpu", TORCH_BOX(&mmfuse::cpu::sample_statistics));
   m.impl("sample_scores.cpu", TORCH_BOX(&mmfuse::cpu::sample_scores));
 }

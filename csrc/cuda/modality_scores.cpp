@@ -54,6 +54,29 @@ void set_inputs(params_t& call, const TensorList& logits, const Tensor& labels,
   targets.inner = layout.inner;
 }
 
+using LaunchMeans = void (*)(const ModalityScoresParams&, cudaStream_t);
+
+// Two means [M] of this type, and the sum of the rows' weights.
+std::tuple<Tensor, Tensor, Tensor> means_of(ModalityScoresParams& call, LaunchMeans launch,
+                                            const TensorList& logits, const Tensor& labels,
+                                            ScalarType dtype) {
+  call.widest = static_cast<int>(widest(logits));
+  const DeviceScope device(labels);
+  const int64_t count = static_cast<int64_t>(logits.size());
+  Tensor first = new_empty(labels, {count}, dtype);
+  Tensor second = new_empty(labels, {count}, dtype);
+  Tensor total = new_empty(labels, {}, ScalarType::Double);
+  Tensor workspace =
+      new_empty(labels, {count, score_blocks(call.targets.rows), kScoreSums}, ScalarType::Double);
+  call.workspace = static_cast<double*>(workspace.mutable_data_ptr());
+  call.prob = first.mutable_data_ptr();
+  call.log_prob = second.mutable_data_ptr();
+  call.count = static_cast<double*>(total.mutable_data_ptr());
+  call.wide = dtype == ScalarType::Double;
+  launch(call, device.stream());
+  return {first, second, total};
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, const Tensor& labels,
@@ -62,22 +85,19 @@ std::tuple<Tensor, Tensor, Tensor> modality_scores(const TensorList& logits, con
                                                    int64_t ignore_index, bool multilabel) {
   ModalityScoresParams call;
   set_inputs(call, logits, labels, weight, pos_weight, ignore_index, multilabel);
-  call.widest = static_cast<int>(widest(logits));
-  const DeviceScope device(labels);
-  const int64_t count = static_cast<int64_t>(logits.size());
-  const ScalarType dtype = result_type(logits);
-  Tensor prob = new_empty(labels, {count}, dtype);
-  Tensor log_prob = new_empty(labels, {count}, dtype);
-  Tensor total = new_empty(labels, {}, ScalarType::Double);
-  Tensor workspace =
-      new_empty(labels, {count, score_blocks(call.targets.rows), kScoreSums}, ScalarType::Double);
-  call.workspace = static_cast<double*>(workspace.mutable_data_ptr());
-  call.prob = prob.mutable_data_ptr();
-  call.log_prob = log_prob.mutable_data_ptr();
-  call.count = static_cast<double*>(total.mutable_data_ptr());
-  call.wide = dtype == ScalarType::Double;
-  launch_modality_scores(call, device.stream());
-  return {prob, log_prob, total};
+  return means_of(call, launch_modality_scores, logits, labels, result_type(logits));
+}
+
+// Of class indices the weighted share of rows that are right, and prob.
+std::tuple<Tensor, Tensor, Tensor> modality_accuracies(const TensorList& logits,
+                                                       const Tensor& labels,
+                                                       const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& pos_weight,
+                                                       int64_t ignore_index, bool multilabel) {
+  STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long, "mmfuse: labels must be int64");
+  ModalityScoresParams call;
+  set_inputs(call, logits, labels, weight, pos_weight, ignore_index, multilabel);
+  return means_of(call, launch_modality_accuracies, logits, labels, ScalarType::Double);
 }
 
 std::tuple<Tensor, Tensor, Tensor> sample_scores(const TensorList& logits, const Tensor& labels,
@@ -162,6 +182,7 @@ TensorList modality_scores_backward(const Tensor& grad_prob, const Tensor& grad_
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, MMFUSE_CUDA_KEY, m) {
   m.impl("modality_scores.cuda", TORCH_BOX(&mmfuse::cuda::modality_scores));
   m.impl("modality_scores_backward.cuda", TORCH_BOX(&mmfuse::cuda::modality_scores_backward));
+  m.impl("modality_accuracies.cuda", TORCH_BOX(&mmfuse::cuda::modality_accuracies));
   m.impl("sample_statistics.cuda", TORCH_BOX(&mmfuse::cuda::sample_statistics));
   m.impl("sample_scores.cuda", TORCH_BOX(&mmfuse::cuda::sample_scores));
 }

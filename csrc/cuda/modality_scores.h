@@ -71,6 +71,10 @@ struct ModalityScoresParams {
 
 void launch_modality_scores(const ModalityScoresParams& params, cudaStream_t stream);
 
+// Of class indices; the share of rows that are right in the place of prob, prob in that of
+// log_prob.
+void launch_modality_accuracies(const ModalityScoresParams& params, cudaStream_t stream);
+
 struct SampleScoresParams {
   std::vector<ModalityLogits> modalities;
   ScoreTargets targets;

@@ -56,6 +56,21 @@ __device__ __forceinline__ void store_scores(const ScoreOutputs& call, int m,
   if (m == call.widest) *call.count = sums[2];
 }
 
+// Adds the sums of block (x, m)'s threads: the scores if it has all rows, else a part of them.
+template <int kThreads>
+__device__ __forceinline__ void store_sums(const ScoreOutputs& call, int m,
+                                           double (&sums)[kScoreSums]) {
+  block_sum<kThreads>(sums);
+  if (threadIdx.x != 0) return;
+  if (gridDim.x == 1) {
+    store_scores(call, m, sums);
+  } else {
+    double* partial =
+        call.workspace + (static_cast<int64_t>(m) * gridDim.x + blockIdx.x) * kScoreSums;
+    for (int k = 0; k < kScoreSums; ++k) partial[k] = sums[k];
+  }
+}
+
 // Calls f(row, score) for block x's kScoreRows rows of a modality, by the first of each team.
 template <TargetKind kKind, typename F>
 __device__ __forceinline__ void for_each_score(const ModalityLogits& modality,
@@ -87,16 +102,7 @@ __global__ void __launch_bounds__(kThreadsOf<kKind>)
                           sums[1] += score.weight * score.log_prob;
                           sums[2] += score.weight;
                         });
-  block_sum<kThreadsOf<kKind>>(sums);
-  if (threadIdx.x != 0) return;
-  const int m = table.first + blockIdx.y;
-  if (gridDim.x == 1) {
-    store_scores(call, m, sums);
-  } else {
-    double* partial =
-        call.workspace + (static_cast<int64_t>(m) * gridDim.x + blockIdx.x) * kScoreSums;
-    for (int k = 0; k < kScoreSums; ++k) partial[k] = sums[k];
-  }
+  store_sums<kThreadsOf<kKind>>(call, table.first + blockIdx.y, sums);
 }
 
 // Block m adds the partial sums of modality m.
@@ -139,12 +145,11 @@ struct StatisticsOutputs {
   bool wide;
 };
 
-// Block (x, m) writes the scores and statistics of kScoreRows rows of modality m.
-__global__ void __launch_bounds__(kStatisticsThreads, kStatisticsBlocksPerSm)
-    sample_statistics_kernel(const ModalityTable<StatisticsOutputs> __grid_constant__ table) {
-  const StatisticsOutputs& call = table.common;
-  const ModalityLogits& modality = table.modalities[blockIdx.y];
-  const int m = table.first + blockIdx.y;
+// Calls f(row, weight, log_prob, statistics) for block x's kScoreRows rows of a modality, by the
+// first of each team.
+template <typename F>
+__device__ __forceinline__ void for_each_statistics(const ModalityLogits& modality,
+                                                    const ScoreTargets& targets, const F& f) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kScoreRows;
   visit_teams<kStatisticsThreads>(modality, [&](auto team, auto* type) {
     using team_t = decltype(team);
@@ -152,33 +157,59 @@ __global__ void __launch_bounds__(kStatisticsThreads, kStatisticsBlocksPerSm)
     using acc_t = acc_type<scalar_t>;
 #pragma unroll 1
     for (int r = team_t::row(); r < kScoreRows; r += team_t::kRows) {
-      const auto row = logit_row<scalar_t>(modality, call.targets, first + r);
+      const auto row = logit_row<scalar_t>(modality, targets, first + r);
       if (!team_t::kColumns && !row.counts) break;
       const int64_t label =
-          row.counts ? static_cast<const int64_t*>(call.targets.values)[row.target] : 0;
+          row.counts ? static_cast<const int64_t*>(targets.values)[row.target] : 0;
       RowSoftmax<acc_t> softmax;
       const RowStatistics<acc_t> found = row_statistics<team_t>(row, label, softmax);
       if (!row.counts || team_t::rank() != 0) continue;
-      const double weight = index_weight(call.targets, label, row.classes);
-      const bool counts = weight != 0;
       const bool possible = label >= 0 && label < row.classes;
       const int64_t stride = team_t::kColumns ? row.stride : 1;
       const acc_t log_prob =
           possible ? widen<acc_t>(row.x[label * stride]) - softmax.max - softmax.log_sum
                    : static_cast<acc_t>(NAN);
-      const int64_t place = m * call.targets.rows + first + r;
-      const auto put = [&](void* to, acc_t x) {
-        store_result(to, call.wide, counts ? x : acc_t(0), place);
-      };
-      put(call.prob, exp(log_prob));
-      put(call.log_prob, log_prob);
-      put(call.entropy, found.entropy);
-      put(call.log_sum_exp, found.log_sum_exp);
-      put(call.abs_sum, found.abs_sum);
-      call.correct[place] = counts && found.correct;
-      if (m == call.widest) call.weights[first + r] = weight;
+      f(first + r, index_weight(targets, label, row.classes), log_prob, found);
     }
   });
+}
+
+// Block (x, m) writes the scores and statistics of kScoreRows rows of modality m.
+__global__ void __launch_bounds__(kStatisticsThreads, kStatisticsBlocksPerSm)
+    sample_statistics_kernel(const ModalityTable<StatisticsOutputs> __grid_constant__ table) {
+  const StatisticsOutputs& call = table.common;
+  const int m = table.first + blockIdx.y;
+  for_each_statistics(table.modalities[blockIdx.y], call.targets,
+                      [&](int64_t row, double weight, auto log_prob, const auto& found) {
+                        using acc_t = decltype(log_prob);
+                        const bool counts = weight != 0;
+                        const int64_t place = m * call.targets.rows + row;
+                        const auto put = [&](void* to, acc_t x) {
+                          store_result(to, call.wide, counts ? x : acc_t(0), place);
+                        };
+                        put(call.prob, exp(log_prob));
+                        put(call.log_prob, log_prob);
+                        put(call.entropy, found.entropy);
+                        put(call.log_sum_exp, found.log_sum_exp);
+                        put(call.abs_sum, found.abs_sum);
+                        call.correct[place] = counts && found.correct;
+                        if (m == call.widest) call.weights[row] = weight;
+                      });
+}
+
+// Block (x, m) sums kScoreRows rows of modality m: those that are right, and prob.
+__global__ void __launch_bounds__(kStatisticsThreads, kStatisticsBlocksPerSm)
+    modality_accuracies_kernel(const ModalityTable<ScoreOutputs> __grid_constant__ table) {
+  const ScoreOutputs& call = table.common;
+  double sums[kScoreSums] = {};
+  for_each_statistics(table.modalities[blockIdx.y], call.targets,
+                      [&](int64_t, double weight, auto log_prob, const auto& found) {
+                        if (weight == 0) return;
+                        if (found.correct) sums[0] += weight;
+                        sums[1] += weight * exp(log_prob);
+                        sums[2] += weight;
+                      });
+  store_sums<kStatisticsThreads>(call, table.first + blockIdx.y, sums);
 }
 
 // The gradient of one row, from its scores; for class indices (grad_prob p + grad_log_prob) w /
@@ -269,22 +300,36 @@ void visit_kind(TargetKind kind, const F& f) {
   }
 }
 
-}  // namespace
-
-void launch_modality_scores(const ModalityScoresParams& params, cudaStream_t stream) {
+// Sums by start(table, blocks), and the means of what several blocks have summed.
+template <typename F>
+void launch_means(const ModalityScoresParams& params, cudaStream_t stream, const F& start) {
   const ScoreOutputs common{params.targets, params.workspace, params.prob, params.log_prob,
                             params.count,   params.widest,    params.wide};
   const unsigned blocks = static_cast<unsigned>(score_blocks(params.targets.rows));
-  visit_kind(params.targets.kind, [&](auto kind) {
-    for_each_table(params.modalities, common, [&](const auto& table, unsigned count) {
-      launch("modality_scores_kernel", modality_scores_kernel<kind()>, dim3(blocks, count),
-             kThreadsOf<kind()>, stream, table);
-    });
-  });
+  for_each_table(params.modalities, common,
+                 [&](const auto& table, unsigned count) { start(table, dim3(blocks, count)); });
   if (blocks > 1) {
     launch("modality_scores_finalise_kernel", modality_scores_finalise_kernel,
            params.modalities.size(), kScoreThreads, stream, common, static_cast<int>(blocks));
   }
+}
+
+}  // namespace
+
+void launch_modality_scores(const ModalityScoresParams& params, cudaStream_t stream) {
+  launch_means(params, stream, [&](const auto& table, dim3 blocks) {
+    visit_kind(params.targets.kind, [&](auto kind) {
+      launch("modality_scores_kernel", modality_scores_kernel<kind()>, blocks, kThreadsOf<kind()>,
+             stream, table);
+    });
+  });
+}
+
+void launch_modality_accuracies(const ModalityScoresParams& params, cudaStream_t stream) {
+  launch_means(params, stream, [&](const auto& table, dim3 blocks) {
+    launch("modality_accuracies_kernel", modality_accuracies_kernel, blocks, kStatisticsThreads,
+           stream, table);
+  });
 }
 
 void launch_sample_scores(const SampleScoresParams& params, cudaStream_t stream) {

@@ -201,6 +201,7 @@ class Batch(NamedTuple):
     Attributes:
         scores: Each modality's, in the order of the modalities; tables of M·M numbers each, flat,
             where modalities are missing or the scores are the user's (see `mmfuse.loop.pairs`).
+            With `Need.accuracy` there may be no log_prob.
         given: The inputs named in `Need.inputs`, M tensors each, in the order of the modalities.
         modalities: The encoders' names.
         state: The rule's.
@@ -245,6 +246,7 @@ class Tensors(NamedTuple):
             does not need them, or does nothing in this epoch.
         place: Each one's index among all parameters of the method; None if T is all of them.
         backend: Name of a backend; None for the best one.
+        dtype: The dtype of the update's [T] tensors: float64 if a gradient is, else float32.
     """
 
     owner: tuple[int, ...]
@@ -253,6 +255,7 @@ class Tensors(NamedTuple):
     stats: GradStats | None
     place: tuple[int, ...] | None
     backend: str | None
+    dtype: torch.dtype = torch.float32
 
     def each(self, values: Tensor) -> Tensor:
         """Each tensor's value of its modality: [M] to [T], on the gradients' device."""

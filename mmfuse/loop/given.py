@@ -14,6 +14,7 @@ from .._devices import WIDE
 from ..ops import ModalityScores, SampleScores
 from ..ops._criterion import PLAIN, Criterion
 from ..ops._tensors import check_dense
+from ..ops.modality_accuracies import named_accuracies
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
 from .ranks import Observed
@@ -23,6 +24,8 @@ Numbers = Mapping[str, Tensor | float]
 Loss = nn.CrossEntropyLoss | nn.BCEWithLogitsLoss | None
 #: The numbers that a step starts from: of a batch, or of the user.
 Kind = Literal["scores", "ratios", "coefficients"]
+#: In the place of numbers that there are none of; made once, since a step has little time.
+_NOTHING = torch.empty(0)
 
 
 class More(TypedDict, total=False):
@@ -55,7 +58,7 @@ class Looked(NamedTuple):
     scores: ModalityScores | None
     known: Tensor | None = None
     kind: Kind = "scores"
-    numbers: Tensor = torch.empty(0)
+    numbers: Tensor = _NOTHING
     weight: Tensor = torch.empty(())
 
 
@@ -81,7 +84,8 @@ def look(
         criterion: The loss that they are for.
         device: The device that the user's numbers go to.
         backend: Name of a backend; None for the best one.
-        accuracy: True if the scores are accuracies in the place of probabilities.
+        accuracy: True if the scores are accuracies in the place of probabilities, without their
+            logarithms.
 
     Raises:
         TypeError: something is missing, or two arguments exclude each other.
@@ -100,6 +104,9 @@ def look(
     present = more.get("present")
     if present is None and not accuracy:
         return Looked(named_scores(called, each, labels, backend, how))
+    if present is None and isinstance(labels, Tensor) and not labels.is_floating_point():
+        right = named_accuracies(called, each, labels, backend, how)
+        return Looked(ModalityScores(right.accuracy, _NOTHING, right.count))
     if accuracy:
         samples = accuracies(called, each, labels, backend, how)
     else:
@@ -142,11 +149,11 @@ def accuracies(
 
 
 def mean_scores(samples: SampleScores) -> ModalityScores:
-    """Scores over all samples that count, of `prob` alone, all finite; NaN if there are none."""
+    """Scores over all samples that count, of `prob` alone, all finite; NaN if no sample counts."""
     weight = samples.weight.to(WIDE[samples.weight.device.type])
     count = weight.sum()
     prob = (samples.prob.to(weight).flatten(1) @ weight.flatten()) / count
-    return ModalityScores(prob, prob.log(), count)
+    return ModalityScores(prob, _NOTHING, count)
 
 
 def check_criterion(criterion: Loss) -> Loss:
@@ -191,7 +198,7 @@ def own_numbers(
     if not given:
         if weight is not None:
             raise TypeError("count goes with scores, ratios or coefficients")
-        return None, torch.empty(0), torch.empty(0)
+        return None, _NOTHING, _NOTHING
     if len(given) > 1 or logits is not None:
         both = " and ".join([*given, *["logits"] * (logits is not None)])
         raise TypeError(f"got {both}; give one of them")

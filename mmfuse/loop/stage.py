@@ -79,7 +79,7 @@ def take_step(
         stats = stats_of(active, second, grad_scale, backend)
     place = None if len(active.ids) == len(modalities.parameters) else tuple(active.ids)
     count = len(modalities.names)
-    tensors = Tensors(active.modality, count, device, stats, place, backend)
+    tensors = Tensors(active.modality, count, device, stats, place, backend, active.dtype)
     if acting:
         decision = rule.decide(state, seen, tensors, method._clock)
     else:

@@ -22,6 +22,7 @@ that of the step before.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from typing_extensions import Unpack
 
-from .._numbers import finite, flag
+from .._numbers import flag
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -54,9 +55,7 @@ from ..loop.pairs import own
 from ..loop.ranks import Observed
 from ..loop.result import Result
 from ..ops._tensors import FLOATING
-from ._means import mean_of_others
-
-_EPS = 1e-8
+from ..ops.progress_factors import check_progress, progress_of_checked
 
 
 @dataclass(frozen=True)
@@ -79,19 +78,6 @@ class CGGMResult(Result):
     finite: Tensor
 
 
-def _shares(progress: Tensor) -> Tensor:
-    """k_m of [M] Delta_m; or of a table, [M, M] with Delta_m over the samples that m and j have."""
-    if progress.dim() == 1:
-        # A sum of the others, not a difference from the whole, which would cancel.
-        others = mean_of_others(progress) * (len(progress) - 1)
-        return (others + _EPS) / (progress.sum() + _EPS)
-    itself = torch.eye(len(progress), dtype=torch.bool, device=progress.device)
-    compared = ~(progress.isnan() | progress.T.isnan() | itself)
-    mine = torch.where(compared, progress, 0.0).sum(1) / compared.sum(1)
-    others = torch.where(compared, progress, 0.0).sum(0) + _EPS
-    return others / (others + mine)
-
-
 @dataclass(frozen=True)
 class CGGMRule(Stateless):
     """The equations above; `bound` None leaves k as it is, and `stale` takes earlier weights."""
@@ -105,10 +91,7 @@ class CGGMRule(Stateless):
 
     def __post_init__(self) -> None:
         flag("stale", self.stale)
-        if not (finite("rho", self.rho) and self.rho > 0):
-            raise ValueError(f"rho must be a positive finite number, got {self.rho}")
-        if self.bound is not None and not self.bound >= 1:
-            raise ValueError(f"bound must be at least 1, or None for no bound, got {self.bound}")
+        check_progress(self.rho, self.bound)
 
     def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
         """The last metrics, over the samples that m and j have, and the last shares."""
@@ -127,28 +110,27 @@ class CGGMRule(Stateless):
             raise TypeError("CGGM has no ratios; give scores, or coefficients rho k_m")
 
     def decide(self, state: State, seen: Observed, tensors: Tensors, clock: Clock) -> Decision:
-        """Delta_m and k_m."""
+        """Delta_m and k_m: `mmfuse.reference.progress_factors` has the formulas."""
         if seen.kind == "coefficients":
             factors, nothing = seen.means.nan_to_num(1.0), torch.full_like(seen.means, torch.nan)
             return Decision(Act(scale=tensors.each(factors)), (factors, nothing, nothing, nothing))
-        last = state["scores"]
-        if seen.paired:
-            table = seen.tables()[0].to(last)
-            scores, change = own(table), table - last
-            progress = own(change)
-        else:
-            scores = seen.means.to(last)
-            table = scores.unsqueeze(1).expand_as(last)
-            progress = change = scores - own(last)
-        k = _shares(change)
-        if self.bound is not None:
-            k = k.clamp(-self.bound, self.bound)
-        factors = (self.rho * k).nan_to_num(1.0)
-        kept = {
-            "scores": torch.where(table.isnan(), last, table),
-            "shares": torch.where(k.isnan(), state["shares"], k),
-        }
-        return Decision(Act(scale=tensors.each(factors)), (factors, scores, progress, k), kept)
+        device = tensors.device
+        scores = (seen.tables()[0] if seen.paired else seen.means).to(device)
+        found = progress_of_checked(
+            tensors.backend,
+            scores,
+            state["scores"].to(device),
+            state["shares"].to(device),
+            tensors.owner,
+            float(self.rho),
+            math.inf if self.bound is None else float(self.bound),
+            tensors.dtype,
+        )
+        return Decision(
+            Act(scale=found.scale),
+            (found.coefficients, own(scores) if seen.paired else scores, *found[1:3]),
+            {"scores": found.kept_scores, "shares": found.kept_shares},
+        )
 
 
 class CGGM(GradientMethod):

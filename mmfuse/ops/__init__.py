@@ -10,6 +10,7 @@ from .information_pull import InformationPull, information_pull
 from .joint_entropies import JointEntropies, joint_entropies
 from .keep_state import keep_state_
 from .logit_divergence import logit_divergence
+from .modality_accuracies import ModalityAccuracies, modality_accuracies
 from .modality_scores import ModalityScores, modality_scores
 from .modulation_factors import ModulationFactors, modulation_factors
 from .mutual_information import (
@@ -21,6 +22,7 @@ from .mutual_information import (
 )
 from .noisy_views import NoisyViews, noisy_views
 from .paired_cosine import paired_cosine
+from .progress_factors import ProgressFactors, progress_factors
 from .redundancy_pull import (
     RedundancyPull,
     RedundancyRule,
@@ -41,10 +43,12 @@ __all__ = [
     "GradStats",
     "InformationPull",
     "JointEntropies",
+    "ModalityAccuracies",
     "ModalityScores",
     "ModulationFactors",
     "MutualInformation",
     "NoisyViews",
+    "ProgressFactors",
     "RedundancyPull",
     "RedundancyRule",
     "RedundancyState",
@@ -62,11 +66,13 @@ __all__ = [
     "joint_entropies",
     "keep_state_",
     "logit_divergence",
+    "modality_accuracies",
     "modality_scores",
     "modulation_factors",
     "mutual_information",
     "noisy_views",
     "paired_cosine",
+    "progress_factors",
     "redundancy_pull",
     "redundancy_ratio",
     "sample_scores",

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from .._devices import WIDE
 from .._numbers import flag, whole
 from ..reference.modality_scores import IGNORED_LABEL
-from ._tensors import FLOATING, why_unsupported
+from ._tensors import FLOATING, check_dense, why_unsupported
 
 
 class Criterion(NamedTuple):
@@ -72,7 +72,8 @@ def checked(
         flag("multilabel", criterion.multilabel)
     if criterion.multilabel or (not indices and labels.dtype in FLOATING):
         return _with_floating_targets(names, logits, labels, criterion)
-    if (not indices and labels.is_complex()) or labels.layout is not torch.strided:
+    whole_numbers = indices or not (labels.is_complex() or labels.is_floating_point())  # float8
+    if not whole_numbers or labels.layout is not torch.strided:
         raise TypeError(
             "labels must be an integer tensor of class indices or a floating one of probabilities, "
             f"got {labels.dtype}, {labels.layout}"
@@ -167,8 +168,13 @@ def readable(z: Tensor) -> Tensor:
         z = z.flatten(2)
     of_rows = 0 if z.dim() == 2 or z.shape[2] == 1 else 2
     one_by_one = z.stride(1) == 1 and z.shape[1] > 1
-    one_by_one = one_by_one or z.stride(of_rows) == 1 or z.shape[of_rows] == 1
-    return z if one_by_one and 0 not in z.stride() else z.contiguous()
+    if not one_by_one:
+        # Of a single row the gradient, which is dense, would have its classes one by one.
+        one_by_one = z.shape[1] == 1 if z.shape[of_rows] == 1 else z.stride(of_rows) == 1
+    if one_by_one and 0 not in z.stride():
+        return z
+    # A tensor without a number is contiguous whatever its strides, so that it would stay as it is.
+    return z.clone(memory_format=torch.contiguous_format)
 
 
 def _of_each_class(
@@ -180,6 +186,7 @@ def _of_each_class(
     if not isinstance(values, Tensor) or values.dtype not in FLOATING:
         kind = values.dtype if isinstance(values, Tensor) else type(values).__name__
         raise TypeError(f"{called} must be a floating tensor, got {kind}")
+    check_dense(called, values)
     _check_constant(called, values)
     for name, z in zip(names, logits, strict=True):
         classes = z.shape[1] if z.dim() > 1 else 1

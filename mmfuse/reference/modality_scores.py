@@ -169,6 +169,25 @@ def modality_scores(
     return means[0], means[1], count
 
 
+def modality_accuracies(
+    logits: Sequence[Tensor],
+    labels: Tensor,
+    weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    ignore_index: int = IGNORED_LABEL,
+    multilabel: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `mmfuse.ops.modality_accuracies`."""
+    found = sample_statistics(logits, labels, weight, pos_weight, ignore_index, multilabel)
+    prob, _, rows, correct, *_ = found
+    count = rows.sum()
+    means = [
+        torch.stack([torch.where(rows == 0, 0.0, rows * x.to(rows)).sum() / count for x in each])
+        for each in (correct, prob)
+    ]
+    return means[0], means[1], count
+
+
 def modality_scores_backward(
     grad_prob: Tensor,
     grad_log_prob: Tensor,
@@ -219,6 +238,7 @@ def examples(normal: Normal) -> dict[str, tuple[Any, ...]]:
     usual = logits, labels, None, None, IGNORED_LABEL, False
     count = modality_scores(*usual)[2]
     return {
+        "modality_accuracies": usual,
         "modality_scores": usual,
         "modality_scores_backward": (normal(2), normal(2), count, *usual),
         "sample_scores": usual,

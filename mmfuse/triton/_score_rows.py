@@ -14,6 +14,13 @@ LABELS = tl.constexpr(2)
 
 
 @triton.jit
+def tile_of_rows(tile, inner, BLOCK_ROWS: tl.constexpr):
+    """The tile's outer and inner rows; all of a tile are of one outer."""
+    tiles = tl.cdiv(inner, BLOCK_ROWS)
+    return tile // tiles, (tile % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+
+
+@triton.jit
 def row_places(outer, inner, outer_stride, stride, COLUMNS: tl.constexpr):
     """Offsets of rows: with COLUMNS the rows are one by one in memory, else their classes are."""
     first = outer.to(tl.int64) * outer_stride

@@ -9,9 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS
 from ._device import round_to, widen
 from ._score_call import call_of, layout_of
+from ._score_means import launch_means, store_means
 from ._score_rows import (
     INDICES,
     LABELS,
@@ -22,23 +22,18 @@ from ._score_rows import (
     read_targets,
     row_places,
     score_tile,
+    tile_of_rows,
 )
-from ._score_statistics import sample_statistics
+from ._score_statistics import modality_accuracies, sample_statistics
 from ._tensor_list import launch_on
 
-__all__ = ["modality_scores", "modality_scores_backward", "sample_scores", "sample_statistics"]
-
-# Up to so many tiles of rows, one program takes them all and needs no second launch.
-TILES_IN_ONE_LAUNCH = 8
-MAX_SPLITS = 256
-MERGE_WARPS = 4
-
-
-@triton.jit
-def _tile_of_rows(tile, inner, BLOCK_ROWS: tl.constexpr):
-    """The tile's outer and inner rows; all of a tile are of one outer."""
-    tiles = tl.cdiv(inner, BLOCK_ROWS)
-    return tile // tiles, (tile % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+__all__ = [
+    "modality_accuracies",
+    "modality_scores",
+    "modality_scores_backward",
+    "sample_scores",
+    "sample_statistics",
+]
 
 
 @triton.jit
@@ -67,7 +62,7 @@ def _score_rows(
     log_sum = tl.zeros([BLOCK_ROWS], ACC)
     weights = tl.zeros([BLOCK_ROWS], tl.float64)
     for tile in range(first_tile, end_tile):
-        outer, row = _tile_of_rows(tile, inner, BLOCK_ROWS)
+        outer, row = tile_of_rows(tile, inner, BLOCK_ROWS)
         row_ptrs = logits_ptr + row_places(outer, row, outer_stride, stride, COLUMNS)
         target_ptrs = _target_ptrs(target_ptr, outer, row, inner, target_strides, KIND)
         _, _, prob, log_prob, weight = score_tile(
@@ -81,19 +76,7 @@ def _score_rows(
             prob_sum += tl.where(weight == 0.0, 0.0, weight.to(ACC) * prob)
             log_sum += tl.where(weight == 0.0, 0.0, weight.to(ACC) * log_prob)
         weights += weight
-    out = prob_ptr.dtype.element_ty
-    prob = tl.sum(prob_sum, axis=0)
-    log_prob = tl.sum(log_sum, axis=0)
-    count = tl.sum(weights, axis=0)
-    if sum_ptr is None:
-        prob = prob / count.to(ACC)
-        log_prob = log_prob / count.to(ACC)
-        if count_ptr is not None:
-            tl.store(count_ptr, count)
-    else:
-        tl.store(sum_ptr, count)
-    tl.store(prob_ptr, prob.to(out))
-    tl.store(log_prob_ptr, log_prob.to(out))
+    store_means(prob_sum, log_sum, weights, prob_ptr, log_prob_ptr, count_ptr, sum_ptr)
 
 
 @triton.jit(
@@ -125,27 +108,6 @@ def _modality_scores_kernel(
             )  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["sums_ptr", "prob_ptr", "log_prob_ptr", "count_ptr", "widest", "n_splits"]
-)
-def _modality_scores_merge_kernel(
-    sums_ptr, prob_ptr, log_prob_ptr, count_ptr, widest, n_splits, BLOCK_SIZE: tl.constexpr
-):
-    """Means of one modality from float64 sums [3, M, splits] of p, of ln p, and of weights."""
-    m = tl.program_id(0)
-    stride = tl.num_programs(0) * n_splits
-    lane = tl.arange(0, BLOCK_SIZE)
-    first_ptr = sums_ptr + m * n_splits + lane
-    used = lane < n_splits
-    prob = tl.sum(tl.load(first_ptr, mask=used, other=0.0), axis=0)
-    log_prob = tl.sum(tl.load(first_ptr + stride, mask=used, other=0.0), axis=0)
-    count = tl.sum(tl.load(first_ptr + 2 * stride, mask=used, other=0.0), axis=0)
-    tl.store(prob_ptr + m, (prob / count).to(prob_ptr.dtype.element_ty))
-    tl.store(log_prob_ptr + m, (log_prob / count).to(log_prob_ptr.dtype.element_ty))
-    if m == widest:
-        tl.store(count_ptr, count)
-
-
 @triton.jit
 def _sample_rows(
     logits_ptr, n_classes, outer_stride, stride, COLUMNS: tl.constexpr, KIND: tl.constexpr,
@@ -154,7 +116,7 @@ def _sample_rows(
 ):  # fmt: skip
     """Writes p, ln p, and with rows_ptr the weights, of a tile of rows."""
     ACC: tl.constexpr = tl.float64 if logits_ptr.dtype.element_ty == tl.float64 else tl.float32
-    outer, row = _tile_of_rows(tl.program_id(0), inner, BLOCK_ROWS)
+    outer, row = tile_of_rows(tl.program_id(0), inner, BLOCK_ROWS)
     row_ptrs = logits_ptr + row_places(outer, row, outer_stride, stride, COLUMNS)
     target_ptrs = _target_ptrs(target_ptr, outer, row, inner, target_strides, KIND)
     _, _, prob, log_prob, weight = score_tile(
@@ -203,7 +165,7 @@ def _backward_rows(
     """A tile's gradient: (grad_prob p + grad_log_prob) w / count (onehot - softmax) for indices."""
     DTYPE: tl.constexpr = logits_ptr.dtype.element_ty
     ACC: tl.constexpr = tl.float64 if DTYPE == tl.float64 else tl.float32
-    outer, row = _tile_of_rows(tl.program_id(0), inner, BLOCK_ROWS)
+    outer, row = tile_of_rows(tl.program_id(0), inner, BLOCK_ROWS)
     row_ptrs = logits_ptr + row_places(outer, row, outer_stride, stride, COLUMNS)
     out_ptrs = grad_logits_ptr + row_places(outer, row, grad_outer_stride, grad_stride, COLUMNS)
     target_ptrs = _target_ptrs(target_ptr, outer, row, inner, target_strides, KIND)
@@ -283,40 +245,7 @@ def modality_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mmfuse.ops.modality_scores`."""
     call = call_of(logits, labels, weight, pos_weight, ignore_index, multilabel)
-    prob = torch.empty(len(logits), dtype=call.dtype, device=labels.device)
-    log_prob = torch.empty_like(prob)
-    count = torch.empty((), dtype=torch.float64, device=labels.device)
-    splits = 1 if call.tiles <= TILES_IN_ONE_LAUNCH else min(call.tiles, MAX_SPLITS)
-    sums = None
-    outputs: tuple[Tensor | None, ...] = (prob, log_prob, count, None)
-    if splits > 1:
-        shape = (3, len(logits), splits)
-        sums = torch.empty(shape, dtype=torch.float64, device=labels.device)
-        outputs = (sums[0], sums[1], None, sums[2])
-    with launch_on(labels.device):
-        _modality_scores_kernel[(splits, len(logits))](
-            tuple(logits),
-            *call.rows,
-            *outputs,
-            call.inner,
-            call.tiles,
-            triton.cdiv(call.tiles, splits),
-            WIDEST=call.widest,
-            **call.constants,
-        )
-        if sums is not None:
-            _modality_scores_merge_kernel[(len(logits),)](
-                sums,
-                prob,
-                log_prob,
-                count,
-                call.widest,
-                splits,
-                BLOCK_SIZE=MAX_SPLITS,
-                num_warps=MERGE_WARPS,
-                **COMPILE_OPTIONS,
-            )
-    return prob, log_prob, count
+    return launch_means(_modality_scores_kernel, call, logits, call.rows, call.constants)
 
 
 def sample_scores(

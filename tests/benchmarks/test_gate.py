@@ -60,6 +60,7 @@ def test_the_cases_that_a_provider_lacks() -> None:
     # Calls that no release has, or that microbenchmarks alone have asked for.
     alone = {"scale_grad", "conditional_information", "modulation_factors", "sample_scores"}
     alone |= {"scores_of_outputs", "sample_statistics"}
+    alone |= {"modality_accuracies", "progress_factors"}
     alone |= {"information_pull", "redundancy_pull", "keep_state"}
     unreleased = {"soft_information", "soft_information_forward"}
     unreleased |= {"logit_divergence", "logit_divergence_grad"}
@@ -174,6 +175,8 @@ def test_gate_refuses_noise_that_is_not_standard_normal(draw: Callable[[Tensor],
         "conditional_information",
         "modulation_factors",
         "information_pull",
+        "modality_accuracies",
+        "progress_factors",
         "redundancy_pull",
     ],
 )

@@ -167,6 +167,7 @@ def test_micro_batches_change_the_scores_alone(gpu_like: Cell, noise: bool) -> N
 
 # Beside the scores, the flag that all is finite, and the update of all gradients.
 DECIDING = {
+    "CGGM": {"progress_factors": 1, "keep_state_": 1},
     "MLB": {"modulation_factors": 1},
     # The sums of squares so far, with this step's.
     "InfoReg": {"information_pull": 1, "add": 1, "keep_state_": 1},
@@ -181,10 +182,12 @@ DECIDING = {
     },
 }
 
+SCORES = {"CGGM": "modality_accuracies"}
+
 
 @pytest.mark.parametrize("kind", DECIDING)
 def test_a_decision_is_a_launch(gpu_like: Cell, kind: str) -> None:
-    """So is the change of InfoReg's and RedReg's state."""
+    """So is the change of CGGM's, InfoReg's and RedReg's state."""
     nets = Nets(3, gpu_like.device)
     options = {"monitor_every": 100} if kind == "RedReg" else {}
     method = make(kind, nets.encoders, backend=gpu_like.backend, **options)
@@ -199,7 +202,7 @@ def test_a_decision_is_a_launch(gpu_like: Cell, kind: str) -> None:
     found = launches_of(lambda: method.step(*arguments))
     assert dict(found.operators) == {
         **DECIDING[kind],
-        "modality_scores": 1,
+        SCORES.get(kind, "modality_scores"): 1,
         "ones": 1,
         "update_grads_": 1,
     }

@@ -12,7 +12,7 @@ import torch
 import mmfuse
 from mmfuse import NoiseStream, ops
 
-X, Z = torch.ones(4, 3), torch.zeros(2)
+X, Z, ZZ = torch.ones(4, 3), torch.zeros(2), torch.zeros(2, 2)
 LABELS = torch.tensor([0, 1, 2, 0])
 ONE = torch.ones((), dtype=torch.bool)
 
@@ -31,11 +31,13 @@ LISTS: list[tuple[str, Callable[[Any], Any]]] = [
     ("values", lambda v: ops.keep_state_([X], v, ONE)),
     ("first", lambda v: ops.logit_divergence(v, [X])),
     ("second", lambda v: ops.logit_divergence([X], v)),
+    ("logits", lambda v: ops.modality_accuracies(v, LABELS)),
     ("logits", lambda v: ops.modality_scores(v, LABELS)),
     ("logits", lambda v: ops.sample_scores(v, LABELS)),
     ("data", lambda v: ops.shared_information(v, X, 2, 2)),
     ("owner", lambda v: ops.modulation_factors(Z + 1, 0.8, owner=v)),
     ("owner", lambda v: ops.information_pull(Z, Z > 0, Z.long(), 0.9, owner=v)),
+    ("owner", lambda v: ops.progress_factors(Z, ZZ, Z, 1.3, owner=v)),
     ("multipliers", lambda v: ops.information_pull(Z, Z > 0, Z.long(), 0.9, multipliers=v)),
     ("names", lambda v: mmfuse.scalars_of(mmfuse.MLAResult(Z, Z, ONE), v)),
 ]
@@ -46,6 +48,7 @@ NUMBERS: list[tuple[str, Callable[[Any], Any]]] = [
     ("alpha", lambda v: ops.modulation_factors(Z + 1, v)),
     ("beta", lambda v: ops.modulation_factors(Z + 1, 0.8, "mlb", beta=v)),
     ("eps", lambda v: ops.modulation_factors(Z + 1, 0.8, eps=v)),
+    ("rho", lambda v: ops.progress_factors(Z, ZZ, Z, v)),
     ("sigma", lambda v: ops.noisy_views(X, v, NoiseStream(1))),
     ("alpha", lambda v: mmfuse.ogm_coefficients(Z, v)),
     ("q_base", lambda v: mmfuse.drop_probabilities(Z, v)),
@@ -105,6 +108,8 @@ def test_half_a_modality_owns_nothing(owner: Any) -> None:
         ops.modulation_factors(Z + 1, 0.8, owner=owner)
     with pytest.raises(TypeError, match=r"owner\[0\] must be an integer"):
         ops.information_pull(Z, Z > 0, Z.long(), 0.9, owner=owner)
+    with pytest.raises(TypeError, match=r"owner\[0\] must be an integer"):
+        ops.progress_factors(Z, ZZ, Z, 1.3, owner=owner)
 
 
 SOFT: list[tuple[str, Callable[[], Any], str]] = [
@@ -203,6 +208,7 @@ SPARSE = torch.ones(2).to_sparse()
         ("scores", lambda: _pull(scores=SPARSE)),
         ("window_open", lambda: _pull(window_open=SPARSE.bool())),
         ("steps", lambda: _pull(steps=SPARSE.long())),
+        ("last_shares", lambda: ops.progress_factors(Z, ZZ, SPARSE, 1.3)),
         ("scale", lambda: ops.update_grads_([X, X], SPARSE)),
         ("q", lambda: ops.drop_modalities([X[None], X[None]], SPARSE, mmfuse.NoiseStream(1))),
     ],
@@ -210,6 +216,18 @@ SPARSE = torch.ones(2).to_sparse()
 def test_a_sparse_vector_is_named(name: str, call: Callable[[], object]) -> None:
     with pytest.raises(TypeError, match=f"{name} must be dense, got torch.sparse_coo"):
         call()
+
+
+@pytest.mark.parametrize("op", [ops.modality_scores, ops.sample_scores, ops.modality_accuracies])
+def test_what_scores_cannot_read_is_named(op: Callable[..., Any]) -> None:
+    labels = torch.zeros(4)
+    with pytest.raises(TypeError, match=r"labels must be an integer tensor .*, got torch.float8"):
+        op([X], labels.to(torch.float8_e4m3fn))
+    with pytest.raises(TypeError, match=r"weight must be dense, got torch.sparse_coo"):
+        op([X], labels.long(), weight=torch.ones(3).to_sparse())
+    # Contiguous, since there is no number in it; its strides are those of the larger one.
+    gaps = torch.empty(0, 6, 4)[:, ::2, ::2]
+    assert op([gaps], torch.empty(0, 2, dtype=torch.int64))[0].numel() <= 1
 
 
 def test_a_stream_without_its_two_numbers_and_q_on_meta_are_named() -> None:

@@ -51,6 +51,20 @@ def test_parity(cell: Cell, dtype: torch.dtype, shape: tuple[int, int], count: i
     check(cell, logits, torch.randint(0, shape[1], (shape[0],)).to(cell.device))
 
 
+@pytest.mark.parametrize("classes", [2, 40])
+def test_a_single_row_with_gaps_has_a_gradient(cell: Cell, classes: int) -> None:
+    """Its classes are not one by one, but those of its gradient, which is dense, are."""
+    twice = torch.randn(2, 2 * classes, device=cell.device)
+    labels = torch.tensor([1], device=cell.device)
+    for row in (twice[:1, ::2], twice.view(-1, 2).T[:1, ::2], twice.view(1, -1, 2)[:, ::2, 1]):
+        assert row.shape == (1, classes) and row.stride(1) > 1
+        z = row.detach().requires_grad_()
+        found = ops.modality_scores([z], labels, backend=cell.backend)
+        (grad,) = torch.autograd.grad(found.log_prob.sum(), z)
+        expected = F.one_hot(labels, classes) - row.softmax(1)
+        torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("labels_dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
 def test_other_label_types(cell: Cell, labels_dtype: torch.dtype) -> None:
     labels = torch.randint(0, 5, (9,)).to(labels_dtype).to(cell.device)

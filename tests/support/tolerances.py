@@ -275,6 +275,21 @@ def strength(dtype: torch.dtype, count: int, beta: float, alpha: Tensor) -> Tens
     return (2 * computed + UNIT_ROUNDOFF[dtype]) * alpha.abs()
 
 
+def progress_share(
+    dtype: torch.dtype, count: int, k: Tensor, whole: Tensor, magnitude: Tensor
+) -> Tensor:
+    """Bound for k = others/whole, both sums of differences that may cancel, stored as `dtype`.
+
+    Part and whole have up to 2M + 2 terms of the given magnitude in all, so that each is off by
+    (2M + 2)·u times that on either side; an error of the part counts once, one of the whole |k|
+    times, and the quotient is rounded. A bound on k brings values no further apart, and whoever
+    multiplies k rounds once more.
+    """
+    u = UNIT_ROUNDOFF[torch.float64]
+    computed = (2 * count + 2) * u * magnitude * (1 + k.abs()) / whole + u * k.abs()
+    return 2 * computed + UNIT_ROUNDOFF[dtype] * k.abs() + UNDERFLOW[dtype]
+
+
 def gain_growth(window: int, growth: Tensor) -> Tensor:
     """A difference of stored numbers by a sum of W positive ones, ε and W·ε: W + 5 roundings."""
     return 2 * (window + 5) * UNIT_ROUNDOFF[torch.float64] * growth.abs()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from .values import Drawer, Made, T
 
 Arguments = dict[str, Any]
@@ -73,11 +75,11 @@ def keep_state(d: Drawer) -> Arguments:
     return found
 
 
-def _labelled(d: Drawer) -> Arguments:
+def _labelled(d: Drawer, *kinds: str) -> Arguments:
     rows, classes, count = d.size(), d.whole(2, 9), d.whole(1, 4)
     more = tuple(d.whole(0, 4) for _ in range(d.of(0, 0, 0, 1, 2)))
     grad = d.maybe(3)
-    kind = d.of("indices", "shares", "multilabel")
+    kind = d.of(*(kinds or ("indices", "shares", "multilabel")))
     if kind == "indices":
         labels = d.tensor(rows, *more, kind=classes, dtypes=("int64", "int32", "uint8"))
     else:
@@ -247,6 +249,22 @@ def information_pull(d: Drawer) -> Arguments:
     return found
 
 
+def progress_factors(d: Drawer) -> Arguments:
+    count = d.whole(2, 5)
+    wide = (d.of(*WIDE),)
+    found: Arguments = {
+        "scores": d.tensor(*(count, count)[: d.whole(1, 2)], kind="positive", dtypes=WIDE),
+        "last_scores": d.tensor(count, count, kind="positive", dtypes=wide),
+        "last_shares": d.tensor(count, dtypes=wide),
+        "rho": d.of(1.3, 1),
+        "bound": d.of(None, 2.0, 1),
+    }
+    if d.maybe():
+        found["owner"] = [d.whole(0, count - 1) for _ in range(d.whole(0, 5))]
+        found["scale_dtype"] = getattr(torch, d.of(*WIDE)) if d.maybe() else None
+    return found
+
+
 def redundancy_pull(d: Drawer) -> Arguments:
     count, window = d.whole(2, 4), d.whole(2, 4)
     wide: Any = {"kind": "positive", "dtypes": ("float64",)}
@@ -293,11 +311,13 @@ DRIVERS: dict[str, Callable[[Drawer], Arguments]] = {
     "joint_entropies": joint_entropies,
     "keep_state_": keep_state,
     "logit_divergence": logit_divergence,
+    "modality_accuracies": lambda d: _labelled(d, "indices"),
     "modality_scores": _labelled,
     "modulation_factors": modulation_factors,
     "mutual_information": mutual_information,
     "noisy_views": noisy_views,
     "paired_cosine": lambda d: _pair(d, "a", "b"),
+    "progress_factors": progress_factors,
     "redundancy_pull": redundancy_pull,
     "redundancy_ratio": redundancy_ratio,
     "sample_scores": sample_scores,

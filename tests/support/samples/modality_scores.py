@@ -1,4 +1,4 @@
-"""modality_scores, sample_scores: every kind of target, and logits in every layout and dtype."""
+"""modality_scores and its kin: every kind of target, and logits in every layout and dtype."""
 
 from __future__ import annotations
 
@@ -46,14 +46,16 @@ def arguments(device: str) -> Samples:
     tracked = [([z.clone().requires_grad_() for z in zs], *others) for zs, *others in kinds]
     count = torch.tensor(3.0, dtype=torch.float64, device=device)
     slopes = [torch.rand(len(kind[0]), device=device) for kind in kinds]
+    indices = [kind for kind in kinds if kind[1].dtype == torch.int64]
     return {
+        "modality_accuracies": indices,
         "modality_scores": [*kinds, *tracked],
         "modality_scores_backward": [
             (slope, slope.flip(0) - 1, count, *kind)
             for slope, kind in zip(slopes, kinds, strict=True)
         ],
         "sample_scores": kinds,
-        "sample_statistics": [kind for kind in kinds if kind[1].dtype == torch.int64],
+        "sample_statistics": indices,
     }
 
 
@@ -66,7 +68,8 @@ def _scores(inputs: Inputs, logits: Sequence[Tensor], rows: int) -> list[Tensor]
     leaves = [z.requires_grad_() for z in logits]
     labels = torch.arange(rows, device=inputs.device) % 3
     labels[1] = -100
-    return _gradients(leaves, ops.modality_scores(leaves, labels))
+    accurate = ops.modality_accuracies(leaves, labels)
+    return [*accurate, *_gradients(leaves, ops.modality_scores(leaves, labels))]
 
 
 def _every_kind(
@@ -98,6 +101,7 @@ def _every_kind(
             written += [x for x in found if x is not None]
             if indices:
                 written += ops.sample_scores(leaves, labels, **keywords)[:3]
+                written += ops.modality_accuracies(leaves, labels, **keywords)
     return written
 
 
@@ -114,6 +118,7 @@ def short(device: str) -> Small:
     def call() -> object:
         for statistics in (False, True):
             ops.sample_scores(logits, labels, statistics=statistics)
+        ops.modality_accuracies(logits, labels)
         return torch.autograd.grad(ops.modality_scores(logits, labels).log_prob.sum(), logits)
 
     return call

@@ -246,7 +246,8 @@ class Tensors(NamedTuple):
             does not need them, or does nothing in this epoch.
         place: Each one's index among all parameters of the method; None if T is all of them.
         backend: Name of a backend; None for the best one.
-        dtype: The dtype of the update's [T] tensors: float64 if a gradient is, else float32.
+        dtype: The dtype in which the update takes [T] tensors as they are: float64 if a gradient
+            is, or may be, else float32.
     """
 
     owner: tuple[int, ...]
@@ -255,7 +256,7 @@ class Tensors(NamedTuple):
     stats: GradStats | None
     place: tuple[int, ...] | None
     backend: str | None
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float64
 
     def each(self, values: Tensor) -> Tensor:
         """Each tensor's value of its modality: [M] to [T], on the gradients' device."""

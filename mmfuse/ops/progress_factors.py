@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import WIDE
 from .._numbers import finite, real
 from ._arguments import check_owner
 from ._registry import Op
@@ -49,7 +50,8 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     number = scores.shape[0]
     coefficients, progress, shares, kept = (last_scores.new_empty(number) for _ in range(4))
-    scale = owner.new_empty(owner.shape[0], dtype=torch.float64 if wide_scale else torch.float32)
+    dtype = WIDE[owner.device.type] if wide_scale else torch.float32
+    scale = owner.new_empty(owner.shape[0], dtype=dtype)
     return coefficients, progress, shares, scale, last_scores.new_empty(number, number), kept
 
 

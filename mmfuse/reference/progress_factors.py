@@ -44,7 +44,7 @@ def progress_factors(
     coefficients = torch.where(shares.isnan(), 1.0, rho * shares).to(last_scores.dtype)
     kept_scores = torch.where(table.isnan(), before, table).to(last_scores.dtype)
     kept_shares = torch.where(shares.isnan(), last_shares.to(wide), shares).to(last_scores.dtype)
-    scale = coefficients[owner].to(torch.float64 if wide_scale else torch.float32)
+    scale = coefficients[owner].to(wide if wide_scale else torch.float32)
     progress, shares = (x.to(last_scores.dtype, copy=True) for x in (progress, shares))
     return coefficients, progress, shares, scale, kept_scores, kept_shares
 

@@ -76,7 +76,7 @@ def launch_means(
         kernel: Takes logits, `rows`, three results, sums, and how the tiles are shared out.
         call: The operator's arguments.
         logits: Of each modality.
-        rows: What the kernel reads beside them.
+        rows: The kernel's further inputs.
         constants: Its compile-time arguments.
         dtype: Of the means; None for that of the scores.
     """

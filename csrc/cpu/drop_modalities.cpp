@@ -12,6 +12,9 @@ namespace {
 // A row's cost to draw for, and once more to copy or not; a byte's cost.
 constexpr Nanoseconds kRow = ns(0.5);
 constexpr Nanoseconds kByte = ns(0.015);
+// Elements of a chunk at most. The outputs are fresh memory: threads that touch the same megabytes
+// of it for the first time wait for each other.
+constexpr int64_t kLongChunk = 1 << 20;
 
 int64_t batch_of(const TensorList& tensors) {
   STD_TORCH_CHECK(!tensors.empty(), "mmfuse: there must be at least one modality");
@@ -39,15 +42,20 @@ TensorList drop_modalities_backward(const TensorList& grads, const Tensor& keep,
   out.reserve(count);
   slices.reserve(count);
   Nanoseconds cost = count * rows * kRow;
+  int64_t total = 0;
   for (int64_t m = 0; m < count; ++m) {
     out.push_back(torch::stable::empty_like(grads[m]));
     const int64_t size = grads[m].numel();
     slices.push_back({dtype_of(grads[m]), grads[m].const_data_ptr(), out[m].mutable_data_ptr(),
                       kept + m * rows, size / std::max<int64_t>(1, rows), factor, 0, size});
     cost = cost + size * element_size(slices[m].dtype) * kByte;
+    total += size;
   }
   const auto kernel = MMFUSE_SIMD_SELECT(drop_slice);
-  parallel_each(make_chunks(slices), cost, [&](const Chunk& chunk, size_t) {
+  const int64_t fair = total / (2 * threads_for(cost));
+  const int64_t step = std::clamp(fair, kChunk, kLongChunk);
+  const auto& chunks = make_chunks(slices, [&](const DropSlice&) { return step; });
+  parallel_each(chunks, cost, [&](const Chunk& chunk, size_t) {
     DropSlice slice = slices[chunk.tensor];
     slice.begin = chunk.begin;
     slice.size = chunk.size;

@@ -46,7 +46,7 @@ def check(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", INDICES)
 def test_parity_in_every_layout(cell: Cell, kind: str, layout: str, dtype: torch.dtype) -> None:
-    cell.skip_slow(dtype in (torch.float16, torch.float64) or kind != "indices")
+    cell.skip_slow(dtype != torch.float32 or kind != "indices")
     shape = (3, 5, 4, 9)
     logits = [LAYOUTS[layout]((3 * torch.randn(shape)).to(dtype)) for _ in range(2)]
     check(cell, logits, KINDS[kind](shape))
@@ -61,6 +61,7 @@ def test_parity_in_every_layout(cell: Cell, kind: str, layout: str, dtype: torch
 @pytest.mark.parametrize("kind", INDICES)
 def test_parity_of_every_shape(cell: Cell, kind: str, shape: tuple[int, ...]) -> None:
     """Rows of one block and of several; the last shape has more tiles than one launch takes."""
+    cell.skip_slow(kind != "indices" or shape in ((64, 309), (2, 1100, 3), (1, 5, 300)))
     dtypes = [torch.float32, torch.bfloat16, torch.float64]
     for layout in ("contiguous", "rows first"):
         check(

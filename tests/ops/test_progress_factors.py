@@ -54,7 +54,7 @@ def test_parity(
     table: bool,
     bound: float | None,
 ) -> None:
-    cell.skip_slow(count == 137 or last_dtype != torch.float64)
+    cell.skip_slow(count in (37, 137) or last_dtype != torch.float64)
     s = torch.rand((count, count) if table else (count,)).to(dtype)
     last = torch.rand(count, count).to(last_dtype)
     shares_before = torch.randn(count).to(last_dtype)

@@ -47,7 +47,7 @@ def case(inputs: Inputs) -> list[Tensor]:
         for shape in ((37,), (37, 37)):
             scores = 0.5 + inputs.normal(*shape, dtype=dtype).sigmoid() / 2
             if len(shape) == 2:
-                scores[0, 5] = scores[36, 7] = torch.nan  # a whole row's would be NaN in the results
+                scores[0, 5] = scores[36, 7] = torch.nan  # of a whole row results are NaN
             for bound, scale in ((None, torch.float32), (1.0, torch.float64)):
                 written += ops.progress_factors(
                     scores, before, shares, 1.3, bound, owner=owner, scale_dtype=scale

@@ -41,12 +41,7 @@ inline void scale_row(const scalar_t* in, int64_t n, acc_type<scalar_t> scale, s
 // Copies a row, or leaves zeros: two thousand bytes are where memcpy turns to an instruction that
 // takes longer than this does. The compiler must not know that zero is, or it would call memcpy.
 inline void copy_row(const char* in, int64_t bytes, bool kept, char* out) {
-  I32 zero{};
-#if defined(__x86_64__)
-  asm("" : "+x"(zero));
-#else
-  asm("" : "+m"(zero));
-#endif
+  const I32 zero = opaque(I32{});
   constexpr int64_t kBytes = sizeof(I32);
   int64_t i = 0;
   if (kept) {

@@ -61,17 +61,6 @@ inline I32Half truncate(F64 x) { return __builtin_convertvector(x, I32Half); }
 inline F32 to_places(I32 x) { return __builtin_convertvector(x, F32); }
 inline F64 to_places(I32Half x) { return __builtin_convertvector(x, F64); }
 
-// Keeps the compiler from contracting a product with the sum that follows.
-template <typename vec_t>
-inline vec_t rounded_product(vec_t product) {
-#if defined(__x86_64__)
-  asm("" : "+x"(product));
-#else
-  asm("" : "+m"(product));
-#endif
-  return product;
-}
-
 // The largest i with edges[i] <= x. Either from the nearest edge, or by comparing with every one:
 // that is faster for few bins, and right also where the edges are as close as neighbouring numbers.
 template <bool kNearest, typename scalar_t>
@@ -101,7 +90,8 @@ inline void bins_of_values(const scalar_t* x, int64_t n, const RowBins& row, int
         const auto last = decltype(place){} + bins - 1;  // the end of its bin belongs to it
         const auto nearest = place < last ? place : last;
         // The table's edge, formed again: that is quicker than to look it up.
-        const vec_t edge = rounded_product(to_places(nearest) * step) + lows;
+        // The product is rounded before the sum, with which the compiler would contract it.
+        const vec_t edge = opaque(to_places(nearest) * step) + lows;
         const auto bin = nearest + lane_integers(v[u] < edge);
         std::memcpy(index + i + u * kWidth, &bin, sizeof bin);
       }

@@ -246,8 +246,8 @@ class Tensors(NamedTuple):
             does not need them, or does nothing in this epoch.
         place: Each one's index among all parameters of the method; None if T is all of them.
         backend: Name of a backend; None for the best one.
-        dtype: The dtype in which the update takes [T] tensors as they are: float64 if a gradient
-            is, or may be, else float32.
+        dtype: The dtype in which the update takes [T] tensors as they are: float32 if no gradient
+            is float64.
     """
 
     owner: tuple[int, ...]

@@ -322,9 +322,8 @@ class Modalities:
         if not self._sharded:
             return Active(params, grads, ids, modality, [], device, dtype, table, paired)
         shards = [self._place(i) for i in ids]
-        return Active(
-            [local_part(p) for p in params], [local_part(g) for g in grads], ids, modality, shards
-        )
+        own, mine = ([local_part(t) for t in tensors] for tensors in (params, grads))
+        return Active(own, mine, ids, modality, shards, dtype=dtype)
 
     def _place(self, i: int) -> Shard | None:
         """The place of this rank's part of a parameter; looked up once."""

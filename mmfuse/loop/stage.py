@@ -79,8 +79,7 @@ def take_step(
         stats = stats_of(active, second, grad_scale, backend)
     place = None if len(active.ids) == len(modalities.parameters) else tuple(active.ids)
     count = len(modalities.names)
-    dtype = torch.float64 if active.device is None else active.dtype  # of parts it is not known
-    tensors = Tensors(active.modality, count, device, stats, place, backend, dtype)
+    tensors = Tensors(active.modality, count, device, stats, place, backend, active.dtype)
     if acting:
         decision = rule.decide(state, seen, tensors, method._clock)
     else:

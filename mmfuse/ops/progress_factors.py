@@ -91,8 +91,8 @@ def progress_factors(
     Args:
         scores: [M] e_m, larger is better, float32 or float64, M ≥ 2; or a table [M, M] that has in
             row m and column j the score of m over the samples that have m and j, NaN where there
-            are none: then two modalities are compared over those, and Δ_m is the mean over the
-            others.
+            are none: then two modalities are compared over those, and Δ_m in k_m is the mean over
+            the others.
         last_scores: [M, M] such a table of the step before, float32 or float64; zeros at first.
         last_shares: [M] those of the step before, of the same dtype.
         rho: Factor ρ on all coefficients, positive.

@@ -149,6 +149,11 @@ def sample_statistics(
     return *scores, torch.stack(correct), *(torch.stack(x) for x in zip(*numbers, strict=True))
 
 
+def _means(each: Tensor, rows: Tensor, count: Tensor) -> Tensor:
+    """Means of what each modality has, 0 where a row does not count, by the rows' weights."""
+    return torch.stack([(rows.to(x.dtype) * x).sum() / count for x in each]).to(each.dtype)
+
+
 def modality_scores(
     logits: Sequence[Tensor],
     labels: Tensor,
@@ -162,11 +167,7 @@ def modality_scores(
         logits, labels, weight, pos_weight, ignore_index, multilabel
     )
     count = rows.sum()
-    means = [
-        torch.stack([(rows.to(x.dtype) * x).sum() / count for x in found]).to(found.dtype)
-        for found in (prob, log_prob)
-    ]
-    return means[0], means[1], count
+    return _means(prob, rows, count), _means(log_prob, rows, count), count
 
 
 def modality_accuracies(
@@ -181,11 +182,7 @@ def modality_accuracies(
     found = sample_statistics(logits, labels, weight, pos_weight, ignore_index, multilabel)
     prob, _, rows, correct, *_ = found
     count = rows.sum()
-    means = [
-        torch.stack([torch.where(rows == 0, 0.0, rows * x.to(rows)).sum() / count for x in each])
-        for each in (correct, prob)
-    ]
-    return means[0], means[1], count
+    return _means(correct.to(rows), rows, count), _means(prob.to(rows), rows, count), count
 
 
 def modality_scores_backward(

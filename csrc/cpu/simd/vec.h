@@ -18,6 +18,17 @@ inline vec_t load_bits(const T* p) {
   return out;
 }
 
+// The vector, of which the compiler is not to know where it is from.
+template <typename vec_t>
+inline vec_t opaque(vec_t x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 inline F32 load(const float* p) { return load_bits<F32>(p); }
 inline F64 load(const double* p) { return load_bits<F64>(p); }
 inline F32 load(const Half* p) { return half_to_float(load_bits<U16>(p)); }

@@ -6,6 +6,7 @@ import math
 import operator
 from typing import SupportsIndex
 
+import torch
 from torch import Tensor
 
 
@@ -44,8 +45,11 @@ def real(name: str, value: object) -> float:
         ValueError: it is an integer beyond all of float's.
     """
     numeric = hasattr(value, "__float__") and getattr(value, "ndim", 0) == 0
-    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 2:
-        raise TypeError(f"{name} must be a number, got {value.dtype}, which has no arithmetic")
+    if isinstance(value, Tensor):
+        if value.is_floating_point() and value.dtype.itemsize < 2:
+            raise TypeError(f"{name} must be a number, got {value.dtype}, which has no arithmetic")
+        if value.layout is not torch.strided:  # it can be turned into a number, and not be compared
+            raise TypeError(f"{name} must be a number, got a tensor of layout {value.layout}")
     try:
         if numeric:
             return float(value)  # type: ignore[arg-type]

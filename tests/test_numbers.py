@@ -230,6 +230,14 @@ def test_real_refuses_the_rest_by_name(value: Any) -> None:
         real("alpha", value)
 
 
+def test_real_refuses_a_sparse_number_which_cannot_be_compared() -> None:
+    sparse = torch.tensor(2.5).to_sparse()
+    with pytest.raises(TypeError, match="alpha must be a number, got a tensor of layout"):
+        real("alpha", sparse)
+    with pytest.raises(TypeError, match="gamma must be a number"):
+        mmfuse.ARL(gamma=sparse)
+
+
 def test_an_integer_beyond_all_floats() -> None:
     with pytest.raises(ValueError, match="alpha must be a finite number, got 1000"):
         real("alpha", 10**400)

@@ -51,9 +51,10 @@ class ContributionSampler(Sampler[int]):
         indices: The samples with their copies, as a list, in the order of the dataset.
 
     Raises:
-        TypeError: `present` is no bool tensor.
-        ValueError: the contributions are empty, of another shape, or not finite; or thresholds and
-            copies, or contributions and `present`, do not fit together.
+        TypeError: the contributions are no real dense tensor, or `present` is no bool one.
+        ValueError: the contributions are empty, of another shape, or not finite; thresholds and
+            copies, or contributions and `present`, do not fit together; or a tensor is on the meta
+            device, where it has no values.
     """
 
     indices: list[int]
@@ -76,6 +77,7 @@ class ContributionSampler(Sampler[int]):
                 "contributions must be [N] or [N, M] and not empty, got "
                 f"{list(contributions.shape)}"
             )
+        _check_known("contributions", contributions)
         mean, lone = _means(contributions.detach().cpu().double(), present)
         if not mean.isfinite().all():
             i = int((~mean.isfinite()).nonzero()[0])
@@ -133,7 +135,7 @@ def _means(contributions: Tensor, present: Tensor | None) -> tuple[Tensor, Tenso
     if not isinstance(present, Tensor) or present.dtype is not torch.bool:
         kind = present.dtype if isinstance(present, Tensor) else type(present).__name__
         raise TypeError(f"present must be a bool tensor [N, M], got {kind}")
-    check_dense("present", present)
+    _check_known("present", present)
     if contributions.dim() != 2 or present.shape != contributions.shape:
         raise ValueError(
             "present must be [N, M] as the contributions, "
@@ -143,3 +145,10 @@ def _means(contributions: Tensor, present: Tensor | None) -> tuple[Tensor, Tenso
     lone = here.sum(1) < 2
     mean = torch.where(here, values, 0.0).sum(1) / here.sum(1)
     return torch.where(lone, 0.0, mean), lone
+
+
+def _check_known(name: str, value: Tensor) -> None:
+    """Checks that a tensor's values can be looked at: it is dense, and not on the meta device."""
+    check_dense(name, value)
+    if value.is_meta:
+        raise ValueError(f"{name} is on the meta device, where it holds no numbers")

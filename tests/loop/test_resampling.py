@@ -56,10 +56,16 @@ def test_the_mean_is_over_the_modalities_that_a_sample_has() -> None:
         (torch.ones(2, 2), torch.ones(2, 2).bool().to_sparse(), TypeError, "present must be dense"),
         (torch.ones(2, 2), torch.ones(2, 3) > 0, ValueError, r"\[2, 2\], got \[2, 3\]"),
         (torch.ones(2), torch.ones(2) > 0, ValueError, r"must be \[N, M\]"),
+        (torch.ones(2, 2), torch.ones(2, 2, device="meta") > 0, ValueError, "present is on the me"),
+        (torch.ones(2, 2, device="meta"), None, ValueError, "contributions is on the meta device"),
+        (torch.ones(2, 2).to_sparse(), None, TypeError, "contributions must be dense"),
     ],
 )
-def test_wrong_masks_are_named(
-    contributions: torch.Tensor, present: torch.Tensor, error: type[Exception], message: str
+def test_what_cannot_be_read_is_named(
+    contributions: torch.Tensor,
+    present: torch.Tensor | None,
+    error: type[Exception],
+    message: str,
 ) -> None:
     with pytest.raises(error, match=message):
         ContributionSampler(contributions, present=present)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._numbers import flag
+from ..ops._arguments import check_instance
 from .passes import check_made, scoring, training
 
 Inputs = Mapping[str, Tensor]
@@ -100,6 +101,7 @@ def check_inputs(model: object, inputs: object, baseline: object) -> None:
         raise TypeError(
             f"model must be a module or another callable, got {type(model).__name__}{hint}"
         )
+    check_instance("model", model)
     if not isinstance(inputs, Mapping):
         raise TypeError(f"inputs must map names to tensors, got {type(inputs).__name__}")
     if not inputs:
@@ -159,6 +161,12 @@ def _mask(name: str, x: Tensor, baseline: Baseline) -> Tensor:
         if not x.dim():
             raise ValueError(
                 f"inputs[{name!r}] has no batch to take the mean of; give "
+                'baseline="zero" or a callable'
+            )
+        if x.layout is not torch.strided or x.dtype.itemsize < 2:
+            kind = x.layout if x.layout is not torch.strided else x.dtype
+            raise TypeError(
+                f"inputs[{name!r}] is of {kind}, of which PyTorch takes no mean; give "
                 'baseline="zero" or a callable'
             )
         return torch.empty_like(x).copy_(x.mean(dim=0, keepdim=True))  # dense, for the model's view

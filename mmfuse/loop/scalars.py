@@ -196,8 +196,8 @@ def scalars_of(result: Any, names: Collection[str] | None = None) -> dict[str, T
         raise TypeError(f"result must be a dataclass, got {type(result).__name__}")
     if names is None:
         names = getattr(result, "modalities", ()) or None
-    elif isinstance(names, (str, Tensor)) or not hasattr(names, "__len__"):
-        raise TypeError(f"names must be a list of texts, got {type(names).__name__}")
+    else:
+        _check_listed(names)
     found: dict[str, Tensor] = {}
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
@@ -226,9 +226,16 @@ def _tensorboard(add_scalar: Callable[..., object]) -> Write:
     return write
 
 
+def _check_listed(names: object) -> None:
+    listed = hasattr(names, "__len__") and getattr(names, "ndim", 1) != 0
+    if isinstance(names, (str, Tensor)) or not listed:
+        raise TypeError(f"names must be a list of texts, got {type(names).__name__}")
+
+
 def _tags_of_row(values: Tensor, names: Sequence[str] | None) -> tuple[str, ...]:
     if names is None:
         raise TypeError("a tensor of values needs names, a tag for each value")
+    _check_listed(names)
     if values.dim() != 1 or len(values) != len(names):
         raise ValueError(
             f"values must be of shape [{len(names)}], one for each name, got {list(values.shape)}"

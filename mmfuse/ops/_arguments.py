@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, ValuesView
 
+import torch
 from torch import Tensor
 
 from .._numbers import whole
@@ -16,13 +17,14 @@ from ..noise import NoiseStream
 def check_sequence(name: str, value: object, of: str = "tensors") -> None:
     """Raises a TypeError for what has no length, or is a tensor, a text or a mapping."""
     listed = hasattr(value, "__len__") and hasattr(value, "__getitem__")
+    listed = listed and getattr(value, "ndim", 1) != 0  # NumPy's single numbers have both
     listed = listed or isinstance(value, ValuesView)
     if not listed or isinstance(value, (str, bytes, Mapping, Tensor, type)):
         raise TypeError(f"{name} must be a list of {of}, got {type(value).__name__}")
 
 
 def check_stream(stream: object, on_meta: bool = False) -> NoiseStream:
-    """The stream; a TypeError for what is no stream, and a ValueError for one without a state.
+    """The stream; a TypeError for what is no stream, and an error for one without a fit state.
 
     Gradients on the meta device, which get no numbers, may have a stream that has none.
     """
@@ -33,7 +35,17 @@ def check_stream(stream: object, on_meta: bool = False) -> NoiseStream:
     if stream.state.numel() != 2:
         shape = list(stream.state.shape)
         raise ValueError(f"stream has a state of shape {shape} in place of [2]: key and step")
+    if stream.state.dtype is not torch.int64:
+        raise TypeError(f"stream has a state of {stream.state.dtype} in place of torch.int64")
     return stream
+
+
+def check_instance(name: str, value: object) -> None:
+    """Raises a TypeError for a class where an object of it is meant, which can be called, too."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"{name} must be a module or a function, got the class {value.__name__}: make one"
+        )
 
 
 def check_owner(owner: Sequence[int], modalities: int) -> None:

@@ -188,7 +188,7 @@ def _update_usual(
         if type(stream) is not NoiseStream or stream.ids is not None:
             return False
         state = stream.state
-        if state.is_meta or state.shape != (2,):
+        if state.is_meta or state.shape != (2,) or state.dtype is not torch.int64:
             return False
     listed = read_lists(_op, backend, grads, params, anchors)
     if listed is None:

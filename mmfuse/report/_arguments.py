@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._numbers import real
 from ..loop.matching import match_parameters
+from ..ops._arguments import check_instance
 
 Calls = dict[str, Callable[..., Any]]
 
@@ -57,6 +58,7 @@ def calls_of(called: str, given: Mapping[str, Any] | nn.ModuleDict | None) -> Ca
                 f"{called}[{name!r}] must be a module or another callable, got "
                 f"{type(value).__name__}"
             )
+        check_instance(f"{called}[{name!r}]", value)
     return dict(given.items())
 
 

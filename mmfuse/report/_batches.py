@@ -107,6 +107,13 @@ def _read(
     inputs, labels = parts
     if not labels.dim():
         raise TypeError(f"{source} a single label of shape [], where one for each sample is needed")
+    # PyTorch compares neither sparse tensors nor those of 8 bits, and meta tensors hold nothing.
+    narrow = labels.is_floating_point() and labels.dtype.itemsize < 2
+    if labels.layout is not torch.strided or labels.is_meta or labels.is_complex() or narrow:
+        raise TypeError(
+            f"{source} labels of {labels.dtype}, {labels.layout}, on {labels.device}, where a dense "
+            "tensor of integers or real numbers is needed"
+        )
     return dict(inputs), labels.detach()
 
 

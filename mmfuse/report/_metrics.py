@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops._arguments import check_instance
 from ._packages import package
 
 #: "classes": an integer for each sample (or place); "labels": yes or no for each of several labels;
@@ -51,9 +52,11 @@ def check_metric(metric: Wanted, higher_is_better: bool | None) -> None:
             names = ", ".join(map(repr, _NAMES))
             raise ValueError(f"metric must be one of {names} or a callable, got {metric!r}")
         package("torchmetrics")
-    elif not callable(metric):
+        return
+    if not callable(metric):
         raise TypeError(f"metric must be a name or a callable, got {type(metric).__name__}")
-    elif higher_is_better is None and getattr(metric, "higher_is_better", None) is None:
+    check_instance("metric", metric)
+    if higher_is_better is None and getattr(metric, "higher_is_better", None) is None:
         raise TypeError(
             "higher_is_better= must be True or False for a metric of your own: False for an error"
         )

@@ -16,6 +16,7 @@ from ..loop.masking import Baseline
 from ..loop.passes import check_made
 from ..loop.shapley import share_of
 from ..noise import NoiseStream
+from ..ops._arguments import check_instance
 from ._arguments import (
     calls_of,
     check_known,
@@ -160,6 +161,7 @@ def imbalance_report(
         raise TypeError(
             f"model must be a module or another callable, got {type(model).__name__}{hint}"
         )
+    check_instance("model", model)
     for called, function in (("corrupt", corrupt), ("batch", batch)):
         if function is not None and not callable(function):
             raise TypeError(f"{called} must be callable, got {type(function).__name__}")

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,6 +40,7 @@ LISTS: list[tuple[str, Callable[[Any], Any]]] = [
     ("owner", lambda v: ops.information_pull(Z, Z > 0, Z.long(), 0.9, owner=v)),
     ("owner", lambda v: ops.progress_factors(Z, ZZ, Z, 1.3, owner=v)),
     ("multipliers", lambda v: ops.information_pull(Z, Z > 0, Z.long(), 0.9, multipliers=v)),
+    ("widths", lambda v: mmfuse.PMR(num_classes=3, widths=v)),
     ("names", lambda v: mmfuse.scalars_of(mmfuse.MLAResult(Z, Z, ONE), v)),
 ]
 NUMBERS: list[tuple[str, Callable[[Any], Any]]] = [
@@ -67,7 +69,9 @@ STREAMS: list[Callable[[Any], Any]] = [
 ]
 
 
-@pytest.mark.parametrize("value", [5, "text", {0: X}, X, iter([X])], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [5, np.array(5), "text", {0: X}, X, iter([X])], ids=lambda v: type(v).__name__
+)
 @pytest.mark.parametrize("case", range(len(LISTS)), ids=lambda i: f"{i}-{LISTS[i][0]}")
 def test_what_is_no_list(case: int, value: Any) -> None:
     name, call = LISTS[case]
@@ -99,6 +103,12 @@ def test_what_is_no_stream(case: int) -> None:
             STREAMS[case](value)
     with pytest.raises(ValueError, match="stream is on the meta device"):
         STREAMS[case](NoiseStream(1, "meta"))
+    floating = NoiseStream(1)
+    floating.state = floating.state.double()
+    with pytest.raises(
+        TypeError, match=r"stream has a state of torch\.float64 in place of torch\.in"
+    ):
+        STREAMS[case](floating)
 
 
 @pytest.mark.parametrize("owner", [[0.5], [True], ["0"], [torch.tensor(0)], [None]], ids=repr)

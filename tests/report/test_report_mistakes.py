@@ -220,6 +220,43 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "whose mean the model cannot take",
     ),
+    "numbers of 8 bits and their mean": (
+        reported(
+            loader=of({n: x.to(torch.float8_e4m3fn) for n, x in INPUTS.items()}), baseline="mean"
+        ),
+        TypeError,
+        r"inputs\['audio'\] is of torch.float8_e4m3fn, of which PyTorch takes no mean; give base",
+    ),
+    "sparse labels": (
+        reported(loader=of(labels=LABELS.to_sparse())),
+        TypeError,
+        "loader yields labels of torch.int64, torch.sparse_coo, on cpu, where a dense tensor",
+    ),
+    "labels of 8 bits": (
+        reported(loader=of(labels=LABELS.to(torch.float8_e4m3fn))),
+        TypeError,
+        "loader yields labels of torch.float8_e4m3fn, torch.strided, on cpu, where a dense",
+    ),
+    "labels that hold nothing": (
+        reported(loader=of(labels=LABELS.to("meta"))),
+        TypeError,
+        "labels of torch.int64, torch.strided, on meta",
+    ),
+    "the model's class": (
+        reported(type(MODEL)),
+        TypeError,
+        "model must be a module or a function, got the class .*: make one",
+    ),
+    "an encoder's class": (
+        reported(encoders={"audio": torch.nn.Linear}),
+        TypeError,
+        r"encoders\['audio'\] must be a module or a function, got the class Linear: make one",
+    ),
+    "a metric's class": (
+        reported(metric=torch.nn.Linear, higher_is_better=True),
+        TypeError,
+        "metric must be a module or a function, got the class Linear: make one",
+    ),
 }
 
 

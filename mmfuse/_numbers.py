@@ -35,6 +35,8 @@ def whole(
 
 #: Tables [M, M] of more would take memory by the gigabyte before anything was trained.
 MOST_MODALITIES = 1024
+#: Nor do tables hold more steps, validations or permutations than this.
+MOST_STEPS = 1_000_000
 
 
 def real(name: str, value: object) -> float:

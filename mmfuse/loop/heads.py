@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._devices import WIDE
-from ..ops._tensors import FLOATING
+from ..ops._tensors import why_unsupported
 from .passes import check_made, scoring, training
 from .shards import is_dtensor
 
@@ -55,9 +55,10 @@ def unimodal_logits(
         Name → [B, C].
 
     Raises:
-        TypeError: the head cannot be called, or `features` does not map names to tensors.
-        ValueError: the features do not add up to the head's input, are not [B, D], or differ in
-            their batch; the head has not been used yet (lazy); or the logits do not add up to
+        TypeError: the head cannot be called, `features` does not map names to dense floating
+            tensors, or a feature has another dtype than an ``nn.Linear`` outside of autocast.
+        ValueError: the features do not add up to the head's input, are not [B, D], differ in their
+            batch, or are on another device; the head has not been used yet (lazy); or the logits do not add up to
             `output`.
     """
     _check(head, features)
@@ -97,17 +98,20 @@ def _check(head: object, features: object) -> None:
     for name, feature in features.items():
         if not isinstance(feature, Tensor):
             raise TypeError(f"features[{name!r}] is not a tensor but {type(feature).__name__}")
-        if feature.dtype not in FLOATING:
-            raise TypeError(
-                f"features[{name!r}] has dtype {feature.dtype}; expected float16, bfloat16, "
-                "float32 or float64"
-            )
+        reason = why_unsupported(feature)
+        if reason is not None:
+            raise TypeError(f"features[{name!r}] {reason}")
         if feature.dim() != 2:
             raise ValueError(f"features[{name!r}] must be [B, D], got {list(feature.shape)}")
         if feature.shape[0] != of_first.shape[0]:
             raise ValueError(
                 f"features[{name!r}] has {feature.shape[0]} rows, features[{first!r}] "
                 f"{of_first.shape[0]}"
+            )
+        if feature.device != of_first.device:
+            raise ValueError(
+                f"features[{name!r}] is on {feature.device}, features[{first!r}] on "
+                f"{of_first.device}"
             )
 
 
@@ -141,12 +145,29 @@ def _plain(head: object) -> TypeGuard[nn.Linear]:
 
 
 def _split(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for name, feature in features.items():
+        _check_like(head.weight, name, feature)
     share = None if head.bias is None else head.bias / len(features)
     slices = head.weight.split([f.shape[1] for f in features.values()], dim=1)
     return {
         name: F.linear(feature, weight, share)
         for (name, feature), weight in zip(features.items(), slices, strict=True)
     }
+
+
+def _check_like(weight: Tensor, name: str, feature: Tensor) -> None:
+    """Raises an error where the head's product with a feature would be one of PyTorch's."""
+    if feature.device != weight.device:
+        raise ValueError(f"features[{name!r}] is on {feature.device}, the head on {weight.device}")
+    if feature.dtype is weight.dtype:
+        return
+    # Autocast leaves float64 as it is, and does not know the meta device.
+    casts = torch.float64 not in (feature.dtype, weight.dtype) and not weight.is_meta
+    if not (casts and torch.is_autocast_enabled(weight.device.type)):
+        raise TypeError(
+            f"features[{name!r}] has dtype {feature.dtype}, the head {weight.dtype}: call this "
+            "within the torch.autocast that made the feature, or cast it"
+        )
 
 
 def _called_affine(head: nn.Linear, features: Mapping[str, Tensor]) -> dict[str, Tensor]:

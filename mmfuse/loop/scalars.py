@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._numbers import whole
+from .._numbers import MOST_STEPS, whole
 
 #: Gets the scalars of one step, by their tags, and the step.
 Write = Callable[[dict[str, float], int], object]
@@ -38,7 +38,7 @@ class ScalarLog:
 
     Raises:
         TypeError: `write` is neither.
-        ValueError: `every` is less than 1.
+        ValueError: `every` is less than 1, or more than a million.
     """
 
     def __init__(self, write: Write | Any, every: int = 50) -> None:
@@ -47,7 +47,7 @@ class ScalarLog:
             raise TypeError(
                 f"write must be a SummaryWriter or a callable, got {type(write).__name__}"
             )
-        self.every: int = whole("every", every, least=1)
+        self.every: int = whole("every", every, 1, MOST_STEPS)
         self._write: Write = write if add_scalar is None else _tensorboard(add_scalar)
         self._tags: tuple[str, ...] = ()
         self._rows: Tensor | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._numbers import finite, real, whole
+from .._numbers import MOST_STEPS, finite, real, whole
 from ..ops._arguments import check_sequence
 
 #: Added to denominators.
@@ -54,8 +54,9 @@ def check_hyperparameters(
     monitor_every: int,
 ) -> None:
     """Raises an error that names the first that is out of range, or no integer."""
-    for name, value in (("epochs", epochs), ("window", window), ("monitor_every", monitor_every)):
+    for name, value in (("epochs", epochs), ("monitor_every", monitor_every)):
         whole(name, value, least=1)
+    whole("window", window, 1, MOST_STEPS)
     if not (finite("beta", beta) and beta >= 0):
         raise ValueError(f"beta must be a finite number of at least 0, got {beta}")
     if not 0 <= real("momentum", momentum) < 1:

@@ -45,6 +45,9 @@ class Monitor:
         backend: str | None,
     ) -> None:
         self.names: tuple[str, ...] = tuple(encoders)
+        if not isinstance(forward, Mapping):
+            kind = type(forward).__name__
+            raise TypeError(f"forward must map names of encoders to callables, got {kind}")
         for what, given in (("forward", forward), ("clamp", clamp)):
             _check_names(what, given, self.names)
         self.forward: dict[str, Forward] = {
@@ -123,7 +126,7 @@ def _representation(name: str, encoder: Forward, x: Tensor) -> Tensor:
 
 
 def _check_names(what: str, given: Collection[str], names: Sequence[str]) -> None:
-    if isinstance(given, str) or not hasattr(given, "__iter__"):
+    if isinstance(given, (str, Tensor)) or not hasattr(given, "__iter__"):
         raise TypeError(f"{what} must hold names of encoders, got {type(given).__name__}")
     unknown = [name for name in given if name not in names]
     if unknown:

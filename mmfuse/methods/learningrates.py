@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from .._numbers import whole
+from .._numbers import MOST_STEPS, whole
 from ..loop._parameters import Encoders
 from ..loop.contract import (
     Act,
@@ -47,9 +47,6 @@ from ..ops._tensors import kept_tensor
 
 #: The factors of AGM's authors, by the number of modalities (lihong2303/AGM_ICCV2023).
 _RATES = {2: (1.3, 0.7), 3: (0.9, 1.4, 0.7)}
-
-# The state has a table of as many validations for each modality.
-_MOST_STEPS = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ class LearningRates(GradientMethod):
             kind = type(encoders).__name__
             raise TypeError(f"encoders must map names to modules, got {kind}")
         if window is not None:
-            window = whole("window", window, 1, _MOST_STEPS)
+            window = whole("window", window, 1, MOST_STEPS)
         rule = LearningRatesRule(_checked(rates, list(encoders)), window)
         super().__init__(rule, encoders, **common)
 

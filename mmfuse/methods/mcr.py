@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .._numbers import finite, whole
+from .._numbers import MOST_STEPS, finite, whole
 from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
 from ..loop.epochs import typed_as
@@ -159,7 +159,7 @@ class MCR(DrawingModule):
         self.strategy: Strategy = strategy
         self.contrast: float = contrast
         self.temperature = temperature
-        self.permutations: int = whole("permutations", permutations, least=1)
+        self.permutations: int = whole("permutations", permutations, 1, MOST_STEPS)
         self._begin_stream(stream, name)
 
     @classmethod

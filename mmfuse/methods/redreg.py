@@ -142,7 +142,9 @@ class RedReg(GradientMethod):
             monitor_every=monitor_every,
         )
         super().__init__(rule, encoders, **common)
-        monitor = Monitor(encoders, forward or {}, sigma, clamp, noise, self.backend)
+        monitor = Monitor(
+            encoders, {} if forward is None else forward, sigma, clamp, noise, self.backend
+        )
         self._adopt(replace(rule, monitor=monitor))
 
     @classmethod

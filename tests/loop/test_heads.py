@@ -313,6 +313,25 @@ class TestErrors:
             mmfuse.unimodal_logits(nn.Linear(3, 2), {"a": torch.ones(2, 3).long()})
         with pytest.raises(TypeError, match=r"features\['a'\] is not a tensor but list"):
             mmfuse.unimodal_logits(head, {"a": [1.0], "b": torch.ones(1, 2)})
+        with pytest.raises(TypeError, match=r"features\['a'\] has layout torch.sparse_coo"):
+            mmfuse.unimodal_logits(nn.Linear(3, 2), {"a": torch.ones(2, 3).to_sparse()})
+
+    def test_features_of_another_dtype_or_place_than_the_head(self) -> None:
+        head, half = nn.Linear(3, 2), torch.ones(2, 3, dtype=torch.bfloat16)
+        with pytest.raises(
+            TypeError, match=r"features\['a'\] has dtype torch.bfloat16, the head t"
+        ):
+            mmfuse.unimodal_logits(head, {"a": half})
+        with torch.autocast("cpu", torch.bfloat16):
+            assert mmfuse.unimodal_logits(head, {"a": half})["a"].dtype == torch.bfloat16
+            with pytest.raises(TypeError, match="has dtype torch.float64, the head torch.float32"):
+                mmfuse.unimodal_logits(head, {"a": half.double()})
+        with pytest.raises(ValueError, match=r"features\['a'\] is on meta, the head on cpu"):
+            mmfuse.unimodal_logits(head, {"a": half.to("meta")})
+        with pytest.raises(TypeError, match="has dtype torch.bfloat16, the head torch.float32"):
+            mmfuse.unimodal_logits(head.to("meta"), {"a": half.to("meta")})
+        with pytest.raises(ValueError, match=r"features\['b'\] is on meta, features\['a'\] on cpu"):
+            mmfuse.unimodal_logits(head, {"a": half, "b": half.to("meta")})
 
     def test_a_lazy_head(self) -> None:
         for head in (nn.LazyLinear(4), nn.Sequential(nn.LazyLinear(7), nn.Linear(7, 4))):

@@ -179,6 +179,8 @@ def test_errors_name_the_tag_and_change_nothing() -> None:
         ScalarLog(3)
     with pytest.raises(ValueError, match="every must be at least 1, got 0"):
         ScalarLog(written, every=0)
+    with pytest.raises(ValueError, match="every must be at most 1,000,000"):
+        ScalarLog(written, every=2**31)
 
 
 def features() -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, nn.Linear]:

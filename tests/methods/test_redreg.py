@@ -532,6 +532,7 @@ def test_order_of_calls_and_changed_encoders() -> None:
     [
         ({"epochs": 0}, ValueError, "epochs must be at least 1"),
         ({"window": 0}, ValueError, "window must be at least 1"),
+        ({"window": 2**31}, ValueError, "window must be at most 1,000,000"),
         ({"monitor_every": 0}, ValueError, "monitor_every must be at least 1"),
         ({"beta": -0.1}, ValueError, "beta must be"),
         ({"momentum": 1.0}, ValueError, r"momentum must be in \[0, 1\)"),
@@ -541,6 +542,9 @@ def test_order_of_calls_and_changed_encoders() -> None:
         ({"projection": "layer"}, ValueError, "projection must be 'tensor' or 'encoder'"),
         ({"clamp": ["image"]}, ValueError, r"clamp names \['image'\]; the encoders are"),
         ({"forward": {"image": abs}}, ValueError, r"forward names \['image'\]"),
+        ({"forward": torch.ones(2)}, TypeError, "forward must map names .* got Tensor"),
+        ({"forward": ["audio"]}, TypeError, "forward must map names .* got list"),
+        ({"clamp": torch.ones(2)}, TypeError, "clamp must hold names of encoders, got Tensor"),
         (
             {"input_dropout": (0.6, 1.1, 0.3)},
             ValueError,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..amp import single_numbers
 from ..noise import NoiseStream
 from ..ops._arguments import check_stream
 from ..ops._eager import Eager
@@ -245,8 +246,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         *,
         unimodal_losses: Mapping[str, Tensor] | None = None,
         retain_graph: bool = False,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        grad_scale: Tensor | float | None = None,
+        found_inf: Tensor | float | None = None,
         **more: Unpack[More],
     ) -> Any:
         """Takes the place of ``loss.backward()``: back-propagates, then does what `step` does.
@@ -266,6 +267,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             **more: As in `observe`.
         """
         self._check_ready()
+        if grad_scale is not None or found_inf is not None:
+            grad_scale, found_inf = single_numbers(grad_scale, found_inf)
         check_loss(loss, retain_graph, self.modalities.device)
         unimodal = None
         if self._need.second == "unimodal":
@@ -304,8 +307,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         features: Mapping[str, Tensor] | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         *,
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
+        grad_scale: Tensor | float | None = None,
+        found_inf: Tensor | float | None = None,
         **more: Unpack[More],
     ) -> Any:
         """Changes the gradients that a backward pass has left, before the optimizer's step.
@@ -320,8 +323,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             labels: See there.
             features: See there.
             inputs: See there.
-            grad_scale: 0-d factor by which the gradients are scaled still, where they cannot be
-                unscaled before (see `mmfuse.amp.grad_scale`). It matters to methods with anchors.
+            grad_scale: The factor, 0-d or a number, by which gradients are scaled still, where they
+                cannot be unscaled before (see `mmfuse.amp.grad_scale`); for methods with anchors.
             found_inf: Not zero where a GradScaler will skip this step for another reason than the
                 encoders' gradients, which are looked at here (see `mmfuse.amp.found_inf`).
             **more: As in `observe`.
@@ -332,12 +335,14 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         Raises:
             RuntimeError: nothing was observed, `set_epoch` was not called for a method with
                 anchors, ``apply_to="update"`` without `attach`, or another rank has an error.
-            TypeError: a gradient, logits or labels have an unsupported type.
+            TypeError: a gradient, logits, labels, or a number of the scaler's is of another type.
             ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
                 device since `set_epoch`. Nothing has been changed then.
         """
         if not self._told or self._need.second == "unimodal" or self.apply_to == "update":
             self._check_ready(one_list=True)
+        if grad_scale is not None or found_inf is not None:
+            grad_scale, found_inf = single_numbers(grad_scale, found_inf)
         given = (logits, labels, features, inputs, more)
         if torch.compiler.is_dynamo_compiling():
             with torch.no_grad():

@@ -58,8 +58,8 @@ def unimodal_logits(
         TypeError: the head cannot be called, `features` does not map names to dense floating
             tensors, or a feature has another dtype than an ``nn.Linear`` outside of autocast.
         ValueError: the features do not add up to the head's input, are not [B, D], differ in their
-            batch, or are on another device; the head has not been used yet (lazy); or the logits do not add up to
-            `output`.
+            batch, or are on another device; the head has not been used yet (lazy); or the logits do
+            not add up to `output`.
     """
     _check(head, features)
     seen = _unwrapped(head)

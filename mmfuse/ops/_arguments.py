@@ -40,6 +40,17 @@ def check_stream(stream: object, on_meta: bool = False) -> NoiseStream:
     return stream
 
 
+def is_single(value: Tensor) -> bool:
+    """True for a dense 0-d floating tensor."""
+    return value.dim() == 0 and value.is_floating_point() and value.layout is torch.strided
+
+
+def check_near(name: str, value: Tensor, device: torch.device) -> None:
+    """Raises a ValueError for a tensor on the meta device whose value is needed elsewhere."""
+    if value.is_meta and device.type != "meta":
+        raise ValueError(f"{name} is on the meta device, where it has no value, not on {device}")
+
+
 def check_instance(name: str, value: object) -> None:
     """Raises a TypeError for a class where an object of it is meant, which can be called, too."""
     if isinstance(value, type):

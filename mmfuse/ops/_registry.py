@@ -169,10 +169,9 @@ class Op:
             reason = _native.why_missing(backend)
             if reason is not None:
                 return reason
-            named = "Meta" if kind == "meta" else (kind or "").upper()
-            keys = (named,) if kind else ("CPU", "CUDA")
             qualified = f"mmfuse::{self.name}.{backend}"
-            if not any(torch._C._dispatch_has_kernel_for_dispatch_key(qualified, k) for k in keys):
+            kinds = (kind,) if kind else ("cpu", "cuda")
+            if not any(_has_kernel(qualified, k) for k in kinds):
                 return f"the {backend} backend has no {self.name} for {kind or 'any'} tensors"
         if backend == "cuda" and kind in ("cuda", None):
             return _why_not_on_gpu(where)
@@ -225,9 +224,9 @@ class Op:
         """The kernel that takes a table in the place of a list; None if the backend has none."""
         key = backend, _forced, device
         if key not in self._tables:
-            found, has = None, torch._C._dispatch_has_kernel_for_dispatch_key
+            found = None
             overload = self._of_tables.get(self.resolve(str(backend) or None, device))
-            if overload is not None and has(str(overload.name()), device.type.upper()):
+            if overload is not None and _has_kernel(str(overload.name()), device.type):
                 found = overload._op
             self._tables[key] = found
         return self._tables[key]
@@ -258,6 +257,12 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+
+
+def _has_kernel(operator: str, device_type: str) -> bool:
+    """True if an operator's overload has a kernel for tensors there."""
+    key = "Meta" if device_type == "meta" else device_type.upper()
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def _why_not_on_gpu(device: torch.device | None) -> str | None:

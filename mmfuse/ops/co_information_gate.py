@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import real
-from ._arguments import check_sequence
+from ._arguments import check_sequence, is_single
 from ._registry import Op
 from .paired_cosine import aligned
 
@@ -66,8 +66,8 @@ def named_gate(
     with torch.no_grad():
         dense = aligned(names, features)
         if isinstance(threshold, Tensor):
-            if threshold.dim() != 0 or not threshold.is_floating_point():
-                raise TypeError("threshold must be a number or a 0-d floating-point tensor")
+            if not is_single(threshold):
+                raise TypeError("threshold must be a number or a dense 0-d floating-point tensor")
             if threshold.is_meta != dense[0].is_meta:
                 raise ValueError(f"threshold is on {threshold.device}, not on {dense[0].device}")
             limit = threshold

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..noise import NoiseStream
-from ._arguments import check_sequence, check_stream
+from ._arguments import check_near, check_sequence, check_stream, is_single
 from ._registry import Op
 from ._tensors import check_named, check_vector
 
@@ -145,8 +145,10 @@ def named_drop(
                 raise ValueError(f"q[{m}] must be a probability in [0, 1], got {probability}")
     if scale is not None and not isinstance(scale, Tensor):
         raise TypeError(f"scale must be a 0-d floating-point tensor, got {type(scale).__name__}")
-    if scale is not None and (scale.dim() != 0 or not scale.is_floating_point()):
-        raise ValueError("scale must be a 0-d floating-point tensor")
+    if scale is not None and not is_single(scale):
+        raise ValueError("scale must be a dense 0-d floating-point tensor")
+    if scale is not None:
+        check_near("scale", scale, features[0].device)
     ids, offsets = stream.counters(len(features))
     device = features[0].device
     if scale is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._numbers import real
+from ._arguments import check_near, is_single
 from ._registry import Op
 from .paired_cosine import aligned
 
@@ -89,11 +90,12 @@ def info_nce(
         raise ValueError("a and b are empty; there are no rows to tell apart")
     wide = torch.float64 if a.dtype == torch.float64 else torch.float32
     if isinstance(temperature, Tensor):
-        if temperature.dim() != 0 or not temperature.is_floating_point():
+        if not is_single(temperature):
             raise ValueError(
-                "temperature must be a number or a 0-d floating-point tensor, got "
-                f"{temperature.dtype} {list(temperature.shape)}"
+                "temperature must be a number or a dense 0-d floating-point tensor, got "
+                f"{temperature.dtype} {list(temperature.shape)}, {temperature.layout}"
             )
+        check_near("temperature", temperature, a.device)
         temperature = temperature.to(a.device, wide)
     else:
         temperature = real("temperature", temperature)

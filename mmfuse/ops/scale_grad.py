@@ -12,7 +12,7 @@ from ..noise import NoiseStream
 from ._arguments import check_stream
 from ._derivatives import no_forward_mode, no_vmap, refuse_tangents
 from ._registry import Op
-from ._tensors import why_unsupported
+from ._tensors import check_dense, why_unsupported
 
 
 def _fake(grad: Tensor, coefficient: Tensor, *_: object) -> Tensor:
@@ -136,6 +136,7 @@ def scale_grad(
             continue
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise TypeError(f"{name} must be a 0-d floating-point tensor")
+        check_dense(name, value)
         if value.dim() != 0:
             raise ValueError(f"{name} must be 0-d, got shape {list(value.shape)}")
         if value.device != x.device:

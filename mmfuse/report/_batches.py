@@ -111,8 +111,8 @@ def _read(
     narrow = labels.is_floating_point() and labels.dtype.itemsize < 2
     if labels.layout is not torch.strided or labels.is_meta or labels.is_complex() or narrow:
         raise TypeError(
-            f"{source} labels of {labels.dtype}, {labels.layout}, on {labels.device}, where a dense "
-            "tensor of integers or real numbers is needed"
+            f"{source} labels of {labels.dtype}, {labels.layout}, on {labels.device}, where a "
+            "dense tensor of integers or real numbers is needed"
         )
     return dict(inputs), labels.detach()
 

@@ -324,11 +324,11 @@ class TestErrors:
             mmfuse.unimodal_logits(head, {"a": half})
         with torch.autocast("cpu", torch.bfloat16):
             assert mmfuse.unimodal_logits(head, {"a": half})["a"].dtype == torch.bfloat16
-            with pytest.raises(TypeError, match="has dtype torch.float64, the head torch.float32"):
+            with pytest.raises(TypeError, match=r"has dtype torch\.float64, the head torch"):
                 mmfuse.unimodal_logits(head, {"a": half.double()})
         with pytest.raises(ValueError, match=r"features\['a'\] is on meta, the head on cpu"):
             mmfuse.unimodal_logits(head, {"a": half.to("meta")})
-        with pytest.raises(TypeError, match="has dtype torch.bfloat16, the head torch.float32"):
+        with pytest.raises(TypeError, match=r"has dtype torch\.bfloat16, the head torch"):
             mmfuse.unimodal_logits(head.to("meta"), {"a": half.to("meta")})
         with pytest.raises(ValueError, match=r"features\['b'\] is on meta, features\['a'\] on cpu"):
             mmfuse.unimodal_logits(head, {"a": half, "b": half.to("meta")})

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from balancing import ON_GRADIENTS, STEPPING, make, see, start
+from states import differences
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +55,35 @@ def test_a_batch_of_another_kind_comes_before_the_backward_pass(kind: str) -> No
     with pytest.raises(TypeError, match="all of a step"):
         run.method.backward(run.loss, **run.arguments(), present=run.present())
     assert run.gradients() == before == [None] * 4
+
+
+@pytest.mark.parametrize("name", ["grad_scale", "found_inf"])
+@pytest.mark.parametrize("kind", STEPPING)
+def test_what_is_no_number_of_a_scaler(kind: str, name: str) -> None:
+    """The gradients were changed before a text was compared with 0."""
+    run = Run(kind)
+    for wrong in ("no", torch.ones(2), torch.ones(()).to_sparse(), [1.0]):
+        with pytest.raises(TypeError, match=f"^{name} must be a number"):
+            run.method.backward(run.loss, **run.arguments(), **{name: wrong})
+    assert run.gradients() == [None] * 4
+    run.loss.backward()
+    before, state = run.gradients(), copy.deepcopy(dict(run.method.state_dict()))
+    with pytest.raises(TypeError, match=f"^{name} must be a number"):
+        run.method.step(**run.arguments(), **{name: "no"})
+    assert all(torch.equal(a, b) for a, b in zip(run.gradients(), before, strict=True))
+    assert differences(dict(run.method.state_dict()), state) == []
+
+
+@pytest.mark.parametrize("kind", STEPPING)
+def test_a_scalers_numbers_may_be_pythons(kind: str) -> None:
+    """`GradScaler.get_scale` returns a float."""
+    runs = []
+    for scale, found in ((torch.tensor(2.0**7), torch.tensor(1.0)), (2.0**7, True)):
+        run = Run(kind)
+        (run.loss * 2.0**7).backward()
+        run.method.step(**run.arguments(), grad_scale=scale, found_inf=found)
+        runs.append((run.gradients(), dict(run.method.state_dict())))
+    assert differences(*runs) == []
 
 
 @pytest.mark.parametrize("kind", STEPPING)

@@ -96,6 +96,25 @@ def test_an_integer_is_a_number(case: int) -> None:
     NUMBERS[case][1](1)
 
 
+SINGLES: list[tuple[str, Callable[[Any], Any]]] = [
+    ("threshold", lambda v: ops.co_information_gate([X, X], v)),
+    ("temperature", lambda v: ops.info_nce(X, X, v)),
+    ("scale", lambda v: ops.drop_modalities([X, X], Z, NoiseStream(1), scale=v)),
+    ("coefficient", lambda v: ops.scale_grad(X, v)),
+    ("input_sq", lambda v: ops.redundancy_ratio(X, X, v)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(SINGLES)), ids=lambda i: f"{i}-{SINGLES[i][0]}")
+def test_a_single_number_that_cannot_be_read(case: int) -> None:
+    name, call = SINGLES[case]
+    call(torch.ones(()))
+    with pytest.raises((TypeError, ValueError), match=rf"^{name} must be .*dense|layout"):
+        call(torch.ones(()).to_sparse())
+    with pytest.raises(ValueError, match=rf"^{name} is on (the )?meta"):
+        call(torch.ones((), device="meta"))
+
+
 @pytest.mark.parametrize("case", range(len(STREAMS)))
 def test_what_is_no_stream(case: int) -> None:
     for value in (5, "text", torch.zeros(2, dtype=torch.int64), NoiseStream):

@@ -246,7 +246,7 @@ def test_order_does_not_matter_and_lower_thresholds_stay_open(
 
 def test_bad_input() -> None:
     z = torch.ones(3, 2)
-    number = "threshold must be a number or a 0-d floating-point tensor"
+    number = "threshold must be a number or a dense 0-d floating-point tensor"
     for arguments, error, match in [
         (([], 0.5), ValueError, "at least two modalities, got 0"),
         (([z], 0.5), ValueError, "at least two modalities, got 1"),

@@ -462,5 +462,5 @@ def test_bad_input() -> None:
         with pytest.raises(error, match=match):
             ops.drop_modalities(*arguments)
     for scale in (torch.ones(1), torch.tensor(1)):
-        with pytest.raises(ValueError, match="scale must be a 0-d floating-point tensor"):
+        with pytest.raises(ValueError, match="scale must be a dense 0-d floating-point tensor"):
             ops.drop_modalities([x, x], q, stream, scale=scale)

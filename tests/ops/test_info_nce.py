@@ -522,7 +522,7 @@ def test_bad_input() -> None:
         ((z, z, -1), ValueError, "temperature must be a positive number, got -1"),
         ((z, z, NAN), ValueError, "temperature must be a positive number, got nan"),
         ((z, z, math.inf), ValueError, "temperature must be a positive number, got inf"),
-        ((z, z, torch.ones(1)), ValueError, r"temperature must be a number or a 0-d .*\[1\]"),
+        ((z, z, torch.ones(1)), ValueError, r"temperature must be a number or a dense 0-d .*\[1\]"),
         ((z, z, torch.tensor(1)), ValueError, r"temperature must be .* got torch.int64"),
     ]:
         with pytest.raises(error, match=match):

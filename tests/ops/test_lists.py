@@ -321,3 +321,11 @@ def test_without_the_module_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> 
     assert _lists.read_lists(update_grads._op, None, grads, None, None) is None
     ops.update_grads_(grads, torch.full((1,), 0.5))
     assert (grads[0] == 0.5).all()
+
+
+def test_lists_on_the_meta_device() -> None:
+    """Their kernels take no table: they know shapes only."""
+    grads = [torch.ones(3, device="meta"), torch.ones(2, 2, device="meta")]
+    stats = ops.grad_stats(grads)
+    assert stats.mean.is_meta and stats.mean.shape == (2,)
+    assert ops.update_grads_(grads, torch.ones(2, device="meta")) is None

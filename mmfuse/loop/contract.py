@@ -167,11 +167,14 @@ class Decision(NamedTuple):
         report: The fields of the rule's `result` but the last, which is `finite`; the first is
             the [M] coefficients.
         state: The tensors of the state that change.
+        counted: [M] bool, the modalities that some sample has: of the others, `settle` gets squares
+            of 0. None for all.
     """
 
     act: Act
     report: tuple[Tensor, ...]
     state: State = MappingProxyType({})
+    counted: Tensor | None = None
 
 
 class Sensed(NamedTuple):

@@ -52,7 +52,7 @@ class Looked(NamedTuple):
         known: [M, N] bool, which modalities each sample has; None if all have all.
         kind: Of the numbers.
         numbers: [M], the user's; empty if there are none.
-        weight: 0-d, their count.
+        weight: 0-d, their count; [M] for ratios and coefficients, 0 for those that are NaN.
     """
 
     scores: ModalityScores | None
@@ -94,8 +94,10 @@ def look(
     kind, numbers, count = own_numbers(names, device, more, logits)
     if kind is not None:
         known = ~numbers.isnan().unsqueeze(1)
-        scores = own_pair_scores(numbers, count) if kind == "scores" else None
-        return Looked(scores, known, kind, numbers, count)
+        if kind == "scores":
+            return Looked(own_pair_scores(numbers, count), known, kind, numbers, count)
+        # A modality that one micro-batch or rank is without has a mean over the others.
+        return Looked(None, known, kind, numbers, torch.where(numbers.isnan(), 0.0, count))
     if logits is None or labels is None:
         raise TypeError("logits and labels go together: give both or neither")
     if not isinstance(logits, Mapping) or logits.keys() != set(names):

@@ -75,7 +75,8 @@ class Observed:
     Attributes:
         means: [K] means: over the samples that count, or K/M² tables one after the other (see
             `mmfuse.loop.pairs`).
-        count: 0-d number of samples, or their sum of weights; [M·M] for tables.
+        count: 0-d number of samples, or their sum of weights; [M·M] for tables, [M] for numbers of
+            the user's.
         sums: [E] sums, if there are any.
         parts: Other values of the only micro-batch, beside the means; None if there are several, or
             several ranks.

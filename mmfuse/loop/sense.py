@@ -233,7 +233,7 @@ class Senses:
         """How many numbers every rank adds up: means, counts, and sums beside."""
         count = len(self._modalities.names)
         if self._kind != "scores":
-            return count + 1
+            return 2 * count
         columns = count if self._paired else 1
         means = self._rule.need.means * count * columns
         return means + (count * count if self._paired else 1) + self._rule.width(count)

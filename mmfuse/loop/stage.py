@@ -14,6 +14,7 @@ from . import _in_turn, _surgery
 from .act import Second, act_on, carry_out, stats_of
 from .contract import Act, Clock, Decision, Tensors
 from .modalities import Active
+from .pairs import missing
 from .ranks import NOTHING, Observed, agree, several
 from .shards import local_part
 from .updates import Decided
@@ -130,8 +131,10 @@ def take_step(
     if found_inf is not None:
         counts = counts & (found_inf == 0).all().to(device)
     if squares is not None:
-        squares = squares.to(state.device)
-        changed = {**changed, **rule.settle(state, squares, tensors)}
+        squares = own = squares.to(state.device)
+        if decision.counted is not None:
+            own = torch.where(tensors.each(decision.counted).to(state.device), squares, 0.0)
+        changed = {**changed, **rule.settle(state, own, tensors)}
     # The squares may overflow where the gradient does not.
     state.set(changed, counts, squares, backend)
     if need.draws:  # a number that changed in every step would have every step compiled anew
@@ -159,7 +162,7 @@ def _idle(method: GradientMethod, seen: Observed, tensors: Tensors) -> Decision:
         return idle.decide(state, seen, tensors, clock)
     decision = method.rule.decide(state, seen, tensors, clock)
     neutral = torch.full_like(decision.report[0], method._need.neutral)
-    return Decision(Act(), (neutral, *decision.report[1:]), decision.state)
+    return decision._replace(act=Act(), report=(neutral, *decision.report[1:]))
 
 
 def _postpone(method: GradientMethod, seen: Observed) -> Any:
@@ -176,5 +179,6 @@ def _postpone(method: GradientMethod, seen: Observed) -> Any:
     if stream is not None:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()
-    method._updates.decide(Decided(decision.report[0], stream, state, finite, kept))
+    gone = missing(seen) if seen.paired or seen.kind != "scores" else None
+    method._updates.decide(Decided(decision.report[0], stream, state, finite, kept, gone))
     return method.rule.result(*decision.report, finite=finite, **method._named)

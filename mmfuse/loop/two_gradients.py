@@ -31,8 +31,9 @@ def two_gradients(
 ) -> list[Tensor | None]:
     """Leaves the joint loss's gradient in ``.grad``; returns that of the unimodal losses' sum.
 
-    One for each parameter of the encoders, None where the unimodal losses do not reach it. With
-    `every` the losses of another rank may reach other parameters.
+    One for each parameter of the encoders, None where the unimodal losses do not reach it; where
+    only they do, its joint gradient is zero. With `every` the losses of another rank may reach
+    other parameters.
     """
     parameters = modalities.parameters
     total = torch.stack([loss.reshape(()) for loss in unimodal]).sum()
@@ -49,6 +50,9 @@ def two_gradients(
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
         joint.backward(retain_graph=retain_graph)
+        for p, grad in zip(parameters, found, strict=True):
+            if grad is not None and p.grad is None:  # the joint loss does not reach it
+                p.grad = torch.zeros_like(grad)
         return found
     wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
     grads = torch.autograd.grad(

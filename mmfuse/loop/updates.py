@@ -31,6 +31,7 @@ class Decided(NamedTuple):
         state: The stream's in this step: int64 [2], the same for all optimizers; None for none.
         finite: 0-d bool, set to False where a parameter ends up with a NaN or an Inf.
         kept: The rule's state, and what changes of it if the update is not skipped.
+        missing: [M] bool, the modalities that no sample had, which get no noise; None for none.
     """
 
     coefficients: Tensor
@@ -38,6 +39,7 @@ class Decided(NamedTuple):
     state: Tensor | None
     finite: Tensor
     kept: tuple[State, Mapping[str, Tensor]] | None = None
+    missing: Tensor | None = None
 
 
 class ScaledUpdates:
@@ -139,7 +141,7 @@ class ScaledUpdates:
             return
         self._check_decided()
         assert self.decided is not None
-        (coefficients, stream, state, finite, kept), self.decided = self.decided, None
+        (coefficients, stream, state, finite, kept, missing), self.decided = self.decided, None
         held = self._held()
         before = [self._before[i] for i in held.ids]
         pull = per_tensor(coefficients.to(finite.device), held.modality) - 1.0
@@ -154,6 +156,8 @@ class ScaledUpdates:
             moved = (stats.sq_norm > 0).any().to(finite.device)
             if state is not None:
                 std, noise = stats.std, NoiseStream.from_state(state.to(finite.device))
+                if missing is not None:
+                    std = torch.where(per_tensor(missing.to(std.device), held.modality), 0.0, std)
             if held.shards:  # what another rank's part holds shows in the sum alone
                 finite.logical_and_(stats.m2.isfinite().all().to(finite.device))
         act = Act(pull=pull, noise_std=std)

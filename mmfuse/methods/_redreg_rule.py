@@ -290,4 +290,6 @@ class RedRegReleased(RedRegRule):
         """Every epoch has a history of its own."""
         anew = ("scores", "steps", "average", "average_weight")
         begins = {name: torch.zeros_like(state[name]) for name in anew}
+        # Over an average of nothing, the redundancy of the last epoch would be of any size.
+        begins["redundancy"] = torch.full_like(state["redundancy"], torch.nan)
         return {**begins, **super().epoch(state, epoch, tensors)}

@@ -20,6 +20,7 @@ sign, which contradicts the gap (Eq. 9-10); here a larger s_m is the better moda
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -46,7 +47,7 @@ from ..loop.contract import (
 )
 from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
-from ..loop.pairs import own
+from ..loop.pairs import missing, own
 from ..loop.ranks import Observed
 from ..loop.result import Result
 from ..ops.information_pull import pull_of_checked
@@ -84,6 +85,8 @@ class InfoRegRule(Stateless):
     need: ClassVar[Need] = Need(second="anchor", squares="before", neutral=0.0)
     #: Epochs whose traces are kept.
     history: ClassVar[int] = 2
+    #: In the place of the traces of a modality's epochs before its first.
+    before: ClassVar[float] = math.nan
 
     def __post_init__(self) -> None:
         if not (finite("beta", self.beta) and self.beta >= 0):
@@ -99,7 +102,7 @@ class InfoRegRule(Stateless):
             # Those in which some sample had the modality.
             "steps": torch.zeros(modalities, dtype=torch.int64),
             # The latest in the last column.
-            "traces": torch.zeros(modalities, self.history, dtype=torch.float64),
+            "traces": torch.full((modalities, self.history), self.before, dtype=torch.float64),
             "epochs": torch.zeros((), dtype=torch.int64),
             "window_open": torch.zeros(modalities, dtype=torch.bool),
             "information_gap": torch.zeros(modalities, dtype=torch.float64),
@@ -119,8 +122,10 @@ class InfoRegRule(Stateless):
         if seen.kind == "coefficients":
             alpha = seen.means.nan_to_num(0.0)
             gap = log_prob = torch.full_like(alpha, torch.nan)
-            steps = state["steps"] + ~seen.means.isnan().to(state["steps"].device)
-            return Decision(Act(pull=tensors.each(alpha)), (alpha, log_prob, gap), {"steps": steps})
+            given = ~missing(seen)
+            steps = state["steps"] + given.to(state["steps"].device)
+            report = alpha, log_prob, gap
+            return Decision(Act(pull=tensors.each(alpha)), report, {"steps": steps}, given)
         performance, count, log_prob = self.performance(seen)
         device = tensors.device
         pull = pull_of_checked(
@@ -137,6 +142,7 @@ class InfoRegRule(Stateless):
             Act(pull.scale, pull.pull),
             (pull.coefficients, own(log_prob) if seen.paired else log_prob, pull.gap),
             {"information_gap": pull.gap, "steps": pull.steps},
+            ~missing(seen) if seen.paired else None,
         )
 
     def settle(self, state: State, squares: Tensor, tensors: Tensors) -> State:
@@ -169,7 +175,7 @@ class InfoRegRule(Stateless):
     def window_open(self, traces: Tensor, epochs: Tensor) -> Tensor:
         """[M] bool: T grows by more than the threshold, from the third epoch on."""
         before, last = traces.unbind(1)
-        # A trace of zero gives NaN, which is above nothing.
+        # A trace of zero gives NaN, as one that is not known; it is above nothing.
         return ((last - before) / last > self.threshold) & (epochs >= 2)
 
 

@@ -86,7 +86,8 @@ class LFM(EpochWindowModule):
     Fidelity: from the formulas; `official` has golden numbers.
 
     Args:
-        epochs: Of the training, over which the schedule's 200 are spread.
+        epochs: Of the training, over which the schedule's 200 are spread; later ones keep the
+            last one's weights.
         weighting: "schedule", or "learned" by `learn`, which begins with lambda_0 = 0.05.
         rate: eta of the learning.
         num_modalities: M ≥ 2; the paper has two.
@@ -179,7 +180,9 @@ class LFM(EpochWindowModule):
     def _go_to(self, epoch: int | None) -> None:
         super()._go_to(epoch)
         if self.weighting == "schedule" and "weights" in self._buffers:
-            first = label_weight(self.epoch * EPOCHS / self.epochs)
+            # The curve was fitted within the run: beyond it, it falls below 0.
+            epoch = min(self.epoch, self.epochs - 1)
+            first = label_weight(epoch * EPOCHS / self.epochs)
             if not self._unbounded:
                 first = min(max(first, 0.0), 1.0)
             self.weights[0].fill_(first)

@@ -171,7 +171,7 @@ class OPM(DrawingModule):
             logits: Name → [B, C] logits of each undropped feature alone. Not needed in `eval()`.
             labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
             **more: As in `mmfuse.GradientMethod`: with ``present`` no sample loses the last feature
-                that it has, and ``coefficients`` are the probabilities q_m.
+                that it has, and ``coefficients`` are the probabilities q_m of this very step.
 
         Returns:
             `OPMResult`, differentiable in the features.
@@ -199,7 +199,8 @@ class OPM(DrawingModule):
                 self.q.device,
             )
             current, scores, ratios = self._decide(seen)
-        q = current.detach() if self.rule.same_step else self.q.clone()
+        at_once = self.rule.same_step or seen.kind == "coefficients"
+        q = current.detach() if at_once else self.q.clone()
         q = q if self._acting else torch.zeros_like(q)
         result = self.rule.drop(self, given._replace(scores=scores, present=present), q)
         self.q.copy_(current.detach())
@@ -241,7 +242,10 @@ class OPM(DrawingModule):
     def _width(self, more: More) -> int:
         """How many numbers the ranks add up."""
         tables = bool(more) and makes_tables(more)
-        return 2 * self.num_modalities**2 if tables else self.num_modalities + 1
+        if tables:
+            return 2 * self.num_modalities**2
+        own = more.get("ratios") is not None or more.get("coefficients") is not None
+        return self.num_modalities * 2 if own else self.num_modalities + 1
 
     def _decide(self, seen: Observed) -> tuple[Tensor, Tensor, Tensor]:
         """q_m, S_m and rho_m over all ranks."""

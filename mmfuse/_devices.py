@@ -37,6 +37,11 @@ def readable(value: Tensor) -> bool:
     return not (value.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+def known(value: Tensor) -> bool:
+    """True if a tensor's values can be looked at: it is dense, and not on the meta device."""
+    return value.layout is torch.strided and not value.is_meta
+
+
 def _computes(device_type: str) -> bool:
     try:
         return bool(torch.ones(2, dtype=torch.float64, device=device_type).sum() == 2)

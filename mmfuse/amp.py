@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._numbers import real
-
 
 def grad_scale(scaler: torch.amp.GradScaler, device: torch.device | str) -> Tensor:
     """The factor by which a scaler has scaled the loss, and so the gradients: 0-d float32.
@@ -53,29 +51,6 @@ def found_inf(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) ->
     if not flags:
         raise RuntimeError("found_inf: call scaler.unscale_(optimizer) first")
     return torch.stack([flag.to(flags[0].device) for flag in flags]).sum()
-
-
-def single_numbers(
-    grad_scale: Tensor | float | None, found_inf: Tensor | float | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """The arguments of these names of a step, as tensors.
-
-    Raises:
-        TypeError: one of them is no number; it is named.
-    """
-    return _single("grad_scale", grad_scale), _single("found_inf", found_inf)
-
-
-def _single(name: str, value: Tensor | float | None) -> Tensor | None:
-    if value is None:
-        return None
-    if not isinstance(value, Tensor):  # as `GradScaler.get_scale` returns it
-        return torch.tensor(real(name, value), dtype=torch.float32)
-    dense = value.layout is torch.strided and not value.is_complex()
-    if value.numel() != 1 or not dense:
-        kind = f"{value.dtype} {list(value.shape)}, {value.layout}"
-        raise TypeError(f"{name} must be a number or a dense tensor of one, got {kind}")
-    return value
 
 
 def _check(scaler: object) -> None:

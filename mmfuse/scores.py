@@ -114,11 +114,11 @@ def combined(
         raise ValueError("combined needs the scores of at least one task")
     for t, task in enumerate(tasks):
         if not isinstance(task, Mapping):
-            raise TypeError(f"task {t} must map names to scores, got {type(task).__name__}")
+            raise TypeError(f"tasks[{t}] must map names to scores, got {type(task).__name__}")
     names = list(tasks[0])
     for t, task in enumerate(tasks):
         if set(task) != set(names):
-            raise ValueError(f"task {t} names {list(task)}, task 0 names {names}")
+            raise ValueError(f"tasks[{t}] names {list(task)}, tasks[0] names {names}")
     if weights is None:
         weights = [1.0] * len(tasks)
     check_sequence("weights", weights, "numbers")
@@ -127,7 +127,7 @@ def combined(
         raise ValueError(f"weights must be {len(tasks)} positive numbers, got {weights}")
     found = {}
     for name in names:
-        scores = [_score(f"task {t}[{name!r}]", task[name]) for t, task in enumerate(tasks)]
+        scores = [_score(f"tasks[{t}][{name!r}]", task[name]) for t, task in enumerate(tasks)]
         if len({s.device for s in scores if s.dim() or s.device.type != "cpu"}) > 1:
             devices = ", ".join(str(s.device) for s in scores)
             raise ValueError(f"the scores of {name!r} are on several devices: {devices}")

@@ -46,7 +46,7 @@ def test_wrong_input_is_named() -> None:
         scores.error_ratios({"a": z}, z, error="log")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="weights must be 1 positive numbers"):
         scores.combined({"a": z}, weights=[0.0])
-    with pytest.raises(ValueError, match="task 1 names"):
+    with pytest.raises(ValueError, match=r"tasks\[1\] names"):
         scores.combined({"a": z}, {"b": z})
     with pytest.raises(ValueError, match=r"at least two modalities, got \['a'\]"):
         scores.error_ratios({"a": z}, z)
@@ -76,7 +76,7 @@ def test_tensors_that_nothing_can_be_computed_of_are_named(
 
 @pytest.mark.parametrize("wrong", [-0.5, torch.tensor(-0.5), np.float32(-0.5)], ids=repr)
 def test_a_negative_score_is_not_taken_for_one_that_is_missing(wrong: Any) -> None:
-    with pytest.raises(ValueError, match=r"task 1\['a'\] must be positive, got .*-0\.5"):
+    with pytest.raises(ValueError, match=r"tasks\[1\]\['a'\] must be positive, got .*-0\.5"):
         scores.combined({"a": 0.5}, {"a": wrong})
     assert torch.isnan(scores.combined({"a": torch.nan})["a"])
 

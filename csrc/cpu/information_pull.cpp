@@ -36,7 +36,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> information_pull(
   for (int64_t m = 0; m < modalities; ++m) {
     gap[m] = information_gap(compared, m);
     found.set(m, information_strength(gap[m], open[m], beta, factors ? (*factors)[m] : 1.0));
-    after[m] = before[m] + (table && isnan(compared.own(m)) ? 0 : 1);
+    // Without its count, which may be NaN where there is a score.
+    after[m] = before[m] + (table && isnan(numbers[m * modalities + m]) ? 0 : 1);
   }
   const Coefficients known(coefficients, modalities, "coefficients");
   const Numbers ones(scale);

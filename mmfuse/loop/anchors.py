@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._devices import known
 from ..ops import GradStats, grad_stats, update_grads_
 from ..ops._tensors import FLOATING
 from ..ops.grad_stats import stats_of_checked
@@ -247,7 +248,7 @@ class Anchors:
         for name, parameter, anchor in zip(
             modalities.parameter_names, modalities.parameters, loaded, strict=True
         ):
-            if not isinstance(anchor, Tensor) or anchor.is_meta or anchor.is_complex():
+            if not isinstance(anchor, Tensor) or not known(anchor) or anchor.is_complex():
                 kind = type(anchor).__name__
                 raise ValueError(f"the state's anchor of {name} must be a real tensor, got {kind}")
             if anchor.shape != parameter.shape and not _is_nothing(anchor, parameter):

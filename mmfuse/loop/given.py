@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._devices import WIDE
+from .._numbers import real
 from ..ops import ModalityScores, SampleScores
 from ..ops._criterion import PLAIN, Criterion
 from ..ops._tensors import check_dense
@@ -213,6 +214,29 @@ def own_numbers(
     found = [_number(f"{kind}[{name!r}]", values[name], device, kind) for name in names]
     count = _number("count", 1.0 if weight is None else weight, device, "count")
     return kind, torch.stack(found), count
+
+
+def scaler_numbers(
+    grad_scale: Tensor | float | None, found_inf: Tensor | float | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """The arguments of these names of a step, as tensors.
+
+    Raises:
+        TypeError: one of them is no number; it is named.
+    """
+    return _single("grad_scale", grad_scale), _single("found_inf", found_inf)
+
+
+def _single(name: str, value: Tensor | float | None) -> Tensor | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):  # as `GradScaler.get_scale` returns it
+        return torch.tensor(real(name, value), dtype=torch.float32)
+    dense = value.layout is torch.strided and not value.is_complex()
+    if value.numel() != 1 or not dense:
+        kind = f"{value.dtype} {list(value.shape)}, {value.layout}"
+        raise TypeError(f"{name} must be a number or a dense tensor of one, got {kind}")
+    return value
 
 
 def _refuse_names(what: str, values: object, names: Sequence[str]) -> None:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..amp import single_numbers
 from ..noise import NoiseStream
 from ..ops._arguments import check_stream
 from ..ops._eager import Eager
@@ -17,7 +16,7 @@ from ._parameters import Encoders, Select, Shared
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Tensors, check_fits
 from .epochs import EpochWindow
-from .given import Loss, More, check_criterion
+from .given import Loss, More, check_criterion, scaler_numbers
 from .modalities import Modalities
 from .ranks import Group, Observed
 from .result import method_text, names_for
@@ -268,7 +267,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         """
         self._check_ready()
         if grad_scale is not None or found_inf is not None:
-            grad_scale, found_inf = single_numbers(grad_scale, found_inf)
+            grad_scale, found_inf = scaler_numbers(grad_scale, found_inf)
         check_loss(loss, retain_graph, self.modalities.device)
         unimodal = None
         if self._need.second == "unimodal":
@@ -342,7 +341,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         if not self._told or self._need.second == "unimodal" or self.apply_to == "update":
             self._check_ready(one_list=True)
         if grad_scale is not None or found_inf is not None:
-            grad_scale, found_inf = single_numbers(grad_scale, found_inf)
+            grad_scale, found_inf = scaler_numbers(grad_scale, found_inf)
         given = (logits, labels, features, inputs, more)
         if torch.compiler.is_dynamo_compiling():
             with torch.no_grad():

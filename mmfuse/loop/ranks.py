@@ -198,7 +198,9 @@ class Observations:
 
 
 def _form(seen: Observed) -> str:
-    return seen.kind if seen.kind != "scores" or not seen.paired else "present= or scores="
+    if seen.kind != "scores":
+        return f"{seen.kind}="
+    return "present= or scores=" if seen.paired else "logits and labels alone"
 
 
 def _totals(seen: Observed) -> Tensor:

@@ -72,6 +72,8 @@ def _samples(
         indices = False
     else:
         each = list(logits)
+        if labels is not None and not isinstance(labels, Tensor):
+            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
         indices = labels is not None and not labels.is_floating_point()
     first = each[0]
     some = labels if indices else first.new_zeros(first[:, 0].shape, dtype=torch.int64)

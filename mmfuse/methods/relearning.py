@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .._devices import narrowed
+from .._devices import known, narrowed
 from .._numbers import finite, whole
 from ..loop._parameters import Encoders, Select, Shared
 from ..loop.anchors import Anchors
@@ -274,7 +274,7 @@ class ReLearning(EpochWindow):
         if isinstance(weights, Mapping):
             check_names("weights", weights, names, "encoders")  # type: ignore[arg-type]
             weights = torch.tensor([float(weights[name]) for name in names], dtype=torch.float64)
-        if not isinstance(weights, Tensor) or weights.layout is not torch.strided:
+        if not isinstance(weights, Tensor) or not known(weights):
             kind = type(weights).__name__
             raise TypeError(f"weights must be a dense tensor or map names to numbers, got {kind}")
         if weights.shape != (len(names),):

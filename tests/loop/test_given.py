@@ -130,6 +130,31 @@ def test_micro_batches_are_averaged_by_their_count() -> None:
     assert out.ratios[0].item() == pytest.approx(sum(table.values()) / 2)
 
 
+@pytest.mark.parametrize("kind", HAVE_RATIOS)
+@pytest.mark.parametrize("what", ["ratios", "coefficients"])
+def test_a_modality_that_one_micro_batch_is_without_counts_by_the_others(
+    kind: str, what: str
+) -> None:
+    method, _ = ready(kind)
+    if what == "ratios" and kind not in HAVE_RATIOS:
+        pytest.skip("it has no ratios")
+    method.observe(**{what: {"audio": 0.5, "visual": float("nan"), "text": 0.3}})
+    out = method.step(**{what: {"audio": 0.7, "visual": 0.2, "text": float("nan")}}, count=3)
+    found = getattr(out, what).double()
+    torch.testing.assert_close(found, torch.tensor([0.65, 0.2, 0.3]).double())
+
+
+def coefficients_on(rank: int) -> Tensor:
+    method, _ = ready("OGM")
+    own = {"audio": 0.2 + 0.4 * rank, "visual": 0.5, "text": float("nan") if rank else 0.4}
+    return method.step(coefficients=own).coefficients
+
+
+def test_a_modality_that_one_rank_is_without_counts_by_the_others() -> None:
+    for found in ranks(2).run(coefficients_on):
+        torch.testing.assert_close(found.double(), torch.tensor([0.4, 0.5, 0.4]).double())
+
+
 def score_on(rank: int) -> Tensor:
     method, _ = ready("OGM")
     own = {"audio": 0.2 + 0.4 * rank, "visual": 0.5, "text": float("nan") if rank else 0.4}

@@ -399,6 +399,33 @@ def test_noise_is_that_of_the_stream_with_the_updates_deviation(
     noisy_steps(model, ogm, together(OPTIMIZERS["adamw"]), list(range(6)), steps=2)
 
 
+def test_a_modality_that_no_sample_has_gets_no_noise() -> None:
+    """As where gradients are changed; nor does one that the user's numbers leave out."""
+    everybody = torch.ones(4, dtype=torch.bool)
+    z = {name: torch.randn(4, 3) for name in SMALL}
+    given = [
+        {"present": {name: everybody & (m > 0) for m, name in enumerate(SMALL)}},
+        {"coefficients": {name: 1.0 if m else torch.nan for m, name in enumerate(SMALL)}},
+    ]
+    for more in given:
+        model = Logits(SMALL)
+        plain = copy.deepcopy(model)
+        ogm = OGM(model.encoders, apply_to="update", stream=NoiseStream(3))
+        optimizers = [SGD(net.parameters(), lr=0.1) for net in (model, plain)]
+        ogm.attach(optimizers[0])
+        model.set_gradients()
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        own = (z, torch.arange(4) % 3) if "present" in more else ()
+        ogm.step(*own, **more)
+        for optimizer in optimizers:
+            optimizer.step()
+        for m, name in enumerate(SMALL):
+            pairs = zip(model.nets[name], plain.nets[name], strict=True)
+            same = [torch.equal(p, q) for p, q in pairs if p.numel() > 1]
+            assert all(same) if m == 0 else not any(same), (name, more)
+
+
 def test_noise_goes_by_the_place_in_the_method_not_in_the_optimizer() -> None:
     model = Logits(SMALL)
     ogm = OGM(model.encoders, apply_to="update", select="matrix", stream=NoiseStream(4))

@@ -260,6 +260,42 @@ def test_an_epoch_without_steps_leaves_the_history_alone() -> None:
         assert inforeg.fisher_trace.isnan().all()
 
 
+def test_a_step_without_a_modality_does_not_enter_its_trace() -> None:
+    """Its encoder may have gradients nonetheless, of the zeros in the place of its inputs."""
+    nets = networks(2)
+    inforeg = InfoReg(dict(nets))
+    next_epoch(inforeg)
+    here = {"audio": torch.ones(12, dtype=torch.bool), "visual": torch.ones(12, dtype=torch.bool)}
+    gone = {**here, "visual": torch.zeros(12, dtype=torch.bool)}
+    traces = []
+    for step, present in zip(batches(2, 3), (here, gone, gone), strict=True):
+        inforeg.step(backward(nets, step), step[1], present=present)
+        assert all(p.grad.abs().sum() > 0 for p in nets["visual"].parameters())
+        traces.append(inforeg.fisher_trace)
+    assert traces[0][1] == traces[1][1] == traces[2][1] > 0
+    assert traces[0][0] != traces[1][0]
+    # The same for coefficients of one's own.
+    step = batches(2, 1)[0]
+    backward(nets, step)
+    inforeg.step(coefficients={"audio": 0.0, "visual": torch.nan})
+    assert inforeg.fisher_trace[1] == traces[0][1]
+
+
+def test_a_modality_that_comes_later_has_no_window_before_its_third_epoch() -> None:
+    """From nothing to its first trace is no growth."""
+    nets = networks(2)
+    inforeg = InfoReg(dict(nets), threshold=0.04)
+    everybody = torch.ones(12, dtype=torch.bool)
+    windows = []
+    for epoch in range(5):
+        next_epoch(inforeg)
+        windows.append(inforeg.window_open.tolist())
+        step = batches(2, 1)[0]
+        present = {"audio": everybody, "visual": everybody & (epoch >= 2)}
+        inforeg.step(backward(nets, step, 4.0**epoch), step[1], present=present)
+    assert windows[2] == [True, False] and windows[3] == [True, False] and windows[4][1]
+
+
 def test_gradients_of_zero_close_the_window() -> None:
     nets = networks(2)
     inforeg = InfoReg(dict(nets), threshold=-1e9)

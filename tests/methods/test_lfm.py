@@ -74,6 +74,19 @@ def test_the_schedule_is_spread_over_the_epochs_and_stops_at_0_and_1() -> None:
     assert max(weights) > 1 and weights[0] < 0.21
 
 
+@pytest.mark.parametrize("made", [mmfuse.LFM, mmfuse.LFM.official])
+def test_after_its_epochs_it_keeps_the_last_weights(made: Any) -> None:
+    """The curve falls below 0 there: the labels were unlearned."""
+    logits, labels = batch(2)
+    lfm = made(epochs=100)
+    lfm.set_epoch(99)
+    last = lfm(logits, labels).coefficients
+    for epoch in (100, 115, 1000):
+        lfm.set_epoch(epoch)
+        assert torch.equal(lfm(logits, labels).coefficients, last)
+    assert 0.9 < float(last[0]) < 1.1
+
+
 def test_without_weight_on_the_alignment_it_is_twice_the_joint_loss() -> None:
     logits, labels = batch(2)
     lfm = mmfuse.LFM(starts=3)

@@ -95,6 +95,28 @@ def masks(cell: Cell, **missing: bool) -> dict[str, Tensor]:
     return {n: torch.full((3,), not gone, device=cell.device) for n, gone in missing.items()}
 
 
+def test_a_parameter_that_the_joint_loss_does_not_reach_has_its_unimodal_gradient(
+    cell: Cell,
+) -> None:
+    """It was left without one, and out of the encoder's norms and cosine."""
+    _, nets = made(cell)
+    joint, unimodal = torch.rand(2, 2, 3, device=cell.device)
+    own = nn.Parameter(torch.zeros(4, device=cell.device))
+    nets["a"].register_parameter("own", own)
+    method = mmfuse.MMPareto(nets, gamma=1.0, backend=cell.backend)
+    loss, losses = set_gradients(nets, joint, -0.1 * unimodal)
+    losses["a"] = losses["a"] + (2.0 * own).sum()
+    out = method.backward(loss, unimodal_losses=losses)
+    g1 = torch.cat([joint.flatten(), torch.zeros(4, device=cell.device)]).double()
+    g2 = torch.cat([-0.1 * unimodal.flatten(), torch.full_like(own, 2.0)]).double()
+    cosine = (g1 @ g2) / (g1.norm() * g2.norm())
+    torch.testing.assert_close(out.cosines[0].double(), cosine)
+    k = min_norm_weight(g1 @ g1, g1 @ g2, g2 @ g2)
+    torch.testing.assert_close(out.coefficients[0].double(), k)
+    # A tensor becomes no shorter than the sum of both gradients.
+    torch.testing.assert_close(own.grad, torch.full_like(own, max(2.0, 4.0 * (1 - float(k)))))
+
+
 def test_masks_of_samples_change_nothing(cell: Cell) -> None:
     found = []
     joint, unimodal = torch.rand(2, 2, 3, device=cell.device)

@@ -162,6 +162,29 @@ def our_redreg(
     return coefficients, monitored
 
 
+def test_an_epoch_of_the_release_begins_without_a_phase() -> None:
+    """With a monitor in every fourth step it was divided by an average of nothing: 3e11."""
+    torch.manual_seed(5)
+    model = ThreeHeads()
+    redreg = mmfuse.RedReg.official(model.encoders, epochs=8, monitor_every=4)
+    phases = []
+    for _ in range(2):
+        next_epoch(redreg)
+        for _ in range(5):
+            audio, visual, labels = batch()
+            a, v, out = model(audio, visual)
+            logits = {"audio": model.head_audio(a), "visual": model.head_visual(v)}
+            model.zero_grad()
+            F.cross_entropy(out, labels).backward()
+            inputs = {"audio": audio, "visual": visual}
+            result = redreg.step(logits, labels, {"audio": a, "visual": v}, inputs)
+            phases.append(result.phase)
+    measured = [not phase.isnan().any() for phase in phases]
+    # Steps 0, 4 and 8 of the run have the monitor; an epoch has five steps.
+    assert measured == [True] * 5 + [False] * 3 + [True] * 2
+    assert all(phase.abs().max() < 1e3 for phase in phases if not phase.isnan().any())
+
+
 # The golden numbers are compared on every backend in `make test`.
 @pytest.mark.slow
 @pytest.mark.slow_except_on("cpu")

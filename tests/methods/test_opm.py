@@ -64,6 +64,18 @@ def test_drops_with_the_probability_of_the_step_before(cell: Cell, count: int) -
     assert q[0] > 0.6 and q[-1] == 0  # or the test would not have dropped anything
 
 
+def test_probabilities_of_ones_own_are_of_this_very_step(cell: Cell) -> None:
+    """They were those of the step after."""
+    opm = OPM(stream=NoiseStream(5), backend=cell.backend).to(cell.device)
+    features, _, _ = batch(cell)
+    names = list(features)
+    for q in ([0.5, 0.0], [0.0, 1.0], [0.0, torch.nan]):
+        out = opm(features, coefficients=dict(zip(names, q, strict=True)))
+        assert out.drop_probability.tolist() == [q[0], 0.0 if q[1] != q[1] else q[1]]
+        assert out.keep[0].all() == (q[0] == 0.0)
+        assert not out.keep[1].any() == (q[1] == 1.0)
+
+
 def test_no_sample_loses_all_its_modalities(cell: Cell) -> None:
     opm = OPM(1.0, num_modalities=3, backend=cell.backend).to(cell.device)
     for _ in range(3):

@@ -75,7 +75,9 @@ def test_parity(
     assert torch.equal(found.scale, torch.ones_like(found.pull))
 
 
-def one(cell: Cell, scores: list[Any], is_open: list[bool] | None = None) -> ops.InformationPull:
+def one(
+    cell: Cell, scores: list[Any], is_open: list[bool] | None = None, **more: Tensor
+) -> ops.InformationPull:
     count = len(scores)
     return ops.information_pull(
         torch.tensor(scores, device=cell.device),
@@ -84,6 +86,7 @@ def one(cell: Cell, scores: list[Any], is_open: list[bool] | None = None) -> ops
         0.9,
         owner=list(range(count)),
         backend=cell.backend,
+        **more,
     )
 
 
@@ -115,6 +118,8 @@ def test_who_is_missing_has_no_step(cell: Cell) -> None:
     assert found.gap.tolist() == [2.0, 0.0, 0.0]
     assert found.steps.tolist() == [1, 2, 2]
     assert found.pull.tolist() == found.coefficients.tolist()
+    unknown = torch.tensor(NAN, device=cell.device)
+    assert one(cell, table, count=unknown).steps.tolist() == [1, 2, 2]
 
 
 def test_compiled_in_one_graph(cell: Cell) -> None:

@@ -84,7 +84,7 @@ demo: build
 	$(BIN)/python examples/animals.py --seeds $(or $(SEEDS),1)
 	$(BIN)/python benchmarks/run.py --quick --output build/benchmark
 
-# Hours, on one core; it goes on where it was stopped. docs/demonstrations.md has what came out.
+# Some 20 minutes on two cores for a data set; it goes on where it was stopped. docs/demonstrations.md has what came out.
 compare: build $(TESTING)
 	$(if $(TASK),,$(error make compare TASK=wrist: or animals?))
 	$(BIN)/python examples/compare_methods.py $(TASK)

@@ -31,8 +31,7 @@ PICTURES = ROOT / "docs" / "images"
 _TABLE = re.compile(r"(<!-- table (\w+): (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Unit = tuple[str, str, str]
-# Provider → row, of one measurement.
-Rows = Mapping[str, Row]
+Rows = Mapping[str, Row]  # by the provider, of one measurement
 
 
 @dataclass(frozen=True)
@@ -123,15 +122,19 @@ def _host(row: Row) -> str:
     return NO_NUMBER if row.host_us is None else show_time(row.host_us / 1e3)
 
 
-def _mib(row: Row) -> str:
-    if row.extra_mib is None:
+def _mib(row: Row, less: float | None = 0.0) -> str:
+    if row.extra_mib is None or less is None:
         return NO_NUMBER
-    return f"{row.extra_mib:.{1 if 0.05 <= row.extra_mib < 10 else 0}f}"
+    mib = row.extra_mib - less
+    return f"{mib:.{1 if 0.05 <= abs(mib) < 10 else 0}f}".replace("-0", "0")
+
+
+def _over_plain(provider: str) -> Callable[[Rows], str]:
+    return lambda rows: _of(provider, lambda r: _mib(r, rows["plain"].extra_mib))(rows)
 
 
 def _memory(rows: Rows) -> str:
-    cells = (_of(provider, _mib)(rows) for provider in ("official", "foreach", "cpu"))
-    return " / ".join(cells)
+    return " / ".join(_of(provider, _mib)(rows) for provider in ("official", "foreach", "cpu"))
 
 
 _SPEED = {
@@ -147,8 +150,8 @@ _STEPS = {
     "× official": _of("cpu", lambda r: show_ratio(r.vs_official)),
     "of plain: official": _of("official", lambda r: show_ratio(r.of_plain)),
     "of plain": _of("cpu", lambda r: show_ratio(r.of_plain)),
-    "MiB: official": _of("official", _mib),
-    "MiB": _of("cpu", _mib),
+    "more MiB: official": _over_plain("official"),  # than a plain step
+    "more MiB": _over_plain("cpu"),
 }
 
 
@@ -182,8 +185,8 @@ _BOTH = {
     "step × official": _of("cpu", lambda r: show_ratio(r.vs_official)),
     "step of plain: official": _of("official", lambda r: show_ratio(r.of_plain)),
     "step of plain: mmfuse": _of("cpu", lambda r: show_ratio(r.of_plain)),
-    "extra MiB: official": _of("official", _mib),
-    "mmfuse": _of("cpu", _mib),
+    "more MiB: official": _over_plain("official"),
+    "mmfuse": _over_plain("cpu"),
 }
 TABLES = {
     "readme": Table(

@@ -1,6 +1,6 @@
 """Compares every method of mmfuse with baselines: search, training with fresh seeds, statistics.
 
-It runs for hours, can be stopped at any time and goes on where it was::
+It runs for some 20 minutes on two cores, can be stopped at any time and goes on where it was::
 
     pip install -e ".[examples]" && pip install --no-deps animal-mnist==0.4 seglearn==1.2.5
     python examples/compare_methods.py wrist

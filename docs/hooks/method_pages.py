@@ -206,7 +206,7 @@ def _measured(name: str) -> list[str]:
         if row["provider"] != "cpu" or not (title == name or title.startswith(f"{name}-")):
             continue
         text = f"- A whole training step with {title} takes {float(row['of_plain']):.2f} times"
-        text += " as long as one without (two ResNet-18 on a CPU"
+        text += " as long as the same forward passes and losses alone (two ResNet-18 on a CPU"
         if row["vs_official"]:
             text += f"; the released sequence takes {float(row['vs_official']):.2f} times as long"
             text += " as this one"

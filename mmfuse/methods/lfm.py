@@ -180,9 +180,8 @@ class LFM(EpochWindowModule):
     def _go_to(self, epoch: int | None) -> None:
         super()._go_to(epoch)
         if self.weighting == "schedule" and "weights" in self._buffers:
-            # The curve was fitted within the run: beyond it, it falls below 0.
-            epoch = min(self.epoch, self.epochs - 1)
-            first = label_weight(epoch * EPOCHS / self.epochs)
+            # Beyond the run, in which it was fitted, the curve falls below 0.
+            first = label_weight(min(self.epoch, self.epochs - 1) * EPOCHS / self.epochs)
             if not self._unbounded:
                 first = min(max(first, 0.0), 1.0)
             self.weights[0].fill_(first)

@@ -165,8 +165,8 @@ class ReLearning(EpochWindow):
     ) -> ReLearning:
         """The method as the authors' released code runs it: the same.
 
-        Its script trains 50 epochs by default, so that the third reset is not reached, and finds
-        encoders by the names audio_net and visual_net.
+        Its program trains 50 epochs by default, which do not reach the third reset; the script
+        beside it trains 90. It finds encoders by the names audio_net and visual_net.
 
         Fidelity: golden numbers of the authors' code
         (GeWu-Lab/Diagnosing_Relearning_ECCV2024 at 025085e).

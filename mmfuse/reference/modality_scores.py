@@ -30,14 +30,19 @@ def _in_range(targets: Tensor) -> Tensor:
 
 
 def _row_weights(
-    labels: Tensor, weight: Tensor | None, ignore_index: int, multilabel: bool
+    labels: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    multilabel: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
     """How much each row counts: w of its class, sum of w t, or 1 with many labels."""
     wide = WIDE[labels.device.type]
     if multilabel:
         return torch.ones_like(labels.select(1, 0), dtype=wide)
     if labels.is_floating_point():
-        shares = labels.to(wide)
+        # As `_shares` has them: targets of -1 and 1 add up to 0, but such a row is to be NaN.
+        shares = _in_range(labels.to(dtype)).to(wide)
         return (shares if weight is None else shares * _along_classes(weight, shares)).sum(1)
     counts = labels != ignore_index
     if weight is None:
@@ -73,7 +78,8 @@ def _label_shares(
     y: Tensor, weight: Tensor | None, pos_weight: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Each label's share of its row's score; the shares of a row sum to 1."""
-    shares = torch.ones_like(y)
+    # An impossible label makes its row NaN, also if it has no weight.
+    shares = torch.where(y.isnan(), y, 1.0)
     if pos_weight is not None:
         shares = _along_classes(pos_weight.to(dtype), y) * y + (1 - y)
     if weight is not None:
@@ -115,7 +121,7 @@ def sample_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `mmfuse.ops.sample_scores`."""
     dtype = accumulator(*logits)
-    rows = _row_weights(labels, weight, ignore_index, multilabel)
+    rows = _row_weights(labels, weight, ignore_index, multilabel, dtype)
     probs, log_probs = [], []
     for z in logits:
         prob, log_prob = _row_scores(z, labels, weight, pos_weight, multilabel, dtype)
@@ -197,10 +203,10 @@ def modality_scores_backward(
     multilabel: bool,
 ) -> list[Tensor]:
     """Gradient of both scores; for a class, (grad_prob p + grad_log_prob) w / n (onehot - p)."""
-    rows = _row_weights(labels, weight, ignore_index, multilabel)
     grads = []
     for m, z in enumerate(logits):
         dtype = accumulator(z)
+        rows = _row_weights(labels, weight, ignore_index, multilabel, dtype)
         slopes = grad_prob[m].to(dtype), grad_log_prob[m].to(dtype)
         if multilabel:
             y = _in_range(labels.to(dtype))

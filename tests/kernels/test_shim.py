@@ -1,4 +1,4 @@
-"""The shim itself: warp operations, barriers, atomics, orders, and its errors."""
+"""The shim itself: warp operations, barriers, atomics, orders, permissions, and its errors."""
 
 import ctypes
 import os
@@ -138,6 +138,25 @@ def test_poison_finds_a_variable_that_was_not_written(run: Run, loaded: Shim) ->
     loaded.poison_shared(False)
 
 
+def test_dynamic_shared_memory_takes_a_permission(run: Run, loaded: Shim) -> None:
+    free, most = (48 - 2) * 1024, (99 - 2) * 1024
+
+    def launch(size: int, asked: int = 0) -> str:
+        return run("permitted", np.array([size, asked], np.int32))
+
+    assert launch(free) == "no error"
+    assert launch(free + 1) == "more dynamic shared memory than was asked for"
+    assert launch(free, most + 1) == "more shared memory than a block may have"
+    assert launch(free) == "no error"
+    assert launch(free + 2, free + 2) == launch(free + 2) == "no error"
+    assert launch(free + 3) == "more dynamic shared memory than was asked for"
+    assert launch(most, most) == "no error"
+    assert launch(free, most - 1) == "a permission that another thread may need is taken back"
+    assert launch(most) == "no error"
+    loaded.forget_permissions()
+    assert launch(free + 1) == "more dynamic shared memory than was asked for"
+
+
 def test_launches_are_counted_by_kernel(run: Run, loaded: Shim) -> None:
     before = loaded.launches()
     for _ in range(3):
@@ -149,7 +168,7 @@ def test_launches_are_counted_by_kernel(run: Run, loaded: Shim) -> None:
 def test_every_kernel_of_the_source_is_in_the_library(loaded: Shim) -> None:
     names = declared((HERE / "self_check.cu",), "__global__")
     assert Counter(loaded.kernels().values()) == names
-    assert len(names) == 20
+    assert len(names) == 21
 
 
 def test_a_kernel_without_a_name_is_an_error(tmp_path: Path) -> None:

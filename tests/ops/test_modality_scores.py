@@ -139,6 +139,41 @@ def test_an_impossible_label_gives_nan_in_the_kernel(cell: Cell) -> None:
     assert prob.isnan().tolist() == log_prob.isnan().tolist() == [True, False]
 
 
+# Targets that add up to 0 would leave a row without weight; with many labels, one has none.
+OUT_OF_RANGE = {
+    "cancel": ([-1.0, 1.0, 0.0], None, False),
+    "cancel by weight": ([-0.5, 0.25, 0.0], [1.0, 2.0, 1.0], False),
+    "without weight": ([1.5, 0.0, 1.0], [0.0, 1.0, 1.0], False),
+    "label without weight": ([1.5, 0.0, 1.0], [0.0, 1.0, 1.0], True),
+}
+
+
+@pytest.mark.parametrize("kind", OUT_OF_RANGE)
+def test_a_target_out_of_range_leaves_no_number_of_its_row(cell: Cell, kind: str) -> None:
+    first, weight, multilabel = OUT_OF_RANGE[kind]
+    labels = torch.tensor([first, [0.5, 0.5, 0.0]], device=cell.device)
+    wide = None if weight is None else torch.tensor(weight).double().to(cell.device)
+    logits = [torch.randn(2, 3, device=cell.device) for _ in range(2)]
+    arguments = logits, labels, wide, None, -100, multilabel
+    kernels = {
+        name: getattr(getattr(torch.ops.mmfuse, name), cell.backend)
+        for name in ("sample_scores", "modality_scores", "modality_scores_backward")
+    }
+    *scores, rows = kernels["sample_scores"](*arguments)
+    assert rows.isnan().tolist() == [not multilabel, False]
+    assert all(x.isnan().tolist() == [[True, False]] * 2 for x in scores)
+    *means, count = kernels["modality_scores"](*arguments)
+    assert count.isnan().item() != multilabel
+    assert all(bool(x.isnan().all()) for x in means)
+    slopes, one = torch.ones(2, device=cell.device), torch.ones_like(rows[0])
+    for grad in kernels["modality_scores_backward"](slopes, slopes, one, *arguments):
+        assert grad.isnan().tolist() == [[True] * 3, [False] * 3]
+    if cell.device == "cpu":  # elsewhere nobody looks
+        for op in (ops.modality_scores, ops.sample_scores):
+            with pytest.raises(ValueError, match=rf"labels\[0, 0\] = {first[0]} is out of range"):
+                op(logits, labels, weight=wide, multilabel=multilabel, backend=cell.backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 2), (64, 6), (65, 309)], ids=str)
 def test_gradient_parity(cell: Cell, dtype: torch.dtype, shape: tuple[int, int]) -> None:

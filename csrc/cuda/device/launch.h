@@ -19,15 +19,32 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-// Dynamic shared memory that every kernel may have without asking.
-constexpr int kFreeSharedBytes = 48 * 1024;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0;
+  int value = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+// Shared memory that is left to kernels' own arrays, which count towards every limit.
+constexpr int kReservedBytes = 2048;
+
+// Dynamic shared memory that a kernel may have without asking, and with.
+constexpr int kFreeSharedBytes = 48 * 1024 - kReservedBytes;
+
+inline int max_shared_bytes() {
+  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kReservedBytes;
+}
 
 template <typename... KernelArgs, typename... Args>
 void launch_shared(const char* name, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
                    int shared_bytes, cudaStream_t stream, const Args&... args) {
   static_assert((sizeof(KernelArgs) + ...) <= kMaxParamBytes);
   if (shared_bytes > kFreeSharedBytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+    // Always for the most: of two threads, one would take back what the other is to launch with.
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               max_shared_bytes()),
           name);
   }
   cudaLaunchConfig_t config{};
@@ -42,14 +59,6 @@ template <typename... KernelArgs, typename... Args>
 void launch(const char* name, void (*kernel)(KernelArgs...), dim3 grid, dim3 block,
             cudaStream_t stream, const Args&... args) {
   launch_shared(name, kernel, grid, block, 0, stream, args...);
-}
-
-inline int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0;
-  int value = 0;
-  check(cudaGetDevice(&device), "cudaGetDevice");
-  check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-  return value;
 }
 
 // Blocks of a grid that strides over `work` pieces: as many as the device holds at once.

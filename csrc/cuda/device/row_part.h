@@ -17,13 +17,6 @@ constexpr int kRowPack = 4;
 // No part is longer, so that an int holds every position a block looks at.
 constexpr int64_t kMaxPart = 1 << 30;
 
-// Shared memory that is left to kernels' own small arrays.
-constexpr int kReservedBytes = 2048;
-
-inline int max_shared_bytes() {
-  return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - kReservedBytes;
-}
-
 template <typename value_t>
 __device__ __forceinline__ value_t* dynamic_shared() {
 #ifdef MMFUSE_CUDA_ON_CPU

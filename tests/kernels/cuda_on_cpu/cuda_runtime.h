@@ -45,13 +45,22 @@ constexpr int kWarpSize = 32;
 // The multiprocessors that the fake device reports.
 constexpr int kMultiprocessors = 4;
 
-// The shared memory that a block may have there.
+// The shared memory that a block may have there, and the part that takes no permission.
 constexpr int kSharedBytes = 99 * 1024;
+constexpr int kFreeSharedBytes = 48 * 1024;
+
+// A kernel's __shared__ variables count towards both; only the compiler knows which it has, so that
+// each is taken to have this much.
+constexpr int kStaticBytes = 2 * 1024;
 
 // Runs `body`, a call of `kernel`, once for every thread of the grid; false if the threads of a
 // block did not meet.
 bool run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
          const std::function<void()>& body);
+
+// Permits launches of `kernel` with so much dynamic shared memory; false if no block may have it,
+// or if it is less than before: another thread may be about to launch with that.
+bool permit_shared(const void* kernel, size_t bytes);
 
 // The running block's dynamic shared memory, filled with `poison` before each block.
 void* dynamic_shared();
@@ -156,7 +165,7 @@ void store_relaxed(T* address, T value) {
 
 // The part of the runtime interface that the launch helper uses.
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrMaxSharedMemoryPerBlockOptin = 97
@@ -186,8 +195,9 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
 }
 
 template <typename... KernelArgs>
-cudaError_t cudaFuncSetAttribute(void (*)(KernelArgs...), cudaFuncAttribute, int) {
-  return cudaSuccess;
+cudaError_t cudaFuncSetAttribute(void (*kernel)(KernelArgs...), cudaFuncAttribute, int bytes) {
+  const bool permitted = cuda_on_cpu::permit_shared(reinterpret_cast<const void*>(kernel), bytes);
+  return permitted ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <typename... KernelArgs, typename... Args>

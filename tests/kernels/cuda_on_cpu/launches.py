@@ -91,6 +91,10 @@ class Shim:
         names = self.kernels()
         return {names[addresses[i]]: (counts[i], shared[i]) for i in range(used)}
 
+    def forget_permissions(self) -> None:
+        """Takes back the dynamic shared memory that kernels have asked for so far."""
+        self._library.shim_forget_permissions()
+
     def set_order(self, order: str, seed: int = 0) -> None:
         """Sets which block and thread goes first: "forward", "reverse" or "random"."""
         assert order in ("forward", "reverse", "random")

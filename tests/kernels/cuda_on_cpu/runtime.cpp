@@ -77,6 +77,8 @@ struct Launches {
 
 std::mutex launch_mutex;
 std::map<const void*, Launches> launches;
+// Dynamic shared memory that kernels may be launched with, where it was asked for.
+std::map<const void*, size_t> permissions;
 Order order = order_of_environment();
 std::mt19937 random_bits;
 std::vector<size_t> turns;
@@ -255,6 +257,19 @@ const uint64_t* exchange(unsigned mask, uint64_t value) {
 
 void* dynamic_shared() { return crew->shared_memory.get(); }
 
+bool permit_shared(const void* function, size_t bytes) {
+  const std::lock_guard<std::mutex> lock(launch_mutex);
+  error.clear();
+  const auto before = permissions.find(function);
+  if (before != permissions.end() && bytes < before->second) {
+    error = "a permission that another thread may need is taken back";
+  }
+  if (bytes > kSharedBytes - kStaticBytes) error = "more shared memory than a block may have";
+  if (!error.empty()) return false;
+  permissions[function] = bytes;
+  return true;
+}
+
 bool run(const void* function, dim3 grid, dim3 block, size_t bytes,
          const std::function<void()>& body) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
@@ -262,7 +277,9 @@ bool run(const void* function, dim3 grid, dim3 block, size_t bytes,
   ++mine.count;
   mine.most_shared_bytes = std::max<uint64_t>(mine.most_shared_bytes, bytes);
   error.clear();
-  if (bytes > kSharedBytes) error = "more shared memory than a block may have";
+  const auto asked = permissions.find(function);
+  const size_t most = asked == permissions.end() ? kFreeSharedBytes - kStaticBytes : asked->second;
+  if (bytes > most) error = "more dynamic shared memory than was asked for";
   if (!error.empty()) return false;
   shared_bytes = bytes;
   for (size_t i = 0; i < kCrews; ++i) {
@@ -311,6 +328,12 @@ size_t shim_launches(const void** kernels, uint64_t* counts, uint64_t* shared_by
     ++i;
   }
   return i;
+}
+
+// Takes back what kernels have been permitted, as in a new process.
+void shim_forget_permissions() {
+  const std::lock_guard<std::mutex> lock(cuda_on_cpu::launch_mutex);
+  cuda_on_cpu::permissions.clear();
 }
 
 // Sets the order, "forward", "reverse" or "random"; a seed gives one and the same random order.

@@ -64,6 +64,9 @@ __global__ void skipped_shuffle_kernel() {
 
 __global__ void wrong_mask_kernel() { __shfl_xor_sync(0xFFFFu, 1, 1); }
 
+// Any kernel that takes dynamic shared memory.
+__global__ void permitted_kernel() { __syncthreads(); }
+
 // A barrier is missing; threads that go in order do not notice.
 __global__ void unordered_kernel(int* out) {
   __shared__ int values[64];
@@ -159,6 +162,14 @@ const char* run_wrong_mask() { return run(wrong_mask_kernel, 1, 32); }
 const char* run_beyond_static(int* out) { return run(beyond_static_kernel, 1, 64, out); }
 const char* run_beyond_dynamic(int* out) {
   return run_shared(64 * sizeof(int), beyond_dynamic_kernel, 1, 64, out);
+}
+// Asks for bytes[1] of dynamic shared memory unless they are 0, and launches with bytes[0].
+const char* run_permitted(const int* bytes) {
+  const cudaFuncAttribute attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  cudaError_t asked = cudaSuccess;
+  if (bytes[1] > 0) asked = cudaFuncSetAttribute(permitted_kernel, attribute, bytes[1]);
+  if (asked != cudaSuccess) return cudaGetErrorString(asked);
+  return run_shared(bytes[0], permitted_kernel, 1, 32);
 }
 const char* run_beyond_local(int* out) { return run(beyond_local_kernel, 1, 64, out); }
 const char* run_overflow(int* out) { return run(overflow_kernel, 1, 64, out); }

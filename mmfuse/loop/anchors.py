@@ -82,7 +82,8 @@ class Anchors:
             return old
         # Pinned, so that no step waits for its copy to the GPU.
         pinned = device.type == "cpu" and parameter.is_cuda
-        return torch.empty_like(parameter, dtype=dtype, device=device, pin_memory=pinned)
+        with torch.inference_mode(False):  # or no later epoch could write to it
+            return torch.empty_like(parameter, dtype=dtype, device=device, pin_memory=pinned)
 
     def check(self, active: Active, names: Sequence[str]) -> None:
         """Checks that the parameters still are what was copied; `catch_up` has the unfrozen ones.

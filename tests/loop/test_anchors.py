@@ -48,6 +48,24 @@ def test_a_copy_stays_where_it_was_taken() -> None:
     assert [a.data_ptr() for a in kept.tensors] == addresses
 
 
+@pytest.mark.parametrize("kind", [mmfuse.InfoReg, mmfuse.ReLearning])
+def test_copies_that_an_evaluation_has_taken_can_be_taken_again(kind: Any) -> None:
+    """PyTorch refused to write into a tensor that was made in inference mode."""
+    nets = {n: nn.Linear(3, 2) for n in ("audio", "visual")}
+    if kind is mmfuse.ReLearning:
+        with torch.inference_mode():
+            method = kind(nets)
+        method.load_state_dict(method.state_dict())
+        return
+    method = kind(nets)
+    with torch.inference_mode():
+        method.set_epoch(0)
+    with torch.no_grad():
+        nets["audio"].weight += 1
+    method.set_epoch(1)
+    assert torch.equal(method.anchors.tensors[0], nets["audio"].weight)
+
+
 def test_what_does_not_fit_is_named() -> None:
     net = nn.Linear(3, 2)
     modalities = Modalities({"audio": net, "visual": nn.Linear(3, 2)}, "all")

@@ -342,9 +342,8 @@ class GradientMethod(EpochWindow, Observes, ActsOnUpdates, Resumes):
             )
         if self.anchors is not None or self.ends is not None or self.starts:
             self._check_told(self.name, needed=self.anchors is not None)
-        if self.apply_to == "update" and not self._updates:
-            name = self.name
-            raise RuntimeError(f'{name}(apply_to="update"): pass the optimizer to attach() first')
+        if self.apply_to == "update":
+            self._updates.check()
 
     def _all_tensors(self) -> Tensors:
         owner = tuple(self.modalities.modality)

@@ -63,7 +63,7 @@ def take_step(
     elif seen is None:
         seen = NOTHING
     if active is None:
-        return _postpone(method, seen)
+        return _postpone(method, backend, seen)
     if method.anchors is not None and not active.paired:
         method.anchors.catch_up(active)  # now that nothing can be wrong any more
     rule, need, state, stream = method.rule, method._need, method._state, method.stream
@@ -165,7 +165,7 @@ def _idle(method: GradientMethod, seen: Observed, tensors: Tensors) -> Decision:
     return decision._replace(act=Act(), report=(neutral, *decision.report[1:]))
 
 
-def _postpone(method: GradientMethod, seen: Observed) -> Any:
+def _postpone(method: GradientMethod, backend: str | None, seen: Observed) -> Any:
     """Decides about updates that are to come."""
     device, count = method.modalities.device, len(method.modalities.names)
     tensors = Tensors((), count, device, None, None, method.backend)
@@ -180,5 +180,6 @@ def _postpone(method: GradientMethod, seen: Observed) -> Any:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()
     gone = missing(seen) if seen.paired or seen.kind != "scores" else None
-    method._updates.decide(Decided(decision.report[0], stream, state, finite, kept, gone))
+    eager = type(backend) is Eager
+    method._updates.decide(Decided(decision.report[0], stream, state, finite, kept, gone), eager)
     return method.rule.result(*decision.report, finite=finite, **method._named)

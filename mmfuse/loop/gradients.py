@@ -224,8 +224,17 @@ class GradientMethod(EpochWindow, Observes, ActsOnUpdates, Resumes):
             grad_scale: See there.
             found_inf: See there.
             **more: As in `observe`.
+
+        Raises:
+            RuntimeError: as `step`, or the gradients are those that the last step has left, so that
+                a backward pass would add to them.
+            TypeError: as `step`.
+            ValueError: as `step`.
         """
         self._check_ready()
+        self.modalities.guard.check_before(
+            self.modalities, self.name, accumulates=self._need.second != "unimodal"
+        )
         if grad_scale is not None or found_inf is not None:
             grad_scale, found_inf = single_numbers(grad_scale, found_inf)
         check_loss(loss, retain_graph, self.modalities.device)
@@ -293,7 +302,8 @@ class GradientMethod(EpochWindow, Observes, ActsOnUpdates, Resumes):
 
         Raises:
             RuntimeError: nothing was observed, `set_epoch` was not called for a method with
-                anchors, ``apply_to="update"`` without `attach`, or another rank has an error.
+                anchors, ``apply_to="update"`` without `attach`, an encoder's gradients are those
+                that the last step has left, or another rank has an error.
             TypeError: a gradient, logits, labels, or a number of the scaler's is of another type.
             ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
                 device since `set_epoch`. Nothing has been changed then.

@@ -67,7 +67,7 @@ class Step(Case):
         )
         for value in method._state.values():  # as before a first step
             value.zero_()
-        method.modalities.changed = None  # each call counts as after a backward pass of its own
+        method.modalities.guard.marks = None  # each call counts as after a backward pass of its own
         method.step(dict(zip("av", i.head.logits, strict=True)), i.head.labels)
 
 

@@ -63,7 +63,7 @@ class Step(Case):
                 dict(zip("av", i.encoder_params, strict=True)), alpha=ALPHA, backend=backend
             ),
         )
-        method.modalities.changed = None  # each call counts as after a backward pass of its own
+        method.modalities.guard.marks = None  # each call counts as after a backward pass of its own
         method.step(dict(zip("av", i.head.logits, strict=True)), i.head.labels)
 
 

@@ -127,7 +127,7 @@ class Combination(Case):
                 dict(zip("av", i.encoder_params, strict=True)), gamma=GAMMA, backend=backend
             ),
         )
-        method.modalities.changed = None  # each call counts as after a backward pass of its own
+        method.modalities.guard.marks = None  # each call counts as after a backward pass of its own
         take_step(method, Eager(backend), None, i.unimodal, None, None)
 
 

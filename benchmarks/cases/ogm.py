@@ -123,7 +123,7 @@ class Step(Case):
             ),
         )
         # Short calls are timed several at a time: each counts as after a backward pass of its own.
-        method.modalities.changed = None
+        method.modalities.guard.marks = None
         method.step(dict(zip("av", i.head.logits, strict=True)), i.head.labels)
 
 

@@ -141,7 +141,8 @@ class Balance:
             warn_of_adaptive(self.method, map(unwrapped, prepared))
         steps = self.accelerator.sync_gradients if sync is None else sync
         more: Any = {name: kwargs.pop(name) for name in More.__annotations__ if name in kwargs}
-        self.method.observe(logits, labels, features, inputs, **more)
+        with torch.enable_grad():  # a backward pass follows, so that this is no evaluation
+            self.method.observe(logits, labels, features, inputs, **more)
         self.accelerator.backward(loss, **kwargs)
         return step(self.accelerator, self.method) if steps else None
 

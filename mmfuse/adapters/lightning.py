@@ -184,7 +184,8 @@ class Balance(Epochs):
             ValueError: as the method's ``observe``.
         """
         if self._training:
-            self.method.observe(logits, labels, features, inputs, **more)
+            with torch.enable_grad():  # this is known to be no evaluation
+                self.method.observe(logits, labels, features, inputs, **more)
             self._observed = True
         elif torch.is_grad_enabled() and not self._tuned() and not self._fitting:
             raise RuntimeError(

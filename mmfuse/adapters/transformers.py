@@ -156,10 +156,11 @@ class BalanceMixin(_Base):  # type: ignore[misc]
         loss, outputs = super().compute_loss(model, inputs, True, *args, **kwargs)
         if model.training and self.balance_method is not None:
             seen = self.balance_inputs(outputs, given)
-            if isinstance(seen, Mapping):
-                self.balance_method.observe(**seen)
-            else:
-                self.balance_method.observe(*seen)
+            with torch.enable_grad():  # the Trainer trains, so that this is no evaluation
+                if isinstance(seen, Mapping):
+                    self.balance_method.observe(**seen)
+                else:
+                    self.balance_method.observe(*seen)
             self._balance_seen = True
         return (loss, outputs) if return_outputs else loss
 

@@ -12,13 +12,14 @@ from typing_extensions import Unpack
 from ..noise import NoiseStream
 from ..ops._arguments import check_stream
 from ..ops._eager import Eager
+from ._observing import Observes
 from ._parameters import Encoders, Select, Shared
 from .anchors import Anchors
 from .contract import ApplyTo, Clock, Rule, Tensors, check_fits
 from .epochs import EpochWindow
 from .given import Loss, More, check_criterion, scaler_numbers
 from .modalities import Modalities
-from .ranks import Group, Observed
+from .ranks import Group
 from .result import method_text, names_for
 from .resume import Resumes
 from .sense import Senses
@@ -28,7 +29,7 @@ from .two_gradients import check_loss, checked_losses, two_gradients
 from .updates import ActsOnUpdates, AttachedOptimizers
 
 
-class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
+class GradientMethod(EpochWindow, Observes, ActsOnUpdates, Resumes):
     """A method that acts between ``loss.backward()`` and ``optimizer.step()``.
 
     ::
@@ -156,7 +157,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         """Begins an epoch, counted from 0, and ends the one before.
 
         Copies the encoders, for methods with anchors. Without effect if this epoch runs already, as
-        where a run is resumed within it.
+        where a run is resumed within it. Micro-batches that were observed in the epoch before, and
+        have had no step, count in the first one; it warns of them, once.
 
         Raises:
             TypeError: it is no integer.
@@ -174,6 +176,7 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             self.anchors.take(self.modalities.parameters)
         self._follow()
         self._state.set(self.rule.epoch(self._state, self.epoch, self._all_tensors()))
+        self._warn_of_pending()
 
     def begin(self) -> None:
         """Says that a new run begins: the next `set_epoch` begins its epoch whatever its number.
@@ -186,52 +189,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
         self._forget()
 
     def _forget(self) -> None:
-        self._senses.clear()
+        self.forget()
         self._updates.decide(None)
-
-    # Sense ----------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def observe(
-        self,
-        logits: Mapping[str, Tensor] | None = None,
-        labels: Tensor | None = None,
-        features: Mapping[str, Tensor] | None = None,
-        inputs: Mapping[str, Tensor] | None = None,
-        **more: Unpack[More],
-    ) -> None:
-        """Collects one micro-batch's scores; `step` then uses all since the last step.
-
-        Args:
-            logits: Name → [B, C] logits of each modality alone (see `mmfuse.unimodal_logits`), or
-                [B, C, …], or as `criterion` takes them; None with numbers of your own.
-            labels: [B] integer class indices, or [B, …], or as `criterion` takes them. Rows
-                labelled with its `ignore_index` (−100) do not count.
-            features: Name → [B, …] features, for methods that need them; others ignore them.
-            inputs: Name → input of each encoder, likewise.
-            **more: ``present``, ``scores``, ``ratios``, ``coefficients``, ``count``, as
-                `GradientMethod` describes them.
-
-        Raises:
-            RuntimeError: `set_epoch` was not called, for methods with anchors.
-            TypeError: logits or labels have an unsupported type, or something is missing.
-            ValueError: names, shapes or labels do not fit. With several ranks `step` raises what
-                this rank has found wrong in a batch, so that all of them stop.
-        """
-        self._check_ready(one_list=True)
-        seen = self._sense(logits, labels, features, inputs, more)
-        if seen is not None:
-            self._senses.add(self._state, seen)
-
-    def _sense(self, *given: Any) -> Observed | None:
-        """None for an error that the step will raise on all ranks."""
-        self._follow()
-        try:
-            return self._senses(self._state, self.stream, self._clock, self.backend, *given)
-        except Exception as error:
-            if not self._senses.keeps(error, self.stream):
-                raise
-            return None
 
     # Decide and act -------------------------------------------------------------------------------
 
@@ -264,8 +223,17 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             grad_scale: See there.
             found_inf: See there.
             **more: As in `observe`.
+
+        Raises:
+            RuntimeError: as `step`, or the gradients are those that the last step has left, so that
+                a backward pass would add to them.
+            TypeError: as `step`.
+            ValueError: as `step`.
         """
         self._check_ready()
+        self.modalities.guard.check_before(
+            self.modalities, self.name, accumulates=self._need.second != "unimodal"
+        )
         if grad_scale is not None or found_inf is not None:
             grad_scale, found_inf = scaler_numbers(grad_scale, found_inf)
         check_loss(loss, retain_graph, self.modalities.device)
@@ -333,7 +301,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
 
         Raises:
             RuntimeError: nothing was observed, `set_epoch` was not called for a method with
-                anchors, ``apply_to="update"`` without `attach`, or another rank has an error.
+                anchors, ``apply_to="update"`` without `attach`, an encoder's gradients are those
+                that the last step has left, or another rank has an error.
             TypeError: a gradient, logits, labels, or a number of the scaler's is of another type.
             ValueError: names, shapes or labels do not fit, or a parameter has changed its shape or
                 device since `set_epoch`. Nothing has been changed then.
@@ -382,9 +351,8 @@ class GradientMethod(EpochWindow, ActsOnUpdates, Resumes):
             )
         if self.anchors is not None or self.ends is not None or self.starts:
             self._check_told(self.name, needed=self.anchors is not None)
-        if self.apply_to == "update" and not self._updates:
-            name = self.name
-            raise RuntimeError(f'{name}(apply_to="update"): pass the optimizer to attach() first')
+        if self.apply_to == "update":
+            self._updates.check()
 
     def _all_tensors(self) -> Tensors:
         owner = tuple(self.modalities.modality)

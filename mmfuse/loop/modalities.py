@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from ..ops._tensors import check_writable, index_tensor, why_unsupported
 from ..ops.drop_modalities import check_batches
 from ..ops.grad_stats import GradStats, grad_stats
 from . import _surgery
+from ._guards import Guard, ends_of
 from ._parameters import (
     Encoders,
     Select,
@@ -168,27 +168,25 @@ class Modalities:
                 )
         self._owner = tuple(self.modality)
         self._everything = list(range(len(self.parameters)))
+        #: Each modality with the places of its first and of its last parameter.
+        self.ends: tuple[tuple[int, int, int], ...] = ends_of(self._owner, len(self.names))
+        #: Knows the last step's gradients.
+        self.guard: Guard = Guard()
         self._keys = frozenset(self.names)
         self._sharded = any(map(is_dtensor, self.parameters))
         # Those that had no gradient in the last step though they require one.
         self._waiting: list[int] = []
         #: The registrations of parameters and modules when the encoders were last looked at.
         self.registrations: int = _surgery.watch()
-        self._forget_places()
-
-    def _forget_places(self) -> None:
         self._places: dict[int, Shard | None] = {}
-        #: The first and the last gradient that a step has changed, and their versions then.
-        self.changed: tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[int, int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The state but for facts about these very tensors: a copy has others."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("changed", "_places")}
+        return {**self.__dict__, "_places": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.registrations = _surgery.watch()  # another process counts its own
-        self._forget_places()
 
     def _takes(self, parameter: Tensor) -> bool:
         """True if it takes part: not if it is frozen and quantised, since it gets no gradient."""
@@ -240,7 +238,7 @@ class Modalities:
 
         Raises:
             RuntimeError: no parameter of an encoder has a gradient though some require one, or
-                nothing has happened to the gradients since the last step.
+                nothing has happened to an encoder's gradients since the last step.
             TypeError: a gradient is sparse or of an unsupported dtype; the message names it.
             ValueError: a parameter has no gradient because it has been replaced, as `fully_shard`
                 does.
@@ -266,17 +264,8 @@ class Modalities:
             self._check_reached(ids, waiting, missing)
             if not missing:  # else it is looked at again
                 self._waiting = waiting
-        if grads and self.changed is not None:
-            first, last, versions = self.changed
-            ends = grads[0], grads[-1]
-            if first() is ends[0] and last() is ends[1]:
-                ends = (local_part(ends[0]), local_part(ends[1])) if self._sharded else ends
-                if (ends[0]._version, ends[1]._version) == versions:
-                    raise RuntimeError(
-                        "these gradients have been changed by this method already: call step() "
-                        "once for each backward pass (of several micro-batches, observe() each "
-                        "and call step() after the last)"
-                    )
+        if eager and grads:  # a version is a constant to the compiler
+            self.guard.check(self, missing)
         if not plain and grads:
             check_writable(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
         if plain and len(ids) == len(self.parameters):

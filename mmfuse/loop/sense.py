@@ -262,6 +262,11 @@ class Senses:
         self._rows, self.missing = 0, _NOBODY
         return self._observations.take(self._width(), self._modalities.device)
 
+    @property
+    def pending(self) -> bool:
+        """True if something was seen since the last step."""
+        return not self._observations.empty
+
     def clear(self) -> None:
         """Forgets what has been seen since the last step."""
         self._observations.clear()

@@ -63,7 +63,7 @@ def take_step(
     elif seen is None:
         seen = NOTHING
     if active is None:
-        return _postpone(method, seen)
+        return _postpone(method, backend, seen)
     if method.anchors is not None and not active.paired:
         method.anchors.catch_up(active)  # now that nothing can be wrong any more
     rule, need, state, stream = method.rule, method._need, method._state, method.stream
@@ -114,14 +114,12 @@ def take_step(
             backend=backend,
         )
     if eager and active.ids:  # a version is a constant to the compiler
-        first = modalities.parameters[active.ids[0]].grad
-        last = modalities.parameters[active.ids[-1]].grad
-        assert first is not None and last is not None
-        # FSDP2 adds to the local part, and the version of that is what changes.
-        versions = active.grads[0]._version, active.grads[-1]._version
-        modalities.changed = ref(first), ref(last), versions
+        modalities.guard.keep(modalities, active)
         if acting:
-            _in_turn.latest = ref(method), method.name, need, ref(first), versions[0]
+            first = modalities.parameters[active.ids[0]].grad
+            assert first is not None
+            version = active.grads[0]._version
+            _in_turn.latest = ref(method), method.name, need, ref(first), version
     sums = squares if squares is not None or stats is None else stats.m2
     if active.shards and sums is None and decision.state:
         sums = active.stats(backend).m2
@@ -165,7 +163,7 @@ def _idle(method: GradientMethod, seen: Observed, tensors: Tensors) -> Decision:
     return decision._replace(act=Act(), report=(neutral, *decision.report[1:]))
 
 
-def _postpone(method: GradientMethod, seen: Observed) -> Any:
+def _postpone(method: GradientMethod, backend: str | None, seen: Observed) -> Any:
     """Decides about updates that are to come."""
     device, count = method.modalities.device, len(method.modalities.names)
     tensors = Tensors((), count, device, None, None, method.backend)
@@ -180,5 +178,8 @@ def _postpone(method: GradientMethod, seen: Observed) -> Any:
         agree(stream, method.process_group)
     state = None if stream is None else stream.state.clone()
     gone = missing(seen) if seen.paired or seen.kind != "scores" else None
-    method._updates.decide(Decided(decision.report[0], stream, state, finite, kept, gone))
+    eager = type(backend) is Eager
+    method._updates.decide(Decided(decision.report[0], stream, state, finite, kept, gone), eager)
+    if eager:
+        method.modalities.guard.keep(method.modalities, None)
     return method.rule.result(*decision.report, finite=finite, **method._named)

@@ -8,6 +8,8 @@ out again. A factor on the update is not:
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -76,6 +78,11 @@ class ScaledUpdates:
         self.backend = backend
         self.decided: Decided | None = None
         self._before: dict[int, Tensor] = {}
+        #: The encoders' parameters that no other attached optimizer has.
+        self.alone: list[Tensor] = []
+        #: How often these had been changed when it was decided; None if that is not known.
+        self.versions: int | None = None
+        self._stepping = False
         if not self._held().ids:
             raise ValueError(
                 f"this {kind} has no parameter of the encoders; attach the optimizer that has them"
@@ -89,8 +96,8 @@ class ScaledUpdates:
         ]
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state without hooks, which an optimizer's copy does not have, and without copies."""
-        return {**self.__dict__, "_hooks": [], "_before": {}}
+        """The state but for hooks, copies and versions, which are of this very optimizer."""
+        return {**self.__dict__, "_hooks": [], "_before": {}, "versions": None, "_stepping": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -100,6 +107,19 @@ class ScaledUpdates:
         """Leaves the optimizer alone from now on."""
         for hook in self._hooks:
             hook.remove()
+
+    def places(self) -> list[int]:
+        """The places of the encoders' parameters that the optimizer has now."""
+        found: list[int] = self._held().ids
+        return found
+
+    def count(self) -> int:
+        """How often the parameters that are its alone have been changed so far."""
+        return sum([p._version for p in self.alone])
+
+    def waiting(self) -> bool:
+        """True if a decision waits for a step; a closure decides within one, maybe repeatedly."""
+        return self.decided is not None and not self._stepping
 
     def _check_decided(self) -> None:
         if self.decided is None:
@@ -129,6 +149,7 @@ class ScaledUpdates:
         # A closure runs within the step, and may be what decides.
         if not (kwargs.get("closure") or any(callable(arg) for arg in args[1:])):
             self._check_decided()
+        self._stepping = True
         held = self._held()
         for i, part in zip(held.ids, held.params, strict=True):
             if i not in self._before or not _alike(self._before[i], part):
@@ -137,6 +158,7 @@ class ScaledUpdates:
 
     @torch.no_grad()
     def _scale(self, *_: Any) -> None:
+        self._stepping = False
         if self._idle():
             return
         self._check_decided()
@@ -185,10 +207,9 @@ class AttachedOptimizers:
         self.modalities = modalities
         self.backend = backend
         self._known: list[ScaledUpdates] = []
-
-    def __len__(self) -> int:
-        """How many there are."""
-        return len(self._known)
+        # Modalities of which no optimizer has a parameter.
+        self._bare: frozenset[int] = frozenset(modalities.modality)
+        self._warned = False
 
     def __contains__(self, optimizer: torch.optim.Optimizer) -> bool:
         """True if it is one of them."""
@@ -200,6 +221,7 @@ class AttachedOptimizers:
             raise ValueError(f"this {type(optimizer).__name__} is attached already")
         made = ScaledUpdates(self.method, self.modalities, optimizer, self.backend)
         self._known.append(made)
+        self._arrange()
 
     def detach(self, optimizer: torch.optim.Optimizer) -> None:
         """Leaves this optimizer's updates alone from now on; see `GradientMethod.detach`."""
@@ -208,11 +230,72 @@ class AttachedOptimizers:
             raise ValueError(f"this {type(optimizer).__name__} is not attached")
         found[0].remove()
         self._known.remove(found[0])
+        self._arrange()
 
-    def decide(self, decided: Decided | None) -> None:
-        """Sets the change of every optimizer's next update; None forgets it."""
+    def _arrange(self) -> None:
+        """Looks at whose parameters the optimizers have now."""
+        held = [known.places() for known in self._known]
+        parameters, owner = self.modalities.parameters, self.modalities.modality
+        times = Counter(i for places in held for i in places)
+        for known, places in zip(self._known, held, strict=True):
+            known.alone = [parameters[i] for i in places if times[i] == 1]
+            known.versions = None
+        self._bare = frozenset(owner) - {owner[i] for i in times}
+
+    def check(self) -> None:
+        """Checks that every modality that is trained has parameters in an attached optimizer.
+
+        Raises:
+            RuntimeError: one has none; it is named.
+        """
+        if not self._known:
+            raise RuntimeError(
+                f'{self.method}(apply_to="update"): pass the optimizer to attach() first'
+            )
+        if not self._bare or torch.compiler.is_dynamo_compiling():
+            return
+        pairs = zip(self.modalities.parameters, self.modalities.modality, strict=True)
+        trained = {m for p, m in pairs if m in self._bare and p.requires_grad}
+        if trained:
+            self._arrange()  # an optimizer may have been given more parameters since
+        for m in sorted(trained & self._bare):
+            name = self.modalities.names[m]
+            raise RuntimeError(
+                f'{self.method}(apply_to="update"): no attached optimizer has a parameter of the '
+                f"encoder of {name!r}, whose updates would stay as they are: pass the optimizer "
+                "that has them to attach(), or freeze the encoder"
+            )
+
+    def decide(self, decided: Decided | None, eager: bool = True) -> None:
+        """Sets the change of every optimizer's next update; None forgets it.
+
+        Args:
+            decided: The change.
+            eager: Nothing is compiled: a version is a constant to the compiler.
+        """
         for known in self._known:
-            known.decided = decided
+            versions = known.count() if eager and decided is not None else None
+            if versions is not None and known.waiting() and known.versions not in (None, versions):
+                self._warn(known)
+            known.decided, known.versions = decided, versions
+
+    def _warn(self, known: ScaledUpdates) -> None:
+        """Warns, once, of parameters that move while an attached optimizer does not step.
+
+        No error: besides an optimizer that is not attached, weights that are clamped after a step
+        that a GradScaler has skipped, or loaded from a file, have moved as well.
+        """
+        if self._warned:
+            return
+        self._warned = True
+        kind = type(known.optimizer).__name__
+        warnings.warn(
+            f'{self.method}(apply_to="update"): parameters have moved since the last decision, but '
+            f"the attached {kind} that has them has not stepped, so that their updates were not "
+            "scaled. If it was replaced by another optimizer, detach() it and attach() the other",
+            RuntimeWarning,
+            stacklevel=7,
+        )
 
 
 def _alike(kept: Tensor, part: Tensor) -> bool:

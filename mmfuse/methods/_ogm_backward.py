@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..loop._guards import Guard
 from ..loop._parameters import Encoders, Select, Shared
 from ..loop.given import Loss, More
 from ..loop.ranks import Group
@@ -72,6 +73,8 @@ def ogm_backward(
 
     Raises:
         TypeError: a parameter, a gradient, logits or labels have an unsupported type.
+        RuntimeError: the gradients are those that the call before has left, so that a backward pass
+            would add to them: see `OGM.observe` for gradient accumulation.
         ValueError: the names differ, a modality has no parameter, a parameter is in two, a shape,
             a label or a hyper-parameter is wrong. Nothing has been changed then.
     """
@@ -88,8 +91,16 @@ def ogm_backward(
         backend=backend,
     )
     made.name = OGM.__name__  # in error texts
+    global _latest
+    if _latest is not None:
+        made.modalities.guard.follow(_latest, made.modalities)
     result: OGMResult = made.backward(loss, logits, labels, retain_graph=retain_graph, **more)
+    _latest = made.modalities.guard
     return result
+
+
+# The gradients that the latest call has left; the next one has another object.
+_latest: Guard | None = None
 
 
 class _Once(OGM):

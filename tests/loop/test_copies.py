@@ -70,7 +70,7 @@ def test_both_go_on_alike(kind: str, how: str) -> None:
     if kind in ON_GRADIENTS:
         parameters = {id(p) for p in other.parameters()}
         assert all(id(p) in parameters for p in copied.modalities.parameters)
-        assert copied.modalities.changed is None
+        assert copied.modalities.guard.marks is None
     for _ in range(2):
         data = batch()
         step(model, method, data)

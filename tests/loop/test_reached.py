@@ -136,13 +136,6 @@ class TestTwice:
             method.step(logits, LABELS)
             model.zero_grad(set_to_none=set_to_none)
 
-    def test_a_backward_pass_onto_changed_gradients_is_not(self, name: str) -> None:
-        """Gradients accumulated over steps are of this kind, which is the user's business."""
-        model = Model()
-        method = made(name, model)
-        for _ in range(3):
-            method.step(backward(model), LABELS)
-
     def test_two_methods_on_one_gradient_are_not(self, name: str) -> None:
         model = Model()
         one, other = made(name, model), made(name, model)

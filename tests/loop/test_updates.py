@@ -645,13 +645,16 @@ def test_a_model_that_is_cast_in_between_keeps_its_precision() -> None:
 
 
 def test_parameters_that_the_optimizer_gets_later_are_scaled() -> None:
+    """Until then their encoder is frozen."""
     model = Logits(SMALL)
+    model.encoders["a"].requires_grad_(False)
     optimizer = SGD(model.encoders["b"].parameters(), lr=0.1)
     ogm = OGM(model.encoders, apply_to="update", noise=False)
     ogm.attach(optimizer)
     for added in (False, True):
         if added:
             optimizer.add_param_group({"params": model.encoders["a"].parameters()})
+            model.encoders["a"].requires_grad_(True)
         model.set_gradients()
         before = [p.detach().clone() for p in model.parameters()]
         alone = [p.detach() - 0.1 * p.grad for p in model.parameters()]
@@ -815,6 +818,120 @@ def test_a_decision_without_an_optimizer_is_refused() -> None:
     ogm.attach(Adam(model.parameters()))
     with pytest.raises(RuntimeError, match="nothing was observed"):
         ogm.step()  # the refused call has left nothing behind
+
+
+@pytest.mark.parametrize("ahead", ["a", "b"])
+def test_an_encoder_whose_optimizer_is_not_attached_is_named(ahead: str) -> None:
+    """Its updates would not be scaled, whatever is decided."""
+    model = Logits(SMALL)
+    first, second = (Adam(model.encoders[name].parameters(), lr=0.01) for name in "ab")
+    ogm = OGM(model.encoders, apply_to="update")
+    ogm.attach(second if ahead == "a" else first)
+    model.set_gradients()
+    message = rf"no attached optimizer has a parameter of the encoder of '{ahead}'.* to attach\(\)"
+    for verb in (ogm.step, ogm.observe):
+        with pytest.raises(RuntimeError, match=message):
+            verb(*scores())
+    with pytest.raises(RuntimeError, match=message):
+        ogm.backward(torch.ones(1, requires_grad=True).sum(), *scores())
+    assert ogm.stream.state[1] == 0
+    # All ways out.
+    model.encoders[ahead].requires_grad_(False)
+    ogm.step(*scores())
+    model.encoders[ahead].requires_grad_(True)
+    ogm.attach(first if ahead == "a" else second)
+    ogm.step(*scores())
+    ogm.detach(first if ahead == "a" else second)
+    with pytest.raises(RuntimeError, match=message):
+        ogm.step(*scores())
+
+
+MOVED = r"parameters have moved since the last decision, but the attached {} that has them has not"
+
+
+@pytest.mark.parametrize("make", ["sgd", "adam-foreach", "adamw"])
+@pytest.mark.parametrize("rebuilt", ["a", "b"])
+def test_an_optimizer_that_was_made_anew_is_missed(rebuilt: str, make: str) -> None:
+    """The attached one steps no more; the new one's updates are not scaled. It is said once."""
+    model = Logits(SMALL)
+    optimizers = {name: OPTIMIZERS[make](net.parameters()) for name, net in model.encoders.items()}
+    ogm = OGM(model.encoders, apply_to="update")
+    for optimizer in optimizers.values():
+        ogm.attach(optimizer)
+    kind = type(optimizers["a"]).__name__
+    for step in range(5):
+        if step == 2:
+            old = optimizers[rebuilt]
+            optimizers[rebuilt] = OPTIMIZERS[make](model.encoders[rebuilt].parameters())
+        model.set_gradients()
+        if step == 3:
+            with pytest.warns(RuntimeWarning, match=MOVED.format(kind)):
+                ogm.step(*scores())
+        else:
+            ogm.step(*scores())
+        for optimizer in optimizers.values():
+            optimizer.step()
+    ogm.detach(old)
+    ogm.attach(optimizers[rebuilt])
+    with pytest.raises(RuntimeError, match="has not decided"):
+        optimizers[rebuilt].step()
+
+
+def test_decisions_that_wait_for_a_step_are_no_mistake() -> None:
+    """Optimizers that take turns or step rarely, skipped steps, a copy, a frozen encoder."""
+    model = Logits(SMALL)
+    first, second = (Adam(model.encoders[name].parameters(), lr=0.01) for name in "ab")
+    ogm = OGM(model.encoders, apply_to="update")
+    ogm.attach(first)
+    ogm.attach(second)
+    for turn in range(6):
+        model.set_gradients()
+        ogm.step(*scores())
+        if turn % 3:
+            (first if turn % 2 else second).step()
+    ogm.step(*scores())
+    ogm.step(*scores())
+    first.step()
+    other, copied, _ = copy.deepcopy((model, ogm, first))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(0.5)  # a copy's parameters count from anew
+    copied.step(*scores())
+    model.encoders["b"].requires_grad_(False)
+    ogm.step(*scores())
+    first.step()
+    ogm.step(*scores())
+
+
+def test_one_parameter_in_two_optimizers_that_take_turns() -> None:
+    model = Logits(SMALL)
+    ogm = OGM(model.encoders, apply_to="update")
+    both = [Adam(model.parameters(), lr=0.01), SGD(model.parameters(), lr=0.01)]
+    for optimizer in both:
+        ogm.attach(optimizer)
+    for turn in range(4):
+        model.set_gradients()
+        ogm.step(*scores())
+        both[turn % 2].step()
+
+
+def test_a_closure_that_decides_several_times() -> None:
+    model = Logits(SMALL)
+    ogm = OGM(model.encoders, apply_to="update")
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.01, max_iter=4)
+    ogm.attach(optimizer)
+    decided = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = torch.stack([p.square().sum() for p in model.parameters()]).sum()
+        loss.backward()
+        decided.append(ogm.step(*scores()))
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+    assert len(decided) > 4
 
 
 def _sharded_steps(rank: int, bad: int | None) -> list[Any]:

@@ -191,7 +191,7 @@ def test_the_anchor_is_the_only_memory_as_large_as_the_model() -> None:
     for _ in range(3):
         next_epoch(inforeg)
         for net in nets.values():
-            net.weight.grad.fill_(1.0)
+            net.weight.grad.zero_().fill_(1.0)
         inforeg.step(logits, labels)
     assert large() == before + 2
 

@@ -88,7 +88,7 @@ def _on_gradients(kind: str) -> Call:
 
     def prepare() -> None:
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad.copy_(gradient)
+            parameter.grad.zero_().copy_(gradient)  # as after zero_grad and a backward pass
 
     with torch.no_grad():
         seen = networks.forward()

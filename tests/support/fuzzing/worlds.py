@@ -84,6 +84,8 @@ class World:
             found["load"] = lambda _: (method.load_state_dict, {"state_dict": self._saved()})
         if hasattr(method, "begin"):
             found["begin"] = lambda _: (method.begin, {})
+        if hasattr(method, "forget"):
+            found["forget"] = lambda _: (method.forget, {})
         if self.kind == "MLA":
             return found | {
                 "step": lambda n: (method.step, self._turn(n)),

@@ -31,7 +31,6 @@ class InfoRegReleased(InfoRegRule):
     need: ClassVar[Need] = InfoRegRule.need._replace(squares="after", means=2)
     # The list of ten traces that the released code averages over starts with as many zeros.
     history: ClassVar[int] = 11
-    before: ClassVar[float] = 0.0
 
     def sense(self, batch: Batch) -> Sensed:
         """Mean probabilities and mean log-probabilities."""

@@ -20,7 +20,6 @@ sign, which contradicts the gap (Eq. 9-10); here a larger s_m is the better moda
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -85,8 +84,6 @@ class InfoRegRule(Stateless):
     need: ClassVar[Need] = Need(second="anchor", squares="before", neutral=0.0)
     #: Epochs whose traces are kept.
     history: ClassVar[int] = 2
-    #: In the place of the traces of a modality's epochs before its first.
-    before: ClassVar[float] = math.nan
 
     def __post_init__(self) -> None:
         if not (finite("beta", self.beta) and self.beta >= 0):
@@ -102,7 +99,7 @@ class InfoRegRule(Stateless):
             # Those in which some sample had the modality.
             "steps": torch.zeros(modalities, dtype=torch.int64),
             # The latest in the last column.
-            "traces": torch.full((modalities, self.history), self.before, dtype=torch.float64),
+            "traces": torch.zeros(modalities, self.history, dtype=torch.float64),
             "epochs": torch.zeros((), dtype=torch.int64),
             "window_open": torch.zeros(modalities, dtype=torch.bool),
             "information_gap": torch.zeros(modalities, dtype=torch.float64),
@@ -175,8 +172,9 @@ class InfoRegRule(Stateless):
     def window_open(self, traces: Tensor, epochs: Tensor) -> Tensor:
         """[M] bool: T grows by more than the threshold, from the third epoch on."""
         before, last = traces.unbind(1)
-        # A trace of zero gives NaN, as one that is not known; it is above nothing.
-        return ((last - before) / last > self.threshold) & (epochs >= 2)
+        # From nothing to a modality's first trace is no growth, and 0 / 0 is above nothing.
+        grown = ((last - before) / last > self.threshold) & (before > 0)
+        return grown & (epochs >= 2)
 
 
 class InfoReg(GradientMethod):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import ParamSpec
 
-from .._devices import narrowed
+from .._devices import narrowed, readable
 from .._numbers import MOST_MODALITIES, whole
+from ._name_sums import BITS, order_by, read_sums, write_sums
+from .modalities import check_names, named_features
 from .ranks import Group, check_group
 from .state import MODULE_FORMAT, check_format, refuse_format
 
@@ -139,10 +141,20 @@ class EpochWindowModule(EpochWindow, nn.Module):
 
     Attributes:
         epoch_state: int64 [2]: the format's number, and the epoch.
+        names: The modalities, in the order of the state; None until a training step shows them.
     """
 
     _warned_of_mode = False
     epoch_state: Tensor
+    names: tuple[str, ...] | None = None
+    # Of a method with numbers of each modality: their names' check sums, [M, BITS].
+    names_state: Tensor
+    # The check sums of a state whose names no step has shown yet.
+    _sums: tuple[int, ...] | None = None
+    # `_version_of_names` when the buffer was read or written here.
+    _read: tuple[int, int] | None = None
+    # The name of the names' origin in errors.
+    _origin = "earlier batches (reset_parameters() forgets them)"
     # First values of the buffers that do not begin at 0.
     _first: dict[str, Tensor]
     # Buffers that stay float64, where the device has it, whatever the module is cast to.
@@ -176,6 +188,64 @@ class EpochWindowModule(EpochWindow, nn.Module):
         self.process_group: Group = check_group(process_group)
         self.backend: str | None = backend
         self._set_window(starts, ends)
+
+    def _begin_names(self) -> None:
+        """Registers the names' buffer, for a method that keeps a number of each modality."""
+        first = torch.zeros(self.num_modalities, BITS, dtype=torch.int64)
+        self.register_buffer("names_state", first)
+        self._read = self._version_of_names()
+
+    def _version_of_names(self) -> tuple[int, int]:
+        """Another one whenever somebody has written into the names' buffer, or replaced it."""
+        buffer = self.names_state
+        return id(buffer), -1 if buffer.is_inference() else buffer._version
+
+    def _in_order(self, what: str, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """An argument that maps M names, in the order of the state; as it is where none is known.
+
+        Raises:
+            ValueError: the state is of others.
+        """
+        order = self.names
+        if order is None:
+            if not torch.compiler.is_compiling():
+                self._look_for_names()
+            if self._sums is None:
+                return given
+            order = order_by(self._sums, given)
+            if order is None:
+                raise ValueError(
+                    f"{what} names {list(given)}, but the state of this {type(self).__name__} is "
+                    "of others: give the names of the run that has saved it, or begin anew with "
+                    "reset_parameters()"
+                )
+        if tuple(given) == order:
+            return given
+        check_names(what, given, order, self._origin)
+        return {name: given[name] for name in order}
+
+    def _look_for_names(self) -> None:
+        """Reads names that others have written: an average over steps, another rank's broadcast."""
+        now = self._version_of_names()
+        if now != self._read and readable(self.names_state):
+            self._sums, self._read = read_sums(self.names_state), now
+
+    def _features(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The features of a batch, checked, in the order of the state."""
+        named_features(type(self).__name__, features, self.num_modalities)
+        return dict(self._in_order("features", features))
+
+    def _remember(self, names: Iterable[str]) -> None:
+        """Keeps the names of the first training step, in the order that the state has since."""
+        if self.names is not None:
+            return
+        self.names = tuple(names)
+        if self._sums is None:
+            write_sums(self.names_state, self.names)
+
+    def _forget_names(self, sums: tuple[int, ...] | None) -> None:
+        """Takes the check sums of a state in the place of names; None if it has none."""
+        self.names, self._sums, self._read = None, sums, self._version_of_names()
 
     def _begin_at(self, name: str, first: Tensor) -> None:
         """Registers a buffer that does not begin at 0, and keeps a copy of its first value."""
@@ -230,6 +300,8 @@ class EpochWindowModule(EpochWindow, nn.Module):
                 buffer.zero_()
         self._go_to(self.epoch if self._told else None)
         self._agreed = False
+        if "names_state" in self._buffers:
+            self._forget_names(None)
 
     def _check_named(self, what: str, given: object) -> None:
         """Checks that an argument maps one name for each modality."""
@@ -250,6 +322,8 @@ class EpochWindowModule(EpochWindow, nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Fills in the buffers that a module from the meta device gets."""
+        named = "names_state" in self._buffers
+        known = named and self._version_of_names() == self._read
         empty, wide = self.epoch_state.is_meta, {name: self._buffers[name] for name in self._wide}
         device = fn(torch.empty(0, device=self.epoch_state.device)).device if wide else None
         for name, buffer in wide.items():
@@ -266,12 +340,14 @@ class EpochWindowModule(EpochWindow, nn.Module):
                 )
         if empty and not self.epoch_state.is_meta:
             self.reset_parameters()
+        if known:
+            self._read = self._version_of_names()
         return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **keywords: Any
     ) -> None:
-        """Goes on in the epoch in which the state was taken.
+        """Goes on in the epoch in which the state was taken, with the modalities in its order.
 
         Raises:
             ValueError: the state is of another format.
@@ -288,7 +364,14 @@ class EpochWindowModule(EpochWindow, nn.Module):
             stamp, number = saved.tolist()
         if stamp // 2 != MODULE_FORMAT:
             refuse_format(name, stamp // 2, MODULE_FORMAT)
+        named = "names_state" in self._buffers
+        if named and isinstance(saved, Tensor):  # an older state has no names
+            unknown = saved.new_zeros(self.num_modalities, BITS)
+            state_dict.setdefault(f"{prefix}names_state", unknown)
         super()._load_from_state_dict(state_dict, prefix, *args, **keywords)
         if fits:
             self._go_to(number - 1 if number else None)
+        if fits and named:
+            some = readable(self.names_state)
+            self._forget_names(read_sums(self.names_state) if some else None)
         self._agreed = False

@@ -40,18 +40,23 @@ class Resumes:
         if self.anchors is not None:
             anchors = self.anchors.state_dict(self.modalities)
         epoch = self.epoch if self._told else None
-        return saved_method(self.name, epoch, self._clock.step, self._state, stream, anchors)
+        told = self.name, self.modalities.names, epoch, self._clock.step
+        return saved_method(*told, self._state, stream, anchors)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken.
 
         Raises:
-            ValueError: it is of another method or version, or an entry is missing or does not fit;
-                nothing has been changed then.
+            ValueError: it is of another method or version, of other encoders or the same in another
+                order, or an entry is missing or does not fit; nothing has been changed then.
         """
-        stream = self.stream if self.rule.need.stream else None
-        check_saved(self.name, state_dict, self._state, stream, self.anchors is not None)
+        need, anchored = self.rule.need, self.anchors is not None
+        stream = self.stream if need.stream else None
+        # These go by the places of modalities and parameters.
+        placed = self._state or anchored or need.draws or need.noise is not None
+        names = self.modalities.names if placed else ()
+        check_saved(self.name, names, state_dict, self._state, stream, anchored)
         if self.anchors is not None:
             self.anchors.load_state_dict(state_dict["anchors"], self.modalities)
         self._follow()

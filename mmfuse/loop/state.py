@@ -90,8 +90,17 @@ class State(dict[str, Tensor]):
             tensor.copy_(saved[name])
 
 
-def check_format(method: str, saved: Mapping[str, Any], entries: Sequence[str]) -> None:
+def check_format(
+    method: str, saved: Mapping[str, Any], entries: Sequence[str], names: Sequence[str] = ()
+) -> None:
     """Checks that a method's `state_dict` is one of this version, and holds these entries.
+
+    Args:
+        method: Whose it is, for error texts.
+        saved: The state.
+        entries: Names of entries that it must have.
+        names: The encoders, whose order the state must have; none where it has no order. A state
+            of before mmfuse saved them does not say which it has.
 
     Raises:
         ValueError: it is not, or does not.
@@ -105,6 +114,18 @@ def check_format(method: str, saved: Mapping[str, Any], entries: Sequence[str]) 
     if named != method:
         raise ValueError(f"this is the state of {named}, not of {method}")
     _check_entries(method, saved, entries)
+    given, known = saved.get("modalities"), list(map(str, names))
+    if not known or given is None:
+        return
+    if not isinstance(given, (list, tuple)):
+        kind = type(given).__name__
+        raise ValueError(f"'modalities' in the state of {method} must be a list, got {kind}")
+    if list(given) != known:
+        raise ValueError(
+            f"the state of {method} is of encoders={list(given)}, in this order, but this {method} "
+            f"has encoders={known}: make it with the encoders of the state, by the same names and "
+            "in the same order"
+        )
 
 
 def refuse_format(method: str, found: object, known: int) -> NoReturn:
@@ -116,8 +137,15 @@ def refuse_format(method: str, found: object, known: int) -> NoReturn:
     )
 
 
+def saved_as(method: str, names: Sequence[str]) -> dict[str, Any]:
+    """The first entries of a `state_dict`: its format, whose it is, and of which encoders."""
+    # Texts alone, which a reader of weights knows.
+    return {"format": FORMAT, "method": method, "modalities": list(map(str, names))}
+
+
 def saved_method(
     method: str,
+    names: Sequence[str],
     epoch: int | None,
     step: int,
     state: State,
@@ -125,8 +153,7 @@ def saved_method(
     anchors: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """A method's `state_dict`; None stands for what it does not have."""
-    found: dict[str, Any] = {"format": FORMAT, "method": method, "epoch": epoch, "step": step}
-    found["state"] = dict(state)
+    found = saved_as(method, names) | {"epoch": epoch, "step": step, "state": dict(state)}
     if stream is not None:
         found["stream"] = stream.state_dict()
     if anchors is not None:
@@ -135,15 +162,20 @@ def saved_method(
 
 
 def check_saved(
-    method: str, saved: Mapping[str, Any], state: State, stream: NoiseStream | None, anchored: bool
+    method: str,
+    names: Sequence[str],
+    saved: Mapping[str, Any],
+    state: State,
+    stream: NoiseStream | None,
+    anchored: bool,
 ) -> None:
-    """Checks all but the anchors of what `saved_method` has returned.
+    """Checks all but the anchors of what `saved_method` has returned; `names` as `check_format`.
 
     Raises:
         ValueError: something is missing or does not fit.
     """
     others = ["anchors"] * anchored + ["stream"] * (stream is not None)
-    check_format(method, saved, ["epoch", "step", "state", *others])
+    check_format(method, saved, ["epoch", "step", "state", *others], names)
     for name in ("epoch", "step"):
         if saved[name] is not None or name == "step":
             whole(f"{name!r} in the state of {method}", saved[name], least=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,7 @@ from .._devices import WIDE
 from .._numbers import whole
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import check_present
-from ..loop.modalities import check_names, named_features
+from ..loop.modalities import check_names
 from ..loop.ranks import Group, Observed, over_ranks, several
 from ..ops._arguments import check_sequence
 from ._pmr_rule import PMRRule, check_labels
@@ -31,15 +31,17 @@ class ClassSums:
     """Sums of features by class, batch after batch.
 
     Attributes:
+        ordered: Checks features, and brings them into the order of the prototypes.
         modalities: M.
         classes: C; 0 for as many as the labels need.
         device: The device of the sums.
-        names: The modalities; none for what the first batch has.
+        names: The modalities, as the first batch has them.
         dtypes: Of their features.
         sums: [C, D] for each modality.
         counts: [C, M] samples.
     """
 
+    ordered: Callable[[Named], Named]
     modalities: int
     classes: int
     device: torch.device
@@ -55,8 +57,8 @@ class ClassSums:
             TypeError: a feature or the labels have an unsupported type.
             ValueError: names, shapes or labels do not fit, or a feature is not finite.
         """
-        names, _ = named_features("PMR", features, self.modalities)
-        self.names = self.names or names
+        features = self.ordered(features)
+        self.names = self.names or list(features)
         check_names("features", features, self.names, "the prototypes")
         values = [features[name] for name in self.names]
         self.dtypes = self.dtypes or [value.dtype for value in values]
@@ -194,8 +196,7 @@ class PrototypeModule(EpochWindowModule):
     num_classes: int | None
     # True if there are prototypes; a step that looked at the buffers would wait for the device.
     _ready = False
-    # The modalities, where an update in this process has named them.
-    names: list[str] | None = None
+    _origin = "the prototypes"
 
     def _begin_prototypes(self, num_classes: int | None, widths: Sequence[int] | None) -> None:
         count = self.num_modalities
@@ -216,10 +217,11 @@ class PrototypeModule(EpochWindowModule):
             # Known on the CPU also within `torch.device("meta")`.
             self._first[_name(m)] = torch.full(shape, torch.nan, dtype=torch.float32, device="cpu")
             self.register_buffer(_name(m), torch.full(shape, torch.nan, dtype=torch.float32))
+        self._begin_names()
 
     @property
     def prototypes(self) -> list[Tensor]:
-        """[C, D] of each modality, in the order of `features`; NaN for a class without a sample."""
+        """[C, D] of each modality, in the order of `names`; NaN for a class without a sample."""
         return [getattr(self, _name(m)) for m in range(self.num_modalities)]
 
     @torch.no_grad()
@@ -242,7 +244,7 @@ class PrototypeModule(EpochWindowModule):
         """
         old, device = self.prototypes, self.epoch_state.device
         classes = len(old[0]) or self.num_classes or 0
-        seen = ClassSums(self.num_modalities, classes, device, list(self.names or []))
+        seen = ClassSums(self._features, self.num_modalities, classes, device)
         widths = [each.shape[1] for each in old]
         sums, counts = class_sums(seen, batches, widths, self.process_group)
         for m, (total, count) in enumerate(zip(sums, counts.unbind(1), strict=True)):
@@ -255,7 +257,8 @@ class PrototypeModule(EpochWindowModule):
                 self._buffers[_name(m)] = means.to(
                     torch.promote_types(seen.dtypes[m], torch.float32)
                 )
-        self.names, self._ready = seen.names, True
+        self._remember(seen.names)
+        self._ready = True
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -109,6 +109,7 @@ class AGM(EpochWindowModule):
         self.register_buffer("running_scores", torch.zeros(count, count, dtype=torch.float64))
         self.register_buffer("running_steps", torch.zeros(count, count, dtype=torch.int64))
         self._begin_with("coefficients", [1.0] * count)
+        self._begin_names()
 
     @classmethod
     def official(
@@ -180,9 +181,8 @@ class AGM(EpochWindowModule):
             ValueError: numbers, shapes or labels do not fit; nothing has been changed.
         """
         if not self.training:
-            self._check_named("logits", logits)
-            ones = torch.ones_like(self.coefficients)
-            return AGMResult(dict(logits), ones, modalities=tuple(logits))
+            passed = self._ordered(logits)
+            return AGMResult(passed, torch.ones_like(self.coefficients), modalities=tuple(passed))
         if in_backward():
             refuse_backward("AGM", "and would count the step twice")
         if labels is None and scores is None:
@@ -195,8 +195,8 @@ class AGM(EpochWindowModule):
         more: More = {"present": present, "scores": scores, "count": count}
         with torch.no_grad():
             size, paired = self.num_modalities, makes_tables(more)
-            _, seen = over_ranks(
-                lambda: (None, self._look(logits, labels, more)),
+            passed, seen = over_ranks(
+                lambda: self._look(logits, labels, more),
                 self.process_group,
                 2 * size**2 if paired else size + 1,
                 self.running_scores.device,
@@ -206,21 +206,27 @@ class AGM(EpochWindowModule):
             ratios = self.rule.ratios(table, shared)
             usual = self.rule.ratios(self.running_scores, shared)
             k = self._decide(table, shared, ratios, usual)
-        passed = dict(logits)
+            self._remember(passed)
         if self._acting or self.rule.stays:
-            for (name, r), each in zip(logits.items(), k.unbind(), strict=True):
-                passed[name] = scale_grad(r, each, backend=self.backend)
-        return AGMResult(passed, k, table.diagonal(), ratios, usual, modalities=tuple(logits))
+            for name, each in zip(passed, k.unbind(), strict=True):
+                passed[name] = scale_grad(passed[name], each, backend=self.backend)
+        return AGMResult(passed, k, table.diagonal(), ratios, usual, modalities=tuple(passed))
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self, *args: Any, **keywords: Any) -> Any: ...  # noqa: D102
 
-    def _look(self, logits: Mapping[str, Tensor], labels: Tensor | None, more: More) -> Observed:
+    def _ordered(self, logits: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self._check_named("logits", logits)
+        return dict(self._in_order("logits", logits))
+
+    def _look(
+        self, logits: Mapping[str, Tensor], labels: Tensor | None, more: More
+    ) -> tuple[dict[str, Tensor], Observed]:
+        ordered = self._ordered(logits)
         told = more, self.criterion, self.running_scores.device, self.backend
-        return look_at(self.rule, logits, labels, *told)
+        return ordered, look_at(self.rule, ordered, labels, *told)
 
     def _decide(
         self, table: Tensor, shared: Tensor | None, ratios: Tensor, usual: Tensor

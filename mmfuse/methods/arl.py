@@ -27,7 +27,7 @@ from torch import Tensor
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, check_criterion
-from ..loop.modalities import check_names, named_features
+from ..loop.modalities import check_names
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.state import in_backward, refuse_backward
 from ..ops.scale_grad import scale_grad
@@ -112,6 +112,7 @@ class ARL(EpochWindowModule):
         count = self.num_modalities
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self._begin_with("weights", [1 / count] * count)
+        self._begin_names()
 
     @classmethod
     def official(
@@ -187,9 +188,8 @@ class ARL(EpochWindowModule):
             ValueError: names, numbers, shapes or labels do not fit; nothing has been changed.
         """
         if not self.training:
-            named_features("ARL", features, self.num_modalities)
-            ones = torch.ones_like(self.weights)
-            return ARLResult(dict(features), ones, modalities=tuple(features))
+            passed = self._features(features)
+            return ARLResult(passed, torch.ones_like(self.weights), modalities=tuple(passed))
         if in_backward():
             refuse_backward("ARL", "where another step's weights would act")
         if logits is None:
@@ -199,8 +199,8 @@ class ARL(EpochWindowModule):
         kinds = 2 if labels is None else 3
         width = kinds * count + 1 if present is None else (kinds + 1) * count**2
         with torch.no_grad():
-            _, seen = over_ranks(
-                lambda: (None, self._look(features, logits, labels, present)),
+            passed, seen = over_ranks(
+                lambda: self._look(features, logits, labels, present),
                 *(self.process_group, width, device),
             )
             means = seen.means.to(self.weights)
@@ -225,12 +225,12 @@ class ARL(EpochWindowModule):
             else:
                 k = torch.ones_like(new)
                 self.weights.copy_(even)
-        passed = dict(features)
+            self._remember(passed)
         if self._acting:
-            for (name, feature), each in zip(features.items(), k.unbind(), strict=True):
-                passed[name] = scale_grad(feature, each, backend=self.backend)
+            for name, each in zip(passed, k.unbind(), strict=True):
+                passed[name] = scale_grad(passed[name], each, backend=self.backend)
         shown_scores = scores[0] if scores else None
-        return ARLResult(passed, k, shown_scores, new, *shown, modalities=tuple(features))
+        return ARLResult(passed, k, shown_scores, new, *shown, modalities=tuple(passed))
 
     if TYPE_CHECKING:
 
@@ -243,9 +243,10 @@ class ARL(EpochWindowModule):
         logits: Mapping[str, Tensor],
         labels: Tensor | None,
         present: Mapping[str, Tensor] | None,
-    ) -> Observed:
-        """Entropies, magnitudes and scores of this rank; with all checks."""
-        names, values = named_features("ARL", features, self.num_modalities)
+    ) -> tuple[dict[str, Tensor], Observed]:
+        """The features; entropies, magnitudes and scores of this rank; with all checks."""
+        ordered = self._features(features)
+        names, rows = list(ordered), len(next(iter(ordered.values())))
         check_names("logits", logits, names, "features")
         each, told = [logits[name] for name in names], (self.criterion, self.backend)
-        return look_at(names, each, labels, present, len(values[0]), *told)
+        return ordered, look_at(names, each, labels, present, rows, *told)

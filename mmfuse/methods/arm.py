@@ -32,7 +32,7 @@ from .._numbers import real
 from ..loop.contract import Card, Source
 from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
-from ..loop.modalities import check_names, named_features
+from ..loop.modalities import check_names
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.state import in_backward
 from ..ops.modality_scores import named_scores
@@ -117,6 +117,7 @@ class ARM(EpochWindowModule):
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.register_buffer("average", torch.zeros(num_modalities, dtype=torch.float64))
         self.register_buffer("average_weight", torch.zeros((), dtype=torch.float64))
+        self._begin_names()
 
     @classmethod
     def official(cls, bins: int = 30, conditional_bins: int = 2, **keywords: Any) -> ARM:
@@ -175,10 +176,9 @@ class ARM(EpochWindowModule):
                 of range. Nothing has been changed then.
         """
         if not self.training and self.rule.averages:
-            named_features("ARM", features, self.num_modalities)
             average = self._average()
-            out = weighted(features, average)
-            return ARMResult(out, average, modalities=tuple(features))
+            out = weighted(self._features(features), average)
+            return ARMResult(out, average, modalities=tuple(out))
         given = logits is not None and fused_logits is not None and labels is not None
         if fused is None or not (given or more.get("scores") is not None):
             raise TypeError("ARM needs fused, logits, fused_logits and labels in training")
@@ -188,7 +188,7 @@ class ARM(EpochWindowModule):
             count = self.num_modalities
             group = self.process_group if self.training else False
             here = self._here(features, logits, labels, more, group) if is_more(more) else None
-            _, seen = over_ranks(
+            ordered, seen = over_ranks(
                 lambda: self._look(features, fused, logits, fused_logits, labels, more, here),
                 group,
                 3 * count + 2,
@@ -209,11 +209,12 @@ class ARM(EpochWindowModule):
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
-        out = weighted(features, weights)
+                self._remember(ordered)
+        out = weighted(ordered, weights)
         seen_of = [scores[:-1], contributions, nmi, ncmi]
         if here is not None:
             seen_of = [torch.where(here, x, torch.nan) for x in seen_of]
-        return ARMResult(out, weights, *seen_of, modalities=tuple(features))
+        return ARMResult(out, weights, *seen_of, modalities=tuple(out))
 
     if TYPE_CHECKING:
 
@@ -230,11 +231,12 @@ class ARM(EpochWindowModule):
     ) -> Tensor:
         """[M] bool, the modalities that some sample of some rank has."""
         count, device = self.num_modalities, self.average.device
-        _, seen = over_ranks(
-            lambda: (None, anywhere(shown(features, count, logits, labels, more).mask)),
-            *(group, count + 1, device),
-        )
-        return seen.means > 0
+
+        def look() -> tuple[None, Observed]:
+            ordered = self._features(features)
+            return None, anywhere(shown(ordered, count, logits, labels, more).mask)
+
+        return over_ranks(look, group, count + 1, device)[1].means > 0
 
     def _look(
         self,
@@ -245,14 +247,15 @@ class ARM(EpochWindowModule):
         labels: Tensor | None,
         more: More,
         here: Tensor | None,
-    ) -> tuple[None, Observed]:
-        """nmi_m, ncmi_m, p_m and p_c of this rank; with all checks."""
-        names, values = named_features("ARM", features, self.num_modalities)
+    ) -> tuple[dict[str, Tensor], Observed]:
+        """The features; nmi_m, ncmi_m, p_m and p_c of this rank; with all checks."""
+        ordered = self._features(features)
+        names, values = list(ordered), list(ordered.values())
         if logits is not None:
             check_names("logits", logits, names, "features")
         rows = scores = counted = None
         if here is not None:
-            who = shown(features, len(names), logits, labels, more)
+            who = shown(ordered, len(names), logits, labels, more)
             rows, scores = who.rows(here), who.scores(here)
             counted = complete(here, rows, values[0])
         nmi, ncmi = self._information(names, values, fused, counted)
@@ -266,7 +269,7 @@ class ARM(EpochWindowModule):
             else:
                 samples = named_sample_scores(called, every, labels, self.backend, how)
                 scores = complete_scores(samples, rows)
-        return None, Observed(torch.cat([nmi, ncmi, scores.prob.to(nmi.dtype)]), scores.count)
+        return ordered, Observed(torch.cat([nmi, ncmi, scores.prob.to(nmi.dtype)]), scores.count)
 
     def _information(
         self,

@@ -29,7 +29,7 @@ from ..loop.contract import Card, Source
 from ..loop.drawing import DrawingModule
 from ..loop.epochs import typed_as
 from ..loop.given import Loss, More, check_criterion, look, makes_tables
-from ..loop.modalities import check_names, named_features
+from ..loop.modalities import check_names
 from ..loop.pairs import stages
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.state import in_backward, refuse_backward
@@ -109,6 +109,7 @@ class OPM(DrawingModule):
         self._begin(num_modalities, starts, ends, process_group, backend)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         self.register_buffer("q", torch.zeros(num_modalities, dtype=torch.float32))
+        self._begin_names()
         self._begin_stream(stream, name)
 
     @classmethod
@@ -182,10 +183,11 @@ class OPM(DrawingModule):
             ValueError: names, numbers, shapes or labels do not fit; nothing has been changed.
         """
         if not self.training:
-            names, values = named_features("OPM", features, self.num_modalities)
-            keep = values[0].new_ones(len(names), len(values[0]), dtype=torch.bool)
+            passed = self._features(features)
+            first = next(iter(passed.values()))
+            keep = first.new_ones(len(passed), len(first), dtype=torch.bool)
             q = torch.zeros_like(self.q)
-            return OPMResult(dict(features), keep, q, None, None, modalities=tuple(names))
+            return OPMResult(passed, keep, q, None, None, modalities=tuple(passed))
         if in_backward():
             refuse_backward("OPM", "and would draw another mask there")
         if not more and (logits is None or labels is None):
@@ -204,6 +206,7 @@ class OPM(DrawingModule):
         q = q if self._acting else torch.zeros_like(q)
         result = self.rule.drop(self, given._replace(scores=scores, present=present), q)
         self.q.copy_(current.detach())
+        self._remember(given.names)
         self._advance()
         return replace(result, scores=scores, ratios=ratios, modalities=tuple(given.names))
 
@@ -220,7 +223,8 @@ class OPM(DrawingModule):
         more: More,
     ) -> tuple[tuple[Given, Tensor | None], Observed]:
         """The input, the masks, and S_m on this rank; with all checks."""
-        names, values = named_features("OPM", features, self.num_modalities)
+        ordered = self._features(features)
+        names, values = list(ordered), list(ordered.values())
         called = [f"logits[{name!r}]" for name in names]
         rows = values[0].shape[0]
         if isinstance(labels, Tensor) and labels.dim() and len(labels) != rows:

@@ -33,7 +33,6 @@ from .._numbers import whole
 from ..loop.contract import Card, Source
 from ..loop.epochs import typed_as
 from ..loop.given import check_present
-from ..loop.modalities import check_names, named_features
 from ..loop.pairs import own
 from ..loop.ranks import Group, Observed, over_ranks
 from ..ops.modality_scores import named_scores
@@ -207,6 +206,7 @@ class PMR(PrototypeModule):
             count + 1 if present is None else 2 * count**2,
             self.epoch_state.device,
         )
+        self._remember(logits)
         means = seen.tables()[0] if seen.paired else seen.means
         ratios, behind = prototype_ratios(means)
         means = own(means) if seen.paired else means
@@ -243,10 +243,8 @@ class PMR(PrototypeModule):
         present: Mapping[str, Tensor] | None,
     ) -> tuple[Seen, Observed]:
         """Distances, their scores, and which rows count; S_m of this rank; with all checks."""
-        names, values = named_features("PMR", features, self.num_modalities)
-        if self.names is not None:
-            check_names("features", features, self.names, "the prototypes")
-            names, values = self.names, [features[name] for name in self.names]
+        ordered = self._features(features)
+        names, values = list(ordered), list(ordered.values())
         if not self._ready:
             raise RuntimeError(f"PMR has no prototypes yet; {_NEXT}")
         if labels is None:

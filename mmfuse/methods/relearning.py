@@ -31,7 +31,7 @@ from ..loop.epochs import EpochWindow
 from ..loop.modalities import Modalities, check_names, per_tensor
 from ..loop.ranks import Group, check_group
 from ..loop.result import Result, method_text
-from ..loop.state import FORMAT, check_format
+from ..loop.state import check_format, saved_as
 from ..ops import update_grads_
 from ._relearning_purity import Cluster, Features, checked, purities
 
@@ -288,7 +288,7 @@ class ReLearning(EpochWindow):
     def state_dict(self) -> dict[str, Any]:
         """The parameters at the start; of a sharded encoder each rank's part, as DTensors."""
         anchors = self.anchors.state_dict(self.modalities)
-        return {"format": FORMAT, "method": "ReLearning", "anchors": anchors}
+        return saved_as("ReLearning", self.modalities.names) | {"anchors": anchors}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Goes on with the start of the run that the state is from.
@@ -296,5 +296,5 @@ class ReLearning(EpochWindow):
         Raises:
             ValueError: the state does not fit; nothing has been changed then.
         """
-        check_format("ReLearning", state_dict, ["anchors"])
+        check_format("ReLearning", state_dict, ["anchors"], self.modalities.names)
         self.anchors.load_state_dict(state_dict["anchors"], self.modalities)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import ANCHORED, STEPPING, make, start
+from balancing import ANCHORED, ON_GRADIENTS, STATEFUL, STEPPING, make, start
 from linear import Networks
+from states import differences
 
 
 def step(nets: Networks, method: Any, seed: int) -> list[torch.Tensor]:
@@ -36,6 +37,35 @@ def test_a_loaded_state_goes_on_with_the_same_numbers(kind: str) -> None:
     other.load_state_dict(saved)
     found = step(nets, other, 9)
     assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize("kind", ON_GRADIENTS)
+def test_encoders_in_another_order_are_refused(kind: str) -> None:
+    """Their shapes are alike, so that nothing else would tell; but for a method without a state."""
+    nets = Networks(2)
+    method, turned = make(kind, nets.encoders), make(kind, dict(reversed(nets.encoders.items())))
+    for each in (method, turned):
+        start(each)
+    saved, before = copy.deepcopy(method.state_dict()), copy.deepcopy(turned.state_dict())
+    assert saved["modalities"] == ["audio", "visual"]
+    if kind not in (*STATEFUL, *ANCHORED):
+        turned.load_state_dict(saved)
+        return
+    told = r"=\['audio', 'visual'\], in this order, but .* encoders=\['visual', 'audio'\]: make"
+    with pytest.raises(ValueError, match=told):
+        turned.load_state_dict(saved)
+    assert differences(turned.state_dict(), before) == []
+    renamed = make(kind, {"audio": nets.encoders["audio"], "image": nets.encoders["visual"]})
+    with pytest.raises(
+        ValueError, match=r"'visual'\], in this order, .*=\['audio', 'image'\]: make"
+    ):
+        renamed.load_state_dict(saved)
+    with pytest.raises(
+        ValueError, match=r"'modalities' in the state of .* must be a list, got int"
+    ):
+        method.load_state_dict(saved | {"modalities": 2})
+    del saved["modalities"]  # as mmfuse saved it before
+    turned.load_state_dict(saved)
 
 
 def test_what_does_not_fit_changes_nothing() -> None:

@@ -323,8 +323,26 @@ class TestState:
         relearning = mmfuse.ReLearning(encoders_of(2))
         with pytest.raises(ValueError, match="has no format number"):
             relearning.load_state_dict({})
+        state = mmfuse.ReLearning(encoders_of(3)).state_dict()
+        with pytest.raises(
+            ValueError, match=r"is of encoders=\['audio', 'visual', 'text'\], in this"
+        ):
+            relearning.load_state_dict(state)
+        del state["modalities"]  # as mmfuse saved it before
         with pytest.raises(ValueError, match="the state holds 18 anchors"):
-            relearning.load_state_dict(mmfuse.ReLearning(encoders_of(3)).state_dict())
+            relearning.load_state_dict(state)
+
+    def test_encoders_in_another_order(self) -> None:
+        encoders = encoders_of(2)
+        relearning, turned = (
+            mmfuse.ReLearning(dict(each)) for each in (encoders.items(), reversed(encoders.items()))
+        )
+        state, before = relearning.state_dict(), copy.deepcopy(turned.state_dict())
+        with pytest.raises(ValueError, match=r"'visual'\], in this order, .*=\['visual', 'audio'"):
+            turned.load_state_dict(state)
+        assert differences(turned.state_dict(), before) == []
+        del state["modalities"]
+        relearning.load_state_dict(state)
 
 
 def masked_samples(

@@ -110,6 +110,12 @@ MONITORING = [kind for kind in STEPPING if "inputs" in NEEDS[kind].inputs]
 ON_UPDATES = [k for k in ON_GRADIENTS if NEEDS[k].second is None and NEEDS[k].squares is None]
 
 
+#: Modules that keep numbers of each modality, in the order of the names that a step shows first.
+NAMED = [kind for kind in IN_FORWARD if hasattr(make(kind, {}), "names_state")]
+#: Those that learn the names in a forward pass, so that the second one is compiled once more.
+LEARNING = [kind for kind in NAMED if not hasattr(make(kind, {}), "update_prototypes")]
+
+
 def start(method: Any) -> None:
     """Begins an epoch in which the method acts."""
     STARTS.get(type(method).__name__, next_epoch)(method)

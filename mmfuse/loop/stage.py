@@ -134,7 +134,8 @@ def take_step(
             own = torch.where(tensors.each(decision.counted).to(state.device), squares, 0.0)
         changed = {**changed, **rule.settle(state, own, tensors)}
     # The squares may overflow where the gradient does not.
-    state.set(changed, counts, squares, backend)
+    if changed:
+        state.set(changed, counts, squares, backend)
     if need.draws:  # a number that changed in every step would have every step compiled anew
         clock = method._clock
         method._clock = Clock(clock.epoch, clock.step + 1)

@@ -94,6 +94,7 @@ def test_a_step_that_does_not_count_leaves_the_state() -> None:
     method, nets = made()
     give_gradients(nets)
     method.step(LOGITS, LABELS, found_inf=torch.ones(()))
+    give_gradients(nets)
     nets["b"].bias.grad[0] = torch.nan
     assert not method.step(LOGITS, LABELS).finite
     assert method._state["steps"] == 0

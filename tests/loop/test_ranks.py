@@ -83,7 +83,8 @@ class Run:
     def state(self) -> dict[str, Any]:
         states = {kind: dict(method.state_dict()) for kind, method in self.methods.items()}
         for kind, state in states.items():
-            state.pop("method", None)  # a name, which assert_close does not compare
+            for name in ("method", "modalities"):  # names, which assert_close does not compare
+                state.pop(name, None)
             if kind in ON_GRADIENTS and kind not in DRAWING:
                 state.pop("stream", None)  # agreed upon where it is first drawn from
         return states

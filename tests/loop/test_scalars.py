@@ -31,6 +31,7 @@ def train(steps: int, log: ScalarLog) -> list[mmfuse.OGMResult]:
     ogm = mmfuse.OGM(model.encoders)
     results = []
     for step in range(steps):
+        model.zero_grad()
         audio, visual, labels = batch()
         a, v, out = model(audio, visual)
         logits = mmfuse.unimodal_logits(model.fc, {"audio": a, "visual": v})

@@ -792,6 +792,7 @@ class TestAccumulation:
             assert differences(parts.state(), state) == []
             method.observe(**shown)
             method.step()
+            parts.model.zero_grad()
 
     @pytest.mark.parametrize("kind", STEPPING)
     def test_an_error_of_observe_changes_nothing(self, kind: str) -> None:

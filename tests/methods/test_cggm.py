@@ -276,6 +276,8 @@ def test_classifiers_that_learn_with_the_rest_of_the_step() -> None:
     cggm = mmfuse.CGGM(nets)
     labels = torch.randint(0, CLASSES, (ROWS,))
     for step in range(3):
+        for net in nets.values():
+            net.zero_grad()
         features = {name: net(torch.randn(ROWS, 3)) for name, net in nets.items()}
         logits = {name: heads[name](f.detach()) for name, f in features.items()}
         sum(mmfuse.unimodal_losses(logits, labels).values()).backward()

@@ -187,6 +187,7 @@ def test_a_history_from_a_training_run() -> None:
         for step in range(3):
             logits = {n: net(INPUTS[n]) for n, net in nets.items()}
             loss = nn.functional.cross_entropy(logits["audio"], LABELS) + logits["visual"].mean()
+            nets.zero_grad()
             log.add(step, ogm.backward(loss, logits, LABELS).as_dict())
     report = mmfuse.imbalance_report(
         Added(audio=1.0, visual=0.4), DATA, history=history, resamples=0

@@ -34,7 +34,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   store_result(call.coefficients, call.scores.wide, alpha, m);
   call.gap[m] = gap;
   // Without its count, which may be NaN where there is a score.
-  const double own = load_coefficient<double>(call.scores, call.table ? m * call.modalities + m : m);
+  const double own =
+      load_coefficient<double>(call.scores, call.table ? m * call.modalities + m : m);
   call.counted[m] = call.steps[m] + (call.table && isnan(own) ? 0 : 1);
 }
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._devices import WIDE
+from .._devices import WIDE, known
 from .._numbers import whole
 from ..loop.epochs import EpochWindowModule
 from ..loop.given import check_present
@@ -63,6 +63,8 @@ class ClassSums:
         values = [features[name] for name in self.names]
         self.dtypes = self.dtypes or [value.dtype for value in values]
         check_labels(labels, len(values[0]))
+        if not known(labels):
+            raise ValueError("labels must be dense and have values, not on the meta device")
         masks = [torch.ones_like(labels, dtype=torch.bool)] * len(values)
         if present is not None:
             masks = [*check_present(self.names, present, len(labels), labels.device)]
@@ -254,9 +256,9 @@ class PrototypeModule(EpochWindowModule):
                 moved = self.rule.prototype(old[m], means.to(old[m]), first)
                 old[m].copy_(torch.where(count.any(), moved, old[m]))
             else:
-                self._buffers[_name(m)] = means.to(
-                    torch.promote_types(seen.dtypes[m], torch.float32)
-                )
+                kept = torch.promote_types(seen.dtypes[m], torch.float32)
+                with torch.inference_mode(False):  # or nothing could be written to it later
+                    self._buffers[_name(m)] = torch.empty_like(means, dtype=kept).copy_(means)
         self._remember(seen.names)
         self._ready = True
 
@@ -277,7 +279,8 @@ class PrototypeModule(EpochWindowModule):
         before = dict(self._buffers)
         for m, buffer in enumerate(self.prototypes):
             saved = state_dict.get(prefix + _name(m))
-            if isinstance(saved, Tensor) and 0 in (saved.numel(), buffer.numel()):
+            usual = isinstance(saved, Tensor) and saved.dim() == 2
+            if isinstance(saved, Tensor) and usual and 0 in (saved.numel(), buffer.numel()):
                 made = torch.empty_like(saved, device=buffer.device)
                 self._buffers[_name(m)] = made.fill_(torch.nan)
         try:

@@ -267,6 +267,8 @@ def test_state_dict_resumes_bit_for_bit() -> None:
         second.load_state_dict({"format": 1, "epoch": 1})
     with pytest.raises(ValueError, match="has no format number, but this version of mmfuse reads"):
         second.load_state_dict({"epoch": 1, "stream": first.stream.state_dict()})
+    with pytest.raises(ValueError, match=r"the state of OGM has format tensor\(\[1, 1\]\)"):
+        second.load_state_dict({**first.state_dict(), "format": torch.tensor([1, 1])})
     with pytest.raises(ValueError, match="this is the state of InfoReg, not of OGM"):
         second.load_state_dict({**first.state_dict(), "method": "InfoReg"})
 

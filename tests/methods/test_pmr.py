@@ -361,6 +361,24 @@ class TestState:
         with pytest.raises(RuntimeError, match="size mismatch for prototypes_1"):
             other.load_state_dict(pmr.state_dict())
 
+    def test_prototypes_of_no_such_shape_are_refused(self) -> None:
+        pmr = mmfuse.PMR()
+        broken = {**pmr.state_dict(), "prototypes_0": torch.tensor(torch.nan)}
+        with pytest.raises(RuntimeError, match="size mismatch for prototypes_0"):
+            pmr.load_state_dict(broken)
+        pmr.update_prototypes([batch(2, 20, 100)])
+
+    def test_prototypes_of_an_evaluation_can_be_changed_later(self) -> None:
+        """PyTorch refused to write into a tensor that was made in inference mode."""
+        pmr, plain = mmfuse.PMR(), mmfuse.PMR()
+        with torch.inference_mode():
+            pmr.update_prototypes([batch(2, 20, 100)])
+        plain.update_prototypes([batch(2, 20, 100)])
+        for each in (pmr, plain):
+            each.update_prototypes([batch(2, 20, 101)])
+        assert differences(dict(pmr.state_dict()), dict(plain.state_dict())) == []
+        pmr.load_state_dict(plain.state_dict())
+
 
 FEATURES, LABELS = batch(2, 20, 100)
 
@@ -372,6 +390,7 @@ FEATURES, LABELS = batch(2, 20, 100)
         ([FEATURES], TypeError, "pairs .* got dict as number 0; a single batch is"),
         ([(FEATURES, LABELS.double())], TypeError, "labels must be an integer tensor"),
         ([(FEATURES, LABELS[:3])], ValueError, r"labels must have shape \[20\], got \[3\]"),
+        ([(FEATURES, LABELS.to("meta"))], ValueError, "labels must be dense and have values"),
         ([(FEATURES, LABELS - 2)], ValueError, "labels are from -2 to 1"),
         ([(FEATURES, LABELS + 1)], ValueError, "labels are from 1 to 4, but there are 4 classes"),
         ([({"audio": LABELS}, LABELS)], ValueError, "num_modalities=2, but features has"),

@@ -108,7 +108,7 @@ def check_format(
     if not isinstance(saved, Mapping):
         raise TypeError(f"state_dict of {method} must be a mapping, got {type(saved).__name__}")
     found = saved.get("format")
-    if isinstance(found, Tensor) and found.dim() or found != FORMAT:
+    if (isinstance(found, Tensor) and found.dim()) or found != FORMAT:
         refuse_format(method, found, FORMAT)
     named = saved.get("method", method)
     if named != method:

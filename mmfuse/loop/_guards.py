@@ -89,21 +89,27 @@ class Guard:
             modalities: The encoders.
             active: The gradients that it has changed; None if it has changed none.
         """
-        parameters, ends, marks = modalities.parameters, modalities.ends, []
-        ids: Sequence[int] = modalities._everything
-        if active is not None and len(active.ids) != len(ids):
-            ids, ends = active.ids, ends_of(active.modality, len(modalities.names))
-        sharded = modalities._sharded
-        for m, a, b in ends:
-            i, j = ids[a], ids[b]
+        self._looked = False
+        parameters, marks = modalities.parameters, []
+        if active is not None and not modalities._sharded:
+            # This is done in every step: no gradient is asked of its parameter once more.
+            ids, grads = active.ids, active.grads
+            every = len(ids) == len(parameters)
+            ends = modalities.ends if every else ends_of(active.modality, len(modalities.names))
+            for m, a, b in ends:
+                one, other = grads[a], grads[b]
+                mark = m, ids[a], ref(one), one._version, ids[b], ref(other), other._version
+                marks.append(mark)
+            self.marks, self._count = marks, len(ids)
+            return
+        places = modalities._everything if active is None else active.ids
+        owner = modalities._owner if active is None else active.modality
+        for m, a, b in ends_of(owner, len(modalities.names)):
+            i, j = places[a], places[b]
             first, last = parameters[i].grad, parameters[j].grad
-            if first is None or last is None:
-                continue
-            if sharded:
-                v, w = _version(first, True), _version(last, True)
-            else:
-                v, w = first._version, last._version
-            marks.append((m, i, ref(first), v, j, ref(last), w))
+            if first is not None and last is not None:
+                v, w = _version(first, modalities._sharded), _version(last, modalities._sharded)
+                marks.append((m, i, ref(first), v, j, ref(last), w))
         self.marks, self._count = marks, 0 if active is None else len(active.ids)
 
     def check(self, modalities: Modalities, missing: Collection[str]) -> None:
@@ -120,18 +126,14 @@ class Guard:
         kept: list[int] = []
         added: list[int] = []
         for m, i, first, v, j, last, w in self.marks or ():
-            grad = parameters[i].grad
-            if grad is None or first() is not grad:
+            grad, end = parameters[i].grad, parameters[j].grad
+            if grad is None or end is None or first() is not grad or last() is not end:
                 continue
-            more = (_version(grad, True) if sharded else grad._version) - v
-            end = parameters[j].grad
-            if more > 1 or end is None or last() is not end:
-                continue
-            if (_version(end, True) if sharded else end._version) - w == more:
+            more = _version(grad, sharded) - v
+            if more < 2 and _version(end, sharded) - w == more:
                 (added if more else kept).append(m)
         if kept or (added and not (self._told or self._unseen or self._looked)):
             self._tell(modalities, missing, kept, added)
-        self._looked = False
 
     def _live(self, modalities: Modalities) -> list[tuple[int, Tensor | None, Tensor | None, bool]]:
         """Modalities that are trained, two gradients, and True if they are as they were left."""
@@ -199,6 +201,10 @@ class Guard:
         if self.marks is None or self._unseen or torch.compiler.is_dynamo_compiling():
             return
         self._looked = True
+        for mark in self.marks:  # in most loops this is all
+            first = modalities.parameters[mark[1]]
+            if first.requires_grad and (first.grad is None or first.grad is not mark[2]()):
+                return
         live = self._live(modalities)
         if not live or not all(same for *_, same in live):
             return

@@ -265,7 +265,11 @@ class Modalities:
             if not missing:  # else it is looked at again
                 self._waiting = waiting
         if eager and grads:  # a version is a constant to the compiler
-            self.guard.check(self, missing)
+            for mark in self.guard.marks or ():
+                grad = self.parameters[mark[1]].grad
+                if mark[2]() is grad and grad is not None and grad._version - mark[3] < 2:
+                    self.guard.check(self, missing)
+                    break
         if not plain and grads:
             check_writable(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
         if plain and len(ids) == len(self.parameters):

@@ -944,3 +944,20 @@ def test_a_method_in_the_module_goes_on_in_its_epoch(
     first, resumed = (module.epochs for module in modules)
     assert first == [0] * STEPS + [1]
     assert resumed == [1] * (STEPS - 1) + [2] * STEPS
+
+
+class Unrecorded(Module):
+    """It looks at its logits apart from the loss."""
+
+    def training_step(self, data: Data, batch_idx: int) -> Tensor:
+        loss, seen = forward(self.net, data)
+        with torch.no_grad():
+            self.balance.observe(seen["logits"], seen["labels"])
+        return loss
+
+
+def test_where_no_gradients_are_recorded_it_trains_still(tmp_path: Path) -> None:
+    """No warning, as `observe` of a method alone has."""
+    balance = Balance(mmfuse.OGM, ENCODERS)
+    trainer(tmp_path, balance, max_epochs=1).fit(Unrecorded(AudioVisual(), balance), Batches())
+    assert balance.result.finite

@@ -557,3 +557,13 @@ def test_an_adaptive_optimizer_is_warned_of(tmp_path: Path) -> None:
     message = r"AdamW divides a gradient .* use OGM\(\.\.\., apply_to=\"update\"\), or SGD"
     with pytest.warns(RuntimeWarning, match=message):
         train(Model(), ogm_ge, tmp_path, optim="adamw_torch")
+
+
+def test_where_no_gradients_are_recorded_it_trains_still(tmp_path: Path) -> None:
+    """No warning, as `observe` of a method alone has: the model is in training mode."""
+    trainer = train(Model(), ogm_ge, tmp_path)
+    rows = samples(6)
+    item = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model.train(), item)
+    assert trainer.balance_method._senses.pending

@@ -198,7 +198,9 @@ class Guard:
         Raises:
             RuntimeError: they are those that the last step has left.
         """
-        if self.marks is None or self._unseen or torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling():  # asked first: the rest would compile it anew
+            return
+        if self.marks is None or self._unseen:
             return
         self._looked = True
         for mark in self.marks:  # in most loops this is all

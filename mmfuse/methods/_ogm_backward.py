@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -92,10 +93,12 @@ def ogm_backward(
     )
     made.name = OGM.__name__  # in error texts
     global _latest
-    if _latest is not None:
+    eager = not torch.compiler.is_dynamo_compiling()
+    if eager and _latest is not None:
         made.modalities.guard.follow(_latest, made.modalities)
     result: OGMResult = made.backward(loss, logits, labels, retain_graph=retain_graph, **more)
-    _latest = made.modalities.guard
+    if eager:
+        _latest = made.modalities.guard
     return result
 
 

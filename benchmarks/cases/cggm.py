@@ -6,7 +6,7 @@ import torch
 from engine import eager, sequences
 from engine.case import Case, register
 from engine.gate import check_update
-from engine.gradients import GradientInputs
+from engine.gradients import GradientInputs, taken_anew
 from engine.networks import ThreeHeads
 from engine.training import TrainingInputs
 from engine.training_case import TrainingCase, take_step
@@ -67,7 +67,7 @@ class Step(Case):
         )
         for value in method._state.values():  # as before a first step
             value.zero_()
-        method.modalities.guard.marks = None  # each call counts as after a backward pass of its own
+        taken_anew(method)
         method.step(dict(zip("av", i.head.logits, strict=True)), i.head.labels)
 
 

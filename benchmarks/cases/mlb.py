@@ -8,7 +8,7 @@ import torch
 from engine import eager, sequences
 from engine.case import Case, register
 from engine.gate import check_update
-from engine.gradients import GradientInputs
+from engine.gradients import GradientInputs, taken_anew
 from engine.inputs import ALPHA
 from engine.networks import AudioVisual, ThreeHeads
 from engine.training import TrainingInputs
@@ -63,7 +63,7 @@ class Step(Case):
                 dict(zip("av", i.encoder_params, strict=True)), alpha=ALPHA, backend=backend
             ),
         )
-        method.modalities.guard.marks = None  # each call counts as after a backward pass of its own
+        taken_anew(method)
         method.step(dict(zip("av", i.head.logits, strict=True)), i.head.labels)
 
 

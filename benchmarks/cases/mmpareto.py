@@ -8,7 +8,7 @@ import torch
 from engine import sequences
 from engine.case import Case, register
 from engine.gate import UPDATE_TOLERANCE, check_windows
-from engine.gradients import GradientInputs
+from engine.gradients import GradientInputs, taken_anew
 from engine.networks import AudioVisual, ThreeHeads
 from engine.training import TrainingInputs
 from engine.training_case import TrainingCase, own_heads_step
@@ -127,7 +127,7 @@ class Combination(Case):
                 dict(zip("av", i.encoder_params, strict=True)), gamma=GAMMA, backend=backend
             ),
         )
-        method.modalities.guard.marks = None  # each call counts as after a backward pass of its own
+        taken_anew(method)
         take_step(method, Eager(backend), None, i.unimodal, None, None)
 
 

@@ -9,7 +9,7 @@ from engine import eager, sequences
 from engine.case import CASES, Case, register
 from engine.compiled import scale_all_with_noise, update
 from engine.gate import PLAIN, check_update, close
-from engine.gradients import GradientInputs
+from engine.gradients import GradientInputs, taken_anew
 from engine.inputs import ALPHA
 from engine.training import TrainingInputs
 from engine.training_case import TrainingCase, joint_step
@@ -123,7 +123,7 @@ class Step(Case):
             ),
         )
         # Short calls are timed several at a time: each counts as after a backward pass of its own.
-        method.modalities.guard.marks = None
+        taken_anew(method)
         method.step(dict(zip("av", i.head.logits, strict=True)), i.head.labels)
 
 

@@ -132,7 +132,9 @@ class Guard:
             more = _version(grad, sharded) - v
             if more < 2 and _version(end, sharded) - w == more:
                 (added if more else kept).append(m)
-        if kept or (added and not (self._told or self._unseen or self._looked)):
+        if self._told or self._unseen or self._looked:
+            added = []  # there is nothing more to warn of
+        if kept or added:
             self._tell(modalities, missing, kept, added)
 
     def _live(self, modalities: Modalities) -> list[tuple[int, Tensor | None, Tensor | None, bool]]:
@@ -151,7 +153,7 @@ class Guard:
         self, modalities: Modalities, missing: Collection[str], kept: list[int], added: list[int]
     ) -> None:
         live = self._live(modalities)
-        if live and len(live) == sum(same for *_, same in live):
+        if live and all(same for *_, same in live):
             raise RuntimeError(
                 "these gradients have been changed by this method already: call step() once for "
                 f"each backward pass (of several micro-batches, {_ACCUMULATE})"
@@ -169,9 +171,7 @@ class Guard:
                     "method for the new one; if this step's loss does not reach it, call "
                     "zero_grad() before the backward pass, or freeze it"
                 )
-        if not added or self._told or self._unseen or self._looked:
-            return
-        if modalities._sharded or len(added) != len(live):
+        if not added or modalities._sharded or len(added) != len(live):
             return
         # DistributedDataParallel's views of a bucket count what happens to all of it.
         if any(g is not None and g._is_view() for _, one, other, _ in live for g in (one, other)):

@@ -265,7 +265,7 @@ class Modalities:
             if not missing:  # else it is looked at again
                 self._waiting = waiting
         if eager and grads:  # a version is a constant to the compiler
-            for mark in self.guard.marks or ():
+            for mark in self.guard.marks or ():  # here, since it is a call less in most steps
                 grad = self.parameters[mark[1]].grad
                 if mark[2]() is grad and grad is not None and grad._version - mark[3] < 2:
                     self.guard.check(self, missing)

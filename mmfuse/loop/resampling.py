@@ -14,7 +14,7 @@ from torch.utils.data import Sampler
 
 from .._numbers import flag, real, whole
 from ..noise import NoiseStream
-from ..ops._arguments import check_sequence
+from ..ops._arguments import check_near, check_sequence
 from ..ops._tensors import check_dense
 
 # A dataset that grows a thousandfold is a mistake, and its indices take the machine's memory.
@@ -150,5 +150,4 @@ def _means(contributions: Tensor, present: Tensor | None) -> tuple[Tensor, Tenso
 def _check_known(name: str, value: Tensor) -> None:
     """Checks that a tensor's values can be looked at: it is dense, and not on the meta device."""
     check_dense(name, value)
-    if value.is_meta:
-        raise ValueError(f"{name} is on the meta device, where it holds no numbers")
+    check_near(name, value, torch.device("cpu"))

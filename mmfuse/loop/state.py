@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .._devices import narrowed
+from .._devices import known, narrowed
 from .._numbers import whole
 from ..noise import NoiseStream, saved_state
 from ..ops.keep_state import keep_checked_
@@ -114,16 +114,16 @@ def check_format(
     if named != method:
         raise ValueError(f"this is the state of {named}, not of {method}")
     _check_entries(method, saved, entries)
-    given, known = saved.get("modalities"), list(map(str, names))
-    if not known or given is None:
+    given, wanted = saved.get("modalities"), list(map(str, names))
+    if not wanted or given is None:
         return
     if not isinstance(given, (list, tuple)):
         kind = type(given).__name__
         raise ValueError(f"'modalities' in the state of {method} must be a list, got {kind}")
-    if list(given) != known:
+    if list(given) != wanted:
         raise ValueError(
             f"the state of {method} is of encoders={list(given)}, in this order, but this {method} "
-            f"has encoders={known}: make it with the encoders of the state, by the same names and "
+            f"has encoders={wanted}: make it with the encoders of the state, by the same names and "
             "in the same order"
         )
 
@@ -189,7 +189,7 @@ def check_saved(
 
 def _unlike(loaded: Tensor) -> bool:
     """True if the values of a saved tensor cannot be taken over."""
-    return loaded.is_meta or loaded.is_complex() or loaded.layout is not torch.strided
+    return not known(loaded) or loaded.is_complex()
 
 
 def _check_entries(method: str, saved: Mapping[str, Any], entries: Sequence[str]) -> None:

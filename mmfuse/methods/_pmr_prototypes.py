@@ -279,8 +279,9 @@ class PrototypeModule(EpochWindowModule):
         before = dict(self._buffers)
         for m, buffer in enumerate(self.prototypes):
             saved = state_dict.get(prefix + _name(m))
-            usual = isinstance(saved, Tensor) and saved.dim() == 2
-            if isinstance(saved, Tensor) and usual and 0 in (saved.numel(), buffer.numel()):
+            if not isinstance(saved, Tensor) or saved.dim() != 2:
+                continue
+            if 0 in (saved.numel(), buffer.numel()):
                 made = torch.empty_like(saved, device=buffer.device)
                 self._buffers[_name(m)] = made.fill_(torch.nan)
         try:

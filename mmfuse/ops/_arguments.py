@@ -48,7 +48,7 @@ def is_single(value: Tensor) -> bool:
 def check_near(name: str, value: Tensor, device: torch.device) -> None:
     """Raises a ValueError for a tensor on the meta device whose value is needed elsewhere."""
     if value.is_meta and device.type != "meta":
-        raise ValueError(f"{name} is on the meta device, where it has no value, not on {device}")
+        raise ValueError(f"{name} is on the meta device, where it holds no numbers")
 
 
 def check_instance(name: str, value: object) -> None:

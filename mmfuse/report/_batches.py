@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._devices import known
+
 #: Makes (inputs by name, labels) of what a loader yields.
 Read = Callable[[Any], tuple[Mapping[str, Tensor], Tensor]]
 
@@ -109,7 +111,7 @@ def _read(
         raise TypeError(f"{source} a single label of shape [], where one for each sample is needed")
     # PyTorch compares neither sparse tensors nor those of 8 bits, and meta tensors hold nothing.
     narrow = labels.is_floating_point() and labels.dtype.itemsize < 2
-    if labels.layout is not torch.strided or labels.is_meta or labels.is_complex() or narrow:
+    if not known(labels) or labels.is_complex() or narrow:
         raise TypeError(
             f"{source} labels of {labels.dtype}, {labels.layout}, on {labels.device}, where a "
             "dense tensor of integers or real numbers is needed"

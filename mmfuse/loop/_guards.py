@@ -187,6 +187,22 @@ class Guard:
             stacklevel=7,
         )
 
+    def newer(self, modalities: Modalities, held: Collection[int]) -> list[str]:
+        """Modalities with a gradient that the last step has not left.
+
+        Args:
+            modalities: The encoders.
+            held: Ids of the parameters that are looked at.
+        """
+        marks, found = {mark[0]: mark for mark in self.marks or ()}, []
+        for m, a, b in modalities.ends:
+            mark, own = marks.get(m), modalities.parameters[a : b + 1]
+            if not any(id(p) in held and p.grad is not None for p in own):
+                continue
+            if mark is None or modalities.parameters[mark[1]].grad is not mark[2]():
+                found.append(modalities.names[m])
+        return found
+
     def check_before(self, modalities: Modalities, name: str, accumulates: bool) -> None:
         """Looks at the gradients that a backward pass would be added to.
 

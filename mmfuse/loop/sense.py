@@ -267,6 +267,15 @@ class Senses:
         """True if something was seen since the last step."""
         return not self._observations.empty
 
+    def kept(self) -> tuple[Any, ...]:
+        """All that has been seen since the last step, for `restore`."""
+        return self._observations.kept(), self._rows, self.missing
+
+    def restore(self, kept: tuple[Any, ...]) -> None:
+        """Forgets what has been seen after `kept`."""
+        seen, self._rows, self.missing = kept
+        self._observations.restore(seen)
+
     def clear(self) -> None:
         """Forgets what has been seen since the last step."""
         self._observations.clear()

@@ -156,7 +156,8 @@ class Guard:
         if live and all(same for *_, same in live):
             raise RuntimeError(
                 "these gradients have been changed by this method already: call step() once for "
-                f"each backward pass (of several micro-batches, {_ACCUMULATE})"
+                f"each backward pass (of several micro-batches, {_ACCUMULATE}). If a replayed CUDA "
+                "graph has written new ones, which PyTorch does not notice, call forget() before"
             )
         for m, one, other, same in live:
             name = modalities.names[m]

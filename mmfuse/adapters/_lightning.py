@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -49,8 +49,10 @@ def loggers_of(trainer: Trainer) -> Callable[[dict[str, float], int], None]:
     return write
 
 
-def warn_of_no_state(names: list[str]) -> None:
-    """Warns of a checkpoint that has no state of this callback."""
+def warn_of_no_state(checkpoint: Mapping[str, Any], key: str, names: list[str]) -> None:
+    """Warns of a checkpoint that has no state of the callback with this key."""
+    if key in checkpoint.get("callbacks", {}):
+        return
     warnings.warn(
         f"the checkpoint has no state of Balance for {names}: the method begins anew. Modalities "
         "must have the same names in the same order to go on",

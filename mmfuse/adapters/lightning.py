@@ -380,8 +380,8 @@ class Balance(Epochs):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Warns of a checkpoint that has no state of this callback."""
-        if trainer.state.fn == "fit" and self.state_key not in checkpoint.get("callbacks", {}):
-            _lightning.warn_of_no_state(list(self._encoders))
+        if trainer.state.fn == "fit" and not self._finder:  # which puts back what it has taken
+            _lightning.warn_of_no_state(checkpoint, self.state_key, list(self._encoders))
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state; sharded tensors as whole ones."""
@@ -392,7 +392,7 @@ class Balance(Epochs):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken, as soon as there is a method."""
-        if self._finder:  # puts back what has not changed
+        if self._finder:
             self._finder = False
         elif self._fitting:
             self.method.load_state_dict(state_dict)

@@ -80,7 +80,6 @@ class OPMReleased(OPMRule):
                 out[m] = _AddToGradient.apply(features[m], gradient)
         return out
 
-
     def _warn_of_no_path(self) -> None:
         warnings.warn(
             "OPM.official: the logits do not depend on the features as autograd sees it, so that "

@@ -235,8 +235,7 @@ class MLA(EpochWindowModule):
         moves = acts & length.isfinite() & (length > 0)
         unscaled, length = torch.where(moves, moved, old), torch.where(moves, length, one)
         torch.div(unscaled, length, out=self.projector)
-        # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
-        self.turns.view(1).add_(finite)
+        self.turns.add_(finite)
         if grad is None:
             return MLAResult(one, a, finite)
         raw = grad.to(wide)

@@ -150,8 +150,9 @@ def imbalance_report(
         TypeError: an argument is of another kind than it should be; the loader yields something
             else; or the model cannot be called like this, as in `unimodal_outputs`.
         ValueError: there are fewer than two modalities or no batch; each batch is one sample, which
-            is its own mean; encoders match nothing in the model; labels do not fit metric or outputs; a class has no sample where the metric or a
-            probe needs one; an output is not finite; or as in `unimodal_outputs`.
+            is its own mean; encoders match nothing in the model; labels do not fit metric or
+            outputs; a class has no sample where the metric or a probe needs one; an output is not
+            finite; or as in `unimodal_outputs`.
     """
     check_metric(metric, higher_is_better)
     options = _Options(

@@ -180,7 +180,7 @@ def test_panels_for_a_page_are_dark_or_light() -> None:
 
 
 def test_names_are_no_formulas() -> None:
-    """matplotlib would take what stands between two dollar signs for one, and fail on it."""
+    """Matplotlib would take what stands between two dollar signs for one, and fail on it."""
     names = ("$\\frac$", "_hidden$")
     values = {n: Estimate(0.5, 0.4, 0.6) for n in names}
     report = reported(

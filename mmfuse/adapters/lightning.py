@@ -142,7 +142,7 @@ class Balance(Epochs):
         self._holders: frozenset[int] | None = None
         self._to_come: set[int] = set()
         self._observed = self._backward = self._drops = False
-        # What the method had observed before this batch, until there is a backward pass.
+        # All that the method had observed before this batch, until there is a backward pass.
         self._before: Any = None
         self._count = 0
 

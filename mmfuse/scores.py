@@ -63,6 +63,8 @@ def error_ratios(
 ) -> dict[str, Tensor]:
     """rho_m = mean error of m / mean of the others' errors: MLB's ratio for ``ratios=``.
 
+    A modality whose error is NaN is missing: it does not count among the others.
+
     Above 1 the modality is behind, as in MLB's formula for classes. (OGM's and OPM's ratio is above
     1 for a modality that is ahead; give them `inverse_error` as ``scores=``.)
 
@@ -85,7 +87,7 @@ def error_ratios(
     ratios = {}
     for m, (name, value) in enumerate(errors.items()):
         others = torch.cat([total[:m], total[m + 1 :]])
-        ratios[name] = value / others.mean()
+        ratios[name] = value / others.nanmean()
     return ratios
 
 

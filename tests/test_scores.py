@@ -26,6 +26,9 @@ def test_ratios_of_errors() -> None:
     z = {"a": target + 1, "b": target + 2, "c": target + 3}
     found = scores.error_ratios(z, target)
     assert [float(x) for x in found.values()] == pytest.approx([1 / 6.5, 4 / 5, 9 / 2.5])
+    found = scores.error_ratios({**z, "gone": target + torch.nan}, target)
+    assert bool(found.pop("gone").isnan())
+    assert [float(x) for x in found.values()] == pytest.approx([1 / 6.5, 4 / 5, 9 / 2.5])
 
 
 def test_several_tasks_by_their_geometric_mean() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from .. import amp
-from ..loop._parameters import Encoders
 from ..loop.given import More
 from ..loop.matching import Named, match_parameters
 from ..loop.scalars import ScalarLog, scalars_of
 from ..loop.shards import whole_state
+from . import _lightning
 from ._methods import checked, tell_epoch, warn_of_adaptive
 
 if TYPE_CHECKING:
@@ -68,14 +68,15 @@ class Balance(Epochs):
         )
         Trainer(callbacks=[module.balance]).fit(module)
 
-    The gradients are modulated before they are clipped. With ``accumulate_grad_batches`` the
-    accumulated gradient is modulated once, by the scores of all its micro-batches; under data
-    parallelism by those of all ranks. With a GradScaler the method gets to know whether the step
-    will be skipped and, for fused optimizers, how the gradients are scaled still. It tells the
-    epochs to the method, and to OPM and ARM in the module. The method's state is in the Trainer's
-    checkpoints; a resumed run goes on with the same numbers, also within an epoch if the data
-    loader does. A second fit of the same module keeps the method and what it has learned, and takes
-    new anchors.
+    The gradients are modulated before they are clipped; where you clip by hand (manual
+    optimization), call `modulate` before. With ``accumulate_grad_batches`` the accumulated gradient
+    is modulated once, by the scores of all its micro-batches but those whose ``training_step``
+    returns None; under data parallelism by those of all ranks. With a GradScaler the method gets to
+    know whether the step will be skipped and, for fused optimizers, how the gradients are scaled
+    still. It tells the epochs to the method, and to OPM and ARM in the module. The method's state
+    is in the Trainer's checkpoints; a resumed run goes on with the same numbers, also within an
+    epoch if the data loader does. A second fit of the same module keeps the method and what it has
+    learned, and takes new anchors.
 
     With several optimizers (manual optimization) those that hold no parameter of an encoder are
     left alone. If the encoders are spread over several, all of their gradients are modulated
@@ -120,7 +121,7 @@ class Balance(Epochs):
         self._make = method
         # A generator of parameters can be read once, but a second fit asks again.
         self._encoders = {
-            name: value if isinstance(value, (str, nn.Module)) else _kept(value)
+            name: value if isinstance(value, (str, nn.Module)) else _lightning.kept(value)
             for name, value in encoders.items()
         }
         self._hyperparameters = hyperparameters
@@ -136,13 +137,13 @@ class Balance(Epochs):
         self._finder = False
         # The state of a checkpoint that is read before there is a method.
         self._saved: Mapping[str, Any] | None = None
-        self._fitting = False
-        self._training = False
+        self._fitting = self._training = False
         # Ids of the optimizers that hold encoders' parameters, and of those to come in this step.
         self._holders: frozenset[int] | None = None
         self._to_come: set[int] = set()
-        self._observed = False
-        self._backward = False
+        self._observed = self._backward = self._drops = False
+        # All that the method had observed before this batch, until there is a backward pass.
+        self._before: Any = None
         self._count = 0
 
     def __repr__(self) -> str:
@@ -150,7 +151,7 @@ class Balance(Epochs):
 
     def __getstate__(self) -> dict[str, Any]:
         """The state but for this fit's: a copy has other optimizers, and no Trainer's loggers."""
-        fit: dict[str, Any] = {"_log": None, "_holders": None, "_trainer": None}
+        fit = dict.fromkeys(("_log", "_holders", "_trainer", "_before"))
         return {**self.__dict__, **fit, "_to_come": set(), "_fitting": False, "_training": False}
 
     @property
@@ -184,14 +185,37 @@ class Balance(Epochs):
             ValueError: as the method's ``observe``.
         """
         if self._training:
+            if not self._holders:  # all encoders are frozen
+                return
+            if self._before is None and self._drops:
+                self._before = self.method._senses.kept()
             with torch.enable_grad():  # this is known to be no evaluation
                 self.method.observe(logits, labels, features, inputs, **more)
             self._observed = True
-        elif torch.is_grad_enabled() and not self._tuned() and not self._fitting:
+        elif torch.is_grad_enabled() and not self._tuned() and self._trainer is None:
             raise RuntimeError(
                 "Balance.observe: no fit has been started with this callback; pass it on in "
                 "Trainer(callbacks=[...])"
             )
+
+    def modulate(self) -> None:
+        """Modulates the gradients now, before you clip them by hand; the optimizers' steps do not.
+
+        For manual optimization: between ``self.manual_backward(loss)`` and
+        ``self.clip_gradients(...)``. Everywhere else the callback does it.
+
+        Raises:
+            RuntimeError: ``training_step`` has not called `observe`, or there is no gradient.
+        """
+        if not self._training or not self._observed or not self._has_gradients():
+            raise RuntimeError(
+                "Balance.modulate belongs in training_step, after Balance.observe(logits, labels) "
+                "and the backward pass"
+            )
+        scaler = _lightning.scaler_of(self._trainer)
+        scale = scaler and amp.grad_scale(scaler, self.method.modalities.device)
+        self._step(self._trainer, {"grad_scale": scale})
+        self._to_come = set(self._holders or ())
 
     def _tuned(self) -> bool:
         """True if a finder runs, of the learning rate or the batch size: it has no callbacks."""
@@ -210,10 +234,14 @@ class Balance(Epochs):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the encoders and makes the method."""
+        _lightning.check_strategy(trainer)
         encoders = match_parameters(pl_module, self._encoders)
-        if self.method is None or self._module is not pl_module or not _same(self._known, encoders):
+        known = self._module is pl_module and _lightning.same(self._known, encoders)
+        if self.method is None or not known:
             self._build(pl_module)
-        self._observed = self._backward = False
+        self._observed, self._backward, self._before = False, False, None
+        # In manual optimization a backward pass need not be Lightning's; an update needs a step.
+        self._drops = pl_module.automatic_optimization and self.method.apply_to == "gradient"
         self._to_come.clear()
         self._holders = None
         self._fitting = True
@@ -224,12 +252,12 @@ class Balance(Epochs):
         self._log = None
         if self._log_every and trainer.is_global_zero and trainer.loggers:
             every = max(1, _STEPS_PER_COPY // self._log_every)
-            self._log = ScalarLog(_loggers_of(trainer), every)
+            self._log = ScalarLog(_lightning.loggers_of(trainer), every)
 
     def _build(self, module: LightningModule) -> None:
         encoders = match_parameters(module, self._encoders)
         self.method = checked(self._make(encoders, **self._hyperparameters))
-        self._module, self._known = module, _parameters(encoders)
+        self._module, self._known = module, _lightning.parameters_of(encoders)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tells all methods which epoch begins."""
@@ -247,24 +275,7 @@ class Balance(Epochs):
             self._find_optimizers(trainer)
 
     def _find_optimizers(self, trainer: Trainer) -> None:
-        mine = {id(p) for p in self.method.modalities.parameters}
-        holders = [
-            optimizer
-            for optimizer in trainer.optimizers
-            if any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
-        ]
-        if not holders and any(p.requires_grad for p in self.method.modalities.parameters):
-            raise ValueError(
-                "no optimizer holds a parameter of the encoders: make them in "
-                "configure_optimizers() from the LightningModule's own parameters"
-            )
-        anchors = self.method.anchors is not None
-        if len(holders) > 1 and anchors and _scaler(trainer) is not None:
-            raise ValueError(
-                f"{type(self.method).__name__} with a GradScaler needs all encoders in one "
-                f"optimizer, found {len(holders)}: when the first of them steps, the gradients of "
-                "the others are scaled still"
-            )
+        holders = _lightning.optimizers_of(trainer, self.method)
         if not self._warned:
             self._warned = True
             warn_of_adaptive(self.method, holders)
@@ -277,6 +288,15 @@ class Balance(Epochs):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes that there are gradients."""
         self._backward = True
+        self._before = None
+
+    def _drop(self) -> bool:
+        """Forgets what a batch without a loss has shown: Lightning keeps no gradient of it."""
+        before, self._before = self._before, None
+        if before is not None:
+            self.method._senses.restore(before)
+            self._observed = self.method._senses.pending
+        return before is not None
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
@@ -288,20 +308,25 @@ class Balance(Epochs):
         """
         if self._holders is None or id(optimizer) not in self._holders:
             return
+        dropped = self._drop()
         if not self._observed:
-            if id(optimizer) in self._to_come:  # modulated before another optimizer's step
+            if id(optimizer) in self._to_come:  # modulated before, for all optimizers
                 self._to_come.discard(id(optimizer))
-            elif self._has_gradients():
+                _lightning.check_modulated(self.method, optimizer)
+            elif self._has_gradients() and not dropped:
                 raise RuntimeError(
                     f"training_step of {type(pl_module).__name__} has not called "
                     "Balance.observe(logits, labels) since the last optimizer step"
                 )
             return
         if self.method.apply_to == "gradient" and not self._has_gradients():
-            return  # training_step has returned None; what it has observed joins the next step
-        self.result = self.method.step(**self._scaling(trainer, optimizer))
-        self._observed = self._backward = False
+            return
+        self._step(trainer, self._scaling(trainer, optimizer))
         self._to_come = set(self._holders) - {id(optimizer)}
+
+    def _step(self, trainer: Trainer, scaling: Mapping[str, Tensor | None]) -> None:
+        self.result = self.method.step(**scaling)
+        self._observed = self._backward = False
         if self._log is not None:
             self._count += 1
             if (self._count - 1) % self._log_every == 0:
@@ -315,7 +340,7 @@ class Balance(Epochs):
         self, trainer: Trainer, optimizer: torch.optim.Optimizer
     ) -> dict[str, Tensor | None]:
         """The arguments of the method's step that come from the GradScaler."""
-        scaler = _scaler(trainer)
+        scaler = _lightning.scaler_of(trainer)
         if scaler is None or not self._has_gradients():
             return {}
         if getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -332,6 +357,7 @@ class Balance(Epochs):
     ) -> None:
         """Stops `observe` from taking micro-batches."""
         self._training = False
+        self._drop()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Sends what is left to the loggers."""
@@ -340,8 +366,7 @@ class Balance(Epochs):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Collects nothing any more."""
-        self._fitting = False
-        self._log = None
+        self._fitting, self._log = False, None
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -350,6 +375,13 @@ class Balance(Epochs):
         self._fitting = self._training = False
         if isinstance(exception, KeyboardInterrupt) and self._log is not None:
             self._log.flush()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Warns of a checkpoint that has no state of this callback."""
+        if trainer.state.fn == "fit" and not self._finder:  # which puts back what it has taken
+            _lightning.warn_of_no_state(checkpoint, self.state_key, list(self._encoders))
 
     def state_dict(self) -> dict[str, Any]:
         """The method's state; sharded tensors as whole ones."""
@@ -360,38 +392,9 @@ class Balance(Epochs):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where `state_dict` was taken, as soon as there is a method."""
-        if self._finder:  # puts back what has not changed
+        if self._finder:
             self._finder = False
         elif self._fitting:
             self.method.load_state_dict(state_dict)
-        else:
+        elif self._trainer is None or self._trainer.state.fn == "fit":  # an evaluation has no step
             self._saved = state_dict
-
-
-def _parameters(encoders: Encoders) -> list[Tensor]:
-    found: list[Tensor] = []
-    for encoder in encoders.values():
-        found += encoder.parameters() if isinstance(encoder, nn.Module) else encoder
-    return found
-
-
-def _same(known: list[Tensor], encoders: Encoders) -> bool:
-    now = _parameters(encoders)
-    return len(now) == len(known) and all(p is q for p, q in zip(now, known, strict=True))
-
-
-def _kept(value: Any) -> Any:
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, Tensor) else value
-
-
-def _scaler(trainer: Trainer) -> Any:
-    """The GradScaler of the precision plugin; None if there is none."""
-    return getattr(trainer.precision_plugin, "scaler", None)
-
-
-def _loggers_of(trainer: Trainer) -> Callable[[dict[str, float], int], None]:
-    def write(scalars: dict[str, float], step: int) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step)
-
-    return write

@@ -156,7 +156,8 @@ class Guard:
         if live and all(same for *_, same in live):
             raise RuntimeError(
                 "these gradients have been changed by this method already: call step() once for "
-                f"each backward pass (of several micro-batches, {_ACCUMULATE})"
+                f"each backward pass (of several micro-batches, {_ACCUMULATE}). If a replayed CUDA "
+                "graph has written new ones, which PyTorch does not notice, call forget() before"
             )
         for m, one, other, same in live:
             name = modalities.names[m]
@@ -186,6 +187,22 @@ class Guard:
             RuntimeWarning,
             stacklevel=7,
         )
+
+    def newer(self, modalities: Modalities, held: Collection[int]) -> list[str]:
+        """Modalities with a gradient that the last step has not left.
+
+        Args:
+            modalities: The encoders.
+            held: Ids of the parameters that are looked at.
+        """
+        marks, found = {mark[0]: mark for mark in self.marks or ()}, []
+        for m, a, b in modalities.ends:
+            mark, own = marks.get(m), modalities.parameters[a : b + 1]
+            if not any(id(p) in held and p.grad is not None for p in own):
+                continue
+            if mark is None or modalities.parameters[mark[1]].grad is not mark[2]():
+                found.append(modalities.names[m])
+        return found
 
     def check_before(self, modalities: Modalities, name: str, accumulates: bool) -> None:
         """Looks at the gradients that a backward pass would be added to.

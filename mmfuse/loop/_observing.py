@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from .ranks import Observed
 from .sense import Senses
 from .state import State
 
+if TYPE_CHECKING:
+    from .modalities import Modalities
+
 
 class Observes:
     """A mixin: `observe` and `forget` of a `GradientMethod`."""
@@ -24,6 +27,7 @@ class Observes:
     name: str
     stream: NoiseStream
     backend: str | None
+    modalities: Modalities
     _clock: Clock
     _senses: Senses
     _state: State
@@ -74,8 +78,13 @@ class Observes:
 
         For an accumulation that is given up: one that an epoch's end or an exception has cut short,
         or batches that were observed by mistake. Their gradients are yours: call ``zero_grad()``.
+
+        It also forgets what the last step has left in the gradients. Call it before `step` where
+        new gradients come into the same memory without PyTorch's knowledge: by a replayed CUDA
+        graph of the backward pass alone, or by ``p.grad.data``.
         """
         self._senses.clear()
+        self.modalities.guard.marks = None
 
     def _sense(self, *given: Any) -> Observed | None:
         """None for an error that the step will raise on all ranks."""

@@ -17,6 +17,13 @@ Shared = nn.Module | Tensor | Iterable[nn.Module | Tensor]
 Select = Literal["all", "matrix", "conv"] | Callable[[Tensor], bool]
 
 
+# Its parameters do not know where they lie in the whole.
+_FLAT = (
+    "{} is wrapped in FullyShardedDataParallel, whose flat parameters cannot be told apart; use "
+    "torch.distributed.fsdp.fully_shard (FSDP2)"
+)
+
+
 def _all(parameter: Tensor) -> bool:
     return True
 
@@ -59,6 +66,7 @@ def named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
         for label, parameter in of_module:
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"{label} is lazy and has no shape yet: call the model once first")
+            _refuse_flat(label, parameter)
         return of_module
     if isinstance(encoder, str):
         raise TypeError(
@@ -88,6 +96,7 @@ def _check_parameter(label: str, parameter: Tensor) -> None:
             f"{label} is a tensor that requires no gradient, as those of state_dict(); pass "
             "the parameters themselves"
         )
+    _refuse_flat(label, parameter)
 
 
 def _iterator(shared: Iterable[nn.Module | Tensor]) -> Iterator[nn.Module | Tensor] | None:
@@ -146,12 +155,15 @@ class SharedParameters:
 
 
 def _refuse_flat_parameters(label: str, encoder: nn.Module) -> None:
-    """Raises a TypeError for FSDP1, whose parameters do not know where they lie in the whole."""
+    """Raises a TypeError for an encoder that FSDP1 wraps, or a part of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is not None and any(
         isinstance(module, fsdp.FullyShardedDataParallel) for module in encoder.modules()
     ):
-        raise TypeError(
-            f"{label} is wrapped in FullyShardedDataParallel, whose flat parameters cannot be told "
-            "apart; use torch.distributed.fsdp.fully_shard (FSDP2)"
-        )
+        raise TypeError(_FLAT.format(label))
+
+
+def _refuse_flat(label: str, parameter: Tensor) -> None:
+    """Raises a TypeError for a parameter of FSDP1, which may wrap the model alone."""
+    if getattr(parameter, "_fsdp_flattened", False):
+        raise TypeError(_FLAT.format(label))

@@ -36,6 +36,8 @@ def reduce_together(
     _raise_late()
     dist.all_reduce(totals, group=group)
     if torch.compiler.is_dynamo_compiling():  # reading a number would break the graph
+        if error is not None:
+            raise error
         return
     if totals.device.type == "cpu":
         if error is not None or totals[count].isnan():

@@ -13,6 +13,7 @@ from typing_extensions import ParamSpec
 
 from .._devices import narrowed, readable
 from .._numbers import MOST_MODALITIES, whole
+from ..ops._forward import check_forward
 from ._name_sums import BITS, order_by, read_sums, write_sums
 from .modalities import check_names, named_features
 from .ranks import Group, check_group
@@ -208,11 +209,10 @@ class EpochWindowModule(EpochWindow, nn.Module):
         """
         order = self.names
         if order is None:
-            if not torch.compiler.is_compiling():
-                self._look_for_names()
-            if self._sums is None:
+            sums = self._look_for_names()
+            if sums is None:
                 return given
-            order = order_by(self._sums, given)
+            order = order_by(sums, given)
             if order is None:
                 raise ValueError(
                     f"{what} names {list(given)}, but the state of this {type(self).__name__} is "
@@ -224,11 +224,16 @@ class EpochWindowModule(EpochWindow, nn.Module):
         check_names(what, given, order, self._origin)
         return {name: given[name] for name in order}
 
-    def _look_for_names(self) -> None:
+    def _look_for_names(self) -> tuple[int, ...] | None:
         """Reads names that others have written: an average over steps, another rank's broadcast."""
         now = self._version_of_names()
         if now != self._read and readable(self.names_state):
             self._sums, self._read = read_sums(self.names_state), now
+        return self._sums
+
+    # A graph holds what was found: as torch.compiler.assume_constant_result says it, without the
+    # compiler's import. A step that reads other names compiles anew.
+    _look_for_names._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _features(self, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The features of a batch, checked, in the order of the state."""
@@ -286,6 +291,20 @@ class EpochWindowModule(EpochWindow, nn.Module):
             RuntimeWarning,
             stacklevel=4,
         )
+
+    def _check_forward(self, consequence: str) -> None:
+        """Raises a RuntimeError in a backward pass, which repeats a checkpointed forward pass."""
+        compiled = torch.compiler.is_compiling()
+        if not compiled and torch._C._current_graph_task_id() == -1:
+            return
+        name = type(self).__name__
+        text = (
+            f"{name} is called in a backward pass, as activation checkpointing does, "
+            f"{consequence}; leave {name} outside of the checkpointed part"
+        )
+        if not compiled:
+            raise RuntimeError(text)
+        check_forward(self.epoch_state, text)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

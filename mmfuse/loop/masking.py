@@ -55,10 +55,11 @@ def unimodal_outputs(
         inputs: Name → input; the model gets them as arguments of these names. Whatever else it
             needs, such as a padding mask, `forward` adds.
         baseline: The input that stands in for a masked modality's. "zero" are zeros, for token ids
-            the token 0; "mean" is the batch's mean over dim 0 for every sample, of floating
-            inputs; a callable gets name and input and returns a tensor like the input. It is
-            called once for each modality, and not for the only one. Give it a random generator
-            of its own: PyTorch's is put back, so that later draws would repeat the callable's.
+            the token 0; "mean" is the batch's mean over dim 0 for every sample, of floating inputs
+            (of a batch of one sample that sample itself, which masks nothing); a callable gets
+            name and input and returns a tensor like the input. It is called once for each
+            modality, and not for the only one. Give it a random generator of its own: PyTorch's is
+            put back, so that later draws would repeat the callable's.
         forward: Calls the model with name → input where arguments of these names do not fit, as
             ``lambda x: model(x["audio"], x["visual"])``, or ``model`` for one that takes the
             mapping itself. It should call a DistributedDataParallel's ``.module``.

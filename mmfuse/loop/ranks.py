@@ -152,6 +152,14 @@ class Observations:
         self._error = self._error or error
         self.empty = False
 
+    def kept(self) -> tuple[Any, ...]:
+        """All that has been added since the last step, for `restore`."""
+        return self._totals, self._error, self._last, self.empty
+
+    def restore(self, kept: tuple[Any, ...]) -> None:
+        """Forgets what has been added after `kept`."""
+        self._totals, self._error, self._last, self.empty = kept
+
     def clear(self) -> None:
         """Forgets what has been added since the last step."""
         self._totals = self._error = None

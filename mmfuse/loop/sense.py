@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -266,6 +266,15 @@ class Senses:
     def pending(self) -> bool:
         """True if something was seen since the last step."""
         return not self._observations.empty
+
+    def kept(self) -> tuple[Any, ...]:
+        """All that has been seen since the last step, for `restore`."""
+        return self._observations.kept(), self._rows, self.missing
+
+    def restore(self, kept: tuple[Any, ...]) -> None:
+        """Forgets what has been seen after `kept`."""
+        seen, self._rows, self.missing = kept
+        self._observations.restore(seen)
 
     def clear(self) -> None:
         """Forgets what has been seen since the last step."""

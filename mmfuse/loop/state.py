@@ -196,16 +196,3 @@ def _check_entries(method: str, saved: Mapping[str, Any], entries: Sequence[str]
     missing = [name for name in entries if name not in saved]
     if missing:
         raise ValueError(f"the state of {method} lacks {missing}")
-
-
-def in_backward() -> bool:
-    """True if a backward pass runs, as it does when a checkpointed forward pass is repeated."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def refuse_backward(method: str, consequence: str) -> NoReturn:
-    """Raises a RuntimeError for a method that is `in_backward`, and names the consequence."""
-    raise RuntimeError(
-        f"{method} is called in a backward pass, as activation checkpointing does, {consequence}; "
-        f"leave {method} outside of the checkpointed part"
-    )

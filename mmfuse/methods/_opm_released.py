@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NoReturn
 
@@ -70,11 +71,23 @@ class OPMReleased(OPMRule):
         found = torch.autograd.grad(
             half_square, [features[m] for m in wanted], retain_graph=True, allow_unused=True
         )
+        if all(gradient is None for gradient in found):
+            # Compiled, features and logits are two results of one graph, whose inside is unknown.
+            self._warn_of_no_path()
         out = list(features)
         for m, gradient in zip(wanted, found, strict=True):
             if gradient is not None:
                 out[m] = _AddToGradient.apply(features[m], gradient)
         return out
+
+    def _warn_of_no_path(self) -> None:
+        warnings.warn(
+            "OPM.official: the logits do not depend on the features as autograd sees it, so that "
+            "theta's gradient is left out. In a compiled forward pass, compile the encoders and "
+            "the head alone; theta_gradient=False says that it is meant",
+            RuntimeWarning,
+            stacklevel=6,
+        )
 
 
 def _theta(features: list[Tensor], q: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
 from ..loop.modalities import check_names
 from ..loop.ranks import Group, Observed, over_ranks
-from ..loop.state import in_backward
+from ..ops._forward import in_backward, runs_forward
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
 from ._arm_information import Complete
@@ -203,9 +203,13 @@ class ARM(EpochWindowModule):
             if self.training and not self._acting:
                 weights = torch.ones_like(weights)
             # A checkpointed forward pass is repeated in the backward pass; it counts once.
-            if self.training and not in_backward():
+            compiled = torch.compiler.is_compiling()
+            if self.training and (compiled or not in_backward()):
                 # One weight that is not finite would stay in the average for ever.
-                share = (counts & weights.isfinite().all()).to(weights.dtype) * (1 - self.momentum)
+                sound = counts & weights.isfinite().all()
+                if compiled:
+                    sound = sound & runs_forward(self.average)
+                share = sound.to(weights.dtype) * (1 - self.momentum)
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))

@@ -41,7 +41,6 @@ from ..loop.predictions import (
 )
 from ..loop.ranks import Group
 from ..loop.result import Result
-from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.logit_divergence import logit_divergence
 from ._mcr_parts import (
@@ -243,8 +242,7 @@ class MCR(DrawingModule):
             self._check_told("MCR")
             self._advance()
             return without
-        if in_backward():
-            refuse_backward("MCR", "and would draw other permutations there")
+        self._check_forward("and would draw other permutations there")
         self._check_told("MCR")
         parts: Sequence[Tensor] = each
         fuse: Callable[[Sequence[Tensor]], Tensor] = added

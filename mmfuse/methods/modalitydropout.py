@@ -25,7 +25,6 @@ from ..loop.given import check_present
 from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group
 from ..loop.result import Result
-from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops._tensors import kept_tensor
 
@@ -136,8 +135,7 @@ class ModalityDropout(DrawingModule):
             here = check_present(names, present, rows, device)
         if not self.training:
             return ModalityDropoutResult(dict(features), here, modalities=tuple(names))
-        if in_backward():
-            refuse_backward("ModalityDropout", "and would draw another mask there")
+        self._check_forward("and would draw another mask there")
         self._check_told("ModalityDropout")
         if not self._acting:
             self._advance()

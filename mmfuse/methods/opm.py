@@ -32,7 +32,6 @@ from ..loop.given import Loss, More, check_criterion, look, makes_tables
 from ..loop.modalities import check_names
 from ..loop.pairs import stages
 from ..loop.ranks import Group, Observed, over_ranks
-from ..loop.state import in_backward, refuse_backward
 from ..noise import NoiseStream
 from ..ops.discrepancy_ratios import discrepancy_ratios
 from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities, with_one_left
@@ -188,8 +187,7 @@ class OPM(DrawingModule):
             keep = first.new_ones(len(passed), len(first), dtype=torch.bool)
             q = torch.zeros_like(self.q)
             return OPMResult(passed, keep, q, None, None, modalities=tuple(passed))
-        if in_backward():
-            refuse_backward("OPM", "and would draw another mask there")
+        self._check_forward("and would draw another mask there")
         if not more and (logits is None or labels is None):
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
         self._check_told("OPM")

@@ -291,9 +291,9 @@ def kept_tensor(
         device: Of the tensor.
         backend: Of the calling op; an `Eager` one says that nothing is compiled.
     """
-    if (
-        type(backend) is not Eager and torch.compiler.is_compiling()
-    ):  # a compiled graph keeps its constants itself
+    # A compiled graph keeps its constants itself, and a fake tensor is none outside of its mode.
+    compiled = type(backend) is not Eager and torch.compiler.is_compiling()
+    if compiled or torch._C._get_dispatch_mode(_FAKE) is not None:
         return _copied(values, shape, dtype, device)
     capturing = _capturing(device)
     key = (values, shape, dtype, device)
@@ -346,6 +346,7 @@ def _filled(
     return torch.cat(runs or [torch.empty(0, dtype=dtype, device=device)]).view(shape)
 
 
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
 _Key = tuple[tuple[float, ...], tuple[int, ...], torch.dtype, torch.device]
 
 # The tensors used last, and those of captured graphs, which are never dropped.

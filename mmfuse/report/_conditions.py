@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -50,6 +51,8 @@ class Conditions:
     output: Callable[[Any], Tensor] | None
     stream: NoiseStream
     notes: list[str] = field(default_factory=list)
+    _batches: int = 0
+    _single: int = 0
 
     @property
     def every(self) -> int:
@@ -66,6 +69,8 @@ class Conditions:
     def __call__(self, batch: Batch) -> Iterator[tuple[Key, Tensor]]:
         """Each condition's outputs for a batch."""
         check_inputs(self.model, batch.modalities, self.baseline)
+        self._batches += 1
+        self._single += len(batch.labels) == 1
         masks = masks_of(batch.modalities, self.baseline)
         for coalition in self.coalitions():
             given = {
@@ -92,6 +97,24 @@ class Conditions:
                 )
             yield ("trained alone", name), finite(found, what)
         self.stream.advance()
+
+    def check_means(self) -> None:
+        """Notes batches of one sample, whose mean is the sample itself, so that nothing is masked.
+
+        Raises:
+            ValueError: there are no others.
+        """
+        if self.baseline != "mean" or not self._single:
+            return
+        if self._single == self._batches:
+            raise ValueError(
+                'baseline="mean" is the mean of a batch, but each batch of the loader has one '
+                'sample, which would not be masked: take larger batches, or baseline="zero"'
+            )
+        self.notes.append(
+            f"In {self._single} of {self._batches} batches nothing was masked: they have one "
+            'sample, which is its own mean. Take batches of equal size, or baseline="zero".'
+        )
 
     def _outputs(self, given: dict[str, Tensor], batch: Batch, where: str) -> Tensor:
         # Copies, for a model may change its inputs in place.
@@ -121,6 +144,11 @@ class Conditions:
                 yield severity, found
             else:
                 spread = float(x.detach().float().std(correction=0))
+                if not math.isfinite(spread):
+                    raise ValueError(
+                        f"the input of {name!r} holds NaN or infinity, so that no size of the noise"
+                        " can be told: give corrupt=, or severities=() to leave noise out"
+                    )
                 stream = self.stream.place([2 * m, 2 * m + 1])
                 yield severity, ops.noisy_views(x, severity * spread, stream).first
 

@@ -49,7 +49,7 @@ def findings(report: ImbalanceReport) -> list[str]:
         *_gains(report),
         *_trained_alone(report),
     ]
-    if not any(p.ratio for p in report.probes.values()):
+    if all(p.ratio is None or math.isnan(p.ratio.value) for p in report.probes.values()):
         found.append(
             "Masking alone cannot tell an encoder that joint training has left behind from a "
             "modality that says little: encoders= and unimodal_encoders= compare them."
@@ -59,9 +59,7 @@ def findings(report: ImbalanceReport) -> list[str]:
 
 def headline(report: ImbalanceReport) -> str:
     """The two most important findings in one line."""
-    cost = _by_cost(report)
-    apart = _apart(cost[0][1], cost[1][1])
-    parts = [f"The model leans most on {cost[0][0]}." if apart else ""]
+    parts = [f"The model leans most on {report.leans_on}." if report.leans_on else ""]
     behind = _behind(report)
     if behind:
         encoders = "encoder has" if len(behind) == 1 else "encoders have"
@@ -74,7 +72,12 @@ def headline(report: ImbalanceReport) -> str:
 def _by_cost(report: ImbalanceReport) -> list[tuple[str, Estimate]]:
     """Modalities and the metric without them, the dearest first."""
     sign = 1 if report.higher_is_better else -1
-    return sorted(report.removed.items(), key=lambda item: sign * item[1].value)
+
+    def place(item: tuple[str, Estimate]) -> tuple[bool, float]:
+        value = item[1].value
+        return math.isnan(value), sign * value
+
+    return sorted(report.removed.items(), key=place)
 
 
 def _behind(report: ImbalanceReport) -> list[str]:
@@ -85,28 +88,23 @@ def _behind(report: ImbalanceReport) -> list[str]:
 
 
 def _leaning(report: ImbalanceReport) -> str:
-    cost = _by_cost(report)
-    each = together(f"{shown(value)} without {name}" for name, value in cost)
+    each = together(f"{shown(value)} without {name}" for name, value in _by_cost(report))
     start = f"By masking, the {report.metric} is {each}"
-    (first, worst), (_, second) = cost[0], cost[1]
-    apart = _apart(worst, second)
-    if apart is None:
+    if report.leans_on is not None:
+        return f"{start}: the model leans most on {report.leans_on}."
+    if any(value.low is None for value in report.removed.values()):
         return f"{start}."
-    if apart:
-        return f"{start}: the model leans most on {first}."
     return f"{start}: these samples do not say which one the model leans on most."
-
-
-def _apart(a: Estimate, b: Estimate) -> bool | None:
-    """True if two intervals do not overlap; None without intervals."""
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return None
-    return a.high < b.low or b.high < a.low
 
 
 def _gains(report: ImbalanceReport) -> list[str]:
     if not report.shapley:
         return []
+    if any(math.isnan(phi.value) for phi in report.shapley.values()):
+        return [
+            f"With some inputs masked the {report.metric} is not defined, and so are no Shapley "
+            "values."
+        ]
     if any(math.isnan(share.value) for share in report.shapley_share.values()):
         return ["With its inputs the model is no better than without: Shapley shares mean nothing."]
     ordered = sorted(report.shapley_share.items(), key=lambda item: -item[1].value)
@@ -141,6 +139,7 @@ def _probes(report: ImbalanceReport) -> list[str]:
             found.append(f"{text}: it is ahead.")
         else:
             found.append(f"{text}: no difference can be seen.")
-    if len(behind) > 1:
+    ratios = [probes.ratio.value for n in behind if (probes := report.probes[n]).ratio]
+    if len(behind) > 1 and ratios[0] < ratios[1]:
         found.append(f"Furthest behind is {behind[0]}.")
     return found

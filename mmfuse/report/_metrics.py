@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops._arguments import check_instance
 from ._packages import package
@@ -26,6 +26,8 @@ _NAMES = {
     "map": "mean average precision",
     "mae": "mean absolute error",
 }
+# Of one logit, whose sign says which of two classes.
+_BINARY = {"accuracy": "accuracy", "f1": "F1 of the positive class", "map": "average precision"}
 
 
 class Metric(NamedTuple):
@@ -90,12 +92,14 @@ def metric_of(
         task = task_of(metric, outputs, labels)
         of = _named(metric, task, outputs, labels)
         each = _each(metric, outputs, labels)
-        return Metric(_NAMES[metric], metric != "mae", _silently(of), each)
+        binary = task == "classes" and single_logit(outputs, labels)
+        name = (_BINARY if binary else _NAMES)[metric]
+        return Metric(name, metric != "mae", _silently(of), each)
     better = bool(getattr(metric, "higher_is_better", higher_is_better))
     better = better if higher_is_better is None else higher_is_better
     name = getattr(metric, "__name__", type(metric).__name__)
     if hasattr(metric, "update") and hasattr(metric, "compute"):
-        own: Any = copy.deepcopy(metric)  # its state is the user's
+        own: Any = _of_this_process(copy.deepcopy(metric))  # its state is the user's
 
         def computed(z: Tensor, y: Tensor) -> float:
             own.reset()
@@ -105,6 +109,16 @@ def metric_of(
         return Metric(name, better, _silently(computed))
     called: Any = metric
     return Metric(name, better, _silently(lambda z, y: float(called(z, y))))
+
+
+def _of_this_process(metric: Any) -> Any:
+    """The metric on the CPU, where it waits for no other process, and counts no samples of one."""
+    if not isinstance(metric, nn.Module):
+        return metric
+    for part in metric.modules():
+        if hasattr(part, "sync_on_compute"):
+            part.sync_on_compute = part._to_sync = False  # type: ignore[assignment]
+    return metric.cpu()
 
 
 def _named(
@@ -125,8 +139,14 @@ def _named(
     if task == "labels":
         of_labels = getattr(classification, f"multilabel_{kind}")
         count = outputs.shape[1]
-        # It gets probabilities: torchmetrics takes numbers in [0, 1] for these already.
-        return lambda z, y: of_labels(z.sigmoid(), y.long(), count, average="macro", **plain)
+
+        def mean_of_labels(z: Tensor, y: Tensor) -> Tensor:
+            # It gets probabilities: torchmetrics takes numbers in [0, 1] for these already. A label
+            # that no sample of a resample has would count as 0.
+            each: Tensor = of_labels(z.sigmoid(), y.long(), count, average="none", **plain)
+            return each[(y == 1).any(0)].mean()
+
+        return mean_of_labels
     of_classes = getattr(classification, f"multiclass_{kind}")
     average = "micro" if metric == "accuracy" else "macro"
     classes = outputs.shape[1]
@@ -194,8 +214,17 @@ def check_range(labels: Tensor, classes: int, where: str = "loader") -> None:
     if not 0 <= int(kept.min()) <= int(kept.max()) < classes:
         raise ValueError(
             f"the labels of {where} run from {int(kept.min())} to {int(kept.max())}, but the model "
-            f"has outputs for {classes} classes"
+            f"has outputs for {classes} classes (labels that are numbers must be floating)"
         )
+
+
+def looks_like_probabilities(task: Task, metric: Wanted, outputs: Tensor, labels: Tensor) -> bool:
+    """True if one of our metrics on logits gets nothing but numbers from 0 to 1."""
+    if metric not in ("accuracy", "f1", "map") or not outputs.numel():
+        return False
+    # The largest of several classes is the same before the softmax and after it.
+    told = task == "labels" or metric == "map" or single_logit(outputs, labels)
+    return told and bool(((outputs >= 0) & (outputs <= 1)).all())
 
 
 def check_positive(labels: Tensor, where: str) -> None:

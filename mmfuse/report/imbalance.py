@@ -30,7 +30,15 @@ from ._batches import Read, batches
 from ._conditions import MOST_EXACT, Conditions, Corrupt, Gathered, Key, features_of, gathered
 from ._history import History, history_of
 from ._intervals import Estimate, estimates
-from ._metrics import Metric, Task, Wanted, check_metric, metric_of, task_of
+from ._metrics import (
+    Metric,
+    Task,
+    Wanted,
+    check_metric,
+    looks_like_probabilities,
+    metric_of,
+    task_of,
+)
 from ._packages import package
 from ._probes import check_labels, probe
 from ._untouched import untouched
@@ -109,12 +117,13 @@ def imbalance_report(
             as a padding mask, as they are. None for all inputs.
         metric: "accuracy" for class indices, where labels of −100 are ignored; "f1", macro F1, or
             "map", mean average precision, for class indices or a yes or no for each of several
-            labels [N, L]; "mae" for regression: all of torchmetrics, on logits. Or a
-            `torchmetrics.Metric`, or a callable on all outputs and all labels, both on the CPU.
+            labels [N, L] (of one logit for two classes, those of the positive class); "mae" for
+            regression: all of torchmetrics, on logits. Or a `torchmetrics.Metric`, or a callable
+            on all outputs and all labels, both on the CPU.
         higher_is_better: For a metric of your own that does not say so itself.
-        baseline: The input that replaces a masked modality's: "zero", "mean" of the batch, or a
-            callable on name and input, as in `unimodal_outputs`; ``lambda name, x: x.roll(1, 0)``
-            gives it another sample's.
+        baseline: The input that replaces a masked modality's: "zero", "mean" of the batch (which
+            must have more than one sample), or a callable on name and input, as in
+            `unimodal_outputs`; ``lambda name, x: x.roll(1, 0)`` gives it another sample's.
         severities: Standard deviations of the noise, in those of the batch's own input.
         corrupt: Instead of Gaussian noise, a callable on name, input and severity, whose
             meaning you choose.
@@ -140,9 +149,10 @@ def imbalance_report(
         ImportError: a package of the extra is missing; the message says how to install it.
         TypeError: an argument is of another kind than it should be; the loader yields something
             else; or the model cannot be called like this, as in `unimodal_outputs`.
-        ValueError: there are fewer than two modalities or no batch; encoders match nothing in the
-            model; labels do not fit metric or outputs; a class has no sample where the metric or a
-            probe needs one; an output is not finite; or as in `unimodal_outputs`.
+        ValueError: there are fewer than two modalities or no batch; each batch is one sample, which
+            is its own mean; encoders match nothing in the model; labels do not fit metric or
+            outputs; a class has no sample where the metric or a probe needs one; an output is not
+            finite; or as in `unimodal_outputs`.
     """
     check_metric(metric, higher_is_better)
     options = _Options(
@@ -205,9 +215,16 @@ def imbalance_report(
         train: Gathered = ({}, labels)
         if train_loader is not None and probed["encoders"]:
             train = gathered(batches("train_loader", train_loader, batch, names, device), *asked)
+    conditions.check_means()
     outputs = found["masked", conditions.every]
     measure = metric_of(metric, higher_is_better, outputs, labels)
-    _probe(found, train, labels, task_of(metric, outputs, labels), conditions)
+    task = task_of(metric, outputs, labels)
+    if looks_like_probabilities(task, metric, outputs, labels):
+        conditions.notes.append(
+            "All outputs of the model lie between 0 and 1. If they are probabilities, these numbers"
+            " are wrong: give logits, as with output=torch.logit."
+        )
+    _probe(found, train, labels, task, conditions)
     return _report(found, labels, measure, conditions, past, options)
 
 
@@ -297,6 +314,7 @@ def _report(
         removed={name: estimated["masked", every ^ 1 << m] for m, name in enumerate(names)},
         noisy=noisy,
         trained_alone=each("trained alone"),
+        leans_on=_leans_on(estimated, conditions),
         shapley=each("shapley"),
         shapley_share=each("share"),
         probes={
@@ -310,12 +328,29 @@ def _report(
     )
 
 
+def _leans_on(estimated: Mapping[Key, Estimate], conditions: Conditions) -> str | None:
+    """The modality whose removal costs more than nothing, and than each other's."""
+    for m, name in enumerate(conditions.names):
+        others = [other for other in range(len(conditions.names)) if other != m]
+        apart = [estimated["cost", m], *(estimated["cost beyond", m, other] for other in others)]
+        if all(difference.low is not None and difference.low > 0 for difference in apart):
+            return name
+    return None
+
+
 def _derived(
     values: Mapping[Key, float], conditions: Conditions, higher_is_better: bool
 ) -> dict[Key, float]:
-    """Shapley values, their shares, and the ratios of probes."""
+    """Shapley values, their shares, the ratios of probes, and the costs of removal."""
     found: dict[Key, float] = {}
     sign = 1 if higher_is_better else -1
+    every = conditions.every
+    joint = sign * values["masked", every]
+    costs = [joint - sign * values["masked", every ^ 1 << m] for m in range(len(conditions.names))]
+    for m, cost in enumerate(costs):
+        found["cost", m] = cost
+        for other, less in enumerate(costs):
+            found["cost beyond", m, other] = cost - less
     if conditions.shapley:
         wide = {
             coalition: torch.tensor(sign * values["masked", coalition], dtype=torch.float64)
@@ -327,7 +362,7 @@ def _derived(
             found["shapley", name] = phi
             found["share", name] = phi / gain if gain > 0 else math.nan
     for kind, name in [key for key in values if key[0] == "unimodal_encoders"]:
-        joint, alone = values["encoders", name], values[kind, name]
-        above, below = (joint, alone) if higher_is_better else (alone, joint)
+        own, alone = values["encoders", name], values[kind, name]
+        above, below = (own, alone) if higher_is_better else (alone, own)
         found["ratio", name] = above / below if below > 0 else math.nan
     return found

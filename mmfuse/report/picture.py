@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 _MARKERS = "os^Dvp"
 _DPI, _LETTERS = 150, 84
+# A name with dollar signs is no formula.
+_AS_IT_IS = {"text.parse_math": False}
 # Inches; beside other panels, and on a page, where a telephone shows it at half the size.
 _WIDTH, _NARROW = 5.8, 4.4
 
@@ -215,10 +217,15 @@ def _draw_history(
     for modality, values in curves.items():
         known = modality in report.modalities
         colour = _colour(report, modality, style) if known else None
-        ax.plot(report.history.steps, values, color=colour, linewidth=1.3, label=modality)
+        ax.plot(report.history.steps, values, color=colour, linewidth=1.3, label=_told(modality))
     ax.set_xlabel("training step")
     ax.set_ylabel(name[:-1])
     _legend(ax, style)
+
+
+def _told(name: str) -> str:
+    """The name in a legend, which leaves out those that begin with an underscore."""
+    return f" {name}" if name.startswith("_") else name
 
 
 def _legend(ax: Any, style: Style) -> None:
@@ -340,6 +347,11 @@ def _height(panel: Panel) -> float:
 
 def _figure(panel: Panel, style: Style, height: float, *, heading: bool) -> Any:
     """A figure of one panel; with a heading its title and how to read it stand above the axes."""
+    with package("matplotlib").rc_context(_AS_IT_IS):
+        return _drawn(panel, style, height, heading)
+
+
+def _drawn(panel: Panel, style: Style, height: float, heading: bool) -> Any:
     wrapped = textwrap.wrap(panel.reading, _LETTERS)
     head = 0.45 + 0.17 * len(wrapped) if heading else 0.0
     figure = package("matplotlib.figure").Figure(
@@ -370,7 +382,8 @@ def _figure(panel: Panel, style: Style, height: float, *, heading: bool) -> Any:
 
 def _strip(text: str, width: float, height: float, size: float, weight: str, colour: str) -> Any:
     figure = package("matplotlib.figure").Figure(figsize=(width, height), facecolor="white")
-    figure.text(0.5, 0.5, text, ha="center", va="center", size=size, weight=weight, color=colour)
+    style = {"size": size, "weight": weight, "color": colour}
+    figure.text(0.5, 0.5, text, ha="center", va="center", parse_math=False, **style)
     return _pixels(figure)
 
 

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 __all__ = ["Estimate", "History", "ImbalanceReport", "Probes"]
 
 
+_WIDTH = 100
+
+
 class Probes(NamedTuple):
     """Linear probes of one modality's frozen encoders.
 
@@ -54,6 +57,9 @@ class ImbalanceReport:
         removed: Name → with this one masked.
         noisy: Name → severity → with noise on this one.
         trained_alone: Name → of a model that was trained on this one alone.
+        leans_on: The modality whose removal costs more than nothing and more than that of each
+            other one: the intervals of these differences, from the same resamples, lie above 0.
+            None if the samples do not say, or without intervals.
         shapley: Name → Shapley value of the metric; of errors, by how much it lowers them.
         shapley_share: Name → its share of the gain over no modality; they add up to 1.
         probes: Name → linear probes of its encoders.
@@ -72,6 +78,7 @@ class ImbalanceReport:
     removed: dict[str, Estimate]
     noisy: dict[str, dict[float, Estimate]] = field(default_factory=dict)
     trained_alone: dict[str, Estimate] = field(default_factory=dict)
+    leans_on: str | None = None
     shapley: dict[str, Estimate] = field(default_factory=dict)
     shapley_share: dict[str, Estimate] = field(default_factory=dict)
     probes: dict[str, Probes] = field(default_factory=dict)
@@ -104,12 +111,15 @@ class ImbalanceReport:
         """
         rich: Any = package("rich.table")
         arrow = "higher is better" if self.higher_is_better else "lower is better"
+        # A name in brackets is none of rich's styles.
+        escape: Any = package("rich.markup").escape
         found: Table = rich.Table(
-            title=f"{self.metric} on {self.samples:,} samples ({arrow})", title_style="bold"
+            title=f"{escape(self.metric)} on {self.samples:,} samples ({arrow})",
+            title_style="bold",
         )
         found.add_column("")
         for name in self.modalities:
-            found.add_column(name, justify="right")
+            found.add_column(escape(name), justify="right")
         for title, row in self.rows():
             found.add_row(title, *(shown(row.get(name)) for name in self.modalities))
         found.caption = f"all modalities {shown(self.joint)}; all masked {shown(self.nothing)}"
@@ -171,10 +181,12 @@ class ImbalanceReport:
         )
 
     def __str__(self) -> str:
-        console: Any = package("rich.console").Console(width=100, record=True, file=_Nowhere())
+        # Wide enough for the number and its interval of each modality.
+        wide = max(_WIDTH, 40 + sum(3 + max(21, len(name)) for name in self.modalities))
+        console: Any = package("rich.console").Console(width=wide, record=True, file=_Nowhere())
         console.print(self.table())
         for sentence in (*self.findings, *self.notes):
-            console.print(f"• {sentence}", highlight=False, markup=False)
+            console.print(f"• {sentence}", highlight=False, markup=False, width=_WIDTH)
         text: str = console.export_text()
         return text.rstrip()
 

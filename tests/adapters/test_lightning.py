@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -577,6 +578,80 @@ def test_several_optimizers(tmp_path: Path, split: bool) -> None:
     assert_same_training(module, expected, method)
 
 
+class Clipping(Manual):
+    """Clips by hand, each optimizer's gradients for themselves."""
+
+    def training_step(self, data: Data, batch_idx: int) -> None:
+        both = self.optimizers()
+        loss, seen = forward(self.net, data)
+        self.balance.observe(seen["logits"], seen["labels"])
+        self.manual_backward(loss)
+        self.balance.modulate()
+        for optimizer in both:
+            self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_clipping_by_hand_comes_after_modulation(tmp_path: Path) -> None:
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+    balance = balance_for("OGM")
+    module = Clipping(net, balance, True)
+
+    def clip() -> None:
+        audio = [*expected.audio_net.parameters(), *expected.fc.parameters()]
+        for parameters in (audio, list(expected.visual_net.parameters())):
+            nn.utils.clip_grad_norm_(parameters, 0.1)
+
+    trainer(tmp_path, balance).fit(module, data)
+    assert_same_training(module, expected, by_hand(expected, data, maker("OGM"), after=clip))
+    with pytest.raises(RuntimeError, match=r"Balance.modulate belongs in training_step, after"):
+        balance.modulate()
+
+
+class Toggling(Manual):
+    """A backward pass for each optimizer, but one observation."""
+
+    def training_step(self, data: Data, batch_idx: int) -> None:
+        for i, optimizer in enumerate(self.optimizers()):
+            self.toggle_optimizer(optimizer)
+            optimizer.zero_grad()
+            loss, seen = forward(self.net, data)
+            if i == 0:
+                self.balance.observe(seen["logits"], seen["labels"])
+            self.manual_backward(loss)
+            optimizer.step()
+            self.untoggle_optimizer(optimizer)
+
+
+def test_gradients_that_are_newer_than_the_step(tmp_path: Path) -> None:
+    balance = balance_for("OGM")
+    with pytest.raises(RuntimeError, match=r"gradients of the encoder of 'visual' are newer than"):
+        trainer(tmp_path, balance).fit(Toggling(AudioVisual(), balance, True), Batches())
+
+
+class Thawing(Module):
+    """Its encoders are trained from the second epoch on."""
+
+    def on_train_epoch_start(self) -> None:
+        encoders = nn.ModuleDict(self.net.encoders).requires_grad_(self.current_epoch > 0)
+        if self.current_epoch == 1:
+            self.optimizers().optimizer.add_param_group({"params": list(encoders.parameters())})
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return sgd(self.net.fc.parameters())
+
+
+def test_frozen_encoders_are_not_observed(tmp_path: Path) -> None:
+    """Else the first step would be of all batches before it."""
+    balance = balance_for("OGM", starts=0, ends=None)
+    module = Thawing(AudioVisual(), balance)
+    trainer(tmp_path, balance, max_epochs=2).fit(module, Batches())
+    assert module.results[:STEPS] == [None] * STEPS
+    assert balance.method.stream.state[1] == STEPS
+
+
 def test_several_optimizers_with_encoders_and_a_scaler_are_refused(tmp_path: Path) -> None:
     balance = balance_for("InfoReg")
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
@@ -628,14 +703,32 @@ class Skipping(Module):
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
-def test_a_batch_that_is_left_out_modulates_nothing(tmp_path: Path) -> None:
-    """Its logits, already shown to the method, join the next step."""
+@pytest.mark.parametrize("accumulate", [1, STEPS])
+def test_a_batch_that_is_left_out_counts_in_no_step(tmp_path: Path, accumulate: int) -> None:
+    """Its logits have been shown to the method already, but its gradients do not exist."""
     balance = balance_for("OGM", starts=0, ends=None)
-    module = Skipping(AudioVisual(), balance)
-    trainer(tmp_path, balance, max_epochs=1).fit(module, Batches())
-    first, left_out, last = module.results
-    assert left_out is first is not last
-    assert balance.method.stream.state[1] == 2
+    net, data = AudioVisual(), Batches()
+    expected = copy.deepcopy(net)
+    module = Skipping(net, balance)
+    options = {"max_epochs": 1, "accumulate_grad_batches": accumulate}
+    trainer(tmp_path, balance, **options).fit(module, data)
+    if accumulate == 1:
+        first, left_out, last = module.results
+        assert left_out is first is not last
+    method = MAKERS["OGM"](expected.encoders, starts=0, ends=None)
+    optimizer = sgd(expected.parameters())
+    for i in range(STEPS):
+        loss, seen = forward(expected, data.batches[i])
+        if i == 1:
+            continue
+        method.observe(seen["logits"], seen["labels"])
+        (loss / accumulate).backward()
+        if i == 2 or accumulate == 1:
+            method.step()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(dict(net.state_dict()), dict(expected.state_dict()))
+    assert_same(balance.method.stream.state, method.stream.state)
 
 
 def test_validation_is_not_taken_in(tmp_path: Path) -> None:
@@ -647,6 +740,61 @@ def test_validation_is_not_taken_in(tmp_path: Path) -> None:
     runs.fit(module, data, Batches())
     runs.validate(module, Batches(), verbose=False)
     assert_same_training(module, expected, by_hand(expected, data, maker("OGM")))
+
+
+class Evaluating(Sharing):
+    """Its validation records gradients, for an input's saliency."""
+
+    def validation_step(self, data: Data, batch_idx: int) -> None:
+        with torch.enable_grad():
+            super().validation_step(data, batch_idx)
+
+
+def test_an_evaluation_with_gradients_is_not_taken_in(tmp_path: Path) -> None:
+    balance = balance_for("OGM")
+    module = Evaluating(AudioVisual(), balance)
+    runs = trainer(tmp_path, balance, inference_mode=False)
+    runs.validate(module, Batches(), verbose=False)
+    runs.fit(module, Batches(), Batches())
+    runs.validate(module, Batches(), verbose=False)
+    assert not balance.method._senses.pending
+
+
+def test_a_checkpoint_that_is_evaluated_does_not_put_the_method_back(tmp_path: Path) -> None:
+    net, balance = AudioVisual(), balance_for("OGM", starts=0, ends=None)
+    module, path = Sharing(net, balance), tmp_path / "early.ckpt"
+    runs = trainer(tmp_path, balance, max_epochs=1)
+    runs.fit(module, Batches(), Batches())
+    runs.save_checkpoint(path)
+    runs = trainer(tmp_path, balance, max_epochs=2)
+    runs.fit(module, Batches(), Batches())
+    before = copy.deepcopy(balance.state_dict())
+    trainer(tmp_path, balance).validate(module, Batches(), ckpt_path=path, verbose=False)
+    assert_same(balance.state_dict(), before)
+    steps = int(balance.method.stream.state[1])
+    trainer(tmp_path, balance, max_epochs=1).fit(module, Batches(), Batches())
+    assert balance.method.stream.state[1] == steps + STEPS
+
+
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be")
+def test_a_checkpoint_without_a_state_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "other.ckpt"
+    other = Balance(mmfuse.OGM, dict(reversed(ENCODERS.items())))
+    runs = trainer(tmp_path, other, max_epochs=1)
+    runs.fit(Module(AudioVisual(), other), Batches())
+    runs.save_checkpoint(path)
+    balance = balance_for("OGM")
+    with pytest.warns(RuntimeWarning, match=r"no state of Balance for .'audio', 'visual'.: the"):
+        fit(tmp_path, AudioVisual(), Batches(), balance, ckpt_path=path)
+
+
+def test_deepspeed_is_refused() -> None:
+    class DeepSpeedStrategy:
+        pass
+
+    balance = balance_for("OGM")
+    with pytest.raises(ValueError, match="modulated under DeepSpeedStrategy, which keeps them"):
+        balance.on_fit_start(SimpleNamespace(strategy=DeepSpeedStrategy()), nn.Module())
 
 
 def test_bad_arguments() -> None:

@@ -224,3 +224,23 @@ def test_two_ranks_are_one_with_the_whole_batch() -> None:
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert math.isfinite(sum(float(g.sum()) for g in expected))
+
+
+@pytest.mark.parametrize("baseline", ["zero", "mean"])
+def test_a_model_may_change_its_inputs_in_place(baseline: Any) -> None:
+    class InPlace(nn.Module):
+        def forward(self, audio: Tensor, visual: Tensor) -> Tensor:
+            return audio.relu_().add_(1) * visual.neg_()
+
+    data = {n: torch.randn(6, 3) for n in ("audio", "visual")}
+    before = {n: x.clone() for n, x in data.items()}
+    found = mmfuse.shapley_responses(InPlace(), data, baseline=baseline)
+    assert all(torch.equal(x, before[n]) for n, x in data.items())
+    mask = {n: (x * 0 if baseline == "zero" else x.mean(0).expand(6, 3)) for n, x in data.items()}
+
+    def f(audio: Tensor, visual: Tensor) -> Tensor:
+        return -(audio.relu() + 1) * visual
+
+    joint, alone = f(**data), f(data["audio"], mask["visual"])
+    expected = (joint - f(mask["audio"], data["visual"]) + alone) / 2
+    assert torch.allclose(found["audio"], expected)

@@ -411,22 +411,33 @@ def test_a_method_made_before_sharding_says_so() -> None:
         assert "encoders['audio']" in message
 
 
-def flat_parameters(rank: int) -> str:
+def flat_parameters(rank: int) -> list[str]:
     from torch.distributed.fsdp import FullyShardedDataParallel
+
+    def refused(encoders: Any) -> str:
+        try:
+            mmfuse.OGM(encoders)
+        except TypeError as error:
+            return str(error)
+        return ""
 
     encoders = {"audio": nn.Linear(3, 2), "visual": nn.Linear(3, 2)}
     encoders["visual"] = FullyShardedDataParallel(encoders["visual"], device_id="cpu")
-    try:
-        mmfuse.OGM(encoders)
-    except TypeError as error:
-        return str(error)
-    return ""
+    found = [refused(encoders)]
+    whole = nn.ModuleDict({"audio": nn.Linear(3, 2), "visual": nn.Linear(3, 2)})
+    FullyShardedDataParallel(whole, device_id="cpu", use_orig_params=True)
+    found.append(refused(dict(whole.items())))
+    found.append(refused({name: list(net.parameters()) for name, net in whole.items()}))
+    return found
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_fsdp1_is_refused() -> None:
-    for message in ranks(2).run(flat_parameters):
-        assert "encoders['visual'] is wrapped in FullyShardedDataParallel" in message
+    """Also where it wraps the model alone, whose encoders look as they always did."""
+    for encoder, model, parameters in ranks(2).run(flat_parameters):
+        assert "encoders['visual'] is wrapped in FullyShardedDataParallel" in encoder
+        assert "encoders['audio'].weight is wrapped in FullyShardedDataParallel" in model
+        assert "encoders['audio'][0] is wrapped in FullyShardedDataParallel" in parameters
 
 
 def merged(rank: int, wholes: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

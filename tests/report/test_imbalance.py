@@ -230,6 +230,110 @@ def test_metrics_against_scikit_learn() -> None:
     assert kappa == pytest.approx(metrics.cohen_kappa_score(labels, z.argmax(1)))
 
 
+def test_the_name_of_a_metric_of_one_logit() -> None:
+    inputs, labels = samples(NAMES[:2])
+    one, yes = {n: x[:, :1] for n, x in inputs.items()}, (labels == 0).long()
+    named = {
+        metric: imbalance_report(
+            Added(audio=1.0, visual=0.5), [(one, yes)], metric=metric, resamples=0
+        ).metric
+        for metric in ("accuracy", "f1", "map")
+    }
+    assert named == {
+        "accuracy": "accuracy",
+        "f1": "F1 of the positive class",
+        "map": "average precision",
+    }
+
+
+def test_a_metric_waits_for_no_other_process() -> None:
+    """Torchmetrics would gather the samples of all processes, which do not ask for them."""
+
+    def gather(value: Tensor, group: Any = None) -> list[Tensor]:
+        raise AssertionError("another process was asked")
+
+    inputs, labels = samples(NAMES[:2])
+    metric = torchmetrics.classification.MulticlassAccuracy(
+        3, average="micro", dist_sync_fn=gather, distributed_available_fn=lambda: True
+    )
+    report = imbalance_report(
+        Added(audio=1.0, visual=0.5), [(inputs, labels)], metric=metric, resamples=0
+    )
+    hit = (inputs["audio"] + 0.5 * inputs["visual"]).argmax(1) == labels
+    assert report.joint.value == pytest.approx(float(hit.double().mean()))
+    assert metric.sync_on_compute, "the user's metric is as it was"
+
+
+@pytest.mark.parametrize("metric", ["map", "f1"])
+def test_rare_labels_do_not_pull_an_interval_down(metric: str) -> None:
+    """A resample in which nobody has the label says nothing about it."""
+    labels = torch.zeros(60, 4)
+    labels[:30, 0] = 1
+    for label in (1, 2, 3):
+        labels[label, label] = 1  # one sample: 37 % of the resamples have none
+    logits = 8 * labels - 4
+    report = imbalance_report(
+        Added(audio=1.0, visual=0.0), [({"audio": logits, "visual": logits}, labels)], metric=metric
+    )
+    assert report.joint == pytest.approx((1, 1, 1))
+
+
+def test_probabilities_in_the_place_of_logits_are_noted() -> None:
+    inputs, labels = samples(NAMES[:2])
+    yes = (labels == 0).long()
+
+    def model(**x: Tensor) -> Tensor:
+        return (x["audio"] + x["visual"])[:, 0].sigmoid()
+
+    report = imbalance_report(model, [(inputs, yes)], resamples=0)
+    assert any("between 0 and 1. If they are probabilities" in note for note in report.notes)
+    assert report.joint.value == pytest.approx(float(yes.float().mean()))  # all are "yes"
+    right = imbalance_report(model, [(inputs, yes)], output=torch.logit, resamples=0)
+    assert not right.notes and right.joint.value > report.joint.value + 0.1
+    # The largest of several is the same either way.
+    several = imbalance_report(
+        lambda **x: (x["audio"] + x["visual"]).softmax(1), [(inputs, labels)], resamples=0
+    )
+    assert not several.notes
+
+
+def test_the_model_leans_on_a_modality_that_costs_more_than_all_others() -> None:
+    inputs, labels = samples(NAMES)
+
+    def leans_on(count: int = 3, **more: Any) -> str | None:
+        data = [({n: inputs[n] for n in NAMES[:count]}, labels)]
+        weights = dict(zip(NAMES, (1.0, 0.0, 0.0), strict=True))
+        model = Added(**{n: weights[n] for n in NAMES[:count]})
+        return imbalance_report(model, data, **more).leans_on
+
+    assert leans_on() == leans_on(2) == "audio"
+    assert leans_on(resamples=0) is None
+    # Each is a copy of the other: neither costs more.
+    twins = [({"audio": inputs["audio"], "visual": inputs["audio"]}, labels)]
+    report = imbalance_report(Added(audio=1.0, visual=1.0), twins)
+    assert report.leans_on is None
+    assert any("do not say which one" in text for text in report.findings)
+    # Without "visual" it is better; without "audio" as good: it leans on neither.
+    noise = [({"audio": torch.zeros(200, 3), "visual": 3 * torch.randn(200, 3)}, labels)]
+
+    def hinders(**x: Tensor) -> Tensor:
+        return x["audio"] + x["visual"] + nn.functional.one_hot(labels, 3)
+
+    assert imbalance_report(hinders, noise).leans_on is None
+
+    # The intervals of both overlap, but in each resample more is wrong without audio.
+    def model(audio: Tensor, visual: Tensor) -> Tensor:
+        right = nn.functional.one_hot(labels, 3).float()
+        wrong = 40 * bool((audio == 0).all()), 28 * bool((visual == 0).all())
+        right[: max(wrong)] *= -1
+        return right
+
+    report = imbalance_report(model, [({n: inputs[n] for n in NAMES[:2]}, labels)])
+    audio, visual = report.removed["audio"], report.removed["visual"]
+    assert audio.high is not None and visual.low is not None and audio.high > visual.low
+    assert report.leans_on == "audio"
+
+
 def test_classes_of_places() -> None:
     x = {n: torch.randn(20, 3, 4) for n in NAMES[:2]}
     places = torch.randint(0, 3, (20, 4))

@@ -179,6 +179,24 @@ def test_panels_for_a_page_are_dark_or_light() -> None:
     assert to_hex(light[0, 0]) == LIGHT.background and to_hex(dark[0, 0]) == DARK.background
 
 
+def test_names_are_no_formulas() -> None:
+    """Matplotlib would take what stands between two dollar signs for one, and fail on it."""
+    names = ("$\\frac$", "_hidden$")
+    values = {n: Estimate(0.5, 0.4, 0.6) for n in names}
+    report = reported(
+        modalities=names,
+        alone=values,
+        removed=values,
+        noisy={n: {1.0: Estimate(0.4)} for n in names},
+        trained_alone=values,
+        shapley_share=values,
+        probes={},
+        history=None,
+    )
+    assert png(report).startswith(b"\x89PNG")
+    assert panel_png(panels(report)[0], DARK).startswith(b"\x89PNG")
+
+
 @pytest.mark.slow
 def test_many_and_long_names() -> None:
     report = reported(20)

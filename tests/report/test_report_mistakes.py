@@ -33,6 +33,19 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         r"model must be .* got list \(are model and loader swapped\?\)",
     ),
+    "each sample is its own mean": (
+        reported(loader=batched(INPUTS, LABELS, 1), baseline="mean"),
+        ValueError,
+        r"each batch of the loader has one sample, which would not be masked: take larger",
+    ),
+    "NaN marks a missing sample": (
+        reported(
+            lambda **x: sum(v.nan_to_num() for v in x.values()),
+            of({**INPUTS, "visual": INPUTS["visual"].where(LABELS[:, None] > 0, torch.nan)}),
+        ),
+        ValueError,
+        r"the input of 'visual' holds NaN .* give corrupt=, or severities=\(\) to leave noise out",
+    ),
     "a loader of tensors": (
         reported(loader=[INPUTS["audio"]]),
         TypeError,
@@ -314,3 +327,9 @@ def test_a_missing_package_for_a_file(
     with pytest.raises(ImportError, match=rf"needs {package}: pip install {package}"):
         report.save(tmp_path / f"report{suffix}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_some_batches_of_one_sample_are_noted() -> None:
+    report = imbalance_report(MODEL, batched(INPUTS, LABELS, 29), baseline="mean", resamples=0)
+    assert "In 1 of 2 batches nothing was masked" in report.notes[0]
+    assert not imbalance_report(MODEL, batched(INPUTS, LABELS, 29), resamples=0).notes

@@ -74,11 +74,29 @@ def test_the_dict_is_json_and_holds_every_number() -> None:
 
 def test_what_is_not_defined_is_none_and_a_dash() -> None:
     nothing = {n: Estimate(math.nan) for n in ("audio", "visual")}
-    report = plain(shapley=nothing, shapley_share=nothing)
+    none = {n: Estimate(0.0) for n in nothing}
+    report = plain(shapley=none, shapley_share=nothing)
     assert report.as_dict()["shapley_share"]["audio"]["value"] is None
     assert dict(report.rows())["Shapley share"]["audio"].value is not None
     assert "—" in str(report)
     assert any("no better than without" in text for text in report.findings)
+
+
+def test_a_metric_that_is_not_defined_says_so() -> None:
+    """Of constant outputs there is no correlation, which says nothing about the model."""
+    nothing = {n: Estimate(math.nan) for n in ("audio", "visual")}
+    report = plain(nothing=Estimate(math.nan), shapley=nothing, shapley_share=nothing)
+    assert any("With some inputs masked the accuracy is not defined" in t for t in report.findings)
+    assert "no better than without" not in str(report)
+
+
+def test_names_are_no_markup_and_fit() -> None:
+    names = ("ecg[lead]", "[/x]", *(f"a rather long name {i}" for i in range(5)))
+    values = {n: Estimate(0.9678, 0.9591, 0.9764) for n in names}
+    report = plain(modalities=names, alone=values, removed=values, metric="[bold]")
+    text = str(report)
+    assert all(name in text for name in names) and "[bold] on 10 samples" in text
+    assert text.count("0.968 (0.959–0.976)") >= 2 * len(names) and "…" not in text
 
 
 def test_the_table_and_the_text_hold_what_there_is() -> None:
@@ -114,14 +132,17 @@ def test_findings_follow_from_the_intervals() -> None:
         return " ".join(plain(**more).findings)
 
     assert "0.300 (0.200–0.400) without audio and 0.800" in said()
-    assert "the model leans most on audio" in said()
-    close = {"audio": Estimate(0.3, 0.2, 0.5), "visual": Estimate(0.4, 0.3, 0.6)}
-    assert "do not say which one the model leans on" in said(removed=close)
+    assert "the model leans most on audio" in said(leans_on="audio")
+    assert "do not say which one the model leans on" in said()
     # The metric is an error: the larger one is worse.
     errors = {"audio": Estimate(0.3, 0.2, 0.4), "visual": Estimate(0.8, 0.7, 0.85)}
-    assert "leans most on visual" in said(removed=errors, higher_is_better=False)
+    assert "0.800 (0.700–0.850) without visual and 0.300" in said(
+        removed=errors, higher_is_better=False
+    )
     bare = {n: Estimate(e.value) for n, e in errors.items()}
     assert "leans" not in said(removed=bare)
+    undefined = {"audio": Estimate(math.nan), "visual": errors["visual"]}
+    assert "is 0.800 (0.700–0.850) without visual and — without audio" in said(removed=undefined)
     assert "give" not in said() and "encoders= and unimodal_encoders= compare them" in said()
 
     def probed(low: float, high: float) -> Probes:
@@ -130,18 +151,21 @@ def test_findings_follow_from_the_intervals() -> None:
 
     both = said(probes={"audio": probed(0.9, 0.98), "visual": probed(0.6, 0.8)})
     assert "audio encoder are 0.940 (0.900–0.980) times as good" in both
-    close = {n: Estimate(0.5, 0.4, 0.6) for n in ("audio", "visual")}
     behind = {"audio": probed(0.9, 0.98), "visual": probed(0.6, 0.8)}
-    assert headline(plain(probes=behind)) == (
+    assert headline(plain(probes=behind, leans_on="audio")) == (
         "The model leans most on audio. The visual and audio encoders have learnt less than "
         "trained alone (linear probes)."
     )
-    assert headline(plain(removed=close)) == ""
+    assert headline(plain()) == ""
     behind["audio"] = probed(0.9, 1.1)
-    assert headline(plain(removed=close, probes=behind)) == (
+    assert headline(plain(probes=behind)) == (
         "The visual encoder has learnt less than trained alone (linear probes)."
     )
     assert both.count("it is behind") == 2 and "Furthest behind is visual." in both
+    equal = said(probes={"audio": probed(0.6, 0.8), "visual": probed(0.6, 0.8)})
+    assert equal.count("it is behind") == 2 and "Furthest" not in equal
+    lost = Probes(Estimate(0.5), Estimate(0.0), Estimate(math.nan))
+    assert "encoders= and unimodal_encoders= compare them" in said(probes={"audio": lost})
     assert "encoders= and" not in both
     none = said(probes={"audio": probed(0.9, 1.1), "visual": probed(1.1, 1.2)})
     assert "no difference can be seen" in none and "it is ahead" in none

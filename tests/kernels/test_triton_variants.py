@@ -88,3 +88,18 @@ print([v.signature["units"] for v in found.values()])
     done = run(program)
     # Forward and backward pass; an offset of more than 32 bits is of another type.
     assert done.stdout.splitlines() == [str([("i32", "i32")] * 3)], done.stderr
+
+
+@pytest.mark.slow
+def test_quotients_that_methods_compare_with_1_are_the_nearest() -> None:
+    program = """
+import samples, triton
+samples.MODULES = {"discrepancy_ratios": samples.MODULES["discrepancy_ratios"]}
+for v in c.variants():
+    target = c.GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(v.source(), target=target, options=dict(v.options)).asm["ptx"]
+    print(v.signature["scores_ptr"], "div.rn.f" in ptx, "div.full" in ptx)
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["*fp32 True False", "*fp64 True False"]

@@ -103,3 +103,41 @@ for v in c.variants():
     done = run(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["*fp32 True False", "*fp64 True False"]
+
+
+@pytest.mark.slow
+def test_a_size_or_a_stride_of_1_is_compiled_too() -> None:
+    """Triton makes it a constant of a kernel of its own, unless it is told not to."""
+    program = """
+never = {}
+for v in c.variants():
+    for place, argument in enumerate(v.kernel.params):
+        kinds = v.signature[argument.name]
+        told = argument.do_not_specialize and not isinstance(kinds, tuple)
+        if argument.is_constexpr or argument.annotation_type or told:
+            continue
+        places = [(place,)]
+        if isinstance(kinds, tuple):
+            places = [(place, k) for k in range(len(kinds))]
+        values = [v.constants.get(p) for p in places]
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not {"i32", "i64"}.isdisjoint(kinds) or int in map(type, values):
+            key = v.kernel.__name__, argument.name
+            never[key] = never.get(key, True) and 1 not in values
+print(*sorted(".".join(key) for key, is_so in never.items() if is_so), sep="\\n")
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    of_scores = ("modality_accuracies", "modality_scores", "modality_scores_backward")
+    of_scores += ("sample_scores", "sample_statistics")
+    two_classes = ("logit_divergence", "logit_divergence_backward", of_scores[0], of_scores[4])
+    expected = [
+        # Odd numbers above 1 stand for them.
+        *(f"_drop_modalities_kernel.{name}" for name in ("offsets", "stream_ids", "units")),
+        # At least 2, but with labels that are each a yes or a no.
+        *(f"_{name}_kernel.class_counts" for name in two_classes),
+        # Without a further dimension 0, else a whole sample's.
+        *(f"_{name}_kernel.outer_strides" for name in of_scores),
+        "_modality_scores_backward_kernel.grad_outer_strides",
+    ]
+    assert done.stdout.split() == sorted(expected)

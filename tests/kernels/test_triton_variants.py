@@ -91,6 +91,27 @@ print([v.signature["units"] for v in found.values()])
 
 
 @pytest.mark.slow
+def test_kernels_that_compare_fuse_no_product() -> None:
+    """Nobody is ahead of an equal by the bits that rounding took from one of two products."""
+    program = """
+import re, samples, triton
+names = "information_pull", "redundancy_pull"
+samples.MODULES = {name: samples.MODULES[name] for name in names}
+found = set()
+for v in c.variants():
+    target = c.GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(v.source(), target=target, options=dict(v.options)).asm["ptx"]
+    # The assembler may fuse an instruction that is not said to be rounded.
+    found.add((v.op, len(re.findall("(?:add|mul|sub)[.]f", ptx)), ptx.count("fma.rn.f64")))
+print(sorted(found))
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    # The exponentials' own, with counts and multipliers as without them.
+    assert done.stdout.splitlines() == ["[('information_pull', 0, 28), ('redundancy_pull', 0, 28)]"]
+
+
+@pytest.mark.slow
 def test_quotients_that_methods_compare_with_1_are_the_nearest() -> None:
     program = """
 import samples, triton

@@ -38,8 +38,8 @@ MMFUSE_HD Redundancy redundancy_after(const Redundancy& old, double measured, bo
   Redundancy now = old;
   if (counts) now.last = measured;
   if (isfinite(measured)) {
-    now.average = momentum * old.average + (1 - momentum) * measured;
-    now.weight = momentum * old.weight + (1 - momentum);
+    now.average = rounded_product(momentum, old.average) + rounded_product(1 - momentum, measured);
+    now.weight = rounded_product(momentum, old.weight) + (1 - momentum);
   }
   return now;
 }
@@ -56,14 +56,16 @@ MMFUSE_HD double gain_growth(const F& gain, int64_t window, int64_t steps) {
   if (steps <= window) return 1;
   double sum = 0;
   for (int64_t k = 0; k < window; ++k) sum += gain(k);
-  return (gain(window) - gain(0)) / (fabs(sum) + static_cast<double>(window) * kRedundancyEps);
+  const double least = rounded_product(static_cast<double>(window), kRedundancyEps);
+  return (gain(window) - gain(0)) / (fabs(sum) + least);
 }
 
+// Is compared with a threshold: rounded step by step, as the reference is.
 MMFUSE_HD double redundancy_phase(const Redundancy& now, double growth,
                                   const RedundancyRule& rule) {
   const double average = rule.unbiased ? now.average / now.weight : now.average;
   const double growing = growth < 0 ? 0 : growth;  // a NaN stays one
-  return now.last / (average + kRedundancyEps) - rule.gamma * growing;
+  return now.last / (average + kRedundancyEps) - rounded_product(rule.gamma, growing);
 }
 
 // The strength of the one modality ahead of all others, if it is redundant; 0 for the rest.

@@ -26,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> information_pull(
   Tensor scale = empty_on_cpu({tensors}, dtype);
   Tensor pull = empty_on_cpu({tensors}, dtype);
   const auto score = [&](int64_t i) {
-    return counts ? numbers[i] * (*counts)[single ? 0 : i] : numbers[i];
+    return counts ? rounded_product(numbers[i], (*counts)[single ? 0 : i]) : numbers[i];
   };
   const bool table = scores.dim() == 2;
   const Compared<decltype(score)> compared{score, modalities, table};

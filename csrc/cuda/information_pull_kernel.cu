@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto score = [&](int64_t k) {
     const double number = load_coefficient<double>(call.scores, k);
     if (call.counts.values == nullptr) return number;
-    return number * load_coefficient<double>(call.counts, call.one_count ? 0 : k);
+    return rounded_product(number, load_coefficient<double>(call.counts, call.one_count ? 0 : k));
   };
   const Compared<decltype(score)> compared{score, call.modalities, call.table};
   const int64_t m = t < 0 ? i : call.owner[t];

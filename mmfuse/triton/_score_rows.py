@@ -15,9 +15,10 @@ LABELS = tl.constexpr(2)
 
 @triton.jit
 def tile_of_rows(tile, inner, BLOCK_ROWS: tl.constexpr):
-    """The tile's outer and inner rows; all of a tile are of one outer."""
-    tiles = tl.cdiv(inner, BLOCK_ROWS)
-    return tile // tiles, (tile % tiles) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """The tile's outer and inner rows, int64; all of a tile are of one outer."""
+    # Fewer than 2^31, and divided by as such: rows may be more.
+    tiles = tl.cdiv(inner.to(tl.int64), BLOCK_ROWS).to(tl.int32)
+    return tile // tiles, (tile % tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import COMPILE_OPTIONS
-from ._device import round_to, widen
+from ._device import divide, round_to, widen
 from ._partials import accumulator
 from ._tensor_list import launch_on
 
@@ -25,12 +25,6 @@ COLUMN_LINES = 16
 COLUMN_ITEMS = 32
 # Slopes are at most 1. In float16 small ones would lose bits below 2^-14, large ones end at 2^16.
 HALF_SCALE = {torch.float16: 2.0**15, torch.bfloat16: 1.0}
-
-
-@triton.jit
-def _divide(x, y):
-    # The fast quotient of float32 is not the nearest number.
-    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
 
 
 @triton.jit
@@ -63,7 +57,7 @@ def _merge_lines(
         item = start + tl.arange(0, ITEMS)
         mask = used[:, None] & (item < n_items)[None, :]
         dots = tl.load(line_ptrs + (item * item_stride)[None, :], mask=mask, other=0.0)
-        s = tl.where(mask, _divide(dots, temperature), float("-inf"))
+        s = tl.where(mask, divide(dots, temperature), float("-inf"))
         # A NaN reaches the sum, not the maximum, where backends differ.
         new_top = tl.maximum(top, tl.max(tl.where(s == s, s, float("-inf")), axis=1))
         shift = _finite_or_zero(new_top)
@@ -141,7 +135,7 @@ def _slope_kernel(
     ACC: tl.constexpr = dots_ptr.dtype.element_ty
     OUT: tl.constexpr = slopes_ptr.dtype.element_ty
     temperature = tl.load(temperature_ptr)
-    scale = _divide(tl.load(grad_ptr), batch.to(ACC))
+    scale = divide(tl.load(grad_ptr), batch.to(ACC))
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     row_sums = tl.load(rows_ptr + row, mask=row < n_rows, other=0.0)[:, None]
     total = tl.zeros([BLOCK_ROWS], tl.float64)
@@ -150,7 +144,7 @@ def _slope_kernel(
         used = column < n_columns
         mask = (row < n_rows)[:, None] & used[None, :]
         at = (row * n_columns)[:, None] + column[None, :]
-        s = _divide(tl.load(dots_ptr + at, mask=mask, other=0.0), temperature)
+        s = divide(tl.load(dots_ptr + at, mask=mask, other=0.0), temperature)
         column_sums = tl.load(columns_ptr + column, mask=used, other=0.0)[None, :]
         softmaxes = tl.exp(s - row_sums) + tl.exp(s - column_sums)
         paired = tl.where(row[:, None] == column[None, :] + diagonal, 1.0, 0.0)

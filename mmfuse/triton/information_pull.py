@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS
+from ._aot import COMPARING_OPTIONS
 from ._tensor_list import launch_on
 
 BLOCK_SIZE = 128
@@ -27,9 +27,10 @@ def score_at(scores_ptr, counts_ptr, at, ONE_COUNT: tl.constexpr):
 
 @triton.jit
 def ahead(scores_ptr, counts_ptr, m, j, n_modalities, TABLE: tl.constexpr, ONE_COUNT: tl.constexpr):
-    """The lead of m over j, for a block of modalities m; NaN if they share no sample."""
+    """The lead of int64 m over j, for a block of modalities m; NaN if they share no sample."""
+    other = m * 0 + j
     ours = m * n_modalities + j if TABLE else m
-    theirs = j * n_modalities + m if TABLE else m * 0 + j
+    theirs = other * n_modalities + m if TABLE else other
     mine = score_at(scores_ptr, counts_ptr, ours, ONE_COUNT)
     return mine - score_at(scores_ptr, counts_ptr, theirs, ONE_COUNT)
 
@@ -139,6 +140,6 @@ def information_pull(
             ONE_COUNT=count is not None and count.numel() == 1,
             BLOCK_SIZE=BLOCK_SIZE,
             num_warps=NUM_WARPS,
-            **COMPILE_OPTIONS,
+            **COMPARING_OPTIONS,
         )
     return coefficients, gap, counted, scale, pull

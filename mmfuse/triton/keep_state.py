@@ -17,13 +17,15 @@ BLOCK_SIZE = 128
 NUM_WARPS = 4
 #: Tensors of a launch.
 MOST = 8
+# By the bytes of an element: it is moved, whatever it means.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
 def _keep(state_ptr, values_ptr, size, counts, BLOCK_SIZE: tl.constexpr):
     """The block's part of one tensor if `counts` is 1; nothing where the launch has no tensor."""
     if state_ptr is not None:
-        i = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+        i = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
         here = i < size * counts
         tl.store(state_ptr + i, tl.load(values_ptr + i, mask=here), mask=here)
 
@@ -94,16 +96,17 @@ def _launch(
     state: Sequence[Tensor], values: Sequence[Tensor], finite: Tensor, sums: Tensor | None
 ) -> None:
     rest = MOST - len(state)
-    sizes = [tensor.numel() for tensor in state]
-    pairs = [_bytes(x) for pair in zip(state, values, strict=True) for x in pair]
+    state = [_integers(x) for x in state]
+    values = [_integers(x) for x in values]
+    sizes = [x.numel() for x in state]
     blocks = max(1, triton.cdiv(max(sizes), BLOCK_SIZE))
     with launch_on(finite.device):
         _keep_state_kernel[(blocks,)](
-            *pairs,
+            *[x for pair in zip(state, values, strict=True) for x in pair],
             *[None] * (2 * rest),
             *sizes,
             *[0] * rest,
-            _bytes(finite),
+            _integers(finite),
             sums,
             0 if sums is None else sums.numel(),
             BLOCK_SIZE=BLOCK_SIZE,
@@ -112,6 +115,8 @@ def _launch(
         )
 
 
-def _bytes(tensor: Tensor) -> Tensor:
-    """Flags as the bytes that they are."""
-    return tensor.view(torch.uint8) if tensor.dtype is torch.bool else tensor
+def _integers(tensor: Tensor) -> Tensor:
+    """The memory as integers, which Triton has of every width; of complex128 two each."""
+    if tensor.dtype is torch.complex128:
+        tensor = torch.view_as_real(tensor)
+    return tensor.view(_INTEGERS[tensor.itemsize])

@@ -119,7 +119,7 @@ def _pair_rows(
     out = numbers_ptr.dtype.element_ty
     total = tl.zeros([BLOCK_ROWS], tl.float64)
     for tile in range(first_tile, end_tile):
-        row = (tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        row = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         used = row < n_rows
         a_ptrs = first_ptr + row * first_stride
         b_ptrs = second_ptr + row * second_stride
@@ -177,10 +177,11 @@ def _logit_divergence_kernel(
 ):  # fmt: skip
     """Rows of one pair; grid (splits, K)."""
     k = tl.program_id(1)
-    first_tile = tl.program_id(0) * tiles_per_program
+    first_tile = tl.program_id(0).to(tl.int64) * tiles_per_program
     end_tile = tl.minimum(first_tile + tiles_per_program, n_tiles)
     place = k * tl.num_programs(0) + tl.program_id(0)
-    of_pair = k.to(tl.int64) * n_rows
+    n_rows = n_rows.to(tl.int64)  # six of them are more than an int32 holds
+    of_pair = k * n_rows
     # Each pair has a pointer type of its own, hence the branches.
     for m in tl.static_range(len(first_ptrs)):
         if k == m:
@@ -269,7 +270,8 @@ def _logit_divergence_backward_kernel(
 ):  # fmt: skip
     """Gradients of a tile of rows of one pair; grid (tiles, K)."""
     k = tl.program_id(1)
-    of_pair = k.to(tl.int64) * n_rows
+    n_rows = n_rows.to(tl.int64)  # six of them are more than an int32 holds
+    of_pair = k * n_rows
     for m in tl.static_range(len(first_ptrs)):
         if k == m:
             _backward_rows(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..reference.paired_cosine import MIN_NORM
 from ._aot import COMPILE_OPTIONS
-from ._device import round_to, widen
+from ._device import divide, round_to, widen
 from ._partials import accumulator, mean
 from ._tensor_list import launch_on
 
@@ -69,12 +69,6 @@ def _norm(square):
 
 
 @triton.jit
-def _divide(x, y):
-    # As for the root: rows that are equal and exact have cosine 1, not a number near it.
-    return tl.div_rn(x, y) if x.dtype == tl.float32 else x / y
-
-
-@triton.jit
 def _at_least(norm):
     """The norm to divide by; a NaN stays."""
     return tl.where(norm < _MIN_NORM, _MIN_NORM, norm)
@@ -94,7 +88,8 @@ def _norms_and_cosine(a_ptrs, b_ptrs, used, n_cols, ACC: tl.constexpr, BLOCK_COL
         ab += tl.sum(a * b, axis=1)
     norm_a = _norm(aa)
     norm_b = _norm(bb)
-    return norm_a, norm_b, _divide(ab, _at_least(norm_a) * _at_least(norm_b))
+    # As for the root: rows that are equal and exact have cosine 1, not a number near it.
+    return norm_a, norm_b, divide(ab, _at_least(norm_a) * _at_least(norm_b))
 
 
 @triton.jit(do_not_specialize=["partials_ptr", "n_rows", "rows_per_program"])

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._aot import COMPILE_OPTIONS
+from ._aot import COMPARING_OPTIONS
 from ._device import not_finite
 from ._tensor_list import launch_on
 from .information_pull import ahead, score_at, tanh_of
@@ -49,7 +49,7 @@ def _strength(scores_ptr, m, phase, beta, threshold, n_modalities, TABLE: tl.con
         compared = m != j
         if TABLE:
             ours = score_at(scores_ptr, None, m * n_modalities + j, False)
-            theirs = score_at(scores_ptr, None, j * n_modalities + m, False)
+            theirs = score_at(scores_ptr, None, (m * 0 + j) * n_modalities + m, False)
             compared = compared & (ours == ours) & (theirs == theirs)
         first = first & ((difference > 0.0) | (compared == 0))
         total += tl.where(compared, difference, 0.0)
@@ -237,6 +237,6 @@ def redundancy_pull(
             BY_ENCODER=by_encoder,
             BLOCK_SIZE=BLOCK_SIZE,
             num_warps=NUM_WARPS,
-            **COMPILE_OPTIONS,
+            **COMPARING_OPTIONS,
         )
     return coefficients, growth, phase, *state, scale, pull

@@ -38,10 +38,13 @@ def _shared_information_kernel(
     BLOCK_SIZE: tl.constexpr,
 ):
     """Writes what m shares with the target given j, and on the diagonal what it does alone."""
-    place = tl.program_id(0)
+    # One axis: another may have 65,535 programs only, fewer than there may be problems or pairs.
+    n_places = n_variables * n_variables
+    place = tl.program_id(0) % n_places
     m = place // n_variables
     j = place % n_variables
-    p = tl.program_id(1).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    block = tl.program_id(0) // n_places
+    p = block.to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     used = p < n_problems
     own_ptrs = ncmi_ptr + place.to(tl.int64) * n_problems + p
     if m == j:
@@ -84,7 +87,7 @@ def shared_information(
         if c > 1:
             of_triples = [k for m, j in combinations(range(c), 2) for k in (m, j, c)]
             triples, _ = count_tuples(data, ranges, split, of_triples, 3, conditional_bins)
-        _shared_information_kernel[(c * c, triton.cdiv(n_problems, BLOCK_SIZE))](
+        _shared_information_kernel[(c * c * triton.cdiv(n_problems, BLOCK_SIZE),)](
             nmi,
             ncmi,
             pairs,

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import COMPILE_OPTIONS
+from ._device import divide
 from ._tensor_list import launch_on
 from .soft_histogram import soft_histogram, soft_histogram_backward
 
@@ -19,8 +20,8 @@ NUM_WARPS = 4
 @triton.jit
 def _share_and_log(counts, samples, least):
     """A share of the samples, and the logarithm of what is at least the smallest normal number."""
-    p = tl.div_rn(counts, samples) if counts.dtype == tl.float32 else counts / samples
-    return p, tl.log(tl.maximum(p, least))
+    p = divide(counts, samples)
+    return p, tl.log(tl.maximum(p, least, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit

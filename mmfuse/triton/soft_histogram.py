@@ -8,16 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ._aot import COMPILE_OPTIONS
-from ._device import not_finite, round_to, widen
+from ._device import divide, not_finite, round_to, widen
 from ._partials import accumulator
 from ._problems import NUM_WARPS, share_of_program, split_problems
 from ._tensor_list import launch_on
-
-
-@triton.jit
-def _divide(x, y):
-    # The fast quotient of float32 is not the nearest number, and would move values across centres.
-    return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y
 
 
 @triton.jit
@@ -26,7 +20,8 @@ def _scale_of(range_ptr, row, used, bins):
     low = tl.load(range_ptr + 2 * row, mask=used, other=0.0)
     high = tl.load(range_ptr + 2 * row + 1, mask=used, other=1.0)
     width = high - low
-    return low[:, None], _divide(tl.zeros_like(width) + (bins - 1), width)[:, None]
+    # Rounded, so that it moves no value across a centre.
+    return low[:, None], divide(tl.zeros_like(width) + (bins - 1), width)[:, None]
 
 
 @triton.jit

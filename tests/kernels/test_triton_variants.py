@@ -88,3 +88,77 @@ print([v.signature["units"] for v in found.values()])
     done = run(program)
     # Forward and backward pass; an offset of more than 32 bits is of another type.
     assert done.stdout.splitlines() == [str([("i32", "i32")] * 3)], done.stderr
+
+
+@pytest.mark.slow
+def test_kernels_that_compare_fuse_no_product() -> None:
+    """Nobody is ahead of an equal by the bits that rounding took from one of two products."""
+    program = """
+import re, samples, triton
+names = "information_pull", "redundancy_pull"
+samples.MODULES = {name: samples.MODULES[name] for name in names}
+found = set()
+for v in c.variants():
+    target = c.GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(v.source(), target=target, options=dict(v.options)).asm["ptx"]
+    # The assembler may fuse an instruction that is not said to be rounded.
+    found.add((v.op, len(re.findall("(?:add|mul|sub)[.]f", ptx)), ptx.count("fma.rn.f64")))
+print(sorted(found))
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    # The exponentials' own, with counts and multipliers as without them.
+    assert done.stdout.splitlines() == ["[('information_pull', 0, 28), ('redundancy_pull', 0, 28)]"]
+
+
+@pytest.mark.slow
+def test_quotients_that_methods_compare_with_1_are_the_nearest() -> None:
+    program = """
+import samples, triton
+samples.MODULES = {"discrepancy_ratios": samples.MODULES["discrepancy_ratios"]}
+for v in c.variants():
+    target = c.GPUTarget("cuda", 90, 32)
+    ptx = triton.compile(v.source(), target=target, options=dict(v.options)).asm["ptx"]
+    print(v.signature["scores_ptr"], "div.rn.f" in ptx, "div.full" in ptx)
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["*fp32 True False", "*fp64 True False"]
+
+
+@pytest.mark.slow
+def test_a_size_or_a_stride_of_1_is_compiled_too() -> None:
+    """Triton makes it a constant of a kernel of its own, unless it is told not to."""
+    program = """
+never = {}
+for v in c.variants():
+    for place, argument in enumerate(v.kernel.params):
+        kinds = v.signature[argument.name]
+        told = argument.do_not_specialize and not isinstance(kinds, tuple)
+        if argument.is_constexpr or argument.annotation_type or told:
+            continue
+        places = [(place,)]
+        if isinstance(kinds, tuple):
+            places = [(place, k) for k in range(len(kinds))]
+        values = [v.constants.get(p) for p in places]
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+        if not {"i32", "i64"}.isdisjoint(kinds) or int in map(type, values):
+            key = v.kernel.__name__, argument.name
+            never[key] = never.get(key, True) and 1 not in values
+print(*sorted(".".join(key) for key, is_so in never.items() if is_so), sep="\\n")
+"""
+    done = run(program)
+    assert done.returncode == 0, done.stderr
+    of_scores = ("modality_accuracies", "modality_scores", "modality_scores_backward")
+    of_scores += ("sample_scores", "sample_statistics")
+    two_classes = ("logit_divergence", "logit_divergence_backward", of_scores[0], of_scores[4])
+    expected = [
+        # Odd numbers above 1 stand for them.
+        *(f"_drop_modalities_kernel.{name}" for name in ("offsets", "stream_ids", "units")),
+        # At least 2, but with labels that are each a yes or a no.
+        *(f"_{name}_kernel.class_counts" for name in two_classes),
+        # Without a further dimension 0, else a whole sample's.
+        *(f"_{name}_kernel.outer_strides" for name in of_scores),
+        "_modality_scores_backward_kernel.grad_outer_strides",
+    ]
+    assert done.stdout.split() == sorted(expected)

@@ -30,6 +30,16 @@ def test_ratios_of_two_are_the_cvpr_papers(cell: Cell) -> None:
     assert ops.discrepancy_ratios(s, backend=cell.backend).tolist() == [4.0, 0.25]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_equal_scores_have_ratio_1(cell: Cell, dtype: torch.dtype, count: int) -> None:
+    """Exactly: OGM and OPM begin to act beyond it."""
+    for score in (torch.rand(30) + 1e-3).tolist():
+        s = torch.full((count,), score, dtype=dtype, device=cell.device)
+        rho = ops.discrepancy_ratios(s, backend=cell.backend)
+        assert rho.tolist() == [1.0] * count
+
+
 def test_ratio_to_a_score_of_zero(cell: Cell) -> None:
     s = torch.tensor([0.5, 0.0, 0.25], device=cell.device)
     rho = ops.discrepancy_ratios(s, backend=cell.backend)

@@ -76,11 +76,15 @@ def test_parity(
 
 
 def one(
-    cell: Cell, scores: list[Any], is_open: list[bool] | None = None, **more: Tensor
+    cell: Cell,
+    scores: list[Any],
+    is_open: list[bool] | None = None,
+    dtype: torch.dtype = torch.float32,
+    **more: Tensor,
 ) -> ops.InformationPull:
     count = len(scores)
     return ops.information_pull(
-        torch.tensor(scores, device=cell.device),
+        torch.tensor(scores, dtype=dtype, device=cell.device),
         torch.tensor(is_open or [True] * count, device=cell.device),
         torch.arange(count, device=cell.device),
         0.9,
@@ -93,6 +97,22 @@ def one(
 def test_the_gap_by_hand(cell: Cell) -> None:
     assert one(cell, [-1.0, -3.0, -2.0]).gap.tolist() == [1.5, 0.0, 1.0]
     assert one(cell, [-1.0, -1.0]).gap.tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["scores", "table"])
+def test_nobody_is_ahead_of_an_equal(cell: Cell, table: bool) -> None:
+    """Three times these numbers is rounded: with the product fused, each would be ahead of itself.
+
+    It holds for the modality itself, and for another one with the same score.
+    """
+    scores = torch.tensor([0.3, 0.1, 0.7, 0.1], dtype=torch.float64)
+    each = scores.unsqueeze(1).expand(4, 4).contiguous() if table else scores
+    for count in (torch.tensor(3.0), torch.full_like(each, 3.0)):
+        found = one(cell, each.tolist(), dtype=torch.float64, count=count.to(cell.device))
+        a, b, c, _ = (scores * 3.0).tolist()
+        gaps = [a - b, 0.0, (c - a + 2 * (c - b)) / 3, 0.0]
+        assert found.gap.tolist() == pytest.approx(gaps, rel=1e-14, abs=0)
+        assert (found.pull == 0).tolist() == [False, True, False, True]
 
 
 def test_a_closed_window(cell: Cell) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -37,6 +38,41 @@ def test_all_change_or_none(cell: Cell, count: int) -> None:
         ops.keep_state_(state, values, flag, backend=cell.backend)
         for now, want in zip(state, values if finite else before, strict=True):
             assert torch.equal(now, want)
+
+
+# Of every width, and among them those that no kernel can compute with.
+DTYPES = [
+    *(torch.bool, torch.uint8, torch.int16, torch.uint16, torch.bfloat16, torch.uint32),
+    *(torch.uint64, torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e8m0fnu),
+    *(torch.complex64, torch.complex128),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_dtype(cell: Cell, dtype: torch.dtype) -> None:
+    """All bits of it, whatever they mean: a scalar, none, and more than a block has."""
+    for shape in ((), (0, 2), (3, 1), (150, 2)):
+        state, value = (
+            torch.randint(most, (math.prod(shape), dtype.itemsize), dtype=torch.uint8)
+            .view(dtype)
+            .reshape(shape)
+            .to(cell.device)
+            for most in ((2, 2) if dtype is torch.bool else (256, 256))
+        )
+        bits = [x.flatten().view(torch.uint8).tolist() for x in (state, value)]
+        flag = torch.tensor(False, device=cell.device)
+        for finite, want in ((flag, bits[0]), (~flag, bits[1])):
+            ops.keep_state_([state], [value], finite, backend=cell.backend)
+            assert state.flatten().view(torch.uint8).tolist() == want
+
+
+def test_values_that_are_views_of_conjugates(cell: Cell) -> None:
+    """Their memory holds other numbers."""
+    x = torch.randn(5, dtype=torch.complex128, device=cell.device)
+    state = [torch.zeros_like(x), torch.zeros_like(x.imag)]
+    ops.keep_state_(state, [x.conj(), x.conj().imag], YES.to(cell.device), backend=cell.backend)
+    assert state[0].tolist() == [z.conjugate() for z in x.tolist()]
+    assert state[1].tolist() == [-z.imag for z in x.tolist()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -178,6 +178,22 @@ def test_non_finite_stays_in_its_problem(cell: Cell, bad: float) -> None:
     assert bool(leaves[0].grad[0::2].isfinite().all()) and bool(leaves[0].grad[0].any())
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
+def test_a_range_without_a_width_in_the_dtype(cell: Cell, masked: bool) -> None:
+    """Its entropies are NaN, and so is the gradient of a value between its ends."""
+    x = torch.tensor([[-3e38, 0.0, 3e38], [-1.0, 0.0, 1.0]], device=cell.device)
+    data = x, x.flip(1)
+    present = torch.ones_like(x, dtype=torch.bool) if masked else None
+    forward = OPS["soft_entropies"].overloads[cell.backend]
+    backward = OPS["soft_entropies_backward"].overloads[cell.backend]
+    entropies, *known = forward(*data, 4, present)
+    assert entropies.isnan().all(1).tolist() == [True, False]
+    found = backward(torch.ones_like(entropies), *data, *known, present)
+    for grad in found:
+        assert grad.isnan().all(1).tolist() == [True, False]
+        assert bool(grad[1].isfinite().all())
+
+
 @ON_THE_CPU
 @pytest.mark.parametrize("shape", [(1, 200_001), (300, 170)], ids=str)
 def test_same_bits_for_any_number_of_threads(cell: Cell, shape: tuple[int, int]) -> None:

@@ -67,8 +67,8 @@ def case(inputs: Inputs) -> list[Tensor]:
 
 
 def compiled(inputs: Inputs) -> None:
-    """One tile of 2,048 columns, and one that has fewer."""
+    """One tile of 2,048 columns, one that has fewer, and a single column, which is a constant."""
     for dtype in WIDE:
-        for batch in (2048, 309):
+        for batch in (2048, 309, 1):
             a, b = (inputs.normal(batch, 3, dtype=dtype).requires_grad_() for _ in "ab")
             ops.info_nce(a, b, inputs.vector(0.9, dtype=dtype)[0]).backward()

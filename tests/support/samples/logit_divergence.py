@@ -106,3 +106,5 @@ def compiled(inputs: Inputs) -> None:
     a, b = (inputs.normal(37, 309, dtype=f16) for _ in "ab")
     ops.logit_divergence([a.requires_grad_()], [b]).sum().backward()
     ops.logit_divergence([b], [a]).sum().backward()
+    # Rows that overlap: their stride of 1 is a constant.
+    _both(*([inputs.normal(40).unfold(0, 4, 1)] for _ in "ab"), "js", per_row=True)

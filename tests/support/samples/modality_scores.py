@@ -163,3 +163,12 @@ def compiled(inputs: Inputs) -> None:
         ((2, 5, 9), (f64,)),
     ):
         _every_kind(inputs, shape, dtypes)
+    # Sizes and strides of 1, which are constants: a single label, and rows that overlap.
+    windows = inputs.normal(40).unfold(0, 4, 1)
+    _scores(inputs, [windows], 37)
+    ops.sample_scores(
+        [windows.detach()], torch.arange(37, device=inputs.device) % 4, statistics=True
+    )
+    z, yes = inputs.normal(37, 1).requires_grad_(), inputs.normal(37, 1) > 0
+    ops.modality_scores([z], yes.float(), multilabel=True).prob.sum().backward()
+    ops.sample_scores([z], yes.float(), multilabel=True)

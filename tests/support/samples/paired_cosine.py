@@ -87,6 +87,8 @@ def case(inputs: Inputs) -> list[Tensor]:
 
 def compiled(inputs: Inputs) -> None:
     f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
-    for dtype, columns in ((f32, 512), (bf16, 512), (f64, 512), (f16, 309), (f32, 4096)):
+    # A single column is a constant.
+    shapes = ((f32, 512), (bf16, 512), (f64, 512), (f16, 309), (f32, 4096), (f32, 1))
+    for dtype, columns in shapes:
         a, b = (inputs.normal(3, columns, dtype=dtype).requires_grad_() for _ in "ab")
         ops.paired_cosine(a, b).backward()

@@ -24,7 +24,7 @@ from ._parameters import (
     selection,
 )
 from ._reading import read_each
-from .shards import Shard, is_dtensor, local_part, shard_of
+from .shards import Shard, is_dtensor, local_part, placed_gradient, shard_of
 
 
 class Modalities:
@@ -223,6 +223,9 @@ class Modalities:
                 if mark[2]() is grad and grad is not None and grad._version - mark[3] < 2:
                     self.guard.check(self, missing)
                     break
+        if self._sharded:
+            placed = [placed_gradient(self.parameters[i]) for i in ids]
+            grads = [grad for grad in placed if grad is not None]
         if not plain and grads:
             check_writable(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
         if plain and len(ids) == len(self.parameters):

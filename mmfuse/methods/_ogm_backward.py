@@ -61,7 +61,7 @@ def ogm_backward(
             a parameter. The released code modulates "conv" only.
         shared: Parameters of no modality, which stay as they are: a module, or several parts.
         stream: The random stream, advanced by one step; None for the default one, which
-            `torch.manual_seed` controls.
+            `torch.manual_seed` controls; several ranks keep that of their first call.
         retain_graph: As for ``loss.backward``.
         process_group: The ranks whose samples the scores are averaged over; None for all ranks
             where torch.distributed is initialized, False for this rank alone.
@@ -110,4 +110,4 @@ class _Once(OGM):
     """OGM for one step."""
 
     def _new_stream(self, name: str | None) -> NoiseStream:
-        return default_stream(self.modalities.device)
+        return default_stream(self.modalities.device, alone=self.process_group is False)

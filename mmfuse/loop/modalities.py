@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _native
@@ -24,6 +26,7 @@ from ._parameters import (
     selection,
 )
 from ._reading import read_each
+from ._together import check_one_order
 from .shards import Shard, is_dtensor, local_part, placed_gradient, shard_of
 
 
@@ -123,10 +126,12 @@ class Modalities:
         #: The registrations of parameters and modules when the encoders were last looked at.
         self.registrations: int = _surgery.watch()
         self._places: dict[int, Shard | None] = {}
+        #: The groups whose ranks are known to have these modalities in this order.
+        self.compared: WeakSet[dist.ProcessGroup] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The state but for facts about these very tensors: a copy has others."""
-        return {**self.__dict__, "_places": {}}
+        return {**self.__dict__, "_places": {}, "compared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -175,6 +180,20 @@ class Modalities:
         present = {id(p) for _, p in found}
         added = [label for label, p in found if self._takes(p) and id(p) not in known]
         return added, [label for label, p in labels if id(p) not in present]
+
+    def check_ranks(self, group: dist.ProcessGroup) -> None:
+        """Checks, once, that all ranks have these modalities in this order: numbers go by it.
+
+        Raises:
+            ValueError: they do not; on all ranks.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return
+        if self.compared is None:
+            self.compared = WeakSet()
+        if group not in self.compared:
+            check_one_order(self.names, self.device, group)
+            self.compared.add(group)
 
     def active(
         self,

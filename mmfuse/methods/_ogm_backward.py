@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -94,6 +96,8 @@ def ogm_backward(
     made.name = OGM.__name__  # in error texts
     global _latest
     eager = not torch.compiler.is_dynamo_compiling()
+    if eager:  # the object of the next call is another one
+        made.modalities.compared = _compared
     if eager and _latest is not None:
         made.modalities.guard.follow(_latest, made.modalities)
     result: OGMResult = made.backward(loss, logits, labels, retain_graph=retain_graph, **more)
@@ -104,6 +108,8 @@ def ogm_backward(
 
 # The gradients that the latest call has left; the next one has another object.
 _latest: Guard | None = None
+# The groups whose ranks have compared their encoders, in the first call.
+_compared: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
 class _Once(OGM):

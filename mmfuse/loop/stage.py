@@ -59,6 +59,9 @@ def take_step(
         if unimodal is not None or not method._senses.keeps(error, method.stream):
             raise
     if unimodal is None:
+        draws = group is not None and seen is None and method._need.draws
+        if draws and not method._senses.pending:  # the other ranks have agreed when they looked
+            agree(method.stream, group)
         seen = method._senses.take(method._state, seen, group)
     elif seen is None:
         seen = NOTHING

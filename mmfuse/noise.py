@@ -223,24 +223,35 @@ def _named(key: int, name: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-_default_streams: dict[torch.device, tuple[int, NoiseStream]] = {}
+_default_streams: dict[tuple[torch.device, bool], tuple[int, NoiseStream]] = {}
 
 
-def default_stream(device: torch.device) -> NoiseStream:
+def default_stream(device: torch.device, alone: bool = False) -> NoiseStream:
     """The stream of `mmfuse.ogm_backward` where none is given; one per device.
 
     Its seed is that of `torch.manual_seed`. A new seed starts it again at step 0; the same seed
     set again cannot be told from none, so a run that must repeat within one process takes a
-    `NoiseStream` (or an `mmfuse.OGM`, which makes its own).
+    `NoiseStream` (or an `mmfuse.OGM`, which makes its own). Several ranks go on with the stream of
+    their first step, whatever is seeded later: a rank that began anew would wait for the others.
+
+    Args:
+        device: Of the gradients.
+        alone: True for another stream, of this rank alone.
     """
     seed = torch.initial_seed()
-    known = _default_streams.get(device)
-    if known is not None and known[0] == seed:
+    known = _default_streams.get((device, alone))
+    if known is not None and (known[0] == seed or _is_shared(known[1])):
         return known[1]
     stream = NoiseStream(seed, device, name="ogm_backward")
     if known is not None:
         # It changes in place: a captured CUDA graph goes on reading the state that it has seen.
         known[1].load_state_dict(stream.state_dict())
         stream = known[1]
-    _default_streams[device] = (seed, stream)
+    _default_streams[device, alone] = (seed, stream)
     return stream
+
+
+def _is_shared(stream: NoiseStream) -> bool:
+    """True if other ranks have it as well."""
+    ranks = torch.distributed
+    return stream.agreed and ranks.is_available() and ranks.is_initialized()

@@ -6,6 +6,8 @@ then every rank raises.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,3 +73,33 @@ def _raise_all(error: Exception | None, group: dist.ProcessGroup) -> None:
         raise error
     rank, text = next((r, text) for r, text in enumerate(texts) if text is not None)
     raise RuntimeError(f"rank {rank} cannot take this step, so that no rank takes it: {text}")
+
+
+def check_one_order(names: Sequence[str], device: torch.device, group: dist.ProcessGroup) -> None:
+    """Checks that all ranks have the same modalities in one order; waits for the device.
+
+    Args:
+        names: Those of this rank.
+        device: The device on which the ranks compare.
+        group: The ranks.
+
+    Raises:
+        ValueError: they do not; on all ranks.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return
+    digest = hashlib.blake2b(repr(list(map(str, names))).encode(), digest_size=8).digest()
+    mine = torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device)
+    found = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(found, mine, group=group)
+    if len(set(torch.cat(found).tolist())) > 1:
+        raise ValueError(other_order(names, group))
+
+
+def other_order(names: Sequence[str], group: dist.ProcessGroup) -> str:
+    """The text of the error that it raises."""
+    return (
+        "the ranks have other modalities, or the same ones in another order, by which numbers are "
+        f"averaged; rank {group.rank()} has {list(names)}. A set has another order in each "
+        "process: make the dict of encoders or features in one order, as with sorted(...)"
+    )

@@ -50,7 +50,8 @@ class Anchors:
             raise ValueError(f"anchor_device must name a device, got {device!r}") from error
         self.frozen = frozen
         #: One for each parameter of the modalities, this rank's part; empty until `take`. Of one
-        #: that was frozen then, [0]: it stays what it is, and is copied when it has a gradient.
+        #: that was frozen then, an empty one: it stays what it is, and is copied once it has a
+        #: gradient.
         self.tensors: list[Tensor] = []
 
     @torch.no_grad()
@@ -223,7 +224,7 @@ class Anchors:
         pairs = zip(self.tensors, modalities.parameters, strict=True)
         return {
             "tensors": [
-                anchor if _is_nothing(anchor, local_part(p.detach())) else like_shard(anchor, p)
+                anchor.new_empty(0) if _is_nothing(anchor, p) else like_shard(anchor, p)
                 for anchor, p in pairs
             ]
         }
@@ -252,14 +253,14 @@ class Anchors:
             if not isinstance(anchor, Tensor) or not known(anchor) or anchor.is_complex():
                 kind = type(anchor).__name__
                 raise ValueError(f"the state's anchor of {name} must be a real tensor, got {kind}")
-            if anchor.shape != parameter.shape and not _is_nothing(anchor, parameter):
+            if anchor.shape != parameter.shape and not _is_saved_nothing(anchor, parameter):
                 raise ValueError(
                     f"the state's anchor of {name} has shape {list(anchor.shape)}, the parameter "
                     f"{list(parameter.shape)}"
                 )
         parts = [local_part(p.detach()) for p in modalities.parameters]
         pairs = zip(loaded, modalities.parameters, strict=True)
-        kept = [not _is_nothing(source, whole) for source, whole in pairs]
+        kept = [not _is_saved_nothing(source, whole) for source, whole in pairs]
         self._allocate(parts, kept)
         for i, whole in enumerate(modalities.parameters):
             if kept[i]:
@@ -267,9 +268,14 @@ class Anchors:
 
 
 def _nothing(part: Tensor) -> Tensor:
-    """The anchor of a frozen parameter."""
-    return torch.empty(0, device=part.device)
+    """The anchor of a frozen parameter: of a dimension more, since a rank's part may be empty."""
+    return torch.empty([0] * (part.dim() + 1), device=part.device)
 
 
 def _is_nothing(anchor: Tensor, parameter: Tensor) -> bool:
+    return anchor.dim() > parameter.dim() and not anchor.numel()
+
+
+def _is_saved_nothing(anchor: Tensor, parameter: Tensor) -> bool:
+    """The same in a state, which has whole tensors."""
     return anchor.shape == (0,) and parameter.shape != (0,)

@@ -15,8 +15,9 @@ from .._devices import narrowed, readable
 from .._numbers import MOST_MODALITIES, whole
 from ..ops._forward import check_forward
 from ._name_sums import BITS, order_by, read_sums, write_sums
+from ._together import check_one_order
 from .modalities import check_names, named_features
-from .ranks import Group, check_group
+from .ranks import Group, check_group, several
 from .state import MODULE_FORMAT, check_format, refuse_format
 
 # One more than the largest int64, which a buffer can hold.
@@ -241,12 +242,20 @@ class EpochWindowModule(EpochWindow, nn.Module):
         return dict(self._in_order("features", features))
 
     def _remember(self, names: Iterable[str]) -> None:
-        """Keeps the names of the first training step, in the order that the state has since."""
+        """Keeps the names of the first training step, in the order that the state has since.
+
+        Raises:
+            ValueError: other ranks have others, or in another order; on all ranks.
+        """
         if self.names is not None:
             return
-        self.names = tuple(names)
+        names = tuple(names)
         if self._sums is None:
-            write_sums(self.names_state, self.names)
+            alone = torch.compiler.is_dynamo_compiling()
+            if not alone and (group := several(self.process_group)) is not None:
+                check_one_order(names, self.epoch_state.device, group)
+            write_sums(self.names_state, names)
+        self.names = names
 
     def _forget_names(self, sums: tuple[int, ...] | None) -> None:
         """Takes the check sums of a state in the place of names; None if it has none."""

@@ -251,8 +251,8 @@ class GradientMethod(EpochWindow, Observes, ActsOnUpdates, Resumes):
                 seen = self._senses.who(more.get("present"))
             missing = self._senses.missing
             losses = checked_losses(self.modalities, unimodal_losses, missing)
-            group, every = self.process_group, seen is not None
-            unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph, every)
+            group = self.process_group
+            unimodal = two_gradients(loss, losses, self.modalities, group, retain_graph)
         elif logits is None and not more:
             raise TypeError(f"{self.name}.backward needs logits and labels")
         else:

@@ -47,8 +47,10 @@ def unimodal_outputs(
 
     The passes leave no trace: batch norm's statistics, training flags, PyTorch's random state and
     the inputs, of which the model gets copies, stay as they were. Your own forward hooks run. A
-    model in DistributedDataParallel is called without it, for nothing has to be synchronised; FSDP2
-    gathers parameters in each pass, so that all ranks must call this.
+    model in DistributedDataParallel is called without it, for nothing has to be synchronised. So a
+    loss of differentiable outputs must be a term of the loss of the model's own forward pass: the
+    gradients of a backward pass of its own are not reduced. FSDP2 gathers parameters in each pass,
+    so that all ranks must call this.
 
     Args:
         model: A module or another callable on the inputs.

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import _native
-from ..noise import NoiseStream
 from ..ops._tensors import check_writable, index_tensor, why_unsupported
 from ..ops.drop_modalities import check_batches
-from ..ops.grad_stats import GradStats, grad_stats
 from . import _surgery
+from ._active import Active as Active
+from ._gathered import shard_again, shard_if_gathered
 from ._guards import Guard, ends_of
 from ._parameters import (
     Encoders,
@@ -24,66 +26,8 @@ from ._parameters import (
     selection,
 )
 from ._reading import read_each
-from .shards import Shard, is_dtensor, local_part, merge_stats, runs, shard_of
-
-
-class Active(NamedTuple):
-    """The parameters that have something to modulate in this step: this rank's parts of them."""
-
-    params: list[Tensor]
-    grads: list[Tensor]
-    #: Each one's index in its method: its stream id.
-    ids: list[int]
-    #: Each one's modality.
-    modality: tuple[int, ...]
-    #: The place of each one's part; empty if no parameter is sharded.
-    shards: list[Shard | None]
-    #: The device of all gradients, if they are whole, and contiguous or in channels_last, so that
-    #: kernels can have them as they are; else None.
-    device: torch.device | None = None
-    #: The dtype of the kernels' vectors for these gradients: float64 if one is, else float32.
-    dtype: torch.dtype = torch.float32
-    #: The gradients as the compiled kernels can read them, if they have been read so.
-    table: Tensor | None = None
-    #: True if the table has the parameters and their anchors too; each pair is alike then.
-    paired: bool = False
-
-    def stats(self, backend: str | None) -> GradStats:
-        """Statistics of the gradients, of whole tensors."""
-        return self.whole(grad_stats(self.grads, backend=backend))
-
-    def whole(self, stats: GradStats) -> GradStats:
-        """Statistics of the whole tensors from those of the parts."""
-        return merge_stats(stats, self.shards) if self.shards else stats
-
-    def cut(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The parts, cut so that each piece is contiguous in its flattened whole tensor."""
-        if not self.shards:
-            return list(parts)
-        pairs = zip(parts, self.shards, strict=True)
-        return [run.tensor for part, shard in pairs for run in runs(part, shard)]
-
-    def place(self, stream: NoiseStream) -> NoiseStream:
-        """The stream for the pieces that `cut` makes of the gradients."""
-        if not self.shards:
-            return stream.place(self.ids)
-        ids, offsets = [], []
-        for i, grad, shard in zip(self.ids, self.grads, self.shards, strict=True):
-            for run in runs(grad, shard):
-                ids.append(i)
-                offsets.append(run.offset)
-        return stream.place(ids, offsets)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Each tensor's value for all of its pieces."""
-        if not self.shards:
-            return values
-        counts = [
-            sum(1 for _ in runs(grad, shard))
-            for grad, shard in zip(self.grads, self.shards, strict=True)
-        ]
-        index = tuple(t for t, count in enumerate(counts) for _ in range(count))
-        return values.index_select(0, index_tensor(index, values.device))
+from ._together import check_one_order
+from .shards import Shard, is_dtensor, local_part, placed_gradient, shard_of
 
 
 class Modalities:
@@ -124,6 +68,9 @@ class Modalities:
         self.names: tuple[str, ...] = tuple(encoders)
         # Only modules can be asked again: an iterable may have been a generator.
         self._modules = {n: e for n, e in encoders.items() if isinstance(e, nn.Module)}
+        for each in self._modules.values():
+            if "_is_fsdp_managed_module" in vars(each):
+                shard_if_gathered(each)
         self._keep = keep
         self._shared = SharedParameters(shared)
         of_none = self._shared.ids()
@@ -179,10 +126,12 @@ class Modalities:
         #: The registrations of parameters and modules when the encoders were last looked at.
         self.registrations: int = _surgery.watch()
         self._places: dict[int, Shard | None] = {}
+        #: The groups whose ranks are known to have these modalities in this order.
+        self.compared: WeakSet[dist.ProcessGroup] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """The state but for facts about these very tensors: a copy has others."""
-        return {**self.__dict__, "_places": {}}
+        return {**self.__dict__, "_places": {}, "compared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -201,20 +150,19 @@ class Modalities:
     def check_unchanged(self) -> None:
         """Checks that the encoders that are modules still have the parameters they had.
 
+        Those that FSDP2 has gathered, as in an evaluation, are sharded again.
+
         Raises:
             ValueError: a parameter was added, removed or replaced by another object; it is named.
         """
-        now, of_none = _surgery.registrations, self._shared.ids()
+        now = _surgery.registrations
         for m, name in enumerate(self.names):
             if name not in self._modules:
                 continue
-            every = zip(self.parameter_names, self.parameters, self.modality, strict=True)
-            labels = [(label, p) for label, p, owner in every if owner == m]
-            known = {id(p) for _, p in labels} | of_none
-            found = named_parameters(name, self._modules[name])
-            present = {id(p) for _, p in found}
-            added = [label for label, p in found if self._takes(p) and id(p) not in known]
-            gone = [label for label, p in labels if id(p) not in present]
+            added, gone = self._changes(m)
+            if self._sharded and (added or gone):
+                shard_again(self._modules[name])
+                added, gone = self._changes(m)
             for what, changed in (("new", added), ("gone", gone)):
                 if changed:
                     raise ValueError(
@@ -222,6 +170,30 @@ class Modalities:
                         "parameters); make a new one for the changed encoders"
                     )
         self.registrations = now
+
+    def _changes(self, m: int) -> tuple[list[str], list[str]]:
+        """The names of an encoder's parameters that are new, and of those that are gone."""
+        every = zip(self.parameter_names, self.parameters, self.modality, strict=True)
+        labels = [(label, p) for label, p, owner in every if owner == m]
+        known = {id(p) for _, p in labels} | self._shared.ids()
+        found = named_parameters(self.names[m], self._modules[self.names[m]])
+        present = {id(p) for _, p in found}
+        added = [label for label, p in found if self._takes(p) and id(p) not in known]
+        return added, [label for label, p in labels if id(p) not in present]
+
+    def check_ranks(self, group: dist.ProcessGroup) -> None:
+        """Checks, once, that all ranks have these modalities in this order: numbers go by it.
+
+        Raises:
+            ValueError: they do not; on all ranks.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return
+        if self.compared is None:
+            self.compared = WeakSet()
+        if group not in self.compared:
+            check_one_order(self.names, self.device, group)
+            self.compared.add(group)
 
     def active(
         self,
@@ -270,6 +242,9 @@ class Modalities:
                 if mark[2]() is grad and grad is not None and grad._version - mark[3] < 2:
                     self.guard.check(self, missing)
                     break
+        if self._sharded:
+            placed = [placed_gradient(self.parameters[i]) for i in ids]
+            grads = [grad for grad in placed if grad is not None]
         if not plain and grads:
             check_writable(grads, lambda t: f"the gradient of {self.parameter_names[ids[t]]}")
         if plain and len(ids) == len(self.parameters):

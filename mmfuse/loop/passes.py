@@ -1,14 +1,17 @@
 """Further passes through a user's modules, which leave no trace in them.
 
 A method sometimes needs a module's output for another input than the training's. Such a pass must
-not move batch norm's statistics, training flags or PyTorch's random state. A user's forward hooks
-run in it as in any other.
+not move batch norm's statistics, training flags or PyTorch's random state, nor leave parameters
+gathered that FSDP2 had sharded: after an optimizer's step they would be the old ones. A user's
+forward hooks run in it as in any other.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import is_not
 from typing import Any
 
 import torch
@@ -57,7 +60,7 @@ def _evaluation(
 ) -> Iterator[None]:
     """Evaluation mode; modules that `copies` says so of have copies of their buffers."""
     switched: list[nn.Module] = []
-    kept = _Buffers()
+    kept = _Kept()
 
     def switch(module: nn.Module, *_: object) -> None:
         for each in module.modules():
@@ -77,7 +80,7 @@ def _evaluation(
 
 
 def _of_pytorch(module: nn.Module) -> bool:
-    """One of PyTorch's own, which change no buffers in evaluation mode."""
+    """One of PyTorch's own, which change no buffers in evaluation mode; no unit of FSDP2 is."""
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
@@ -92,7 +95,7 @@ def training(call: Callable[..., object], device: torch.device) -> Iterator[None
         call: The module or callable that will be called.
         device: Its device; that one's random generator is kept as well.
     """
-    kept = _Buffers()
+    kept = _Kept()
 
     def copy(module: nn.Module, *_: object) -> None:
         for each in module.modules():
@@ -115,23 +118,43 @@ def check_made(what: str, module: nn.Module) -> None:
         raise ValueError(f"the {what} is lazy and has no weight yet: call the model once first")
 
 
-class _Buffers:
-    """Modules whose buffers are copies for a while."""
+class _Kept:
+    """Modules whose buffers are copies for a while, and FSDP2's parameters as they were."""
 
     def __init__(self) -> None:
         self._kept: dict[nn.Module, dict[str, Tensor | None]] = {}
+        # A unit of `fully_shard`; nothing is one where nobody has imported it.
+        self._unit: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+        self._units: dict[nn.Module, list[Tensor | None]] = {}
 
     def replace(self, module: nn.Module) -> None:
-        """Gives a module copies, once."""
+        """Gives a module copies, once, and keeps what parameters a unit has."""
+        if isinstance(module, self._unit) and module not in self._units:
+            self._units[module] = _parameters_of(module, self._unit)
         if module._buffers and module not in self._kept:
             before = self._kept[module] = dict(module._buffers)
             for name, buffer in before.items():
                 module._buffers[name] = None if buffer is None else buffer.clone()
 
     def restore(self) -> None:
-        """Gives every module its own back."""
+        """Gives every module its own back; what the passes have gathered is sharded again."""
         for module, before in self._kept.items():
             module._buffers.update(before)
+        for unit, parameters in self._units.items():
+            # A unit that was gathered before, as between forward and backward pass, stays so.
+            if any(map(is_not, parameters, _parameters_of(unit, self._unit))):
+                unit.reshard()  # type: ignore[operator]
+
+
+def _parameters_of(unit: nn.Module, kind: type) -> list[Tensor | None]:
+    """A unit's own parameters, which are other objects while FSDP2 has gathered them."""
+    found: list[Tensor | None] = []
+    modules = [unit]
+    while modules:
+        module = modules.pop()
+        found += module._parameters.values()
+        modules += [each for each in module.children() if not isinstance(each, kind)]
+    return found
 
 
 @contextmanager
@@ -141,6 +164,9 @@ def _on_the_way_in(call: Callable[..., object], do: Callable[..., None]) -> Iter
         do(call)
         yield
         return
+    owner = getattr(call, "__self__", None)
+    if isinstance(owner, getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())):
+        do(owner)  # as of register_fsdp_forward_method: gathered before any module is called
     hook: Any = register_module_forward_pre_hook(do)
     try:
         yield

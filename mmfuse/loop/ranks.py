@@ -175,15 +175,18 @@ class Observations:
             device: The device of the numbers, likewise.
 
         Raises:
-            RuntimeError: nothing was added, or another rank has an error.
+            RuntimeError: nothing was added, on this or on another rank, or that has an error.
             Exception: this rank's, if it has one.
         """
+        group = several(self.process_group)
         if self.empty:
-            raise RuntimeError(
+            nothing = RuntimeError(
                 f"{self.method}.step: nothing was observed since the last step; pass logits and "
                 "labels, or call observe(...) in every micro-batch"
             )
-        group = several(self.process_group)
+            if group is None:
+                raise nothing
+            self.fail(nothing)  # the other ranks may have observed something, and wait
         totals, error, last = self._totals, self._error, self._last
         self.clear()
         if group is None and totals is None:

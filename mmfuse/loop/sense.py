@@ -252,6 +252,8 @@ class Senses:
             RuntimeError: there is nothing, or another rank has an error.
             Exception: this rank's that `keeps` has got.
         """
+        if group is not None:
+            self._modalities.check_ranks(group)
         if seen is not None:
             if group is None and self._observations.empty:
                 if seen.parts is not None:

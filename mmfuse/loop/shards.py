@@ -52,6 +52,23 @@ def local_part(tensor: Tensor) -> Tensor:
     return found
 
 
+def placed_gradient(parameter: Tensor) -> Tensor | None:
+    """The gradient, spread over the ranks as the parameter is; all of them call this.
+
+    It may lie otherwise: with `SequenceParallel` each rank has a part of the sequence and all of
+    the parameter, and autograd leaves partial sums, which PyTorch's optimizers can take. Then the
+    one that is returned takes its place in ``.grad``.
+    """
+    grad: Any = parameter.grad
+    if not (is_dtensor(grad) and is_dtensor(parameter)):
+        return parameter.grad
+    spec: Any = parameter
+    if grad.placements != spec.placements and not any(p.is_partial() for p in spec.placements):
+        with torch.no_grad():
+            parameter.grad = grad.redistribute(spec.device_mesh, spec.placements)
+    return parameter.grad
+
+
 def shard_of(name: str, tensor: Tensor) -> Shard | None:
     """The place of this rank's part of a parameter; None if the tensor is a plain one.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -21,6 +22,10 @@ from .updates import Decided
 
 if TYPE_CHECKING:
     from .gradients import GradientMethod
+
+
+# Those of which `_warn_of_noise` has warned.
+_warned: set[str] = set()
 
 
 def take_step(
@@ -59,6 +64,9 @@ def take_step(
         if unimodal is not None or not method._senses.keeps(error, method.stream):
             raise
     if unimodal is None:
+        draws = group is not None and seen is None and method._need.draws
+        if draws and not method._senses.pending:  # the other ranks have agreed when they looked
+            agree(method.stream, group)
         seen = method._senses.take(method._state, seen, group)
     elif seen is None:
         seen = NOTHING
@@ -89,6 +97,8 @@ def take_step(
     drawn = noise is stream and decision.act.noise_std is not None
     if drawn and group is not None:
         agree(stream, group)
+    elif group is not None and decision.act.noise_std is not None:
+        _warn_of_noise(method.name)
     squares, advanced = None, False
     if need.squares is None and need.second != "anchor":
         # Within the update, if nothing but its own finding decides about it.
@@ -142,6 +152,19 @@ def take_step(
     if (drawn or need.draws) and not advanced:
         stream.advance(counts if squares is None else counts & squares.isfinite().all().to(device))
     return rule.result(*decision.report, finite=finite, **method._named)
+
+
+def _warn_of_noise(name: str) -> None:
+    """Warns, once in a process, of noise that each rank makes for itself."""
+    if name not in _warned:
+        _warned.add(name)
+        warnings.warn(
+            f"{name}: the callable noise= makes other numbers on each rank, so that replicas of a "
+            "model drift apart; leave it out, for the numbers of a NoiseStream are the same on all "
+            "ranks, or have it draw from a generator with one seed everywhere",
+            RuntimeWarning,
+            stacklevel=5,
+        )
 
 
 def _second(active: Active, unimodal: Sequence[Tensor | None]) -> Second:

@@ -18,7 +18,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .modalities import Modalities
 from .ranks import Group, several
-from .shards import is_dtensor
+from .shards import placed_gradient
 
 
 def two_gradients(
@@ -27,25 +27,32 @@ def two_gradients(
     modalities: Modalities,
     process_group: Group,
     retain_graph: bool,
-    every: bool = False,
 ) -> list[Tensor | None]:
     """Leaves the joint loss's gradient in ``.grad``; returns that of the unimodal losses' sum.
 
     One for each parameter of the encoders, None where the unimodal losses do not reach it; where
-    only they do, its joint gradient is zero. With `every` the losses of another rank may reach
-    other parameters.
+    only they do, its joint gradient is zero. The losses of another rank may reach other parameters.
+
+    Raises:
+        RuntimeError: the losses are those of a DistributedDataParallel with a static graph.
+        ValueError: the ranks have other modalities, or in another order.
     """
-    parameters = modalities.parameters
-    total = torch.stack([loss.reshape(()) for loss in unimodal]).sum()
+    parameters, sharded = modalities.parameters, modalities._sharded
     # A group of one rank has DistributedDataParallel's hooks as well.
     grouped = process_group is not False and dist.is_available() and dist.is_initialized()
-    if not grouped or any(map(is_dtensor, parameters)):
+    group = several(process_group) if grouped else None
+    if group is not None:
+        modalities.check_ranks(group)
+    total = torch.stack([loss.reshape(()) for loss in unimodal]).sum()
+    if not grouped or sharded:
         before = [p.grad for p in parameters]
         for p in parameters:
             p.grad = None
         try:
             total.backward(retain_graph=True)
             found = [p.grad for p in parameters]
+            if sharded:
+                found = list(map(placed_gradient, parameters))
         finally:
             for p, grad in zip(parameters, before, strict=True):
                 p.grad = grad
@@ -54,22 +61,44 @@ def two_gradients(
             if grad is not None and p.grad is None:  # the joint loss does not reach it
                 p.grad = torch.zeros_like(grad)
         return found
+    if modalities.guard.marks is None:  # before the first step
+        _refuse_static_graph(joint + total)
     wanted = [i for i, p in enumerate(parameters) if p.requires_grad]
     grads = torch.autograd.grad(
         total, [parameters[i] for i in wanted], retain_graph=True, allow_unused=True
     )
     (joint + total).backward(retain_graph=retain_graph)
-    if every:
+    if group is not None:  # what the losses of this rank do not reach, those of another may
         both = zip(wanted, grads, strict=True)
         grads = tuple(torch.zeros_like(parameters[i]) if g is None else g for i, g in both)
     reached = {i: grad for i, grad in zip(wanted, grads, strict=True) if grad is not None}
-    averaged = _averaged(list(reached.values()), several(process_group))
-    means = dict(zip(reached, averaged, strict=True))
+    means = dict(zip(reached, _averaged(list(reached.values()), group), strict=True))
     # A parameter with a unimodal gradient on some rank has one of the sum.
     sums = {i: grad for i in means if (grad := parameters[i].grad) is not None}
     with torch.no_grad():
         torch._foreach_sub_(list(sums.values()), [means[i] for i in sums])
     return [means.get(i) for i in range(len(parameters))]
+
+
+def _refuse_static_graph(loss: Tensor) -> None:
+    """Raises a RuntimeError for a graph of which DistributedDataParallel learns what it has to do.
+
+    Its first step has a node that reduces after the first backward pass, whichever that is.
+    """
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        replica = getattr(node, "ddp_weakref", None)
+        if replica is not None and replica().static_graph:
+            raise RuntimeError(
+                "two gradients take two backward passes, but DistributedDataParallel with "
+                "static_graph=True reduces after the first: make it without static_graph (with "
+                "find_unused_parameters=True, where some parameters have no part in a step)"
+            )
+        waiting += [each for each, _ in node.next_functions]
 
 
 def _averaged(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> list[Tensor]:

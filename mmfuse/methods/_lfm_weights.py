@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..loop.shards import is_dtensor
+
 #: The length of the released schedule.
 EPOCHS = 200
 # Coefficients of its polynomial, as in the released script, lowest power first.
@@ -34,7 +36,17 @@ def mean_along(
         weights: [2] lambda_0 and lambda_1; the loss is lambda_0 CE + lambda_1 A.
         parameters: The model's. 0 if the first has no part in the loss, as where its modality is
             missing.
+
+    Raises:
+        TypeError: a parameter is sharded: the loss has no gradient of the shards.
     """
+    if any(map(is_dtensor, parameters)):
+        raise TypeError(
+            "LFM.learn: parameters are sharded (DTensors); the loss has a gradient of what is "
+            "gathered from them. Give logits and parameters of a copy that is not sharded, or "
+            'take weighting="schedule"'
+        )
+    weights = weights.to(cross_entropy.dtype)
     total = weights[0] * cross_entropy + weights[1] * alignment
     direction = torch.autograd.grad(cross_entropy, parameters, retain_graph=True, allow_unused=True)
     gradient = torch.autograd.grad(total, parameters, create_graph=True, allow_unused=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from weakref import WeakSet
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -61,7 +63,7 @@ def ogm_backward(
             a parameter. The released code modulates "conv" only.
         shared: Parameters of no modality, which stay as they are: a module, or several parts.
         stream: The random stream, advanced by one step; None for the default one, which
-            `torch.manual_seed` controls.
+            `torch.manual_seed` controls; several ranks keep that of their first call.
         retain_graph: As for ``loss.backward``.
         process_group: The ranks whose samples the scores are averaged over; None for all ranks
             where torch.distributed is initialized, False for this rank alone.
@@ -94,6 +96,8 @@ def ogm_backward(
     made.name = OGM.__name__  # in error texts
     global _latest
     eager = not torch.compiler.is_dynamo_compiling()
+    if eager:  # the object of the next call is another one
+        made.modalities.compared = _compared
     if eager and _latest is not None:
         made.modalities.guard.follow(_latest, made.modalities)
     result: OGMResult = made.backward(loss, logits, labels, retain_graph=retain_graph, **more)
@@ -104,10 +108,12 @@ def ogm_backward(
 
 # The gradients that the latest call has left; the next one has another object.
 _latest: Guard | None = None
+# The groups whose ranks have compared their encoders, in the first call.
+_compared: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
 class _Once(OGM):
     """OGM for one step."""
 
     def _new_stream(self, name: str | None) -> NoiseStream:
-        return default_stream(self.modalities.device)
+        return default_stream(self.modalities.device, alone=self.process_group is False)

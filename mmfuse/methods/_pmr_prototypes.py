@@ -231,8 +231,9 @@ class PrototypeModule(EpochWindowModule):
         """Takes class means over batches as the new prototypes, later mixed with the old ones.
 
         Call it before the first epoch and between epochs, on all ranks, with features that the
-        encoders give in evaluation mode; each rank brings its part of the data. It reads the
-        labels' range on the host.
+        encoders give in evaluation mode; each rank brings its part of the data. (Under FSDP2 in as
+        many batches as the others, if a generator calls encoders.) It reads the labels on the host,
+        for their range.
 
         Args:
             batches: Pairs of features, name → [B, …], and labels [B], of which rows of −100 do not
@@ -249,6 +250,7 @@ class PrototypeModule(EpochWindowModule):
         seen = ClassSums(self._features, self.num_modalities, classes, device)
         widths = [each.shape[1] for each in old]
         sums, counts = class_sums(seen, batches, widths, self.process_group)
+        self._remember(seen.names)
         for m, (total, count) in enumerate(zip(sums, counts.unbind(1), strict=True)):
             means = total / count.unsqueeze(1)
             if old[m].numel():
@@ -259,7 +261,6 @@ class PrototypeModule(EpochWindowModule):
                 kept = torch.promote_types(seen.dtypes[m], torch.float32)
                 with torch.inference_mode(False):  # or nothing could be written to it later
                     self._buffers[_name(m)] = torch.empty_like(means, dtype=kept).copy_(means)
-        self._remember(seen.names)
         self._ready = True
 
     @torch.no_grad()

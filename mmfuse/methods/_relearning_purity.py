@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..loop._together import other_order
 from ..loop.given import check_present
 from ..loop.modalities import check_names
 from ..loop.ranks import Group, several
@@ -118,6 +119,7 @@ def purities(
     cluster: Cluster | None,
     classes: int | None,
     process_group: Group,
+    names: Sequence[str],
 ) -> list[list[float]]:
     """[train, val][M], over the samples of all ranks, which the first rank clusters.
 
@@ -128,6 +130,7 @@ def purities(
         cluster: None for k-means.
         classes: C; None for as many as the labels need.
         process_group: The ranks.
+        names: The modalities, in this rank's order.
 
     Raises:
         Exception: what `take` or the clustering raises, here, and as a RuntimeError on the others.
@@ -141,7 +144,10 @@ def purities(
         parts = take()
     except Exception as error:
         own = error
-    parts = _shared(group, parts, own)
+    told = _shared(group, (tuple(names), parts), own)
+    if any(others != tuple(names) for others, _ in told):
+        raise ValueError(other_order(names, group))
+    parts = [part for _, part in told]
     found: Any = None
     if group.rank() == 0:
         splits = [_joined([part[s] for part in parts]) for s in (0, 1)]

@@ -199,12 +199,12 @@ class AGM(EpochWindowModule):
                 2 * size**2 if paired else size + 1,
                 self.running_scores.device,
             )
+            self._remember(passed)
             shared = (seen.count > 0).view(size, size) if paired else None
             table = -seen.means.to(self.running_scores).view(size, -1).expand(-1, size)
             ratios = self.rule.ratios(table, shared)
             usual = self.rule.ratios(self.running_scores, shared)
             k = self._decide(table, shared, ratios, usual)
-            self._remember(passed)
         if self._acting or self.rule.stays:
             for name, each in zip(passed, k.unbind(), strict=True):
                 passed[name] = scale_grad(passed[name], each, backend=self.backend)

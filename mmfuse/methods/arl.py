@@ -201,6 +201,7 @@ class ARL(EpochWindowModule):
                 lambda: self._look(features, logits, labels, present),
                 *(self.process_group, width, device),
             )
+            self._remember(passed)
             means = seen.means.to(self.weights)
             if present is None:
                 entropies, magnitudes, *scores = means.view(kinds, count)
@@ -223,7 +224,6 @@ class ARL(EpochWindowModule):
             else:
                 k = torch.ones_like(new)
                 self.weights.copy_(even)
-            self._remember(passed)
         if self._acting:
             for name, each in zip(passed, k.unbind(), strict=True):
                 passed[name] = scale_grad(passed[name], each, backend=self.backend)

@@ -194,6 +194,11 @@ class ARM(EpochWindowModule):
                 3 * count + 2,
                 self.average.device,
             )
+            # A checkpointed forward pass is repeated in the backward pass; it counts once.
+            compiled = torch.compiler.is_compiling()
+            learns = self.training and (compiled or not in_backward())
+            if learns:
+                self._remember(ordered)
             nmi, ncmi, scores = seen.means.split([count, count, count + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1], here)
             average = self._average()
@@ -202,9 +207,7 @@ class ARM(EpochWindowModule):
                 weights, counts = left_alone(weights, counts, here, seen.count > 0, average)
             if self.training and not self._acting:
                 weights = torch.ones_like(weights)
-            # A checkpointed forward pass is repeated in the backward pass; it counts once.
-            compiled = torch.compiler.is_compiling()
-            if self.training and (compiled or not in_backward()):
+            if learns:
                 # One weight that is not finite would stay in the average for ever.
                 sound = counts & weights.isfinite().all()
                 if compiled:
@@ -213,7 +216,6 @@ class ARM(EpochWindowModule):
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.
                 self.average_weight.view(1).add_(share * (1 - self.average_weight))
-                self._remember(ordered)
         out = weighted(ordered, weights)
         seen_of = [scores[:-1], contributions, nmi, ncmi]
         if here is not None:

@@ -271,12 +271,13 @@ class LFM(EpochWindowModule):
         Args:
             logits: As in `forward`, with gradients, of the held-out samples.
             labels: As there.
-            parameters: The model's, that of interest first: the release looks at the mean of h over
-                its first tensor, the first weight of the audio encoder.
+            parameters: The model's, none sharded, that of interest first: the release looks at the
+                mean of h over its first tensor, the first weight of the audio encoder.
             present: As in `forward`.
 
         Raises:
             RuntimeError: the weights are a schedule's, or `set_epoch` was not called.
+            TypeError: a parameter is sharded, or as `forward`.
             ValueError: there are no parameters, or as `forward`.
         """
         if self.weighting != "learned":
@@ -288,9 +289,8 @@ class LFM(EpochWindowModule):
 
         def look() -> tuple[None, Observed]:
             each, mask = self._checked(logits, present)
-            joint, loss, gap = terms_of(self.criterion, each, labels, mask, plain_divergence)
-            weights = self.weights.to(joint.dtype)
-            step = mean_along(loss, gap, weights, list(parameters)).detach().to(self.weights)
+            _, loss, gap = terms_of(self.criterion, each, labels, mask, plain_divergence)
+            step = mean_along(loss, gap, self.weights, list(parameters)).detach().to(self.weights)
             return None, Observed(step.view(1), torch.ones_like(step))
 
         step = over_ranks(look, self.process_group, 2, self.weights.device)[1].means[0]

@@ -32,7 +32,7 @@ from ..loop.epochs import EpochWindow, EpochWindowModule
 from ..loop.given import Loss, check_mask
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.result import Result
-from ..loop.shards import is_dtensor, local_part
+from ..loop.shards import is_dtensor, local_part, placed_gradient
 from ..ops._tensors import FLOATING, why_unsupported
 from ._mla_rule import MLAFusion, MLALatest, MLAReleased, MLARule, fused, may_be_empty, observed
 
@@ -268,7 +268,8 @@ class MLA(EpochWindowModule):
         placements = weight.placements if is_dtensor(weight) else ()  # type: ignore[attr-defined]
         if any(p.is_shard() and p.dim != 0 for p in placements):
             raise ValueError("head may be sharded by its classes, dimension 0, alone")
-        grad = None if weight.grad is None else local_part(weight.grad)
+        grad = placed_gradient(weight)
+        grad = None if grad is None else local_part(grad)
         dtype = torch.promote_types(self.projector.dtype, torch.float32)
         return grad, observed(features, present, grad, dtype)
 

@@ -198,13 +198,13 @@ class OPM(DrawingModule):
                 self._width(more),
                 self.q.device,
             )
+            self._remember(given.names)
             current, scores, ratios = self._decide(seen)
         at_once = self.rule.same_step or seen.kind == "coefficients"
         q = current.detach() if at_once else self.q.clone()
         q = q if self._acting else torch.zeros_like(q)
         result = self.rule.drop(self, given._replace(scores=scores, present=present), q)
         self.q.copy_(current.detach())
-        self._remember(given.names)
         self._advance()
         return replace(result, scores=scores, ratios=ratios, modalities=tuple(given.names))
 

@@ -230,9 +230,7 @@ class ReLearning(EpochWindow):
                 checked("train", names, train_features, train_labels, train_present),
                 checked("val", names, val_features, val_labels, val_present),
             ),
-            cluster,
-            self.num_classes,
-            self.process_group,
+            *(cluster, self.num_classes, self.process_group, names),
         )
         table = torch.tensor(measured, dtype=torch.float64)
         weights, device = self.rule.weights(table), self.modalities.device

@@ -7,13 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from balancing import ANCHORED, make
 from cells import Cell
+from ranks import ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import mmfuse
 from mmfuse import _native
 from mmfuse.loop import anchors
 from mmfuse.loop.modalities import Active, Modalities
+from mmfuse.loop.shards import whole_state
 from mmfuse.ops import GradStats
 from mmfuse.ops._eager import Eager
 
@@ -328,3 +335,43 @@ def test_steps_are_those_of_lists(
     for one, other in zip(results[:3], results[3:], strict=True):
         for a, b in zip(one, other, strict=True):
             assert torch.equal(a, b)
+
+
+def partly_frozen(rank: int, kind: str) -> list[list[bool]]:
+    """Which entries of the state are sharded, where biases are frozen and where they are not.
+
+    The first rank has all of each encoder's tensors, the second an empty part.
+    """
+    nets = {name: nn.Linear(3, 1) for name in ("audio", "visual")}
+    for net in nets.values():
+        fully_shard(net, mesh=init_device_mesh("cpu", (2,)))
+        net.bias.requires_grad_(False)
+    method: Any = make(kind, nets)
+    method.set_epoch(0)
+    found = []
+    for unfrozen in (False, True):
+        x, labels = torch.ones(4, 3), torch.arange(4) % 2
+        for net in nets.values():
+            net.zero_grad()
+            net.bias.requires_grad_(unfrozen)
+        z = {name: net(x).expand(-1, 2) for name, net in nets.items()}
+        sum(each.square().sum() for each in z.values()).backward()
+        seen = {"features": z, "inputs": dict.fromkeys(nets, x)}
+        more = {name: seen[name] for name in method.rule.need.inputs}
+        method.step({name: each.detach() for name, each in z.items()}, labels, **more)
+        saved = method.state_dict()["anchors"]["tensors"]
+        found.append([isinstance(t, DTensor) for t in saved])
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, found)
+        assert both[0] == both[1], both
+        whole_state(saved)  # of which every rank takes a part
+        method.load_state_dict(method.state_dict())
+    assert [p.to_local().numel() for p in nets["audio"].parameters()] == ([3, 1], [0, 0])[rank]
+    return found
+
+
+@pytest.mark.parametrize("kind", ANCHORED)
+def test_all_ranks_have_the_same_entries_where_some_are_frozen(kind: str) -> None:
+    """An empty part of a vector is not what stands for a frozen one."""
+    for found in ranks(2).run(partly_frozen, kind):
+        assert found == [[True, False] * 2, [True, True] * 2]

@@ -204,6 +204,29 @@ def test_a_fault_in_backward_does_not_keep_the_others_waiting(kind: str) -> None
     check(ranks(2).run(fails_in_backward, kind), FAULTS["an impossible label"][1])
 
 
+def nothing_observed(rank: int, kind: str, everywhere: bool) -> dict[str, Any]:
+    """One rank's step comes without anything, or that of all."""
+    trainer = Trainer(kind, rank)
+
+    def step() -> None:
+        seen, _ = trainer.forward()
+        show(trainer.method, trainer.model.fc, seen).loss.backward()
+        some = {} if everywhere or rank == 1 else arguments(trainer.method, seen)
+        trainer.method.step(**some)
+
+    return failed_once(trainer, step)
+
+
+@pytest.mark.parametrize("kind", STEPPING)
+def test_a_step_without_anything_does_not_keep_the_others_waiting(kind: str) -> None:
+    check(ranks(2).run(nothing_observed, kind, False), "nothing was observed since the last step")
+
+
+def test_a_step_without_anything_on_all_ranks() -> None:
+    for found in ranks(2).run(nothing_observed, "OGM", True):
+        assert found["text"].startswith("RuntimeError: OGM.step: nothing was observed")
+
+
 def width_and_sizes(rank: int, kind: str) -> tuple[int, list[int]]:
     trainer = Trainer(kind, rank)
     with counted(dist) as sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -37,6 +38,8 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import mmfuse
+from mmfuse.loop import stage
+from mmfuse.noise import default_stream
 
 
 def without_batch_norm() -> AudioVisual:
@@ -311,6 +314,53 @@ def test_without_reduction_replicas_drift() -> None:
     assert any(
         (a != b).any() for a, b in zip(first["parameters"], second["parameters"], strict=True)
     )
+
+
+def reseeded(rank: int) -> tuple[list[int], list[Tensor]]:
+    """The second rank seeds PyTorch anew between two steps, as for a data loader."""
+    device, found = torch.device("cpu"), []
+    nets = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("a", "b")})
+    stream = default_stream(device)
+    for step in range(3):
+        nets.zero_grad()
+        if rank == 1 and step:
+            torch.manual_seed(300 + step)
+        logits = {name: net(torch.ones(4, 3)) for name, net in nets.items()}
+        loss = F.cross_entropy(sum(logits.values()), torch.tensor([0, 1, 0, 1]))
+        mmfuse.ogm_backward(loss, dict(nets.items()), logits, torch.tensor([0, 1, 0, 1]))
+        found.append([p.grad for p in nets.parameters()])
+    assert default_stream(device) is stream
+    return stream.state.tolist(), found
+
+
+def test_a_rank_that_seeds_anew_does_not_wait_for_the_others() -> None:
+    """It would, in a broadcast of the stream that the others have already."""
+    first, second = ranks(2).run(reseeded)
+    assert_equal(second, first)
+
+
+def with_noise(rank: int, process_group: Any) -> list[str]:
+    """Warnings of a callable that makes each rank's own noise, in two steps of two objects."""
+    stage._warned.clear()
+    nets = nn.ModuleDict({name: nn.Linear(3, 2) for name in ("a", "b")})
+    told = []
+    for _ in range(2):
+        ogm = mmfuse.OGM(dict(nets.items()), noise=torch.randn_like, process_group=process_group)
+        for _ in range(2):
+            nets.zero_grad()
+            logits = {name: net(torch.ones(4, 3)) for name, net in nets.items()}
+            sum(z.square().sum() for z in logits.values()).backward()
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter("always")
+                ogm.step({n: z.detach() for n, z in logits.items()}, torch.tensor([0, 1, 0, 1]))
+            told += [str(w.message) for w in seen if w.category is RuntimeWarning]
+    return told
+
+
+def test_noise_that_each_rank_makes_is_told_once() -> None:
+    for (message,) in ranks(2).run(with_noise, None):
+        assert message.startswith("OGM: the callable noise= makes other numbers on each rank")
+    assert ranks(2).run(with_noise, False) == [[], []]
 
 
 def in_half_the_world(rank: int) -> tuple[Tensor, Tensor]:

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.nn import functional as F
 
 import mmfuse
@@ -389,6 +390,57 @@ def partial_sum(rank: int) -> str:
 def test_partial_sums_are_refused() -> None:
     for message in ranks(2).run(partial_sum):
         assert "encoders['a'][0] is a DTensor of partial sums" in message
+
+
+def sequence_parallel(rank: int, kind: str) -> tuple[list[Tensor], dict[str, Tensor], list[Any]]:
+    """Norms whose weights are whole on each rank, and see a part of the sequence there.
+
+    Returns:
+        The gradients after the step, whole; the state; how the gradients lay before it.
+    """
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    nets, x = norms()
+    for net in nets.values():
+        parallelize_module(net, mesh, SequenceParallel())
+    parts = {n: z.chunk(dist.get_world_size(), 1)[rank].contiguous() for n, z in x.items()}
+    features = {n: net(parts[n]).full_tensor() for n, net in nets.items()}
+    method = make(kind, nets, stream=mmfuse.NoiseStream(11), process_group=False)
+    placed = stepped(method, nets, features)
+    grads = [whole(p.grad) for net in nets.values() for p in net.parameters()]
+    return grads, method.state_dict()["state"], placed
+
+
+def norms() -> tuple[dict[str, nn.Module], dict[str, Tensor]]:
+    torch.manual_seed(4)
+    nets: dict[str, nn.Module] = {n: nn.LayerNorm(6, dtype=torch.float64) for n in ("a", "b")}
+    return nets, {n: torch.randn(3, 8, 6, dtype=torch.float64) for n in nets}
+
+
+def stepped(method: Any, nets: dict[str, nn.Module], features: dict[str, Tensor]) -> list[Any]:
+    next_epoch(method)
+    signs = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    losses = {n: (z * signs).square().mean() for n, z in features.items()}
+    joint = (features["a"] * features["b"] * signs).sum()
+    if isinstance(method, mmfuse.MMPareto):
+        method.backward(joint, unimodal_losses=losses)
+        return []
+    joint.backward()
+    every = [p.grad for net in nets.values() for p in net.parameters()]
+    placed = [getattr(g, "placements", None) for g in every]
+    method.step(*seen_alike())
+    return placed
+
+
+@pytest.mark.parametrize("kind", ["OGM-GE", "InfoReg", "MMPareto"])
+def test_gradients_that_are_partial_sums_of_whole_parameters(kind: str) -> None:
+    nets, x = norms()
+    method = make(kind, nets, stream=mmfuse.NoiseStream(11))
+    stepped(method, nets, {n: net(x[n]) for n, net in nets.items()})
+    expected = [p.grad for net in nets.values() for p in net.parameters()]
+    for found, state, placed in ranks(2).run(sequence_parallel, kind):
+        torch.testing.assert_close(found, expected, **NOISY)
+        torch.testing.assert_close(state, method.state_dict()["state"], **SAME, equal_nan=True)
+        assert all(any(p.is_partial() for p in each) for each in placed)
 
 
 def sharded_too_late(rank: int) -> str:

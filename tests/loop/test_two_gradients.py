@@ -171,6 +171,65 @@ def test_gradients_that_are_expanded_views_are_averaged() -> None:
             torch.testing.assert_close(grad, torch.full((3, 2), 1.5 * 2.5))
 
 
+class Branching(Net):
+    """Each encoder has two branches of one shape, of which a pass takes one, as with LayerDrop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio_net = nn.ModuleList([nn.Linear(5, 4) for _ in range(2)])
+        self.visual_net = nn.ModuleList([nn.Linear(7, 4) for _ in range(2)])
+
+    def forward(
+        self, audio: Tensor, visual: Tensor, labels: Tensor, branch: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        features = {"audio": self.audio_net[branch](audio), "visual": self.visual_net[0](visual)}
+        joint = F.cross_entropy(self.head(torch.cat(list(features.values()), 1)), labels)
+        return joint, {n: F.cross_entropy(self.own[n](f), labels) for n, f in features.items()}
+
+
+def branching(rank: int) -> list[Tensor | None]:
+    """The unimodal losses of the two ranks reach different parameters."""
+    torch.manual_seed(3)
+    model = Branching().double()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    mine = slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+    joint, unimodal = wrapped(*(x[mine] for x in data(0)), rank)
+    mmfuse.MMPareto(model.encoders).backward(joint, unimodal_losses=unimodal)
+    return [p.grad for net in model.encoders.values() for p in net.parameters()]
+
+
+def test_ranks_whose_losses_reach_different_parameters() -> None:
+    torch.manual_seed(3)
+    model = Branching().double()
+    halves = [slice(rank * ROWS // 2, (rank + 1) * ROWS // 2) for rank in range(2)]
+    losses = [model(*(x[half] for x in data(0)), rank) for rank, half in enumerate(halves)]
+    joint = sum(loss for loss, _ in losses) / 2
+    unimodal = {n: sum(each[n] for _, each in losses) / 2 for n in model.encoders}
+    mmfuse.MMPareto(model.encoders).backward(joint, unimodal_losses=unimodal)
+    expected = [p.grad for net in model.encoders.values() for p in net.parameters()]
+    assert sum(g is not None for g in expected) == 6
+    for found in ranks(2).run(branching):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def static(rank: int) -> str:
+    model = make()
+    wrapped = DistributedDataParallel(model, static_graph=True)
+    joint, unimodal = wrapped(*data(0))
+    try:
+        mmfuse.MMPareto(model.encoders).backward(joint, unimodal_losses=unimodal)
+    except RuntimeError as error:
+        assert all(p.grad is None for p in model.parameters())
+        return str(error)
+    return ""
+
+
+def test_a_static_graph_is_refused() -> None:
+    """Its first step reduces what the first of the two backward passes has left: nothing."""
+    for message in ranks(2).run(static):
+        assert "static_graph=True" in message and "make it without" in message
+
+
 def by_hand(model: Net, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """The formula, tensor by tensor, from gradients of each loss."""
     joint, unimodal = model(*batch)

@@ -522,7 +522,7 @@ def test_the_trace_comes_with_the_pull(
     def refused(*_: object, **__: object) -> None:
         raise AssertionError("InfoReg has read the gradients twice")
 
-    monkeypatch.setattr("mmfuse.loop.modalities.grad_stats", refused)
+    monkeypatch.setattr("mmfuse.loop._active.grad_stats", refused)
     if parts == 2:
         monkeypatch.setattr(inforeg.anchors, "parts", cut)
     found_pull = False

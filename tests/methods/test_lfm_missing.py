@@ -10,6 +10,8 @@ import torch
 from cells import Cell
 from ranks import ranks
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from ways import bad_masks, some, spoilt
 
@@ -197,6 +199,28 @@ def test_ranks_learn_the_mean_and_share_an_error() -> None:
     assert alone[0] != alone[1]
     for text in ranks(2).run(learnt, True, 1):
         assert isinstance(text, str)
+
+
+def learnt_sharded(rank: int) -> str:
+    net, lfm = Net(), mmfuse.LFM(weighting="learned", rate=20.0)
+    for each in (*net.nets.values(), net):
+        fully_shard(each, mesh=init_device_mesh("cpu", (2,)))
+    lfm.set_epoch(0)
+    before, labels = lfm.weights.clone(), torch.arange(8) % 3
+    given = net({n: torch.randn(8, 3).double() for n in net.nets})
+    parameters = [p for each in net.nets.values() for p in each.parameters()]
+    try:
+        lfm.learn(given, labels, parameters)
+    except TypeError as error:
+        assert torch.equal(lfm.weights, before)
+        return str(error)
+    return ""
+
+
+def test_parameters_that_are_sharded_are_refused() -> None:
+    """A loss has no gradient of them, and the weights would stay what they are, in silence."""
+    for text in ranks(2).run(learnt_sharded):
+        assert text.startswith("LFM.learn: parameters are sharded (DTensors)")
 
 
 @pytest.mark.parametrize(("change", "error", "text"), bad_masks(ROWS))

@@ -13,7 +13,6 @@ from typing_extensions import ParamSpec
 
 from .._devices import narrowed, readable
 from .._numbers import MOST_MODALITIES, whole
-from ..ops._forward import check_forward
 from ._name_sums import BITS, order_by, read_sums, write_sums
 from ._together import check_one_order
 from .modalities import check_names, named_features
@@ -300,20 +299,6 @@ class EpochWindowModule(EpochWindow, nn.Module):
             RuntimeWarning,
             stacklevel=4,
         )
-
-    def _check_forward(self, consequence: str) -> None:
-        """Raises a RuntimeError in a backward pass, which repeats a checkpointed forward pass."""
-        compiled = torch.compiler.is_compiling()
-        if not compiled and torch._C._current_graph_task_id() == -1:
-            return
-        name = type(self).__name__
-        text = (
-            f"{name} is called in a backward pass, as activation checkpointing does, "
-            f"{consequence}; leave {name} outside of the checkpointed part"
-        )
-        if not compiled:
-            raise RuntimeError(text)
-        check_forward(self.epoch_state, text)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

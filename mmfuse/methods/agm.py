@@ -30,6 +30,7 @@ from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, More, Numbers, check_criterion, makes_tables
 from ..loop.ranks import Group, Observed, over_ranks
 from ..loop.shards import is_dtensor
+from ..ops._forward import check_forward
 from ..ops.scale_grad import scale_grad
 from ._agm_rule import AGMResult, AGMRule, look_at
 
@@ -182,7 +183,7 @@ class AGM(EpochWindowModule):
         if not self.training:
             passed = self._ordered(logits)
             return AGMResult(passed, torch.ones_like(self.coefficients), modalities=tuple(passed))
-        self._check_forward("and would count the step twice")
+        check_forward("AGM", self.epoch_state, "and would count the step twice")
         if labels is None and scores is None:
             raise TypeError(
                 "AGM needs labels in training; call eval() to pass through, or give scores"

@@ -29,6 +29,7 @@ from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, check_criterion
 from ..loop.modalities import check_names
 from ..loop.ranks import Group, Observed, over_ranks
+from ..ops._forward import check_forward
 from ..ops.scale_grad import scale_grad
 from ._arl_rows import look_at
 from ._arl_rule import ARLResult, ARLRule
@@ -189,7 +190,7 @@ class ARL(EpochWindowModule):
         if not self.training:
             passed = self._features(features)
             return ARLResult(passed, torch.ones_like(self.weights), modalities=tuple(passed))
-        self._check_forward("where another step's weights would act")
+        check_forward("ARL", self.epoch_state, "where another step's weights would act")
         if logits is None:
             raise TypeError("ARL needs logits in training; call eval() to pass through")
         self._check_told("ARL")

@@ -34,7 +34,7 @@ from ..loop.epochs import EpochWindowModule, typed_as
 from ..loop.given import Loss, More, anywhere, check_criterion, complete_scores, criterion_of
 from ..loop.modalities import check_names
 from ..loop.ranks import Group, Observed, over_ranks
-from ..ops._forward import in_backward, runs_forward
+from ..ops._forward import in_backward, in_forward
 from ..ops.modality_scores import named_scores
 from ..ops.sample_scores import named_sample_scores
 from ._arm_information import Complete
@@ -195,8 +195,7 @@ class ARM(EpochWindowModule):
                 self.average.device,
             )
             # A checkpointed forward pass is repeated in the backward pass; it counts once.
-            compiled = torch.compiler.is_compiling()
-            learns = self.training and (compiled or not in_backward())
+            learns = self.training and (torch.compiler.is_compiling() or not in_backward())
             if learns:
                 self._remember(ordered)
             nmi, ncmi, scores = seen.means.split([count, count, count + 1])
@@ -209,9 +208,7 @@ class ARM(EpochWindowModule):
                 weights = torch.ones_like(weights)
             if learns:
                 # One weight that is not finite would stay in the average for ever.
-                sound = counts & weights.isfinite().all()
-                if compiled:
-                    sound = sound & runs_forward(self.average)
+                sound = in_forward(counts & weights.isfinite().all())
                 share = sound.to(weights.dtype) * (1 - self.momentum)
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.

@@ -42,6 +42,7 @@ from ..loop.predictions import (
 from ..loop.ranks import Group
 from ..loop.result import Result
 from ..noise import NoiseStream
+from ..ops._forward import check_forward
 from ..ops.logit_divergence import logit_divergence
 from ._mcr_parts import (
     added,
@@ -242,7 +243,7 @@ class MCR(DrawingModule):
             self._check_told("MCR")
             self._advance()
             return without
-        self._check_forward("and would draw other permutations there")
+        check_forward("MCR", self.epoch_state, "and would draw other permutations there")
         self._check_told("MCR")
         parts: Sequence[Tensor] = each
         fuse: Callable[[Sequence[Tensor]], Tensor] = added

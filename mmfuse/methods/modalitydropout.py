@@ -26,6 +26,7 @@ from ..loop.modalities import check_names, named_features
 from ..loop.ranks import Group, check_group
 from ..loop.result import Result
 from ..noise import NoiseStream
+from ..ops._forward import check_forward
 from ..ops._tensors import kept_tensor
 
 
@@ -135,7 +136,7 @@ class ModalityDropout(DrawingModule):
             here = check_present(names, present, rows, device)
         if not self.training:
             return ModalityDropoutResult(dict(features), here, modalities=tuple(names))
-        self._check_forward("and would draw another mask there")
+        check_forward("ModalityDropout", self.epoch_state, "and would draw another mask there")
         self._check_told("ModalityDropout")
         if not self._acting:
             self._advance()

@@ -33,6 +33,7 @@ from ..loop.modalities import check_names
 from ..loop.pairs import stages
 from ..loop.ranks import Group, Observed, over_ranks
 from ..noise import NoiseStream
+from ..ops._forward import check_forward
 from ..ops.discrepancy_ratios import discrepancy_ratios
 from ._opm_rule import Given, OPMResult, OPMRule, drop_probabilities, with_one_left
 
@@ -187,7 +188,7 @@ class OPM(DrawingModule):
             keep = first.new_ones(len(passed), len(first), dtype=torch.bool)
             q = torch.zeros_like(self.q)
             return OPMResult(passed, keep, q, None, None, modalities=tuple(passed))
-        self._check_forward("and would draw another mask there")
+        check_forward("OPM", self.epoch_state, "and would draw another mask there")
         if not more and (logits is None or labels is None):
             raise TypeError("OPM needs logits and labels in training; call eval() to pass through")
         self._check_told("OPM")

@@ -40,17 +40,29 @@ torch.library.register_fake(
 )
 
 
-def check_forward(state: Tensor, text: str) -> None:
-    """Raises a RuntimeError with this text in a backward pass; compiled, whenever it runs.
+def check_forward(method: str, state: Tensor, consequence: str) -> None:
+    """Raises a RuntimeError in a backward pass; compiled, whenever it runs.
 
     Args:
-        state: A tensor that the caller keeps, of which nothing changes.
-        text: Of the error.
+        method: Whose forward pass is repeated.
+        state: A tensor that it keeps, of which nothing changes.
+        consequence: The end of "called in a backward pass, as activation checkpointing does, ...".
     """
+    compiled = torch.compiler.is_compiling()
+    if not compiled and torch._C._current_graph_task_id() == -1:
+        return
+    text = (
+        f"{method} is called in a backward pass, as activation checkpointing does, {consequence}; "
+        f"leave {method} outside of the checkpointed part"
+    )
+    if not compiled:
+        raise RuntimeError(text)
     torch.ops.mmfuse.check_forward(state, text)
 
 
-def runs_forward(state: Tensor) -> Tensor:
-    """0-d bool: False in a backward pass; compiled, whenever it runs."""
-    found: Tensor = torch.ops.mmfuse.runs_forward(state)
+def in_forward(flag: Tensor) -> Tensor:
+    """The flag; in compiled code that runs in a backward pass, False."""
+    if not torch.compiler.is_compiling():
+        return flag
+    found: Tensor = flag & torch.ops.mmfuse.runs_forward(flag)
     return found

@@ -158,7 +158,7 @@ def gathered(model: nn.Module) -> list[bool]:
 
 
 def through(rank: int, kind: str, way: str) -> list[list[bool]]:
-    """What is gathered before and after a pass: after an optimizer's step, and before a backward.
+    """Says of each parameter if it is gathered, before and after passes around a backward pass.
 
     The passes have gradients of which nobody takes any.
     """

@@ -122,6 +122,14 @@ def test_long_rows_and_many_problems(cell: Cell) -> None:
         check(cell, data, target, 9, 2)
 
 
+@needs_numpy_2
+@pytest.mark.usefixtures("poisoned")
+def test_more_problems_than_a_program_has(cell: Cell) -> None:
+    """Triton's have 64; each pair of variables is where it belongs in all of them."""
+    *data, target = features(3, (130, 7), torch.float32, cell)
+    check(cell, data, target, 4, 2)
+
+
 def test_tables_of_which_only_one_needs_ranges(cell: Cell) -> None:
     """On a GPU one of the two fits a block's shared memory, whichever it is."""
     if cell.slow:

@@ -5,7 +5,7 @@
 // each is read from memory once, though a maximum comes before its exponentials.
 
 constexpr int64_t kColumnElements = 6144;
-constexpr int64_t kMaxColumns = 512;
+static_assert(kColumnElements / (kRun + 1) / 64 * 64 <= kLongColumns);
 
 template <typename scalar_t>
 class ScoreColumns {
@@ -23,11 +23,7 @@ class ScoreColumns {
 
   void scores(const RowScores& out) {
     for_each_tile([&](int64_t row, int64_t n) {
-      if (rows_.kind == TargetKind::kLabels) {
-        sum_labels(n);
-      } else {
-        sum_classes<false>(row, n);
-      }
+      rows_.kind == TargetKind::kLabels ? sum_labels(n) : sum_classes<false>(row, n);
       finish(row, n);
       for (int64_t j = 0; j < n; ++j) {
         put_scores(out, row - rows_.begin + j, prob_[j], log_prob_[j], weight_[j]);
@@ -134,6 +130,8 @@ class ScoreColumns {
       const vec_t factor = exp_nonpositive(lower);
       store(sum_ + j, sum * factor);
       store(prob_ + j, load(prob_ + j) * factor);
+      sum_.scale_low(j, factor);
+      prob_.scale_low(j, factor);
       store(log_prob_ + j, load(log_prob_ + j) + shared(share, old - shift));
       store(shift_ + j, shift);
     }
@@ -144,42 +142,54 @@ class ScoreColumns {
   void sum_classes(int64_t row, int64_t n) {
     const bool shares = rows_.kind == TargetKind::kShares;
     const acc_t* weights = rows_.weight.as(acc_t());
-    for (int64_t j = 0; j < n; j += kWidth) {
-      store(top_ + j, splat(-kInfinity));
-      for (acc_t* each : {shift_, sum_, prob_, log_prob_, share_}) store(each + j, vec_t{});
-    }
+    begin(n, sum_, prob_, log_prob_, share_);
     for (int64_t first = 0; first < rows_.classes; first += step_) {
       const int64_t k = std::min(step_, rows_.classes - first);
       read_terms(first, k, n);
       if (!shares) pick(row, first, k, n);
       rescale(n);
-      for (int64_t c = 0; c < k; ++c) {
-        acc_t* terms = terms_ + c * tile_;
-        if (shares) read(first + c, n);
-        const vec_t weight = weight_of(weights, first + c);
-        for (int64_t j = 0; j < n; j += kWidth) {
-          const vec_t below = load(terms + j) - load(shift_ + j);
-          const vec_t e = exp_nonpositive(below);
-          if constexpr (kStore) store(terms + j, e);
-          store(sum_ + j, load(sum_ + j) + e);
-          if (!shares) continue;
-          const vec_t a = weight * load(targets_ + j);
-          store(prob_ + j, load(prob_ + j) + a * e);
-          store(log_prob_ + j, load(log_prob_ + j) + shared(a, below));
-          store(share_ + j, load(share_ + j) + a);
+      for (int64_t c = 0; c < k;) {
+        acc_t* const sum = sum_.begin_run(n);
+        acc_t* const prob = shares ? prob_.begin_run(n) : nullptr;
+        acc_t* const log_prob = shares ? log_prob_.begin_run(n) : nullptr;
+        acc_t* const share = shares ? share_.begin_run(n) : nullptr;
+        for (const int64_t end = std::min(k, c + kRun); c < end; ++c) {
+          acc_t* terms = terms_ + c * tile_;
+          if (shares) read(first + c, n);
+          const vec_t weight = weight_of(weights, first + c);
+          for (int64_t j = 0; j < n; j += kWidth) {
+            const vec_t below = load(terms + j) - load(shift_ + j);
+            const vec_t e = exp_nonpositive(below);
+            if constexpr (kStore) store(terms + j, e);
+            store(sum + j, load(sum + j) + e);
+            if (!shares) continue;
+            const vec_t a = weight * load(targets_ + j);
+            store(prob + j, load(prob + j) + a * e);
+            store(log_prob + j, load(log_prob + j) + shared(a, below));
+            store(share + j, load(share + j) + a);
+          }
         }
+        sum_.end_run(n);
+        if (shares) end_runs(n, prob_, log_prob_, share_);
       }
     }
+    sum_.close(n);
+    if (shares) close_sums(n, prob_, log_prob_, share_);
+  }
+
+  // Before the first class.
+  template <typename... Sums>
+  void begin(int64_t n, Sums&... sums) {
+    for (int64_t j = 0; j < n; j += kWidth) {
+      store(top_ + j, splat(-kInfinity));
+      store(shift_ + j, vec_t{});
+    }
+    (sums.clear(n, rows_.classes > kRun), ...);
   }
 
   // Does as sum_classes<false>, with all that statistics are made of.
   void sum_statistics(int64_t row, int64_t n) {
-    for (int64_t j = 0; j < n; j += kWidth) {
-      store(top_ + j, splat(-kInfinity));
-      for (acc_t* each : {shift_, sum_, prob_, log_prob_, share_, below_, abs_}) {
-        store(each + j, vec_t{});
-      }
-    }
+    begin(n, sum_, prob_, log_prob_, share_, below_, abs_);
     std::fill_n(lead_, n, 0);
     for (int64_t first = 0; first < rows_.classes; first += step_) {
       const int64_t k = std::min(step_, rows_.classes - first);
@@ -189,18 +199,25 @@ class ScoreColumns {
       pick(row, first, k, n);
       lower(n);
       rescale(n);
-      for (int64_t c = 0; c < k; ++c) {
-        const acc_t* terms = terms_ + c * tile_;
-        for (int64_t j = 0; j < n; j += kWidth) {
-          const vec_t x = load(terms + j);
-          const vec_t below = x - load(shift_ + j);
-          const vec_t e = exp_nonpositive(below);
-          store(sum_ + j, load(sum_ + j) + e);
-          store(below_ + j, load(below_ + j) + shared(e, below));
-          store(abs_ + j, load(abs_ + j) + (x < 0 ? -x : x));
+      for (int64_t c = 0; c < k;) {
+        acc_t* const sum = sum_.begin_run(n);
+        acc_t* const lower = below_.begin_run(n);
+        acc_t* const size = abs_.begin_run(n);
+        for (const int64_t end = std::min(k, c + kRun); c < end; ++c) {
+          const acc_t* terms = terms_ + c * tile_;
+          for (int64_t j = 0; j < n; j += kWidth) {
+            const vec_t x = load(terms + j);
+            const vec_t below = x - load(shift_ + j);
+            const vec_t e = exp_nonpositive(below);
+            store(sum + j, load(sum + j) + e);
+            store(lower + j, load(lower + j) + shared(e, below));
+            store(size + j, load(size + j) + (x < 0 ? -x : x));
+          }
         }
+        end_runs(n, sum_, below_, abs_);
       }
     }
+    close_sums(n, sum_, below_, abs_);
   }
 
   // The first class that has the new maximum, where it is more than the old one, in used_.
@@ -219,7 +236,9 @@ class ScoreColumns {
       const vec_t top = load(top_ + j), sum = load(sum_ + j);
       const vec_t shift = top == -kInfinity ? vec_t{} : top;
       const vec_t less = sum == 0 ? vec_t{} : load(shift_ + j) - shift;
-      store(below_ + j, shared(exp_nonpositive(less), load(below_ + j) + less * sum));
+      const vec_t factor = exp_nonpositive(less);
+      store(below_ + j, shared(factor, load(below_ + j) + less * sum));
+      below_.scale_low(j, factor);
     }
   }
 
@@ -232,20 +251,26 @@ class ScoreColumns {
   }
 
   void sum_labels(int64_t n) {
-    for (int64_t j = 0; j < n; j += kWidth) {
-      for (acc_t* each : {prob_, log_prob_, share_}) store(each + j, vec_t{});
+    begin(n, prob_, log_prob_, share_);
+    for (int64_t first = 0; first < rows_.classes; first += kRun) {
+      acc_t* const prob = prob_.begin_run(n);
+      acc_t* const log_prob = log_prob_.begin_run(n);
+      acc_t* const share = share_.begin_run(n);
+      const auto add = [=](int64_t, int64_t j, vec_t a, const Likelihood<vec_t>& label) {
+        store(prob + j, load(prob + j) + a * label.prob);
+        store(log_prob + j, load(log_prob + j) + shared(a, label.log_prob));
+        store(share + j, load(share + j) + a);
+      };
+      for_each_label(first, std::min(rows_.classes, first + kRun), n, add);
+      end_runs(n, prob_, log_prob_, share_);
     }
-    for_each_label(n, [&](int64_t, int64_t j, vec_t a, const Likelihood<vec_t>& label) {
-      store(prob_ + j, load(prob_ + j) + a * label.prob);
-      store(log_prob_ + j, load(log_prob_ + j) + shared(a, label.log_prob));
-      store(share_ + j, load(share_ + j) + a);
-    });
+    close_sums(n, prob_, log_prob_, share_);
   }
 
-  // f(class, j, share, likelihood) for vectors of all labels.
+  // f(class, j, share, likelihood) for vectors of these labels.
   template <typename F>
-  void for_each_label(int64_t n, const F& f) {
-    for (int64_t c = 0; c < rows_.classes; ++c) {
+  void for_each_label(int64_t first, int64_t end, int64_t n, const F& f) {
+    for (int64_t c = first; c < end; ++c) {
       read(c, n);
       const vec_t weight = weight_of(rows_.weight.as(acc_t()), c);
       const vec_t pos_weight = weight_of(rows_.pos_weight.as(acc_t()), c);
@@ -297,11 +322,12 @@ class ScoreColumns {
   void label_grads(int64_t n, const RowGrads& grads, scalar_t* out) {
     const vec_t grad_prob = splat(static_cast<acc_t>(grads.grad_prob));
     const vec_t grad_log_prob = splat(static_cast<acc_t>(grads.grad_log_prob));
-    for_each_label(n, [&](int64_t c, int64_t j, vec_t a, const Likelihood<vec_t>& label) {
+    const auto write = [&](int64_t c, int64_t j, vec_t a, const Likelihood<vec_t>& label) {
       const vec_t slope = grad_prob * label.prob + grad_log_prob;
       store_some(out + c * grads.strides.klass + j, n - j,
                  shared(a / load(share_ + j), slope * label.slope));
-    });
+    };
+    for_each_label(0, rows_.classes, n, write);
   }
 
   void class_grads(int64_t row, int64_t n, const RowGrads& grads, scalar_t* out) {
@@ -358,33 +384,15 @@ class ScoreColumns {
   int64_t outer_ = 0, inner_ = 0;
   acc_t terms_[kColumnElements];
   acc_t targets_[kMaxColumns];
-  acc_t top_[kMaxColumns];       // the largest logit
-  acc_t shift_[kMaxColumns];     // the same, 0 for -inf
-  acc_t sum_[kMaxColumns];       // of e^(x - shift)
-  acc_t share_[kMaxColumns];     // of the targets' shares
-  acc_t prob_[kMaxColumns];      // of shares times exponentials; then the score
-  acc_t log_prob_[kMaxColumns];  // of shares times x - shift, or the true logit; then the score
+  acc_t top_[kMaxColumns];      // the largest logit
+  acc_t shift_[kMaxColumns];    // the same, 0 for -inf
+  ColumnSums<acc_t> sum_;       // of e^(x - shift)
+  ColumnSums<acc_t> share_;     // of the targets' shares
+  ColumnSums<acc_t> prob_;      // of shares times exponentials; then the score
+  ColumnSums<acc_t> log_prob_;  // of shares times x - shift, or the true logit; then the score
   acc_t used_[kMaxColumns];
-  acc_t below_[kMaxColumns];  // of e^(x - shift) times x - shift
-  acc_t abs_[kMaxColumns];    // of |x|
+  ColumnSums<acc_t> below_;  // of e^(x - shift) times x - shift
+  ColumnSums<acc_t> abs_;    // of |x|
   int64_t lead_[kMaxColumns];
   double weight_[kMaxColumns];
 };
-
-inline void score_columns(const LogitRows& rows, const RowScores& out) {
-  visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).scores(out);
-  });
-}
-
-inline void statistics_columns(const LogitRows& rows, const RowStatistics& out) {
-  visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).statistics(out);
-  });
-}
-
-inline void grad_columns(const LogitRows& rows, const RowGrads& grads) {
-  visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).grads(grads);
-  });
-}

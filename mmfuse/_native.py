@@ -160,11 +160,12 @@ _module, _why_no_module = _load_module()
 #: their anchors if those are given; see csrc/python. None where `mmfuse._C` was not built, or
 #: PyTorch cannot be read that way.
 read_gradients: Callable[..., Any] | None = None
-#: The same of lists of gradients, parameters and anchors: whether one is float64, and the table.
+#: The same of lists of gradients, parameters and anchors: whether one is float64, and the table;
+#: with `apart`, None where a gradient shares memory with another tensor.
 read_list: Callable[..., Any] | None = None
 try:
     if _module is not None and _module.find_tensors(torch.Tensor, torch.nn.Parameter):
-        _module.read_list([], None, None)  # once it took one list
+        _module.read_list([], None, None, False)  # once it took fewer arguments
         read_gradients, read_list = _module.read_gradients, _module.read_list
 except TypeError:  # of other sources: a checkout that was updated, and not built again
     warnings.warn(

@@ -39,8 +39,10 @@ py::object read_gradients(const py::object& parameters, const py::object& anchor
   return py::reinterpret_steal<py::object>(found);
 }
 
-py::object read_list(const py::object& grads, const py::object& params, const py::object& anchors) {
-  PyObject* found = mmfuse::python::read_list(reader, grads.ptr(), params.ptr(), anchors.ptr());
+py::object read_list(const py::object& grads, const py::object& params, const py::object& anchors,
+                     bool apart) {
+  PyObject* found =
+      mmfuse::python::read_list(reader, grads.ptr(), params.ptr(), anchors.ptr(), apart);
   if (found == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(found);
 }
@@ -54,6 +56,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_gradients", &read_gradients, py::arg("parameters"), py::arg("anchors") = py::none(),
         "Gradients of parameters and a table of them, or None.");
   m.def("read_list", &read_list, py::arg("grads"), py::arg("params") = py::none(),
-        py::arg("anchors") = py::none(),
+        py::arg("anchors") = py::none(), py::arg("apart") = false,
         "True if a list of gradients has a float64 one; and a table, or None.");
 }

@@ -11,10 +11,12 @@ from ..noise import NoiseStream
 from ._arguments import check_stream
 from ._eager import Eager
 from ._lists import is_vector, read_lists
+from ._overlaps import check_apart
 from ._registry import Op
 from ._tensors import (
     by_device,
     check_list,
+    check_no_inference,
     check_pairs,
     check_vector,
     check_writable,
@@ -88,10 +90,12 @@ def update_grads_(
     Raises:
         TypeError: a tensor is sparse, integer or complex.
         NotImplementedError: a gradient carries a tangent of forward-mode AD.
-        RuntimeError: a gradient requires a gradient, and autograd records.
+        RuntimeError: a gradient or `sq_norm` requires a gradient, and autograd records; or one of
+            the tensors that are written is of inference mode, which has ended.
         ValueError: shapes do not match, or arguments that go together are not both given, or a
-            gradient is an expanded view, or `sq_norm` has another shape, dtype or device. Nothing
-            has been changed then.
+            gradient is an expanded view, or shares memory with another tensor of the lists (a
+            parameter or an anchor may be its gradient itself), or `sq_norm` is an expanded view or
+            has another shape, dtype or device. Nothing has been changed then.
     """
     lists, vectors = (grads, params, anchors), (scale, pull, noise_std)
     eager = not torch.compiler.is_compiling()
@@ -104,6 +108,7 @@ def update_grads_(
     if (pull is None) != (params is None and anchors is None):
         raise ValueError("pull needs params, and params and anchors need pull")
     params, anchors = check_pairs(grads, params, anchors)
+    check_apart(grads, params, anchors)
     if pull is not None:
         check_vector("pull", pull, len(grads))
     if (noise_std is None) != (stream is None):
@@ -116,6 +121,8 @@ def update_grads_(
         raise TypeError(f"finite must be a 0-d bool tensor, got {type(finite).__name__}")
     if finite is not None and not _is_flag(finite):
         raise ValueError("finite must be a dense 0-d bool tensor")
+    if finite is not None:
+        check_no_inference([finite], lambda _: "finite")
     if sq_norm is not None:
         _check_sq_norm(sq_norm, grads)
     ids, offsets = stream.counters(len(grads)) if stream is not None else ([], [])
@@ -188,9 +195,10 @@ def _update_usual(
         if type(stream) is not NoiseStream or stream.ids is not None:
             return False
         state = stream.state
-        if state.is_meta or state.shape != (2,) or state.dtype is not torch.int64:
+        usual = state.shape == (2,) and state.dtype is torch.int64 and state.is_contiguous()
+        if state.is_meta or not usual:
             return False
-    listed = read_lists(_op, backend, grads, params, anchors)
+    listed = read_lists(_op, backend, grads, params, anchors, apart=True)
     if listed is None:
         return False
     own, dtype = listed.lists[0], listed.dtype
@@ -202,7 +210,10 @@ def _update_usual(
     )
     if not squared or not _is_usual_flag(finite, device):
         return False
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(own):
+    recorded = torch.is_grad_enabled() and (
+        torch._C._any_requires_grad(own) or (sq_norm is not None and sq_norm.requires_grad)
+    )
+    if recorded:
         return False
     numbers = [t for t in (finite, sq_norm) if t is not None]
     if True in [t.is_inference() for t in numbers]:  # such a gradient is not read either
@@ -302,6 +313,9 @@ def _check_sq_norm(sq_norm: Tensor, grads: Sequence[Tensor]) -> None:
             raise ValueError(f"sq_norm must be float64, as grads[{i}] is; got {sq_norm.dtype}")
     if grads and sq_norm.device != grads[0].device:
         raise ValueError(f"sq_norm is on {sq_norm.device}, grads[0] on {grads[0].device}")
+    check_writable([sq_norm], lambda _: "sq_norm")
+    if sq_norm.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("sq_norm requires a gradient, which the sums have none of; detach it")
 
 
 def _update_part(

@@ -39,8 +39,8 @@ def read_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     read = _native.read_list
     assert read is not None
 
-    def counted(*lists: list[Tensor]) -> object:
-        found = read(*lists)
+    def counted(*lists: list[Tensor], apart: bool = False) -> object:
+        found = read(*lists, apart=apart)
         if found is not None:
             counts.append(sum(map(len, lists)))
         return found

@@ -35,9 +35,13 @@ class ScoreRow {
   using acc_t = acc_type<scalar_t>;
   using vec_t = vec_type<scalar_t>;
   static constexpr int kWidth = lanes_of<scalar_t>;
-  static constexpr int64_t kChunk = kRun * kWidth;
+  template <bool kMany>
+  using Sum = std::conditional_t<kMany, LongSum<vec_t>, ShortSum<vec_t>>;
 
  public:
+  // A run of classes.
+  static constexpr int64_t kChunk = kRun * kWidth;
+
   ScoreRow(const LogitRows& rows, const RowPlace& place) : rows_(rows) {
     x_ = static_cast<const scalar_t*>(rows.logits) + place.in(rows.strides);
     target_ = place.in(rows.target_strides);
@@ -75,8 +79,9 @@ class ScoreRow {
     for_each_vector(of_vector, sums...);
   }
 
+  template <bool kMany>
   void label_scores(const RowScores& out, int64_t i) const {
-    LongSum<vec_t> prob, log_prob, shares;
+    Sum<kMany> prob, log_prob, shares;
     const auto add = [&](int64_t, int64_t, vec_t a, const Likelihood<vec_t>& label) {
       prob.add(a * label.prob);
       log_prob.add(shared(a, label.log_prob));
@@ -87,9 +92,10 @@ class ScoreRow {
     put_scores(out, i, prob.total() / all, log_prob.total() / all, 1);
   }
 
+  template <bool kMany>
   void share_scores(const RowScores& out, int64_t i) const {
     const acc_t max = row_max(x_, rows_.classes);
-    LongSum<vec_t> sum, prob, log_prob, shares;
+    Sum<kMany> sum, prob, log_prob, shares;
     const auto add = [&](int64_t c, int64_t n, vec_t t, vec_t weight) {
       const vec_t a = first_lanes(weight, n) * t;
       const vec_t below = logits(c, n, -std::numeric_limits<acc_t>::infinity()) - max;
@@ -104,8 +110,9 @@ class ScoreRow {
     put_scores(out, i, prob.total() / whole / all, log_prob.total() / all - std::log(whole), all);
   }
 
+  template <bool kMany>
   void label_grads(const RowGrads& grads, scalar_t* out) const {
-    LongSum<vec_t> shares;
+    Sum<kMany> shares;
     for_each_label([&](int64_t, int64_t, vec_t a, const Likelihood<vec_t>&) { shares.add(a); },
                    shares);
     const vec_t part = splat(static_cast<acc_t>(1 / shares.total()));
@@ -117,11 +124,12 @@ class ScoreRow {
     });
   }
 
+  template <bool kMany>
   void share_grads(const RowGrads& grads, scalar_t* out) const {
     acc_t* terms = static_cast<acc_t*>(grads.terms);
     acc_t* shares = terms + rows_.classes + kTermsPadding;
     const acc_t max = row_max(x_, rows_.classes);
-    LongSum<vec_t> sum, prob, share;
+    Sum<kMany> sum, prob, share;
     const auto add = [&](int64_t c, int64_t n, vec_t t, vec_t weight) {
       const vec_t a = first_lanes(weight, n) * t;
       const vec_t e = exp_nonpositive(logits(c, n, -std::numeric_limits<acc_t>::infinity()) - max);
@@ -226,22 +234,29 @@ class ScoreRow {
   int64_t target_;
 };
 
-inline void score_columns(const LogitRows& rows, const RowScores& out) {
+// f(rows as columns)
+template <typename F>
+inline void visit_columns(const LogitRows& rows, const F& f) {
   visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).scores(out);
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    if (rows.classes > kRun) {
+      f(ScoreColumns<scalar_t, true>(rows));
+    } else {
+      f(ScoreColumns<scalar_t, false>(rows));
+    }
   });
+}
+
+inline void score_columns(const LogitRows& rows, const RowScores& out) {
+  visit_columns(rows, [&](auto&& columns) { columns.scores(out); });
 }
 
 inline void statistics_columns(const LogitRows& rows, const RowStatistics& out) {
-  visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).statistics(out);
-  });
+  visit_columns(rows, [&](auto&& columns) { columns.statistics(out); });
 }
 
 inline void grad_columns(const LogitRows& rows, const RowGrads& grads) {
-  visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).grads(grads);
-  });
+  visit_columns(rows, [&](auto&& columns) { columns.grads(grads); });
 }
 
 inline void score_rows(const LogitRows& rows, const RowScores& out) {
@@ -249,15 +264,16 @@ inline void score_rows(const LogitRows& rows, const RowScores& out) {
   visit_dtype(rows.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     RowPlace place(rows);
+    const bool many = rows.classes > ScoreRow<scalar_t>::kChunk;
     for (int64_t row = rows.begin; row < rows.end; ++row, place.advance()) {
       const ScoreRow<scalar_t> one(rows, place);
       const int64_t i = row - rows.begin;
       if (rows.kind == TargetKind::kIndices) {
         one.index_scores(out, i, rows.labels[row]);
       } else if (rows.kind == TargetKind::kShares) {
-        one.share_scores(out, i);
+        many ? one.template share_scores<true>(out, i) : one.template share_scores<false>(out, i);
       } else {
-        one.label_scores(out, i);
+        many ? one.template label_scores<true>(out, i) : one.template label_scores<false>(out, i);
       }
     }
   });
@@ -278,15 +294,18 @@ inline void grad_rows(const LogitRows& rows, const RowGrads& grads) {
   visit_dtype(rows.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     RowPlace place(rows);
+    const bool many = rows.classes > ScoreRow<scalar_t>::kChunk;
     for (int64_t row = rows.begin; row < rows.end; ++row, place.advance()) {
       const ScoreRow<scalar_t> one(rows, place);
       scalar_t* out = static_cast<scalar_t*>(grads.grad_logits) + place.in(grads.strides);
       if (rows.kind == TargetKind::kIndices) {
         one.index_grads(grads, rows.labels[row], out);
       } else if (rows.kind == TargetKind::kShares) {
-        one.share_grads(grads, out);
+        many ? one.template share_grads<true>(grads, out)
+             : one.template share_grads<false>(grads, out);
       } else {
-        one.label_grads(grads, out);
+        many ? one.template label_grads<true>(grads, out)
+             : one.template label_grads<false>(grads, out);
       }
     }
   });

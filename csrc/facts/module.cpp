@@ -39,10 +39,16 @@ py::object read_gradients(const py::object& parameters, const py::object& anchor
   return py::reinterpret_steal<py::object>(found);
 }
 
-py::object read_list(const py::object& grads, const py::object& params, const py::object& anchors,
-                     bool apart) {
+py::object read_list(const py::object& grads, const py::object& params, const py::object& anchors) {
+  PyObject* found = mmfuse::python::read_list(reader, grads.ptr(), params.ptr(), anchors.ptr());
+  if (found == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
+py::object read_apart(const py::object& grads, const py::object& params,
+                      const py::object& anchors) {
   PyObject* found =
-      mmfuse::python::read_list(reader, grads.ptr(), params.ptr(), anchors.ptr(), apart);
+      mmfuse::python::read_list(reader, grads.ptr(), params.ptr(), anchors.ptr(), true);
   if (found == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(found);
 }
@@ -56,6 +62,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_gradients", &read_gradients, py::arg("parameters"), py::arg("anchors") = py::none(),
         "Gradients of parameters and a table of them, or None.");
   m.def("read_list", &read_list, py::arg("grads"), py::arg("params") = py::none(),
-        py::arg("anchors") = py::none(), py::arg("apart") = false,
+        py::arg("anchors") = py::none(),
         "True if a list of gradients has a float64 one; and a table, or None.");
+  m.def("read_apart", &read_apart, py::arg("grads"), py::arg("params") = py::none(),
+        py::arg("anchors") = py::none(),
+        "The same; None if a gradient shares memory with another tensor.");
 }

@@ -37,8 +37,6 @@ def check_stream(stream: object, on_meta: bool = False) -> NoiseStream:
         raise ValueError(f"stream has a state of shape {shape} in place of [2]: key and step")
     if stream.state.dtype is not torch.int64:
         raise TypeError(f"stream has a state of {stream.state.dtype} in place of torch.int64")
-    if not stream.state.is_contiguous():
-        raise ValueError("stream has a state that is not contiguous; kernels read it in place")
     return stream
 
 

@@ -63,8 +63,8 @@ def read_lists(
     if False in [isinstance(row, (list, tuple)) for row in given]:
         return None
     lists = [list(row) for row in given]
-    read = _native.read_list
-    found = read(*lists, apart=True) if apart else read(*lists)
+    read = _native.read_apart if apart else _native.read_list
+    found = read(*lists)
     if found is None:
         return None
     wide, table = found

@@ -60,8 +60,8 @@ def _stretches(
 
 
 def _same(tensor: Tensor, grad: Tensor) -> bool:
-    same = tensor.dtype == grad.dtype and tensor.stride() == grad.stride()
-    return same and tensor.data_ptr() == grad.data_ptr()
+    alike = tensor.element_size() == grad.element_size() and tensor.stride() == grad.stride()
+    return alike and tensor.data_ptr() == grad.data_ptr()
 
 
 def _shared(one: _Stretch, other: _Stretch) -> ValueError:

@@ -195,8 +195,7 @@ def _update_usual(
         if type(stream) is not NoiseStream or stream.ids is not None:
             return False
         state = stream.state
-        usual = state.shape == (2,) and state.dtype is torch.int64 and state.is_contiguous()
-        if state.is_meta or not usual:
+        if state.is_meta or state.shape != (2,) or state.dtype is not torch.int64:
             return False
     listed = read_lists(_op, backend, grads, params, anchors, apart=True)
     if listed is None:

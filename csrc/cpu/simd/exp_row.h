@@ -27,14 +27,18 @@ template <bool kStore, typename scalar_t>
 inline float exp_row(const scalar_t* x, int64_t n, float max, float* terms) {
   LongSum<F32> sum;
   int64_t i = 0;
-  for (const int64_t whole = n - n % kLanes; i < whole;) {
-    if (i > 0) sum.end_run();
-    for (const int64_t end = std::min(whole, i + kRun * kLanes); i < end; i += kLanes) {
+  const auto add_to = [&](int64_t end) {
+    for (; i + kLanes <= end; i += kLanes) {
       const F32 term = exp_nonpositive(load(x + i) - max);
       if constexpr (kStore) store(terms + i, term);
       sum.add(term);
     }
+  };
+  for (int64_t end = kRun * kLanes; end < n; end += kRun * kLanes) {
+    add_to(end);
+    sum.end_run();
   }
+  add_to(n);
   if (i < n && n >= kLanes) {
     // The last full vector, of which the first lanes are in the sum already.
     const int64_t at = n - kLanes;

@@ -14,7 +14,19 @@ inline void add_exactly(vec_t b, vec_t& sum, vec_t& low) {
   low += rest == rest ? rest : vec_t{};
 }
 
-// The sum of vectors; one of a single run is what a plain sum would be.
+// The sum of vectors, of which there is one run.
+template <typename vec_t>
+class ShortSum {
+ public:
+  void add(vec_t x) { sum_ += x; }
+  void end_run() {}
+  double total() const { return sum_lanes(sum_); }
+
+ private:
+  vec_t sum_{};
+};
+
+// The same of any number of runs; of one it is what a plain sum would be.
 template <typename vec_t>
 class LongSum {
  public:
@@ -27,8 +39,7 @@ class LongSum {
   }
 
   double total() const {
-    const double run = sum_lanes(run_);
-    return long_ ? sum_lanes(sum_) + (sum_lanes(low_) + run) : run;
+    return long_ ? sum_lanes(sum_) + sum_lanes(run_ + low_) : sum_lanes(run_);
   }
 
  private:
@@ -40,31 +51,30 @@ constexpr int64_t kMaxColumns = 512;
 // As many columns at most have more than a run of terms.
 constexpr int64_t kLongColumns = 128;
 
-// A sum for each of n columns, which are side by side.
-template <typename acc_t>
-class ColumnSums {
+// A sum for each of n columns, which are side by side; `kMany`: of more than one run.
+template <typename acc_t, bool kMany>
+class alignas(kVectorBytes) ColumnSums {
   using vec_t = vec_type<acc_t>;
   static constexpr int kWidth = lanes_of<acc_t>;
+  static constexpr int64_t kColumns = kMany ? kLongColumns : kMaxColumns;
 
  public:
   operator acc_t*() { return sums_; }
 
-  // `many`: there will be more than one run.
-  void clear(int64_t n, bool many) {
-    many_ = many;
-    fill_zero(sums_, n);
-    if (many) fill_zero(low_, n);
+  void clear(int64_t j) {
+    store(sums_ + j, vec_t{});
+    if constexpr (kMany) store(low_ + j, vec_t{});
   }
 
   // The place to add up the next run in.
   acc_t* begin_run(int64_t n) {
-    if (!many_) return sums_;
-    fill_zero(run_, n);
+    if constexpr (!kMany) return sums_;
+    for (int64_t j = 0; j < n; j += kWidth) store(run_ + j, vec_t{});
     return run_;
   }
 
   void end_run(int64_t n) {
-    for (int64_t j = 0; many_ && j < n; j += kWidth) {
+    for (int64_t j = 0; kMany && j < n; j += kWidth) {
       vec_t sum = load(sums_ + j), low = load(low_ + j);
       add_exactly(load(run_ + j), sum, low);
       store(sums_ + j, sum);
@@ -74,23 +84,19 @@ class ColumnSums {
 
   // Scales what has been kept of a vector, as the caller does its sum.
   void scale_low(int64_t j, vec_t factor) {
-    if (many_) store(low_ + j, load(low_ + j) * factor);
+    if constexpr (kMany) store(low_ + j, load(low_ + j) * factor);
   }
 
   // After the last run.
   void close(int64_t n) {
-    for (int64_t j = 0; many_ && j < n; j += kWidth)
+    for (int64_t j = 0; kMany && j < n; j += kWidth) {
       store(sums_ + j, load(sums_ + j) + load(low_ + j));
+    }
   }
 
  private:
-  static void fill_zero(acc_t* x, int64_t n) {
-    for (int64_t j = 0; j < n; j += kWidth) store(x + j, vec_t{});
-  }
-
-  acc_t sums_[kMaxColumns];
-  acc_t run_[kLongColumns], low_[kLongColumns];
-  bool many_ = false;
+  acc_t sums_[kColumns];
+  acc_t run_[kMany ? kColumns : 1], low_[kMany ? kColumns : 1];
 };
 
 template <typename... Sums>

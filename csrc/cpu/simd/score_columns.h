@@ -7,17 +7,20 @@
 constexpr int64_t kColumnElements = 6144;
 static_assert(kColumnElements / (kRun + 1) / 64 * 64 <= kLongColumns);
 
-template <typename scalar_t>
+// `kMany`: there are more classes than a run has.
+template <typename scalar_t, bool kMany>
 class ScoreColumns {
   using acc_t = acc_type<scalar_t>;
   using vec_t = vec_type<scalar_t>;
   static constexpr int kWidth = lanes_of<scalar_t>;
+  static constexpr int64_t kColumns = kMany ? kLongColumns : kMaxColumns;
+  using sums_t = ColumnSums<acc_t, kMany>;
 
  public:
   explicit ScoreColumns(const LogitRows& rows)
       : rows_(rows), x_(static_cast<const scalar_t*>(rows.logits)) {
     const int64_t fit = kColumnElements / rows.classes / 64 * 64;
-    tile_ = std::clamp<int64_t>(fit, 64, kMaxColumns);
+    tile_ = std::clamp<int64_t>(fit, 64, kColumns);
     step_ = kColumnElements / tile_;
   }
 
@@ -183,8 +186,8 @@ class ScoreColumns {
     for (int64_t j = 0; j < n; j += kWidth) {
       store(top_ + j, splat(-kInfinity));
       store(shift_ + j, vec_t{});
+      (sums.clear(j), ...);
     }
-    (sums.clear(n, rows_.classes > kRun), ...);
   }
 
   // Does as sum_classes<false>, with all that statistics are made of.
@@ -380,19 +383,18 @@ class ScoreColumns {
   static constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
   const LogitRows& rows_;
   const scalar_t* x_;
-  int64_t tile_, step_;
-  int64_t outer_ = 0, inner_ = 0;
-  acc_t terms_[kColumnElements];
-  acc_t targets_[kMaxColumns];
-  acc_t top_[kMaxColumns];      // the largest logit
-  acc_t shift_[kMaxColumns];    // the same, 0 for -inf
-  ColumnSums<acc_t> sum_;       // of e^(x - shift)
-  ColumnSums<acc_t> share_;     // of the targets' shares
-  ColumnSums<acc_t> prob_;      // of shares times exponentials; then the score
-  ColumnSums<acc_t> log_prob_;  // of shares times x - shift, or the true logit; then the score
-  acc_t used_[kMaxColumns];
-  ColumnSums<acc_t> below_;  // of e^(x - shift) times x - shift
-  ColumnSums<acc_t> abs_;    // of |x|
-  int64_t lead_[kMaxColumns];
-  double weight_[kMaxColumns];
+  int64_t tile_, step_, outer_ = 0, inner_ = 0;
+  alignas(kVectorBytes) acc_t terms_[kColumnElements];
+  acc_t targets_[kColumns];
+  acc_t top_[kColumns];    // the largest logit
+  acc_t shift_[kColumns];  // the same, 0 for -inf
+  sums_t sum_;             // of e^(x - shift)
+  sums_t share_;           // of the targets' shares
+  sums_t prob_;            // of shares times exponentials; then the score
+  sums_t log_prob_;        // of shares times x - shift, or the true logit; then the score
+  acc_t used_[kColumns];
+  sums_t below_;  // of e^(x - shift) times x - shift
+  sums_t abs_;    // of |x|
+  int64_t lead_[kColumns];
+  double weight_[kColumns];
 };

@@ -173,8 +173,8 @@ inline Moments<double> tiles_moments(const StatsSlice& slice) {
       anchor = tile_as(slice.anchor, slice.anchor_dtype, begin, n, anchor_buffer);
     }
     const scalar_t* grad = static_cast<const scalar_t*>(slice.grad) + begin;
-    // A mean is no larger than its tile's elements are on average, a pilot may be: hence the 32. The
-    // other one lets squares be four times m2, as of rows whose means differ.
+    // A mean is no larger than its tile's elements are on average, a pilot may be: hence the 32.
+    // The other factor lets squares be four times m2, as of rows whose means differ.
     const bool follows = std::isfinite(last);
     const acc_t shift = follows ? static_cast<acc_t>(last) : pilot_of(grad, n);
     const auto tile = tile_moments<kSecond>(shift, follows ? 4.0 / 3 : 32, grad, param, anchor, n);

@@ -64,9 +64,7 @@ class ScoreRow {
     }
   }
 
-  vec_t logits(int64_t c, int64_t n, acc_t rest) const {
-    return n >= kWidth ? load(x_ + c) : load_first(x_ + c, n, rest);
-  }
+  vec_t logits(int64_t c, int64_t n, acc_t rest) const { return load_some(x_ + c, n, rest); }
 
   // f(class, n, share, likelihood)
   template <typename F, typename... Sums>
@@ -120,7 +118,7 @@ class ScoreRow {
     const vec_t grad_log_prob = splat(static_cast<acc_t>(grads.grad_log_prob));
     for_each_label([&](int64_t c, int64_t n, vec_t a, const Likelihood<vec_t>& label) {
       const vec_t slope = grad_prob * label.prob + grad_log_prob;
-      put(out + c, n, shared(a * part, slope * label.slope));
+      store_some(out + c, n, shared(a * part, slope * label.slope));
     });
   }
 
@@ -148,7 +146,7 @@ class ScoreRow {
     for (int64_t c = 0; c < rows_.classes; c += kWidth) {
       const vec_t e = load(terms + c);
       const vec_t grad = common * e + load(shares + c) * (own * e + grad_log_prob);
-      put(out + c, rows_.classes - c, all == 0 ? vec_t{} : grad);
+      store_some(out + c, rows_.classes - c, all == 0 ? vec_t{} : grad);
     }
   }
 
@@ -204,7 +202,7 @@ class ScoreRow {
     const double weight = index_weight(rows_, label);
     if (weight == 0 || label < 0 || label >= classes) {
       const acc_t fill = weight == 0 ? acc_t(0) : std::numeric_limits<acc_t>::quiet_NaN();
-      for (int64_t c = 0; c < classes; c += kWidth) put(out + c, classes - c, splat(fill));
+      for (int64_t c = 0; c < classes; c += kWidth) store_some(out + c, classes - c, splat(fill));
       return;
     }
     store(terms + classes, vec_t{});  // for the last vector, which is stored in part
@@ -213,7 +211,7 @@ class ScoreRow {
     const auto factor = splat(static_cast<acc_t>(-slope * weight / sum));
     terms[label] -= sum;
     for (int64_t c = 0; c < classes; c += kWidth) {
-      put(out + c, classes - c, factor * load(terms + c));
+      store_some(out + c, classes - c, factor * load(terms + c));
     }
   }
 
@@ -223,10 +221,6 @@ class ScoreRow {
       if (Element<scalar_t>::widen(x_[c]) == own) return false;
     }
     return true;
-  }
-
-  static void put(scalar_t* out, int64_t n, vec_t x) {
-    n >= kWidth ? store(out, x) : store_first(out, n, x);
   }
 
   const LogitRows& rows_;

@@ -51,30 +51,33 @@ constexpr int64_t kMaxColumns = 512;
 // As many columns at most have more than a run of terms.
 constexpr int64_t kLongColumns = 128;
 
+// Elements of an array for columns: no two that are gone through together are a multiple of 4096
+// bytes apart, or a load would wait for a store that it has nothing to do with.
+template <bool kMany>
+constexpr int64_t kColumnRoom = kMany ? kLongColumns : kMaxColumns + 128;
+
 // A sum for each of n columns, which are side by side; `kMany`: of more than one run.
 template <typename acc_t, bool kMany>
-class alignas(kVectorBytes) ColumnSums {
+class ColumnSums {
   using vec_t = vec_type<acc_t>;
   static constexpr int kWidth = lanes_of<acc_t>;
-  static constexpr int64_t kColumns = kMany ? kLongColumns : kMaxColumns;
 
  public:
   operator acc_t*() { return sums_; }
 
   void clear(int64_t j) {
     store(sums_ + j, vec_t{});
-    if constexpr (kMany) store(low_ + j, vec_t{});
+    store(low_ + j, vec_t{});
   }
 
   // The place to add up the next run in.
   acc_t* begin_run(int64_t n) {
-    if constexpr (!kMany) return sums_;
     for (int64_t j = 0; j < n; j += kWidth) store(run_ + j, vec_t{});
     return run_;
   }
 
   void end_run(int64_t n) {
-    for (int64_t j = 0; kMany && j < n; j += kWidth) {
+    for (int64_t j = 0; j < n; j += kWidth) {
       vec_t sum = load(sums_ + j), low = load(low_ + j);
       add_exactly(load(run_ + j), sum, low);
       store(sums_ + j, sum);
@@ -83,20 +86,31 @@ class alignas(kVectorBytes) ColumnSums {
   }
 
   // Scales what has been kept of a vector, as the caller does its sum.
-  void scale_low(int64_t j, vec_t factor) {
-    if constexpr (kMany) store(low_ + j, load(low_ + j) * factor);
-  }
+  void scale_low(int64_t j, vec_t factor) { store(low_ + j, load(low_ + j) * factor); }
 
   // After the last run.
   void close(int64_t n) {
-    for (int64_t j = 0; kMany && j < n; j += kWidth) {
-      store(sums_ + j, load(sums_ + j) + load(low_ + j));
-    }
+    for (int64_t j = 0; j < n; j += kWidth) store(sums_ + j, load(sums_ + j) + load(low_ + j));
   }
 
  private:
-  acc_t sums_[kColumns];
-  acc_t run_[kMany ? kColumns : 1], low_[kMany ? kColumns : 1];
+  acc_t sums_[kColumnRoom<true>], run_[kColumnRoom<true>], low_[kColumnRoom<true>];
+};
+
+template <typename acc_t>
+class ColumnSums<acc_t, false> {
+  using vec_t = vec_type<acc_t>;
+
+ public:
+  operator acc_t*() { return sums_; }
+  void clear(int64_t j) { store(sums_ + j, vec_t{}); }
+  acc_t* begin_run(int64_t) { return sums_; }
+  void end_run(int64_t) {}
+  void scale_low(int64_t, vec_t) {}
+  void close(int64_t) {}
+
+ private:
+  acc_t sums_[kColumnRoom<false>];
 };
 
 template <typename... Sums>

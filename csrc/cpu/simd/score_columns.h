@@ -13,20 +13,20 @@ class ScoreColumns {
   using acc_t = acc_type<scalar_t>;
   using vec_t = vec_type<scalar_t>;
   static constexpr int kWidth = lanes_of<scalar_t>;
-  static constexpr int64_t kColumns = kMany ? kLongColumns : kMaxColumns;
+  static constexpr int64_t kColumns = kColumnRoom<kMany>;
   using sums_t = ColumnSums<acc_t, kMany>;
 
  public:
   explicit ScoreColumns(const LogitRows& rows)
       : rows_(rows), x_(static_cast<const scalar_t*>(rows.logits)) {
     const int64_t fit = kColumnElements / rows.classes / 64 * 64;
-    tile_ = std::clamp<int64_t>(fit, 64, kColumns);
+    tile_ = std::clamp<int64_t>(fit, 64, kMany ? kLongColumns : kMaxColumns);
     step_ = kColumnElements / tile_;
   }
 
   void scores(const RowScores& out) {
     for_each_tile([&](int64_t row, int64_t n) {
-      rows_.kind == TargetKind::kLabels ? sum_labels(n) : sum_classes<false>(row, n);
+      rows_.kind == TargetKind::kLabels ? sum_labels(n) : sum_kind<false>(row, n);
       finish(row, n);
       for (int64_t j = 0; j < n; ++j) {
         put_scores(out, row - rows_.begin + j, prob_[j], log_prob_[j], weight_[j]);
@@ -59,7 +59,7 @@ class ScoreColumns {
         sum_labels(n);
         label_grads(n, grads, out);
       } else {
-        sum_classes<true>(row, n);
+        sum_kind<true>(row, n);
         finish(row, n);
         class_grads(row, n, grads, out);
       }
@@ -85,10 +85,6 @@ class ScoreColumns {
 
   const scalar_t* column(int64_t c) const {
     return x_ + place(rows_.strides) + c * rows_.strides.klass;
-  }
-
-  static vec_t load_some(const scalar_t* p, int64_t n, acc_t rest) {
-    return n >= kWidth ? load(p) : load_first(p, n, rest);
   }
 
   void read(int64_t c, int64_t n) {
@@ -140,32 +136,37 @@ class ScoreColumns {
     }
   }
 
-  // e^(x - max) and its sums; kStore keeps the exponentials in terms_.
   template <bool kStore>
-  void sum_classes(int64_t row, int64_t n) {
+  void sum_kind(int64_t row, int64_t n) {
     const bool shares = rows_.kind == TargetKind::kShares;
+    shares ? sum_classes<kStore, true>(row, n) : sum_classes<kStore, false>(row, n);
+  }
+
+  // e^(x - max) and its sums; kStore keeps the exponentials in terms_.
+  template <bool kStore, bool kShares>
+  void sum_classes(int64_t row, int64_t n) {
     const acc_t* weights = rows_.weight.as(acc_t());
     begin(n, sum_, prob_, log_prob_, share_);
     for (int64_t first = 0; first < rows_.classes; first += step_) {
       const int64_t k = std::min(step_, rows_.classes - first);
       read_terms(first, k, n);
-      if (!shares) pick(row, first, k, n);
+      if constexpr (!kShares) pick(row, first, k, n);
       rescale(n);
       for (int64_t c = 0; c < k;) {
         acc_t* const sum = sum_.begin_run(n);
-        acc_t* const prob = shares ? prob_.begin_run(n) : nullptr;
-        acc_t* const log_prob = shares ? log_prob_.begin_run(n) : nullptr;
-        acc_t* const share = shares ? share_.begin_run(n) : nullptr;
+        acc_t* const prob = kShares ? prob_.begin_run(n) : nullptr;
+        acc_t* const log_prob = kShares ? log_prob_.begin_run(n) : nullptr;
+        acc_t* const share = kShares ? share_.begin_run(n) : nullptr;
         for (const int64_t end = std::min(k, c + kRun); c < end; ++c) {
           acc_t* terms = terms_ + c * tile_;
-          if (shares) read(first + c, n);
+          if constexpr (kShares) read(first + c, n);
           const vec_t weight = weight_of(weights, first + c);
           for (int64_t j = 0; j < n; j += kWidth) {
             const vec_t below = load(terms + j) - load(shift_ + j);
             const vec_t e = exp_nonpositive(below);
             if constexpr (kStore) store(terms + j, e);
             store(sum + j, load(sum + j) + e);
-            if (!shares) continue;
+            if constexpr (!kShares) continue;
             const vec_t a = weight * load(targets_ + j);
             store(prob + j, load(prob + j) + a * e);
             store(log_prob + j, load(log_prob + j) + shared(a, below));
@@ -173,11 +174,11 @@ class ScoreColumns {
           }
         }
         sum_.end_run(n);
-        if (shares) end_runs(n, prob_, log_prob_, share_);
+        if constexpr (kShares) end_runs(n, prob_, log_prob_, share_);
       }
     }
     sum_.close(n);
-    if (shares) close_sums(n, prob_, log_prob_, share_);
+    if constexpr (kShares) close_sums(n, prob_, log_prob_, share_);
   }
 
   // Before the first class.
@@ -190,7 +191,7 @@ class ScoreColumns {
     }
   }
 
-  // Does as sum_classes<false>, with all that statistics are made of.
+  // Does as sum_classes<false, false>, with all that statistics are made of.
   void sum_statistics(int64_t row, int64_t n) {
     begin(n, sum_, prob_, log_prob_, share_, below_, abs_);
     std::fill_n(lead_, n, 0);
@@ -316,10 +317,6 @@ class ScoreColumns {
         prob_[j] = log_prob_[j] = std::numeric_limits<acc_t>::quiet_NaN();
       }
     }
-  }
-
-  static void store_some(scalar_t* p, int64_t n, vec_t x) {
-    n >= kWidth ? store(p, x) : store_first(p, n, x);
   }
 
   void label_grads(int64_t n, const RowGrads& grads, scalar_t* out) {

@@ -44,6 +44,7 @@ def read_lists(
     """
     if (
         _native.read_list is None
+        or _native.read_apart is None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()

@@ -186,6 +186,8 @@ def _update_usual(
     """Does all of `update_grads_` if every argument is usual; else nothing, and returns False."""
     if (pull is None) != (params is None) or (noise_std is None) != (stream is None):
         return False
+    if scale is None:  # which alone of the vectors has to be there
+        return False
     vectors, count = (scale, pull, noise_std), len(grads) if isinstance(grads, (list, tuple)) else 0
     if False in [is_vector(v, count) for v in vectors if v is not None]:
         return False

@@ -348,6 +348,10 @@ class TestBadInput:
     def test_lengths(self) -> None:
         self.raises(ValueError, r"scale must have shape \[1\]", [torch.ones(3)], torch.zeros(2))
 
+    def test_no_scale(self) -> None:
+        wrong = "scale must be a floating-point tensor"
+        self.raises(TypeError, wrong, [torch.ones(3)], None)
+
     def test_scale_type(self) -> None:
         self.raises(TypeError, "scale must be a floating", [torch.ones(3)], torch.zeros(1).long())
 

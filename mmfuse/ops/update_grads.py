@@ -125,6 +125,8 @@ def update_grads_(
         check_no_inference([finite], lambda _: "finite")
     if sq_norm is not None:
         _check_sq_norm(sq_norm, grads)
+    if finite is not None or sq_norm is not None:
+        _check_numbers(grads)
     ids, offsets = stream.counters(len(grads)) if stream is not None else ([], [])
     groups = by_device(grads)
     if len(groups) != 1:
@@ -238,6 +240,14 @@ def _check_on_meta(grads: Sequence[Tensor], **vectors: Tensor | None) -> None:
     for name, vector in vectors.items():
         if isinstance(vector, Tensor) and vector.is_meta and not all(g.is_meta for g in grads):
             raise ValueError(f"{name} is on the meta device, where it holds no numbers")
+
+
+def _check_numbers(grads: Sequence[Tensor]) -> None:
+    """Results of gradients that are on the meta device are read nowhere else."""
+    meta = [g.is_meta for g in grads]
+    if True in meta and False in meta:
+        i = meta.index(True)
+        raise ValueError(f"grads[{i}] is on the meta device, where it holds no numbers")
 
 
 def _is_flag(x: Tensor) -> bool:

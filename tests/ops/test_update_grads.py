@@ -348,6 +348,14 @@ class TestBadInput:
     def test_lengths(self) -> None:
         self.raises(ValueError, r"scale must have shape \[1\]", [torch.ones(3)], torch.zeros(2))
 
+    def test_a_gradient_on_meta_among_others(self) -> None:
+        one, two = torch.ones(3), torch.ones(2, device="meta")
+        flag, squares = torch.ones(()).bool(), torch.ones(2)
+        for options in ({"finite": flag}, {"sq_norm": squares}):
+            with pytest.raises(ValueError, match=r"grads\[1\] is on the meta device"):
+                ops.update_grads_([one, two], torch.zeros(2), **options)
+            assert one.tolist() == [1, 1, 1]
+
     def test_no_scale(self) -> None:
         wrong = "scale must be a floating-point tensor"
         self.raises(TypeError, wrong, [torch.ones(3)], None)

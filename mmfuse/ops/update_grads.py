@@ -104,7 +104,7 @@ def update_grads_(
     check_list("grads", grads)
     check_writable(grads, lambda i: f"grads[{i}]")
     check_vector("scale", scale, len(grads))
-    _check_on_meta(grads, scale=scale, pull=pull, noise_std=noise_std)
+    _check_on_meta(grads, scale=scale, pull=pull, noise_std=noise_std, finite=finite)
     if (pull is None) != (params is None and anchors is None):
         raise ValueError("pull needs params, and params and anchors need pull")
     params, anchors = check_pairs(grads, params, anchors)

@@ -472,6 +472,7 @@ class TestBadInput:
             ("scale", {"scale": empty}),
             ("pull", {"scale": one, "pull": empty, "params": params}),
             ("noise_std", {"scale": one, "noise_std": empty, "stream": NoiseStream(1)}),
+            ("finite", {"scale": one, "finite": empty[0].bool()}),
         ):
             with pytest.raises(ValueError, match=f"{name} is on the meta device"):
                 ops.update_grads_([torch.ones(3)], **options)

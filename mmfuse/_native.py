@@ -162,11 +162,15 @@ _module, _why_no_module = _load_module()
 read_gradients: Callable[..., Any] | None = None
 #: The same of lists of gradients, parameters and anchors: whether one is float64, and the table.
 read_list: Callable[..., Any] | None = None
+#: Likewise, but None where a gradient shares memory with another tensor of the lists.
+read_apart: Callable[..., Any] | None = None
 try:
     if _module is not None and _module.find_tensors(torch.Tensor, torch.nn.Parameter):
         _module.read_list([], None, None)  # once it took one list
+        read_apart = _module.read_apart
         read_gradients, read_list = _module.read_gradients, _module.read_list
-except TypeError:  # of other sources: a checkout that was updated, and not built again
+# Of other sources: a checkout that was updated, and not built again.
+except (TypeError, AttributeError):
     warnings.warn(
         "mmfuse._C was built from other sources; build again (pip install -e . or make build)",
         RuntimeWarning,

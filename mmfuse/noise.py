@@ -69,7 +69,7 @@ class NoiseStream:
 
     @classmethod
     def from_state(cls, state: Tensor) -> NoiseStream:
-        """A stream on an existing state, which it shares: int64 [2], (seed, step).
+        """A stream on an existing state, which it shares: int64 [2], contiguous, (seed, step).
 
         Raises:
             ValueError: `state` is something else.
@@ -77,6 +77,11 @@ class NoiseStream:
         if state.shape != (2,) or state.dtype != torch.int64:
             raise ValueError(
                 f"the state of a stream is int64 [2], got {state.dtype} {list(state.shape)}"
+            )
+        if not state.is_contiguous():
+            raise ValueError(
+                f"the state of a stream must be contiguous, got strides {tuple(state.stride())}: "
+                "kernels read it in place"
             )
         made = cls.__new__(cls)
         made.state, made.ids, made.offsets = state, None, None
@@ -103,7 +108,7 @@ class NoiseStream:
 
         Args:
             ids: The stream id of each tensor, 0 ≤ id < 2³².
-            offsets: Index of each tensor's first element in its flattened whole tensor.
+            offsets: Index of each tensor's first element in its flattened whole tensor, below 2⁶².
 
         Raises:
             TypeError: an id or an offset is no integer.
@@ -117,6 +122,8 @@ class NoiseStream:
             raise ValueError("every stream id must be in [0, 2**32)")
         if offsets and min(offsets) < 0:
             raise ValueError("offsets must not be negative")
+        if offsets and max(offsets) >= 2**62:  # places behind it fit into 64 bits, too
+            raise ValueError("every offset must be below 2**62")
         placed = NoiseStream.__new__(NoiseStream)
         placed.state = self.state
         placed.ids = ids

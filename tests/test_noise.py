@@ -286,6 +286,8 @@ def test_bad_input() -> None:
         (([-1],), "stream id"),
         (([2**32],), "stream id"),
         (([0], [-1]), "offsets must not be negative"),
+        (([0], [2**62]), r"every offset must be below 2\*\*62"),
+        (([0, 1], [0, 2**63 - 1]), r"every offset must be below 2\*\*62"),
         (([0, 1], [0]), "2 ids but 1 offsets"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -293,3 +295,14 @@ def test_bad_input() -> None:
     for bad in ({}, {"state": torch.zeros(3, dtype=torch.int64)}, {"state": torch.zeros(2)}):
         with pytest.raises(ValueError, match="int64 tensor"):
             stream.load_state_dict(bad)
+    column = torch.zeros(2, 2, dtype=torch.int64)[:, 0]
+    with pytest.raises(ValueError, match=r"must be contiguous, got strides \(2,\)"):
+        NoiseStream.from_state(column)
+
+
+def test_the_last_offsets(cell: Cell) -> None:
+    """The largest offset leaves room for all places behind it."""
+    stream = NoiseStream(3, cell.device)
+    z = stream.normal(9, 2, 2**62 - 1, dtype=torch.float64)
+    actual = drawn(cell, stream, 9, 2, 2**62 - 1)
+    tolerances.assert_within(actual, z, tolerances.noise(z.cpu()))

@@ -2,6 +2,7 @@
 
 // clang-format off
 #include "cpu/simd/exp.h"
+#include "cpu/simd/long_sum.h"
 #include "cpu/simd/exp_row.h"
 #include "cpu/simd/log.h"
 // clang-format on

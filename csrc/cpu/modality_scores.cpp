@@ -182,9 +182,11 @@ struct C10_HIDDEN Call {
     return found;
   }
 
-  // Scores of [B, C] logits with class indices are few.
+  // Scores of [B, C] logits with class indices are few, but for a B of millions, as [1, C, D] has.
   bool kept() const {
-    return modalities[0].kind == TargetKind::kIndices && modalities[0].inner == rows;
+    constexpr int64_t kMostKept = int64_t{1} << 20;
+    return modalities[0].kind == TargetKind::kIndices && modalities[0].inner == rows &&
+           rows <= kMostKept;
   }
 
   static void add(const RowScores& one, int64_t i, double* sum) {

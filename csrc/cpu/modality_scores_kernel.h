@@ -2,6 +2,7 @@
 
 // clang-format off
 #include "cpu/simd/targets.h"
+#include "cpu/simd/long_sum.h"
 #include "cpu/simd/exp_row.h"
 #include "cpu/simd/score_columns.h"
 // clang-format on
@@ -34,20 +35,26 @@ class ScoreRow {
   using acc_t = acc_type<scalar_t>;
   using vec_t = vec_type<scalar_t>;
   static constexpr int kWidth = lanes_of<scalar_t>;
-  static constexpr int64_t kChunk = 512;
+  template <bool kMany>
+  using Sum = std::conditional_t<kMany, LongSum<vec_t>, ShortSum<vec_t>>;
 
  public:
+  // A run of classes.
+  static constexpr int64_t kChunk = kRun * kWidth;
+
   ScoreRow(const LogitRows& rows, const RowPlace& place) : rows_(rows) {
     x_ = static_cast<const scalar_t*>(rows.logits) + place.in(rows.strides);
     target_ = place.in(rows.target_strides);
   }
 
-  // f(class, n, targets, weights) for vectors of n classes; the shares of those beyond are 0.
-  template <typename F>
-  void for_each_vector(const F& f) const {
+  // f(class, n, targets, weights) for vectors of n classes; the shares of those beyond are 0. A run
+  // of the sums that f adds to is a chunk.
+  template <typename F, typename... Sums>
+  void for_each_vector(const F& f, Sums&... sums) const {
     acc_t targets[kChunk];
     const acc_t* weights = rows_.weight.as(acc_t());
     for (int64_t first = 0; first < rows_.classes; first += kChunk) {
+      if (first > 0) (sums.end_run(), ...);
       const int64_t n = std::min(kChunk, rows_.classes - first);
       const int64_t stride = rows_.target_strides.klass;
       read_targets(rows_, target_ + first * stride, stride, n, targets);
@@ -57,83 +64,89 @@ class ScoreRow {
     }
   }
 
-  vec_t logits(int64_t c, int64_t n, acc_t rest) const {
-    return n >= kWidth ? load(x_ + c) : load_first(x_ + c, n, rest);
-  }
+  vec_t logits(int64_t c, int64_t n, acc_t rest) const { return load_some(x_ + c, n, rest); }
 
   // f(class, n, share, likelihood)
-  template <typename F>
-  void for_each_label(const F& f) const {
+  template <typename F, typename... Sums>
+  void for_each_label(const F& f, Sums&... sums) const {
     const acc_t* pos_weights = rows_.pos_weight.as(acc_t());
-    for_each_vector([&](int64_t c, int64_t n, vec_t y, vec_t weight) {
+    const auto of_vector = [&](int64_t c, int64_t n, vec_t y, vec_t weight) {
       const vec_t share = label_share(y, weight, weights_at(pos_weights, c));
       f(c, n, first_lanes(share, n), likelihood(logits(c, n, 0), y));
-    });
+    };
+    for_each_vector(of_vector, sums...);
   }
 
+  template <bool kMany>
   void label_scores(const RowScores& out, int64_t i) const {
-    vec_t prob{}, log_prob{}, total{};
-    for_each_label([&](int64_t, int64_t, vec_t a, const Likelihood<vec_t>& label) {
-      prob += a * label.prob;
-      log_prob += shared(a, label.log_prob);
-      total += a;
-    });
-    const double all = sum_lanes(total);
-    put_scores(out, i, sum_lanes(prob) / all, sum_lanes(log_prob) / all, 1);
+    Sum<kMany> prob, log_prob, shares;
+    const auto add = [&](int64_t, int64_t, vec_t a, const Likelihood<vec_t>& label) {
+      prob.add(a * label.prob);
+      log_prob.add(shared(a, label.log_prob));
+      shares.add(a);
+    };
+    for_each_label(add, prob, log_prob, shares);
+    const double all = shares.total();
+    put_scores(out, i, prob.total() / all, log_prob.total() / all, 1);
   }
 
+  template <bool kMany>
   void share_scores(const RowScores& out, int64_t i) const {
     const acc_t max = row_max(x_, rows_.classes);
-    vec_t sum{}, prob{}, log_prob{}, total{};
-    for_each_vector([&](int64_t c, int64_t n, vec_t t, vec_t weight) {
+    Sum<kMany> sum, prob, log_prob, shares;
+    const auto add = [&](int64_t c, int64_t n, vec_t t, vec_t weight) {
       const vec_t a = first_lanes(weight, n) * t;
       const vec_t below = logits(c, n, -std::numeric_limits<acc_t>::infinity()) - max;
       const vec_t e = exp_nonpositive(below);
-      sum += e;
-      prob += a * e;
-      log_prob += shared(a, below);
-      total += a;
-    });
-    const double whole = sum_lanes(sum), all = sum_lanes(total);
-    put_scores(out, i, sum_lanes(prob) / whole / all, sum_lanes(log_prob) / all - std::log(whole),
-               all);
+      sum.add(e);
+      prob.add(a * e);
+      log_prob.add(shared(a, below));
+      shares.add(a);
+    };
+    for_each_vector(add, sum, prob, log_prob, shares);
+    const double whole = sum.total(), all = shares.total();
+    put_scores(out, i, prob.total() / whole / all, log_prob.total() / all - std::log(whole), all);
   }
 
+  template <bool kMany>
   void label_grads(const RowGrads& grads, scalar_t* out) const {
-    vec_t total{};
-    for_each_label([&](int64_t, int64_t, vec_t a, const Likelihood<vec_t>&) { total += a; });
-    const vec_t part = splat(static_cast<acc_t>(1 / sum_lanes(total)));
+    Sum<kMany> shares;
+    for_each_label([&](int64_t, int64_t, vec_t a, const Likelihood<vec_t>&) { shares.add(a); },
+                   shares);
+    const vec_t part = splat(static_cast<acc_t>(1 / shares.total()));
     const vec_t grad_prob = splat(static_cast<acc_t>(grads.grad_prob));
     const vec_t grad_log_prob = splat(static_cast<acc_t>(grads.grad_log_prob));
     for_each_label([&](int64_t c, int64_t n, vec_t a, const Likelihood<vec_t>& label) {
       const vec_t slope = grad_prob * label.prob + grad_log_prob;
-      put(out + c, n, shared(a * part, slope * label.slope));
+      store_some(out + c, n, shared(a * part, slope * label.slope));
     });
   }
 
+  template <bool kMany>
   void share_grads(const RowGrads& grads, scalar_t* out) const {
     acc_t* terms = static_cast<acc_t*>(grads.terms);
     acc_t* shares = terms + rows_.classes + kTermsPadding;
     const acc_t max = row_max(x_, rows_.classes);
-    vec_t sum{}, prob{}, total{};
-    for_each_vector([&](int64_t c, int64_t n, vec_t t, vec_t weight) {
+    Sum<kMany> sum, prob, share;
+    const auto add = [&](int64_t c, int64_t n, vec_t t, vec_t weight) {
       const vec_t a = first_lanes(weight, n) * t;
       const vec_t e = exp_nonpositive(logits(c, n, -std::numeric_limits<acc_t>::infinity()) - max);
       store(terms + c, e);
       store(shares + c, a);
-      sum += e;
-      prob += a * e;
-      total += a;
-    });
-    const double whole = sum_lanes(sum), all = sum_lanes(total);
-    const double slope = grads.grad_prob * sum_lanes(prob) / whole + grads.grad_log_prob * all;
+      sum.add(e);
+      prob.add(a * e);
+      share.add(a);
+    };
+    for_each_vector(add, sum, prob, share);
+    const double whole = sum.total(), all = share.total();
+    const double slope = grads.grad_prob * prob.total() / whole + grads.grad_log_prob * all;
     const vec_t common = splat(static_cast<acc_t>(-slope / whole));
     const vec_t own = splat(static_cast<acc_t>(grads.grad_prob / whole));
     const vec_t grad_log_prob = splat(static_cast<acc_t>(grads.grad_log_prob));
     for (int64_t c = 0; c < rows_.classes; c += kWidth) {
       const vec_t e = load(terms + c);
       const vec_t grad = common * e + load(shares + c) * (own * e + grad_log_prob);
-      put(out + c, rows_.classes - c, all == 0 ? vec_t{} : grad);
+      store_some(out + c, rows_.classes - c, all == 0 ? vec_t{} : grad);
     }
   }
 
@@ -164,20 +177,23 @@ class ScoreRow {
     }
     const acc_t max = row_max(x_, rows_.classes);
     const acc_t own = possible ? Element<scalar_t>::widen(x_[label]) : nan;
-    vec_t sum{}, below_sum{}, abs_sum{};
-    for (int64_t c = 0; c < rows_.classes; c += kWidth) {
-      const vec_t x = logits(c, rows_.classes - c, -inf);
-      const vec_t below = x - max;
-      const vec_t e = exp_nonpositive(below);
-      sum += e;
-      below_sum += shared(e, below);
-      abs_sum += first_lanes(x < 0 ? -x : x, rows_.classes - c);
+    LongSum<vec_t> sum, below_sum, abs_sum;
+    for (int64_t c = 0; c < rows_.classes;) {
+      if (c > 0) (sum.end_run(), below_sum.end_run(), abs_sum.end_run());
+      for (const int64_t end = std::min(rows_.classes, c + kChunk); c < end; c += kWidth) {
+        const vec_t x = logits(c, rows_.classes - c, -inf);
+        const vec_t below = x - max;
+        const vec_t e = exp_nonpositive(below);
+        sum.add(e);
+        below_sum.add(shared(e, below));
+        abs_sum.add(first_lanes(x < 0 ? -x : x, rows_.classes - c));
+      }
     }
-    const double total = sum_lanes(sum), log_sum = std::log(total);
+    const double total = sum.total(), log_sum = std::log(total);
     const acc_t below_max = own - max;
     put_scores(out.scores, i, std::exp(below_max) / total, below_max - log_sum, weight);
     put_statistics(out, i, own == max && total == total && first_of_largest(own, label),
-                   log_sum - sum_lanes(below_sum) / total, max + log_sum, sum_lanes(abs_sum));
+                   log_sum - below_sum.total() / total, max + log_sum, abs_sum.total());
   }
 
   void index_grads(const RowGrads& grads, int64_t label, scalar_t* out) const {
@@ -186,7 +202,7 @@ class ScoreRow {
     const double weight = index_weight(rows_, label);
     if (weight == 0 || label < 0 || label >= classes) {
       const acc_t fill = weight == 0 ? acc_t(0) : std::numeric_limits<acc_t>::quiet_NaN();
-      for (int64_t c = 0; c < classes; c += kWidth) put(out + c, classes - c, splat(fill));
+      for (int64_t c = 0; c < classes; c += kWidth) store_some(out + c, classes - c, splat(fill));
       return;
     }
     store(terms + classes, vec_t{});  // for the last vector, which is stored in part
@@ -195,7 +211,7 @@ class ScoreRow {
     const auto factor = splat(static_cast<acc_t>(-slope * weight / sum));
     terms[label] -= sum;
     for (int64_t c = 0; c < classes; c += kWidth) {
-      put(out + c, classes - c, factor * load(terms + c));
+      store_some(out + c, classes - c, factor * load(terms + c));
     }
   }
 
@@ -207,29 +223,51 @@ class ScoreRow {
     return true;
   }
 
-  static void put(scalar_t* out, int64_t n, vec_t x) {
-    n >= kWidth ? store(out, x) : store_first(out, n, x);
-  }
-
   const LogitRows& rows_;
   const scalar_t* x_;
   int64_t target_;
 };
+
+// f(rows as columns)
+template <typename F>
+inline void visit_columns(const LogitRows& rows, const F& f) {
+  visit_dtype(rows.dtype, [&](auto* type) {
+    using scalar_t = std::remove_pointer_t<decltype(type)>;
+    if (rows.classes > kRun) {
+      f(ScoreColumns<scalar_t, true>(rows));
+    } else {
+      f(ScoreColumns<scalar_t, false>(rows));
+    }
+  });
+}
+
+inline void score_columns(const LogitRows& rows, const RowScores& out) {
+  visit_columns(rows, [&](auto&& columns) { columns.scores(out); });
+}
+
+inline void statistics_columns(const LogitRows& rows, const RowStatistics& out) {
+  visit_columns(rows, [&](auto&& columns) { columns.statistics(out); });
+}
+
+inline void grad_columns(const LogitRows& rows, const RowGrads& grads) {
+  visit_columns(rows, [&](auto&& columns) { columns.grads(grads); });
+}
 
 inline void score_rows(const LogitRows& rows, const RowScores& out) {
   if (better_as_columns(rows)) return score_columns(rows, out);
   visit_dtype(rows.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     RowPlace place(rows);
+    const bool many = rows.classes > ScoreRow<scalar_t>::kChunk;
     for (int64_t row = rows.begin; row < rows.end; ++row, place.advance()) {
       const ScoreRow<scalar_t> one(rows, place);
       const int64_t i = row - rows.begin;
       if (rows.kind == TargetKind::kIndices) {
         one.index_scores(out, i, rows.labels[row]);
       } else if (rows.kind == TargetKind::kShares) {
-        one.share_scores(out, i);
+        many ? one.template share_scores<true>(out, i) : one.template share_scores<false>(out, i);
       } else {
-        one.label_scores(out, i);
+        many ? one.template label_scores<true>(out, i) : one.template label_scores<false>(out, i);
       }
     }
   });
@@ -250,15 +288,18 @@ inline void grad_rows(const LogitRows& rows, const RowGrads& grads) {
   visit_dtype(rows.dtype, [&](auto* type) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     RowPlace place(rows);
+    const bool many = rows.classes > ScoreRow<scalar_t>::kChunk;
     for (int64_t row = rows.begin; row < rows.end; ++row, place.advance()) {
       const ScoreRow<scalar_t> one(rows, place);
       scalar_t* out = static_cast<scalar_t*>(grads.grad_logits) + place.in(grads.strides);
       if (rows.kind == TargetKind::kIndices) {
         one.index_grads(grads, rows.labels[row], out);
       } else if (rows.kind == TargetKind::kShares) {
-        one.share_grads(grads, out);
+        many ? one.template share_grads<true>(grads, out)
+             : one.template share_grads<false>(grads, out);
       } else {
-        one.label_grads(grads, out);
+        many ? one.template label_grads<true>(grads, out)
+             : one.template label_grads<false>(grads, out);
       }
     }
   });

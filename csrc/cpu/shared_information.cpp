@@ -1,12 +1,25 @@
 #include "common/shared_information.h"
 
+#include <algorithm>
+
 #include "glue/joint_counter.h"
 
 namespace mmfuse::cpu {
-std::tuple<Tensor, Tensor> shared_information(const TensorList& data, int64_t bins,
-                                              int64_t conditional_bins) {
-  STD_TORCH_CHECK(data.size() >= 2 && data[0].dim() == 2,
-                  "mmfuse: data must be [P, N], at least two of them");
+namespace {
+
+// Counts that are held at a time, 256 MiB; more take their problems in turn.
+constexpr int64_t kMostCounts = int64_t{1} << 25;
+
+// nmi [M, P] and ncmi [M, M, P] of P problems, of which those in `data` begin with `first`.
+struct Shares {
+  double* alone;
+  double* given;
+  int64_t problems;
+  int64_t first;
+};
+
+void fill_shares(const TensorList& data, int64_t bins, int64_t conditional_bins,
+                 const Shares& out) {
   const int64_t count = static_cast<int64_t>(data.size()) - 1;
   const int64_t problems = data[0].size(0);
   std::vector<int64_t> pairs, triples;
@@ -28,22 +41,55 @@ std::tuple<Tensor, Tensor> shared_information(const TensorList& data, int64_t bi
   }
   count_jointly(data, tables);
 
-  Tensor nmi = empty_on_cpu({count, problems}, ScalarType::Double);
-  Tensor ncmi = empty_on_cpu({count, count, problems}, ScalarType::Double);
-  double* alone = static_cast<double*>(nmi.mutable_data_ptr());
-  double* given = static_cast<double*>(ncmi.mutable_data_ptr());
+  double* alone = out.alone + out.first;
+  double* given = out.given + out.first;
   const double* h = entropies.data();
-  for (int64_t i = 0; i < of_pairs; ++i, h += kPairEntropies) alone[i] = shared_alone(h);
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t p = 0; p < problems; ++p, h += kPairEntropies) {
+      alone[m * out.problems + p] = shared_alone(h);
+    }
+  }
   for (int64_t m = 0; m < count; ++m) {
     for (int64_t p = 0; p < problems; ++p) {
-      given[(m * count + m) * problems + p] = 0 * alone[m * problems + p];  // or NaN
+      given[(m * count + m) * out.problems + p] = 0 * alone[m * out.problems + p];  // or NaN
     }
     for (int64_t j = m + 1; j < count; ++j) {
       for (int64_t p = 0; p < problems; ++p, h += kTripleEntropies) {
-        given[(m * count + j) * problems + p] = shared_given_second(h);
-        given[(j * count + m) * problems + p] = shared_given_first(h);
+        given[(m * count + j) * out.problems + p] = shared_given_second(h);
+        given[(j * count + m) * out.problems + p] = shared_given_first(h);
       }
     }
+  }
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> shared_information(const TensorList& data, int64_t bins,
+                                              int64_t conditional_bins) {
+  STD_TORCH_CHECK(data.size() >= 2 && data[0].dim() == 2,
+                  "mmfuse: data must be [P, N], at least two of them");
+  const int64_t count = static_cast<int64_t>(data.size()) - 1;
+  const int64_t problems = data[0].size(0);
+  Tensor nmi = empty_on_cpu({count, problems}, ScalarType::Double);
+  Tensor ncmi = empty_on_cpu({count, count, problems}, ScalarType::Double);
+  Shares out{static_cast<double*>(nmi.mutable_data_ptr()),
+             static_cast<double*>(ncmi.mutable_data_ptr()), problems, 0};
+  const int64_t counts =
+      count * joint_cells(2, bins) + count * (count - 1) / 2 * joint_cells(3, conditional_bins);
+  const int64_t step = std::max<int64_t>(1, kMostCounts / counts);
+  if (problems <= step) {
+    fill_shares(data, bins, conditional_bins, out);
+    return {nmi, ncmi};
+  }
+  for (; out.first < problems; out.first += step) {
+    TensorList part;
+    for (Tensor x : data) {
+      // A part would not show it.
+      STD_TORCH_CHECK(x.dim() == 2 && x.size(0) == problems, "mmfuse: data must be of one shape");
+      const int64_t length = std::min(step, problems - out.first);
+      part.push_back(torch::stable::narrow(x, 0, out.first, length));
+    }
+    fill_shares(part, bins, conditional_bins, out);
   }
   return {nmi, ncmi};
 }

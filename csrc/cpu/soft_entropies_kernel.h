@@ -127,11 +127,19 @@ inline void for_each_log(const acc_t* counts, int64_t n, double samples, const F
   }
 }
 
+// Terms that are summed in the accumulator's own precision.
+constexpr int64_t kEntropyRun = 256;
+
 template <typename acc_t>
 inline double entropy_of(const acc_t* counts, int64_t n, double samples) {
-  auto sum = splat(acc_t(0));
-  for_each_log(counts, n, samples, [&](int64_t, auto p, auto log_p, int64_t) { sum -= p * log_p; });
-  return sum_lanes(sum);
+  double total = 0;
+  for (int64_t i = 0; i < n; i += kEntropyRun) {
+    auto sum = splat(acc_t(0));
+    for_each_log(counts + i, std::min(kEntropyRun, n - i), samples,
+                 [&](int64_t, auto p, auto log_p, int64_t) { sum -= p * log_p; });
+    total += sum_lanes(sum);
+  }
+  return total;
 }
 
 // H(x), H(y) and H(x, y).

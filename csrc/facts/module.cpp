@@ -45,6 +45,14 @@ py::object read_list(const py::object& grads, const py::object& params, const py
   return py::reinterpret_steal<py::object>(found);
 }
 
+py::object read_apart(const py::object& grads, const py::object& params,
+                      const py::object& anchors) {
+  PyObject* found =
+      mmfuse::python::read_list(reader, grads.ptr(), params.ptr(), anchors.ptr(), true);
+  if (found == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -56,4 +64,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("read_list", &read_list, py::arg("grads"), py::arg("params") = py::none(),
         py::arg("anchors") = py::none(),
         "True if a list of gradients has a float64 one; and a table, or None.");
+  m.def("read_apart", &read_apart, py::arg("grads"), py::arg("params") = py::none(),
+        py::arg("anchors") = py::none(),
+        "The same; None if a gradient shares memory with another tensor.");
 }

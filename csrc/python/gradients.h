@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "common/dtype.h"
+#include "python/overlaps.h"
 
 namespace mmfuse::python {
 
@@ -349,9 +350,9 @@ inline PyObject* read_gradients(const Reader& reader, PyObject* parameters, PyOb
 
 // (whether one is float64, table) of lists of gradients and, each a list or None, of parameters and
 // anchors; None where `read_gradients` has none, or a parameter or anchor does not lie as its
-// gradient does.
+// gradient does, or, with `apart`, one that is written shares memory with another tensor.
 inline PyObject* read_list(const Reader& reader, PyObject* grads, PyObject* params,
-                           PyObject* anchors) {
+                           PyObject* anchors, bool apart = false) {
   const auto other = [] { return Py_NewRef(Py_None); };
   if (reader.exchange == nullptr || !PyList_CheckExact(grads)) return other();
   const Py_ssize_t count = PyList_GET_SIZE(grads);
@@ -380,6 +381,7 @@ inline PyObject* read_list(const Reader& reader, PyObject* grads, PyObject* para
     if (found != Found::kPlain) return found == Found::kOther ? other() : nullptr;
     row[3] = i;
   }
+  if (apart && share_memory(table->numbers.data(), count, kRow)) return other();
   const Object rows(to_python(reader, std::move(table)));
   if (!rows) return nullptr;
   return PyTuple_Pack(2, wide ? Py_True : Py_False, rows.get());

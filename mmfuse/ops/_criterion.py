@@ -171,7 +171,13 @@ def readable(z: Tensor) -> Tensor:
     if not one_by_one:
         # Of a single row the gradient, which is dense, would have its classes one by one.
         one_by_one = z.shape[1] == 1 if z.shape[of_rows] == 1 else z.stride(of_rows) == 1
-    if one_by_one and 0 not in z.stride():
+    # The gradient is dense: of rows that overlap it might have the classes one by one, or the rows.
+    tied = (
+        not z.is_contiguous()
+        and z.stride(1) == 1 < z.shape[1]
+        and (z.stride(0) == 1 < z.shape[0] or z.stride(of_rows) == 1 < z.shape[of_rows])
+    )
+    if one_by_one and not tied and 0 not in z.stride():
         return z
     # A tensor without a number is contiguous whatever its strides, so that it would stay as it is.
     return z.clone(memory_format=torch.contiguous_format)

@@ -34,14 +34,17 @@ def read_lists(
     grads: Sequence[Tensor],
     params: Sequence[Tensor] | None,
     anchors: Sequence[Tensor] | None,
+    apart: bool = False,
 ) -> Listed | None:
     """Reads the lists of an eager call; None wherever one of them is anything else than usual.
 
     Usual are dense tensors of floating dtypes on one device, params and anchors in the order of
-    their gradients. Nobody else may have to see them, such as a mode or a transform of PyTorch.
+    their gradients. With `apart` no gradient may share memory with another tensor. Nobody else may
+    have to see them, such as a mode or a transform of PyTorch.
     """
     if (
         _native.read_list is None
+        or _native.read_apart is None
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()
@@ -61,7 +64,8 @@ def read_lists(
     if False in [isinstance(row, (list, tuple)) for row in given]:
         return None
     lists = [list(row) for row in given]
-    found = _native.read_list(*lists)
+    read = _native.read_apart if apart else _native.read_list
+    found = read(*lists)
     if found is None:
         return None
     wide, table = found

@@ -188,7 +188,7 @@ def kernel_layout(
     sources: list[Tensor] = []
     for i, grad in enumerate(grads):
         as_it_is = grad.is_contiguous() or channels_last(grad)
-        flat = not as_it_is and any_order and _dense(grad)
+        flat = not as_it_is and any_order and is_dense(grad)
         for k, row in enumerate(rows):
             mine = row[i]
             if not _like(mine, grad) if as_it_is or flat else not mine.is_contiguous():
@@ -217,10 +217,10 @@ def _like(tensor: Tensor, grad: Tensor) -> bool:
 def same_dense_format(tensors: list[Tensor]) -> bool:
     """True if the tensors fill their memory without gaps, all in the same order."""
     stride = tensors[0].stride()
-    return all(t.stride() == stride for t in tensors) and _dense(tensors[0])
+    return all(t.stride() == stride for t in tensors) and is_dense(tensors[0])
 
 
-def _dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """True if the tensor fills its memory without gaps, in whatever order."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -11,10 +11,12 @@ from ..noise import NoiseStream
 from ._arguments import check_stream
 from ._eager import Eager
 from ._lists import is_vector, read_lists
+from ._overlaps import check_apart
 from ._registry import Op
 from ._tensors import (
     by_device,
     check_list,
+    check_no_inference,
     check_pairs,
     check_vector,
     check_writable,
@@ -88,10 +90,12 @@ def update_grads_(
     Raises:
         TypeError: a tensor is sparse, integer or complex.
         NotImplementedError: a gradient carries a tangent of forward-mode AD.
-        RuntimeError: a gradient requires a gradient, and autograd records.
+        RuntimeError: a gradient or `sq_norm` requires a gradient, and autograd records; or one of
+            the tensors that are written is of inference mode, which has ended.
         ValueError: shapes do not match, or arguments that go together are not both given, or a
-            gradient is an expanded view, or `sq_norm` has another shape, dtype or device. Nothing
-            has been changed then.
+            gradient is an expanded view, or shares memory with another tensor of the lists (a
+            parameter or an anchor may be its gradient itself), or `sq_norm` is an expanded view or
+            has another shape, dtype or device. Nothing has been changed then.
     """
     lists, vectors = (grads, params, anchors), (scale, pull, noise_std)
     eager = not torch.compiler.is_compiling()
@@ -100,10 +104,11 @@ def update_grads_(
     check_list("grads", grads)
     check_writable(grads, lambda i: f"grads[{i}]")
     check_vector("scale", scale, len(grads))
-    _check_on_meta(grads, scale=scale, pull=pull, noise_std=noise_std)
+    _check_on_meta(grads, scale=scale, pull=pull, noise_std=noise_std, finite=finite)
     if (pull is None) != (params is None and anchors is None):
         raise ValueError("pull needs params, and params and anchors need pull")
     params, anchors = check_pairs(grads, params, anchors)
+    check_apart(grads, params, anchors)
     if pull is not None:
         check_vector("pull", pull, len(grads))
     if (noise_std is None) != (stream is None):
@@ -116,8 +121,12 @@ def update_grads_(
         raise TypeError(f"finite must be a 0-d bool tensor, got {type(finite).__name__}")
     if finite is not None and not _is_flag(finite):
         raise ValueError("finite must be a dense 0-d bool tensor")
+    if finite is not None:
+        check_no_inference([finite], lambda _: "finite")
     if sq_norm is not None:
         _check_sq_norm(sq_norm, grads)
+    if finite is not None or sq_norm is not None:
+        _check_numbers(grads)
     ids, offsets = stream.counters(len(grads)) if stream is not None else ([], [])
     groups = by_device(grads)
     if len(groups) != 1:
@@ -179,6 +188,8 @@ def _update_usual(
     """Does all of `update_grads_` if every argument is usual; else nothing, and returns False."""
     if (pull is None) != (params is None) or (noise_std is None) != (stream is None):
         return False
+    if scale is None:  # which alone of the vectors has to be there
+        return False
     vectors, count = (scale, pull, noise_std), len(grads) if isinstance(grads, (list, tuple)) else 0
     if False in [is_vector(v, count) for v in vectors if v is not None]:
         return False
@@ -190,7 +201,7 @@ def _update_usual(
         state = stream.state
         if state.is_meta or state.shape != (2,) or state.dtype is not torch.int64:
             return False
-    listed = read_lists(_op, backend, grads, params, anchors)
+    listed = read_lists(_op, backend, grads, params, anchors, apart=True)
     if listed is None:
         return False
     own, dtype = listed.lists[0], listed.dtype
@@ -202,7 +213,10 @@ def _update_usual(
     )
     if not squared or not _is_usual_flag(finite, device):
         return False
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(own):
+    recorded = torch.is_grad_enabled() and (
+        torch._C._any_requires_grad(own) or (sq_norm is not None and sq_norm.requires_grad)
+    )
+    if recorded:
         return False
     numbers = [t for t in (finite, sq_norm) if t is not None]
     if True in [t.is_inference() for t in numbers]:  # such a gradient is not read either
@@ -226,6 +240,14 @@ def _check_on_meta(grads: Sequence[Tensor], **vectors: Tensor | None) -> None:
     for name, vector in vectors.items():
         if isinstance(vector, Tensor) and vector.is_meta and not all(g.is_meta for g in grads):
             raise ValueError(f"{name} is on the meta device, where it holds no numbers")
+
+
+def _check_numbers(grads: Sequence[Tensor]) -> None:
+    """Results of gradients that are on the meta device are read nowhere else."""
+    meta = [g.is_meta for g in grads]
+    if True in meta and False in meta:
+        i = meta.index(True)
+        raise ValueError(f"grads[{i}] is on the meta device, where it holds no numbers")
 
 
 def _is_flag(x: Tensor) -> bool:
@@ -302,6 +324,9 @@ def _check_sq_norm(sq_norm: Tensor, grads: Sequence[Tensor]) -> None:
             raise ValueError(f"sq_norm must be float64, as grads[{i}] is; got {sq_norm.dtype}")
     if grads and sq_norm.device != grads[0].device:
         raise ValueError(f"sq_norm is on {sq_norm.device}, grads[0] on {grads[0].device}")
+    check_writable([sq_norm], lambda _: "sq_norm")
+    if sq_norm.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("sq_norm requires a gradient, which the sums have none of; detach it")
 
 
 def _update_part(

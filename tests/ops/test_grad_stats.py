@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tolerances
 import torch
-from cells import Cell
+from cells import ON_THE_CPU, Cell
 from inputs import CHUNK_EDGES, DTYPES, SIZES, gradients, like, strided_views, wide
 from torch import Tensor
 
@@ -154,6 +154,58 @@ def test_extreme_magnitudes(cell: Cell) -> None:
         torch.stack([tiny.double().mean(), huge.double().mean()]),
         tolerances.mean(torch.float32, torch.tensor([1e-30, 1e25], dtype=torch.float64)),
     )
+
+
+@ON_THE_CPU
+@pytest.mark.parametrize("size", [4096, 40_000])
+@pytest.mark.parametrize("count", [1, 4, 64, 512, 4000])
+def test_a_beginning_unlike_the_rest(cell: Cell, count: int, size: int) -> None:
+    """No shift by the first elements alone is near the mean."""
+    grads = []
+    for value in (1.8381, 1.6707, -3e5):
+        grads += [torch.zeros(size), torch.zeros(size), torch.randn(size)]
+        grads[-3][:count] = value
+        grads[-2][size - count :] = value
+        grads[-1][:count] += value
+    check(cell, [g.to(cell.device) for g in grads])
+
+
+def test_sizes_that_are_all_the_same(cell: Cell) -> None:
+    """Their sums round the same way each time, to which no √L applies; as in Adam's first step."""
+    for value in (1.6707, 1.8381, 0.001, 1e-4 / 3):
+        signs = [torch.randn(n).sign().to(cell.device) for n in (4096, 8192)]
+        grads = [value * s for s in signs]
+        zeros = [torch.zeros_like(g) for g in grads]
+        params = [1.3333 * s for s in signs]
+        check(cell, grads, params)
+        check(cell, grads, params, zeros)
+
+
+@ON_THE_CPU
+@pytest.mark.parametrize("share", [2**-4, 2**-2, 1.0])
+@pytest.mark.parametrize("size", [70, 3000, 40_000])
+def test_the_mean_of_numbers_near_the_largest_one(cell: Cell, share: float, size: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        value = share * torch.finfo(dtype).max
+        grads = [torch.full((size,), value).to(dtype), torch.full((size,), -value).to(dtype)]
+        grads += [grads[0] * torch.randn(size).sign().to(dtype)]
+        stats = ops.grad_stats(grads, backend=cell.backend)
+        exact = wide(grads)
+        magnitude = torch.stack([g.abs().mean() for g in exact])
+        mean = torch.stack([g.mean() for g in exact])
+        tolerances.assert_within(stats.mean, mean, tolerances.mean(torch.float32, magnitude))
+        assert stats.m2.tolist() == [0.0, 0.0, float("inf")]
+
+
+@ON_THE_CPU
+def test_sums_of_squares_within_float64s_range(cell: Cell) -> None:
+    """One float64 gradient makes all results float64."""
+    grads = gradients([5, 70, 3000, 9000], torch.float32, cell.device)
+    grads = [1e25 * g for g in grads] + gradients([7], torch.float64, cell.device)
+    params = [1e30 * p for p in like(grads)]
+    check(cell, grads, params)
+    check(cell, grads, params, like(grads))
+    check(cell, grads, like(grads), like(grads))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

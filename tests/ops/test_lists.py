@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,16 +38,17 @@ def factors(device: str = "cpu") -> Tensor:
 def read_at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many tensors each call reads at once, from now on."""
     counts: list[int] = []
-    read = _native.read_list
-    assert read is not None
 
-    def counted(*lists: list[Tensor]) -> object:
+    def counted(read: Callable[..., object], *lists: list[Tensor]) -> object:
         found = read(*lists)
         if found is not None:
             counts.append(sum(map(len, lists)))
         return found
 
-    monkeypatch.setattr(_native, "read_list", counted)
+    for name in ("read_list", "read_apart"):
+        read = getattr(_native, name)
+        assert read is not None
+        monkeypatch.setattr(_native, name, partial(counted, read))
     return counts
 
 

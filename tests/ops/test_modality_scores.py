@@ -7,6 +7,7 @@ import tolerances
 import torch
 from cells import Cell
 from inputs import DTYPES
+from peaks import megabytes
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,6 +64,19 @@ def test_a_single_row_with_gaps_has_a_gradient(cell: Cell, classes: int) -> None
         (grad,) = torch.autograd.grad(found.log_prob.sum(), z)
         expected = F.one_hot(labels, classes) - row.softmax(1)
         torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (8, 3), (2, 3, 5)], ids=str)
+def test_rows_that_overlap_have_a_gradient(cell: Cell, shape: tuple[int, ...]) -> None:
+    """Windows of one sequence: they have no order that a dense gradient could take over."""
+    sequence = torch.randn(12, device=cell.device)
+    z = sequence.as_strided(shape, (1,) * len(shape)).requires_grad_()
+    labels = torch.ones(shape[:1] + shape[2:], dtype=torch.int64, device=cell.device)
+    found = ops.modality_scores([z], labels, backend=cell.backend)
+    (grad,) = torch.autograd.grad(found.log_prob.sum(), z)
+    exact = z.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    (expected,) = torch.autograd.grad(-F.cross_entropy(exact, labels), exact)
+    torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("labels_dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
@@ -215,6 +229,16 @@ def test_gradcheck(cell: Cell) -> None:
         return tuple(ops.modality_scores(z, labels, backend=cell.backend)[:2])
 
     assert torch.autograd.gradcheck(scores, logits)
+
+
+@pytest.mark.slow
+def test_memory_of_many_places() -> None:
+    """Three float64 numbers of each row would take 100 MB, for each modality."""
+    setup = (
+        "z, y = torch.zeros(1, 2, 2**22), torch.zeros(1, 2**22).long(); "
+        "ops.modality_scores([z[..., :9].contiguous()], y[:, :9])"
+    )
+    assert megabytes(setup, "ops.modality_scores([z], y)") < 40
 
 
 class TestBadInput:

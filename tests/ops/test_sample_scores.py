@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import tolerances
 import torch
-from cells import Cell
+from cells import ON_THE_CPU, Cell
 from inputs import DTYPES
 from scored import KINDS, LAYOUTS, Targets, expected
 from torch import Tensor
@@ -302,6 +302,32 @@ def check_statistics(cell: Cell, logits: Sequence[Tensor], targets: Targets) -> 
         ):
             wanted = torch.where(counts, wanted, 0.0)
             tolerances.assert_within(getattr(found, name)[m], wanted, limit, name)
+
+
+#: A run of equal terms rounds the same way each time, which a bound of √C does not cover.
+MANY = 50_000
+
+
+@ON_THE_CPU
+@pytest.mark.parametrize("layout", ["contiguous", "classes last"])
+def test_equal_shares_of_many_classes(cell: Cell, layout: str) -> None:
+    labels = torch.full((1, MANY, 3), 0.1 / (MANY - 1))
+    labels[:, 0] = 0.9
+    logits = logits_of(cell, labels.shape, [torch.float32], layout)
+    for targets in (Targets(labels, {}), Targets(labels, {"multilabel": True})):
+        check_samples(cell, logits, targets)
+        check_means(cell, logits, targets)
+
+
+@ON_THE_CPU
+@pytest.mark.parametrize("layout", ["contiguous", "classes last"])
+@pytest.mark.parametrize("shape", [(1, MANY, 3), (1, 1000, 64), (1, 90, 64)], ids=str)
+def test_equal_logits_of_many_classes(cell: Cell, shape: tuple[int, ...], layout: str) -> None:
+    labels = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+    for first, others in ((0.9375, 0.0), (0.1, 0.1)):
+        z = torch.full(shape, others)
+        z[:, 0] = first
+        check_statistics(cell, [LAYOUTS[layout](z).to(cell.device)], Targets(labels, {}))
 
 
 INDICES = ["indices", "weighted indices"]

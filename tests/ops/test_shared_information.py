@@ -13,6 +13,7 @@ from cells import ON_THE_CPU, Cell
 from inputs import DTYPES, strided
 from no_sync import no_host_sync
 from numpy_bins import NUMPY_BINS_IN_FLOAT32, as_numpy
+from peaks import megabytes
 from torch import Tensor
 
 from mmfuse import ops
@@ -266,3 +267,21 @@ def test_bad_input() -> None:
             ops.shared_information(*arguments)
     with pytest.raises(TypeError, match=r"^fused has dtype torch.int64"):
         ops.shared_information([x], x.long(), 3, 2, names=["audio", "fused"])
+
+
+@ON_THE_CPU
+def test_many_problems_are_counted_in_parts(cell: Cell) -> None:
+    data = [torch.rand(250, 40) for _ in range(6)]
+    found = ops.shared_information(data[:5], data[5], 8, 32, backend=cell.backend)
+    for part in (slice(0, 90), slice(90, 180), slice(180, 250)):
+        rows = [x[part] for x in data]
+        alone = ops.shared_information(rows[:5], rows[5], 8, 32, backend=cell.backend)
+        assert torch.equal(found.nmi[:, part], alone.nmi)
+        assert torch.equal(found.ncmi[:, :, part], alone.ncmi)
+
+
+@pytest.mark.slow
+def test_memory_of_many_problems() -> None:
+    """All tables of these problems would take 1.3 GB."""
+    setup = "x = [torch.rand(512, 40) for _ in range(6)]; ops.shared_information(x[:5], x[5], 8, 4)"
+    assert megabytes(setup, "ops.shared_information(x[:5], x[5], 8, 32)") < 600

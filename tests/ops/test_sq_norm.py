@@ -249,6 +249,7 @@ def test_fullgraph_compile(cell: Cell) -> None:
             r"sq_norm is on meta, grads\[0\] on cpu",
         ),
         ([0.0, 0.0], TypeError, "sq_norm must be a floating-point tensor"),
+        (torch.ones(1).double().expand(2), ValueError, "sq_norm is an expanded view with strides"),
     ],
 )
 def test_bad_input(sq_norm: Tensor, error: type[Exception], match: str) -> None:
@@ -258,3 +259,17 @@ def test_bad_input(sq_norm: Tensor, error: type[Exception], match: str) -> None:
     assert all(bool((g == 1).all()) for g in grads)
     if isinstance(sq_norm, Tensor) and sq_norm.device.type == "cpu":
         assert bool((sq_norm == 1).all())
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("gaps", [False, True])
+def test_a_result_that_requires_a_gradient(backend: str | None, gaps: bool) -> None:
+    grads = [torch.ones(3), torch.ones(2)]
+    rows = torch.ones(2, 2, requires_grad=True)
+    squares = rows[:, 0] if gaps else torch.ones(2, requires_grad=True)
+    with pytest.raises(RuntimeError, match="sq_norm requires a gradient"):
+        ops.update_grads_(grads, torch.zeros(2), sq_norm=squares, backend=backend)
+    assert all(bool((g == 1).all()) for g in grads)
+    with torch.no_grad():
+        ops.update_grads_(grads, torch.zeros(2), sq_norm=squares, backend=backend)
+    assert squares.tolist() == [3.0, 2.0]

@@ -348,6 +348,18 @@ class TestBadInput:
     def test_lengths(self) -> None:
         self.raises(ValueError, r"scale must have shape \[1\]", [torch.ones(3)], torch.zeros(2))
 
+    def test_a_gradient_on_meta_among_others(self) -> None:
+        one, two = torch.ones(3), torch.ones(2, device="meta")
+        flag, squares = torch.ones(()).bool(), torch.ones(2)
+        for options in ({"finite": flag}, {"sq_norm": squares}):
+            with pytest.raises(ValueError, match=r"grads\[1\] is on the meta device"):
+                ops.update_grads_([one, two], torch.zeros(2), **options)
+            assert one.tolist() == [1, 1, 1]
+
+    def test_no_scale(self) -> None:
+        wrong = "scale must be a floating-point tensor"
+        self.raises(TypeError, wrong, [torch.ones(3)], None)
+
     def test_scale_type(self) -> None:
         self.raises(TypeError, "scale must be a floating", [torch.ones(3)], torch.zeros(1).long())
 
@@ -408,6 +420,51 @@ class TestBadInput:
                 ops.update_grads_(grads, scale, **options)
             assert grads[0].tolist() == [1, 1, 1]
 
+    @pytest.mark.parametrize("backend", [None, "reference"])
+    def test_shared_memory(self, backend: str | None) -> None:
+        """Threads would write to it at once, or read what another one has written."""
+        flat = torch.randn(20)
+        rows = [torch.randn(3, 4), flat[:8], flat[8:], torch.randn(2)]
+        other = [torch.randn_like(g) for g in rows]
+        shifted = [*other[:1], flat[1:9], *other[2:]]
+        last = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
+        columns = torch.randn(6, 3)
+        for grads, more, names in (
+            ([rows[0], rows[3], rows[0]], {}, r"grads\[0\] and grads\[2\]"),
+            ([flat[:8], rows[0], flat[7:]], {}, r"grads\[0\] and grads\[2\]"),
+            ([last, last[1]], {}, r"grads\[0\] and grads\[1\]"),
+            ([columns[:, 1], rows[3], columns[:, 1]], {}, r"grads\[0\] and grads\[2\]"),
+            (rows, {"params": shifted}, r"grads\[1\] and params\[1\]"),
+            (rows, {"params": other, "anchors": shifted}, r"grads\[1\] and anchors\[1\]"),
+            ([flat[:10], flat[10:]], {"params": [flat[10:], flat[:10]]}, r"grads\[.\] and params"),
+        ):
+            options = {**more, "backend": backend}
+            if more:
+                options["pull"] = torch.ones(len(grads))
+            wrong = f"{names}.* share memory"
+            self.raises(ValueError, wrong, grads, torch.zeros(len(grads)), **options)
+
+    @pytest.mark.parametrize("backend", [None, "reference"])
+    def test_memory_beside_each_other(self, backend: str | None) -> None:
+        """Parts of one tensor are fine, and a tensor may be its own parameter."""
+        flat, columns = torch.ones(20), torch.ones(6, 3)
+        grads = [flat[12:], flat[:8], flat[8:12], columns[:, 0], columns[:, 2], flat[:0]]
+        options = {"params": grads, "pull": torch.ones(6), "backend": backend}
+        ops.update_grads_(grads, torch.ones(6), **options)
+        ops.update_grads_(grads, torch.ones(6), anchors=grads, **options)
+        assert all(g.eq(2).all() for g in grads)
+        assert columns[:, 1].eq(1).all()
+
+    def test_results_of_inference_mode(self) -> None:
+        """They cannot be written later on, which is found before anything is."""
+        with torch.inference_mode():
+            flag, squares = torch.ones(()).bool(), torch.ones(1)
+        for name, value in (("finite", flag), ("sq_norm", squares)):
+            for backend in (None, "reference"):
+                options = {name: value, "backend": backend}
+                wrong = f"{name} is an inference tensor"
+                self.raises(RuntimeError, wrong, [torch.ones(3)], torch.zeros(1), **options)
+
     def test_vectors_on_meta(self) -> None:
         one, empty = torch.ones(1), torch.ones(1, device="meta")
         params = [torch.ones(3)]
@@ -415,6 +472,7 @@ class TestBadInput:
             ("scale", {"scale": empty}),
             ("pull", {"scale": one, "pull": empty, "params": params}),
             ("noise_std", {"scale": one, "noise_std": empty, "stream": NoiseStream(1)}),
+            ("finite", {"scale": one, "finite": empty[0].bool()}),
         ):
             with pytest.raises(ValueError, match=f"{name} is on the meta device"):
                 ops.update_grads_([torch.ones(3)], **options)

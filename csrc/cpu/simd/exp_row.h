@@ -1,9 +1,9 @@
 // Exponentials of a row whose classes adjoin in memory; no include guard, see foreach_simd.h.
-// Include exp.h before.
+// Include exp.h and long_sum.h before.
 
 // The others become 0.
 inline F32 first_lanes(F32 x, int64_t n) {
-  return lane_index() < static_cast<int32_t>(n) ? x : F32{};
+  return lane_index() < static_cast<int32_t>(std::min<int64_t>(n, kLanes)) ? x : F32{};
 }
 inline F64 first_lanes(F64 x, int64_t n) {
   for (int i = 0; i < lanes_of<double>; ++i) x[i] = i < n ? x[i] : 0.0;
@@ -25,19 +25,26 @@ inline float row_max(const scalar_t* x, int64_t n) {
 // sum of e^(x - max); kStore keeps the terms in `terms`, which has room for a vector more.
 template <bool kStore, typename scalar_t>
 inline float exp_row(const scalar_t* x, int64_t n, float max, float* terms) {
-  F32 sum{};
+  LongSum<F32> sum;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const F32 term = exp_nonpositive(load(x + i) - max);
-    if constexpr (kStore) store(terms + i, term);
-    sum += term;
+  const auto add_to = [&](int64_t end) {
+    for (; i + kLanes <= end; i += kLanes) {
+      const F32 term = exp_nonpositive(load(x + i) - max);
+      if constexpr (kStore) store(terms + i, term);
+      sum.add(term);
+    }
+  };
+  for (int64_t end = kRun * kLanes; end < n; end += kRun * kLanes) {
+    add_to(end);
+    sum.end_run();
   }
+  add_to(n);
   if (i < n && n >= kLanes) {
     // The last full vector, of which the first lanes are in the sum already.
     const int64_t at = n - kLanes;
     const F32 term = exp_nonpositive(load(x + at) - max);
     if constexpr (kStore) store(terms + at, term);
-    sum += lane_index() < static_cast<int32_t>(i - at) ? F32{} : term;
+    sum.add(lane_index() < static_cast<int32_t>(i - at) ? F32{} : term);
   } else if (i < n) {
     const float nothing = -std::numeric_limits<float>::infinity();
     const F32 term = exp_nonpositive(load_first(x, n, nothing) - max);
@@ -47,7 +54,7 @@ inline float exp_row(const scalar_t* x, int64_t n, float max, float* terms) {
     for (int64_t lane = 0; lane < n; ++lane) few += term[lane];
     return static_cast<float>(few);
   }
-  return static_cast<float>(sum_lanes(sum));
+  return static_cast<float>(sum.total());
 }
 
 inline double row_max(const double* x, int64_t n) {

@@ -5,29 +5,28 @@
 // each is read from memory once, though a maximum comes before its exponentials.
 
 constexpr int64_t kColumnElements = 6144;
-constexpr int64_t kMaxColumns = 512;
+static_assert(kColumnElements / (kRun + 1) / 64 * 64 <= kLongColumns);
 
-template <typename scalar_t>
+// `kMany`: there are more classes than a run has.
+template <typename scalar_t, bool kMany>
 class ScoreColumns {
   using acc_t = acc_type<scalar_t>;
   using vec_t = vec_type<scalar_t>;
   static constexpr int kWidth = lanes_of<scalar_t>;
+  static constexpr int64_t kColumns = kColumnRoom<kMany>;
+  using sums_t = ColumnSums<acc_t, kMany>;
 
  public:
   explicit ScoreColumns(const LogitRows& rows)
       : rows_(rows), x_(static_cast<const scalar_t*>(rows.logits)) {
     const int64_t fit = kColumnElements / rows.classes / 64 * 64;
-    tile_ = std::clamp<int64_t>(fit, 64, kMaxColumns);
+    tile_ = std::clamp<int64_t>(fit, 64, kMany ? kLongColumns : kMaxColumns);
     step_ = kColumnElements / tile_;
   }
 
   void scores(const RowScores& out) {
     for_each_tile([&](int64_t row, int64_t n) {
-      if (rows_.kind == TargetKind::kLabels) {
-        sum_labels(n);
-      } else {
-        sum_classes<false>(row, n);
-      }
+      rows_.kind == TargetKind::kLabels ? sum_labels(n) : sum_kind<false>(row, n);
       finish(row, n);
       for (int64_t j = 0; j < n; ++j) {
         put_scores(out, row - rows_.begin + j, prob_[j], log_prob_[j], weight_[j]);
@@ -60,7 +59,7 @@ class ScoreColumns {
         sum_labels(n);
         label_grads(n, grads, out);
       } else {
-        sum_classes<true>(row, n);
+        sum_kind<true>(row, n);
         finish(row, n);
         class_grads(row, n, grads, out);
       }
@@ -86,10 +85,6 @@ class ScoreColumns {
 
   const scalar_t* column(int64_t c) const {
     return x_ + place(rows_.strides) + c * rows_.strides.klass;
-  }
-
-  static vec_t load_some(const scalar_t* p, int64_t n, acc_t rest) {
-    return n >= kWidth ? load(p) : load_first(p, n, rest);
   }
 
   void read(int64_t c, int64_t n) {
@@ -134,52 +129,71 @@ class ScoreColumns {
       const vec_t factor = exp_nonpositive(lower);
       store(sum_ + j, sum * factor);
       store(prob_ + j, load(prob_ + j) * factor);
+      sum_.scale_low(j, factor);
+      prob_.scale_low(j, factor);
       store(log_prob_ + j, load(log_prob_ + j) + shared(share, old - shift));
       store(shift_ + j, shift);
     }
   }
 
-  // e^(x - max) and its sums; kStore keeps the exponentials in terms_.
   template <bool kStore>
-  void sum_classes(int64_t row, int64_t n) {
+  void sum_kind(int64_t row, int64_t n) {
     const bool shares = rows_.kind == TargetKind::kShares;
+    shares ? sum_classes<kStore, true>(row, n) : sum_classes<kStore, false>(row, n);
+  }
+
+  // e^(x - max) and its sums; kStore keeps the exponentials in terms_.
+  template <bool kStore, bool kShares>
+  void sum_classes(int64_t row, int64_t n) {
     const acc_t* weights = rows_.weight.as(acc_t());
-    for (int64_t j = 0; j < n; j += kWidth) {
-      store(top_ + j, splat(-kInfinity));
-      for (acc_t* each : {shift_, sum_, prob_, log_prob_, share_}) store(each + j, vec_t{});
-    }
+    begin(n, sum_, prob_, log_prob_, share_);
     for (int64_t first = 0; first < rows_.classes; first += step_) {
       const int64_t k = std::min(step_, rows_.classes - first);
       read_terms(first, k, n);
-      if (!shares) pick(row, first, k, n);
+      if constexpr (!kShares) pick(row, first, k, n);
       rescale(n);
-      for (int64_t c = 0; c < k; ++c) {
-        acc_t* terms = terms_ + c * tile_;
-        if (shares) read(first + c, n);
-        const vec_t weight = weight_of(weights, first + c);
-        for (int64_t j = 0; j < n; j += kWidth) {
-          const vec_t below = load(terms + j) - load(shift_ + j);
-          const vec_t e = exp_nonpositive(below);
-          if constexpr (kStore) store(terms + j, e);
-          store(sum_ + j, load(sum_ + j) + e);
-          if (!shares) continue;
-          const vec_t a = weight * load(targets_ + j);
-          store(prob_ + j, load(prob_ + j) + a * e);
-          store(log_prob_ + j, load(log_prob_ + j) + shared(a, below));
-          store(share_ + j, load(share_ + j) + a);
+      for (int64_t c = 0; c < k;) {
+        acc_t* const sum = sum_.begin_run(n);
+        acc_t* const prob = kShares ? prob_.begin_run(n) : nullptr;
+        acc_t* const log_prob = kShares ? log_prob_.begin_run(n) : nullptr;
+        acc_t* const share = kShares ? share_.begin_run(n) : nullptr;
+        for (const int64_t end = std::min(k, c + kRun); c < end; ++c) {
+          acc_t* terms = terms_ + c * tile_;
+          if constexpr (kShares) read(first + c, n);
+          const vec_t weight = weight_of(weights, first + c);
+          for (int64_t j = 0; j < n; j += kWidth) {
+            const vec_t below = load(terms + j) - load(shift_ + j);
+            const vec_t e = exp_nonpositive(below);
+            if constexpr (kStore) store(terms + j, e);
+            store(sum + j, load(sum + j) + e);
+            if constexpr (!kShares) continue;
+            const vec_t a = weight * load(targets_ + j);
+            store(prob + j, load(prob + j) + a * e);
+            store(log_prob + j, load(log_prob + j) + shared(a, below));
+            store(share + j, load(share + j) + a);
+          }
         }
+        sum_.end_run(n);
+        if constexpr (kShares) end_runs(n, prob_, log_prob_, share_);
       }
+    }
+    sum_.close(n);
+    if constexpr (kShares) close_sums(n, prob_, log_prob_, share_);
+  }
+
+  // Before the first class.
+  template <typename... Sums>
+  void begin(int64_t n, Sums&... sums) {
+    for (int64_t j = 0; j < n; j += kWidth) {
+      store(top_ + j, splat(-kInfinity));
+      store(shift_ + j, vec_t{});
+      (sums.clear(j), ...);
     }
   }
 
-  // Does as sum_classes<false>, with all that statistics are made of.
+  // Does as sum_classes<false, false>, with all that statistics are made of.
   void sum_statistics(int64_t row, int64_t n) {
-    for (int64_t j = 0; j < n; j += kWidth) {
-      store(top_ + j, splat(-kInfinity));
-      for (acc_t* each : {shift_, sum_, prob_, log_prob_, share_, below_, abs_}) {
-        store(each + j, vec_t{});
-      }
-    }
+    begin(n, sum_, prob_, log_prob_, share_, below_, abs_);
     std::fill_n(lead_, n, 0);
     for (int64_t first = 0; first < rows_.classes; first += step_) {
       const int64_t k = std::min(step_, rows_.classes - first);
@@ -189,18 +203,25 @@ class ScoreColumns {
       pick(row, first, k, n);
       lower(n);
       rescale(n);
-      for (int64_t c = 0; c < k; ++c) {
-        const acc_t* terms = terms_ + c * tile_;
-        for (int64_t j = 0; j < n; j += kWidth) {
-          const vec_t x = load(terms + j);
-          const vec_t below = x - load(shift_ + j);
-          const vec_t e = exp_nonpositive(below);
-          store(sum_ + j, load(sum_ + j) + e);
-          store(below_ + j, load(below_ + j) + shared(e, below));
-          store(abs_ + j, load(abs_ + j) + (x < 0 ? -x : x));
+      for (int64_t c = 0; c < k;) {
+        acc_t* const sum = sum_.begin_run(n);
+        acc_t* const lower = below_.begin_run(n);
+        acc_t* const size = abs_.begin_run(n);
+        for (const int64_t end = std::min(k, c + kRun); c < end; ++c) {
+          const acc_t* terms = terms_ + c * tile_;
+          for (int64_t j = 0; j < n; j += kWidth) {
+            const vec_t x = load(terms + j);
+            const vec_t below = x - load(shift_ + j);
+            const vec_t e = exp_nonpositive(below);
+            store(sum + j, load(sum + j) + e);
+            store(lower + j, load(lower + j) + shared(e, below));
+            store(size + j, load(size + j) + (x < 0 ? -x : x));
+          }
         }
+        end_runs(n, sum_, below_, abs_);
       }
     }
+    close_sums(n, sum_, below_, abs_);
   }
 
   // The first class that has the new maximum, where it is more than the old one, in used_.
@@ -219,7 +240,9 @@ class ScoreColumns {
       const vec_t top = load(top_ + j), sum = load(sum_ + j);
       const vec_t shift = top == -kInfinity ? vec_t{} : top;
       const vec_t less = sum == 0 ? vec_t{} : load(shift_ + j) - shift;
-      store(below_ + j, shared(exp_nonpositive(less), load(below_ + j) + less * sum));
+      const vec_t factor = exp_nonpositive(less);
+      store(below_ + j, shared(factor, load(below_ + j) + less * sum));
+      below_.scale_low(j, factor);
     }
   }
 
@@ -232,20 +255,26 @@ class ScoreColumns {
   }
 
   void sum_labels(int64_t n) {
-    for (int64_t j = 0; j < n; j += kWidth) {
-      for (acc_t* each : {prob_, log_prob_, share_}) store(each + j, vec_t{});
+    begin(n, prob_, log_prob_, share_);
+    for (int64_t first = 0; first < rows_.classes; first += kRun) {
+      acc_t* const prob = prob_.begin_run(n);
+      acc_t* const log_prob = log_prob_.begin_run(n);
+      acc_t* const share = share_.begin_run(n);
+      const auto add = [=](int64_t, int64_t j, vec_t a, const Likelihood<vec_t>& label) {
+        store(prob + j, load(prob + j) + a * label.prob);
+        store(log_prob + j, load(log_prob + j) + shared(a, label.log_prob));
+        store(share + j, load(share + j) + a);
+      };
+      for_each_label(first, std::min(rows_.classes, first + kRun), n, add);
+      end_runs(n, prob_, log_prob_, share_);
     }
-    for_each_label(n, [&](int64_t, int64_t j, vec_t a, const Likelihood<vec_t>& label) {
-      store(prob_ + j, load(prob_ + j) + a * label.prob);
-      store(log_prob_ + j, load(log_prob_ + j) + shared(a, label.log_prob));
-      store(share_ + j, load(share_ + j) + a);
-    });
+    close_sums(n, prob_, log_prob_, share_);
   }
 
-  // f(class, j, share, likelihood) for vectors of all labels.
+  // f(class, j, share, likelihood) for vectors of these labels.
   template <typename F>
-  void for_each_label(int64_t n, const F& f) {
-    for (int64_t c = 0; c < rows_.classes; ++c) {
+  void for_each_label(int64_t first, int64_t end, int64_t n, const F& f) {
+    for (int64_t c = first; c < end; ++c) {
       read(c, n);
       const vec_t weight = weight_of(rows_.weight.as(acc_t()), c);
       const vec_t pos_weight = weight_of(rows_.pos_weight.as(acc_t()), c);
@@ -290,18 +319,15 @@ class ScoreColumns {
     }
   }
 
-  static void store_some(scalar_t* p, int64_t n, vec_t x) {
-    n >= kWidth ? store(p, x) : store_first(p, n, x);
-  }
-
   void label_grads(int64_t n, const RowGrads& grads, scalar_t* out) {
     const vec_t grad_prob = splat(static_cast<acc_t>(grads.grad_prob));
     const vec_t grad_log_prob = splat(static_cast<acc_t>(grads.grad_log_prob));
-    for_each_label(n, [&](int64_t c, int64_t j, vec_t a, const Likelihood<vec_t>& label) {
+    const auto write = [&](int64_t c, int64_t j, vec_t a, const Likelihood<vec_t>& label) {
       const vec_t slope = grad_prob * label.prob + grad_log_prob;
       store_some(out + c * grads.strides.klass + j, n - j,
                  shared(a / load(share_ + j), slope * label.slope));
-    });
+    };
+    for_each_label(0, rows_.classes, n, write);
   }
 
   void class_grads(int64_t row, int64_t n, const RowGrads& grads, scalar_t* out) {
@@ -354,37 +380,18 @@ class ScoreColumns {
   static constexpr acc_t kInfinity = std::numeric_limits<acc_t>::infinity();
   const LogitRows& rows_;
   const scalar_t* x_;
-  int64_t tile_, step_;
-  int64_t outer_ = 0, inner_ = 0;
-  acc_t terms_[kColumnElements];
-  acc_t targets_[kMaxColumns];
-  acc_t top_[kMaxColumns];       // the largest logit
-  acc_t shift_[kMaxColumns];     // the same, 0 for -inf
-  acc_t sum_[kMaxColumns];       // of e^(x - shift)
-  acc_t share_[kMaxColumns];     // of the targets' shares
-  acc_t prob_[kMaxColumns];      // of shares times exponentials; then the score
-  acc_t log_prob_[kMaxColumns];  // of shares times x - shift, or the true logit; then the score
-  acc_t used_[kMaxColumns];
-  acc_t below_[kMaxColumns];  // of e^(x - shift) times x - shift
-  acc_t abs_[kMaxColumns];    // of |x|
-  int64_t lead_[kMaxColumns];
-  double weight_[kMaxColumns];
+  int64_t tile_, step_, outer_ = 0, inner_ = 0;
+  alignas(kVectorBytes) acc_t terms_[kColumnElements];
+  acc_t targets_[kColumns];
+  acc_t top_[kColumns];    // the largest logit
+  acc_t shift_[kColumns];  // the same, 0 for -inf
+  sums_t sum_;             // of e^(x - shift)
+  sums_t share_;           // of the targets' shares
+  sums_t prob_;            // of shares times exponentials; then the score
+  sums_t log_prob_;        // of shares times x - shift, or the true logit; then the score
+  acc_t used_[kColumns];
+  sums_t below_;  // of e^(x - shift) times x - shift
+  sums_t abs_;    // of |x|
+  int64_t lead_[kColumns];
+  double weight_[kColumns];
 };
-
-inline void score_columns(const LogitRows& rows, const RowScores& out) {
-  visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).scores(out);
-  });
-}
-
-inline void statistics_columns(const LogitRows& rows, const RowStatistics& out) {
-  visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).statistics(out);
-  });
-}
-
-inline void grad_columns(const LogitRows& rows, const RowGrads& grads) {
-  visit_dtype(rows.dtype, [&](auto* type) {
-    ScoreColumns<std::remove_pointer_t<decltype(type)>>(rows).grads(grads);
-  });
-}

@@ -5,6 +5,17 @@
 
 inline F64 maximum(F64 a, F64 b) { return a > b ? a : b; }
 
+// The vector at p, of which n elements are left; the other lanes hold `rest`, or are not stored.
+template <typename scalar_t>
+inline vec_type<scalar_t> load_some(const scalar_t* p, int64_t n, acc_type<scalar_t> rest) {
+  return n >= lanes_of<scalar_t> ? load(p) : load_first(p, n, rest);
+}
+
+template <typename scalar_t>
+inline void store_some(scalar_t* p, int64_t n, vec_type<scalar_t> x) {
+  n >= lanes_of<scalar_t> ? store(p, x) : store_first(p, n, x);
+}
+
 // a * x, and 0 for a share of nothing, whatever x is.
 template <typename vec_t>
 inline vec_t shared(vec_t a, vec_t x) {

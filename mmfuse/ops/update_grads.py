@@ -188,10 +188,8 @@ def _update_usual(
     """Does all of `update_grads_` if every argument is usual; else nothing, and returns False."""
     if (pull is None) != (params is None) or (noise_std is None) != (stream is None):
         return False
-    if scale is None:  # which alone of the vectors has to be there
-        return False
     vectors, count = (scale, pull, noise_std), len(grads) if isinstance(grads, (list, tuple)) else 0
-    if False in [is_vector(v, count) for v in vectors if v is not None]:
+    if scale is None or False in [is_vector(v, count) for v in vectors if v is not None]:
         return False
     state = None
     if stream is not None:
@@ -210,13 +208,11 @@ def _update_usual(
         is_vector(sq_norm, count, torch.float64, dtype)
         and sq_norm.device == device
         and sq_norm.is_contiguous()
+        and not (sq_norm.requires_grad and torch.is_grad_enabled())
     )
     if not squared or not _is_usual_flag(finite, device):
         return False
-    recorded = torch.is_grad_enabled() and (
-        torch._C._any_requires_grad(own) or (sq_norm is not None and sq_norm.requires_grad)
-    )
-    if recorded:
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(own):
         return False
     numbers = [t for t in (finite, sq_norm) if t is not None]
     if True in [t.is_inference() for t in numbers]:  # such a gradient is not read either

@@ -66,7 +66,7 @@ def named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
         for label, parameter in of_module:
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"{label} is lazy and has no shape yet: call the model once first")
-            _refuse_flat(label, parameter)
+        _refuse_flat(of_module)
         return of_module
     if isinstance(encoder, str):
         raise TypeError(
@@ -82,6 +82,7 @@ def named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:
         if not isinstance(parameter, Tensor):
             raise TypeError(f"{label} is not a parameter but {type(parameter).__name__}")
         _check_parameter(label, parameter)
+    _refuse_flat(found)
     return found
 
 
@@ -96,7 +97,6 @@ def _check_parameter(label: str, parameter: Tensor) -> None:
             f"{label} is a tensor that requires no gradient, as those of state_dict(); pass "
             "the parameters themselves"
         )
-    _refuse_flat(label, parameter)
 
 
 def _iterator(shared: Iterable[nn.Module | Tensor]) -> Iterator[nn.Module | Tensor] | None:
@@ -163,7 +163,10 @@ def _refuse_flat_parameters(label: str, encoder: nn.Module) -> None:
         raise TypeError(_FLAT.format(label))
 
 
-def _refuse_flat(label: str, parameter: Tensor) -> None:
+def _refuse_flat(found: list[tuple[str, Tensor]]) -> None:
     """Raises a TypeError for a parameter of FSDP1, which may wrap the model alone."""
-    if getattr(parameter, "_fsdp_flattened", False):
-        raise TypeError(_FLAT.format(label))
+    if "torch.distributed.fsdp" not in sys.modules:
+        return
+    for label, parameter in found:
+        if getattr(parameter, "_fsdp_flattened", False):
+            raise TypeError(_FLAT.format(label))

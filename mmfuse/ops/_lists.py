@@ -50,7 +50,7 @@ def read_lists(
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or forward_ad._current_level >= 0
-        or backend == ""  # which is nobody's name, but stands for none in `Eager`
+        or (backend == "" and type(backend) is not Eager)  # which is nobody's name
         or (params is None and anchors is not None)
         or not isinstance(grads, (list, tuple))
         or len(grads) == 0

@@ -113,8 +113,19 @@ __device__ __forceinline__ Moments<acc_t> block_moments(const Moments<acc_t>& mi
   return total;
 }
 
-// One row of the workspace per chunk. All means are relative to the tensor's first element, a value
-// among the data: a mean much larger than the spread then costs no digits, in any precision.
+// The one in the middle of three elements: one alone may be unlike all others, as where the rest of
+// an embedding's gradient is zero.
+template <typename acc_t, typename scalar_t>
+__device__ __forceinline__ acc_t usual_element(const scalar_t* grad, int64_t numel) {
+  const acc_t a = widen<acc_t>(grad[0]);
+  const acc_t b = widen<acc_t>(grad[numel / 2]);
+  const acc_t c = widen<acc_t>(grad[numel - 1]);
+  const acc_t low = a < b ? a : b, high = a < b ? b : a;
+  return c < low ? low : c < high ? c : high;
+}
+
+// One row of the workspace per chunk. All means are relative to one of the tensor's elements: a
+// mean much larger than the spread then costs no digits, in any precision.
 template <typename scalar_t, Anchors kAnchors, bool kShort>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
     grad_stats_kernel(const StatsTable<kAnchors, kShort> __grid_constant__ table) {
@@ -129,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm<scalar_t>)
   const int64_t first = static_cast<int64_t>(part) * kStatsChunk;
   const int64_t left = entry.numel - first;
   const int elements = left < kStatsChunk ? static_cast<int>(left) : kStatsChunk;
-  const acc_t shift = widen<acc_t>(grad[0]);
+  const acc_t shift = usual_element<acc_t>(grad, entry.numel);
   bool vector = is_aligned(grad);
   if constexpr (kAnchors != Anchors::kNone) {
     vector = vector && is_aligned<kAnchors, scalar_t>(pair, 0);

@@ -156,7 +156,6 @@ def test_extreme_magnitudes(cell: Cell) -> None:
     )
 
 
-@ON_THE_CPU
 @pytest.mark.parametrize("size", [4096, 40_000])
 @pytest.mark.parametrize("count", [1, 4, 64, 512, 4000])
 def test_a_beginning_unlike_the_rest(cell: Cell, count: int, size: int) -> None:

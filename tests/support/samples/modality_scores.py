@@ -163,12 +163,13 @@ def compiled(inputs: Inputs) -> None:
         ((2, 5, 9), (f64,)),
     ):
         _every_kind(inputs, shape, dtypes)
-    # Sizes and strides of 1, which are constants: a single label, and rows that overlap.
-    windows = inputs.normal(40).unfold(0, 4, 1)
-    _scores(inputs, [windows], 37)
-    ops.sample_scores(
-        [windows.detach()], torch.arange(37, device=inputs.device) % 4, statistics=True
-    )
+    # Sizes and strides of 1, which are constants: a single label, and a single row of stride 1.
+    single = inputs.normal(4, 1).t()
+    label = torch.zeros(1, dtype=torch.int64, device=inputs.device)
+    ops.modality_accuracies([single], label)
+    ops.modality_scores([single.requires_grad_()], label).prob.sum().backward()
+    for statistics in (False, True):
+        ops.sample_scores([single.detach()], label, statistics=statistics)
     z, yes = inputs.normal(37, 1).requires_grad_(), inputs.normal(37, 1) > 0
     ops.modality_scores([z], yes.float(), multilabel=True).prob.sum().backward()
     ops.sample_scores([z], yes.float(), multilabel=True)

@@ -118,13 +118,14 @@ def sample_of(places: Sequence[Place]) -> list[Place]:
 
 
 def misuse() -> None:
-    """Gives one gradient twice: two blocks update it."""
+    """Gives one gradient twice: two blocks update it. The public op would refuse it."""
     import torch
 
-    from mmfuse import ops
+    from mmfuse.ops.update_grads import update_checked_
 
-    grad = torch.ones(4000)
-    ops.update_grads_([grad, grad], torch.tensor([2.0, 3.0]), backend="cuda")
+    grad, finite = torch.ones(4000), torch.ones((), dtype=torch.bool)
+    scale = torch.tensor([2.0, 3.0])
+    update_checked_("cuda", grad.device, [grad, grad], scale, finite, None)
 
 
 def spoil() -> None:

@@ -101,10 +101,11 @@ def optimizers_of(trainer: Trainer, method: Any) -> list[Optimizer]:
 def check_modulated(method: Any, optimizer: Optimizer) -> None:
     """Raises a RuntimeError for gradients that are newer than the step that was for them, too."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name in method.modalities.guard.newer(method.modalities, held):
+    newer = method.modalities.guard.newer(method.modalities, held)
+    if newer:
         raise RuntimeError(
-            f"the gradients of the encoder of {name!r} are newer than the step that has modulated "
-            "all encoders before another optimizer's: call Balance.observe before the backward "
-            "pass of each optimizer, or run one backward pass for all of them before the first "
-            "steps"
+            f"the gradients of the encoder of {newer[0]!r} are newer than the step that has "
+            "modulated all encoders before another optimizer's: call Balance.observe before the "
+            "backward pass of each optimizer, or run one backward pass for all of them before the "
+            "first steps"
         )

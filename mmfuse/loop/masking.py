@@ -192,8 +192,7 @@ def _described(x: Tensor) -> str:
 
 
 def _only(name: str, inputs: Inputs, masks: Inputs) -> dict[str, Tensor]:
-    # Copies, for a model may change its inputs in place.
-    return {o: (x if o == name else masks[o]).clone() for o, x in inputs.items()}
+    return {o: x if o == name else masks[o] for o, x in inputs.items()}
 
 
 def called_with(
@@ -203,12 +202,14 @@ def called_with(
     where: str,
     given: dict[str, Tensor],
 ) -> Tensor:
-    """The model's tensor for these inputs, which errors call `where`."""
+    """The model's tensor for copies of these inputs, which errors call `where`."""
     for name, function in (("forward", forward), ("output", output)):
         if function is not None and not callable(function):
             raise TypeError(f"{name} must be callable, got {type(function).__name__}")
         if isinstance(function, type):
             raise TypeError(f"{name} must be callable on outputs, got the class {function}")
+    # A model may change its inputs in place.
+    given = {name: x.clone() for name, x in given.items()}
     if forward is not None:
         found = forward(given)
     else:

@@ -81,25 +81,20 @@ def shapley_responses(
             "by their names"
         )
     every = (1 << len(names)) - 1
-    found = {every: called_with(model, forward, output, "for all modalities", _copies(inputs))}
+    found = {every: called_with(model, forward, output, "for all modalities", dict(inputs))}
     with passes_through(alone, forward, device_of(alone, inputs), evaluating):
         masks = masks_of(inputs, baseline)
         for coalition in range(1, every):
             there = [name for m, name in enumerate(names) if coalition >> m & 1]
             given = {name: inputs[name] if name in there else masks[name] for name in names}
             where = "where " + " and ".join(map(repr, there)) + " alone are there"
-            found[coalition] = called_with(alone, forward, output, where, _copies(given))
+            found[coalition] = called_with(alone, forward, output, where, given)
             if found[coalition].shape != found[every].shape:
                 raise ValueError(
                     f"the model's output has shape {list(found[every].shape)} for all modalities, "
                     f"and {list(found[coalition].shape)} {where}"
                 )
     return {name: share_of(found, m, len(names)) for m, name in enumerate(names)}
-
-
-def _copies(inputs: Inputs) -> dict[str, Tensor]:
-    # A model may change its inputs in place.
-    return {name: x.clone() for name, x in inputs.items()}
 
 
 def share_of(outputs: dict[int, Tensor], modality: int, count: int) -> Tensor:

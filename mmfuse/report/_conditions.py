@@ -117,9 +117,8 @@ class Conditions:
         )
 
     def _outputs(self, given: dict[str, Tensor], batch: Batch, where: str) -> Tensor:
-        # Copies, for a model may change its inputs in place.
-        copies = {name: x.clone() for name, x in {**given, **batch.others}.items()}
-        found = called_with(self.model, self.forward, self.output, where, copies)
+        every = {**given, **batch.others}
+        found = called_with(self.model, self.forward, self.output, where, every)
         return finite(found, f"the model {where}")
 
     def _noisy(self, m: int, name: str, x: Tensor) -> Iterator[tuple[float, Tensor]]:

@@ -350,7 +350,8 @@ def _derived(
     for m, cost in enumerate(costs):
         found["cost", m] = cost
         for other, less in enumerate(costs):
-            found["cost beyond", m, other] = cost - less
+            if other != m:
+                found["cost beyond", m, other] = cost - less
     if conditions.shapley:
         wide = {
             coalition: torch.tensor(sign * values["masked", coalition], dtype=torch.float64)

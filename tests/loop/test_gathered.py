@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from networks import TwoEncoders
 from parallel import SAME
 from ranks import ranks
 from torch import Tensor, nn
@@ -33,18 +34,8 @@ KINDS: dict[str, Callable[..., AbstractContextManager[None]]] = {
 }
 
 
-class Net(nn.Module):
-    """Two encoders and a head."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.audio_net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
-        self.visual_net = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4))
-        self.head = nn.Linear(8, 3)
-
-    @property
-    def encoders(self) -> dict[str, nn.Module]:
-        return {"audio": self.audio_net, "visual": self.visual_net}
+class Net(TwoEncoders):
+    """It has several ways through its encoders."""
 
     def features(self, audio: Tensor, visual: Tensor) -> dict[str, Tensor]:
         return {"audio": self.audio_net(audio), "visual": self.visual_net(visual)}

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from networks import TwoEncoders
 from ranks import ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,19 +22,12 @@ from mmfuse.loop.two_gradients import checked_losses
 ROWS, STEPS = 8, 3
 
 
-class Net(nn.Module):
-    """Two encoders, a joint head and one of its own for each."""
+class Net(TwoEncoders):
+    """With a head of its own for each encoder."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.audio_net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
-        self.visual_net = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4))
-        self.head = nn.Linear(8, 3)
         self.own = nn.ModuleDict({"audio": nn.Linear(4, 3), "visual": nn.Linear(4, 3)})
-
-    @property
-    def encoders(self) -> dict[str, nn.Module]:
-        return {"audio": self.audio_net, "visual": self.visual_net}
 
     def forward(
         self, audio: Tensor, visual: Tensor, labels: Tensor

@@ -57,6 +57,20 @@ class ThreeHeads(AudioVisual):
         self.head_visual = nn.Linear(width, classes)
 
 
+class TwoEncoders(nn.Module):
+    """Encoders of audio [B, 5] and visual [B, 7] features, and a head: small enough for ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.audio_net = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4))
+        self.visual_net = nn.Sequential(nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 4))
+        self.head = nn.Linear(8, 3)
+
+    @property
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"audio": self.audio_net, "visual": self.visual_net}
+
+
 def batch(size: int = 12, classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
     """Audio that gives the class away, and an image that hardly does."""
     labels = torch.randint(0, classes, (size,))

@@ -16,6 +16,9 @@ constexpr int kScoreThreads = 1024;
 // Sums of shares take more registers than 1,024 threads have.
 template <TargetKind kKind>
 constexpr int kThreadsOf = kKind == TargetKind::kShares ? 256 : kScoreThreads;
+// Said aloud, or the compiler would spill for more.
+template <TargetKind kKind>
+constexpr int kBlocksPerSmOf = kKind == TargetKind::kShares ? 2 : 1;
 
 constexpr int kBackwardThreads = 256;
 constexpr int kBackwardBlocksPerSm = 3;
@@ -91,7 +94,7 @@ __device__ __forceinline__ void for_each_score(const ModalityLogits& modality,
 
 // Block (x, m) sums kScoreRows rows of modality m.
 template <TargetKind kKind>
-__global__ void __launch_bounds__(kThreadsOf<kKind>)
+__global__ void __launch_bounds__(kThreadsOf<kKind>, kBlocksPerSmOf<kKind>)
     modality_scores_kernel(const ModalityTable<ScoreOutputs> __grid_constant__ table) {
   const ScoreOutputs& call = table.common;
   double sums[kScoreSums] = {};
@@ -119,7 +122,7 @@ __global__ void __launch_bounds__(kScoreThreads)
 
 // Block (x, m) writes the scores of kScoreRows rows of modality m.
 template <TargetKind kKind>
-__global__ void __launch_bounds__(kThreadsOf<kKind>)
+__global__ void __launch_bounds__(kThreadsOf<kKind>, kBlocksPerSmOf<kKind>)
     sample_scores_kernel(const ModalityTable<ScoreOutputs> __grid_constant__ table) {
   const ScoreOutputs& call = table.common;
   const int m = table.first + blockIdx.y;

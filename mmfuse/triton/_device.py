@@ -40,6 +40,15 @@ def not_finite(x):
 
 
 @triton.jit
+def add_exactly(x, total, low):
+    """`total` + x, and `low` + what rounding takes from that; an infinity leaves nothing."""
+    after = total + x
+    grown = after - total
+    rest = (total - (after - grown)) + (x - grown)
+    return after, low + tl.where(rest == rest, rest, 0.0)
+
+
+@triton.jit
 def divide(x, y):
     """The nearest number to x / y: float32's fast quotient may be 2 units off, of 1 too."""
     return tl.div_rn(x, y) if y.dtype == tl.float32 else x / y

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._device import widen
+from ._device import add_exactly, widen
 
 # Class indices; probabilities of the classes; a yes or no for each label.
 INDICES = tl.constexpr(0)
@@ -42,6 +42,7 @@ def max_and_sum(
     """Each row's maximum, 0 in place of -inf, and its sum of exp(x - maximum), in one pass."""
     top = tl.full(used.shape, float("-inf"), ACC)
     total = tl.zeros(used.shape, ACC)
+    low = tl.zeros(used.shape, ACC)
     for start in range(0, n_classes, BLOCK_CLASSES):
         c = start + tl.arange(0, BLOCK_CLASSES)
         mask = used[:, None] & (c < n_classes)[None, :]
@@ -50,9 +51,11 @@ def max_and_sum(
         # A NaN reaches the sum, not the maximum, where backends differ.
         new_top = tl.maximum(top, tl.max(tl.where(x == x, x, float("-inf")), axis=1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp(top - shift) + tl.sum(tl.exp(x - shift[:, None]), axis=1)
+        factor = tl.exp(top - shift)
+        e = tl.sum(tl.exp(x - shift[:, None]), axis=1)
+        total, low = add_exactly(e, total * factor, low * factor)
         top = new_top
-    return tl.where(top == float("-inf"), 0.0, top), total
+    return tl.where(top == float("-inf"), 0.0, top), total + low
 
 
 @triton.jit
@@ -126,16 +129,21 @@ def sum_labels(
     prob = tl.zeros(rows.shape, ACC)
     log_prob = tl.zeros(rows.shape, ACC)
     total = tl.zeros(rows.shape, ACC)
+    prob_low = tl.zeros(rows.shape, ACC)
+    log_low = tl.zeros(rows.shape, ACC)
+    total_low = tl.zeros(rows.shape, ACC)
     for start in range(0, n_classes, BLOCK_CLASSES):
         c = start + tl.arange(0, BLOCK_CLASSES)
         share, p, log_p, _ = label_tile(
             row_ptrs, rows, c, n_classes, stride, COLUMNS, target_ptrs, target_stride,
             weight_ptr, pos_weight_ptr, ACC,
         )  # fmt: skip
-        prob += tl.sum(share * p, axis=1)
-        log_prob += tl.sum(shared(share, log_p), axis=1)
-        total += tl.sum(share, axis=1)
-    return prob / total, log_prob / total, total
+        prob, prob_low = add_exactly(tl.sum(share * p, axis=1), prob, prob_low)
+        log_p = tl.sum(shared(share, log_p), axis=1)
+        log_prob, log_low = add_exactly(log_p, log_prob, log_low)
+        total, total_low = add_exactly(tl.sum(share, axis=1), total, total_low)
+    total += total_low
+    return (prob + prob_low) / total, (log_prob + log_low) / total, total
 
 
 @triton.jit
@@ -149,6 +157,10 @@ def sum_shares(
     prob = tl.zeros(rows.shape, ACC)
     log_prob = tl.zeros(rows.shape, ACC)
     whole = tl.zeros(rows.shape, ACC)
+    total_low = tl.zeros(rows.shape, ACC)
+    prob_low = tl.zeros(rows.shape, ACC)
+    log_low = tl.zeros(rows.shape, ACC)
+    whole_low = tl.zeros(rows.shape, ACC)
     for start in range(0, n_classes, BLOCK_CLASSES):
         c = start + tl.arange(0, BLOCK_CLASSES)
         mask = rows[:, None] & (c < n_classes)[None, :]
@@ -162,11 +174,16 @@ def sum_shares(
         before = tl.where(top == float("-inf"), 0.0, top)
         below = x - shift[:, None]
         e = tl.exp(below)
-        total = total * factor + tl.sum(e, axis=1)
-        prob = prob * factor + tl.sum(share * e, axis=1)
-        log_prob += shared(whole, before - shift) + tl.sum(shared(share, below), axis=1)
-        whole += tl.sum(share, axis=1)
+        total, total_low = add_exactly(tl.sum(e, axis=1), total * factor, total_low * factor)
+        p = tl.sum(share * e, axis=1)
+        prob, prob_low = add_exactly(p, prob * factor, prob_low * factor)
+        log_p = shared(whole + whole_low, before - shift) + tl.sum(shared(share, below), axis=1)
+        log_prob, log_low = add_exactly(log_p, log_prob, log_low)
+        whole, whole_low = add_exactly(tl.sum(share, axis=1), whole, whole_low)
         top = new_top
+    total, prob, log_prob, whole = (
+        total + total_low, prob + prob_low, log_prob + log_low, whole + whole_low,
+    )  # fmt: skip
     # Without a class that can be, softmax is 0 / 0.
     log_total = tl.where(top == float("-inf"), float("nan"), tl.log(total))
     top = tl.where(top == float("-inf"), 0.0, top)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import widen
+from ._device import add_exactly, widen
 from ._score_call import Call, call_of
 from ._score_means import launch_means, store_means
 from ._score_rows import class_places, index_weights, row_places, shared, tile_of_rows, true_logit
@@ -31,6 +31,9 @@ def _statistics_tile(
     total = tl.zeros(rows.shape, ACC)
     below_sum = tl.zeros(rows.shape, ACC)
     abs_sum = tl.zeros(rows.shape, ACC)
+    total_low = tl.zeros(rows.shape, ACC)
+    below_low = tl.zeros(rows.shape, ACC)
+    abs_low = tl.zeros(rows.shape, ACC)
     ahead = tl.zeros(rows.shape, tl.int32)
     for start in range(0, n_classes, BLOCK_CLASSES):
         c = start + tl.arange(0, BLOCK_CLASSES)
@@ -40,7 +43,8 @@ def _statistics_tile(
         first = (x == own[:, None]) & (c[None, :] < label[:, None])
         beaten = inside & ((x > own[:, None]) | first)
         ahead += tl.sum(beaten.to(tl.int32), axis=1)
-        abs_sum += tl.sum(tl.where(inside, tl.abs(x), 0.0), axis=1)
+        sizes = tl.sum(tl.where(inside, tl.abs(x), 0.0), axis=1)
+        abs_sum, abs_low = add_exactly(sizes, abs_sum, abs_low)
         # A NaN reaches the sum, not the maximum, where backends differ.
         new_top = tl.maximum(top, tl.max(tl.where(x == x, x, float("-inf")), axis=1))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -49,9 +53,14 @@ def _statistics_tile(
         lower = tl.where(total == 0.0, 0.0, before - shift)
         below = x - shift[:, None]
         e = tl.exp(below)
-        below_sum = shared(factor, below_sum + lower * total) + tl.sum(shared(e, below), axis=1)
-        total = total * factor + tl.sum(e, axis=1)
+        # The sum so far, with the higher maximum.
+        moved = shared(factor, lower * (total + total_low))
+        more = moved + tl.sum(shared(e, below), axis=1)
+        below_sum, below_low = shared(factor, below_sum), shared(factor, below_low)
+        below_sum, below_low = add_exactly(more, below_sum, below_low)
+        total, total_low = add_exactly(tl.sum(e, axis=1), total * factor, total_low * factor)
         top = new_top
+    total, below_sum, abs_sum = total + total_low, below_sum + below_low, abs_sum + abs_low
     shift = tl.where(top == float("-inf"), 0.0, top)
     log_total = tl.log(total)
     log_prob = own - shift - log_total

@@ -10,6 +10,7 @@
 
 #include "cuda/modality_scores.h"
 #include "element.h"
+#include "long_sum.h"
 #include "reduce.h"
 
 namespace mmfuse::cuda {
@@ -138,7 +139,7 @@ __device__ __forceinline__ acc_t class_share(const ScoreTargets& targets,
 }
 
 // One pass over a row: each thread rescales its sums when its maximum rises. Eight loads are in
-// flight per thread, because a small batch waits for nothing else.
+// flight per thread, because a small batch waits for nothing else; they are a run of its sums.
 template <typename team_t, bool kShares, typename scalar_t>
 __device__ __forceinline__ RowScore<acc_type<scalar_t>> sum_row(const ScoreTargets& targets,
                                                                 const LogitRow<scalar_t>& row) {
@@ -147,7 +148,7 @@ __device__ __forceinline__ RowScore<acc_type<scalar_t>> sum_row(const ScoreTarge
   constexpr int kSize = team_t::kSize;
   const int64_t stride = team_t::kColumns ? row.stride : 1;
   acc_t max = static_cast<acc_t>(-INFINITY);
-  acc_t sum = 0, prob = 0, log_prob = 0, total = 0;
+  LongSum<acc_t> sum, prob, log_prob, total;
   for (int c = team_t::rank(); c < row.classes; c += kBatch * kSize) {
     acc_t x[kBatch];
     acc_t batch_max = max;
@@ -158,40 +159,47 @@ __device__ __forceinline__ RowScore<acc_type<scalar_t>> sum_row(const ScoreTarge
       batch_max = x[u] > batch_max ? x[u] : batch_max;
     }
     const acc_t factor = shifted_exp(max, batch_max);
-    sum *= factor;
+    sum.scale(factor);
     if constexpr (kShares) {
-      prob *= factor;
-      log_prob += shared(total, finite_max(max) - finite_max(batch_max));
+      prob.scale(factor);
+      log_prob.add(shared(total.total(), finite_max(max) - finite_max(batch_max)));
     }
     max = batch_max;
+    acc_t run = 0, run_prob = 0, run_log_prob = 0, run_total = 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const acc_t e = shifted_exp(x[u], max);
-      sum += e;
+      run += e;
       if constexpr (kShares) {
         if (c + u * kSize < row.classes) {
           const acc_t a = class_share<acc_t>(targets, row, c + u * kSize);
-          prob += a * e;
-          log_prob += shared(a, x[u] - finite_max(max));
-          total += a;
+          run_prob += a * e;
+          run_log_prob += shared(a, x[u] - finite_max(max));
+          run_total += a;
         }
       }
+    }
+    sum.add(run);
+    if constexpr (kShares) {
+      prob.add(run_prob);
+      log_prob.add(run_log_prob);
+      total.add(run_total);
     }
   }
   const acc_t row_max = team_t::max(max);
   const acc_t factor = shifted_exp(max, row_max);
-  const acc_t row_sum = team_t::sum(sum * factor);
+  const acc_t row_sum = team_t::sum(sum.total() * factor);
   RowScore<acc_t> score{};
   score.softmax = {row_max, log(row_sum)};
   if constexpr (kShares) {
-    const acc_t lower = shared(total, finite_max(max) - finite_max(row_max));
-    log_prob = team_t::sum(log_prob + lower);
-    total = team_t::sum(total);
+    log_prob.add(shared(total.total(), finite_max(max) - finite_max(row_max)));
+    const acc_t all_log_prob = team_t::sum(log_prob.total());
+    const acc_t all = team_t::sum(total.total());
     const bool possible = row_max != static_cast<acc_t>(-INFINITY);
-    score.prob = team_t::sum(prob * factor) / row_sum / total;
-    score.log_prob = log_prob / total - (possible ? log(row_sum) : static_cast<acc_t>(NAN));
-    score.total = total;
-    score.weight = total;
+    score.prob = team_t::sum(prob.total() * factor) / row_sum / all;
+    score.log_prob = all_log_prob / all - (possible ? log(row_sum) : static_cast<acc_t>(NAN));
+    score.total = all;
+    score.weight = all;
   }
   return score;
 }
@@ -225,17 +233,17 @@ __device__ __forceinline__ RowScore<acc_type<scalar_t>> sum_labels(const ScoreTa
                                                                    const LogitRow<scalar_t>& row) {
   using acc_t = acc_type<scalar_t>;
   const int64_t stride = team_t::kColumns ? row.stride : 1;
-  acc_t prob = 0, log_prob = 0, total = 0;
+  LongSum<acc_t> prob, log_prob, total;
   for (int c = team_t::rank(); c < row.classes; c += team_t::kSize) {
     const Likelihood<acc_t> label = likelihood<acc_t>(targets, row, c, stride);
-    prob += label.share * label.prob;
-    log_prob += shared(label.share, label.log_prob);
-    total += label.share;
+    prob.add(label.share * label.prob);
+    log_prob.add(shared(label.share, label.log_prob));
+    total.add(label.share);
   }
   RowScore<acc_t> score{};
-  score.total = team_t::sum(total);
-  score.prob = team_t::sum(prob) / score.total;
-  score.log_prob = team_t::sum(log_prob) / score.total;
+  score.total = team_t::sum(total.total());
+  score.prob = team_t::sum(prob.total()) / score.total;
+  score.log_prob = team_t::sum(log_prob.total()) / score.total;
   score.weight = 1;
   return score;
 }
@@ -287,6 +295,22 @@ struct RowStatistics {
   acc_t abs_sum;
 };
 
+// What exp(x - max) and exp(x - max) (x - max) have summed up to, with a higher maximum.
+template <typename acc_t>
+__device__ __forceinline__ void lower_max(LongSum<acc_t>& sum, LongSum<acc_t>& below_sum, acc_t max,
+                                          acc_t higher) {
+  const acc_t factor = shifted_exp(max, higher);
+  const acc_t lower = finite_max(max) - finite_max(higher);
+  // Nothing yet, or nothing left: 0 x inf would be NaN.
+  if (sum.sum != acc_t(0)) below_sum.add(lower * sum.total());
+  if (factor == acc_t(0)) {
+    below_sum = {};
+  } else {
+    below_sum.scale(factor);
+  }
+  sum.scale(factor);
+}
+
 // Sums in one pass with `sum_row`'s, which go to `softmax` as there.
 template <typename team_t, typename scalar_t>
 __device__ __forceinline__ RowStatistics<acc_type<scalar_t>> row_statistics(
@@ -297,43 +321,45 @@ __device__ __forceinline__ RowStatistics<acc_type<scalar_t>> row_statistics(
   const int64_t stride = team_t::kColumns ? row.stride : 1;
   const bool possible = label >= 0 && label < row.classes;
   const acc_t own = possible ? widen<acc_t>(row.x[label * stride]) : static_cast<acc_t>(NAN);
-  acc_t max = static_cast<acc_t>(-INFINITY), sum = 0, below_sum = 0, abs_sum = 0, ahead = 0;
+  acc_t max = static_cast<acc_t>(-INFINITY);
+  int ahead = 0;
+  LongSum<acc_t> sum, below_sum, abs_sum;
   for (int c = team_t::rank(); c < row.classes; c += kBatch * kSize) {
     acc_t x[kBatch];
     acc_t batch_max = max;
+    acc_t run = 0, run_below = 0, run_abs = 0;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const int at = c + u * kSize;
       const bool inside = at < row.classes;
       x[u] = inside ? widen<acc_t>(row.x[at * stride]) : static_cast<acc_t>(-INFINITY);
       batch_max = x[u] > batch_max ? x[u] : batch_max;
-      abs_sum += inside ? fabs(x[u]) : acc_t(0);
-      ahead += inside && (x[u] > own || (x[u] == own && at < label)) ? acc_t(1) : acc_t(0);
+      run_abs += inside ? fabs(x[u]) : acc_t(0);
+      ahead += inside && (x[u] > own || (x[u] == own && at < label));
     }
-    const acc_t factor = shifted_exp(max, batch_max);
-    const acc_t lower = sum == acc_t(0) ? acc_t(0) : finite_max(max) - finite_max(batch_max);
-    below_sum = shared(factor, below_sum + lower * sum);
-    sum *= factor;
+    lower_max(sum, below_sum, max, batch_max);
     max = batch_max;
 #pragma unroll
     for (int u = 0; u < kBatch; ++u) {
       const acc_t e = shifted_exp(x[u], max);
-      sum += e;
-      below_sum += shared(e, x[u] - finite_max(max));
+      run += e;
+      run_below += shared(e, x[u] - finite_max(max));
     }
+    sum.add(run);
+    below_sum.add(run_below);
+    abs_sum.add(run_abs);
   }
   const acc_t row_max = team_t::max(max);
-  const acc_t factor = shifted_exp(max, row_max);
-  const acc_t lower = sum == acc_t(0) ? acc_t(0) : finite_max(max) - finite_max(row_max);
-  below_sum = team_t::sum(shared(factor, below_sum + lower * sum));
-  const acc_t row_sum = team_t::sum(sum * factor);
+  lower_max(sum, below_sum, max, row_max);
+  const acc_t row_below = team_t::sum(below_sum.total());
+  const acc_t row_sum = team_t::sum(sum.total());
   softmax = {row_max, log(row_sum)};
   RowStatistics<acc_t> found;
-  found.correct = team_t::sum(ahead) == acc_t(0) && possible && row_sum > acc_t(0);
+  found.correct = team_t::sum(ahead) == 0 && possible && row_sum > acc_t(0);
   // Without a class that can be, softmax is 0 / 0.
-  found.entropy = softmax.log_sum - below_sum / row_sum;
+  found.entropy = softmax.log_sum - row_below / row_sum;
   found.log_sum_exp = row_sum == acc_t(0) ? static_cast<acc_t>(NAN) : row_max + softmax.log_sum;
-  found.abs_sum = team_t::sum(abs_sum);
+  found.abs_sum = team_t::sum(abs_sum.total());
   return found;
 }
 

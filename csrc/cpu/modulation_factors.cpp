@@ -3,6 +3,8 @@
 
 namespace mmfuse::cpu {
 
+TensorList grad_stats_table(const Tensor& table, const Tensor& like, bool displaced);
+
 // Ratios and coefficients [M], scale and noise's standard deviation [T]; [0] without statistics.
 std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(
     const Tensor& scores, const Tensor& owner, const std::optional<Tensor>& numel,
@@ -37,8 +39,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> modulation_factors(
   return {ratios, coefficients, scale, noise};
 }
 
+// The same before an update: ratios, coefficients and scale, and `finite` for it; with a table of
+// gradients, whose statistics are taken on the way, also the noise's standard deviation.
+TensorList modulation_factors_table(const std::optional<Tensor>& table, const Tensor& scores,
+                                    const Tensor& owner, double alpha, double beta, int64_t formula,
+                                    double eps) {
+  std::optional<Tensor> numel, m2;
+  if (table) {
+    const TensorList stats = grad_stats_table(*table, scores, false);
+    numel = stats[0];
+    m2 = stats[2];
+  }
+  const auto [ratios, coefficients, scale, noise] =
+      modulation_factors(scores, owner, numel, m2, alpha, beta, formula, eps);
+  Tensor finite = empty_on_cpu({}, ScalarType::Bool);
+  *static_cast<bool*>(finite.mutable_data_ptr()) = true;
+  TensorList all{ratios, coefficients, scale, finite};
+  if (table) all.push_back(noise);
+  return all;
+}
+
 }  // namespace mmfuse::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(mmfuse, CPU, m) {
   m.impl("modulation_factors.cpu", TORCH_BOX(&mmfuse::cpu::modulation_factors));
+  m.impl("modulation_factors_table.cpu", TORCH_BOX(&mmfuse::cpu::modulation_factors_table));
 }

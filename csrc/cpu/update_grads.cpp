@@ -82,7 +82,7 @@ void update_grads_table_(const Tensor& table, const Tensor& scale,
                          const std::optional<Tensor>& pull, const std::optional<Tensor>& noise_std,
                          const std::optional<Tensor>& noise_state,
                          const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm,
-                         bool advance) {
+                         bool advance, const std::optional<Tensor>&) {
   const Rows rows(table, pull.has_value());
   const size_t count = rows.size();
   std::vector<UpdateSlice>& tensors = kept_list<UpdateSlice>(count);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/device/params.h"
+#include "cuda/modulation_factors.h"
 
 namespace mmfuse::cuda {
 
@@ -24,6 +25,8 @@ struct GradStatsParams {
   int64_t* numel;     // [T]
   void* moments;      // [2, T], or [4, T] with parameters
   bool wide;          // moments are float64
+  // Is made in the place of `numel` and `moments`, if there is one; it reads neither.
+  const ModulationFactorsParams* decision = nullptr;
 };
 
 inline int64_t stats_rows(const std::vector<GradTensor>& tensors) {

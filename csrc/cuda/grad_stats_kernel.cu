@@ -2,6 +2,7 @@
 
 #include "common/moments.h"
 #include "cuda/device/launch.h"
+#include "cuda/device/modulate.h"
 #include "cuda/device/pack_batch.h"
 #include "cuda/device/reduce.h"
 #include "grad_stats.h"
@@ -187,9 +188,13 @@ struct FinaliseCommon {
   int64_t tensors;
 };
 
-template <int kLength>
+// A launch that decides nothing.
+struct NoDecision {};
+
+template <int kLength, typename decision_t>
 struct FinaliseTable {
   FinaliseCommon common;
+  decision_t decision;
   FinaliseEntry entries[kLength];
 };
 
@@ -202,10 +207,12 @@ __device__ __forceinline__ void store_moment(const FinaliseCommon& common, int64
   }
 }
 
-// One block per tensor merges its rows, in float64 and in the same order every time.
-template <int kLength>
+// One block per tensor merges its rows, in float64 and in the same order every time, and stores its
+// moments or decides from them; then the first one also decides about the modalities.
+template <int kLength, typename decision_t>
 __global__ void __launch_bounds__(kFinaliseThreads)
-    grad_stats_finalise_kernel(const FinaliseTable<kLength> __grid_constant__ table) {
+    grad_stats_finalise_kernel(const FinaliseTable<kLength, decision_t> __grid_constant__ table) {
+  constexpr bool kDecides = !std::is_same_v<decision_t, NoDecision>;
   const FinaliseCommon& common = table.common;
   const FinaliseEntry& entry = table.entries[blockIdx.x];
   const int64_t slot = common.first_slot + blockIdx.x;
@@ -223,6 +230,13 @@ __global__ void __launch_bounds__(kFinaliseThreads)
   }
   block_sum<kFinaliseThreads>(sum);
   const double mean = rows > 0 ? sum[0] / static_cast<double>(entry.numel) : 0.0;
+  if constexpr (kDecides) {
+    if (slot == 0) {
+      for (int64_t m = threadIdx.x; m < table.decision.modalities; m += kFinaliseThreads) {
+        decide_modality(table.decision, m);
+      }
+    }
+  }
   double sums[3] = {0, 0, 0};
 #pragma unroll 4
   for (int64_t row = threadIdx.x; row < rows; row += kFinaliseThreads) {
@@ -234,6 +248,14 @@ __global__ void __launch_bounds__(kFinaliseThreads)
   }
   block_sum<kFinaliseThreads>(sums);
   if (threadIdx.x != 0) return;
+  if constexpr (kDecides) {
+    if (slot == 0) start_update(table.decision);
+    decide_tensor(table.decision, slot);
+    // Rounded as a moment is.
+    const double m2 = common.wide ? sums[0] : static_cast<float>(sums[0]);
+    decide_noise(table.decision, slot, entry.numel, m2);
+    return;
+  }
   common.numel[slot] = entry.numel;
   store_moment(common, slot, rows > 0 ? workspace[0] + mean : 0.0);
   store_moment(common, common.tensors + slot, sums[0]);
@@ -257,9 +279,11 @@ void launch_chunks(const std::vector<GradTensor>& tensors, double* workspace, cu
   });
 }
 
-template <int kLength>
-void launch_finalise(const GradStatsParams& params, cudaStream_t stream) {
-  FinaliseTable<kLength> table;
+template <int kLength, typename decision_t>
+void launch_finalise(const GradStatsParams& params, const decision_t& decision,
+                     cudaStream_t stream) {
+  FinaliseTable<kLength, decision_t> table;
+  table.decision = decision;
   const int64_t tensors = static_cast<int64_t>(params.tensors.size());
   table.common = {params.workspace, params.numel, params.moments, params.wide, params.has_params, 0,
                   tensors};
@@ -272,7 +296,7 @@ void launch_finalise(const GradStatsParams& params, cudaStream_t stream) {
       table.entries[i] = {numel, row};
       row += chunk_count(numel, kStatsChunk);
     }
-    launch("grad_stats_finalise_kernel", grad_stats_finalise_kernel<kLength>, count,
+    launch("grad_stats_finalise_kernel", grad_stats_finalise_kernel<kLength, decision_t>, count,
            kFinaliseThreads, stream, table);
   }
 }
@@ -291,11 +315,14 @@ void launch_grad_stats(const GradStatsParams& params, cudaStream_t stream) {
     using scalar_t = std::remove_pointer_t<decltype(type)>;
     launch_chunks<scalar_t, anchors.value>(tensors, params.workspace, stream);
   });
-  if (params.tensors.size() <= kShortList) {
-    launch_finalise<kShortList>(params, stream);
-  } else {
-    launch_finalise<kLongMerges>(params, stream);
-  }
+  const auto finalise = [&](const auto& decision) {
+    if (params.tensors.size() <= kShortList) {
+      launch_finalise<kShortList>(params, decision, stream);
+    } else {
+      launch_finalise<kLongMerges>(params, decision, stream);
+    }
+  };
+  params.decision == nullptr ? finalise(NoDecision{}) : finalise(*params.decision);
 }
 
 }  // namespace mmfuse::cuda

@@ -23,6 +23,9 @@ struct ModulationFactorsParams {
   void *ratios, *coefficients;
   void *scale, *noise_std;
   bool wide_factors;
+  // For the update that follows, null where nobody wants them: true, and 0 blocks that are done.
+  bool* finite;
+  int32_t* done;
 };
 
 void launch_modulation_factors(const ModulationFactorsParams& params, cudaStream_t stream);

@@ -1,5 +1,5 @@
-#include "cuda/device/element.h"
 #include "cuda/device/launch.h"
+#include "cuda/device/modulate.h"
 #include "modulation_factors.h"
 
 namespace mmfuse::cuda {
@@ -7,29 +7,17 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// The first threads decide about one modality each, the others about one tensor, for which they
-// work out its owner's coefficient again: no thread waits for another.
+// The first threads decide about one modality each, the others about one tensor.
 __global__ void __launch_bounds__(kThreads, 1)
     modulation_factors_kernel(const ModulationFactorsParams __grid_constant__ call) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t t = i - call.modalities;
   if (t >= call.tensors) return;
-  const auto score = [&](int64_t j) { return load_coefficient<double>(call.scores, j); };
-  const int64_t m = t < 0 ? i : call.owner[t];
-  const double ratio = modulation_ratio(score, m, call.modalities, call.rule);
-  const double coefficient = modulation_coefficient(ratio, call.rule);
-  if (t < 0) {
-    store_result(call.ratios, call.scores.wide, ratio, i);
-    store_result(call.coefficients, call.scores.wide, coefficient, i);
-    return;
-  }
-  // Rounded as the modality's own is.
-  const double scale = call.scores.wide ? coefficient : static_cast<float>(coefficient);
-  store_result(call.scale, call.wide_factors, scale, t);
+  if (i == 0) start_update(call);
+  if (t < 0) return decide_modality(call, i);
+  decide_tensor(call, t);
   if (call.m2.values == nullptr) return;
-  const double m2 = load_coefficient<double>(call.m2, t);
-  const double noise_std = modulation_noise(call.numel[t], m2, call.eps);
-  store_result(call.noise_std, call.wide_factors, noise_std, t);
+  decide_noise(call, t, call.numel[t], load_coefficient<double>(call.m2, t));
 }
 
 }  // namespace

@@ -49,12 +49,13 @@ void update_grads_(const TensorList& grads, const Tensor& scale, const TensorLis
 }
 
 // The same of a table, with its parameters and anchors if there is a pull. `advance`: the stream's
-// step is the next one afterwards, unless `finite` is false.
+// step is the next one afterwards, unless `finite` is false; `done`, int32 [1] and 0, spares that a
+// launch.
 void update_grads_table_(const Tensor& table, const Tensor& scale,
                          const std::optional<Tensor>& pull, const std::optional<Tensor>& noise_std,
                          const std::optional<Tensor>& noise_state,
                          const std::optional<Tensor>& finite, const std::optional<Tensor>& sq_norm,
-                         bool advance) {
+                         bool advance, const std::optional<Tensor>& done) {
   UpdateGradsParams call;
   call.tensors = grad_tensors(Rows(table, pull.has_value()), pull.has_value());
   call.common.scale = coefficients_of(scale, call.tensors.size(), "scale");
@@ -65,7 +66,17 @@ void update_grads_table_(const Tensor& table, const Tensor& scale,
   }
   if (advance) {
     STD_TORCH_CHECK(noise_std && finite, "mmfuse: advance needs noise and finite");
-    call.advanced = static_cast<int64_t*>(noise_state->mutable_data_ptr()) + 1;
+    int64_t* step = static_cast<int64_t*>(noise_state->mutable_data_ptr()) + 1;
+    const int64_t blocks = noisy_blocks(call.tensors);
+    if (done && blocks > 0 && blocks <= INT32_MAX) {
+      STD_TORCH_CHECK(done->scalar_type() == ScalarType::Int && done->numel() == 1,
+                      "mmfuse: done must be int32, with one element");
+      call.common.done = static_cast<int32_t*>(done->mutable_data_ptr());
+      call.common.blocks = static_cast<int32_t>(blocks);
+      call.common.step = step;
+    } else {
+      call.advanced = step;
+    }
   }
   launch(call, scale, finite, sq_norm);
 }

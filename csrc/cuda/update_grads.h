@@ -17,6 +17,11 @@ struct UpdateCommon {
   Coefficients noise_std;
   const int64_t* noise_state = nullptr;  // seed, step
   bool* finite = nullptr;
+  // For the last of `blocks` blocks with noise, where these are counted: `done`, from 0 on, and the
+  // stream's step, which becomes the next one if all is finite.
+  int32_t* done = nullptr;
+  int32_t blocks = 0;
+  int64_t* step = nullptr;
 };
 
 struct UpdateGradsParams {
@@ -32,6 +37,16 @@ inline int64_t update_chunks(const std::vector<GradTensor>& tensors) {
   int64_t chunks = 0;
   for (const GradTensor& tensor : tensors) chunks += chunk_count(tensor.numel, kUpdateChunk);
   return chunks;
+}
+
+// Of the launches with noise, whose blocks have a chunk or a tile each.
+inline int64_t noisy_blocks(const std::vector<GradTensor>& tensors) {
+  int64_t blocks = 0;
+  for (const GradTensor& tensor : tensors) {
+    blocks +=
+        tensor.channels > 1 ? transposed_tiles(tensor) : chunk_count(tensor.numel, kUpdateChunk);
+  }
+  return blocks;
 }
 
 void launch_update_grads(const UpdateGradsParams& params, cudaStream_t stream);

@@ -49,6 +49,16 @@ __device__ __forceinline__ TensorUpdate<scalar_t> load_update(const UpdateCommon
   return tensor;
 }
 
+__device__ __forceinline__ void advance_step(int64_t* step, const bool* finite) {
+  if (*finite) ++*step;
+}
+
+// The step that every block has read becomes the next one once all blocks are done.
+__device__ __forceinline__ void advance_at_last(const UpdateCommon& call) {
+  if (call.done == nullptr || !is_last_block(call.done, call.blocks)) return;
+  advance_step(call.step, call.finite);
+}
+
 // One block per chunk, from the last to the first: what grad_stats read last is still in the cache.
 template <typename scalar_t, Anchors kAnchors, bool kNoise, bool kShort>
 __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kNoise>))
@@ -61,6 +71,7 @@ __global__ void __launch_bounds__(kThreads, (kBlocksPerSm<scalar_t, kAnchors, kN
   if (!tensor.store && call.finite == nullptr) return;
   const bool finite = update_chunk<kAnchors, kNoise>(tensor, chunk - table.first_chunk[found]);
   if (!finite && call.finite != nullptr) set_flag(call.finite, false);
+  if constexpr (kNoise) advance_at_last(call);
 }
 
 // Short ones alone: a longer list has more launches, not a second kernel.
@@ -86,6 +97,7 @@ __global__ void __launch_bounds__(kThreads, (kTransposedBlocksPerSm<scalar_t, kA
   const bool finite = update_transposed<kAnchors>(tensor, entry.channels, entry.spatial,
                                                   chunk - table.first_chunk[found], normals);
   if (!finite && call.finite != nullptr) set_flag(call.finite, false);
+  advance_at_last(call);
 }
 
 // Shared by all tensors of a call with sums.
@@ -259,9 +271,9 @@ void launch_squares(const UpdateGradsParams& params, bool has_noise, cudaStream_
   }
 }
 
-// A launch of its own: every block of the update reads the step.
+// A launch of its own, where nobody counts the blocks: every block of the update reads the step.
 __global__ void advance_stream_kernel(int64_t* step, const bool* finite) {
-  if (*finite) ++*step;
+  advance_step(step, finite);
 }
 
 }  // namespace

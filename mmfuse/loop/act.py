@@ -39,6 +39,7 @@ def act_on(
     sq_norm: Tensor | None = None,
     backend: str | None = None,
     advance: bool = False,
+    done: Tensor | None = None,
 ) -> bool:
     """Changes in place: g ← scale·g + pull·second + noise_std·N(0, 1).
 
@@ -52,6 +53,7 @@ def act_on(
         backend: Name of a backend; None for the best one.
         advance: True to have the noise's stream, if there is one, go on to its next step if all
             gradients are finite.
+        done: As in `Started`.
 
     Returns:
         True if the stream has been dealt with so; it needs one launch with the update alone.
@@ -78,6 +80,7 @@ def act_on(
                 ids=() if std is None else active.ids,
                 table=active.table,
                 advance=advance and std is not None,
+                done=done,
             )
     if scale is None:
         like = pull if pull is not None else noise_std

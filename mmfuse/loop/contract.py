@@ -25,6 +25,7 @@ from torch import Tensor
 from ..noise import NoiseStream
 from ..ops import GradStats, ModalityScores
 from ..ops._tensors import index_tensor
+from ..ops.modulation_factors import Started
 from ._parameters import Select, Shared
 from .given import Kind, Loss
 from .modalities import Modalities, per_modality, per_tensor
@@ -129,6 +130,8 @@ class Need(NamedTuple):
         means: How many means for each modality `sense` returns.
         accuracy: True if the scores are shares of samples that a modality gets right, in the place
             of the true class's probability.
+        factors: True if `decide` is `modulation_factors`, which then takes the statistics itself
+            where it can: `Tensors.table`.
     """
 
     inputs: tuple[str, ...] = ()
@@ -141,6 +144,7 @@ class Need(NamedTuple):
     neutral: float = 1.0
     means: int = 1
     accuracy: bool = False
+    factors: bool = False
 
     @property
     def anchors(self) -> bool:
@@ -169,12 +173,14 @@ class Decision(NamedTuple):
         state: The tensors of the state that change.
         counted: [M] bool, the modalities that some sample has: of the others, `settle` gets squares
             of 0. None for all.
+        started: The beginning of the update, if the decision has made it.
     """
 
     act: Act
     report: tuple[Tensor, ...]
     state: State = MappingProxyType({})
     counted: Tensor | None = None
+    started: Started | None = None
 
 
 class Sensed(NamedTuple):
@@ -251,6 +257,8 @@ class Tensors(NamedTuple):
         backend: Name of a backend; None for the best one.
         dtype: The dtype in which the update takes [T] tensors as they are: float32 if no gradient
             is float64.
+        table: The gradients as `factors_before_update` takes them, in the place of `stats`, with
+            `Need.factors` and means that are no tables; None where it cannot be called.
     """
 
     owner: tuple[int, ...]
@@ -260,6 +268,7 @@ class Tensors(NamedTuple):
     place: tuple[int, ...] | None
     backend: str | None
     dtype: torch.dtype = torch.float64
+    table: Tensor | None = None
 
     def each(self, values: Tensor) -> Tensor:
         """Each tensor's value of its modality: [M] to [T], on the gradients' device."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops._eager import Eager
+from ..ops.modulation_factors import Started, takes_tables
 from . import _in_turn, _surgery
 from .act import Second, act_on, carry_out, stats_of
 from .contract import Act, Clock, Decision, Tensors
@@ -81,18 +82,23 @@ def take_step(
         ours = modalities.parameters[active.ids[0]].grad
         _in_turn.check(method, ours, active.grads[0]._version)
     device = active.grads[0].device if active.grads else modalities.device
-    finite = torch.ones((), dtype=torch.bool, device=device)
     second = method.anchors if unimodal is None else _second(active, unimodal)
-    stats = None
-    if need.stats and acting and active.grads:
+    stats = table = None
+    if need.factors and active.device is not None and takes_tables(backend, device):
+        table = None if seen.paired or seen.kind != "scores" else active.table
+    if need.stats and acting and active.grads and table is None:
         stats = stats_of(active, second, grad_scale, backend)
     place = None if len(active.ids) == len(modalities.parameters) else tuple(active.ids)
     count = len(modalities.names)
-    tensors = Tensors(active.modality, count, device, stats, place, backend, active.dtype)
+    tensors = Tensors(active.modality, count, device, stats, place, backend, active.dtype, table)
     if acting:
         decision = rule.decide(state, seen, tensors, method._clock)
     else:
         decision = _idle(method, seen, tensors)
+    started = decision.started
+    if started is None:
+        started = Started(torch.ones((), dtype=torch.bool, device=device))
+    finite = started.finite
     noise = stream if isinstance(need.noise, str) else need.noise
     drawn = noise is stream and decision.act.noise_std is not None
     if drawn and group is not None:
@@ -111,6 +117,7 @@ def take_step(
             noise=noise,
             backend=backend,
             advance=alone,
+            done=started.done,
         )
     else:
         squares = carry_out(

@@ -44,7 +44,7 @@ from ..loop.gradients import GradientMethod
 from ..loop.pairs import mean_ratio, stages
 from ..loop.ranks import Observed
 from ..loop.result import Result
-from ..ops.modulation_factors import factors_of_checked
+from ..ops.modulation_factors import factors_before_update, factors_of_checked
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class MLBRule(Stateless):
     beta: float = 2.0
 
     result = MLBResult
-    need: ClassVar[Need] = Need()
+    need: ClassVar[Need] = Need(factors=True)
 
     def __post_init__(self) -> None:
         if not (finite("alpha", self.alpha) and self.alpha >= 0):
@@ -94,18 +94,14 @@ class MLBRule(Stateless):
                 given = 1 + torch.where(ratios > 1, (self.beta - 1) * change, change)
             k = torch.where(given.isnan(), 1.0, given)
             return Decision(Act(scale=tensors.each(k)), (k, scores, ratios))
-        factors = factors_of_checked(
-            tensors.backend,
-            seen.means.to(tensors.device),
-            self.alpha,
-            "mlb",
-            tensors.owner,
-            None,
-            0.0,
-            beta=self.beta,
-        )
-        act = Act(scale=factors.scale)
-        return Decision(act, (factors.coefficients, seen.means, factors.ratios))
+        means, started = seen.means.to(tensors.device), None
+        rule = tensors.backend, means, self.alpha, "mlb", tensors.owner, None, 0.0
+        if tensors.table is not None:
+            factors, started = factors_before_update(*rule, beta=self.beta)
+        else:
+            factors = factors_of_checked(*rule, beta=self.beta)
+        report = factors.coefficients, seen.means, factors.ratios
+        return Decision(Act(scale=factors.scale), report, started=started)
 
 
 class MLB(GradientMethod):

@@ -44,7 +44,13 @@ from ..loop.pairs import missing, stages
 from ..loop.ranks import Observed
 from ..loop.result import Result
 from ..ops._tensors import check_named
-from ..ops.modulation_factors import Formula, check_strength, factors_of_checked, noise_std
+from ..ops.modulation_factors import (
+    Formula,
+    check_strength,
+    factors_before_update,
+    factors_of_checked,
+    noise_std,
+)
 
 Release = Literal["cvpr", "tpami"]
 Noise = bool | Callable[[Tensor], Tensor]
@@ -125,9 +131,9 @@ class OGMRule(Stateless):
     def need(self) -> Need:
         """Statistics of the gradients, for GE's noise."""
         if not self.noise:
-            return Need(stream=True)
+            return Need(stream=True, factors=True)
         made = self.noise if callable(self.noise) else None
-        return Need(stats=True, stream=True, noise=made or "stream")
+        return Need(stats=True, stream=True, noise=made or "stream", factors=True)
 
     def idle(self) -> OGMRule:
         """Every coefficient is 1, and there is no noise: as many launches as OGM, none more."""
@@ -151,17 +157,16 @@ class OGMRule(Stateless):
                 std = torch.where(tensors.each(missing(seen)), 0.0, std)
                 act = act._replace(noise_std=std)
             return Decision(act, (k, scores, ratios))
-        factors = factors_of_checked(
-            tensors.backend,
-            seen.means.to(tensors.device),
-            self.alpha,
-            self.formula,
-            tensors.owner,
-            tensors.stats,
-            _STD_EPS,
-        )
+        means, started = seen.means.to(tensors.device), None
+        rule = tensors.backend, means, self.alpha, self.formula, tensors.owner
+        if tensors.table is not None:
+            table = tensors.table if self.noise else None
+            factors, started = factors_before_update(*rule, table, _STD_EPS)
+        else:
+            factors = factors_of_checked(*rule, tensors.stats, _STD_EPS)
         act = Act(scale=factors.scale, noise_std=factors.noise_std)
-        return Decision(act, (factors.coefficients, seen.means, factors.ratios))
+        report = factors.coefficients, seen.means, factors.ratios
+        return Decision(act, report, started=started)
 
 
 class OGM(GradientMethod):

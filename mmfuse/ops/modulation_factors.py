@@ -12,6 +12,7 @@ from torch import Tensor
 from .._numbers import finite, real
 from ..reference.modulation_factors import CVPR, MLB, TPAMI
 from ._arguments import check_owner
+from ._eager import Eager
 from ._registry import Op
 from ._tensors import check_dense, kept_tensor
 from .discrepancy_ratios import check_scores
@@ -39,6 +40,19 @@ class ModulationFactors(NamedTuple):
     noise_std: Tensor | None
 
 
+class Started(NamedTuple):
+    """The beginning of the update that follows, made in the decision's launch.
+
+    Attributes:
+        finite: 0-d bool, True.
+        done: [1] int32, how many of the update's blocks are done: 0; None on the CPU, and where the
+            decision takes no statistics.
+    """
+
+    finite: Tensor
+    done: Tensor | None = None
+
+
 def _fake(
     scores: Tensor,
     owner: Tensor,
@@ -61,6 +75,8 @@ _op = Op(
     " int formula, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake,
+    table="(Tensor? table, Tensor scores, Tensor owner, float alpha, float beta, int formula,"
+    " float eps) -> Tensor[]",
 )
 
 
@@ -152,6 +168,39 @@ def factors_of_checked(
     found = _op(backend, device, scores, index, numel, m2, alpha, beta, _PLACES[formula], eps)
     ratios, coefficients, scale, noise = found
     return ModulationFactors(ratios, coefficients, scale, None if stats is None else noise)
+
+
+def takes_tables(backend: str | None, device: torch.device) -> bool:
+    """True if `factors_before_update` can be called: eagerly, with a compiled backend."""
+    return type(backend) is Eager and _op.of_table(backend, device) is not None
+
+
+def factors_before_update(
+    backend: Eager,
+    scores: Tensor,
+    alpha: float,
+    formula: str,
+    owner: tuple[int, ...],
+    table: Tensor | None,
+    eps: float,
+    *,
+    beta: float = 0.0,
+) -> tuple[ModulationFactors, Started]:
+    """`factors_of_checked`, and what the update starts from.
+
+    `table` is what `mmfuse._native.read_gradients` has made of the gradients, for their statistics,
+    which are taken on the way; None for no noise.
+    """
+    device = scores.device
+    kernel = _op.of_table(backend, device)
+    assert kernel is not None
+    index = kept_tensor(owner, (len(owner),), torch.int64, device, backend)
+    with torch._C._AutoDispatchBelowAutograd():
+        found = kernel(table, scores, index, alpha, beta, _PLACES[formula], eps)
+    ratios, coefficients, scale, finite = found[:4]
+    noise = found[4] if table is not None else None
+    done = found[5] if len(found) > 5 else None
+    return ModulationFactors(ratios, coefficients, scale, noise), Started(finite, done)
 
 
 def noise_std(stats: GradStats, eps: float) -> Tensor:

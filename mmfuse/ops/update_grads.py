@@ -37,7 +37,7 @@ _op = Op(
     _fake,
     module="update_grads",
     table="(Tensor table, Tensor scale, Tensor? pull, Tensor? noise_std, Tensor(a!)? noise_state, "
-    "Tensor(b!)? finite, Tensor(c!)? sq_norm, bool advance) -> ()",
+    "Tensor(b!)? finite, Tensor(c!)? sq_norm, bool advance, Tensor(d!)? done) -> ()",
 )
 
 
@@ -220,7 +220,7 @@ def _update_usual(
     first, *others = (None if v is None else v.to(device, dtype).contiguous() for v in vectors)
     with torch._C._AutoDispatchBelowAutograd():
         at = None if state is None else state.to(device)
-        listed.kernel(listed.table, first, *others, at, finite, sq_norm, False)
+        listed.kernel(listed.table, first, *others, at, finite, sq_norm, False, None)
     torch._C._increment_version(own)
     torch._C._increment_version(numbers)
     return True
@@ -266,6 +266,7 @@ def update_checked_(
     ids: Sequence[int] = (),
     table: Tensor | None = None,
     advance: bool = False,
+    done: Tensor | None = None,
 ) -> bool:
     """`update_grads_` of tensors that need no check.
 
@@ -274,14 +275,15 @@ def update_checked_(
     gradient is, else float32. `state` and `ids` are the stream's, where there is noise. `table` is
     what `mmfuse._native.read_gradients` has made of `grads`, and, where there is a pull, of params
     and anchors. With `advance` the stream goes on to its next step if all gradients are finite,
-    where the kernel can do that: then it returns True, else the caller has to.
+    where the kernel can do that: then it returns True, else the caller has to. `done`, if the
+    decision has made one, spares that a launch.
     """
     kernel = None
     if table is not None and type(backend) is Eager:
         kernel = _op.of_table(backend, device)
     if kernel is not None:
         with torch._C._AutoDispatchBelowAutograd():
-            kernel(table, scale, pull, noise_std, state, finite, sq_norm, advance)
+            kernel(table, scale, pull, noise_std, state, finite, sq_norm, advance, done)
     else:
         advance = False
         offsets = [0] * len(ids)

@@ -13,7 +13,8 @@ from networks import AudioVisual, batch
 from torch import Tensor, nn
 
 import mmfuse
-from mmfuse import OGM, NoiseStream, ogm_backward, ogm_coefficients
+from mmfuse import OGM, NoiseStream, _native, ogm_backward, ogm_coefficients
+from mmfuse.loop import stage
 from released import networks as released_networks
 from released import ogm as released_ogm
 
@@ -134,6 +135,40 @@ def test_whole_step_is_the_plain_transcription(
     assert_same_gradients(model, plain)
     assert bool(out.finite)
     assert stream.state.tolist() == [21, 5 if noise else 4]
+
+
+@pytest.mark.skipif(_native.read_gradients is None, reason="mmfuse._C was not built")
+@pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])
+def test_a_decision_that_reads_the_gradients_is_the_step_of_single_ops(
+    cell: Cell, noise: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, where an Inf keeps the noise's stream as well; `takes_tables` is the way in."""
+    results = []
+    for quickly in (True, False):
+        if not quickly:
+            monkeypatch.setattr(stage, "takes_tables", lambda *_: False)
+        torch.manual_seed(3)
+        model = AudioVisual().to(cell.device).to(memory_format=torch.channels_last)
+        data = tuple(t.to(cell.device) for t in batch())
+        stream = NoiseStream(21, cell.device)
+        ogm = OGM(model.encoders, noise=noise, stream=stream, backend=cell.backend)
+        found = []
+        for broken in (False, True, False):
+            model.zero_grad()
+            loss, logits = forward(model, data)
+            loss.backward()
+            first = next(model.audio_net.parameters())
+            if broken:
+                first.grad.view(-1)[3] = torch.inf
+            out = ogm.step(logits, data[2])
+            assert out.finite.tolist() is not broken
+            assert broken or out.coefficients.min() < 1
+            found += [p.grad for p in model.parameters()]
+            found += [out.coefficients, out.ratios, out.scores, stream.state.clone()]
+        assert stream.state.tolist() == [21, 2 if noise else 0]
+        results.append(found)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one.nan_to_num(7.5), other.nan_to_num(7.5))
 
 
 @pytest.mark.parametrize("noise", [False, True], ids=["ogm", "ogm-ge"])

@@ -11,8 +11,10 @@ from cells import Cell
 from torch import Tensor
 
 import mmfuse
-from mmfuse import ops
+from mmfuse import _native, ops
 from mmfuse.ops import GradStats
+from mmfuse.ops._eager import Eager
+from mmfuse.ops.modulation_factors import factors_before_update, takes_tables
 
 FLOAT = (torch.float32, torch.float64)
 NAN, INF = float("nan"), float("inf")
@@ -126,6 +128,52 @@ def test_it_is_the_single_steps_in_one(cell: Cell, formula: str) -> None:
     ]:
         torch.testing.assert_close(actual, single)
     assert found.coefficients[0] < 1 and found.coefficients[1:].tolist() == [1, 1]
+
+
+LISTS = {
+    "few": lambda: [torch.randn(n) for n in (30, 1, 7, 2 * 16384 + 37)],
+    "many": lambda: list(torch.randn(390).split(3)),
+    "more than a table": lambda: list(torch.randn(2002).split(1)),
+    "mixed": lambda: [torch.randn(n).to(d) for n in (9, 17) for d in (*FLOAT, torch.bfloat16)],
+    "channels_last": lambda: [torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last)],
+}
+
+
+@pytest.mark.skipif(_native.read_list is None, reason="mmfuse._C was not built for this Python")
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("dtype", FLOAT, ids=str)
+@pytest.mark.parametrize("name", LISTS)
+def test_statistics_on_the_way_are_those_of_grad_stats(
+    cell: Cell, name: str, dtype: torch.dtype, formula: str
+) -> None:
+    """To the bit; and the update starts from True and no block."""
+    grads = [g.to(cell.device) for g in LISTS[name]()]
+    s = torch.tensor([0.6, 0.2, 0.25], dtype=dtype, device=cell.device)
+    owner, backend = tuple(i % 3 for i in range(len(grads))), Eager(cell.backend)
+    if cell.backend in ("reference", "triton"):
+        assert not takes_tables(backend, s.device)
+        return
+    assert takes_tables(backend, s.device)
+    assert _native.read_list is not None
+    _, table = _native.read_list(grads)
+    for given in (table, None):
+        stats = None if given is None else ops.grad_stats(grads, backend=cell.backend)
+        found, started = factors_before_update(
+            backend, s, 0.5, formula, owner, given, EPS, beta=BETA
+        )
+        wanted = ops.modulation_factors(
+            s, 0.5, formula, beta=BETA, owner=owner, stats=stats, eps=EPS, backend=cell.backend
+        )
+        for actual, single in zip(found, wanted, strict=True):
+            assert (actual is None) == (single is None)
+            if actual is not None:
+                assert actual.dtype == single.dtype and torch.equal(actual, single)
+        assert started.finite.shape == () and started.finite.tolist() is True
+        if cell.backend == "cuda" and given is not None:
+            assert started.done is not None and started.done.tolist() == [0]
+        else:
+            assert started.done is None
 
 
 @pytest.mark.parametrize("dtype", FLOAT, ids=str)

@@ -156,6 +156,12 @@ T atomicAdd(T* address, T value) {
   return old;
 }
 
+// An addition that orders what was written and read before it, of all blocks.
+template <typename T>
+T add_in_order(T* address, T value) {
+  return atomicAdd(address, value);
+}
+
 // A store that others may do at the same time, in one piece.
 template <typename T>
 void store_relaxed(T* address, T value) {

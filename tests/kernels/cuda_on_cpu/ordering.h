@@ -26,6 +26,15 @@ T atomicAdd(T* address, T value, const char* file = __builtin_FILE(), int line =
 }
 
 template <typename T>
+T add_in_order(T* address, T value, const char* file = __builtin_FILE(),
+               int line = __builtin_LINE()) {
+  if (!cuda_on_cpu::left_out(file, line)) {
+    return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
+  }
+  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+}
+
+template <typename T>
 void store_relaxed(T* address, T value, const char* file = __builtin_FILE(),
                    int line = __builtin_LINE()) {
   if (!cuda_on_cpu::left_out(file, line)) {

@@ -7,7 +7,9 @@ import itertools
 import torch
 from torch import Tensor
 
-from mmfuse import ops
+from mmfuse import _native, ops
+from mmfuse.ops._eager import Eager
+from mmfuse.ops.modulation_factors import factors_before_update, takes_tables
 from mmfuse.reference.modulation_factors import CVPR, MLB, TPAMI
 
 from ._inputs import WIDE, Inputs, Samples, Small
@@ -47,6 +49,31 @@ def case(inputs: Inputs) -> list[Tensor]:
         for formula, given in itertools.product(FORMULAS, (stats, None)):
             found = ops.modulation_factors(scores, 0.5, formula, owner=owner, stats=given)
             written += [x for x in found if x is not None]
+    return written + _before_update(inputs)
+
+
+def _before_update(inputs: Inputs) -> list[Tensor]:
+    """The statistics on the way, of short and long lists; as single ops where none takes tables."""
+    written: list[Tensor] = []
+    scores = inputs.normal(2).abs() + 0.1
+    flag = torch.ones((), dtype=torch.bool, device=inputs.device)
+    # A chunk of statistics has 16,384 elements.
+    lists = [inputs.many(2), [inputs.normal(5), inputs.normal(5, dtype=torch.float64)]]
+    if not inputs.interpreted:
+        lists += [inputs.many(129), [inputs.normal(2 * 16384 + 37), *inputs.many(2)]]
+    for grads in lists:
+        owner = tuple(i % 2 for i in range(len(grads)))
+        rule = scores, 0.5, "tpami", owner
+        if _native.read_list is not None and takes_tables(Eager(""), scores.device):
+            _, table = _native.read_list(grads)
+            found, started = factors_before_update(Eager(""), *rule, table, 1e-8)
+            written += [*found, started.finite]
+        else:
+            stats = ops.grad_stats(grads)
+            written += ops.modulation_factors(
+                scores, 0.5, "tpami", owner=owner, stats=stats, eps=1e-8
+            )
+            written.append(flag)
     return written
 
 

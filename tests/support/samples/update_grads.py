@@ -115,27 +115,38 @@ def case(inputs: Inputs) -> list[Tensor]:
 
 
 def _taking_the_stream_on(inputs: Inputs) -> list[Tensor]:
-    """Updates as a step does: the update itself advances the stream, if it can read a table."""
-    grads, stream = inputs.many(5), inputs.stream()
-    flag = torch.ones((), dtype=torch.bool, device=inputs.device)
-    half, one = (torch.full((5,), x, device=inputs.device) for x in (0.5, 1.0))
-    found = None if _native.read_list is None else _native.read_list(grads)
-    done = update_checked_(
-        Eager(""),
-        grads[0].device,
-        grads,
-        half,
-        flag,
-        None,
-        noise_std=one,
-        state=stream.state,
-        ids=range(5),
-        table=None if found is None else found[1],
-        advance=True,
-    )
-    if not done:
-        stream.state[1] += flag
-    return [*grads, flag, stream.state]
+    """Updates as a step does: the update itself advances the stream, if it can read a table.
+
+    Blocks of several launches, which the last one to be done advances it for, and a launch.
+    """
+    written = []
+    wide = torch.channels_last
+    for counted in (False, True):
+        grads = [*inputs.many(5), inputs.normal(2, 520, 3, 3).to(memory_format=wide)]
+        grads += [inputs.normal(9, dtype=dtype) for dtype in NARROW]
+        grads += [] if inputs.interpreted else [inputs.normal(2 * 8192 + 37)]
+        stream, count = inputs.stream(), len(grads)
+        flag = torch.ones((), dtype=torch.bool, device=inputs.device)
+        half, one = (torch.full((count,), x, device=inputs.device) for x in (0.5, 1.0))
+        found = None if _native.read_list is None else _native.read_list(grads)
+        advanced = update_checked_(
+            Eager(""),
+            grads[0].device,
+            grads,
+            half,
+            flag,
+            None,
+            noise_std=one,
+            state=stream.state,
+            ids=range(count),
+            table=None if found is None else found[1],
+            advance=True,
+            done=torch.zeros(1, dtype=torch.int32, device=inputs.device) if counted else None,
+        )
+        if not advanced:
+            stream.state[1] += flag
+        written += [*grads, flag, stream.state]
+    return written
 
 
 def _pulled(pull: Tensor, *beside: list[Tensor]) -> dict[str, Any]:

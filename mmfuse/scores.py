@@ -36,8 +36,9 @@ def inverse_error(
 
         1 / ((z - target).square().mean() + eps)      # or .abs() with error="absolute"
 
-    The ratio of two such scores is the inverse ratio of the errors, which is what MLB (BMVC 2024)
-    compares. Averaged over micro-batches the scores are the means of these numbers.
+    The ratio of two such scores is the inverse ratio of the errors, which MLB (BMVC 2024) compares
+    where there are two modalities; for more give it `error_ratios`. Averaged over micro-batches the
+    scores are the means of these numbers.
 
     Args:
         predictions: Name → prediction of each modality alone, of the target's shape.

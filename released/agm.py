@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from .networks import Network
 
-#: The first and the last epoch that is modulated; the last coefficients stay in force after it.
-STARTS, ENDS = 0, 20
+#: The first and the last epoch that is modulated; the last coefficients stay in force after it. The
+#: scripts count epochs from 1 and modulate 0 to 20; these are counted from 0, as everywhere here.
+STARTS, ENDS = 0, 19
 
 
 class Script(NamedTuple):

@@ -120,7 +120,7 @@ class AGM(EpochWindowModule):
         floor: float | None = None,
         num_modalities: int = 2,
         starts: int = 0,
-        ends: int | None = 20,
+        ends: int | None = 19,
         **keywords: Any,
     ) -> AGM:
         """The method as the authors' released code runs it.
@@ -140,7 +140,7 @@ class AGM(EpochWindowModule):
                 more, as released.
             num_modalities: As in `AGM`.
             starts: As in `AGM`.
-            ends: As in `AGM`.
+            ends: As in `AGM`. The authors count epochs from 1, and modulate up to their 20th.
             **keywords: As in `AGM`.
         """
         made = cls(alpha, cap, num_modalities=num_modalities, starts=starts, ends=ends, **keywords)

@@ -156,8 +156,7 @@ class ARM(EpochWindowModule):
 
         Args:
             features: Name → [B, …] for the M modalities, of one shape.
-            fused: The fused representation c, of the same shape. This, the logits and the labels
-                are not looked at in `eval()`.
+            fused: The fused representation c, of the same shape; like all below, for training.
             logits: Name → [B, C] logits of each modality alone.
             fused_logits: [B, C] logits of c.
             labels: [B] class indices, or as `criterion` takes them; rows of −100 do not count.
@@ -194,7 +193,7 @@ class ARM(EpochWindowModule):
                 3 * count + 2,
                 self.average.device,
             )
-            # A checkpointed forward pass is repeated in the backward pass; it counts once.
+            # A checkpointed forward pass, repeated in the backward pass, counts once.
             learns = self.training and (torch.compiler.is_compiling() or not in_backward())
             if learns:
                 self._remember(ordered)
@@ -202,13 +201,15 @@ class ARM(EpochWindowModule):
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1], here)
             average = self._average()
             weights, counts = self.rule.weights(contributions, average, here)
+            known = seen.count > 0
             if here is not None:
-                weights, counts = left_alone(weights, counts, here, seen.count > 0, average)
+                weights, counts = left_alone(weights, counts, here, known, average)
+            elif self.rule.averages:  # a batch without a labelled row says nothing
+                weights, counts = torch.where(known, weights, average), counts & known
             if self.training and not self._acting:
                 weights = torch.ones_like(weights)
             if learns:
-                # One weight that is not finite would stay in the average for ever.
-                sound = in_forward(counts & weights.isfinite().all())
+                sound = in_forward(counts & weights.isfinite().all())  # a NaN would stay for ever
                 share = sound.to(weights.dtype) * (1 - self.momentum)
                 self.average.add_(share * (weights.nan_to_num(0, 0, 0) - self.average))
                 # Compiled by PyTorch 2.13, an update of the 0-d tensor itself would be lost.

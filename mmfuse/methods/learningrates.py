@@ -6,7 +6,8 @@ encoder's gradient. It stays the same for the whole training, or follows the mod
 on validation data, as the authors of AGM and of MLB run the method (MSLR):
 
     constant   g <- c_m g
-    validated  g <- c_m (A_m / mean of the last K A_m) g,  A_m of the latest validation
+    validated  g <- c_m (A_m / mean of the K before it) g,  A_m of the latest validation;
+               c_m g until K + 1 are known
 
 The paper's own way to its rates is left out: neither the paper nor its authors' code was seen.
 """
@@ -75,10 +76,10 @@ class LearningRatesRule(Stateless):
     need: ClassVar[Need] = Need()
 
     def init(self, modalities: int, tensors: int) -> dict[str, Tensor]:
-        """[K, M] validation scores, the latest last; NaN where there is none yet."""
+        """[K + 1, M] validation scores, the latest last; NaN where there is none yet."""
         if self.window is None:
             return {}
-        return {"scores": torch.full((self.window, modalities), math.nan, dtype=torch.float64)}
+        return {"scores": torch.full((self.window + 1, modalities), math.nan).double()}
 
     def after(self, state: State, latest: Tensor) -> dict[str, Tensor]:
         """The state after one more validation."""
@@ -100,8 +101,8 @@ class LearningRatesRule(Stateless):
         scores, rates = seen.means, rates.to(seen.means)
         if self.window is not None:
             validated = state["scores"]
-            # NaN before the first validation.
-            progress = (validated[-1] / validated.nanmean(0)).nan_to_num(1.0)
+            # NaN before there are K + 1 validations.
+            progress = (validated[-1] / validated[:-1].mean(0)).nan_to_num(1.0)
             rates = rates * progress.to(rates)
         if seen.paired:
             scores = own(seen.tables()[0])
@@ -131,8 +132,8 @@ class LearningRates(GradientMethod):
         rates: c_m ≥ 0 for each modality: name → number, or numbers in the order of `encoders`. None
             for what AGM's authors took: 1.3 and 0.7 for two modalities (AV-MNIST), 0.9, 1.4 and 0.7
             for three (UR-Funny).
-        window: K ≥ 1, how many validations, the latest among them, the mean is over: MLB's authors
-            take 5, or 20 for CREMA-D. None for constant rates.
+        window: K ≥ 1, how many validations before the latest one the mean is over: both releases
+            take 5, MLB's 20 for CREMA-D. None for constant rates.
         **common: As in `mmfuse.GradientMethod`.
 
     Raises:
@@ -167,7 +168,8 @@ class LearningRates(GradientMethod):
 
         Args:
             scores: Name → accuracy, or another metric that is positive and higher where the
-                modality is better; NaN for one that was not validated, whose factor is c_m then.
+                modality is better; NaN for one that was not validated, whose factor is c_m until
+                the NaN has left the window.
 
         Raises:
             RuntimeError: the rates are constant.

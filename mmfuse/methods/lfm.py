@@ -239,7 +239,7 @@ class LFM(EpochWindowModule):
         divergence = partial(logit_divergence, kind="mixture", backend=self.backend)
         told = self.criterion, each, labels, mask
         joint, cross_entropy, alignment = terms_of(*told, divergence)
-        weights = self.weights.to(joint.dtype, copy=True)  # the next epoch changes them
+        weights = self.weights.to(alignment.dtype, copy=True)  # the next epoch changes them
         if not self._acting:
             weights = torch.zeros_like(weights)
             weights[0] = 1.0

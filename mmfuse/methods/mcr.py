@@ -14,7 +14,7 @@ of the others. With z the joint logits, and z~m those with modality m permuted:
     loss          CE(z) + sum_m CE(z^m) + play + c N
 
 The paper's third term, a bound on what features hold beyond the task, has weight 0 in the released
-configurations and is left out.
+configurations and is left out. For three modalities the release has another game, with pairs.
 """
 
 from __future__ import annotations
@@ -87,8 +87,7 @@ class MCR(DrawingModule):
         loss = loss + model.mcr(features, logits, labels).loss
 
     With a fusion whose logits do not add up, give the head: ``model.mcr(features, logits, labels,
-    head=head)``; it is then called on the permuted features, 2 M times the `permutations` and one
-    more batch of rows.
+    head=head)``; it then sees M (`permutations` + 1) batches, with "greedy" twice as many.
 
     Fidelity: from the formulas.
 
@@ -206,7 +205,8 @@ class MCR(DrawingModule):
             logits: Name → [B, C], [B, C, d1, …] or as `criterion` takes them, whose sum are the
                 joint logits; not used with `head`. Neither they nor labels are needed in `eval()`.
             labels: [B] class indices, for the contrast; rows labelled −100 do not count.
-            head: From the concatenated features [B, ΣD_m], in their order, to the joint logits.
+            head: From the concatenated features [B, ΣD_m], in their order, to the joint logits, if
+                it is not affine. It gets the gradient of −λ ΣJ_m, with "greedy" none, as released.
             present: Name → [B] bool, which samples have the modality; None if all have all. J_m is
                 of the samples that have m, among which alone it is exchanged. A missing m adds
                 nothing to the joint logits, or is 0 for the head, and has no part in the contrast.
@@ -245,11 +245,12 @@ class MCR(DrawingModule):
             return without
         check_forward("MCR", self.epoch_state, "and would draw other permutations there")
         self._check_told("MCR")
-        parts: Sequence[Tensor] = each
-        fuse: Callable[[Sequence[Tensor]], Tensor] = added
-        if head is not None:
-            parts, fuse = values, through(head, is_multilabel(self.criterion))
+        parts = each if head is None else values
+        fuse = added if head is None else through(head, is_multilabel(self.criterion))
         divergences = self._divergences(parts, fuse, mask)
+        if head is not None and self.strategy == "greedy":
+            still = self._divergences([p.detach() for p in parts], fuse, mask)
+            divergences = divergences - (still - still.detach())  # of the head's parameters alone
         loss = -self.strength * divergences.sum()
         contrast = torch.zeros_like(loss)
         if self.contrast:

@@ -109,7 +109,8 @@ def ogm_coefficients(ratios: Tensor, alpha: float, formula: Formula = "tpami") -
         return k.clamp_(min=0.0) if alpha > 1.0 else k
     if formula != "cvpr":
         raise ValueError(f"formula must be 'tpami' or 'cvpr', got {formula!r}")
-    return torch.where(ratios > 1.0, 1.0 - torch.tanh(alpha * ratios), 1.0)
+    # An infinite ratio times an alpha of 0 is NaN.
+    return torch.where((ratios > 1.0) & (alpha > 0), 1.0 - torch.tanh(alpha * ratios), 1.0)
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ class OGM(GradientMethod):
 
         It takes CVPR Eq. 10, in both releases, for four-dimensional weights only. With
         ``noise=torch.randn_like`` the noise comes from PyTorch's generator, tensor by tensor, as it
-        does there.
+        does there. Equal scores change nothing, where the releases slow one encoder down.
 
         Fidelity: golden numbers of the authors' code (GeWu-Lab/OGM-GE_CVPR2022 at 343dc1d), for
         ``release="tpami"`` golden numbers of the authors' code (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f),

@@ -46,13 +46,13 @@ def test_official_reproduces_the_released_code(
         alpha=golden.hp("alpha"),
         cap=golden.hp("cap") if "hp.cap" in golden else None,
         num_modalities=len(slowed),
-        ends=int(golden.hp("last_modulated_epoch")),
+        ends=int(golden.hp("last_modulated_epoch")) - 1,  # the authors count from 1
     )
     assert agm.rule.floor == golden.hp("floor")
     run = Replay(golden, model, sgd(golden, model), forced)
     for t in run.steps():
         inputs, labels = run.batch()
-        agm.set_epoch(int(golden["epoch"][t]))
+        agm.set_epoch(int(golden["epoch"][t]) - 1)
         responses = mmfuse.shapley_responses(model, inputs)
         out = agm(responses, labels)
         logits = sum(out.logits.values())

@@ -1,6 +1,6 @@
 """How many kernels a step of OGM launches on a GPU: two large ones and six tiny ones at most.
 
-With mmfuse._C, which reads a table of gradients, the compiled backends have three tiny ones at most.
+With mmfuse._C, which reads a table of gradients, compiled backends have three tiny ones at most.
 """
 
 from __future__ import annotations

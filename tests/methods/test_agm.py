@@ -121,6 +121,16 @@ def test_outside_of_the_window_only_the_release_goes_on() -> None:
     assert late(responses_of(2), labels).coefficients.tolist() == [1.0, 1.0]
 
 
+def test_the_release_modulates_twenty_epochs() -> None:
+    """Its scripts count from 1, and modulate while the epoch is at most 20."""
+    agm = mmfuse.AGM.official()
+    acting = []
+    for epoch in range(25):
+        agm.set_epoch(epoch)
+        acting.append(agm.modulating)
+    assert acting == [True] * 20 + [False] * 5
+
+
 def test_the_floor_is_that_of_two_modalities() -> None:
     """A sample with probability e⁻⁴⁰ counts as 1e-8 in the release for two."""
     sure = torch.tensor([[0.0, 40.0], [0.0, 0.0]])

@@ -176,6 +176,19 @@ def test_a_batch_that_is_not_finite_does_not_stay_in_the_average(cell: Cell) -> 
     assert torch.equal(arm.average, before[0]) and torch.equal(arm.average_weight, before[1])
 
 
+def test_a_batch_without_a_label_says_nothing(cell: Cell) -> None:
+    """The weights are those of the batches before it, and stay in the average as they are."""
+    arm = ARM(backend=cell.backend).to(cell.device)
+    *given, labels = batch(cell)
+    arm(*given, labels)
+    before = copy.deepcopy(arm.state_dict())
+    out = arm(*given, torch.full_like(labels, -100))
+    expected = before["average"] / before["average_weight"]
+    torch.testing.assert_close(out.weights, expected.to(out.weights))
+    assert all(value.isfinite().all() for value in out.features.values())
+    torch.testing.assert_close(dict(arm.state_dict()), dict(before), rtol=0, atol=0)
+
+
 def test_weights_are_detached(cell: Cell) -> None:
     features, fused, *rest = batch(cell)
     for tensor in (*features.values(), fused):

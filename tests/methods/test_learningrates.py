@@ -124,9 +124,9 @@ def test_rates_go_with_validation(cell: Cell, names: tuple[str, ...]) -> None:
             {name: z.to(cell.device) for name, z in logits.items()}, labels.to(cell.device)
         )
         expected = list(rates)
-        for m in range(len(names) if told else 0):
-            last = [scores[m] for scores in told[-3:]]
-            expected[m] *= last[-1] / (sum(last) / len(last))
+        for m in range(len(names) if len(told) > 3 else 0):
+            before = [scores[m] for scores in told[-4:-1]]
+            expected[m] *= told[-1][m] / (sum(before) / 3)
         assert out.coefficients.tolist() == pytest.approx(expected, rel=1e-6)
         for c, net in zip(expected, nets.values(), strict=True):
             torch.testing.assert_close(net.weight.grad, torch.full_like(net.weight, c))
@@ -142,17 +142,35 @@ def test_validations_go_on_in_a_resumed_run() -> None:
         first.validated({"audio": score, "visual": torch.tensor(1 - score)})
     second = mmfuse.LearningRates(nets, window=2)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    want = [1.3 * 0.6 / 0.45, 0.7 * 0.4 / 0.55]
+    want = [1.3 * 0.6 / 0.25, 0.7 * 0.4 / 0.75]
     assert second.step(logits, labels).coefficients.tolist() == pytest.approx(want, rel=1e-6)
 
 
 def test_who_was_not_validated_has_its_own_rate() -> None:
     nets, logits, labels = filled("audio", "visual")
-    method = mmfuse.LearningRates(nets, window=2)
+    method = mmfuse.LearningRates(nets, window=1)
     method.validated({"audio": 0.5, "visual": 0.5})
     method.validated({"audio": 0.7, "visual": math.nan})
-    want = [1.3 * 0.7 / 0.6, 0.7]
+    want = [1.3 * 0.7 / 0.5, 0.7]
     assert method.step(logits, labels).coefficients.tolist() == pytest.approx(want, rel=1e-6)
+
+
+def test_the_factors_of_the_releases() -> None:
+    """Accuracies of a training, and what their loops make of them, by hand."""
+    nets, logits, labels = filled("audio", "visual")
+    accuracies = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75]
+    for window, wanted in {
+        5: [1, 1, 1, 1, 1, 0.7 / 0.4, 0.75 / 0.5],
+        1: [1, 0.3 / 0.2, 0.4 / 0.3, 0.5 / 0.4, 0.6 / 0.5, 0.7 / 0.6, 0.75 / 0.7],
+    }.items():
+        method = mmfuse.LearningRates(nets, rates=[1.0, 1.0], window=window)
+        found = []
+        for accuracy in accuracies:
+            method.validated({"audio": accuracy, "visual": 0.5})
+            for net in nets.values():
+                net.weight.grad, net.bias.grad = torch.ones(4, 3), torch.ones(4)
+            found.append(method.step(logits, labels).coefficients[0].item())
+        assert found == pytest.approx(wanted, rel=1e-6)
 
 
 @pytest.mark.parametrize(

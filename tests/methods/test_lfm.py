@@ -74,6 +74,15 @@ def test_the_schedule_is_spread_over_the_epochs_and_stops_at_0_and_1() -> None:
     assert max(weights) > 1 and weights[0] < 0.21
 
 
+def test_weights_are_not_rounded_to_the_logits() -> None:
+    lfm = mmfuse.LFM(epochs=200)
+    lfm.set_epoch(160)
+    logits = {name: torch.randn(6, 4).bfloat16() for name in ("audio", "visual")}
+    out = lfm(logits, torch.randint(0, 4, (6,)))
+    torch.testing.assert_close(out.coefficients, lfm.weights.float())
+    assert out.coefficients.bfloat16().float().tolist() != out.coefficients.tolist()
+
+
 @pytest.mark.parametrize("made", [mmfuse.LFM, mmfuse.LFM.official])
 def test_after_its_epochs_it_keeps_the_last_weights(made: Any) -> None:
     """The curve falls below 0 there: the labels were unlearned."""

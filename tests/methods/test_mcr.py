@@ -164,6 +164,30 @@ def test_any_head_sees_permuted_features() -> None:
     torch.testing.assert_close(out.contributions, torch.stack(expected).detach())
 
 
+@pytest.mark.parametrize("official", [False, True])
+@pytest.mark.parametrize("strategy", ["greedy", "independent"])
+def test_the_gradient_of_a_head_that_does_not_add_up(strategy: str, official: bool) -> None:
+    """The release's terms with such a head, whose features alone are cut off from the gradient."""
+    net = Net(2)
+    deep = nn.Sequential(nn.Linear(10, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    made = mmfuse.MCR.official if official else mmfuse.MCR
+    mcr = made(0.5, strategy, contrast=0, permutations=2, stream=mmfuse.NoiseStream(5))
+    features, z = net()
+    out = mcr(features, z, head=deep)
+    a, v = (f.detach() for f in features.values())
+    joint = deep(torch.cat([a, v], 1))
+    terms = [divergence(deep(torch.cat([a[o], v], 1)), joint) / 2 for o in orders(5, 2, 2)[0]]
+    terms += [divergence(deep(torch.cat([a, v[o]], 1)), joint) / 2 for o in orders(5, 2, 2)[1]]
+    wanted = -0.5 * sum(terms)
+    torch.testing.assert_close(out.loss, wanted)
+    if strategy == "greedy":  # J_m has both signs
+        wanted = 0.0 * wanted
+    parameters = list(deep.parameters())
+    expected = torch.autograd.grad(wanted, parameters)
+    found = torch.autograd.grad(out.loss, parameters)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-14)
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_the_contrast_is_over_all_pairs_of_a_class(count: int) -> None:
     torch.manual_seed(0)

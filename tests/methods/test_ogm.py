@@ -44,6 +44,7 @@ def test_tpami_is_clamped_at_zero_and_continuous_at_one() -> None:
 def test_a_ratio_that_is_not_a_number_changes_nothing() -> None:
     for formula in ("tpami", "cvpr"):
         assert ogm_coefficients(torch.tensor([math.nan]), 0.8, formula).tolist() == [1.0]
+        assert ogm_coefficients(torch.tensor([math.inf]), 0.0, formula).tolist() == [1.0]
 
 
 def forward(model: AudioVisual, data: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:

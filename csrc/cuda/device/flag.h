@@ -1,5 +1,5 @@
-// What many threads of many blocks tell others: a flag, all to the same value, and how many blocks
-// are done.
+// A flag that many threads of many blocks may set, all to the same value, and a count of the blocks
+// that are done.
 #pragma once
 
 #include <cuda_runtime.h>

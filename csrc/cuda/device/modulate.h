@@ -1,5 +1,5 @@
-// What modulation_factors decides about one modality and about one tensor, for its own kernel and
-// for grad_stats, which does it where it merges a tensor's sums.
+// The decision of modulation_factors about one modality and about one tensor, for its own kernel
+// and for grad_stats, which takes it where it merges a tensor's sums.
 #pragma once
 
 #include "cuda/modulation_factors.h"
@@ -31,7 +31,7 @@ __device__ __forceinline__ void decide_noise(const ModulationFactorsParams& call
   store_result(call.noise_std, call.wide_factors, modulation_noise(numel, m2, call.eps), t);
 }
 
-// What the update that follows starts from.
+// The beginning of the update that follows.
 __device__ __forceinline__ void start_update(const ModulationFactorsParams& call) {
   if (call.finite != nullptr) *call.finite = true;
   if (call.done != nullptr) *call.done = 0;

@@ -295,7 +295,7 @@ struct RowStatistics {
   acc_t abs_sum;
 };
 
-// What exp(x - max) and exp(x - max) (x - max) have summed up to, with a higher maximum.
+// Turns the sums of exp(x - max) and exp(x - max) (x - max) into those with a higher maximum.
 template <typename acc_t>
 __device__ __forceinline__ void lower_max(LongSum<acc_t>& sum, LongSum<acc_t>& below_sum, acc_t max,
                                           acc_t higher) {

@@ -332,3 +332,12 @@ def test_lists_on_the_meta_device() -> None:
     stats = ops.grad_stats(grads)
     assert stats.mean.is_meta and stats.mean.shape == (2,)
     assert ops.update_grads_(grads, torch.ones(2, device="meta")) is None
+
+
+@pytest.mark.skipif(_native.read_list is None, reason="mmfuse._C was not built for this Python")
+def test_the_samples_table_is_the_real_one() -> None:
+    assert _native.read_list is not None
+    grads = [torch.randn(3, 4, 5, 5).to(memory_format=torch.channels_last), torch.randn(7)]
+    grads += [torch.randn(2, 3, dtype=dtype) for dtype in (torch.float16, torch.float64)]
+    grads += [torch.randn(2, 3, 1, 2, 2).to(memory_format=torch.channels_last_3d).bfloat16()]
+    assert torch.equal(table_of(grads), _native.read_list(grads)[1])

@@ -22,6 +22,19 @@ Samples = dict[str, list[tuple[Any, ...]]]
 Small = Callable[[], object]
 
 
+def table_of(grads: Sequence[Tensor]) -> Tensor:
+    """The table that mmfuse._C makes of contiguous or channels_last tensors, without mmfuse._C.
+
+    The builds for sanitizers have kernels alone; csrc/glue/table.h has the columns.
+    """
+    kinds = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
+    rows = []
+    for i, grad in enumerate(grads):
+        order = (1, 1) if grad.is_contiguous() else (grad.shape[1], grad[0, 0].numel())
+        rows.append([grad.data_ptr(), grad.numel(), kinds.index(grad.dtype), i, *order, 0, 0])
+    return torch.tensor(rows, dtype=torch.int64)
+
+
 class Inputs:
     """Random tensors on a device; the same ones at every run.
 

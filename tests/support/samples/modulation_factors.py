@@ -7,12 +7,12 @@ import itertools
 import torch
 from torch import Tensor
 
-from mmfuse import _native, ops
+from mmfuse import ops
 from mmfuse.ops._eager import Eager
 from mmfuse.ops.modulation_factors import factors_before_update, takes_tables
 from mmfuse.reference.modulation_factors import CVPR, MLB, TPAMI
 
-from ._inputs import WIDE, Inputs, Samples, Small
+from ._inputs import WIDE, Inputs, Samples, Small, table_of
 
 FORMULAS = ("tpami", "cvpr", "mlb")
 
@@ -64,9 +64,8 @@ def _before_update(inputs: Inputs) -> list[Tensor]:
     for grads in lists:
         owner = tuple(i % 2 for i in range(len(grads)))
         rule = scores, 0.5, "tpami", owner
-        if _native.read_list is not None and takes_tables(Eager(""), scores.device):
-            _, table = _native.read_list(grads)
-            found, started = factors_before_update(Eager(""), *rule, table, 1e-8)
+        if takes_tables(Eager(""), scores.device):
+            found, started = factors_before_update(Eager(""), *rule, table_of(grads), 1e-8)
             written += [*found, started.finite]
         else:
             stats = ops.grad_stats(grads)

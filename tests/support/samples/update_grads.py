@@ -9,11 +9,11 @@ import tolerances
 import torch
 from torch import Tensor
 
-from mmfuse import NoiseStream, _native, ops
+from mmfuse import NoiseStream, ops
 from mmfuse.ops._eager import Eager
 from mmfuse.ops.update_grads import update_checked_
 
-from ._inputs import DTYPES, NARROW, Inputs, Samples, Small, mirrors
+from ._inputs import DTYPES, NARROW, Inputs, Samples, Small, mirrors, table_of
 
 
 def arguments(device: str) -> Samples:
@@ -128,7 +128,6 @@ def _taking_the_stream_on(inputs: Inputs) -> list[Tensor]:
         stream, count = inputs.stream(), len(grads)
         flag = torch.ones((), dtype=torch.bool, device=inputs.device)
         half, one = (torch.full((count,), x, device=inputs.device) for x in (0.5, 1.0))
-        found = None if _native.read_list is None else _native.read_list(grads)
         advanced = update_checked_(
             Eager(""),
             grads[0].device,
@@ -139,7 +138,7 @@ def _taking_the_stream_on(inputs: Inputs) -> list[Tensor]:
             noise_std=one,
             state=stream.state,
             ids=range(count),
-            table=None if found is None else found[1],
+            table=table_of(grads),
             advance=True,
             done=torch.zeros(1, dtype=torch.int32, device=inputs.device) if counted else None,
         )

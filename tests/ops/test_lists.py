@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cells import Cell
+from samples._inputs import table_of
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode

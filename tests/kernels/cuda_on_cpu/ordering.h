@@ -31,7 +31,9 @@ T add_in_order(T* address, T value, const char* file = __builtin_FILE(),
   if (!cuda_on_cpu::left_out(file, line)) {
     return __atomic_fetch_add(address, value, __ATOMIC_ACQ_REL);
   }
-  return __atomic_fetch_add(address, value, __ATOMIC_RELAXED);
+  const T old = *address;
+  *address = old + value;
+  return old;
 }
 
 template <typename T>

@@ -101,7 +101,7 @@ class AGM(EpochWindowModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(alpha)
         self.rule = AGMRule(alpha, cap)
         self._begin(num_modalities, starts, ends, process_group, backend)
         count = self.num_modalities

@@ -106,7 +106,7 @@ class ARL(EpochWindowModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(temperature)
         self.rule = ARLRule(temperature, gamma)
         self._begin(num_modalities, starts, ends, process_group, backend)
         count = self.num_modalities

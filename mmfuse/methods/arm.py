@@ -108,7 +108,7 @@ class ARM(EpochWindowModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(bins)
         self._begin(num_modalities, starts, ends, process_group, backend)
         self.rule = ARMRule(bins, conditional_bins)
         if not 0 <= real("momentum", momentum) < 1:

@@ -136,7 +136,7 @@ class LFM(EpochWindowModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(epochs)
         if weighting not in ("schedule", "learned"):
             raise ValueError(f"weighting must be 'schedule' or 'learned', got {weighting!r}")
         if not (finite("rate", rate) and rate >= 0):

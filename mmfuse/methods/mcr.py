@@ -144,7 +144,7 @@ class MCR(DrawingModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(strength)
         self._begin(num_modalities, starts, ends, process_group, backend)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         if not isinstance(strategy, str) or strategy not in _WEIGHT_OF_OTHERS:

@@ -94,7 +94,7 @@ class ModalityDropout(DrawingModule):
         name: str | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(rates)
         self._set_window(starts, ends)
         named = isinstance(rates, Mapping)
         count = len(rates) if isinstance(rates, Mapping) else num_modalities

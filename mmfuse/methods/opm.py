@@ -104,7 +104,7 @@ class OPM(DrawingModule):
         name: str | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(q_base)
         self.rule = OPMRule(q_base, lam)
         self._begin(num_modalities, starts, ends, process_group, backend)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one

@@ -126,7 +126,7 @@ class PMR(PrototypeModule):
         process_group: Group = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(alpha)
         self.rule = PMRRule(alpha, mu, momentum)
         if entropy_epochs is not None:
             self.entropy_epochs = whole("entropy_epochs", entropy_epochs, least=0)

@@ -39,8 +39,8 @@ def ogm_backward(
 ) -> OGMResult:
     """Takes the place of ``loss.backward()``: back-propagates, then modulates the gradients.
 
-    OGM-GE by default, OGM with ``noise=False``. Fidelity: from the formulas of
-    `mmfuse.methods.ogm`; the authors' code is `OGM.official`.
+    OGM-GE by default, OGM with ``noise=False``. Formulas: `mmfuse.methods.ogm`. Tested against
+    them; the authors' code is `OGM.official`.
     Gradients end up in ``.grad``. The scale of the loss does not matter, so that the loss may come
     from a `GradScaler`; clip gradients afterwards.
 

@@ -90,7 +90,7 @@ class MCR(DrawingModule):
     head=head)``; it is then called on the permuted features, 2 M times the `permutations` and one
     more batch of rows.
 
-    Fidelity: from the formulas.
+    Formulas: `mmfuse.methods.mcr`. Tested against them, and `official()` likewise.
 
     Args:
         strength: lambda, the weight of the play; the authors take 0.01 for CREMA-D.
@@ -174,7 +174,7 @@ class MCR(DrawingModule):
         features for the permutations come from another pass, in evaluation mode; these here are
         those that you give.
 
-        Fidelity: from the formulas (kkontras/MCR at 338d370).
+        Tested against the formulas of the authors' code (kkontras/MCR at 338d370).
 
         Args:
             strength: As in `MCR`.

@@ -55,7 +55,7 @@ class ModalityDropout(DrawingModule):
 
     In `eval()` the features pass unchanged. Kept features are not made larger.
 
-    Fidelity: from the formulas.
+    Formulas: `mmfuse.methods.modalitydropout`. Tested against them.
 
     Args:
         rates: Probability in [0, 1] that a sample loses a modality: a number for all, or name →

@@ -58,7 +58,10 @@ class OPM(DrawingModule):
     In `eval()` the features pass unchanged, and logits and labels are not looked at.
 
     One launch reads and writes every feature once. q and the noise stream, which the mask comes
-    from, are buffers. Fidelity: from the formulas; `official` has golden numbers.
+    from, are buffers.
+
+    Formulas: `mmfuse.methods.opm`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         q_base: Probability at which a modality that is just dominant is dropped, in [0, 1].
@@ -135,8 +138,8 @@ class OPM(DrawingModule):
         θ, and from there to the features through their scores: the gradient of an additional loss
         θ²/2, whatever the loss is scaled by. The features get it as well, the head does not.
 
-        Fidelity: golden numbers of the authors' code (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f), alone and
-        with OGM-GE. Three modalities and more are from the formulas.
+        Tested against numbers that the authors' code computed (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f),
+        alone and with OGM-GE. Three modalities and more are from the formulas.
 
         Args:
             q_base: As in `OPM`.

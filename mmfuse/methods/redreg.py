@@ -67,7 +67,8 @@ class RedReg(GradientMethod):
     A step whose scores are not finite does not enter the history, a redundancy that is not finite
     does not enter the moving average; neither regulates anything.
 
-    Fidelity: from the formulas; `official` has golden numbers.
+    Formulas: `mmfuse.methods.redreg`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
@@ -158,9 +159,9 @@ class RedReg(GradientMethod):
         `drop_inputs`). The gradient is that of the sum of the joint and the unimodal losses, which
         is yours to form: one backward pass of their sum.
 
-        Fidelity: golden numbers of the authors' code (xia-zhe/RedReg at b620a46), at thresholds of
-        0.15 and 0.8. Three modalities and more, and ``projection="encoder"``, are from the
-        formulas.
+        Tested against numbers that the authors' code computed (xia-zhe/RedReg at b620a46), at
+        thresholds of 0.15 and 0.8. Three modalities and more, and ``projection="encoder"``, are
+        from the formulas.
 
         Args:
             encoders: As in `RedReg`.

@@ -191,7 +191,8 @@ class OGM(GradientMethod):
         noise: True to add noise (OGM-GE), False for OGM. A callable gets each gradient and
             returns standard normal noise of its shape, such as ``torch.randn_like``, and is used
             instead of the stream.
-        formula: "tpami" (Eq. 11), which is in neither release, or "cvpr" (Eq. 10).
+        formula: "tpami", the TPAMI paper's Eq. 11, or "cvpr", the CVPR paper's Eq. 10, which both
+            released codes use.
         **common: As in `mmfuse.GradientMethod`.
 
     Raises:

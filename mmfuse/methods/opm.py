@@ -175,7 +175,8 @@ class OPM(DrawingModule):
             logits: Name → [B, C] logits of each undropped feature alone. Not needed in `eval()`.
             labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
             **more: As in `mmfuse.GradientMethod`: with ``present`` no sample loses the last feature
-                that it has, and ``coefficients`` are the probabilities q_m of this very step.
+                that it has; a feature that it lacks passes as it is, also in `eval()`, so that you
+                set it to zero for your head. ``coefficients`` are the q_m of this very step.
 
         Returns:
             `OPMResult`, differentiable in the features.

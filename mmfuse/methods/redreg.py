@@ -60,9 +60,9 @@ class RedReg(GradientMethod):
 
     A step needs features, of one shape (flattened to [B, D] for the gate), and floating inputs. The
     monitor costs two forward passes of every encoder, without gradients. By the passes alone a step
-    of training takes 5/3 of its time, and 1 + 2/(3k) with ``monitor_every=k``; measured on two
-    ResNet-18, with the regulation, are 1.68, 1.34 (k = 2) and 1.14 (k = 4). It runs in evaluation
-    mode and leaves batch norm's statistics, training flags and PyTorch's random state as they were.
+    of training takes 5/3 of its time, and 1 + 2/(3k) with ``monitor_every=k``; docs/speed.md has
+    what was measured. It runs in evaluation mode and leaves batch norm's statistics, training flags
+    and PyTorch's random state as they were.
 
     A step whose scores are not finite does not enter the history, a redundancy that is not finite
     does not enter the moving average; neither regulates anything.

@@ -50,11 +50,11 @@ class ModalityDropout(DrawingModule):
 
     ::
 
-        model.dropout = mmfuse.ModalityDropout(0.3)    # part of the model, so that eval() reaches it
+        model.dropout = mmfuse.ModalityDropout(0.3)  # part of the model, so that eval() reaches it
         features = {"audio": audio_net(sounds), "visual": visual_net(images)}
         kept = model.dropout(features).features
         loss = F.cross_entropy(head(torch.cat(list(kept.values()), 1)), labels)
-        model.eval()                                   # the features pass unchanged
+        model.eval()                                 # the features pass unchanged
 
     Kept features are not made larger.
 

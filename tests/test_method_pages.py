@@ -55,6 +55,15 @@ def test_every_method_says_what_was_tuned(pages: ModuleType, name: str) -> None:
         assert "`strength` 0.001 to 0.3, log scale" in row
 
 
+@pytest.mark.parametrize("name", mmfuse.METHODS)
+def test_every_method_says_how_it_counts_the_modalities(pages: ModuleType, name: str) -> None:
+    rows = [r for r in pages.facts(name).splitlines() if r.startswith("| Three and more")]
+    assert len(rows) == 1
+    method = pages.made(name)
+    assert ("num_modalities=" in rows[0]) == isinstance(method, nn.Module)
+    assert ("encoders" in rows[0]) == hasattr(method, "modalities")
+
+
 def test_documents_have_the_places(pages: ModuleType) -> None:
     for page, marker in (("training.md", "<!-- adam -->"), ("which_method.md", "<!-- tuned -->")):
         assert (ROOT / "docs" / page).read_text().count(marker) == 1

@@ -159,6 +159,9 @@ def facts(name: str) -> str:
         "Losses": "the joint one and each modality's own"
         if card.own_losses or "unimodal_losses" in card.needs
         else "the joint one",
+        "Three and more modalities": "give `num_modalities=`, 2 by default"
+        if "num_modalities" in signature(mmfuse.METHODS[name]).parameters
+        else "give as many encoders",
         "Under Adam": f"{ADAM[with_adam(name)][0]}; see [Adam](../training.md#adam)",
         "Tune": f"the learning rate; {tuned(name) or 'nothing else was tuned here'}; see "
         "[Tuning](../which_method.md#tuning)",

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from .cuda import architectures, gencode_flags
 from .finding import first_line, is_portable, torch_version, words
+from .sources import CSRC, digest
 
 ROOT = Path(__file__).resolve().parents[1]
-CSRC = ROOT / "csrc"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: nothing newer of the stable ABI is used
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
@@ -58,7 +58,7 @@ class Recipe:
 
     def cpu(self) -> Library:
         """libmmfuse_cpu.so."""
-        sources = [*sorted((CSRC / "cpu").rglob("*.cpp")), CSRC / "facts" / "cpu.cpp"]
+        sources = sorted((CSRC / "cpu").rglob("*.cpp"))
         return self._torch_library("cpu", sources, [], [], [])
 
     def cuda(self, nvcc: str) -> Library:
@@ -67,7 +67,7 @@ class Recipe:
         archs = architectures(nvcc)
         command = [nvcc, *NVCC_FLAGS, *gencode_flags(archs), f"-I{CSRC}"]
         kernels = self._compile("cuda", command, sorted((CSRC / "cuda").glob("*.cu")))
-        glue = [*sorted((CSRC / "cuda").glob("*.cpp")), CSRC / "facts" / "cuda.cpp"]
+        glue = sorted((CSRC / "cuda").glob("*.cpp"))
         options = ["-DUSE_CUDA", f'-DMMFUSE_CUDA_ARCHS="{archs}"', f"-isystem{home / 'include'}"]
         runtime = [f"-L{home / 'lib64'}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
         return self._torch_library("cuda", glue, options, kernels, ["-ltorch_cuda", *runtime])
@@ -122,7 +122,10 @@ class Recipe:
         target = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
         headers = [target, f"-I{CSRC}", f"-isystem{self.torch / 'include'}", *options]
         command = [*self.compiler, *self._flags(), *self._elsewhere(), *headers]
-        compile_ = [*kernels, *self._compile(name, command, sources)]
+        # The facts alone know the sources: a change of one compiles no other.
+        stamped = [*command, f'-DMMFUSE_SOURCES="{digest(name)}"']
+        facts = self._compile(name, stamped, [CSRC / "facts" / f"{name}.cpp"])
+        compile_ = [*kernels, *self._compile(name, command, sources), *facts]
         link = [f"-L{self.torch / 'lib'}", "-ltorch_cpu", "-lc10", *link]
         return self._library(name, self.output / f"libmmfuse_{name}.so", compile_, link)
 

@@ -17,7 +17,7 @@ For a whole run there is an object, which has a state to save:
 Next steps:
 
     list(mmfuse.METHODS)             the names of all methods
-    help(mmfuse.OGM)                 a method: its formulas, arguments and release
+    help(mmfuse.OGM)                 a method: its arguments, release, and module of the formulas
     help(mmfuse.GradientMethod)      what all methods on gradients share
     help(mmfuse.unimodal_logits)     each modality's logits from a shared head
     help(mmfuse.unimodal_losses)     the baseline to compare with: unimodal losses

@@ -53,6 +53,22 @@ def load_library(path: str | Path, backend: str) -> None:
     _loaded[backend] = _loaded.get(backend, {}) | _facts(path, backend)
 
 
+def _why_stale(backend: str) -> str | None:
+    """Returns why a loaded library does not fit the checkout around it; None without a checkout."""
+    built, tool = _loaded[backend].get("sources"), _FOLDER.parent / "build_tools" / "sources.py"
+    spec = importlib.util.spec_from_file_location("mmfuse_sources", tool)
+    if built is None or spec is None or spec.loader is None or not tool.is_file():
+        return None
+    sources = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sources)
+    if not sources.CSRC.is_dir() or sources.digest(backend) == built:
+        return None
+    return (
+        f"it was built from other sources than those in {sources.CSRC}: run `pip install -e .` "
+        "(or `make build`) there again"
+    )
+
+
 def _load() -> None:
     for backend in _LIBRARIES:
         path = _FOLDER / f"libmmfuse_{backend}.so"
@@ -63,6 +79,11 @@ def _load() -> None:
         except OSError as error:
             # PyTorch's own sentence leaves out what the loader said.
             _load_errors[backend] = str(error.__cause__ or error)
+            continue
+        stale = _why_stale(backend)
+        if stale is not None:
+            _load_errors[backend] = stale
+            del _loaded[backend]
 
 
 def _load_module() -> tuple[Any, str]:

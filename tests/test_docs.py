@@ -17,7 +17,7 @@ MOST_LINES_OF_README = 150
 #: Folders of the package whose docstrings have training loops.
 FOLDERS = ("methods", "adapters", "loop")
 #: A method on features that is made, and what it becomes part of.
-MADE = re.compile(r"\b(\w+)(?:\.\w+)? = mmfuse\.(?:OPM|ARM)\(")
+MADE = re.compile(r"\b(\w+)(?:\.\w+)? = mmfuse\.(?:OPM|ARM|ModalityDropout)\(")
 #: A sum of the modalities' logits, which of a head that is not affine is not the head's output.
 ADDED_UP = re.compile(
     r"logits\[[^]]*\] *\+ *\w|\+ *(?:self\.)?logits\["
@@ -50,7 +50,8 @@ def test_code_runs_from_top_to_bottom(
 
 def test_every_page_that_should_have_code_has_some() -> None:
     of_methods = {f"docs/methods/{name.lower()}.md" for name in mmfuse.METHODS}
-    pages = {"README.md", "docs/training.md", "docs/other_methods.md", "docs/start.md"}
+    guides = {f"docs/{name}.md" for name in ("training", "other_tasks", "any_fusion", "start")}
+    pages = {"README.md", "docs/other_methods.md", *guides}
     assert of_methods | pages <= set(WITH_CODE)
 
 
@@ -62,7 +63,7 @@ def test_code_blocks_name_their_language(document: str) -> None:
     assert languages <= {"python", "py", "bash", "diff", "text", " {.python}"}, document
     snippets = SNIPPET.findall((ROOT / document).read_text())
     assert fences.count(" {.python}") == len(snippets), "Ruff would format them, and break them"
-    fragments = ("docs/training.md", "docs/adapters.md")  # of loops that a framework owns
+    fragments = ("docs/several_processes.md", "docs/adapters.md")  # of loops that a framework owns
     assert "py" not in languages or document in fragments
 
 
@@ -136,7 +137,7 @@ TASKS = (
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_has_a_few_lines_that_run(task: str) -> None:
-    text = (ROOT / "docs/training.md").read_text()
+    text = (ROOT / "docs/other_tasks.md").read_text()
     after = text[text.index(f"\n**{task}") :]
     block = python_blocks(after)[0]
     assert after.index("```python") < 500, "the code comes next"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from torch import Tensor, nn
 import mmfuse
 from mmfuse import METHODS, GradientMethod
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = ("audio", "visual")
+#: Methods that are called in the forward pass, and take no encoders.
+IN_MODEL = [n for n, m in METHODS.items() if m.card.acts in ("feature", "logits", "loss")]
 LABELS = torch.tensor([0, 1, 2, 0])
 
 
@@ -152,6 +157,27 @@ def test_a_loss_of_each_sample(name: str) -> None:
     with pytest.raises(ValueError, match=r"loss must be a scalar, got shape \[4\]: take its mean"):
         method.backward(loss, z, LABELS, more, more, unimodal_losses=losses)
     assert all(p.grad is None for net in nets.values() for p in net.parameters())
+
+
+@pytest.mark.parametrize("given", [encoders, lambda: encoders()["audio"].parameters()])
+@pytest.mark.parametrize("name", IN_MODEL)
+def test_a_module_of_the_model_is_given_encoders(name: str, given: Callable[[], Any]) -> None:
+    """As the methods on gradients are, and as an adapter would."""
+    made = METHODS[name]
+    own = f"self.{name.lower()} = mmfuse.{name}()"
+    page = f"docs/methods/{name.lower()}.md"
+    message = f"{name} is a module of the model and takes no encoders: {own}; see {page}"
+    for make in (made, *([made.official] if made.card.official else ())):
+        with pytest.raises(TypeError, match=re.escape(message)):
+            make(given())
+    assert (ROOT / page).is_file()
+    assert isinstance(eval(own.partition(" = ")[2]), made)
+
+
+def test_numbers_by_name_are_no_encoders() -> None:
+    assert mmfuse.ModalityDropout({"audio": 0.3, "visual": 0.1}).rates == (0.3, 0.1)
+    with pytest.raises(TypeError, match=r"rates\['audio'\] must be a number, got Tensor"):
+        mmfuse.ModalityDropout({"audio": torch.tensor(0.3), "visual": 0.1})  # type: ignore[dict-item]
 
 
 def test_a_binary_logit_is_scored_by_the_way_out() -> None:

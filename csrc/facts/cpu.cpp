@@ -20,7 +20,7 @@ std::string facts() {
   } catch (const std::exception& error) {
     text += std::string("none: ") + error.what();
   }
-  return text + "\n";
+  return text + "\nsources " MMFUSE_SOURCES "\n";
 }
 
 }  // namespace

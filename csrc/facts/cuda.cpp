@@ -7,6 +7,7 @@
 extern "C" __attribute__((visibility("default"))) const char* mmfuse_cuda_facts() {
   static const std::string text = "cuda_version " + std::to_string(CUDART_VERSION / 1000) + "." +
                                   std::to_string(CUDART_VERSION % 1000 / 10) +
-                                  "\ncuda_architectures " MMFUSE_CUDA_ARCHS "\n";
+                                  "\ncuda_architectures " MMFUSE_CUDA_ARCHS
+                                  "\nsources " MMFUSE_SOURCES "\n";
   return text.c_str();
 }

@@ -2,6 +2,8 @@
 
 A page in `docs/methods/` is written by hand but for two places: `<!-- facts -->` becomes the card,
 `<!-- reference -->` the picture of its coefficients, its arguments, state, cost and `official()`.
+In the training guide `<!-- adam -->` becomes the methods by what Adam makes of them, and in the
+page that compares them `<!-- tuned -->` the ranges of their tuning.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import csv
 import json
 import logging
 import re
+import sys
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,10 @@ from mkdocs.structure.pages import Page
 from torch import nn
 
 import mmfuse
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+
+from demonstrations.search import LR, SPACES, EachView
 
 log = logging.getLogger("mkdocs.hooks.method_pages")
 
@@ -34,6 +41,26 @@ _CAPTION = (
 )
 #: Bytes of an element in float32.
 _BYTES = 4
+#: By what an adaptive optimizer makes of a method: the same for one, for several, and why.
+ADAM = {
+    "update": (
+        'give it `apply_to="update"`',
+        'Give these `apply_to="update"`',
+        "they multiply whole gradients by a factor, or add noise to them.",
+    ),
+    "lost": (
+        "Adam divides its factor out",
+        "Adam divides the factors of these out",
+        "they act at features or logits on the way back, and have no `apply_to`. Use SGD, or "
+        "another method.",
+    ),
+    "kept": (
+        "nothing to do",
+        "Nothing to do with these",
+        "they change a gradient's direction, the features, the loss or the parameters, which Adam "
+        "does not divide out.",
+    ),
+}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -50,6 +77,9 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     uri = page.file.src_uri
     if uri == "methods/index.md":
         return _filled(markdown, "methods", _table(), uri)
+    for page_, what, text in (("training.md", "adam", _adam), ("which_method.md", "tuned", _tuned)):
+        if uri == page_:
+            return _filled(markdown, what, text(), uri)
     names = {name.lower(): name for name in mmfuse.METHODS}
     name = names.get(Path(uri).stem) if uri.startswith("methods/") else None
     if name is None:
@@ -81,6 +111,43 @@ def _proof(golden: bool) -> str:
     return "golden numbers" if golden else "formulas"
 
 
+def with_adam(name: str) -> str:
+    """The key in `ADAM` of a method."""
+    method = made(name)
+    if isinstance(method, mmfuse.GradientMethod):
+        return "update" if method.rule.need.scales else "kept"
+    return "lost" if method.card.scales_back else "kept"
+
+
+def _adam() -> str:
+    lines = []
+    for key, (_, begin, why) in ADAM.items():
+        names = [n for n in mmfuse.METHODS if with_adam(n) == key]
+        links = ", ".join(f"[{name}](methods/{name.lower()}.md)" for name in names)
+        lines.append(f"- **{begin}:** {links}; {why}")
+    return "\n".join(lines)
+
+
+def tuned(name: str) -> str:
+    """The ranges from which the comparison has drawn a method's hyper-parameters."""
+    return "; ".join(_range(key, values) for key, values in SPACES.get(name, {}).items())
+
+
+def _range(name: str, values: Any) -> str:
+    each, of = (" of each modality", values.of) if isinstance(values, EachView) else ("", values)
+    log_scale = ", log scale" if of.log else ""
+    return f"`{name}`{each} {of.low:g} to {of.high:g}{log_scale}"
+
+
+def _tuned() -> str:
+    rows = [f"| all | {_range('lr', LR)} (SGD) |"]
+    rows += [
+        f"| [{name}](methods/{name.lower()}.md) | {tuned(name) or 'nothing else'} |"
+        for name in mmfuse.METHODS
+    ]
+    return "\n".join(["| method | drawn from |", "|---|---|", *rows])
+
+
 def facts(name: str) -> str:
     """The card as a table."""
     card = mmfuse.METHODS[name].card
@@ -92,6 +159,12 @@ def facts(name: str) -> str:
         "Losses": "the joint one and each modality's own"
         if card.own_losses or "unimodal_losses" in card.needs
         else "the joint one",
+        "Three and more modalities": "give `num_modalities=`, 2 by default"
+        if "num_modalities" in signature(mmfuse.METHODS[name]).parameters
+        else "give as many encoders",
+        "Under Adam": f"{ADAM[with_adam(name)][0]}; see [Adam](../training.md#adam)",
+        "Tune": f"the learning rate; {tuned(name) or 'nothing else was tuned here'}; see "
+        "[Tuning](../which_method.md#tuning)",
         "By default": card.fidelity,
     }
     for source in card.official:

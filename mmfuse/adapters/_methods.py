@@ -50,8 +50,7 @@ def warn_of_adaptive(
     method: GradientMethod, optimizers: Iterable[torch.optim.Optimizer], *, stacklevel: int = 2
 ) -> None:
     """Warns if an optimizer divides the method's factor on gradients out again."""
-    need = method.rule.need
-    if method.apply_to == "update" or need.second is not None or need.squares is not None:
+    if method.apply_to == "update" or not method.rule.need.scales:
         return
     for optimizer in optimizers:
         if _adaptive(optimizer):

@@ -8,10 +8,14 @@ name of each modality → [B, C] logits of it alone::
         TrainingArguments(...),
         train_dataset=...,
         balance=lambda model: mmfuse.OGM(
-            mmfuse.match_parameters(model, {"audio": "audio_net", "visual": "visual_net"})
+            mmfuse.match_parameters(model, {"audio": "audio_net", "visual": "visual_net"}),
+            apply_to="update",
         ),
     )
     trainer.train()
+
+The Trainer's default optimizer is AdamW, which divides a factor on gradients out again: give OGM,
+MLB and the others that take it ``apply_to="update"``. The Trainer's optimizer is attached.
 """
 
 from __future__ import annotations

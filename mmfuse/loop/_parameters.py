@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from inspect import signature
 from typing import Literal
 
 from torch import Tensor, nn
@@ -49,6 +50,26 @@ def selection(select: Select) -> Callable[[Tensor], bool]:
             f"got {select!r}"
         )
     return _SELECTIONS[select]
+
+
+def refuse_encoders(module: nn.Module, first: object) -> None:
+    """Raises a TypeError if a method that is a module of the model is given encoders.
+
+    Args:
+        module: The method, before its beginning.
+        first: The first of its arguments, which is a number, a text, or numbers by name.
+    """
+    values = first.values() if isinstance(first, Mapping) else ()
+    kinds = (nn.Module, Iterable)
+    several = any(isinstance(v, kinds) and not isinstance(v, Tensor) for v in values)
+    if not (several or isinstance(first, (nn.Module, list, tuple, Iterator))):
+        return
+    name = type(module).__name__
+    argument = next(iter(signature(type(module)).parameters))
+    raise TypeError(
+        f"{argument} got {type(first).__name__}, but {name} is a module of the model and takes no "
+        f"encoders: self.{name.lower()} = mmfuse.{name}(); see docs/methods/{name.lower()}.md"
+    )
 
 
 def named_parameters(name: str, encoder: Encoder) -> list[tuple[str, Tensor]]:

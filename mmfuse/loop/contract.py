@@ -56,9 +56,8 @@ class Common(TypedDict, total=False):
     backend: str | None
 
 
-def fidelity(golden: bool) -> str:
-    """The proof that holds a method to its paper or release, as docstrings and documents say it."""
-    return "golden numbers of the authors' code" if golden else "from the formulas"
+#: The proof by `tests/golden`, as docstrings and documents say it.
+BY_NUMBERS = "tested against numbers that the authors' code computed"
 
 
 class Source(NamedTuple):
@@ -78,7 +77,7 @@ class Source(NamedTuple):
     @property
     def fidelity(self) -> str:
         """The proof that holds `official()` to it."""
-        return fidelity(self.golden)
+        return BY_NUMBERS if self.golden else "tested against the formulas of the authors' code"
 
 
 class Card(NamedTuple):
@@ -97,6 +96,8 @@ class Card(NamedTuple):
             without `official()`; else it is made from the paper's formulas.
         own_losses: True if its authors train on every modality's own loss as well, beside what the
             method itself needs.
+        scales_back: True if its forward pass changes no value, and scales gradients on the way
+            back. (Of methods on gradients `Need.scales` says that they scale.)
     """
 
     paper: str
@@ -105,11 +106,12 @@ class Card(NamedTuple):
     official: tuple[Source, ...]
     golden: bool
     own_losses: bool = False
+    scales_back: bool = False
 
     @property
     def fidelity(self) -> str:
         """The proof that holds the class by default to its paper."""
-        return fidelity(self.golden)
+        return BY_NUMBERS if self.golden else "tested against the paper's formulas"
 
 
 class Need(NamedTuple):
@@ -150,6 +152,11 @@ class Need(NamedTuple):
     def anchors(self) -> bool:
         """True if the second list is of displacements."""
         return self.second == "anchor"
+
+    @property
+    def scales(self) -> bool:
+        """True if a gradient gets a factor, and noise, alone: adaptive optimizers divide it out."""
+        return self.second is None and self.squares is None
 
 
 class Act(NamedTuple):
@@ -377,7 +384,7 @@ def check_fits(method: str, need: Need, apply_to: str, anchored: bool, streamed:
     """
     if not isinstance(apply_to, str) or apply_to not in ("gradient", "update"):
         raise ValueError(f"apply_to must be 'gradient' or 'update', got {apply_to!r}")
-    if apply_to == "update" and (need.second or need.squares):
+    if apply_to == "update" and not need.scales:
         raise ValueError(f'{method} acts on gradients only; use apply_to="gradient"')
     if apply_to == "update" and callable(need.noise):
         raise ValueError('noise from a callable is for gradients; use apply_to="gradient"')

@@ -14,6 +14,7 @@ from typing_extensions import ParamSpec
 from .._devices import narrowed, readable
 from .._numbers import MOST_MODALITIES, whole
 from ._name_sums import BITS, order_by, read_sums, write_sums
+from ._parameters import refuse_encoders
 from ._together import check_one_order
 from .modalities import check_names, named_features
 from .ranks import Group, check_group, several
@@ -164,6 +165,10 @@ class EpochWindowModule(EpochWindow, nn.Module):
     _agreed: bool
     # The hyper-parameters that `repr` shows, where there is no rule that has them.
     _shown: tuple[str, ...] = ("rule",)
+
+    def __init__(self, first: object = None) -> None:
+        refuse_encoders(self, first)
+        super().__init__()
 
     def _set_window(self, starts: int, ends: int | None) -> None:
         self.register_buffer("epoch_state", torch.zeros(2, dtype=torch.int64))

@@ -59,7 +59,7 @@ class GradientMethod(EpochWindow, Observes, ActsOnUpdates, Resumes):
     - ``ratios`` or ``coefficients``: the same, one or two steps further in the method's formulas.
 
     Args:
-        rule: The paper.
+        rule: The method's formulas; subclasses such as `mmfuse.OGM` set it.
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities. Parameters are
             collected once; freezing and unfreezing them later is seen. Make this object after
             `fully_shard`, which replaces them.

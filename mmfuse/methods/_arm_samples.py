@@ -32,9 +32,9 @@ def sample_contributions(
     are the logits of its C classes and p its own probability of the true class. One call for the
     whole batch; see `mmfuse.ContributionSampler`.
 
-    Fidelity: from the formulas. They are those of the authors' script of 2024, which their
-    repository no longer has, hence no golden numbers. It took ``gate=True`` and
-    ``conditional_bins=10``, and a conditional entropy of its own that is none; that one is not
+    Formulas: `mmfuse.methods.arm`. Tested against them. They are those of the authors' script of
+    2024, which their repository no longer has, hence no numbers of its own. It took ``gate=True``
+    and ``conditional_bins=10``, and a conditional entropy of its own that is none; that one is not
     reproduced here. The defaults are the bins of ARM, and probabilities as they are.
 
     Args:

@@ -39,8 +39,8 @@ def ogm_backward(
 ) -> OGMResult:
     """Takes the place of ``loss.backward()``: back-propagates, then modulates the gradients.
 
-    OGM-GE by default, OGM with ``noise=False``. Fidelity: from the formulas of
-    `mmfuse.methods.ogm`; the authors' code is `OGM.official`.
+    OGM-GE by default, OGM with ``noise=False``. Formulas: `mmfuse.methods.ogm`. Tested against
+    them; the authors' code is `OGM.official`.
     Gradients end up in ``.grad``. The scale of the loss does not matter, so that the loss may come
     from a `GradScaler`; clip gradients afterwards.
 
@@ -58,7 +58,7 @@ def ogm_backward(
         labels: [B] integer class indices; rows labelled −100 do not count.
         alpha: Strength of the modulation, at least 0.
         noise: True to add noise (GE), or a callable that makes it, as in `OGM`.
-        formula: "tpami" or "cvpr".
+        formula: As in `OGM`.
         select: Which parameters: "all", "matrix" (ndim ≥ 2), "conv" (ndim = 4), or a callable on
             a parameter. The released code modulates "conv" only.
         shared: Parameters of no modality, which stay as they are: a module, or several parts.

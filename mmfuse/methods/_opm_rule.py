@@ -22,8 +22,10 @@ class OPMResult(Result):
     """The features that are left, and why; nothing here has waited for the device.
 
     Attributes:
-        features: Name → the feature, zero where it was dropped.
-        keep: [M, B] bool, in the order of `features`; False where it was dropped.
+        features: Name → the feature, zero where it was dropped; one that a sample lacks passes as
+            it is.
+        keep: [M, B] bool, in the order of `features`; False where it was dropped and, in training,
+            where the sample lacks the modality.
         drop_probability: [M] q_m that this step has used.
         scores: [M] S_m of this step, batch mean of the true class's probability; None in `eval()`.
         ratios: [M] rho_m of this step; None in `eval()`.

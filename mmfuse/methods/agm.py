@@ -56,7 +56,10 @@ class AGM(EpochWindowModule):
 
     S_m, their number of steps and the last coefficients are buffers, in float64 whatever the module
     is cast to; S_m is kept for the samples that m shares with each modality, [M, M], with those of
-    all its own on the diagonal. Fidelity: from the formulas; `official` has golden numbers.
+    all its own on the diagonal.
+
+    Formulas: `mmfuse.methods.agm`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         alpha: Strength α, at least 0; the authors use 1 to 2.5.
@@ -81,6 +84,7 @@ class AGM(EpochWindowModule):
         ("logits",),
         (Source("lihong2303/AGM_ICCV2023 at 5a65542", golden=True),),
         golden=False,
+        scales_back=True,
     )
     _wide = ("running_scores", "coefficients")
     rule: AGMRule
@@ -101,7 +105,7 @@ class AGM(EpochWindowModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(alpha)
         self.rule = AGMRule(alpha, cap)
         self._begin(num_modalities, starts, ends, process_group, backend)
         count = self.num_modalities
@@ -129,8 +133,8 @@ class AGM(EpochWindowModule):
         stay in force. Probabilities below 1e-8 count as 1e-8 where there are two modalities. After
         the backward pass it clips gradients in a way of its own, which is `clip_`.
 
-        Fidelity: golden numbers of the authors' code (lihong2303/AGM_ICCV2023 at 5a65542), for two
-        modalities and three. Four and more are from the formulas.
+        Tested against numbers that the authors' code computed (lihong2303/AGM_ICCV2023 at 5a65542),
+        for two modalities and three. Four and more are from the formulas.
 
         Args:
             alpha: As in `AGM`.

@@ -57,7 +57,8 @@ class ARL(EpochWindowModule):
     not go through them is not scaled. In `eval()` features pass, and logits are not looked at.
     If something in the logits is not finite, nothing is scaled.
 
-    Fidelity: from the formulas; `official` has golden numbers.
+    Formulas: `mmfuse.methods.arl`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         temperature: T ≥ 0, how far the weights are apart.
@@ -88,6 +89,7 @@ class ARL(EpochWindowModule):
         ),
         golden=False,
         own_losses=True,
+        scales_back=True,
     )
     _wide = ("weights",)
     rule: ARLRule
@@ -106,7 +108,7 @@ class ARL(EpochWindowModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(temperature)
         self.rule = ARLRule(temperature, gamma)
         self._begin(num_modalities, starts, ends, process_group, backend)
         count = self.num_modalities
@@ -134,9 +136,9 @@ class ARL(EpochWindowModule):
         the unimodal losses is 1 in them. Unimodal logits come from the whole head, with zeros for
         the other feature. Afterwards both clip the gradients' norm to 40 (`clip_grad_norm_`).
 
-        Fidelity: golden numbers of the authors' code (shicaiwei123/ICCV2025-ARL at 51a9de3), and
-        golden numbers of the authors' code (shicaiwei123/ICCV2025-ARL at adfc58c). Three modalities
-        and more are from the formulas.
+        Tested against numbers that the authors' code computed (shicaiwei123/ICCV2025-ARL at
+        51a9de3), and numbers that the authors' code computed (shicaiwei123/ICCV2025-ARL at
+        adfc58c). Three modalities and more are from the formulas.
 
         Args:
             temperature: As in `ARL`.

@@ -63,7 +63,8 @@ class ARM(EpochWindowModule):
     those of training, a buffer (1 before the first step). So are those of a batch in which a
     modality contributes nothing; neither it nor one that lacks a modality enters the average.
 
-    Fidelity: from the formulas; `official` has golden numbers.
+    Formulas: `mmfuse.methods.arm`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         bins: Of the mutual information, from 1 to 256.
@@ -108,7 +109,7 @@ class ARM(EpochWindowModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(bins)
         self._begin(num_modalities, starts, ends, process_group, backend)
         self.rule = ARMRule(bins, conditional_bins)
         if not 0 <= real("momentum", momentum) < 1:
@@ -129,8 +130,8 @@ class ARM(EpochWindowModule):
         infinite; nothing is clamped. In `eval()` it needs the labels of the test set too. The
         weights are detached, so that only your network can give the layer to `fused` a gradient.
 
-        Fidelity: golden numbers of the authors' code (Gao-xiyuan/ARM at a96d0ad). Three modalities
-        and more are from the formulas.
+        Tested against numbers that the authors' code computed (Gao-xiyuan/ARM at a96d0ad). Three
+        modalities and more are from the formulas.
 
         Args:
             bins: As in `ARM`.

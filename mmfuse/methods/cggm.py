@@ -160,7 +160,8 @@ class CGGM(GradientMethod):
     the share of right signs of a sentiment, or a mean Dice score. As everywhere scores must be
     positive; clamp those that may be 0 to 1e-12.
 
-    Fidelity: from the formulas; `official` has golden numbers.
+    Formulas: `mmfuse.methods.cggm`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
@@ -214,7 +215,7 @@ class CGGM(GradientMethod):
         step before, and so is its gradient: the release makes it there and adds it one step late.
         Its script for segmentation scales nothing, since no parameter has the names it looks for.
 
-        Fidelity: golden numbers of the authors' code (zrguo/CGGM at 21e428c).
+        Tested against numbers that the authors' code computed (zrguo/CGGM at 21e428c).
         """
         made = cls(encoders, rho=rho, bound=bound, **common)
         made._adopt(CGGMRule(rho, bound, stale=True))

@@ -193,7 +193,10 @@ class InfoReg(GradientMethod):
 
     A step costs one read of the gradients, and while a window is open also one of parameters and
     anchors and one write. All state is on the encoders' device; the anchors are the only part of it
-    that is as large as they are. Fidelity: from the formulas; `official` has golden numbers.
+    that is as large as they are.
+
+    Formulas: `mmfuse.methods.inforeg`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
@@ -247,8 +250,9 @@ class InfoReg(GradientMethod):
         the sum over the convolutional and linear weights of the mean over their elements of Σg²,
         with g as the pull has left it. The gradient is that of the sum of the joint and the two
         unimodal losses, which is yours to form: one backward pass of their sum.
-        Fidelity: golden numbers of the authors' code (GeWu-Lab/InfoReg_CVPR2025 at 939b2ed), for
-        "march" golden numbers of the authors' code (GeWu-Lab/InfoReg_CVPR2025 at b7524f8).
+        Tested against numbers that the authors' code computed (GeWu-Lab/InfoReg_CVPR2025 at
+        939b2ed), for "march" numbers that the authors' code computed (GeWu-Lab/InfoReg_CVPR2025 at
+        b7524f8).
 
         Args:
             encoders: As in `InfoReg`; audio first.

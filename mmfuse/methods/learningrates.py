@@ -125,7 +125,7 @@ class LearningRates(GradientMethod):
             ...                                  # train
             rates.validated({"audio": 0.61, "visual": 0.40})
 
-    Fidelity: from the formulas.
+    Formulas: `mmfuse.methods.learningrates`. Tested against them.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.

@@ -81,9 +81,9 @@ class LFM(EpochWindowModule):
                 optimizer.step()
 
     The joint logits, in evaluation too, are the mean of the modalities'. Outside of `starts` …
-    `ends` the loss is 2 CE(z), as where all weight is on the labels.
-
-    Fidelity: from the formulas; `official` has golden numbers.
+    `ends` the loss is 2 CE(z), as where all weight is on the labels. Formulas:
+    `mmfuse.methods.lfm`. Tested against them; `official()` against numbers that the authors' code
+    computed.
 
     Args:
         epochs: Of the training, over which the schedule's 200 are spread; later ones keep the
@@ -136,7 +136,7 @@ class LFM(EpochWindowModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(epochs)
         if weighting not in ("schedule", "learned"):
             raise ValueError(f"weighting must be 'schedule' or 'learned', got {weighting!r}")
         if not (finite("rate", rate) and rate >= 0):
@@ -164,7 +164,7 @@ class LFM(EpochWindowModule):
         lambda_0 is above 1 and the predictions are driven apart a little. The default stops at 0
         and 1.
 
-        Fidelity: golden numbers of the authors' code (njustkmg/NeurIPS24-LFM at ad44fa0).
+        Tested against numbers that the authors' code computed (njustkmg/NeurIPS24-LFM at ad44fa0).
 
         Args:
             epochs: As in `LFM`.

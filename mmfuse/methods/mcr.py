@@ -89,7 +89,7 @@ class MCR(DrawingModule):
     With a fusion whose logits do not add up, give the head: ``model.mcr(features, logits, labels,
     head=head)``; it then sees M (`permutations` + 1) batches, with "greedy" twice as many.
 
-    Fidelity: from the formulas.
+    Formulas: `mmfuse.methods.mcr`. Tested against them, and `official()` likewise.
 
     Args:
         strength: lambda, the weight of the play; the authors take 0.01 for CREMA-D.
@@ -143,7 +143,7 @@ class MCR(DrawingModule):
         criterion: Loss = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(strength)
         self._begin(num_modalities, starts, ends, process_group, backend)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
         if not isinstance(strategy, str) or strategy not in _WEIGHT_OF_OTHERS:
@@ -173,7 +173,7 @@ class MCR(DrawingModule):
         features for the permutations come from another pass, in evaluation mode; these here are
         those that you give.
 
-        Fidelity: from the formulas (kkontras/MCR at 338d370).
+        Tested against the formulas of the authors' code (kkontras/MCR at 338d370).
 
         Args:
             strength: As in `MCR`.

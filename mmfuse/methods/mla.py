@@ -74,7 +74,8 @@ class MLA(EpochWindowModule):
     `step` comes after the backward pass (and a GradScaler's unscaling) and before the optimizer's
     step, in every turn. The projector is a buffer of the dtype of the head's weight, at least
     float32; in a distributed run r is the mean over the samples of all ranks. FSDP2 may shard the
-    head by its classes. Fidelity: from the formulas; `official` has golden numbers.
+    head by its classes. Formulas: `mmfuse.methods.mla`. Tested against them; `official()` against
+    numbers that the authors' code computed.
 
     Args:
         head: The linear layer, or any module with a `weight` [C, D]; the layer itself, where it is
@@ -146,15 +147,14 @@ class MLA(EpochWindowModule):
 
         P loses k kᵀ divided entry by entry by a + k r, which is a matrix: an entry of it may be
         next to nothing. `fuse` gives NaN to a sample with a probability that has become 0. The
-        release fuses with fixed weights (0.55 and 0.45) unless told otherwise.
+        release fuses with fixed weights (0.55 and 0.45) unless told otherwise. In its latest
+        commit, "head", the projector is never applied: since 2024-03-18 the code looks for a
+        parameter named "module.weight", and the layer that it looks at calls it "weight". "head" is
+        plain alternation, and P stays the identity.
 
-        In its latest commit, "head", the projector is never applied: since 2024-03-18 the code
-        looks for a parameter named "module.weight", and the layer that it looks at calls it
-        "weight". "head" is plain alternation, and P stays the identity.
-
-        Fidelity: golden numbers of the authors' code
-        (Cecile-hi/Multimodal-Learning-with-Alternating-Unimodal-Adaptation at 4735bbc), and golden
-        numbers of the authors' code
+        Tested against numbers that the authors' code computed
+        (Cecile-hi/Multimodal-Learning-with-Alternating-Unimodal-Adaptation at 4735bbc), and numbers
+        that the authors' code computed
         (Cecile-hi/Multimodal-Learning-with-Alternating-Unimodal-Adaptation at ab6c184).
 
         Args:

@@ -118,7 +118,8 @@ class MLB(GradientMethod):
                 mlb.backward(loss, logits, labels)
                 optimizer.step()
 
-    Fidelity: golden numbers of the authors' code, for two modalities and three.
+    Formulas: `mmfuse.methods.mlb`. Tested against numbers that the authors' code computed, for two
+    modalities and three.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities. The released code
@@ -165,7 +166,7 @@ class MLB(GradientMethod):
     ) -> MLB:
         """MLB as the authors' released code runs it: the same, in epochs 0 to 1500 inclusive.
 
-        Fidelity: golden numbers of the authors' code (kkontras/MLB at 357b5ce).
+        Tested against numbers that the authors' code computed (kkontras/MLB at 357b5ce).
         """
         settings: Common = {"starts": 0, "ends": 1500}
         settings.update(common)

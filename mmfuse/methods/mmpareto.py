@@ -176,7 +176,8 @@ class MMPareto(GradientMethod):
     (of all ranks) lacks a modality: its encoder may be without gradients then, and existing ones
     are added as they are. Else masks change nothing, since the gradients decide.
 
-    Fidelity: golden numbers of the authors' code. Three modalities and more are from the formulas.
+    Formulas: `mmfuse.methods.mmpareto`. Tested against numbers that the authors' code computed.
+    Three modalities and more are from the formulas.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
@@ -209,7 +210,8 @@ class MMPareto(GradientMethod):
         The same but for a tensor in which both gradients cancel: there it divides by next to
         nothing, or by zero, which gives NaN.
 
-        Fidelity: golden numbers of the authors' code (GeWu-Lab/MMPareto_ICML2024 at a339db3).
+        Tested against numbers that the authors' code computed (GeWu-Lab/MMPareto_ICML2024 at
+        a339db3).
         """
         made = cls(encoders, gamma=gamma, **common)
         made._adopt(MMParetoReleased(gamma))

@@ -35,8 +35,10 @@ class ModalityDropoutResult(Result):
     """The features that are left; nothing here has waited for the device.
 
     Attributes:
-        features: Name → the feature, zero where it was dropped.
-        keep: [M, B] bool, in the order of `features`; False where it was dropped or missing.
+        features: Name → the feature, zero where it was dropped; one that a sample lacks passes as
+            it is.
+        keep: [M, B] bool, in the order of `features`; False where it was dropped, or the sample
+            lacks the modality.
     """
 
     features: dict[str, Tensor]
@@ -48,14 +50,15 @@ class ModalityDropout(DrawingModule):
 
     ::
 
-        dropout = mmfuse.ModalityDropout(0.3)
+        model.dropout = mmfuse.ModalityDropout(0.3)  # part of the model, so that eval() reaches it
         features = {"audio": audio_net(sounds), "visual": visual_net(images)}
-        kept = dropout(features).features
+        kept = model.dropout(features).features
         loss = F.cross_entropy(head(torch.cat(list(kept.values()), 1)), labels)
+        model.eval()                                 # the features pass unchanged
 
-    In `eval()` the features pass unchanged. Kept features are not made larger.
+    Kept features are not made larger.
 
-    Fidelity: from the formulas.
+    Formulas: `mmfuse.methods.modalitydropout`. Tested against them.
 
     Args:
         rates: Probability in [0, 1] that a sample loses a modality: a number for all, or name →
@@ -94,7 +97,7 @@ class ModalityDropout(DrawingModule):
         name: str | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(rates)
         self._set_window(starts, ends)
         named = isinstance(rates, Mapping)
         count = len(rates) if isinstance(rates, Mapping) else num_modalities
@@ -117,7 +120,8 @@ class ModalityDropout(DrawingModule):
         Args:
             features: Name → [B, …] for the M modalities.
             present: Name → [B] bool, which samples have the modality; no sample loses the last one
-                that it has.
+                that it has. A feature that it lacks passes as it is, also in `eval()`: set it to
+                zero for your head.
 
         Returns:
             `ModalityDropoutResult`, differentiable in the features.

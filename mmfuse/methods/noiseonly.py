@@ -34,7 +34,7 @@ class NoiseOnly(GradientMethod):
 
     It takes what `OGM` takes, and returns an `OGMResult` whose coefficients are 1.
 
-    Fidelity: from the formulas.
+    Formulas: `mmfuse.methods.noiseonly`. Tested against them.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.

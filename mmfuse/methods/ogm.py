@@ -183,7 +183,8 @@ class OGM(GradientMethod):
                 out = ogm.backward(loss, logits, labels)   # or loss.backward(); ogm.step(...)
                 optimizer.step()
 
-    Fidelity: from the formulas; `official` has golden numbers.
+    Formulas: `mmfuse.methods.ogm`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
@@ -191,7 +192,8 @@ class OGM(GradientMethod):
         noise: True to add noise (OGM-GE), False for OGM. A callable gets each gradient and
             returns standard normal noise of its shape, such as ``torch.randn_like``, and is used
             instead of the stream.
-        formula: "tpami" (Eq. 11), which is in neither release, or "cvpr" (Eq. 10).
+        formula: "tpami", the TPAMI paper's Eq. 11, or "cvpr", the CVPR paper's Eq. 10, which both
+            released codes use.
         **common: As in `mmfuse.GradientMethod`.
 
     Raises:
@@ -239,9 +241,10 @@ class OGM(GradientMethod):
         ``noise=torch.randn_like`` the noise comes from PyTorch's generator, tensor by tensor, as it
         does there. Equal scores change nothing, where the releases slow one encoder down.
 
-        Fidelity: golden numbers of the authors' code (GeWu-Lab/OGM-GE_CVPR2022 at 343dc1d), for
-        ``release="tpami"`` golden numbers of the authors' code (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f),
-        of a run with OPM as well. Three modalities and more are from the formulas.
+        Tested against numbers that the authors' code computed (GeWu-Lab/OGM-GE_CVPR2022 at
+        343dc1d), for ``release="tpami"`` numbers that the authors' code computed
+        (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f), of a run with OPM as well. Three modalities and more
+        are from the formulas.
 
         Args:
             encoders: As in `OGM`.

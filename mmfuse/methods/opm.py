@@ -58,7 +58,10 @@ class OPM(DrawingModule):
     In `eval()` the features pass unchanged, and logits and labels are not looked at.
 
     One launch reads and writes every feature once. q and the noise stream, which the mask comes
-    from, are buffers. Fidelity: from the formulas; `official` has golden numbers.
+    from, are buffers.
+
+    Formulas: `mmfuse.methods.opm`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         q_base: Probability at which a modality that is just dominant is dropped, in [0, 1].
@@ -104,7 +107,7 @@ class OPM(DrawingModule):
         name: str | None = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(q_base)
         self.rule = OPMRule(q_base, lam)
         self._begin(num_modalities, starts, ends, process_group, backend)
         object.__setattr__(self, "criterion", check_criterion(criterion))  # no module of this one
@@ -135,8 +138,8 @@ class OPM(DrawingModule):
         θ, and from there to the features through their scores: the gradient of an additional loss
         θ²/2, whatever the loss is scaled by. The features get it as well, the head does not.
 
-        Fidelity: golden numbers of the authors' code (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f), alone and
-        with OGM-GE. Three modalities and more are from the formulas.
+        Tested against numbers that the authors' code computed (GeWu-Lab/BML_TPAMI2024 at 4b3aa4f),
+        alone and with OGM-GE. Three modalities and more are from the formulas.
 
         Args:
             q_base: As in `OPM`.
@@ -172,7 +175,8 @@ class OPM(DrawingModule):
             logits: Name → [B, C] logits of each undropped feature alone. Not needed in `eval()`.
             labels: [B] class indices; rows labelled −100 do not count. Not needed in `eval()`.
             **more: As in `mmfuse.GradientMethod`: with ``present`` no sample loses the last feature
-                that it has, and ``coefficients`` are the probabilities q_m of this very step.
+                that it has; a feature that it lacks passes as it is, also in `eval()`, so that you
+                set it to zero for your head. ``coefficients`` are the q_m of this very step.
 
         Returns:
             `OPMResult`, differentiable in the features.

@@ -73,9 +73,9 @@ class PMR(PrototypeModule):
     that never had any has no part in the posterior, and its samples do not count. In `eval()` the
     loss is 0, and nothing is looked at.
 
-    Fidelity: from the formulas, and numbers transcribed from them; `official` has golden numbers of
-    the authors' code, which has neither clip nor entropy. Three modalities and more are our
-    extension.
+    Formulas: `mmfuse.methods.pmr`. Tested against them, and numbers transcribed from them;
+    `official()` against numbers that the authors' code computed, which has neither clip nor
+    entropy. Three modalities and more are our extension.
 
     Args:
         alpha: α ≥ 0; the authors use 1 and 2.
@@ -126,7 +126,7 @@ class PMR(PrototypeModule):
         process_group: Group = None,
         backend: str | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(alpha)
         self.rule = PMRRule(alpha, mu, momentum)
         if entropy_epochs is not None:
             self.entropy_epochs = whole("entropy_epochs", entropy_epochs, least=0)
@@ -151,9 +151,9 @@ class PMR(PrototypeModule):
         batches, at least one. Epochs 0 to 100 inclusive. Its runs take a momentum of 0; 0.2 is the
         default of its command line. For AVE and CG-MNIST it takes prototypes from validation data.
 
-        Fidelity: golden numbers of the authors' code
-        (fanyunfeng-bit/Modal-Imbalance-PMR at 3615e48). Three modalities and more are from the
-        formulas: each modality behind some other gets α.
+        Tested against numbers that the authors' code computed (fanyunfeng-bit/Modal-Imbalance-PMR
+        at 3615e48). Three modalities and more are from the formulas: each modality behind some
+        other gets α.
 
         Args:
             alpha: As in `PMR`.

@@ -60,14 +60,15 @@ class RedReg(GradientMethod):
 
     A step needs features, of one shape (flattened to [B, D] for the gate), and floating inputs. The
     monitor costs two forward passes of every encoder, without gradients. By the passes alone a step
-    of training takes 5/3 of its time, and 1 + 2/(3k) with ``monitor_every=k``; measured on two
-    ResNet-18, with the regulation, are 1.68, 1.34 (k = 2) and 1.14 (k = 4). It runs in evaluation
-    mode and leaves batch norm's statistics, training flags and PyTorch's random state as they were.
+    of training takes 5/3 of its time, and 1 + 2/(3k) with ``monitor_every=k``; docs/speed.md has
+    what was measured. It runs in evaluation mode and leaves batch norm's statistics, training flags
+    and PyTorch's random state as they were.
 
     A step whose scores are not finite does not enter the history, a redundancy that is not finite
     does not enter the moving average; neither regulates anything.
 
-    Fidelity: from the formulas; `official` has golden numbers.
+    Formulas: `mmfuse.methods.redreg`. Tested against them; `official()` against numbers that the
+    authors' code computed.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
@@ -158,9 +159,9 @@ class RedReg(GradientMethod):
         `drop_inputs`). The gradient is that of the sum of the joint and the unimodal losses, which
         is yours to form: one backward pass of their sum.
 
-        Fidelity: golden numbers of the authors' code (xia-zhe/RedReg at b620a46), at thresholds of
-        0.15 and 0.8. Three modalities and more, and ``projection="encoder"``, are from the
-        formulas.
+        Tested against numbers that the authors' code computed (xia-zhe/RedReg at b620a46), at
+        thresholds of 0.15 and 0.8. Three modalities and more, and ``projection="encoder"``, are
+        from the formulas.
 
         Args:
             encoders: As in `RedReg`.

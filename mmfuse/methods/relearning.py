@@ -89,7 +89,7 @@ class ReLearning(EpochWindow):
     Keeps one copy of the encoders' parameters, as they are when it is made, in its `state_dict`.
     Purities are of classes; for another task give `reset` numbers of your own.
 
-    Fidelity: golden numbers of the authors' code.
+    Formulas: `mmfuse.methods.relearning`. Tested against numbers that the authors' code computed.
 
     Args:
         encoders: Name → module, or iterable of parameters, for M ≥ 2 modalities.
@@ -168,7 +168,7 @@ class ReLearning(EpochWindow):
         Its program trains 50 epochs by default, which do not reach the third reset; the script
         beside it trains 90. It finds encoders by the names audio_net and visual_net.
 
-        Fidelity: golden numbers of the authors' code
+        Tested against numbers that the authors' code computed
         (GeWu-Lab/Diagnosing_Relearning_ECCV2024 at 025085e).
 
         Args:

@@ -812,6 +812,11 @@ def test_a_method_that_does_not_act_on_gradients(tmp_path: Path, make: Any) -> N
         fit(tmp_path, AudioVisual(), Batches(), Balance(make, ENCODERS))
 
 
+def test_a_module_of_the_model_says_that_it_is_one(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"OPM is a module .*: self\.opm = mmfuse\.OPM\(\)"):
+        fit(tmp_path, AudioVisual(), Batches(), Balance(mmfuse.OPM, ENCODERS))
+
+
 @pytest.mark.parametrize("kind", TWO_GRADIENTS)
 def test_a_method_that_makes_the_backward_passes(tmp_path: Path, kind: str) -> None:
     with pytest.raises(TypeError, match=f"{kind} makes its two backward passes itself, but the"):

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from balancing import IN_FORWARD, KINDS, arguments, make, see
 from torch import nn
 
 import mmfuse
-from mmfuse.loop.contract import Source, fidelity
+from mmfuse.loop.contract import BY_NUMBERS, Source
 from mmfuse.methods import catalogue
 
 TWO = {"audio": nn.Linear(2, 2), "visual": nn.Linear(2, 2)}
@@ -126,20 +128,26 @@ def test_a_class_is_from_the_formulas_unless_golden_numbers_are_its_own(name: st
 @pytest.mark.parametrize("name", mmfuse.METHODS)
 def test_docstrings_say_what_they_are_held_to(name: str) -> None:
     made = mmfuse.METHODS[name]
-    assert f"Fidelity: {made.card.fidelity}" in prose(made)
+    said = prose(made)
+    assert said.count(f"Formulas: `{made.__module__}`. Tested against ") == 1
+    assert (f". T{BY_NUMBERS[1:]}" in said) == made.card.golden
+    assert ("Tested against them" in said) != made.card.golden
     if name not in RELEASED:
         return
+    proofs = {source.golden for source in made.card.official}
+    by_numbers = "; `official()` against numbers that the authors' code computed"
+    assert made.card.golden or (by_numbers in said) == (proofs == {True})
     said = prose(made.official)
-    assert said.count("Fidelity: ") == 1
+    assert said.count("Tested against ") == 1
     for source in made.card.official:
-        assert f"{source.fidelity} ({source.code})" in said
+        assert f"{source.fidelity.removeprefix('tested against ')} ({source.code})" in said
         assert source.release in said
 
 
 @pytest.mark.parametrize("made", [mmfuse.ogm_backward, mmfuse.sample_contributions])
 def test_functions_say_so_too(made: object) -> None:
     """Neither is in the catalogue, and of neither there are golden numbers."""
-    assert f"Fidelity: {fidelity(golden=False)}" in prose(made)
+    assert re.search(r"Formulas: `mmfuse\.methods\.\w+`\. Tested against them[;.]", prose(made))
 
 
 def prose(made: object) -> str:
@@ -214,3 +222,25 @@ def test_official_takes_the_keywords_of_the_class(name: str) -> None:
     assert (official.starts, official.ends) == (plain.starts, plain.ends)
     with pytest.raises(TypeError, match="magic"):
         made.official(*encoders, magic=1)
+
+
+@pytest.mark.parametrize("kind", IN_FORWARD)
+def test_a_card_says_if_a_module_scales_on_the_way_back_alone(kind: str) -> None:
+    torch.manual_seed(0)
+    head, labels = nn.Linear(12, 4), torch.arange(8) % 4
+    method = make(kind, TWO)
+    for _ in range(3):  # until it acts: some know nothing in their first step
+        features = {name: torch.randn(8, 6, requires_grad=True) for name in TWO}
+        out = method(**arguments(method, see(head, features, features, labels)))
+    card = mmfuse.METHODS[KINDS[kind].method].card
+    if card.acts == "loss":
+        assert not card.scales_back
+        return
+    given = features if card.acts == "feature" else mmfuse.unimodal_logits(head, features)
+    passed = getattr(out, "features" if card.acts == "feature" else "logits")
+    assert card.scales_back == all(torch.equal(passed[name], given[name]) for name in given)
+    sum(x.sum() for x in passed.values()).backward()
+    plain = torch.autograd.grad(sum(x.sum() for x in given.values()), list(features.values()))
+    assert any(not torch.equal(x.grad, g) for x, g in zip(features.values(), plain, strict=True)), (
+        "it acts"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from balancing import IN_FORWARD, KINDS, TWO_GRADIENTS, arguments, make, start
+from balancing import DROPPING, IN_FORWARD, KINDS, TWO_GRADIENTS, arguments, make, start
 from states import differences
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -241,3 +241,26 @@ def test_a_signature_has_the_masks(name: str) -> None:
     entry = entry or getattr(made, "step", None) or made.weights
     taken = signature(entry).parameters
     assert any(p == "more" or p.endswith("present") for p in taken), taken
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", DROPPING)
+def test_features_of_missing_inputs_pass_as_they_are(kind: str, training: bool) -> None:
+    """So the documents tell users to set them to zero for the head, also in an evaluation."""
+    names = ("m0", "m1")
+    method = make(kind, dict.fromkeys(names)).train(training)
+    masks = masks_of("30 %", 2, 0)
+    features = {name: torch.rand(ROWS, WIDTH) + 1 for name in names}
+    if kind == "OPM":
+        scored = {name: torch.randn(ROWS, CLASSES) for name in names}
+        for _ in range(2):  # it drops in its second step
+            out = method(features, scored, torch.zeros(ROWS).long(), present=masks)
+    else:
+        out = method(features, present=masks)
+    passed = []
+    for m, name in enumerate(names):
+        kept = out.keep[m] if training or kind != "OPM" else masks[name]
+        assert not kept[~masks[name]].any()
+        assert torch.equal(out.features[name][kept], features[name][kept])
+        passed.append(out.features[name][~masks[name]].abs().sum(1) > 0)
+    assert torch.cat(passed).any() if training else torch.cat(passed).all()

@@ -1,4 +1,4 @@
-"""The claims of docs/training.md about BalanceMM's three modalities, against its formulas."""
+"""The claims of docs/other_tasks.md about BalanceMM's three modalities, against its formulas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import mmfuse
 
 NAMES = ("audio", "visual", "text")
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "training.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "other_tasks.md"
 ROWS = 16
 
 

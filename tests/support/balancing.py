@@ -107,7 +107,7 @@ STATEFUL = [
 #: Those that look at the encoders' inputs, and pass them through the encoders once more.
 MONITORING = [kind for kind in STEPPING if "inputs" in NEEDS[kind].inputs]
 #: Those that can change an optimizer's update in place of the gradients.
-ON_UPDATES = [k for k in ON_GRADIENTS if NEEDS[k].second is None and NEEDS[k].squares is None]
+ON_UPDATES = [kind for kind in ON_GRADIENTS if NEEDS[kind].scales]
 
 
 #: Modules that keep numbers of each modality, in the order of the names that a step shows first.

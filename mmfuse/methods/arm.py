@@ -200,9 +200,8 @@ class ARM(EpochWindowModule):
                 self._remember(ordered)
             nmi, ncmi, scores = seen.means.split([count, count, count + 1])
             contributions = modality_contributions(nmi, ncmi, scores[:-1], scores[-1], here)
-            average = self._average()
+            average, known = self._average(), seen.count > 0
             weights, counts = self.rule.weights(contributions, average, here)
-            known = seen.count > 0
             if here is not None:
                 weights, counts = left_alone(weights, counts, here, known, average)
             elif self.rule.averages:  # a batch without a labelled row says nothing

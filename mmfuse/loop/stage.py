@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops._eager import Eager
-from ..ops.modulation_factors import Started, takes_tables
+from ..ops.modulation_factors import takes_tables
 from . import _in_turn, _surgery
 from .act import Second, act_on, carry_out, stats_of
 from .contract import Act, Clock, Decision, Tensors
@@ -84,8 +84,9 @@ def take_step(
     device = active.grads[0].device if active.grads else modalities.device
     second = method.anchors if unimodal is None else _second(active, unimodal)
     stats = table = None
-    if need.factors and active.device is not None and takes_tables(backend, device):
-        table = None if seen.paired or seen.kind != "scores" else active.table
+    if need.factors and active.table is not None and active.device is not None:
+        usual = not seen.paired and seen.kind == "scores"
+        table = active.table if usual and takes_tables(backend, device) else None
     if need.stats and acting and active.grads and table is None:
         stats = stats_of(active, second, grad_scale, backend)
     place = None if len(active.ids) == len(modalities.parameters) else tuple(active.ids)
@@ -95,10 +96,10 @@ def take_step(
         decision = rule.decide(state, seen, tensors, method._clock)
     else:
         decision = _idle(method, seen, tensors)
-    started = decision.started
-    if started is None:
-        started = Started(torch.ones((), dtype=torch.bool, device=device))
-    finite = started.finite
+    if decision.started is None:
+        finite, done = torch.ones((), dtype=torch.bool, device=device), None
+    else:
+        finite, done = decision.started
     noise = stream if isinstance(need.noise, str) else need.noise
     drawn = noise is stream and decision.act.noise_std is not None
     if drawn and group is not None:
@@ -117,7 +118,7 @@ def take_step(
             noise=noise,
             backend=backend,
             advance=alone,
-            done=started.done,
+            done=done,
         )
     else:
         squares = carry_out(

@@ -53,7 +53,7 @@ def scale(
 def add_noise(i: GradientInputs, noise_std: Tensor) -> None:
     """Adds noise_std[t] · N(0, 1); on a GPU all the noise comes from one call of the generator."""
     std = noise_std.to(i.dtype)
-    if i.device.type == "cpu":
+    if _one_by_one(i.device):
         for g, s in zip(i.grads, std.unbind(), strict=True):
             g.addcmul_(torch.randn_like(g), s)
         return
@@ -71,7 +71,7 @@ def add_noise(i: GradientInputs, noise_std: Tensor) -> None:
 
 def add_displacement(i: GradientInputs) -> None:
     """G + pull_m (w − w₀)."""
-    if i.device.type == "cpu":
+    if _one_by_one(i.device):
         pulls = i.pull.to(i.dtype).unbind()
         for g, p, anchor, pull in zip(i.grads, i.params, i.anchors, pulls, strict=True):
             g.addcmul_(p - anchor, pull)
@@ -84,14 +84,14 @@ def add_displacement(i: GradientInputs) -> None:
 
 def dots(i: GradientInputs, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Σ x y of tensors as they lie in memory, [T]."""
-    if i.device.type == "cpu":
+    if _one_by_one(i.device):
         return torch.stack([_dot(i, x, y) for x, y in zip(xs, ys, strict=True)])
     return torch.stack([p.sum(dtype=i.wide) for p in torch._foreach_mul(list(xs), list(ys))])
 
 
 def displacement_dots(i: GradientInputs) -> Tensor:
     """⟨g, w − w₀⟩, [T]."""
-    if i.device.type == "cpu":
+    if _one_by_one(i.device):
         rows = zip(i.flat_grads, i.flat_params, i.flat_anchors, strict=True)
         return torch.stack([_dot(i, p - anchor, g) for g, p, anchor in rows])
     products = torch._foreach_sub(i.params, i.anchors)
@@ -102,7 +102,7 @@ def displacement_dots(i: GradientInputs) -> Tensor:
 def pull_orthogonally(i: GradientInputs) -> None:
     """G + β (d − ⟨g, d⟩ / ‖g‖² g), where d = w − w₀."""
     beta = i.beta.to(i.dtype)
-    if i.device.type == "cpu":
+    if _one_by_one(i.device):
         norms = squares(i).unbind()
         rows = zip(i.flat_grads, i.flat_params, i.flat_anchors, norms, strict=True)
         for g, p, anchor, norm in rows:
@@ -115,6 +115,11 @@ def pull_orthogonally(i: GradientInputs) -> None:
     torch._foreach_mul_(i.grads, list(scale.to(i.dtype).unbind()))
     torch._foreach_mul_(displacement, beta)
     torch._foreach_add_(i.grads, displacement)
+
+
+def _one_by_one(device: torch.device) -> bool:
+    """True where a temporary of each tensor is faster than lists of all; not if launches cost."""
+    return device.type == "cpu"
 
 
 def _dot(i: GradientInputs, x: Tensor, y: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ BASELINES = ("official", "foreach", "compile")
 
 
 def of(provider: str, show: Callable[[Row], str]) -> Show:
-    """What a function shows of one provider's row."""
+    """The cell in which a function shows something of one provider's row."""
     return lambda rows: show(rows[provider]) if provider in rows else NO_NUMBER
 
 

@@ -139,11 +139,11 @@ _NOTES = """\
   tensors of a few elements each, in rows with warm caches: Python, checks and dispatch.
 - *busy p90*: the 90th percentile beside processes that keep all cores busy, over the quiet median.
   Two fair halves of the machine would be 2×. Not for training steps and what takes longer.
-- *replay*, *replay p80*: on a GPU, of the call recorded in a CUDA graph and replayed. Where there
-  is a bandwidth, with empty caches and when it is already in the device's queue: the device's own
-  time. Elsewhere in rows with warm caches, in which the device may wait for the host. *×foreach,
-  replay*: how many times faster than that provider's. A dash where a call cannot be recorded; the
-  reason is under *Not measured*.
+- *replay*, *replay p80*: on a GPU, of the call recorded in a CUDA graph and replayed. Rows with a
+  bandwidth have it with empty caches and when it is already in the device's queue: the device's
+  own time. The others are timed many in a row with warm caches, and the device may wait for the
+  host. *×foreach, replay*: how many times faster than that provider's. A dash where a call cannot
+  be recorded; the reason is under *Not measured*.
 - *GB/s*: the fewest bytes that the case must move, over the replay, or the median where there is
   none. *of copy*: its share of the
   bandwidth of a large `copy_`, bytes read plus bytes written: of one number for all rows, the 90th

@@ -20,7 +20,7 @@ from . import environment, report
 from .rows import Row, with_one_copy
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
-#: What differs from one run to the next of a folder; of the other facts nothing may.
+#: These differ from one run to the next of a folder; of the other facts none may.
 OF_A_RUN = ("command", "date", environment.LOAD)
 
 
@@ -36,10 +36,10 @@ class Facts:
     """All that numbers depend on, and what is not among them.
 
     Attributes:
-        environment: What all runs have in common; in folders from before `invocations`, with the
-            last run's command, date and load.
-        skipped: What was not measured, and why.
-        refused: What the gate has refused.
+        environment: Facts that all runs have in common; in folders from before `invocations`, with
+            the last run's command, date and load.
+        skipped: Measurements that were not made, and why.
+        refused: Providers that the gate has refused.
         invocations: Of each run the facts of `OF_A_RUN`.
     """
 

@@ -151,7 +151,7 @@ def test_the_digest_is_of_names_and_bytes(tmp_path: Path) -> None:
     assert len(seen) == 4 and all(len(found) == 12 for found in seen)
 
 
-# What may be in a commit's folder
+# The rows that may be in a commit's folder
 
 
 @pytest.mark.parametrize(

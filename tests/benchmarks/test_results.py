@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import picture
 import pytest
 import run
 import table_cells
@@ -137,11 +136,13 @@ def test_all_tables_and_readmes_picture_come_from_one_commit() -> None:
     assert {found[2] for text in texts for found in tables._TABLE.finditer(text)} == {
         *tables.TABLES
     }
+    picture = pytest.importorskip("picture")
     png = (tables.PICTURES / picture.NAME).read_bytes()
     assert f"Source\0{source}".encode() in png
 
 
 def test_the_picture_shows_what_was_measured() -> None:
+    picture = pytest.importorskip("picture")
     title = tables.WORKLOADS["training"].title
     made = [
         row(case, name, ms, title)

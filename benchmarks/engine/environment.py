@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import os
 import platform
@@ -17,11 +18,6 @@ import torch
 
 import mmfuse
 from mmfuse import _native
-
-# At the end, so that an installed mmfuse stays the one that is measured.
-sys.path.append(str(Path(__file__).resolve().parents[2]))
-
-from build_tools.sources import digest
 
 # The folder of the package that is measured, which need not be this checkout's.
 _ROOT = Path(mmfuse.__file__).resolve().parents[1]
@@ -111,6 +107,16 @@ def describe(device: torch.device) -> dict[str, str]:
         major, minor = torch.cuda.get_device_capability(device)
         lines["CUDA"] = f"{torch.version.cuda}, sm_{major}{minor}"
     return lines
+
+
+def digest(folder: Path) -> str:
+    """The digest of sources, by this checkout's build tools: the package may be an older one's."""
+    path = Path(__file__).resolve().parents[2] / "build_tools" / "sources.py"
+    spec = importlib.util.spec_from_file_location("build_tools_sources", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.digest(folder))
 
 
 def built_from() -> str | None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +152,25 @@ def test_the_digest_is_of_names_and_bytes(tmp_path: Path) -> None:
         seen.add(digest(folder))
         assert digest(folder) in seen
     assert len(seen) == 4 and all(len(found) == 12 for found in seen)
+
+
+def test_a_package_of_older_build_tools_is_measured_too(tmp_path: Path) -> None:
+    """As `make bench-compare` does, which puts a commit's checkout before all others."""
+    (tmp_path / "build_tools").mkdir()
+    (tmp_path / "build_tools" / "__init__.py").touch()
+    (tmp_path / "a").write_text("b")
+    program = "from pathlib import Path; from engine import environment as e; import build_tools;"
+    program += f"print(e.digest(Path({str(tmp_path)!r})), build_tools.__file__)"
+    paths = [tmp_path, tables.ROOT, tables.ROOT / "benchmarks"]
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.split() == [digest(tmp_path), str(tmp_path / "build_tools/__init__.py")]
 
 
 # The rows that may be in a commit's folder

@@ -164,6 +164,7 @@ def test_a_package_of_older_build_tools_is_measured_too(tmp_path: Path) -> None:
     paths = [tmp_path, tables.ROOT, tables.ROOT / "benchmarks"]
     found = subprocess.run(
         [sys.executable, "-c", program],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))},
         capture_output=True,
         text=True,

@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session.busy = options.busy
     if options.plan:
         session.samples = PLANS[options.plan].samples
-    if options.shrink == 1:
+    if not (options.quick or options.minutes is not None or options.shrink > 1):
         session.shown = tables.README.units
     again: set[str] = set()
 

@@ -39,8 +39,13 @@ def spread(found: Ratio | None) -> str:
     if found is None:
         return NO_NUMBER
     low, high = (show_ratio(end).rstrip("×") for end in (found.low, found.high))
+    return f"{value(found)} ({low}–{high})"
+
+
+def value(found: Ratio) -> str:
+    """The ratio, where it differs from 1 beyond the spread."""
     about = found.low <= 1 <= found.high
-    return f"{'about 1' if about else show_ratio(found.value)} ({low}–{high})"
+    return "about 1" if about else show_ratio(found.value)
 
 
 def of_plain(provider: str) -> Show:
@@ -107,7 +112,7 @@ def with_method(name: str) -> Show:
         if found is None:
             return NO_NUMBER
         reduced = f" ({rows[name].reduced})" if rows[name].reduced else ""
-        return f"{show_ratio(found.value)}{reduced}"
+        return f"{value(found)}{reduced}"
 
     return show
 

@@ -171,7 +171,7 @@ def interleaved(
                 )
                 spent[name] += time.perf_counter() - began
                 taken = len(samples[name])
-                fitting = math.ceil(share / spent[name] * taken)
+                fitting = math.ceil(share / max(spent[name], 1e-9) * taken)
                 done[name] = taken / max(fewest[name], min(most, fitting))
     finally:
         gc.enable()

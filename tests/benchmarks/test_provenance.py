@@ -241,3 +241,6 @@ def test_what_the_documents_show_has_ten_samples_however_long_they_take(
     assert run.main(words) == 0
     counts = {r["provider"]: int(r["samples"]) for r in read_csv(tmp_path)}
     assert counts == {"foreach": SHOWN_SAMPLES, "cpu": SHOWN_SAMPLES, "reference": 2}
+    # A run that has to be short stays short.
+    assert run.main([*words, "--minutes", "9", "--providers", "foreach", "cpu"]) == 0
+    assert {int(r["samples"]) for r in read_csv(tmp_path)} == {2}

@@ -217,6 +217,10 @@ def test_what_the_spread_contains_is_about_one() -> None:
     rows["cpu"] = dataclasses.replace(ours, p80_ms=0.98)
     assert table_cells.times("official")(rows) == "1.10× (1.02–1.33)"
     assert table_cells.times("foreach")(rows) == "—"
+    steps = {"plain": base, "OGM": dataclasses.replace(base, reduced=3)}
+    assert table_cells.with_method("OGM")(steps) == "about 1 (3)"
+    steps["OGM"] = dataclasses.replace(base, median_ms=2.2, p20_ms=2.0, reduced=0)
+    assert table_cells.with_method("OGM")(steps) == "2.00×"
 
 
 def test_memory_below_zero_keeps_its_sign() -> None:

@@ -39,7 +39,8 @@ from build_tools.finding import (
 )
 from build_tools.pythons import interpreters
 from build_tools.readme import for_index
-from build_tools.recipe import ROOT, Library, Recipe
+from build_tools.recipe import CSRC, ROOT, Library, Recipe
+from build_tools.sources import digest
 from build_tools.version import version
 
 # Setuptools' own folder is another one for each `pip install -e`, and ninja's must stay.
@@ -61,7 +62,7 @@ class Wheel(bdist_wheel):
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/, and notes the version, and why a backend was left out."""
+    """Compiles csrc/, and notes the version, the sources, and why a backend was left out."""
 
     def run(self) -> None:
         """Builds in place for `pip install -e`, into the wheel otherwise."""
@@ -80,7 +81,12 @@ class BuildKernels(build_ext):
             partial = folder / f"{name}.{os.getpid()}"
             shutil.copy2(path, partial)
             partial.replace(folder / name)
-        written = {"version": self.distribution.get_version(), "missing": notes}
+        written = {
+            "version": self.distribution.get_version(),
+            "missing": notes,
+            # The benchmark holds the sources against it.
+            "sources": digest(CSRC),
+        }
         (folder / "_build.json").write_text(json.dumps(written, indent=2) + "\n")
         for name, reason in notes.items():
             what = "the facts of the build" if name == "_C" else f"the {name} backend"

@@ -1,8 +1,8 @@
 """Names the faster CUDA backend of each op, from measured results: `python benchmarks/choose.py`.
 
 Looks at every results.csv under benchmarks/results that was measured on a GPU, or at the files that
-are named. Only cases count that are one op and its gradient. `TRITON_FIRST` in
-mmfuse/ops/_preference.py must be what the last line says.
+are named. Only cases count that are one op and its gradient, and no training steps.
+`TRITON_FIRST` in mmfuse/ops/_preference.py must be what the last line says.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def speed_of_triton(paths: Iterable[Path]) -> dict[str, float]:
     for (_, case, *_), providers in times.items():
         # A gradient's op is chosen together with its forward pass.
         ops = {op.removesuffix("_backward") for op in CASES[str(case)].ops}
-        if len(ops) == 1 and {"cuda", "triton"} <= set(providers):
+        # A training step is mostly the network's.
+        alone = len(ops) == 1 and CASES[str(case)].kind != "training"
+        if alone and {"cuda", "triton"} <= set(providers):
             ratio = providers["cuda"] / providers["triton"]
             logs.setdefault(ops.pop(), []).append(math.log(ratio))
     return {op: math.exp(sum(found) / len(found)) for op, found in sorted(logs.items())}

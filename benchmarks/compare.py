@@ -256,6 +256,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("cases", "workloads", "dtype", "providers"):
         words += [f"--{name}", *getattr(options, name)]
     found = changes(*take_turns(commits, options.runs, runner(words)))
+    if not found:
+        raise SystemExit(
+            "bench-compare: no measurement is in all runs, so that nothing was compared: --cases, "
+            "--workloads and --providers have to fit together"
+        )
     print("\n".join(table(found, commits)))
     return int(bool(got_slower(found)))
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.plot import LEGEND
-from engine.rows import Row
+from engine.rows import Row, ratio_of
+from engine.workloads import WORKLOADS
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -35,10 +36,13 @@ def times(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
     """
     found = {}
     for method, case in SHOWN.items():
-        of = {row.provider: row.of_plain for row in rows if row.case == case}
-        official, ours = of.get("official"), of.get("cpu")
-        if official is None or ours is None:
-            raise LookupError(f"the results have no {case} of both the released code and mmfuse")
+        unit = case, WORKLOADS["training"].title, "float32"
+        of = {row.provider: row for row in rows if (row.case, row.workload, row.dtype) == unit}
+        if not {"plain", "official", "cpu"} <= set(of):
+            raise LookupError(
+                f"the results have no {case} of a plain step, the released code and mmfuse"
+            )
+        official, ours = (ratio_of(of[name], of["plain"]).value for name in ("official", "cpu"))
         found[method] = (official, ours)
     return found
 

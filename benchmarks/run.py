@@ -1,4 +1,4 @@
-"""Benchmarks of mmfuse: `python benchmarks/run.py`, or with `--quick` for half a minute.
+"""Benchmarks of mmfuse: `python benchmarks/run.py`; `--quick --output FOLDER` takes half a minute.
 
 Every provider's result is compared with the reference before it is timed; on a GPU also that of its
 call recorded in a CUDA graph. One that is wrong is refused, and the run then ends with exit code 1.
@@ -7,7 +7,9 @@ Results are written after every measurement, to results/<machine>/<commit>/ wher
 `--minutes` limits the whole run: the main cases come first, every case gets fewer samples, and the
 report lists what there was no time for. `--plan` measures a list that is fixed, and `--shrink 4096`
 rehearses it in seconds on a CPU. A run that was stopped goes on with `--resume`, which passes over
-all that its folder has. `--report FOLDER` only writes tables and plots anew.
+all that its folder has, but for units that the documents show and that have too few samples. Runs
+that leave out providers or are short take `--output`: in a commit's folder they would replace whole
+measurements. `--report FOLDER` only writes tables and plots anew.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import tables
 import torch
 from cases import CASES, WORKLOADS
 from engine import environment, plan, providers, replay, results
-from engine.measure import BigCopy, Clock
+from engine.measure import SHOWN_SAMPLES, BigCopy, Clock
 from engine.rows import Row
 from engine.session import Session
 from engine.workloads import shrunk
@@ -79,7 +81,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         parser.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, help=what)
     parser.add_argument("--output", type=Path, help="folder; default: that of machine and commit")
-    parser.add_argument("--resume", action="store_true", help="pass over what the folder has")
+    parser.add_argument(
+        "--resume", action="store_true", help="pass over what the folder has, with enough samples"
+    )
     parser.add_argument("--report", type=Path, help="measure nothing, write this folder's anew")
     options = parser.parse_args(argv)
     options.device = options.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +91,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in options.providers or []:
         if name not in known:
             parser.error(f"on {options.device.type} the providers are {', '.join(known)}")
+    options.partial = why_partial(options, known)
     if options.plan and (options.quick or options.cases or options.workloads or options.dtype):
         parser.error("--plan names the cases, workloads and dtypes; leave them and --quick out")
     if options.shrink < 1:
@@ -134,12 +139,28 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def why_partial(options: argparse.Namespace, known: Sequence[str]) -> str | None:
+    """The option that makes a run's units less than whole ones, if there is one."""
+    if options.providers and {*known} - {*options.providers}:
+        return "--providers"
+    named = ("quick", "minutes") if options.plan is None else ("minutes",)
+    given = [name for name in named if getattr(options, name)]
+    given += ["shrink"] if options.shrink > 1 else []
+    return f"--{given[0]}" if given else None
+
+
+def has_enough(rows: Sequence[Row], key: plan.Key) -> bool:
+    """True if a unit's rows are no reason to measure it anew."""
+    few = [r for r in rows if r.samples < SHOWN_SAMPLES and r.provider != providers.REFERENCE]
+    return not (key in tables.README.units and few)
+
+
 def measure_all(
     session: Session, options: argparse.Namespace, old: Sequence[Row] = ()
-) -> Iterator[None]:
-    """Measures what there is time for, and what `old` has not; yields after each measurement."""
+) -> Iterator[plan.Unit]:
+    """Measures what there is time for, and what `old` has not; yields each measurement's unit."""
     if options.plan:
-        units = plan.planned(PLANS[options.plan], options.shrink)
+        units = plan.planned(PLANS[options.plan], options.shrink, options.select)
     else:
         units = plan.units(
             [CASES[name] for name in options.cases],
@@ -150,8 +171,10 @@ def measure_all(
             once=options.once,
         )
     session.skipped += options.left_out
-    there = {results.unit_of(row) for row in old}
-    units = [unit for unit in units if unit.labels not in there]
+    there: dict[tuple[str, str, str], list[Row]] = {}
+    for row in old:
+        there.setdefault(results.unit_of(row), []).append(row)
+    units = [u for u in units if u.labels not in there or not has_enough(there[u.labels], u.key)]
     began = time.monotonic()
     for number, (unit, seconds) in enumerate(
         plan.share(units, options.seconds, options.minutes), start=1
@@ -163,7 +186,7 @@ def measure_all(
         gc.collect()
         took = "{}:{:02d}".format(*divmod(int(time.monotonic() - began), 60))
         session.console.print(f"[dim]{number} of {len(units)} measurements, {took} minutes[/]")
-        yield
+        yield unit
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -173,6 +196,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         results.write(options.report, *results.load(options.report), plots=True)
         return 0
     # Before anything is measured: a tree that is not clean has no folder.
+    if options.output is None and options.partial is not None:
+        raise results.DirtyTree(
+            f"{options.partial} makes less than whole measurements, which would replace those of "
+            "the commit's folder: name a folder with --output"
+        )
     output = options.output or results.folder_of_commit(options.device)
     fresh = options.output and not options.resume
     old_rows, old = ([], results.Facts()) if fresh else results.load(output)
@@ -184,8 +212,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts["TF32 in training steps"] = "yes" if options.tf32 else "no"
     for key, value in facts.items():
         console.print(f"[bold]{key}[/]: {escape(value)}", highlight=False, soft_wrap=True)
-    if "command" in old.environment and old.environment["command"] != facts["command"]:
-        facts["command"] = f"{old.environment['command']}; {facts['command']}"
+    results.check_same(output, old, facts)
+    this_run = {key: facts.pop(key) for key in results.OF_A_RUN if key in facts}
     bystanders = environment.Bystanders()
     clock = Clock(options.device, options.shrink)
     copy = BigCopy(options.device, options.shrink)
@@ -194,20 +222,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     session.busy = options.busy
     if options.plan:
         session.samples = PLANS[options.plan].samples
+    if not (options.quick or options.minutes is not None or options.shrink > 1):
+        session.shown = tables.README.units
+    again: set[str] = set()
 
     def write(*, plots: bool = False) -> float | None:
         share = bystanders.share()
         if share is not None:
-            facts["CPU taken by others"] = f"{share:.0%}"
+            this_run[environment.LOAD] = f"{share:.0%}"
         lists = [
-            list(dict.fromkeys([*before, *now]))
+            results.merged_lines(before, now, again)
             for before, now in ((old.skipped, session.skipped), (old.refused, session.refused))
         ]
-        found = results.Facts(facts, *lists)
+        found = results.Facts(facts, *lists, [*old.invocations, this_run])
         results.write(output, results.merged(old_rows, session.rows), found, plots=plots)
         return share
 
-    for _ in measure_all(session, options, old_rows if options.resume else ()):
+    for unit in measure_all(session, options, old_rows if options.resume else ()):
+        again |= {str(unit), unit.workload.name}
         # A run that is cut short leaves its results.
         write()
     share = write(plots=options.plots)

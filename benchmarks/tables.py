@@ -10,19 +10,19 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import picture
+import table_cells
 from cases import CASES, WORKLOADS
 from cases.adapters import LOOPS
 from cases.overhead import SETUPS
 from engine import results
 from engine.measure import MAX_SAMPLES
 from engine.plan import Plan
-from engine.report import NO_NUMBER, show_ratio, show_time
-from engine.rows import Row
+from engine.report import NO_NUMBER
+from engine.rows import Row, with_one_copy
 from engine.training_case import TrainingCase
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,7 +31,6 @@ PICTURES = ROOT / "docs" / "images"
 _TABLE = re.compile(r"(<!-- table (\w+): (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 Unit = tuple[str, str, str]
-Rows = Mapping[str, Row]  # by the provider, of one measurement
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ class Table:
     """
 
     lines: Sequence[Line]
-    columns: Mapping[str, Callable[[Rows], str]]
+    columns: Mapping[str, table_cells.Show]
 
-    def markdown(self, rows: Sequence[Row]) -> list[str]:
+    def markdown(self, rows: Sequence[Row], facts: results.Facts) -> list[str]:
         """Head and rows; without columns that the results know nothing of.
 
         Raises:
@@ -88,15 +87,15 @@ class Table:
                     continue
                 raise
             shown.append((line.text, [show(found) for show in self.columns.values()]))
-        cells = [row for _, row in shown]
-        known = [i for i in range(len(self.columns)) if any(row[i] != NO_NUMBER for row in cells)]
+        made = [row for _, row in shown]
+        known = [i for i in range(len(self.columns)) if any(row[i] != NO_NUMBER for row in made)]
         heads = [head for i, head in enumerate(self.columns) if i in known]
         out = ["| | " + " | ".join(heads) + " |", "|---" + "|--:" * len(heads) + "|"]
         out += [f"| {text} | " + " | ".join(row[i] for i in known) + " |" for text, row in shown]
         return out
 
 
-def rows_of(rows: Sequence[Row], unit: Unit) -> Rows:
+def rows_of(rows: Sequence[Row], unit: Unit) -> table_cells.Rows:
     """Provider → row.
 
     Raises:
@@ -110,57 +109,59 @@ def rows_of(rows: Sequence[Row], unit: Unit) -> Rows:
     return found
 
 
-def _of(provider: str, show: Callable[[Row], str]) -> Callable[[Rows], str]:
-    return lambda rows: show(rows[provider]) if provider in rows else NO_NUMBER
+@dataclass(frozen=True)
+class Losses:
+    """Every measurement in which mmfuse is slower than one of the others, as the results have it.
+
+    Attributes:
+        below: The ratio of medians below which it is.
+    """
+
+    below: float = 0.98
+    lines: Sequence[Line] = ()
+
+    def markdown(self, rows: Sequence[Row], facts: results.Facts) -> list[str]:
+        """Head and rows, by the results' order."""
+        units: dict[Unit, dict[str, Row]] = {}
+        for row in rows:
+            units.setdefault(results.unit_of(row), {})[row.provider] = row
+        heads = list(table_cells.LOSSES)
+        out = ["| | " + " | ".join(heads) + " |", "|---" + "|--:" * len(heads) + "|"]
+        for (_, workload, dtype), found in units.items():
+            ratios = [table_cells.ratio(found, base) for base in table_cells.BASELINES]
+            if all(ratio is None or ratio.value >= self.below for ratio in ratios):
+                continue
+            text = f"{found[table_cells.OURS].title}: {re.sub(r' [(].*?[)]', '', workload)}"
+            text += "" if dtype == "float32" else f", {dtype}"
+            shown = [text, *(show(found) for show in table_cells.LOSSES.values())]
+            out.append(f"| {' | '.join(shown)} |")
+        return out
 
 
-def _share(row: Row) -> str:
-    return NO_NUMBER if row.copy_share is None else f"{row.copy_share:.0%}".replace("%", " %")
+class Conditions:
+    """A sentence on threads and load."""
+
+    lines: Sequence[Line] = ()
+
+    def markdown(self, rows: Sequence[Row], facts: results.Facts) -> list[str]:
+        """One paragraph."""
+        cores = facts.environment["CPU"].rpartition(", ")[2]
+        load = (results.largest_load(facts) or "an unknown share").replace("%", " %")
+        text = f"The run had {facts.environment['threads']} threads on {cores}. "
+        if facts.invocations:
+            return [
+                text + f"Other processes took {load} of the CPU in the busiest of its commands."
+            ]
+        return [
+            text + f"Other processes took {load} of the CPU in the last of its commands; of the "
+            "others the results do not say it."
+        ]
 
 
-def _host(row: Row) -> str:
-    return NO_NUMBER if row.host_us is None else show_time(row.host_us / 1e3)
-
-
-def _mib(row: Row, less: float | None = 0.0) -> str:
-    if row.extra_mib is None or less is None:
-        return NO_NUMBER
-    mib = row.extra_mib - less
-    return f"{mib:.{1 if 0.05 <= abs(mib) < 10 else 0}f}".replace("-0", "0")
-
-
-def _over_plain(provider: str) -> Callable[[Rows], str]:
-    return lambda rows: _of(provider, lambda r: _mib(r, rows["plain"].extra_mib))(rows)
-
-
-def _memory(rows: Rows) -> str:
-    return " / ".join(_of(provider, _mib)(rows) for provider in ("official", "foreach", "cpu"))
-
-
-_SPEED = {
-    "× official": _of("cpu", lambda r: show_ratio(r.vs_official)),
-    "× foreach": _of("cpu", lambda r: show_ratio(r.vs_foreach)),
-    "of copy": _of("cpu", _share),
-    "host": _of("cpu", _host),
-    "busy p90: foreach": _of("foreach", lambda r: show_ratio(r.busy_p90)),
-    "busy p90": _of("cpu", lambda r: show_ratio(r.busy_p90)),
-    "MiB: official / foreach / mmfuse": _memory,
-}
-_STEPS = {
-    "× official": _of("cpu", lambda r: show_ratio(r.vs_official)),
-    "of plain: official": _of("official", lambda r: show_ratio(r.of_plain)),
-    "of plain": _of("cpu", lambda r: show_ratio(r.of_plain)),
-    "more MiB: official": _over_plain("official"),  # than a plain step
-    "more MiB": _over_plain("cpu"),
-}
-
-
-def _own(row: Row) -> str:
-    return NO_NUMBER if row.own_us is None else show_time(row.own_us / 1e3)
-
-
-def _median(row: Row) -> str:
-    return show_time(row.median_ms)
+def _setup(setup: str) -> str:
+    """A setup's name in the documents; of FSDP2 only a part of what it sends is counted."""
+    title = WORKLOADS[setup].title.partition(":")[0]
+    return f"{title} (`all_reduce` alone)" if setup == "fsdp2" else title
 
 
 def _steps() -> list[Line]:
@@ -169,26 +170,7 @@ def _steps() -> list[Line]:
     return [Line(case.title.split(":")[0], case.name, "training", optional=True) for case in made]
 
 
-def _with_method(name: str) -> Callable[[Rows], str]:
-    def show(rows: Rows) -> str:
-        row = rows.get(name)
-        if row is None:
-            return NO_NUMBER
-        reduced = f" ({row.reduced})" if row.reduced else ""
-        return f"{show_ratio(row.of_plain)}{reduced}"
-
-    return show
-
-
-_BOTH = {
-    "kernels × official": _of("kernels: cpu", lambda r: show_ratio(r.vs_official)),
-    "step × official": _of("cpu", lambda r: show_ratio(r.vs_official)),
-    "step of plain: official": _of("official", lambda r: show_ratio(r.of_plain)),
-    "step of plain: mmfuse": _of("cpu", lambda r: show_ratio(r.of_plain)),
-    "more MiB: official": _over_plain("official"),
-    "mmfuse": _over_plain("cpu"),
-}
-TABLES = {
+TABLES: dict[str, Table | Losses | Conditions] = {
     "readme": Table(
         (
             Line("OGM", "ogm_training", "training", kernels="update_scale"),
@@ -197,7 +179,7 @@ TABLES = {
             Line("RedReg", "redreg_training", "training", kernels="redreg"),
             Line("MMPareto", "mmpareto_training", "training"),
         ),
-        _BOTH,
+        table_cells.BOTH,
     ),
     "speed": Table(
         (
@@ -218,37 +200,44 @@ TABLES = {
             Line("`mutual_information`, 10⁷ pairs, 30 bins", "mutual_information", "pairs_10m"),
             Line("of 256 samples at once", "sample_information", "samples"),
             Line("`info_nce`, forward and backward, 8192 × 512", "info_nce", "contrast_8192"),
-        ),
-        _SPEED,
-    ),
-    "slow": Table(
-        (
+            Line("soft mutual information, 32,768 pairs", "soft_information", "pairs_32k"),
             Line("OGM on two ViT-B/16", "update_scale", "vit_b16"),
             Line("OGM on 1,000 tensors of 1,000 elements", "update_scale", "thousand"),
             Line("OGM-GE on these", "ogm_ge", "thousand"),
             Line("`scale_grad`, 64 × 512", "scale_grad", "feature"),
             Line("`drop_modalities`, 64 × 512", "drop_modalities", "feature"),
-            Line("soft mutual information, 32,768 pairs", "soft_information", "pairs_32k"),
         ),
-        _SPEED,
+        table_cells.SPEED,
     ),
-    "training": Table(_steps(), _STEPS),
+    "slow": Losses(),
+    "conditions": Conditions(),
+    "training": Table(_steps(), table_cells.STEPS),
     "monitor": Table(
         [
             Line(f"in {case.title.rpartition(' ')[2]} of four steps", case.name, "training")
             for case in CASES.values()
             if case.name.startswith("redreg_monitor")
         ],
-        {"of training without RedReg": _of("cpu", lambda r: show_ratio(r.of_plain))},
+        {
+            "of training without RedReg": table_cells.of_plain(table_cells.OURS),
+            "n": table_cells.samples("plain", table_cells.OURS),
+        },
     ),
     "overhead": Table(
-        [Line(WORKLOADS[setup].title.partition(":")[0], "overhead", setup) for setup in SETUPS],
-        {name: _with_method(name) for name in CASES["overhead"].steps()},
+        [Line(_setup(setup), "overhead", setup) for setup in SETUPS],
+        {
+            **{name: table_cells.with_method(name) for name in CASES["overhead"].steps()},
+            "n": table_cells.samples("plain", *CASES["overhead"].steps()),
+        },
     ),
 }
 TABLES["adapters"] = Table(
     [Line(name.capitalize(), "adapters", f"{name}_loop") for name in LOOPS if name != "torch"],
-    {"the adapter's own time": _of("OGM-GE", _own), "of a step of": _of("OGM-GE", _median)},
+    {
+        "the adapter's own time": table_cells.of("OGM-GE", table_cells.own),
+        "of a step of": table_cells.of("OGM-GE", table_cells.median),
+        "n": table_cells.samples("OGM-GE"),
+    },
 )
 #: The measurements of all tables.
 README = Plan(
@@ -256,7 +245,7 @@ README = Plan(
     tuple(
         dict.fromkeys(u for table in TABLES.values() for line in table.lines for u in line.units)
     ),
-    without=("compile", "reference"),
+    without=("reference",),
     samples=MAX_SAMPLES,
     plots=True,
 )
@@ -264,14 +253,15 @@ README = Plan(
 
 def rewritten(text: str, folder: str | None = None) -> str:
     """A document with its tables anew: of another folder, or of those that it names."""
-    loaded: dict[str, list[Row]] = {}
+    loaded: dict[str, tuple[list[Row], results.Facts]] = {}
 
     def replace(found: re.Match[str]) -> str:
         begin, name, named, end = found.groups()
         source = folder or named
         if source not in loaded:
-            loaded[source] = results.read_rows(ROOT / source / "results.csv")
-        lines = TABLES[name].markdown(loaded[source])
+            rows, facts = results.load(ROOT / source)
+            loaded[source] = with_one_copy(rows), facts
+        lines = TABLES[name].markdown(*loaded[source])
         begin = begin.replace(named, source)
         return begin + "\n".join(["", *lines, ""]) + "\n" + end
 
@@ -292,6 +282,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in DOCUMENTS:
         path = ROOT / name
         path.write_text(rewritten(path.read_text(), folder))
+    # A machine with a GPU may not have what draws, and needs this module for its plan.
+    import picture
+
     picture.write(results.read_rows(ROOT / folder / "results.csv"), folder, PICTURES)
     return 0
 

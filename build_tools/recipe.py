@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .cuda import architectures, gencode_flags
 from .finding import first_line, is_portable, torch_version, words
-from .sources import CSRC, digest
+from .sources import CSRC, library_digest
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCH_TARGET_VERSION = "0x020b000000000000"  # 2.11: nothing newer of the stable ABI is used
@@ -123,7 +123,7 @@ class Recipe:
         headers = [target, f"-I{CSRC}", f"-isystem{self.torch / 'include'}", *options]
         command = [*self.compiler, *self._flags(), *self._elsewhere(), *headers]
         # The facts alone know the sources: a change of one compiles no other.
-        stamped = [*command, f'-DMMFUSE_SOURCES="{digest(name)}"']
+        stamped = [*command, f'-DMMFUSE_SOURCES="{library_digest(name)}"']
         facts = self._compile(name, stamped, [CSRC / "facts" / f"{name}.cpp"])
         compile_ = [*kernels, *self._compile(name, command, sources), *facts]
         link = [f"-L{self.torch / 'lib'}", "-ltorch_cpu", "-lc10", *link]

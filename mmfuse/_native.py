@@ -61,7 +61,7 @@ def _why_stale(backend: str) -> str | None:
         return None
     sources = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sources)
-    if not sources.CSRC.is_dir() or sources.digest(backend) == built:
+    if not sources.CSRC.is_dir() or sources.library_digest(backend) == built:
         return None
     return (
         f"it was built from other sources than those in {sources.CSRC}: run `pip install -e .` "

@@ -66,6 +66,12 @@ class Drop(Case):
     noisy = True
     make = staticmethod(DropInputs)
 
+    def floor_bytes(self, inputs: DropInputs) -> int:
+        """Dropped rows are written, and need no read: of a pass's bytes a read is half."""
+        rows = zip(inputs.features, PROBABILITIES, strict=True)
+        moved = sum(feature.nbytes * (2 - q) for feature, q in rows)
+        return round(self.passes / 2 * moved)
+
     def check(self, provider: str, i: DropInputs, result: Sequence[Tensor]) -> None:
         """Compares who lost a modality, what is left, and the gradients if there are any."""
         count = len(i.features)

@@ -73,9 +73,7 @@ class Products(Case):
         return dots, squares
 
     def foreach(self, i: GradientInputs) -> tuple[Tensor, Tensor]:
-        products = torch._foreach_sub(i.params, i.anchors)
-        torch._foreach_mul_(products, i.grads)
-        return torch.stack([p.sum(dtype=i.wide) for p in products]), eager.squares(i)
+        return eager.displacement_dots(i), eager.squares(i)
 
     def compile(self, i: GradientInputs) -> tuple[Tensor, Tensor]:
         rows = zip(i.flat_grads, i.flat_params, i.flat_anchors, strict=True)

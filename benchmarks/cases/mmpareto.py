@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from engine import sequences
+from engine import eager, sequences
 from engine.case import Case, register
 from engine.gate import UPDATE_TOLERANCE, check_windows
-from engine.gradients import GradientInputs, taken_anew
+from engine.gradients import GradientInputs, in_memory, taken_anew
 from engine.networks import AudioVisual, ThreeHeads
 from engine.training import TrainingInputs
 from engine.training_case import TrainingCase, own_heads_step
@@ -55,7 +55,11 @@ class TwoGradients(GradientInputs):
 
     def __init__(self, workload: Workload, dtype: torch.dtype, device: torch.device, **k: Any):
         super().__init__(workload, dtype, device, **k)
-        self.unimodal = [torch.empty_like(g).normal_(0, 5e-4).sub_(g) for g in self.pristine]
+        self.unimodal = [
+            torch.empty_like(g).normal_(0, 5e-4, generator=self._generator).sub_(g)
+            for g in self.pristine
+        ]
+        self.flat_unimodal = [in_memory(g) for g in self.unimodal]
 
     @torch.no_grad()
     def restore(self, *, replaced: bool = False) -> None:
@@ -103,12 +107,10 @@ class Combination(Case):
                 sequences.mmpareto.combine(p, joint[str(n)], unimodal[str(n)], weights)
 
     def foreach(self, i: TwoGradients) -> None:
-        def product(x: list[Tensor], y: list[Tensor]) -> Tensor:
-            return torch.stack([p.sum(dtype=i.wide) for p in torch._foreach_mul(x, y)])
-
         # The sums nearly cancel: `_foreach_norm` is off by 6e-5 in float32, and slow in float64.
-        between = product(i.grads, i.unimodal)
-        n1, n2 = product(i.grads, i.grads), product(i.unimodal, i.unimodal)
+        joint_grads, unimodal = i.flat_grads, i.flat_unimodal
+        between = eager.dots(i, joint_grads, unimodal)
+        n1, n2 = (eager.dots(i, x, x) for x in (joint_grads, unimodal))
         sums = torch.zeros_like(i.coefficients)
         joint, both, other = (sums.index_add(0, i.modality_index, x) for x in (n1, between, n2))
         inner = (other - both) / (joint + other - 2 * both)

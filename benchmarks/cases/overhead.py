@@ -37,7 +37,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 }
 # So small that the scores, and with them what the methods decide, stay as they are.
 _RATE = 1e-6
-_STARTS, _FEWEST_ROUNDS = 2, 3
+_STARTS, _FEWEST_ROUNDS = 2, 5
 
 Timed = dict[str, list[float]]
 

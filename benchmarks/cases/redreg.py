@@ -66,13 +66,7 @@ class OrthogonalPull(Case):
             sequences.redreg.pull(p, part, BETA)
 
     def foreach(self, i: GradientInputs) -> None:
-        displacement = torch._foreach_sub(i.params, i.anchors)
-        products = torch._foreach_mul(displacement, i.grads)
-        dots = torch.stack([p.sum(dtype=i.wide) for p in products])
-        scale = 1 - i.beta * dots / (eager.squares(i) + 1e-12)
-        torch._foreach_mul_(i.grads, list(scale.to(i.dtype).unbind()))
-        torch._foreach_mul_(displacement, i.beta)
-        torch._foreach_add_(i.grads, displacement)
+        eager.pull_orthogonally(i)
 
     def compile(self, i: GradientInputs) -> None:
         for row in zip(i.flat_grads, i.flat_params, i.flat_anchors, strict=True):

@@ -29,7 +29,9 @@ class RedundancyInputs(DecisionInputs):
         self.scores = torch.linspace(0.6, 0.3, count, device=device)
         self.redundancy = torch.linspace(0.4, 0.5, count, device=device, dtype=torch.float64)
         self.gate = torch.ones((), device=device)
-        history = torch.rand(count, WINDOW + 1, dtype=torch.float64, device=device)
+        history = torch.rand(
+            count, WINDOW + 1, dtype=torch.float64, device=device, generator=self._generator
+        )
         ones = [torch.ones(count, dtype=torch.float64, device=device) for _ in range(3)]
         self.state = RedundancyState(history, self.steps + WINDOW, *ones)
         numbers = torch.arange(1, tensors + 1, device=device)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
+import json
 import os
 import platform
 import re
@@ -19,6 +21,9 @@ from mmfuse import _native
 
 # The folder of the package that is measured, which need not be this checkout's.
 _ROOT = Path(mmfuse.__file__).resolve().parents[1]
+#: The fact that says how much of the CPU other processes took.
+LOAD = "CPU taken by others"
+SAME_SOURCES = "the checkout's sources"
 
 
 def machine_model(device: torch.device) -> str:
@@ -96,11 +101,36 @@ def describe(device: torch.device) -> dict[str, str]:
         lines["compiled library"] = "none"
     else:
         lines["compiled library"] = f"{info['compiler']} {info['flags']}"
+        lines["library built from"] = str(built_from())
         lines["SIMD level"] = f"{info['simd']} of {', '.join(info['simd_built'])}"
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         lines["CUDA"] = f"{torch.version.cuda}, sm_{major}{minor}"
     return lines
+
+
+def digest(folder: Path) -> str:
+    """The digest of sources, by this checkout's build tools: the package may be an older one's."""
+    path = Path(__file__).resolve().parents[2] / "build_tools" / "sources.py"
+    spec = importlib.util.spec_from_file_location("build_tools_sources", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return str(module.digest(folder))
+
+
+def built_from() -> str | None:
+    """The sources that the compiled library was built from, in a few words; None without one."""
+    if _native.build_info() is None:
+        return None
+    try:
+        notes = json.loads((_ROOT / "mmfuse" / "_build.json").read_text(encoding="utf-8"))
+        found = notes["sources"]
+    except (OSError, ValueError, KeyError):
+        return "sources that it does not name"
+    if (_ROOT / "csrc").is_dir() and digest(_ROOT / "csrc") == found:
+        return SAME_SOURCES
+    return f"other sources ({found})"
 
 
 def commit() -> str | None:

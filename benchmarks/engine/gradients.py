@@ -20,8 +20,8 @@ COEFFICIENTS = (0.75, 0.875)
 PULL = 0.0625
 BETA = 0.25
 _EXACT_PIECE = 2**24
-# Elements over which a float32 norm on the CPU is still right to four digits.
-_NORM_PIECE = 2**22
+#: Elements over which a float32 norm on the CPU is still right to four digits.
+NORM_PIECE = 2**22
 
 
 def in_format(tensor: Tensor, channels_last: bool) -> Tensor:
@@ -83,7 +83,7 @@ class GradientInputs(Inputs):
         self.flat_grads, self.flat_params, self.flat_anchors = (
             [in_memory(t) for t in row] for row in (self.grads, self.params, self.anchors)
         )
-        cut = [(t, piece) for t, g in enumerate(self.flat_grads) for piece in g.split(_NORM_PIECE)]
+        cut = [(t, piece) for t, g in enumerate(self.flat_grads) for piece in g.split(NORM_PIECE)]
         self.pieces = [piece for _, piece in cut]
         self.piece_owner = torch.tensor([t for t, _ in cut], device=device)
         self.nbytes = sum(g.nbytes for g in self.pristine)
@@ -91,7 +91,8 @@ class GradientInputs(Inputs):
 
         self.wide = wide_of(dtype)
         self.modality_index = torch.tensor(self.modality, device=device)
-        self.numel = torch.tensor([g.numel() for g in self.grads], dtype=self.wide, device=device)
+        self.sizes = torch.tensor([g.numel() for g in self.grads], device=device)
+        self.numel = self.sizes.to(self.wide)
         self.coefficients = torch.tensor(
             COEFFICIENTS[: len(encoders)], dtype=self.wide, device=device
         )

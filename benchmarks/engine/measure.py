@@ -16,6 +16,8 @@ import torch
 Call = Callable[[], Any]
 
 MIN_SAMPLES = 3
+#: Of what the documents show: of fewer, p20 and p80 are hardly more than the extremes.
+SHOWN_SAMPLES = 10
 MAX_SAMPLES = 200
 _ROW_SECONDS = 1e-3
 COPY_ELEMENTS = {"cpu": 2**26, "cuda": 2**28}
@@ -116,9 +118,12 @@ def interleaved(
     cold: bool,
     in_rows: bool = False,
     most: int = MAX_SAMPLES,
-    least: int | None = None,
+    least: Mapping[str, int] | None = None,
 ) -> dict[str, list[Sample]]:
     """Samples of all calls in turns, so that a slow spell of the machine hits all of them.
+
+    A slow call's few samples are spread over the whole time, as a quick one's many are: medians
+    over all samples can then be compared.
 
     Args:
         providers: Name → what to time.
@@ -128,7 +133,7 @@ def interleaved(
         in_rows: True to time rows of calls that take about a millisecond together. A short call
             on its own mostly shows what the provider before it has left in the caches.
         most: Samples of each call.
-        least: Samples of each call, however long they take; default: `MIN_SAMPLES`.
+        least: Samples of each call, however long they take; `MIN_SAMPLES` of one without.
     """
     samples: dict[str, list[Sample]] = {name: [] for name in providers}
     repeats, leads = dict.fromkeys(providers, 1), dict.fromkeys(providers, 0.0)
@@ -148,27 +153,26 @@ def interleaved(
             leads[name] = 2 * min(sample.host for sample in warm)
     spent = dict.fromkeys(providers, 0.0)
     share = seconds / max(1, len(providers))
-    active = list(providers)
-    fewest = MIN_SAMPLES if least is None else least
+    done = dict.fromkeys(providers, 0.0)
+    fewest = {name: (least or {}).get(name, MIN_SAMPLES) for name in providers}
     order = random.Random(0)
     gc.collect()
     gc.disable()
     try:
-        while active:
-            for name in active:
+        while done and min(done.values()) < 1:
+            due = [name for name in done if done[name] == min(done.values())]
+            # No call always runs after the same neighbour.
+            order.shuffle(due)
+            for name in due:
                 began = time.perf_counter()
                 providers[name].restore()
                 samples[name].append(
                     clock(providers[name].call, cold=cold, repeats=repeats[name], lead=leads[name])
                 )
                 spent[name] += time.perf_counter() - began
-            active = [
-                n
-                for n in active
-                if len(samples[n]) < fewest or (spent[n] < share and len(samples[n]) < most)
-            ]
-            # No call always runs after the same neighbour.
-            order.shuffle(active)
+                taken = len(samples[name])
+                fitting = math.ceil(share / max(spent[name], 1e-9) * taken)
+                done[name] = taken / max(fewest[name], min(most, fitting))
     finally:
         gc.enable()
     return samples

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from .case import CASES, Case
 from .workloads import WORKLOADS, Workload, shrunk
+
+#: Case, workload and dtype by the names of the command line.
+Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Plan:
     """
 
     about: str
-    units: tuple[tuple[str, str, str], ...]
+    units: tuple[Key, ...]
     without: tuple[str, ...]
     samples: int
     plots: bool = False
@@ -82,6 +85,11 @@ class Unit:
         return f"{self.case.name} on {self.workload.name}, {self.labels[2]}"
 
     @property
+    def key(self) -> Key:
+        """Case, workload and dtype by the names of the command line."""
+        return self.case.name, self.workload.name, self.labels[2]
+
+    @property
     def labels(self) -> tuple[str, str, str]:
         """Case, workload and dtype as the rows have them."""
         return self.case.name, self.workload.title, str(self.dtype).removeprefix("torch.")
@@ -106,14 +114,14 @@ def units(
     if main_first:
         workloads = sorted(workloads, key=lambda workload: not workload.gpu)
     found = [
-        Unit(case, workload, dtype)
+        Unit(case, selected(case, workload, select), dtype)
         for workload in workloads
         for dtype in dtypes
         for case in cases
         if case.fits(workload, select) and case.takes(dtype)
     ]
     first = {unit.case.name: unit.workload for unit in reversed(found)}
-    found = [u for u in found if u.dtype not in once or u.workload is first[u.case.name]]
+    found = [u for u in found if u.dtype not in once or u.workload == first[u.case.name]]
     if not main_first:
         return found
     turns: Counter[str] = Counter()
@@ -125,12 +133,25 @@ def units(
     return [found[n] for n in order]
 
 
-def planned(plan: Plan, shrink: int = 1) -> list[Unit]:
+def planned(plan: Plan, shrink: int = 1, select: str = "all") -> list[Unit]:
     """The measurements of a plan."""
     return [
-        Unit(CASES[case], shrunk(WORKLOADS[workload], shrink), getattr(torch, dtype))
+        Unit(
+            CASES[case],
+            selected(CASES[case], shrunk(WORKLOADS[workload], shrink), select),
+            getattr(torch, dtype),
+        )
         for case, workload, dtype in plan.units
     ]
+
+
+def selected(case: Case, workload: Workload, select: str) -> Workload:
+    """The workload as a selection of its parameters is called: it is another measurement."""
+    if select == "all" or case.kind != "gradients":
+        return workload
+    return replace(
+        workload, name=f"{workload.name}_{select}", title=f"{workload.title}, {select} only"
+    )
 
 
 def share(

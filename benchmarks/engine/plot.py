@@ -24,8 +24,8 @@ LEGEND = {
     "cuda": ("mmfuse CUDA", "#0072B2"),
 }
 DEFINITION = (
-    "times faster than the released code: its time over this one's, the median over the rounds in "
-    "which both ran; logarithmic.\nBars begin at 1; whiskers are this one's p20 and p80."
+    "times faster than the released code: its time over this one's, by the medians; logarithmic.\n"
+    "Bars begin at 1; whiskers are this one's p20 and p80."
 )
 # Panels of fewer measurements than this share one.
 _FEWEST = 3

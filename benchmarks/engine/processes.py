@@ -17,7 +17,10 @@ from torch import Tensor
 
 
 class Counter:
-    """Counts calls of torch.distributed.all_reduce, which DDP and FSDP2 themselves do not use."""
+    """Counts calls of torch.distributed.all_reduce, which DDP and FSDP2 themselves do not use.
+
+    FSDP2 gathers and scatters shards for a method's further passes; that is not counted.
+    """
 
     def __init__(self) -> None:
         self.calls = self.numbers = 0

@@ -11,9 +11,13 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from .rows import Row
+from .rows import Row, ratio_of
 
 NO_NUMBER = "—"
+#: Head of a list of measurements in which `foreach` is not what it is to be.
+BEATEN = "`official` is faster than `foreach`, which is then not the best eager PyTorch"
+# Medians of one code differ by this much.
+_SAME = 0.03
 
 
 def show_time(ms: float) -> str:
@@ -50,6 +54,7 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "provider": lambda r: r.provider,
     "×official": lambda r: show_ratio(r.vs_official),
     "×foreach": lambda r: show_ratio(r.vs_foreach),
+    "×compile": lambda r: show_ratio(r.vs_compile),
     "of plain": lambda r: show_ratio(r.of_plain),
     "median": lambda r: show_time(r.median_ms),
     "p20": lambda r: show_time(r.p20_ms),
@@ -124,8 +129,9 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 _NOTES = """\
-- *×official*, *×foreach*: how many times faster than that provider, the median over the rounds in
-  which both ran; below 1 is slower. Providers take turns, so that a slow spell hits all of them.
+- *×official*, *×foreach*, *×compile*: how many times faster than that provider, by the medians
+  over all samples; below 1 is slower. Providers take turns over the whole time, so that a slow
+  spell hits all of them.
 - *of plain*: how many times as long as the same training step without the method, likewise.
 - *median*, *p20*, *p80*: of a call as Python makes it. On a GPU that is the time between two
   events around it, in which the device also waits for the host.
@@ -133,13 +139,15 @@ _NOTES = """\
   tensors of a few elements each, in rows with warm caches: Python, checks and dispatch.
 - *busy p90*: the 90th percentile beside processes that keep all cores busy, over the quiet median.
   Two fair halves of the machine would be 2×. Not for training steps and what takes longer.
-- *replay*, *replay p80*: on a GPU, of the call recorded in a CUDA graph and replayed with empty
-  caches, when it is already in the device's queue: the device's own time. *×foreach, replay*: how
-  many times faster than that provider's. A dash where a call cannot be recorded; the reason is
-  under *Not measured*.
+- *replay*, *replay p80*: on a GPU, of the call recorded in a CUDA graph and replayed. Rows with a
+  bandwidth have it with empty caches and when it is already in the device's queue: the device's
+  own time. The others are timed many in a row with warm caches, and the device may wait for the
+  host. *×foreach, replay*: how many times faster than that provider's. A dash where a call cannot
+  be recorded; the reason is under *Not measured*.
 - *GB/s*: the fewest bytes that the case must move, over the replay, or the median where there is
   none. *of copy*: its share of the
-  bandwidth of a large `copy_` in the same rounds, bytes read plus bytes written. *×floor*: that
+  bandwidth of a large `copy_`, bytes read plus bytes written: of one number for all rows, the 90th
+  percentile over all measurements, each of which has a copy in its rounds. *×floor*: that
   time over what the copy would take for those bytes. On a CPU a copy also fetches the
   lines that it overwrites, so that reading, or updating in place, can pass 100 %. A dash: under
   1 MiB, where the time is that of the launches, and for whole training steps. A column without a
@@ -148,10 +156,26 @@ _NOTES = """\
   dispatched (a `_foreach_` operator counts once, though it loops inside), and for `compile` the
   kernels that Inductor generated. *syncs*: how often the host waits for a value.
 - *extra MiB*: peak of what the call allocates from PyTorch's allocator. A dash: launches, syncs and
-  memory are not counted where `reference` makes noise, which takes it thousands of operators.
+  memory are not counted where `reference` makes noise, which takes it thousands of operators, nor
+  in processes of their own.
 - *reduced*: how many numbers mmfuse sends to the other ranks in a step. *adapter*: the adapter's
   own code in a step, without the method and the framework.
 """
+
+
+def beaten_eager(rows: Sequence[Row]) -> list[str]:
+    """The measurements in which `official` is faster than `foreach`, beyond the spread of both."""
+    official = {(r.case, r.workload, r.dtype): r for r in rows if r.provider == "official"}
+    found = []
+    for row in rows:
+        base = official.get((row.case, row.workload, row.dtype))
+        if base is None or row.provider != "foreach":
+            continue
+        ratio = ratio_of(base, row)
+        if ratio.value < 1 - _SAME and ratio.high < 1:
+            where = f"{row.title} on {row.workload}, {row.dtype}"
+            found.append(f"{where}: foreach is {show_ratio(ratio.value)}")
+    return found
 
 
 def markdown(
@@ -160,12 +184,18 @@ def markdown(
     skipped: Sequence[str],
     refused: Sequence[str],
     plots: Sequence[str],
+    invocations: Sequence[Mapping[str, str]] = (),
 ) -> str:
     """The whole report."""
     lines = [f"# Benchmarks on {environment['device']}", ""]
     lines += [f"- {key}: `{value}`" for key, value in environment.items()]
+    for run in invocations:
+        lines.append(f"- run: {'; '.join(f'{key}: `{value}`' for key, value in run.items())}")
     if refused:
         lines += ["", "**Refused by the parity gate:**", "", *(f"- {text}" for text in refused)]
+    beaten = beaten_eager(rows)
+    if beaten:
+        lines += ["", f"**{BEATEN}:**", "", *(f"- {text}" for text in beaten)]
     lines += ["", *(f"![Speed-up over official]({name})" for name in plots)]
     for workload, dtype in dict.fromkeys((row.workload, row.dtype) for row in rows):
         mine = [row for row in rows if (row.workload, row.dtype) == (workload, dtype)]

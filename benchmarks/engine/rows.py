@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .cost import Cost
 from .measure import Sample, quantile
@@ -13,6 +13,8 @@ from .replay import name_of as replay_of
 # Below this many bytes a call's time is that of its launches; a bandwidth would mislead.
 LATENCY_BYTES = 2**20
 _MIB = 2**20
+# Of the measurements' copies: above it are what a timer gets wrong, below it slow spells.
+_COPY_QUANTILE = 0.9
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class Row:
 
     Times are in milliseconds, but the host's and an adapter's own, which are in microseconds.
     Bandwidth, its share of the copy's and the multiple of the floor are a replay's where there is
-    one. `busy_p90` is the 90th percentile beside a busy neighbour over the quiet median, `reduced`
-    how many numbers mmfuse sends to the other ranks.
+    one. Ratios are of medians over all samples. `busy_p90` is the 90th percentile beside a busy
+    neighbour over the quiet median, `reduced` how many numbers mmfuse sends to the other ranks.
     """
 
     case: str
@@ -53,6 +55,7 @@ class Row:
     extra_mib: float | None
     own_us: float | None = None
     reduced: int | None = None
+    vs_compile: float | None = None
 
 
 #: Fewer samples beside a neighbour say nothing about the slowest tenth.
@@ -119,6 +122,7 @@ def make_rows(
                 replay_p80_ms=quantile(replays, 0.8) * 1e3 if replays else None,
                 vs_official=_ratio(samples.get("official"), samples[provider]),
                 vs_foreach=_ratio(samples.get("foreach"), samples[provider]),
+                vs_compile=_ratio(samples.get("compile"), samples[provider]),
                 replay_vs_foreach=_ratio(
                     samples.get(replay_of("foreach")), samples.get(replay_of(provider))
                 ),
@@ -149,7 +153,50 @@ def _busy(samples: Sequence[Sample], median: float) -> float | None:
 
 
 def _ratio(base: Sequence[Sample] | None, other: Sequence[Sample] | None) -> float | None:
-    """How many times faster than `base`: the median over the rounds in which both ran."""
-    if base is None or other is None:
+    """How many times faster than `base`, by the medians over all samples."""
+    if not base or not other:
         return None
-    return statistics.median(b.device / o.device for b, o in zip(base, other, strict=False))
+    return statistics.median(s.device for s in base) / statistics.median(s.device for s in other)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One row's time over another's.
+
+    Attributes:
+        value: Of the medians.
+        low: The first row's p20 over the second one's p80.
+        high: The first row's p80 over the second one's p20.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def ratio_of(base: Row, other: Row) -> Ratio:
+    """How many times as long as `other` the first row takes."""
+    return Ratio(
+        base.median_ms / other.median_ms,
+        base.p20_ms / other.p80_ms,
+        base.p80_ms / other.p20_ms,
+    )
+
+
+def with_one_copy(rows: Sequence[Row]) -> list[Row]:
+    """The rows with shares of one bandwidth: of the copies of all measurements, an upper quantile.
+
+    A copy's bandwidth moved by a factor of two within a run; what a slow spell leaves of it is no
+    yardstick. Rows of one call are on one device, with as many threads.
+    """
+    copies = {(r.case, r.workload, r.dtype): r.copy_gb_per_s for r in rows}
+    known = [copy for copy in copies.values() if copy is not None]
+    if not known:
+        return list(rows)
+    copy = quantile(known, _COPY_QUANTILE)
+    return [
+        r
+        if r.gb_per_s is None
+        else replace(r, copy_share=r.gb_per_s / copy, times_floor=copy / r.gb_per_s)
+        for r in rows
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from .gate import PLAIN, ParityError
 from .inputs import Inputs
 from .measure import (
     MAX_SAMPLES,
+    SHOWN_SAMPLES,
     BigCopy,
     Clock,
     Prepared,
@@ -57,6 +58,7 @@ class Session:
     record: replay.Recorder | None = None
     busy: bool = False
     samples: int = MAX_SAMPLES
+    shown: Collection[tuple[str, str, str]] = ()  # in the documents, as `Unit.key`
     rows: list[rows.Row] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
@@ -102,7 +104,9 @@ class Session:
             beside = self.busy and case.kind != "training"
             quiet = seconds * (1 - _BUSY_SHARE) if beside else seconds
             how: dict[str, Any] = {"cold": large, "in_rows": in_rows, "most": self.samples}
-            samples = interleaved(timed, self.clock, quiet, **how)
+            least = dict.fromkeys(timed, SHOWN_SAMPLES) if unit.key in self.shown else {}
+            least.pop(providers.REFERENCE, None)  # in no table, and the slowest
+            samples = interleaved(timed, self.clock, quiet, least=least, **how)
             busy = self._beside(passed, samples, seconds * _BUSY_SHARE, how) if beside else {}
             host = self._host(unit, passed, samples)
         self._add(unit, samples, costs, case.floor_bytes(inputs), rows.Besides(host, busy))
@@ -113,7 +117,7 @@ class Session:
 
     def _measure_processes(self, unit: Unit, case: ProcessCase, seconds: float) -> None:
         found = case.measure(unit.workload, seconds)
-        costs = dict.fromkeys(found.samples, Cost(0, 0, 0))
+        costs = dict.fromkeys(found.samples, UNCOUNTED)
         besides = rows.Besides(own=found.own, reduced=found.reduced)
         self._add(unit, found.samples, costs, 0, besides)
 
@@ -169,7 +173,8 @@ class Session:
         medians = {name: statistics.median(s.device for s in quiet[name]) for name in passed}
         short = {name: p for name, p in passed.items() if medians[name] < _BUSY_MOST}
         with BusyNeighbour():
-            return interleaved(short, self.clock, seconds, least=rows.LEAST_BUSY, **how)
+            least = dict.fromkeys(short, rows.LEAST_BUSY)
+            return interleaved(short, self.clock, seconds, least=least, **how)
 
     def _host(
         self,

@@ -111,6 +111,14 @@ def test_a_host_that_got_slower_counts_where_the_call_is_within_noise() -> None:
     assert compare.got_slower(control) == []
 
 
+def test_runs_that_have_nothing_in_common_compare_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "git", lambda *_: "0123456789")
+    monkeypatch.setattr(compare, "checkout", lambda commit: Path())
+    monkeypatch.setattr(compare, "runner", lambda words: lambda commit, number: [])
+    with pytest.raises(SystemExit, match="nothing was compared: --cases"):
+        compare.main(["a", "b", "--runs", "2"])
+
+
 def test_one_run_is_refused(capsys: Any) -> None:
     with pytest.raises(SystemExit):
         compare.parse(["a", "b", "--runs", "1"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -246,10 +247,20 @@ def test_a_cuda_graph_replays_the_call_and_a_failed_one_spoils_nothing() -> None
 # Plans
 
 
-@pytest.fixture
-def without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "_plot", raising=False)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+@pytest.mark.parametrize("plan_of", ["gpu", "gpu-training"])
+def test_a_plan_for_a_gpu_needs_no_matplotlib(plan_of: str) -> None:
+    """In a process of its own: here the tests before may have imported it."""
+    program = (
+        "import sys\n"
+        "sys.modules['matplotlib'] = None\n"
+        "import run\n"
+        f"chosen = run.parse(['--plan', {plan_of!r}, '--device', 'cpu', '--output', 'x'])\n"
+        "assert not chosen.plots\n"
+    )
+    folder = Path(run.__file__).parent
+    words = [sys.executable, "-c", program]
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def rehearse(plan: str, folder: Path) -> int:
@@ -258,7 +269,6 @@ def rehearse(plan: str, folder: Path) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_matplotlib")
 def test_the_gpu_plan_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A part of it; `make gpu-rehearsal` has the rest."""
     whole = plan.PLANS["gpu"]
@@ -291,7 +301,6 @@ def test_the_order_of_the_gpu_plan() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_matplotlib")
 def test_the_training_plan_from_end_to_end(tmp_path: Path) -> None:
     assert rehearse("gpu-training", tmp_path) == 0
     assert [(row["provider"], row["of_plain"] != "") for row in read(tmp_path)] == [

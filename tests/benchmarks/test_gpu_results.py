@@ -207,6 +207,8 @@ def test_choosing_a_backend(choose: Any, tmp_path: Path, capsys: Any) -> None:
         *both("info_nce", "a", 4.0, 1.0),
         *both("info_nce", "b", 1.0, 2.0),
         *both("grad_stats", "a", 1.0, 1.25),
+        # Most of a training step is the network.
+        *both("lfm_training", "a", 9.0, 1.0),
         # Two ops in one case, a CPU, and a backend that is alone say nothing.
         *both("ogm_ge", "a", 9.0, 1.0),
         *({**r, "device": "cpu"} for r in both("gate", "a", 9.0, 1.0)),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -64,6 +67,27 @@ def test_interleaved_shares_the_time_and_restores_before_every_call() -> None:
     assert rounds == [{"restore", "a", "b"}] * measure.MIN_SAMPLES
 
 
+def test_a_slow_calls_few_samples_are_spread_over_the_whole_time() -> None:
+    log: list[str] = []
+    seconds = {"slow": 0.01, "quick": 0.001}
+
+    def last(name: str) -> None:
+        log.append(name)
+        end = time.perf_counter() + seconds[name]
+        while time.perf_counter() < end:
+            pass
+
+    chosen = {name: measure.Prepared(partial(last, name)) for name in seconds}
+    measure.interleaved(
+        chosen, measure.Clock(CPU, 2**12), 0.2, cold=False, most=50, least={"slow": 6}
+    )
+    counts = {name: log.count(name) for name in seconds}
+    assert 6 <= counts["slow"] <= 12 and counts["quick"] >= 3 * counts["slow"]
+    places = [n for n, name in enumerate(log) if name == "slow"]
+    assert places[0] < 0.2 * len(log) and places[-1] > 0.7 * len(log)
+    assert places[len(places) // 2] == pytest.approx(len(log) / 2, rel=0.4)
+
+
 def test_short_calls_are_timed_in_rows() -> None:
     log: list[str] = []
 
@@ -95,14 +119,14 @@ def test_rows_say_how_long_a_step_takes_of_a_plain_one() -> None:
     costs = dict.fromkeys(samples, costs_of.Cost(1, 0, 0))
     labels = {**dict.fromkeys(("case", "title", "workload", "dtype"), "x"), "device": "cpu"}
     rows = made_of.make_rows(labels, samples, costs, 0, 1)
-    assert [row.of_plain for row in rows] == [1, 3, pytest.approx(1.02)]
-    assert [row.vs_official for row in rows] == [3, 1, pytest.approx(4 / 1.5)]
+    assert [row.of_plain for row in rows] == [1, 4, 1.5]
+    assert [row.vs_official for row in rows] == [4, 1, pytest.approx(4 / 1.5)]
     text = report.markdown(rows, {"device": "x"}, [], [], [])
     header = next(line for line in text.splitlines() if line.startswith("| case"))
     # Nothing has a bandwidth here, and nobody measured foreach.
     assert "of plain" in header
     assert not any(absent in header for absent in ("×foreach", "GB/s", "of copy", "×floor"))
-    assert "| 1.02× |" in text
+    assert "| 1.50× |" in text
     del samples["plain"], costs["plain"]
     rows = made_of.make_rows(labels, samples, costs, 0, 1)
     assert all(row.of_plain is None for row in rows)
@@ -113,23 +137,54 @@ def test_rows_say_ratios_shares_and_floors() -> None:
     samples = {
         "copy": lasting(1.0, 1.0, 1.0),
         "official": lasting(4.0, 40.0, 4.0),
-        "cpu": lasting(2.0, 20.0, 4.0, 2.0),
+        "compile": lasting(1.5),
+        "cpu": lasting(2.0, 20.0, 4.0, 2.0, 3.0),
     }
     nothing = costs_of.Cost(1, 0, 2**20)
     labels = dict.fromkeys(("case", "title", "workload", "dtype", "device"), "x")
     costs = {"official": nothing, "cpu": nothing}
     official, cpu = made_of.make_rows(labels, samples, costs, 10**9, 2 * 10**9)
     assert official.vs_official == 1
-    # A slow round is slow for both, and does not count for more.
-    assert cpu.vs_official == 2
-    assert cpu.vs_foreach is None
+    # By the medians over all samples: those of the quick one that come later count as well.
+    assert cpu.vs_official == pytest.approx(4 / 3)
+    assert cpu.vs_foreach is None and cpu.vs_compile == 0.5
     assert cpu.median_ms == 3000
-    assert cpu.samples == 4
+    assert cpu.samples == 5
     assert cpu.gb_per_s == pytest.approx(1 / 3)
     assert cpu.copy_gb_per_s == pytest.approx(2)
     assert cpu.copy_share == pytest.approx(1 / 6)
     assert cpu.times_floor == pytest.approx(6)
     assert cpu.extra_mib == 1
+
+
+def test_shares_are_of_one_copy_whatever_a_measurements_own_was() -> None:
+    nothing = costs_of.Cost(1, 0, 0)
+    rows = []
+    for case, copy in enumerate((1.0, 1.0, 1.0, 2.0)):  # the last one had a slow spell
+        labels = dict.fromkeys(("title", "workload", "dtype", "device"), "x")
+        samples = {"copy": lasting(copy), "cpu": lasting(1.0)}
+        each = {"case": str(case), **labels}
+        rows += made_of.make_rows(each, samples, {"cpu": nothing}, 10**9, 2 * 10**9)
+    assert [row.copy_share for row in rows] == [0.5, 0.5, 0.5, 1.0]
+    assert [row.copy_share for row in made_of.with_one_copy(rows)] == [0.5] * 4
+    assert [row.times_floor for row in made_of.with_one_copy(rows)] == [2.0] * 4
+    small = dataclasses.replace(rows[0], gb_per_s=None, copy_gb_per_s=None, copy_share=None)
+    assert made_of.with_one_copy([small]) == [small]
+
+
+def test_the_report_says_where_the_released_code_beats_the_best_eager_form() -> None:
+    labels = dict.fromkeys(("case", "title", "workload", "dtype", "device"), "x")
+    costs = dict.fromkeys(("official", "foreach"), costs_of.Cost(1, 0, 0))
+
+    def text(*foreach: float) -> str:
+        samples = {"official": lasting(1.0), "foreach": lasting(*foreach)}
+        rows = made_of.make_rows(labels, samples, costs, 0, 1)
+        return report.markdown(rows, {"device": "x"}, [], [], [])
+
+    assert f"**{report.BEATEN}:**\n\n- x on x, x: foreach is 0.80×" in text(1.25)
+    assert report.BEATEN not in text(1.01) and report.BEATEN not in text(0.5)
+    # Its median is behind, its p20 is not: that is the machine's noise.
+    assert report.BEATEN not in text(0.9, 0.9, 1.25, 1.25, 1.25)
 
 
 def test_numbers_are_shown_with_their_unit_also_below_one() -> None:

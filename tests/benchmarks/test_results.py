@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import picture
 import pytest
 import run
+import table_cells
 import tables
 import torch
 from benchmarked import read_csv
@@ -31,7 +31,7 @@ FACTS = {"device": "cpu: x", "threads": "2", "mmfuse": "0.1.0, commit abc", "com
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     rows = [row("a", "official", 1.5), dataclasses.replace(row("a", "cpu", 1.0), reduced=3)]
-    facts = results.Facts(dict(FACTS), ["left out"], ["refused"])
+    facts = results.Facts(dict(FACTS), ["left out"], ["refused"], [{"command": "x"}])
     results.write(tmp_path, rows, facts)
     assert results.load(tmp_path) == (rows, facts)
     assert results.load(tmp_path / "nowhere") == ([], results.Facts())
@@ -47,6 +47,7 @@ def test_results_belong_to_machine_and_commit(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(environment, "machine_model", lambda device: "A CPU")
     monkeypatch.setattr(environment, "commit", lambda: "0123456789")
     monkeypatch.setattr(environment, "changed_files", list)
+    monkeypatch.setattr(environment, "built_from", lambda: environment.SAME_SOURCES)
     assert results.folder_of_commit(CPU) == results.RESULTS / "a-cpu" / "0123456789"
 
 
@@ -81,10 +82,14 @@ def test_a_dirty_tree_has_no_folder_and_nothing_is_measured(
 def test_a_run_adds_to_what_its_commit_has(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(results, "folder_of_commit", lambda device: tmp_path)
     common = ["--workloads", "tiny", "--dtype", "float32", "--seconds", "0.01", "--no-busy"]
-    common += ["--providers", "foreach", "--device", "cpu", "--no-plots"]
+    common += ["--device", "cpu", "--no-plots"]
+    monkeypatch.setattr(run.providers, "provider_names", lambda device: ["foreach"])
     for case in ("update_scale", "grad_stats", "update_scale"):
         assert run.main(["--cases", case, *common]) == 0
     assert [r["case"] for r in read_csv(tmp_path)] == ["grad_stats", "update_scale"]
+    _, facts = results.load(tmp_path)
+    assert len(facts.invocations) == 3 and "command" not in facts.environment
+    assert all({"command", "date"} <= set(of_run) for of_run in facts.invocations)
 
 
 def test_changed_files_are_named_but_not_results(
@@ -126,43 +131,48 @@ def test_all_tables_and_readmes_picture_come_from_one_commit() -> None:
     assert folder.parent.parent == results.RESULTS
     _, facts = results.load(folder)
     assert facts.environment["mmfuse"].endswith(f"commit {folder.name}")
+    assert f"Other processes took {results.largest_load(facts)}".replace("%", " %") in texts[1]
     assert not facts.refused
     assert {found[2] for text in texts for found in tables._TABLE.finditer(text)} == {
         *tables.TABLES
     }
+    picture = pytest.importorskip("picture")
     png = (tables.PICTURES / picture.NAME).read_bytes()
     assert f"Source\0{source}".encode() in png
 
 
 def test_the_picture_shows_what_was_measured() -> None:
-    labels = {"dtype": "float32"}
+    picture = pytest.importorskip("picture")
+    title = tables.WORKLOADS["training"].title
     made = [
-        dataclasses.replace(row(case, name, 1.0), of_plain=of_plain, **labels)
+        row(case, name, ms, title)
         for case in picture.SHOWN.values()
-        for name, of_plain in (("official", 2.5), ("cpu", 1.25))
+        for name, ms in (("plain", 2.0), ("official", 5.0), ("cpu", 2.5))
     ]
-    assert set(picture.times(made).values()) == {(2.5, 1.25)}
+    # Neither another workload nor another dtype is in it.
+    others = [dataclasses.replace(r, workload="w", median_ms=99.0) for r in made]
+    others += [dataclasses.replace(r, dtype="float64", median_ms=99.0) for r in made]
+    assert set(picture.times([*made, *others]).values()) == {(2.5, 1.25)}
     (axis,) = picture.draw(made).axes
     assert sorted({round(bar.get_width(), 2) for bar in axis.patches}) == [1.25, 2.5]
-    with pytest.raises(LookupError, match="no ogm_training of both"):
-        picture.times(made[1:])
+    with pytest.raises(LookupError, match="no ogm_training of a plain step"):
+        picture.times([*others, *made[1:]])
 
 
 def test_a_table_that_was_edited_is_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
     title = tables.WORKLOADS["resnet18"].title
-    rows = [
-        dataclasses.replace(row("ogm_ge", name, 1.0, title), vs_official=ratio)
-        for name, ratio in (("official", 1.0), ("foreach", 1.1), ("cpu", 8.75))
-    ]
-    monkeypatch.setattr(results, "read_rows", lambda path: rows)
-    table = tables.Table([tables.Line("OGM-GE", "ogm_ge")], tables._SPEED)
+    times = {"official": 17.5, "foreach": 16.0, "compile": 2.1, "cpu": 2.0}
+    rows = [row("ogm_ge", name, ms, title) for name, ms in times.items()]
+    monkeypatch.setattr(results, "load", lambda path: (rows, results.Facts()))
+    table = tables.Table([tables.Line("OGM-GE", "ogm_ge")], table_cells.SPEED)
     monkeypatch.setattr(tables, "TABLES", {"speed": table})
     text = "a\n<!-- table speed: old -->\nnumbers\n<!-- end of table -->\nb\n"
     found = tables.rewritten(text, "benchmarks/results/x/y")
-    assert "numbers" not in found and "| OGM-GE | 8.75× |" in found
+    assert "numbers" not in found
+    assert "| OGM-GE | 8.75× (8.75–8.75) | 8.00× (8.00–8.00) | 1.05× (1.05–1.05) | 3 |" in found
     assert found.startswith("a\n<!-- table speed: benchmarks/results/x/y -->\n")
     assert tables.rewritten(found) == found
-    monkeypatch.setattr(results, "read_rows", lambda path: [])
+    monkeypatch.setattr(results, "load", lambda path: ([], results.Facts()))
     with pytest.raises(LookupError, match="no ogm_ge on resnet18"):
         tables.rewritten(found)
 
@@ -174,3 +184,45 @@ def test_what_the_tables_need_is_what_the_plan_measures() -> None:
     assert {line.case for line in tables.TABLES["training"].lines} >= {
         f"{name.lower()}_training" for name in trainings
     }
+
+
+def test_every_measurement_that_is_lost_is_in_the_table() -> None:
+    def unit(case: str, dtype: str = "float32", **ms: float) -> list[Row]:
+        made = [row(case, name, time, "w (some)") for name, time in ms.items()]
+        return [dataclasses.replace(r, dtype=dtype) for r in made]
+
+    rows = [
+        *unit("won", official=2.0, foreach=1.5, compile=1.0, cpu=1.0),
+        *unit("near", official=0.99, cpu=1.0),
+        *unit("to official", official=0.5, foreach=2.0, cpu=1.0),
+        *unit("to foreach", "bfloat16", foreach=0.9, cpu=1.0),
+        *unit("to compile", official=2.0, compile=0.97, cpu=1.0),
+        *unit("without mmfuse", plain=1.0, OGM=2.0),
+    ]
+    lines = tables.Losses().markdown(rows, results.Facts())
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| to official: w",
+        "| to foreach: w, bfloat16",
+        "| to compile: w",
+    ]
+    assert "| 0.50× (0.50–0.50) | 2.00× (2.00–2.00) | — | 3 |" in lines[2]
+
+
+def test_what_the_spread_contains_is_about_one() -> None:
+    base = dataclasses.replace(row("a", "official", 1.1), p20_ms=1.0, p80_ms=1.2)
+    ours = dataclasses.replace(row("a", "cpu", 1.0), p20_ms=0.9, p80_ms=1.05, samples=40)
+    rows = {"official": base, "cpu": ours}
+    assert table_cells.times("official")(rows) == "about 1 (0.95–1.33)"
+    assert table_cells.samples("official", "cpu", "foreach")(rows) == "3–40"
+    rows["cpu"] = dataclasses.replace(ours, p80_ms=0.98)
+    assert table_cells.times("official")(rows) == "1.10× (1.02–1.33)"
+    assert table_cells.times("foreach")(rows) == "—"
+    steps = {"plain": base, "OGM": dataclasses.replace(base, reduced=3)}
+    assert table_cells.with_method("OGM")(steps) == "about 1 (3)"
+    steps["OGM"] = dataclasses.replace(base, median_ms=2.2, p20_ms=2.0, reduced=0)
+    assert table_cells.with_method("OGM")(steps) == "2.00×"
+
+
+def test_memory_below_zero_keeps_its_sign() -> None:
+    shown = [table_cells.mib(row("a", "cpu", 1.0), less) for less in (0.0, 0.8, 0.51, 12.5, 0.5)]
+    assert shown == ["0.5", "-0.3", "0", "-12", "0"]

@@ -10,7 +10,7 @@ import pytest
 from installs import ROOT, run
 
 from build_tools.finding import find_ninja
-from build_tools.sources import CSRC, digest
+from build_tools.sources import CSRC, library_digest
 from mmfuse import _native
 
 BUILD = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
@@ -36,10 +36,10 @@ def append(path: Path, text: str) -> None:
 def test_only_its_own_sources_count(changed: str, libraries: set[str], tmp_path: Path) -> None:
     copy = tmp_path / "csrc"
     shutil.copytree(CSRC, copy)
-    before = {library: digest(library, copy) for library in ("cpu", "cuda")}
-    assert before == {library: digest(library) for library in before}, "wherever they lie"
+    before = {library: library_digest(library, copy) for library in ("cpu", "cuda")}
+    assert before == {library: library_digest(library) for library in before}, "wherever they lie"
     append(copy / changed, "// one more line\n")
-    assert {n for n, old in before.items() if digest(n, copy) != old} == libraries
+    assert {n for n, old in before.items() if library_digest(n, copy) != old} == libraries
 
 
 def test_a_library_of_other_sources_is_told(
@@ -48,7 +48,7 @@ def test_a_library_of_other_sources_is_told(
     for name in ("csrc", "build_tools"):
         shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.setattr(_native, "_FOLDER", tmp_path / "mmfuse")
-    monkeypatch.setattr(_native, "_loaded", {"cpu": {"sources": digest("cpu")}, "cuda": {}})
+    monkeypatch.setattr(_native, "_loaded", {"cpu": {"sources": library_digest("cpu")}, "cuda": {}})
     assert _native._why_stale("cpu") is None
     append(tmp_path / "csrc" / "cpu" / "scale_grad.cpp", "// one more line\n")
     reason = _native._why_stale("cpu") or ""

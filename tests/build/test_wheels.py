@@ -16,6 +16,7 @@ from installs import ROOT, run
 
 from build_tools import pythons
 from build_tools.finding import BuildError, is_portable
+from build_tools.sources import digest
 
 # This takes newer symbols from glibc and libstdc++, unless it is told not to.
 NEWER = """
@@ -117,6 +118,8 @@ def test_without_kernels_a_wheel_is_for_every_machine(small: Path) -> None:
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
     notes = json.loads(text_of(wheel, r"mmfuse/_build\.json"))
     assert set(notes["missing"]) == {"cpu", "cuda"}
+    # The same sources as those that the benchmark looks at.
+    assert notes["sources"] == digest(small / "csrc")
 
 
 def versions(path: Path) -> dict[str, tuple[int, ...]]:

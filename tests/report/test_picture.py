@@ -6,6 +6,10 @@ import io
 from typing import Any
 
 import pytest
+
+# A machine that runs the tests of a GPU may not have it.
+pytest.importorskip("matplotlib")
+
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.image import imread

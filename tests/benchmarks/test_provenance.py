@@ -151,7 +151,7 @@ def test_the_digest_is_of_names_and_bytes(tmp_path: Path) -> None:
         (folder / name).write_text(text)
         seen.add(digest(folder))
         assert digest(folder) in seen
-    assert len(seen) == 4 and all(len(found) == 12 for found in seen)
+    assert len(seen) == 4 and all(len(found) == 16 for found in seen)
 
 
 def test_a_package_of_older_build_tools_is_measured_too(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ class Need(NamedTuple):
         accuracy: True if the scores are shares of samples that a modality gets right, in the place
             of the true class's probability.
         factors: True if `decide` is `modulation_factors`, which then takes the statistics itself
-            where it can: `Tensors.table`.
+            where it can: `Tensors.fused`.
     """
 
     inputs: tuple[str, ...] = ()
@@ -264,8 +264,9 @@ class Tensors(NamedTuple):
         backend: Name of a backend; None for the best one.
         dtype: The dtype in which the update takes [T] tensors as they are: float32 if no gradient
             is float64.
-        table: The gradients as `factors_before_update` takes them, in the place of `stats`, with
-            `Need.factors` and means that are no tables; None where it cannot be called.
+        fused: The kernel and the table of gradients that `factors_before_update` takes, in the
+            place of `stats`, with `Need.factors` and means that are no tables; None where it cannot
+            be called.
     """
 
     owner: tuple[int, ...]
@@ -275,7 +276,7 @@ class Tensors(NamedTuple):
     place: tuple[int, ...] | None
     backend: str | None
     dtype: torch.dtype = torch.float64
-    table: Tensor | None = None
+    fused: tuple[Callable[..., Any], Tensor] | None = None
 
     def each(self, values: Tensor) -> Tensor:
         """Each tensor's value of its modality: [M] to [T], on the gradients' device."""

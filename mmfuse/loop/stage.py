@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..ops._eager import Eager
-from ..ops.modulation_factors import takes_tables
+from ..ops.modulation_factors import before_update
 from . import _in_turn, _surgery
 from .act import Second, act_on, carry_out, stats_of
 from .contract import Act, Clock, Decision, Tensors
@@ -83,15 +83,16 @@ def take_step(
         _in_turn.check(method, ours, active.grads[0]._version)
     device = active.grads[0].device if active.grads else modalities.device
     second = method.anchors if unimodal is None else _second(active, unimodal)
-    stats = table = None
-    if need.factors and active.table is not None and active.device is not None:
-        usual = not seen.paired and seen.kind == "scores"
-        table = active.table if usual and takes_tables(backend, device) else None
-    if need.stats and acting and active.grads and table is None:
+    stats = fused = None
+    table = None if active.device is None else active.table
+    if need.factors and table is not None and not seen.paired and seen.kind == "scores":
+        kernel = before_update(backend, device)
+        fused = None if kernel is None else (kernel, table)
+    if need.stats and acting and active.grads and fused is None:
         stats = stats_of(active, second, grad_scale, backend)
     place = None if len(active.ids) == len(modalities.parameters) else tuple(active.ids)
     count = len(modalities.names)
-    tensors = Tensors(active.modality, count, device, stats, place, backend, active.dtype, table)
+    tensors = Tensors(active.modality, count, device, stats, place, backend, active.dtype, fused)
     if acting:
         decision = rule.decide(state, seen, tensors, method._clock)
     else:

@@ -95,11 +95,11 @@ class MLBRule(Stateless):
             k = torch.where(given.isnan(), 1.0, given)
             return Decision(Act(scale=tensors.each(k)), (k, scores, ratios))
         means, started = seen.means.to(tensors.device), None
-        rule = tensors.backend, means, self.alpha, "mlb", tensors.owner, None, 0.0
-        if tensors.table is not None:
-            factors, started = factors_before_update(*rule, beta=self.beta)
+        rule = means, self.alpha, "mlb", tensors.owner, None, 0.0
+        if tensors.fused is not None:
+            factors, started = factors_before_update(tensors.fused[0], *rule, beta=self.beta)
         else:
-            factors = factors_of_checked(*rule, beta=self.beta)
+            factors = factors_of_checked(tensors.backend, *rule, beta=self.beta)
         report = factors.coefficients, seen.means, factors.ratios
         return Decision(Act(scale=factors.scale), report, started=started)
 

@@ -159,12 +159,13 @@ class OGMRule(Stateless):
                 act = act._replace(noise_std=std)
             return Decision(act, (k, scores, ratios))
         means, started = seen.means.to(tensors.device), None
-        rule = tensors.backend, means, self.alpha, self.formula, tensors.owner
-        if tensors.table is not None:
-            table = tensors.table if self.noise else None
-            factors, started = factors_before_update(*rule, table, _STD_EPS)
+        rule = means, self.alpha, self.formula, tensors.owner
+        if tensors.fused is not None:
+            kernel, table = tensors.fused
+            read = table if self.noise else None
+            factors, started = factors_before_update(kernel, *rule, read, _STD_EPS)
         else:
-            factors = factors_of_checked(*rule, tensors.stats, _STD_EPS)
+            factors = factors_of_checked(tensors.backend, *rule, tensors.stats, _STD_EPS)
         act = Act(scale=factors.scale, noise_std=factors.noise_std)
         report = factors.coefficients, seen.means, factors.ratios
         return Decision(act, report, started=started)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .grad_stats import GradStats
 Formula = Literal["tpami", "cvpr"]
 #: The place of each formula, which the operators take.
 _PLACES = {"tpami": TPAMI, "cvpr": CVPR, "mlb": MLB}
+_EAGERLY = Eager("")
 
 
 class ModulationFactors(NamedTuple):
@@ -170,13 +171,13 @@ def factors_of_checked(
     return ModulationFactors(ratios, coefficients, scale, None if stats is None else noise)
 
 
-def takes_tables(backend: str | None, device: torch.device) -> bool:
-    """True if `factors_before_update` can be called: eagerly, with a compiled backend."""
-    return type(backend) is Eager and _op.of_table(backend, device) is not None
+def before_update(backend: str | None, device: torch.device) -> Callable[..., Any] | None:
+    """The kernel of `factors_before_update`, eagerly and of a compiled backend; else None."""
+    return _op.of_table(backend, device) if type(backend) is Eager else None
 
 
 def factors_before_update(
-    backend: str | None,
+    kernel: Callable[..., Any],
     scores: Tensor,
     alpha: float,
     formula: str,
@@ -188,13 +189,10 @@ def factors_before_update(
 ) -> tuple[ModulationFactors, Started]:
     """`factors_of_checked`, and what the update starts from.
 
-    `table` is what `mmfuse._native.read_gradients` has made of the gradients, for their statistics,
-    which are taken on the way; None for no noise.
+    `kernel` is `before_update`'s. `table` is what `mmfuse._native.read_gradients` has made of the
+    gradients, for their statistics, which are taken on the way; None for no noise.
     """
-    device = scores.device
-    kernel = _op.of_table(backend, device) if type(backend) is Eager else None
-    assert kernel is not None
-    index = kept_tensor(owner, (len(owner),), torch.int64, device, backend)
+    index = kept_tensor(owner, (len(owner),), torch.int64, scores.device, _EAGERLY)
     with torch._C._AutoDispatchBelowAutograd():
         found = kernel(table, scores, index, alpha, beta, _PLACES[formula], eps)
     ratios, coefficients, scale, finite = found[:4]

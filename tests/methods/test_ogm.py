@@ -143,11 +143,11 @@ def test_whole_step_is_the_plain_transcription(
 def test_a_decision_that_reads_the_gradients_is_the_step_of_single_ops(
     cell: Cell, noise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the bit, where an Inf keeps the noise's stream as well; `takes_tables` is the way in."""
+    """To the bit, where an Inf keeps the noise's stream as well; `before_update` is the way in."""
     results = []
     for quickly in (True, False):
         if not quickly:
-            monkeypatch.setattr(stage, "takes_tables", lambda *_: False)
+            monkeypatch.setattr(stage, "before_update", lambda *_: None)
         torch.manual_seed(3)
         model = AudioVisual().to(cell.device).to(memory_format=torch.channels_last)
         data = tuple(t.to(cell.device) for t in batch())

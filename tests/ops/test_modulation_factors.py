@@ -14,7 +14,7 @@ import mmfuse
 from mmfuse import _native, ops
 from mmfuse.ops import GradStats
 from mmfuse.ops._eager import Eager
-from mmfuse.ops.modulation_factors import factors_before_update, takes_tables
+from mmfuse.ops.modulation_factors import before_update, factors_before_update
 
 FLOAT = (torch.float32, torch.float64)
 NAN, INF = float("nan"), float("inf")
@@ -150,17 +150,18 @@ def test_statistics_on_the_way_are_those_of_grad_stats(
     """To the bit; and the update starts from True and no block."""
     grads = [g.to(cell.device) for g in LISTS[name]()]
     s = torch.tensor([0.6, 0.2, 0.25], dtype=dtype, device=cell.device)
-    owner, backend = tuple(i % 3 for i in range(len(grads))), Eager(cell.backend)
+    owner = tuple(i % 3 for i in range(len(grads)))
+    kernel = before_update(Eager(cell.backend), s.device)
     if cell.backend in ("reference", "triton"):
-        assert not takes_tables(backend, s.device)
+        assert kernel is None
         return
-    assert takes_tables(backend, s.device)
+    assert kernel is not None
     assert _native.read_list is not None
     _, table = _native.read_list(grads)
     for given in (table, None):
         stats = None if given is None else ops.grad_stats(grads, backend=cell.backend)
         found, started = factors_before_update(
-            backend, s, 0.5, formula, owner, given, EPS, beta=BETA
+            kernel, s, 0.5, formula, owner, given, EPS, beta=BETA
         )
         wanted = ops.modulation_factors(
             s, 0.5, formula, beta=BETA, owner=owner, stats=stats, eps=EPS, backend=cell.backend

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mmfuse import ops
 from mmfuse.ops._eager import Eager
-from mmfuse.ops.modulation_factors import factors_before_update, takes_tables
+from mmfuse.ops.modulation_factors import before_update, factors_before_update
 from mmfuse.reference.modulation_factors import CVPR, MLB, TPAMI
 
 from ._inputs import WIDE, Inputs, Samples, Small, table_of
@@ -64,8 +64,9 @@ def _before_update(inputs: Inputs) -> list[Tensor]:
     for grads in lists:
         owner = tuple(i % 2 for i in range(len(grads)))
         rule = scores, 0.5, "tpami", owner
-        if takes_tables(Eager(""), scores.device):
-            found, started = factors_before_update(Eager(""), *rule, table_of(grads), 1e-8)
+        kernel = before_update(Eager(""), scores.device)
+        if kernel is not None:
+            found, started = factors_before_update(kernel, *rule, table_of(grads), 1e-8)
             written += [*found, started.finite]
         else:
             stats = ops.grad_stats(grads)

@@ -106,7 +106,7 @@ class Search:
         self.plan, self.classes = plan, classes
 
     def study(self, way: str) -> optuna.Study:
-        """The trials of a way to train, with those of an earlier run that drew and trained alike."""
+        """The trials of a way to train, with those of an earlier run of the same search."""
         drawn = sorted((name, repr(of)) for name, of in space(way, self.views).items())
         decides = (drawn, self.plan.epochs, self.plan.batch_size, sorted(self.splits))
         number = hashlib.sha256(repr((*decides, mmfuse.__version__)).encode()).hexdigest()[:8]

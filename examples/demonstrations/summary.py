@@ -52,7 +52,7 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, start=2):
-        if not COLUMNS <= row.keys() or None in row.values():
+        if not row.keys() >= COLUMNS or None in row.values():
             raise DataError(
                 f"line {number} of {path} is no run of a comparison: take the line out, or move "
                 "the file away and train again"
@@ -196,8 +196,8 @@ def cells(table: Sequence[Compared], rows: Sequence[Row], views: Sequence[str]) 
 
 CAPTION = (
     "Differences to what is in the second column, with 95 % t intervals over the seeds; "
-    "* p < 0.05 by a sign-flip test after Holm's correction, over a column's lines with a tuned "
-    "baseline or over those with one at the method's own learning rate; a modality alone has no test"
+    "* p < 0.05 by a sign-flip test after Holm's correction, over a column's lines with tuned "
+    "baselines or over those with one at the method's learning rate; a modality alone has no test"
 )
 
 

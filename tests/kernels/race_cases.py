@@ -33,9 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # ThreadSanitizer's exit code after a report.
 REPORTED = 66
 REPORT = re.compile(r"^WARNING: ThreadSanitizer: .*(?:\n(?!=====).*)*", re.MULTILINE)
-ORDERING = re.compile(
-    r"\b(__syncthreads\w*|atomic[A-Z]\w*|store_relaxed|add_in_order|__syncwarp)\s*\("
-)
+ORDERING = re.compile(r"\b(__syncthreads\w*|atomic[A-Z]\w*|store_relaxed|add_in_order|__syncwarp)\s*\(")
 EXCUSE = re.compile(r"//.*\brace-mutants: (\S.*)")
 KINDS = {
     "__syncthreads": "barrier",

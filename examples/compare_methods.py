@@ -143,7 +143,7 @@ class Comparison:
         bar.close()
 
     def fingerprint(self, drawn: settings.Drawn) -> str:
-        """What rows of these settings are marked with."""
+        """The mark of runs with these settings."""
         return settings.fingerprint(drawn, self.plan.epochs, self.plan.batch_size)
 
     def take_out(self, prints: Mapping[str, str], rates: Mapping[str, object]) -> None:

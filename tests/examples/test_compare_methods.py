@@ -41,6 +41,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs the script with the stand-in as its data set; returns the exit status."""
     monkeypatch.setitem(compare.TASKS, "wrist", TASK)
     monkeypatch.setattr(compare, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(compare, "PAGE", tmp_path / "page.md")
 
     def call(
         *arguments: str, seeds: int = 2, folder: str = "results", methods: Sequence[str] = WAYS

@@ -100,7 +100,7 @@ def accuracies(model: MyModel, loader: DataLoader[dict[str, Tensor]]) -> dict[st
 # --8<-- [end:alone]
 
 
-# --8<-- [start:trained alone]
+# --8<-- [start:trained_alone]
 def trained_alone(name: str, train: MyData, test: MyData, epochs: int) -> float:
     """Test accuracy of one modality's encoder, trained without the other."""
     encoder = MyModel().get_submodule(f"{name}_net")
@@ -116,7 +116,7 @@ def trained_alone(name: str, train: MyData, test: MyData, epochs: int) -> float:
     return right.double().mean().item()
 
 
-# --8<-- [end:trained alone]
+# --8<-- [end:trained_alone]
 
 
 # --8<-- [start:train]

@@ -82,6 +82,10 @@ def forest(path: Path, title: str, table: Sequence[Compared]) -> Path:
         for row in table
         if row.measure == "accuracy"
     }
+    tuned = [row for (method, _, alike), row in found.items() if method in order and not alike]
+    margin = 0.1 * (max(row.high for row in tuned) - min(row.low for row in tuned))
+    low = min(0.0, *(row.low for row in tuned)) - margin
+    high = max(0.0, *(row.high for row in tuned)) + margin
     for axis, (epoch, what) in zip(axes, panels, strict=True):
         for place, method in enumerate(order):
             row = found.get((method, epoch, False))
@@ -99,7 +103,10 @@ def forest(path: Path, title: str, table: Sequence[Compared]) -> Path:
             )
             alike = found.get((method, epoch, True))
             if alike is not None:
-                axis.plot(alike.difference, place, "x", color="0.3", markersize=6)
+                # A baseline that does not train at this rate must not shrink all the others.
+                x = min(max(alike.difference, low), high)
+                mark = "x" if x == alike.difference else ">" if x == high else "<"
+                axis.plot(x, place, mark, color="0.3", markersize=6)
         axis.axvline(0, color="0.3", linewidth=1)
         axis.set(title=what, xlabel="difference in test accuracy; right of 0: better")
         axis.title.set_size("medium")
@@ -113,7 +120,7 @@ def forest(path: Path, title: str, table: Sequence[Compared]) -> Path:
     keys[1].set_label(f"compared with joint + {OWN_LOSSES}")
     for face, label in (("0.4", "p < 0.05 after Holm's correction"), ("white", "p ≥ 0.05")):
         keys.append(line([], [], color="0.4", marker="o", ls="", markerfacecolor=face, label=label))
-    label = "with the baseline at the method's learning rate"
+    label = "baseline at the method's learning rate (arrow: beyond)"
     keys.append(line([], [], color="0.3", marker="x", ls="", label=label))
     figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.suptitle(f"{title}\nmean of paired differences, 95 % t interval", fontsize=11)

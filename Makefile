@@ -25,7 +25,7 @@ help:
 	@echo "make fuzz MINUTES=5  random calls of everything public; what fails is kept in build/fuzz"
 	@echo "make docs    run the documentation's code and build its site into build/site"
 	@echo "make bench   the whole benchmark, into benchmarks/results/<machine>/<commit>/; RESUME=1 goes on"
-	@echo "make compare TASK=wrist  all methods and baselines, tuned, with ten seeds; goes on after a stop"
+	@echo "make compare TASK=wrist  all methods and baselines, tuned, into build/compare; goes on after a stop"
 	@echo "make bench-compare A=main B=HEAD  what one commit made slower than the other"
 	@echo "make tables RESULTS=benchmarks/results/<machine>/<commit>  the documents' tables of these results"
 	@echo "make instructions  what the host does for a step or an op, against the numbers in .ci"
@@ -84,10 +84,11 @@ demo: build
 	$(BIN)/python examples/animals.py --seeds $(or $(SEEDS),1)
 	$(BIN)/python benchmarks/run.py --quick --output build/benchmark
 
-# Some 20 minutes on two cores for a data set; it goes on where it was stopped. docs/demonstrations.md has what came out.
+# Some 40 minutes on a core for the animals, 20 for the others; it goes on where it was stopped. PUBLISH=1 also
+# replaces examples/results and the tables of docs/demonstrations.md.
 compare: build $(TESTING)
 	$(if $(TASK),,$(error make compare TASK=wrist: or animals?))
-	$(BIN)/python examples/compare_methods.py $(TASK)
+	$(BIN)/python examples/compare_methods.py $(TASK) $(if $(PUBLISH),--publish)
 
 PYTEST := MMFUSE_REQUIRE_BACKENDS=reference,cpu,triton,cuda OMP_WAIT_POLICY=passive \
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from demonstrations.arguments import count
 from demonstrations.data import DataError
 from demonstrations.handwritten_data import CITATION, CLASSES, load, split
 from demonstrations.networks import Model, vector_encoder
@@ -42,7 +43,7 @@ class Digits(Model):
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, tests, prints one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=CITATION)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=count, default=20)
     parser.add_argument("--plain", action="store_true", help="joint training without OGM-GE")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

@@ -29,6 +29,7 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
+from demonstrations.arguments import count
 from demonstrations.baselines import Joint, Plan
 from demonstrations.data import DataError, Split
 from demonstrations.handwritten_data import CITATION, CLASSES, load, split
@@ -296,7 +297,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = Path(__file__).resolve().parents[1] / "docs" / "images" / "adam_update.png"
     add("--output", type=Path, default=default, help="file for the plot")
     add("--seeds", type=int, default=3, help="of the trainings with AdamW")
-    add("--epochs", type=int, default=60, help="of the trainings with AdamW")
+    add("--epochs", type=count, default=60, help="of the trainings with AdamW")
     add("--quick", action="store_true", help="few steps, to see that it runs")
     args = parser.parse_args(argv)
     args.factors, args.steps, args.switched_steps = FACTORS, 100, 1500

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import torch
+from demonstrations.arguments import count
 from demonstrations.data import DataError, Split
 from demonstrations.handwritten_data import load, split
 from demonstrations.measures import probe
@@ -91,7 +92,7 @@ def measure(model: TwoViews, data: Split) -> dict[str, float]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains both models and prints their accuracies."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=40, help="passes over the training digits")
+    parser.add_argument("--epochs", type=count, default=40, help="passes over the training digits")
     args = parser.parse_args(argv)
     try:
         digits = load(VIEWS)

@@ -17,11 +17,12 @@ import torch
 from demonstrations.handwritten_data import SAMPLES, VALIDATION, VIEWS, split
 from demonstrations.show import checked, demonstrate, parser
 from demonstrations.tasks import handwritten
+from demonstrations.ways import ONLY
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demonstration; returns the exit status."""
-    asked = parser(__doc__, ())
+    asked = parser(__doc__, tuple(VIEWS))
     asked.epilog = "views: " + "; ".join(f"{view}: {what}" for view, what in VIEWS.items())
     add = asked.add_argument
     add("--views", nargs="+", choices=VIEWS, default=["pix", "fou"], help="two or more views")
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = checked(asked, "handwritten", argv)
     if len(set(args.views)) < max(2, len(args.views)):
         asked.error("argument --views: two or more different views are needed")
+    for way in args.methods:
+        if way.startswith(ONLY) and way.removeprefix(ONLY) not in args.views:
+            asked.error(f"argument --methods: {way!r} is none of the --views {args.views}")
     most = SAMPLES - VALIDATION - 10
     if args.train % 10 or not 20 <= args.train <= most:
         asked.error(f"argument --train: must be a multiple of 10 from 20 to {most:,}")

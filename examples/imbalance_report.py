@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from demonstrations.arguments import count
 from demonstrations.data import DataError, Part
 from demonstrations.handwritten_data import CITATION, CLASSES, VIEWS, load, split
 from demonstrations.report import batches
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--views", nargs="+", choices=VIEWS, default=["pix", "fou"], help="two or more views")
-    add("--epochs", type=int, default=30, help="passes over the training digits")
+    add("--epochs", type=count, default=30, help="passes over the training digits")
     add("--seed", type=int, default=0, help="of split, weights, batches, noise and resamples")
     add("--output", type=Path, default=Path(__file__).with_name("output"), help="for the files")
     args = parser.parse_args(argv)

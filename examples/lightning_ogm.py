@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from demonstrations.arguments import count
 from demonstrations.data import DataError
 from demonstrations.handwritten_data import CLASSES, load, split
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -78,7 +79,7 @@ class Digits(LightningModule):
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=count, default=20)
     parser.add_argument("--alpha", type=float, default=0.8, help="strength; 0 does not balance")
     parser.add_argument("--lr", type=float, default=0.02)
     parser.add_argument("--seed", type=int, default=0)
@@ -106,7 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     test = TensorDataset(*data.test.views.values(), data.test.labels)
 
     balance = Balance(
-        mmfuse.OGM, {view: f"encoders.{view}" for view in VIEWS}, alpha=args.alpha, log_every=10
+        mmfuse.OGM,
+        {view: f"encoders.{view}" for view in VIEWS},
+        alpha=args.alpha,
+        noise=args.alpha > 0,
+        log_every=10,
     )
     module = Digits({view: x.shape[1] for view, x in data.train.views.items()}, balance, args.lr)
     trainer = Trainer(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from demonstrations.arguments import count
 from demonstrations.data import DataError, Part
 from demonstrations.handwritten_data import CITATION, CLASSES, load, split
 from demonstrations.networks import Model, vector_encoder
@@ -67,7 +68,7 @@ def rows(part: Part) -> list[dict[str, Tensor]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains, tests, prints one line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=CITATION)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=count, default=20)
     parser.add_argument("--plain", action="store_true", help="joint training without OGM-GE")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)

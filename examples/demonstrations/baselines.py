@@ -63,6 +63,10 @@ class Joint:
         """The optimizer's groups of parameters."""
         return [{"params": list(self.model.parameters())}]
 
+    def trained_on(self, train: Part) -> Part:
+        """The training samples that batches are drawn from; called before the first step."""
+        return train
+
     def set_epoch(self, epoch: int) -> None:
         """Called before the first step of an epoch."""
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import matplotlib
 
 from .measures import SEVERITIES
-from .summary import Compared, Row, names, values, weak
+from .summary import Compared, Row, names, paired, sure, values, weak
 from .tasks import Task
-from .ways import ENSEMBLE, JOINT, ONLY, OWN_LOSSES, method_of
+from .ways import ENSEMBLE, JOINT, ONLY, OWN_LOSSES, RATE, method_of
 
 matplotlib.use("Agg")  # draws to a file; needs no display
 from matplotlib import pyplot as plt
@@ -26,6 +26,7 @@ BEST = ("tab:green", "tab:blue", "tab:red")
 
 def draw(folder: Path, task: Task, rows: Sequence[Row], table: Sequence[Compared]) -> list[Path]:
     """Draws all figures into the folder."""
+    rows = complete(rows)
     seeds = len({row["seed"] for row in rows})
     title = f"{task.title}: {seeds} seeds, each with a split of its own"
     return [
@@ -33,6 +34,15 @@ def draw(folder: Path, task: Task, rows: Sequence[Row], table: Sequence[Compared
         severities(folder / "noise.png", title, task, rows),
         tradeoff(folder / "probes.png", title, task, rows, table),
     ]
+
+
+def complete(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the seeds that all ways have, so that means are of the same data."""
+    ways = {row["method"] for row in rows}
+    of: dict[str, set[str]] = {}
+    for row in rows:
+        of.setdefault(row["seed"], set()).add(row["method"])
+    return [row for row in rows if of[row["seed"]] == ways]
 
 
 def bare(axis: Axes) -> None:
@@ -67,22 +77,36 @@ def forest(path: Path, title: str, table: Sequence[Compared]) -> Path:
     figure, axes = plt.subplots(
         1, 2, figsize=(10.5, height), sharex=True, sharey=True, layout="constrained"
     )
-    found = {(row.method, row.epoch): row for row in table if row.measure == "accuracy"}
+    found = {
+        (row.method, row.epoch, RATE in row.baseline): row
+        for row in table
+        if row.measure == "accuracy"
+    }
+    tuned = [row for (method, _, alike), row in found.items() if method in order and not alike]
+    margin = 0.1 * (max(row.high for row in tuned) - min(row.low for row in tuned))
+    low = min(0.0, *(row.low for row in tuned)) - margin
+    high = max(0.0, *(row.high for row in tuned)) + margin
     for axis, (epoch, what) in zip(axes, panels, strict=True):
         for place, method in enumerate(order):
-            row = found.get((method, epoch))
+            row = found.get((method, epoch, False))
             if row is None:
                 continue
-            colour, sure = COLOURS[row.baseline], row.p_holm < 0.05
+            colour = COLOURS[row.baseline]
             axis.plot((row.low, row.high), (place, place), color=colour, linewidth=1.6)
             axis.plot(
                 row.difference,
                 place,
                 "o",
                 color=colour,
-                markerfacecolor=colour if sure else "white",
+                markerfacecolor=colour if sure(row) else "white",
                 markersize=6,
             )
+            alike = found.get((method, epoch, True))
+            if alike is not None:
+                # A baseline that does not train at this rate must not shrink all the others.
+                x = min(max(alike.difference, low), high)
+                mark = "x" if x == alike.difference else ">" if x == high else "<"
+                axis.plot(x, place, mark, color="0.3", markersize=6)
         axis.axvline(0, color="0.3", linewidth=1)
         axis.set(title=what, xlabel="difference in test accuracy; right of 0: better")
         axis.title.set_size("medium")
@@ -96,14 +120,22 @@ def forest(path: Path, title: str, table: Sequence[Compared]) -> Path:
     keys[1].set_label(f"compared with joint + {OWN_LOSSES}")
     for face, label in (("0.4", "p < 0.05 after Holm's correction"), ("white", "p ≥ 0.05")):
         keys.append(line([], [], color="0.4", marker="o", ls="", markerfacecolor=face, label=label))
-    figure.legend(handles=keys, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(f"{title}\nmean of paired differences, 95 % bootstrap interval", fontsize=11)
+    label = "baseline at the method's learning rate (arrow: beyond)"
+    keys.append(line([], [], color="0.3", marker="x", ls="", label=label))
+    figure.legend(handles=keys, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+    figure.suptitle(f"{title}\nmean of paired differences, 95 % t interval", fontsize=11)
     return save(figure, path)
 
 
 def mean(rows: Sequence[Row], method: str, measure: str, epoch: str = "last") -> float:
     """Over all seeds."""
     return statistics.fmean(values(rows, method, epoch, measure).values())
+
+
+def change(rows: Sequence[Row], method: str, measure: str) -> float:
+    """The mean difference to joint training, over the seeds that both have."""
+    ours, theirs = paired(rows, method, JOINT, "last", measure)
+    return statistics.fmean(ours) - statistics.fmean(theirs) if ours else float("nan")
 
 
 def severities(path: Path, title: str, task: Task, rows: Sequence[Row]) -> Path:
@@ -152,17 +184,12 @@ def tradeoff(
 ) -> Path:
     """Gain of the weak modality's probe against the gain in clean accuracy, over joint training."""
     view = weak(rows, task.views)
-    base = {m: mean(rows, JOINT, m) for m in ("accuracy", f"probe {view}")}
     shown = [m for m in names(rows) if m != JOINT and not m.startswith(ONLY)]
     points = [
-        (
-            method,
-            mean(rows, method, "accuracy") - base["accuracy"],
-            mean(rows, method, f"probe {view}") - base[f"probe {view}"],
-        )
+        (method, change(rows, method, "accuracy"), change(rows, method, f"probe {view}"))
         for method in shown
     ]
-    baselines = {row.method: row.baseline for row in table}
+    baselines = {row.method: row.baseline for row in table if RATE not in row.baseline}
     figure, axis = plt.subplots(figsize=(8.6, 6.2), layout="constrained")
     axis.axhline(0, color="0.3", linewidth=1)
     axis.axvline(0, color="0.3", linewidth=1)
@@ -174,7 +201,7 @@ def tradeoff(
         )
     axis.plot(0, 0, "s", color="black")
     axis.annotate(JOINT, (0, 0), (5, -11), textcoords="offset points", fontsize=8)
-    only = mean(rows, f"{ONLY}{view}", f"probe {view}") - base[f"probe {view}"]
+    only = change(rows, f"{ONLY}{view}", f"probe {view}")
     axis.axhline(only, color="tab:purple", linestyle=":", linewidth=1.2)
     axis.set(
         xlabel="difference in test accuracy to joint training",

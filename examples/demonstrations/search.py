@@ -6,6 +6,8 @@ Optuna draws the trials and keeps them, so that a search that was stopped goes o
 from __future__ import annotations
 
 import csv
+import hashlib
+import io
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +19,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+import mmfuse
+
 from .baselines import Build, Plan
 from .data import Split
-from .settings import Drawn, folded
+from .settings import Drawn, folded, replace
 from .training import Run
 from .ways import ENSEMBLE, ONLY, method_of
 
@@ -80,24 +84,35 @@ class Search:
     Args:
         journal: File of the trials.
         task: Name of the data set.
+        views: Its modalities.
         splits: By their seeds, which nothing else may use afterwards.
         plan: The settings that are not tuned.
         classes: How many.
     """
 
     def __init__(
-        self, journal: Path, task: str, splits: dict[int, Split], plan: Plan, classes: int
+        self,
+        journal: Path,
+        task: str,
+        views: Sequence[str],
+        splits: dict[int, Split],
+        plan: Plan,
+        classes: int,
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         journal.parent.mkdir(parents=True, exist_ok=True)
         self.storage = JournalStorage(JournalFileBackend(str(journal)))
-        self.task, self.splits, self.plan, self.classes = task, splits, plan, classes
+        self.task, self.views, self.splits = task, views, splits
+        self.plan, self.classes = plan, classes
 
     def study(self, way: str) -> optuna.Study:
-        """The trials of a way to train, with those of an earlier run."""
+        """The trials of a way to train, with those of an earlier run of the same search."""
+        drawn = sorted((name, repr(of)) for name, of in space(way, self.views).items())
+        decides = (drawn, self.plan.epochs, self.plan.batch_size, sorted(self.splits))
+        number = hashlib.sha256(repr((*decides, mmfuse.__version__)).encode()).hexdigest()[:8]
         return optuna.create_study(
             storage=self.storage,
-            study_name=f"{self.task}: {way}",
+            study_name=f"{self.task}: {way}: {number}",
             direction="maximize",
             load_if_exists=True,
         )
@@ -106,7 +121,7 @@ class Search:
         """Trials that ran to their ends."""
         return self.study(way).get_trials(states=(TrialState.COMPLETE,))
 
-    def trial(self, way: str, build: Build, views: Sequence[str]) -> None:
+    def trial(self, way: str, build: Build) -> None:
         """Draws the next trial and trains it on every split.
 
         Its value is the mean accuracy on the validation samples after the last epoch. Trial n
@@ -116,7 +131,7 @@ class Search:
         study = self.study(way)
         done = len(self.finished(way))
         study.sampler = optuna.samplers.RandomSampler(seed=done)
-        drawn = study.ask(space(way, views))
+        drawn = study.ask(space(way, self.views))
         values = [
             Run(build, split, planned(self.plan, drawn.params, seed), self.classes)
             .train()
@@ -150,11 +165,26 @@ def best(search: Search, ways: Sequence[str], trials: int) -> dict[str, Drawn]:
 
 
 def save_trials(path: Path, search: Search, ways: Sequence[str], trials: int) -> None:
-    """Writes all trials of all ways to train as a table."""
-    with path.open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(["method", "trial", "validation accuracy", "drawn"])
-        for way in ways:
-            for n, trial in enumerate(search.finished(way)[:trials]):
-                drawn = "; ".join(f"{name} {value:.4g}" for name, value in trial.params.items())
-                table.writerow([way, n, f"{trial.value:.4f}", drawn])
+    """Writes all trials of these ways to train as a table; what it has of other ways stays."""
+    head = ["method", "trial", "validation accuracy", "drawn"]
+    lines: dict[str, list[list[str]]] = {}
+    if path.is_file():
+        with path.open(newline="") as file:
+            for line in csv.reader(file):
+                if line != head:
+                    lines.setdefault(line[0], []).append(line)
+    for way in ways:
+        lines[way] = [
+            [way, str(n), f"{trial.value:.4f}", _in_words(trial.params)]
+            for n, trial in enumerate(search.finished(way)[:trials])
+        ]
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(head)
+    for of_way in lines.values():
+        table.writerows(of_way)
+    replace(path, text.getvalue())
+
+
+def _in_words(params: Drawn) -> str:
+    return "; ".join(f"{name} {value:.4g}" for name, value in params.items())

@@ -20,6 +20,7 @@ from tqdm import tqdm
 import mmfuse
 
 from . import report
+from .arguments import count, rate
 from .baselines import Plan
 from .data import DataError, Split
 from .measures import SEVERITIES, measure
@@ -49,10 +50,9 @@ class Result(NamedTuple):
 
 def plan_of(way: str, task: Task, args: argparse.Namespace, seed: int) -> Plan:
     """The tuned settings, if there are any and no learning rate is asked for."""
-    lr, options = folded(args.settings.get(way, {}))
-    rate = args.lr or lr or Plan.lr
+    lr, options = folded({"lr": args.lr} if args.lr else args.settings.get(way, {}))
     epochs = args.epochs or task.epochs
-    return Plan(rate, epochs, args.batch_size, options, seed, args.backend, args.device)
+    return Plan(lr or Plan.lr, epochs, args.batch_size, options, seed, args.backend, args.device)
 
 
 def runs(way: str, task: Task, split: Split, args: argparse.Namespace, seed: int) -> Run:
@@ -81,21 +81,29 @@ def steps_per_second(task: Task, split: Split, args: argparse.Namespace) -> dict
     """Median speed of training steps.
 
     The ways to train take turns, a few steps each, so that whatever else the machine does meets
-    all of them alike; the first round is warm-up.
+    all of them alike; the first round is warm-up. A step has its share of what begins an epoch.
     """
     models = {way: runs(way, task, split, args, 0) for way in args.methods}
     batches = {way: run.batches() for way, run in models.items()}
-    speeds: dict[str, list[float]] = {way: [] for way in models}
+    steps: dict[str, list[float]] = {way: [] for way in models}
+    begins: dict[str, list[float]] = {way: [] for way in models}
     for epoch in range(2 if args.quick else SPEED_ROUNDS):
         for way, run in models.items():
+            synchronize(args.device)
+            begun = time.perf_counter()
             run.method.set_epoch(epoch)
             synchronize(args.device)
             started = time.perf_counter()
             for i in range(SPEED_STEPS):
                 run.step(*batches[way][i % len(batches[way])])
             synchronize(args.device)
-            speeds[way].append(SPEED_STEPS / (time.perf_counter() - started))
-    return {way: statistics.median(values[1:]) for way, values in speeds.items()}
+            steps[way].append((time.perf_counter() - started) / SPEED_STEPS)
+            begins[way].append(started - begun)
+    # The mean of the beginnings: some methods have work in a few epochs only.
+    return {
+        way: 1 / (statistics.median(of[1:]) + statistics.fmean(begins[way]) / len(batches[way]))
+        for way, of in steps.items()
+    }
 
 
 def synchronize(device: str) -> None:
@@ -127,11 +135,10 @@ def table(
     """
     seeds = f"mean ± sd over {args.seeds} seeds" if args.seeds > 1 else "one seed"
     out = Table(title=f"{task.title}: test accuracy, {seeds}", box=box.SIMPLE, title_style="bold")
-    out.caption = (
-        f"noisy: Gaussian noise of {SEVERITY:g} standard deviations on one modality; probe: a "
-        "linear classifier on one frozen encoder"
-    )
     shown = columns(task)
+    noise = f"noisy: Gaussian noise of {SEVERITY:g} standard deviations on one modality; "
+    out.caption = noise if any(measure.startswith("noise") for measure in shown) else ""
+    out.caption += "probe: a linear classifier on one frozen encoder"
     out.add_column("trained with", no_wrap=True)
     for heading in (*shown.values(), "steps/s"):
         out.add_column(heading, justify="right", no_wrap=True)
@@ -225,10 +232,10 @@ def parser(description: str, views: Sequence[str]) -> argparse.ArgumentParser:
     add = out.add_argument
     every = list(ways(views))
     add("--methods", nargs="+", choices=every, default=list(DEFAULT), help="what to train with")
-    add("--seeds", type=int, default=1, help="number of seeds: splits, weights, batches, noise")
-    add("--epochs", type=int, help="passes over the training samples; none: the data set's")
-    add("--batch-size", type=int, default=Plan.batch_size, help="samples in a step")
-    add("--lr", type=float, help="learning rate of SGD; none: the tuned one")
+    add("--seeds", type=count, default=1, help="number of seeds: splits, weights, batches, noise")
+    add("--epochs", type=count, help="passes over the training samples; none: the data set's")
+    add("--batch-size", type=count, default=Plan.batch_size, help="samples in a step")
+    add("--lr", type=rate, help="learning rate of SGD, with nothing tuned; none: the tuned one")
     add("--backend", choices=mmfuse.ops.BACKENDS, help="of mmfuse; none: the best one")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where to train")
     add("--output", type=Path, default=HERE / "output", help="for the plot")
@@ -250,17 +257,16 @@ def checked(
     args.task = task
     if args.quick:
         args.seeds, args.epochs = 1, 3
-    for name in ("epochs", "seeds", "batch-size", "lr"):
-        value = getattr(args, name.replace("-", "_"))
-        if value is not None and not value >= (1e-6 if name == "lr" else 1):
-            asked.error(f"argument --{name}: must be {'above 0' if name == 'lr' else 'at least 1'}")
     if args.device == "cuda" and not torch.cuda.is_available():
         asked.error("argument --device: PyTorch finds no CUDA device")
     try:
         args.backends = backend_names(args)
     except RuntimeError as error:
         asked.error(f"argument --backend: {error}")
-    args.found_by, args.settings = load(HERE / "results" / task / "settings.json")
+    try:
+        args.found_by, args.settings = load(HERE / "results" / task / "settings.json")
+    except DataError as error:
+        asked.error(f"{error}, or give --lr" if args.lr is None else str(error))
     return args
 
 

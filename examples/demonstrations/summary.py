@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,10 +14,12 @@ from rich.table import Table
 
 from .data import DataError
 from .measures import SEVERITIES
-from .paired import difference, holm
-from .ways import ONLY, baseline_of
+from .paired import LEVEL, difference, holm, least
+from .settings import Drawn
+from .ways import ONLY, RATE, at_rate, baseline_of, ways
 
 Row = dict[str, str]
+COLUMNS = {"method", "seed", "settings", "epoch", "accuracy"}
 EPOCHS = ("last", "selected")
 #: The severity that stands for all in the table.
 SHOWN = SEVERITIES[2]
@@ -36,7 +38,7 @@ class Compared:
     difference: float
     low: float
     high: float
-    p_holm: float
+    p_holm: float | None  # None where nothing is claimed: a modality alone
 
 
 def read(path: Path) -> list[Row]:
@@ -50,7 +52,7 @@ def read(path: Path) -> list[Row]:
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for number, row in enumerate(rows, start=2):
-        if not {"method", "seed", "epoch", "accuracy"} <= row.keys() or None in row.values():
+        if not row.keys() >= COLUMNS or None in row.values():
             raise DataError(
                 f"line {number} of {path} is no run of a comparison: take the line out, or move "
                 "the file away and train again"
@@ -68,8 +70,10 @@ def values(rows: Sequence[Row], method: str, epoch: str, measure: str) -> dict[i
 
 
 def names(rows: Sequence[Row]) -> list[str]:
-    """Ways to train, in the order of the table."""
-    return list(dict.fromkeys(row["method"] for row in rows))
+    """Ways to train, in the usual order; without the baselines at other learning rates."""
+    every = dict.fromkeys(row["method"] for row in rows if RATE not in row["method"])
+    order = {way: place for place, way in enumerate(ways(()))}
+    return sorted(every, key=lambda way: order.get(way, -1))
 
 
 def measures(views: Sequence[str]) -> list[str]:
@@ -88,40 +92,72 @@ def weak(rows: Sequence[Row], views: Sequence[str]) -> str:
     )
 
 
-def compare(rows: Sequence[Row], views: Sequence[str]) -> list[Compared]:
+def paired(
+    rows: Sequence[Row], method: str, baseline: str, epoch: str, measure: str
+) -> tuple[list[float], list[float]]:
+    """The values of both, over the seeds that both have."""
+    ours, theirs = (values(rows, m, epoch, measure) for m in (method, baseline))
+    seeds = sorted(ours.keys() & theirs.keys())
+    return [ours[s] for s in seeds], [theirs[s] for s in seeds]
+
+
+def compare(
+    rows: Sequence[Row], views: Sequence[str], tuned: Mapping[str, Drawn]
+) -> list[Compared]:
     """Every way to train against its baseline, over the seeds that both have.
 
-    Holm's correction is over all ways to train that are compared in one measure at one epoch.
+    It is compared with the tuned baseline, and with the baseline at its own learning rate. Each of
+    the two is a family for Holm's correction, by measure and epoch; a modality alone is in none.
     """
+    own_rate = {method: at_rate(method, tuned) for method in names(rows)}
+    pairs = [(method, baseline_of(method)) for method in own_rate]
+    other = [(m, at) for m, at in own_rate.items() if at is not None and RATE in at]
+    return [
+        row
+        for epoch in EPOCHS
+        for measure in measures(views)
+        for family in (pairs, other)
+        for row in _family(rows, family, epoch, measure)
+    ]
+
+
+def _family(
+    rows: Sequence[Row], pairs: Sequence[tuple[str, str | None]], epoch: str, measure: str
+) -> list[Compared]:
+    found = []
+    for method, baseline in pairs:
+        if baseline is not None:
+            ours, theirs = paired(rows, method, baseline, epoch, measure)
+            if len(ours) > 1:
+                mean = statistics.fmean(ours)
+                found.append((method, baseline, mean, difference(ours, theirs)))
+    claims = [method for method, *_ in found if not method.startswith(ONLY)]
+    p_values = [each.p for method, *_, each in found if method in claims]
+    corrected = dict(zip(claims, holm(p_values), strict=True))
     out = []
-    for epoch in EPOCHS:
-        for measure in measures(views):
-            pairs = []
-            for method in names(rows):
-                baseline = baseline_of(method)
-                if baseline is None:
-                    continue
-                ours, theirs = (values(rows, m, epoch, measure) for m in (method, baseline))
-                seeds = sorted(ours.keys() & theirs.keys())
-                if len(seeds) > 1:
-                    found = difference([ours[s] for s in seeds], [theirs[s] for s in seeds])
-                    mean = statistics.fmean(ours[s] for s in seeds)
-                    pairs.append((method, baseline, mean, found))
-            corrected = holm([found.p for *_, found in pairs])
-            for (method, baseline, mean, found), p in zip(pairs, corrected, strict=True):
-                numbers = (found.mean, found.low, found.high, p)
-                out.append(
-                    Compared(
-                        method,
-                        baseline,
-                        epoch,
-                        measure,
-                        found.count,
-                        mean,
-                        *(round(x, 4) for x in numbers),
-                    )
-                )
+    for method, baseline, mean, each in found:
+        low, middle, high = (round(x, 4) for x in (each.low, each.mean, each.high))
+        p = None if method not in corrected else round(corrected[method], 4)
+        numbers = (round(mean, 4), middle, low, high, p)
+        out.append(Compared(method, baseline, epoch, measure, each.count, *numbers))
     return out
+
+
+def too_few(table: Sequence[Compared]) -> list[str]:
+    """Sentences about families in which so few seeds cannot give a p-value below 0.05."""
+    families: dict[tuple[bool, str, str], list[int]] = {}
+    for row in table:
+        if row.p_holm is not None:
+            key = (RATE in row.baseline, row.epoch, row.measure)
+            families.setdefault(key, []).append(row.seeds)
+    worst = max(((len(seeds), min(seeds)) for seeds in families.values()), default=(0, 0))
+    comparisons, seeds = worst
+    if not comparisons or comparisons * least(seeds) < LEVEL:
+        return []
+    return [
+        f"{seeds} seeds are too few for {comparisons} comparisons: their smallest p-value is "
+        f"{min(1.0, comparisons * least(seeds)):.2g} after Holm's correction; add seeds"
+    ]
 
 
 def write(path: Path, table: Sequence[Compared]) -> None:
@@ -129,15 +165,20 @@ def write(path: Path, table: Sequence[Compared]) -> None:
     with path.open("w", newline="") as file:
         out = csv.DictWriter(file, asdict(table[0]) if table else (), lineterminator="\n")
         out.writeheader()
-        out.writerows(asdict(row) | {"mean": round(row.mean, 4)} for row in table)
+        out.writerows(asdict(row) for row in table)
 
 
 def cells(table: Sequence[Compared], rows: Sequence[Row], views: Sequence[str]) -> list[list[str]]:
-    """The differences for people: a heading, and one line for each way to train.
+    """The differences for people: a heading, and lines for each way to train.
 
-    All are after the last epoch, but for the accuracy, which is there at both.
+    The second line, where there is one, is the difference to the baseline at the way's own learning
+    rate. All are after the last epoch, but for the accuracy, which is there at both.
     """
-    found = {(row.method, row.epoch, row.measure): row for row in table}
+    found = {(row.method, row.baseline, row.epoch, row.measure): row for row in table}
+    against: dict[str, list[str]] = {}
+    for row in table:
+        if row.baseline not in against.setdefault(row.method, []):
+            against[row.method].append(row.baseline)
     probe = f"probe {weak(rows, views)}"
     shown = {("last", "accuracy"): "accuracy, last epoch"}
     shown[("selected", "accuracy")] = "accuracy, selected epoch"
@@ -146,14 +187,18 @@ def cells(table: Sequence[Compared], rows: Sequence[Row], views: Sequence[str]) 
     out = [["method", "compared with", "seeds", "accuracy", *shown.values()]]
     for method in names(rows):
         clean = values(rows, method, "last", "accuracy").values()
-        numbers = [found.get((method, *key)) for key in shown]
-        baseline = baseline_of(method) or ""
-        line = [method, baseline, str(len(clean)), f"{statistics.fmean(clean):.3f}"]
-        out.append([*line, *("" if row is None else in_words(row) for row in numbers)])
+        for baseline in against.get(method, [""]):
+            numbers = [found.get((method, baseline, *key)) for key in shown]
+            line = [method, baseline, str(len(clean)), f"{statistics.fmean(clean):.3f}"]
+            out.append([*line, *("" if row is None else in_words(row) for row in numbers)])
     return out
 
 
-CAPTION = "Differences to what is in the second column, with 95 % intervals; * p < 0.05 after Holm"
+CAPTION = (
+    "Differences to what is in the second column, with 95 % t intervals over the seeds; "
+    "* p < 0.05 by a sign-flip test after Holm's correction, over a column's lines with tuned "
+    "baselines or over those with one at the method's learning rate; a modality alone has no test"
+)
 
 
 def show(lines: Sequence[Sequence[str]]) -> Table:
@@ -188,7 +233,12 @@ def publish(page: Path, name: str, text: str) -> None:
     page.write_text(changed)
 
 
+def sure(row: Compared) -> bool:
+    """Says if the difference counts as more than chance."""
+    return row.p_holm is not None and row.p_holm < LEVEL
+
+
 def in_words(row: Compared) -> str:
     """'+0.012 [+0.003, +0.020] *'."""
-    star = " *" if row.p_holm < 0.05 else ""
+    star = " *" if sure(row) else ""
     return f"{row.difference:+.3f} [{row.low:+.3f}, {row.high:+.3f}]{star}"

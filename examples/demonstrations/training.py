@@ -57,10 +57,11 @@ class Run:
             self.method.groups(), lr=plan.lr, momentum=0.9, weight_decay=1e-4
         )
         self.method.optimizer, self.method.train = self.optimizer, self.split.train
+        self.samples = self.method.trained_on(self.split.train)
 
     def batches(self) -> list[tuple[dict[str, Tensor], Tensor]]:
         """One epoch in random order."""
-        return batches_of(self.split.train, self.plan.batch_size, self.generator)
+        return batches_of(self.samples, self.plan.batch_size, self.generator)
 
     def step(self, views: dict[str, Tensor], labels: Tensor) -> Tensor | None:
         """One step of training; [M] coefficients where the method has them."""

@@ -84,18 +84,22 @@ def windows(recordings: list[np.ndarray], labels: np.ndarray, people: np.ndarray
     )
 
 
+def roles(people: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """The people of a seed's test, and of its validation."""
+    turns = len(people) // PEOPLE_IN_A_TEST
+    generator = torch.Generator().manual_seed(seed // turns)
+    order = people[torch.randperm(len(people), generator=generator)]
+    order = order.roll(-PEOPLE_IN_A_TEST * (seed % turns))
+    return order[:PEOPLE_IN_A_TEST], order[PEOPLE_IN_A_TEST : 2 * PEOPLE_IN_A_TEST]
+
+
 def split(data: Recordings, seed: int) -> Split:
     """Two people for the test, two for validation, and the others for training.
 
     Five consecutive seeds (0 to 4, 5 to 9, ...) share an order of the people and test each pair of
     it once, so that every person is tested equally often.
     """
-    people = data.people.unique()
-    turns = len(people) // PEOPLE_IN_A_TEST
-    generator = torch.Generator().manual_seed(seed // turns)
-    order = people[torch.randperm(len(people), generator=generator)]
-    order = order.roll(-PEOPLE_IN_A_TEST * (seed % turns))
-    tested, checked = order[:PEOPLE_IN_A_TEST], order[PEOPLE_IN_A_TEST : 2 * PEOPLE_IN_A_TEST]
+    tested, checked = roles(data.people.unique(), seed)
     test, validation = torch.isin(data.people, tested), torch.isin(data.people, checked)
     every = Part(data.views, data.labels)
     masks = (~(test | validation), validation, test)

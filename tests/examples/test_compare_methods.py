@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from demonstrated import TASK, VIEWS
 
 pytest.importorskip("matplotlib")
@@ -16,11 +19,12 @@ pytest.importorskip("scipy")
 pytest.importorskip("tqdm")
 
 import compare_methods as compare
-from demonstrations import summary
+from demonstrations import figures, summary, wrist_data
+from demonstrations.baselines import Plan
 from demonstrations.data import DataError
-from demonstrations.settings import load
+from demonstrations.settings import fingerprint, load
 from demonstrations.tasks import TASKS
-from demonstrations.ways import ONLY, OWN_LOSSES, ways
+from demonstrations.ways import ONLY, OWN_LOSSES, RATE, at_rates, ways
 
 # Without the compiled library the examples run on the reference, and say so.
 pytestmark = [
@@ -36,10 +40,13 @@ Run = Callable[..., int]
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
     """Runs the script with the stand-in as its data set; returns the exit status."""
     monkeypatch.setitem(compare.TASKS, "wrist", TASK)
-    monkeypatch.setattr(compare, "HERE", tmp_path)
+    monkeypatch.setattr(compare, "PUBLISHED", tmp_path / "published")
+    monkeypatch.setattr(compare, "PAGE", tmp_path / "page.md")
 
-    def call(*arguments: str, seeds: int = 2, folder: str = "results") -> int:
-        few = ["--trials", "1", "--seeds", str(seeds), "--methods", *WAYS]
+    def call(
+        *arguments: str, seeds: int = 2, folder: str = "results", methods: Sequence[str] = WAYS
+    ) -> int:
+        few = ["--trials", "1", "--seeds", str(seeds), "--methods", *methods]
         return compare.main(["wrist", *few, "--results", str(tmp_path / folder), *arguments])
 
     return call
@@ -64,17 +71,88 @@ def test_it_searches_trains_and_reports(
         ]
     table = rows(tmp_path)
     keys = {(row["method"], row["seed"], row["epoch"]) for row in table}
-    assert keys == {(w, s, e) for w in WAYS for s in "01" for e in ("last", "selected")}
+    every = [*WAYS, *at_rates(WAYS, found)]
+    assert keys == {(w, s, e) for w in every for s in "01" for e in ("last", "selected")}
     assert len(table) == len(keys)
     with (folder / "differences.csv").open(newline="") as file:
         compared = list(csv.DictReader(file))
-    against = {row["method"]: row["baseline"] for row in compared}
+    against = {row["method"]: row["baseline"] for row in compared if RATE not in row["baseline"]}
     others = [way for way in WAYS if way != "joint"]
     assert against == {way: OWN_LOSSES if way == "MLB" else "joint" for way in others}
     for name in ("forest", "noise", "probes"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
     assert "forest.png" in printed and "MLB" in printed
+    assert "2 seeds are too few for 4 comparisons" in said
+    assert not (tmp_path / "published").exists(), "nothing is published unasked"
+
+
+@pytest.mark.slow
+def test_other_settings_are_trained_again_and_never_reported_before(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--stages", "search", "train") == 0
+    path = tmp_path / "results" / "wrist" / "settings.json"
+    content = json.loads(path.read_text())
+    content["settings"]["OGM"] = {"lr": 0.07, "alpha": 0.5}
+    path.write_text(json.dumps(content))
+    before = rows(tmp_path)
+    assert run("--stages", "report") == 1
+    assert "runs of 'OGM' with other settings" in capsys.readouterr().err
+    assert rows(tmp_path) == before
+    assert run("--stages", "train") == 0
+    assert "of other settings, taken out: OGM" in capsys.readouterr().err
+    after = rows(tmp_path)
+    assert [row for row in before if row["method"] != "OGM"] == [
+        row for row in after if row["method"] not in ("OGM", "joint, learning rate 0.07")
+    ]
+    old, new = (
+        {row["settings"] for row in table if row["method"] == "OGM"} for table in (before, after)
+    )
+    assert len(old) == len(new) == 1 and old != new
+    assert sum(row["method"] == "joint, learning rate 0.07" for row in after) == 4
+    assert run("--stages", "report") == 0
+
+
+@pytest.mark.slow
+def test_a_search_of_some_and_one_that_is_stopped_keep_the_settings_of_all(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--stages", "search") == 0
+    folder = tmp_path / "results" / "wrist"
+    names = ("settings.json", "trials.csv")
+    before = [(folder / name).read_text() for name in names]
+    (folder / "search.journal").unlink()
+    assert run("--stages", "search", methods=["OGM"]) == 0
+    assert [(folder / name).read_text() for name in names] == before, "a search repeats itself"
+
+    def stop(self: compare.Comparison) -> None:
+        raise compare.OutOfTimeError("over")
+
+    (folder / "search.journal").unlink()
+    monkeypatch.setattr(compare.Comparison, "in_time", stop)
+    assert run("--stages", "search") == 1
+    assert [(folder / name).read_text() for name in names] == before
+    capsys.readouterr()
+    assert run("--stages", "search", "--trials", "2") == 1
+    assert "the best of 1 trials, not of 2" in capsys.readouterr().err
+    assert [(folder / name).read_text() for name in names] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["OGM", "ensemble"])
+def test_a_method_alone_gets_what_it_is_compared_with(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    assert run(methods=[method]) == 0
+    assert "also trained, to compare with: only strong, only weak, joint" in capsys.readouterr().err
+    assert {row["method"] for row in rows(tmp_path)} >= {"only weak", "joint", method}
+
+
+def test_figures_are_of_seeds_that_all_ways_have() -> None:
+    of = {"joint": "012", "OGM": "12", "OPM": "1"}
+    table = [{"method": m, "seed": s} for m, seeds in of.items() for s in seeds]
+    assert {row["seed"] for row in figures.complete(table)} == {"1"}
 
 
 @pytest.mark.slow
@@ -135,15 +213,55 @@ def test_differences_are_paired_by_seed() -> None:
     ]
     # A seed that only one of both has counts for nothing.
     table.append(table[-1] | {"seed": "7", "accuracy": "0.0"})
-    (found,) = summary.compare(table, VIEWS)
+    (found,) = summary.compare(table, VIEWS, {})
     assert (found.method, found.baseline, found.seeds) == ("OGM", "joint", 3)
     assert found.difference == pytest.approx(0.1) and found.low == pytest.approx(0.1)
     assert found.mean == pytest.approx(0.3)
 
 
+def test_a_method_is_compared_at_its_own_learning_rate_too() -> None:
+    """Joint training gains as much from the rate of OGM as OGM does, so that nothing is left."""
+    empty = dict.fromkeys(summary.measures(VIEWS), "")
+    gains = {
+        "joint": 0.0,
+        "only weak": 0.2,
+        "OGM": 0.1,
+        "OPM": 0.1,
+        "joint, learning rate 0.02": 0.1,
+    }
+    table = [
+        empty
+        | {"method": m, "seed": str(s), "epoch": "last", "accuracy": f"{more + s / 10**3:.4f}"}
+        for m, more in gains.items()
+        for s in range(6)
+    ]
+    tuned = {way: {"lr": 0.1} for way in gains} | {"OGM": {"lr": 0.02}}
+    found = {(row.method, row.baseline): row for row in summary.compare(table, VIEWS, tuned)}
+    assert found.keys() == {
+        ("only weak", "joint"),
+        ("OGM", "joint"),
+        ("OGM", "joint, learning rate 0.02"),
+        ("OPM", "joint"),
+    }
+    assert found["OGM", "joint, learning rate 0.02"].difference == 0
+    # Six seeds of one sign: 2^-5, times the two claims; a modality alone is none.
+    assert found["OGM", "joint"].p_holm == 2 * 2.0**-5
+    assert found["only weak", "joint"].p_holm is None
+    assert summary.names(table) == ["only weak", "joint", "OGM", "OPM"]
+    said = "6 seeds are too few for 2 comparisons: their smallest p-value is 0.062 after"
+    assert summary.too_few(list(found.values()))[0].startswith(said)
+
+
+def test_enough_seeds_are_not_warned_about() -> None:
+    row = summary.Compared("OGM", "joint", "last", "accuracy", 15, 0.5, 0.1, 0.0, 0.2, 0.01)
+    assert summary.too_few([row] * 25) == []
+    assert summary.too_few([replace(row, seeds=9)] * 25) != []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--publish",), "argument --publish: goes with all methods"),
         (("--trials", "0"), "argument --trials: must be from 1"),
         (("--seeds", "5000"), "argument --seeds: must be from 1 to 1000"),
         (("--methods", "magic"), "'magic' is none of: only strong, only weak, ensemble, joint"),
@@ -157,7 +275,26 @@ def test_a_wrong_argument_is_one_line(
     assert message in capsys.readouterr().err
 
 
-PUBLISHED = sorted(path.parent for path in compare.RESULTS.glob("*/settings.json"))
+def test_the_page_says_how_often_people_are_tested_who_tuned_the_settings() -> None:
+    every = torch.arange(10)
+    tuned = set()
+    for seed in range(compare.SEARCH_SEED, compare.SEARCH_SEED + TASKS["wrist"].search_seeds):
+        tuned |= set(wrist_data.roles(every, seed)[1].tolist())
+    hits = [len(tuned & set(wrist_data.roles(every, s)[0].tolist())) for s in range(compare.SEEDS)]
+    said = (
+        f"{len(tuned)} of the ten people, who are tested in {sum(h > 0 for h in hits)} of the "
+        f"{compare.SEEDS} seeds, {sum(hits)} of {2 * compare.SEEDS} times"
+    )
+    assert said in " ".join(compare.PAGE.read_text().split())
+
+
+def test_what_is_made_is_not_what_is_published() -> None:
+    args = compare.parse(["wrist"])
+    assert args.results == compare.RESULTS and not args.publish
+    assert compare.PUBLISHED not in (args.results, *args.results.parents)
+
+
+PUBLISHED = sorted(path.parent for path in compare.PUBLISHED.glob("*/settings.json"))
 assert [folder.name for folder in PUBLISHED] == ["animals", "wrist"]
 
 
@@ -170,7 +307,17 @@ def test_the_page_shows_the_published_table(folder: Path) -> None:
     _, tuned = load(folder / "settings.json")
     known = ways(TASKS[folder.name].views)
     assert set(summary.names(runs)) == set(known) == set(tuned)
-    assert len(runs) == len(known) * 10 * 2, "ten seeds, at two epochs each"
+    tuned |= at_rates(list(tuned), tuned)
+    seeds = [str(seed) for seed in range(compare.SEEDS)]
+    task = TASKS[folder.name]
+    prints = {way: fingerprint(drawn, task.epochs, Plan.batch_size) for way, drawn in tuned.items()}
+    found = sorted((row["method"], row["seed"], row["epoch"], row["settings"]) for row in runs)
+    assert found == sorted(
+        (way, seed, epoch, mark)
+        for way, mark in prints.items()
+        for seed in seeds
+        for epoch in summary.EPOCHS
+    )
 
 
 @pytest.mark.slow
@@ -180,7 +327,9 @@ def test_published_differences_are_those_of_the_published_runs(
 ) -> None:
     views = TASKS[folder.name].views
     runs = summary.read(folder / "runs.csv")
-    table = summary.compare(runs, views)
+    _, tuned = load(folder / "settings.json")
+    table = summary.compare(runs, views, tuned)
+    assert not summary.too_few(table)
     summary.write(tmp_path / "differences.csv", table)
     again = (tmp_path / "differences.csv").read_text()
     assert again == (folder / "differences.csv").read_text()

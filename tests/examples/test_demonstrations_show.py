@@ -17,8 +17,10 @@ pytest.importorskip("tqdm")
 import animals
 import wrist
 from demonstrations import show
+from demonstrations.baselines import Joint
 from demonstrations.data import DataError
 from demonstrations.tasks import TASKS
+from demonstrations.training import Run
 from demonstrations.ways import JOINT, OWN_LOSSES, ways
 
 # Without the compiled library the examples run on the reference, and say so.
@@ -89,6 +91,47 @@ def test_it_says_which_command_found_its_settings(
     path.write_text(json.dumps({"found by": "the command", "settings": {JOINT: {"lr": 0.1}}}))
     assert run(script, tmp_path, "--quick", "--methods", JOINT) == 0
     assert "settings found by: the command" in capsys.readouterr().out
+
+
+def test_damaged_settings_are_one_sentence(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "results" / script.__name__ / "settings.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    with pytest.raises(SystemExit):
+        run(script, tmp_path, "--quick", "--methods", JOINT)
+    assert "settings.json is damaged: take it from the repository" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["OGM", "ensemble"])
+def test_a_learning_rate_that_is_asked_for_goes_with_nothing_tuned(way: str) -> None:
+    tuned = {"OGM": {"lr": 0.5, "alpha": 0.2}, "ensemble": {"lr": 0.5, "rates.weak": 0.7}}
+    asked = show.parser("", TASK.views).parse_args(["--lr", "0.02"])
+    asked.settings = tuned
+    plan = show.plan_of(way, TASK, asked, 0)
+    assert plan.lr == 0.02 and plan.options == {}
+    method = Run(ways(TASK.views)[way], TASK.split(None, 0), plan, 3)
+    assert {group["lr"] for group in method.optimizer.param_groups} == {0.02}
+    asked.lr = None
+    plan = show.plan_of(way, TASK, asked, 0)
+    assert plan.lr == 0.5 and plan.options
+
+
+def test_the_speed_has_its_share_of_what_begins_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(show.time, "perf_counter", lambda: clock[0])
+
+    def later(seconds: float) -> None:
+        clock[0] += seconds
+
+    asked = show.parser("", TASK.views).parse_args(["--methods", JOINT, "--batch-size", "32"])
+    asked.settings = {}
+    monkeypatch.setattr(Run, "step", lambda self, *batch: later(0.25))
+    monkeypatch.setattr(Joint, "set_epoch", lambda self, epoch: later(0.75))
+    # An epoch has three steps of a quarter second, and begins with three quarters.
+    found = show.steps_per_second(TASK, TASK.split(None, 0), asked)
+    assert found == {JOINT: pytest.approx(2.0)}
 
 
 def test_data_that_is_missing_is_one_sentence(

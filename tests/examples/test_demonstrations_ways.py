@@ -9,7 +9,16 @@ from demonstrations.baselines import Plan
 from demonstrations.measures import measure, noisy, probe
 from demonstrations.networks import Patches
 from demonstrations.training import Run
-from demonstrations.ways import JOINT, OWN_LOSSES, baseline_of, method_of, ways
+from demonstrations.ways import (
+    JOINT,
+    OWN_LOSSES,
+    at_rate,
+    at_rates,
+    baseline_of,
+    build_of,
+    method_of,
+    ways,
+)
 
 import mmfuse
 
@@ -39,6 +48,51 @@ def test_a_seed_repeats_every_number(way: str) -> None:
     assert all(0 <= value <= 1 for value in found.values())
     first.select()
     measure(first)
+
+
+def test_two_methods_of_one_step_draw_different_numbers() -> None:
+    """OGM-GE and its control draw the same numbers, and OPM beside OGM-GE others."""
+    opm = trained("OPM + OGM-GE").method
+    gradients, control = (trained(way).method.method.stream for way in ("OGM-GE", "NoiseOnly"))
+    keys = [stream.state_dict()["state"][0].item() for stream in (gradients, control)]
+    assert keys[0] == keys[1] == opm.then.stream.state_dict()["state"][0].item()
+    assert keys[0] != opm.method.noise_state[0].item()
+
+
+@pytest.mark.parametrize("size", [1, 3, 32])
+def test_relearning_never_trains_on_what_tells_the_gap(size: int) -> None:
+    run = Run(
+        ways(VIEWS)["ReLearning"],
+        TASK.split(None, 0),
+        Plan(epochs=4, batch_size=size),
+        len(CLASSES),
+    )
+    held = {tuple(row) for row in run.method.held.views["weak"].tolist()}
+    assert len(held) == len(run.split.train.labels) // 4
+    seen = set()
+    for _ in range(20):  # each leaves out what is left after the last whole batch
+        for views, _ in run.batches():
+            seen |= {tuple(row) for row in views["weak"].tolist()}
+    assert not seen & held and len(seen) + len(held) == len(run.split.train.labels)
+    run.train()
+    assert run.method.weights.abs().sum() > 0, "it has been reset"
+
+
+def test_a_baseline_at_the_rate_of_a_method() -> None:
+    tuned = {way: {"lr": 0.1} for way in ways(VIEWS)} | {"OGM": {"lr": 0.02}, "MLB": {"lr": 0.03}}
+    assert at_rate("OGM", tuned) == "joint, learning rate 0.02"
+    assert at_rate("MLB", tuned) == "unimodal losses, learning rate 0.03"
+    assert at_rate("OPM", tuned) == JOINT, "its own rate is the tuned one"
+    assert (
+        at_rate(JOINT, tuned) is at_rate("ensemble", tuned) is at_rate("only weak", tuned) is None
+    )
+    assert at_rate("OGM", {}) is None
+    found = at_rates(["OGM", "MLB", "OPM"], tuned)
+    assert found == {at_rate("OGM", tuned): {"lr": 0.02}, at_rate("MLB", tuned): {"lr": 0.03}}
+    assert (
+        build_of("unimodal losses, own heads", VIEWS) is ways(VIEWS)["unimodal losses, own heads"]
+    )
+    assert build_of("joint, learning rate 0.02", VIEWS) is ways(VIEWS)[JOINT]
 
 
 def test_every_method_of_the_catalogue_is_a_way_to_train() -> None:

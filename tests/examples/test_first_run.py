@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 import sys
@@ -48,3 +49,13 @@ def test_opm_hears_the_end_of_training() -> None:
     model = example.TwoViews({"pix": 3, "fou": 2}, example.mmfuse.OPM())
     model.eval()
     assert not model.opm.training
+
+
+@pytest.mark.parametrize("script", ["first_run", "your_own_model", "imbalance_report"])
+@pytest.mark.parametrize("epochs", ["0", "-1", "x"])
+def test_epochs_that_are_none_are_refused(
+    capsys: pytest.CaptureFixture[str], script: str, epochs: str
+) -> None:
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).main(["--epochs", epochs])
+    assert "argument --epochs: must be " in capsys.readouterr().err

@@ -88,6 +88,7 @@ def test_three_views_print_a_table_and_draw_a_plot(
     printed = capsys.readouterr().out
     for expected in ("CC BY 4.0", "Robert P. W. Duin", "probe kar", "OGM-GE − joint", "backend"):
         assert expected in printed
+    assert "probe: a linear classifier" in printed and "noisy:" not in printed
     png = tmp_path / "handwritten.png"
     assert str(png) in printed
     assert png.read_bytes().startswith(b"\x89PNG") and png.stat().st_size > 20_000
@@ -95,7 +96,9 @@ def test_three_views_print_a_table_and_draw_a_plot(
 
 def test_one_way_to_train_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--methods", "joint") == 0
-    assert "− joint" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "− joint" not in printed and "noisy: Gaussian noise" in printed
+    assert run("--methods", "only pix") == 0
 
 
 def test_several_seeds_have_deviations(
@@ -120,6 +123,9 @@ def test_the_settings_and_the_command_that_found_them_are_used(
     asked.clear()
     assert run("--methods", "OGM", "--lr", "0.02") == 0
     assert {plan.lr for plan in asked} == {0.02}
+    asked.clear()
+    assert run("--methods", "OGM", "--lr", "1e-7") == 0
+    assert {plan.lr for plan in asked} == {1e-7}
 
 
 @pytest.mark.parametrize("installed", [False, True], ids=["no wheel", "wheel without files"])
@@ -153,12 +159,16 @@ def test_other_columns_are_refused(
     ("arguments", "message"),
     [
         (("--views", "pix", "nose"), "'nose' (choose from 'fac', 'fou', 'kar', 'mor'"),
-        (("--methods", "magic"), "'magic' (choose from 'ensemble', 'joint',"),
+        (("--methods", "magic"), "'magic' (choose from 'only fac', 'only fou',"),
         (("--views", "pix"), "two or more different views"),
         (("--views", "pix", "pix"), "two or more different views"),
         (("--train", "605"), "a multiple of 10"),
         (("--batch-size", "0"), "argument --batch-size: must be at least 1"),
-        (("--lr", "nan"), "argument --lr: must be above 0"),
+        (("--lr", "nan"), "argument --lr: must be above 0 and finite"),
+        (("--lr", "inf"), "argument --lr: must be above 0 and finite"),
+        (("--lr", "0"), "argument --lr: must be above 0 and finite"),
+        (("--epochs", "0"), "argument --epochs: must be at least 1, got 0"),
+        (("--methods", "only kar"), "'only kar' is none of the --views"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_status_2(

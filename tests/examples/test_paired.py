@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("scipy")
 
-from demonstrations.paired import difference, holm
+from demonstrations.paired import difference, holm, least
 
 
 def test_holm_corrects_as_in_the_textbook() -> None:
@@ -26,21 +26,24 @@ def test_the_p_value_counts_all_signs() -> None:
     assert difference([1.0, -1.0, 2.0, -2.0], [0.0] * 4).p == 1.0
 
 
-def test_the_interval_is_that_of_the_bootstrap() -> None:
-    """The resampled means of a and b are a, (a + b)/2 and b with 1/4, 1/2 and 1/4."""
-    found = difference([0.2, 0.4], [0.0, 0.0])
-    assert (found.low, found.high) == pytest.approx((0.2, 0.4))
-    # With many values it comes near the normal interval: mean ± 1.96 sd / sqrt(n).
-    values = [math.sin(17.0 * i) for i in range(400)]
-    found = difference(values, [0.0] * 400)
-    sd = math.sqrt(sum((v - found.mean) ** 2 for v in values) / 400)
-    half = 1.96 * sd / 20
-    # The percentiles of 9,999 resamples have a standard error of 2.7 % of the half-width's sigma.
-    assert found.high - found.mean == pytest.approx(half, rel=0.1)
-    assert found.mean - found.low == pytest.approx(half, rel=0.1)
+def test_the_interval_is_that_of_student() -> None:
+    """Mean 3 and standard error sqrt(2.5 / 5); the quantile of 4 degrees of freedom is 2.776."""
+    found = difference([1.0, 2.0, 3.0, 4.0, 5.0], [0.0] * 5)
+    half = 2.7764 * math.sqrt(0.5)
+    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), rel=1e-4)
 
 
-def test_equal_differences_need_no_resampling() -> None:
+def test_many_pairs_are_tested_by_drawn_signs() -> None:
+    """Twenty equal signs are as rare as can be; alternating ones are not rare at all."""
+    assert difference([1.0] * 20, [0.0] * 20).p == least(20) == 2.0**-15
+    assert difference([1.0, -1.0] * 10, [0.0] * 20).p == 1.0
+    steps = [float(i) for i in range(-3, 17)]
+    # The sign-flip test's normal approximation, from the sum and the sum of squares.
+    z = sum(steps) / math.sqrt(sum(x * x for x in steps))
+    assert difference(steps, [0.0] * 20).p == pytest.approx(math.erfc(z / math.sqrt(2)), abs=0.003)
+
+
+def test_equal_differences_have_no_width() -> None:
     assert difference([0.5, 0.75], [0.25, 0.5])[:4] == (0.25, 0.25, 0.25, 0.5)
     assert difference([0.5, 0.5], [0.5, 0.5])[:4] == (0.0, 0.0, 0.0, 1.0)
 

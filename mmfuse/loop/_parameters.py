@@ -62,7 +62,9 @@ def refuse_encoders(module: nn.Module, first: object) -> None:
     values = first.values() if isinstance(first, Mapping) else ()
     kinds = (nn.Module, Iterable)
     several = any(isinstance(v, kinds) and not isinstance(v, Tensor) for v in values)
-    if not (several or isinstance(first, (nn.Module, list, tuple, Iterator))):
+    if isinstance(first, (list, tuple)):
+        several = any(isinstance(v, (nn.Module, Tensor)) for v in first)
+    if not (several or isinstance(first, (nn.Module, Iterator))):
         return
     name = type(module).__name__
     argument = next(iter(signature(type(module)).parameters))

@@ -15,24 +15,15 @@ from typing_extensions import Unpack
 
 from ..loop._parameters import Encoders
 from ..loop.contract import Card, Common
-from ..loop.given import Kind
 from ..loop.gradients import GradientMethod
 from .ogm import Noise, OGMRule
-
-
-class _Alone(OGMRule):
-    """Every coefficient is 1, whatever the scores are."""
-
-    def check_takes(self, kind: Kind) -> None:
-        """Takes scores and ratios, which decide nothing."""
-        if kind == "coefficients":
-            raise TypeError("NoiseOnly has no coefficients but 1; for others take OGM")
 
 
 class NoiseOnly(GradientMethod):
     """OGM-GE's noise without its modulation, a control for comparisons.
 
-    It takes what `OGM` takes, and returns an `OGMResult` whose coefficients are 1.
+    It takes what `OGM` takes, and returns an `OGMResult` whose coefficients are 1, unless you give
+    others.
 
     Formulas: `mmfuse.methods.noiseonly`. Tested against them.
 
@@ -60,4 +51,4 @@ class NoiseOnly(GradientMethod):
     ) -> None:
         if noise is not True and not callable(noise):
             raise ValueError("noise must be True or a callable: without it nothing is left to do")
-        super().__init__(_Alone(alpha=0.0, noise=noise), encoders, **common)
+        super().__init__(OGMRule(alpha=0.0, noise=noise), encoders, **common)

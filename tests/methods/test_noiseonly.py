@@ -43,12 +43,3 @@ def test_outside_of_its_epochs_nothing_happens() -> None:
 def test_without_noise_nothing_is_left() -> None:
     with pytest.raises(ValueError, match="noise must be True or a callable"):
         mmfuse.NoiseOnly({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)}, noise=False)
-
-
-def test_coefficients_are_refused() -> None:
-    nets = {name: nn.Linear(2, 2) for name in ("a", "b")}
-    for net in nets.values():
-        net.weight.grad, net.bias.grad = torch.ones(2, 2), torch.ones(2)
-    with pytest.raises(TypeError, match="NoiseOnly has no coefficients but 1"):
-        mmfuse.NoiseOnly(nets).step(coefficients={"a": 0.5, "b": 1.0})
-    assert all((p.grad == 1).all() for net in nets.values() for p in net.parameters())

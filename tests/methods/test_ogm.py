@@ -144,6 +144,8 @@ def test_a_decision_that_reads_the_gradients_is_the_step_of_single_ops(
     cell: Cell, noise: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the bit, where an Inf keeps the noise's stream as well; `before_update` is the way in."""
+    if cell.backend in ("reference", "triton"):
+        pytest.skip("it takes lists")
     results = []
     for quickly in (True, False):
         if not quickly:

@@ -148,6 +148,8 @@ def test_statistics_on_the_way_are_those_of_grad_stats(
     cell: Cell, name: str, dtype: torch.dtype, formula: str
 ) -> None:
     """To the bit; and the update starts from True and no block."""
+    if name != "few" and (dtype, formula) != (torch.float32, "tpami"):
+        pytest.skip("lists differ in the statistics alone")
     grads = [g.to(cell.device) for g in LISTS[name]()]
     s = torch.tensor([0.6, 0.2, 0.25], dtype=dtype, device=cell.device)
     owner = tuple(i % 3 for i in range(len(grads)))

@@ -334,7 +334,7 @@ def test_equal_shares_of_many_classes_in_the_interpreter(cell: Cell) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "classes last"])
 @pytest.mark.parametrize("shape", [(1, MANY, 3), (1, 1000, 64), (1, 90, 64)], ids=str)
 def test_equal_logits_of_many_classes(cell: Cell, shape: tuple[int, ...], layout: str) -> None:
-    cell.skip_slow(shape[1] == MANY)
+    cell.skip_slow(shape[1] > 90)
     if cell.backend == "reference" and shape[1] == MANY:
         pytest.skip("PyTorch's log_softmax sums many classes in one float32")
     labels = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)

@@ -26,6 +26,11 @@ LIMITS = {False: 5, True: 8}
 FEW = {False: 4, True: 5}
 
 
+def decides_at_once(backend: str) -> bool:
+    """True where a step of OGM or MLB has `FEW` launches."""
+    return backend != "triton" and _native.read_gradients is not None
+
+
 class Nets:
     """M small encoders after a forward pass, with each one's logits."""
 
@@ -76,7 +81,7 @@ def test_a_step(gpu_like: Cell, noise: bool, formula: str, count: int) -> None:
         assert found.kernels <= LIMITS[noise], found.operators
         # It did work, and it was this library's.
         assert found.operators["update_grads_"] == found.operators["modality_scores"] == 1
-        few = gpu_like.backend != "triton" and _native.read_gradients is not None
+        few = decides_at_once(gpu_like.backend)
         assert found.operators["grad_stats"] == (noise and not few)
         assert found.operators["ones"] == (not few)
         assert found.kernels <= (FEW if few else LIMITS)[noise], found.operators
@@ -104,7 +109,7 @@ def test_the_kernels_that_were_really_launched(noise: bool) -> None:
     assert ("grad_stats_kernel" in names) == noise
     of_pytorch = sum(n for name, n in found.operators.items() if name not in OPS)
     assert kernels.total() == found.kernels - of_pytorch
-    few = _native.read_gradients is not None
+    few = decides_at_once("cuda")
     assert kernels.total() + of_pytorch == (FEW if few else LIMITS)[noise]
 
 
@@ -209,7 +214,7 @@ def test_a_decision_is_a_launch(gpu_like: Cell, kind: str) -> None:
         method.step(*arguments)
     nets.backward()
     found = launches_of(lambda: method.step(*arguments))
-    few = gpu_like.backend != "triton" and _native.read_gradients is not None
+    few = decides_at_once(gpu_like.backend)
     assert dict(found.operators) == {
         **DECIDING[kind],
         SCORES.get(kind, "modality_scores"): 1,

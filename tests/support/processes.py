@@ -1,4 +1,4 @@
-"""Commands with a time limit, whose whole process group ends with it and whose logs stay small.
+"""Commands with a time limit, whose processes all end with it and whose logs stay small.
 
 A test runner, a sanitizer or a profiler starts processes of its own. If only the command itself
 were killed, these would live on, disturb whatever is measured next, and keep what they had found.
@@ -7,6 +7,7 @@ were killed, these would live on, disturb whatever is measured next, and keep wh
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -28,6 +29,7 @@ TAIL_BYTES = 2**20
 
 _groups: set[int] = set()
 _ending = threading.Event()
+_numbers = itertools.count()
 
 
 class Log:
@@ -104,7 +106,8 @@ def run(
     """Runs a command in a session of its own, with all it prints in the log.
 
     After `seconds` its process group is interrupted, so that it can still report, and killed
-    `GRACE_S` later. No process of the group outlives the call.
+    `GRACE_S` later. No process that it has started outlives the call: those that are in groups of
+    their own, as this function's are, have a variable of the environment that names the call.
 
     Args:
         command: Words.
@@ -120,11 +123,12 @@ def run(
     began = time.monotonic()
     if _ending.is_set():
         return Ended(None, 0.0)
+    mark = f"MMFUSE_CALL_{os.getpid()}_{next(_numbers)}"
     try:
         process = subprocess.Popen(
             list(command),
             cwd=cwd,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **(environment or {}), mark: "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -135,6 +139,8 @@ def run(
         output.write()
         return Ended(127, 0.0)
     _groups.add(process.pid)
+    if _ending.is_set():  # since the question above, and `end_all` has not seen this group
+        _signal(process.pid, signal.SIGKILL)
     reader = threading.Thread(target=_read, args=(process, output), daemon=True)
     reader.start()
     try:
@@ -145,6 +151,7 @@ def run(
     finally:
         _signal(process.pid, signal.SIGKILL)
         process.wait()
+        _kill_marked(mark)
         _groups.discard(process.pid)
         # A process that has left the group may hold the pipe open for ever.
         reader.join(timeout=2.0)
@@ -198,6 +205,27 @@ def _read(process: subprocess.Popen[bytes], output: Log) -> None:
 def _signal(group: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
+
+
+def _kill_marked(mark: str) -> None:
+    """Kills all processes whose environment has the variable, until there is none."""
+    end = time.monotonic() + GRACE_S  # a process that waits for a device may not end at all
+    while (found := _marked(mark)) and time.monotonic() < end:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def _marked(mark: str) -> list[int]:
+    """A process that has ended has no environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        # Other users' processes cannot be read, and any may end in between.
+        with contextlib.suppress(OSError):
+            if f"\0{mark}=".encode() in b"\0" + (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+    return found
 
 
 def is_alive(pid: int) -> bool:

@@ -65,6 +65,16 @@ def test_what_a_command_has_started_ends_with_it(tmp_path: Path, seconds: int) -
     assert has_ended(int((tmp_path / "log").read_text()))
 
 
+@pytest.mark.parametrize("seconds", [60, 0], ids=["stopped", "ends by itself"])
+def test_groups_of_their_own_end_too(tmp_path: Path, seconds: int) -> None:
+    """As of a program that is killed before it can kill what it has started."""
+    program = STUBBORN.replace('sleep(60)"])', 'sleep(60)"], start_new_session=True)')
+    assert program != STUBBORN
+    ended = processes.run(python(program.format(seconds=seconds)), tmp_path / "log", 1.5)
+    assert ended.code == (None if seconds else 0)
+    assert has_ended(int((tmp_path / "log").read_text()))
+
+
 def test_the_log_is_there_while_the_command_runs(tmp_path: Path) -> None:
     seen = []
     program = "import time; print('early', flush=True); time.sleep(1)"

@@ -14,7 +14,7 @@ from typing_extensions import ParamSpec
 from .._devices import narrowed, readable
 from .._numbers import MOST_MODALITIES, whole
 from ._name_sums import BITS, order_by, read_sums, write_sums
-from ._parameters import refuse_encoders
+from ._parameters import no_replicas, refuse_encoders
 from ._together import check_one_order
 from .modalities import check_names, named_features
 from .ranks import Group, check_group, several
@@ -320,6 +320,11 @@ class EpochWindowModule(EpochWindow, nn.Module):
         self._agreed = False
         if "names_state" in self._buffers:
             self._forget_names(None)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        if self.training:
+            raise no_replicas(type(self).__name__)
+        return super()._replicate_for_data_parallel()
 
     def _check_named(self, what: str, given: object) -> None:
         """Checks that an argument maps one name for each modality."""

@@ -105,3 +105,14 @@ def test_an_evaluation_in_training_mode_is_warned_of_once(name: str) -> None:
     with torch.no_grad():
         call(name, model.balance)
     call(name, model.train().balance)
+
+
+@pytest.mark.parametrize("name", [n for n, m in METHODS.items() if issubclass(m, nn.Module)])
+def test_no_module_trains_in_replicas(name: str) -> None:
+    """nn.DataParallel asks each module for its copy, on several GPUs alone."""
+    kind = METHODS[name]
+    method = kind(nn.Linear(3, 2)) if "head" in signature(kind).parameters else kind()
+    message = rf"^{name} cannot train in torch\.nn\.DataParallel, .*\.DistributedDataParallel$"
+    with pytest.raises(RuntimeError, match=message):
+        method._replicate_for_data_parallel()
+    assert method.eval()._replicate_for_data_parallel()._is_replica

@@ -73,6 +73,8 @@ def probe(
         labels = labels.flatten()
         kept = labels != IGNORED
         train, labels = train[kept], labels[kept].long()
+    elif labels.dim() > 2:  # of places, such as times: scikit-learn takes one row for each sample
+        labels = labels.flatten(1)
     if task == "numbers":
         model = linear.RidgeCV(alphas=[10.0**k for k in range(-3, 4)])
     else:
@@ -89,7 +91,7 @@ def probe(
         return _as(fitted.predict(features), outputs).reshape(outputs.shape), converged
     found = _as(fitted.decision_function(features), outputs)
     if task == "labels":
-        return found, converged
+        return found.reshape(outputs.shape), converged
     return _by_class(found, fitted[-1].classes_.tolist(), outputs), converged
 
 

@@ -441,6 +441,7 @@ def test_probes_of_two_classes_several_labels_and_numbers() -> None:
     guess = ridge.fit(features, target).predict(features)
     expected = metrics.mean_absolute_error(target, guess)
     assert probed(target, "mae") == pytest.approx(expected, rel=1e-5)
+    assert probed(target[:, :, None], "mae") == pytest.approx(expected, rel=1e-5)
 
 
 def test_models_trained_alone() -> None:

@@ -58,7 +58,7 @@ def run(backend: str, how: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a GPU's memory no page can be closed")
 @pytest.mark.skipif(sys.platform != "linux", reason="closes a page of memory")
-@pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", pytest.param("triton", marks=pytest.mark.slow)])
 def test_a_scale_of_one_reads_nothing(backend: str) -> None:
     if backend == "triton":
         pytest.importorskip("triton")

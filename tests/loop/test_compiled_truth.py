@@ -56,6 +56,7 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return a, v, torch.randint(0, 4, (16,))
 
 
+@pytest.mark.slow_except_for("ARM", "OPM")
 @pytest.mark.parametrize("name", CALLS)
 def test_a_compiled_module_in_a_checkpoint(name: str) -> None:
     """Its forward pass is repeated in the backward pass: an error, but ARM counts once."""

@@ -159,6 +159,7 @@ def assert_equal(actual: Any, expected: Any, **tolerance: float) -> None:
     torch.testing.assert_close(actual, expected, **tolerance, equal_nan=True)
 
 
+@pytest.mark.slow_except_for("OGM", "OPM", "INFOREG", "REDREG", "ARM", "MMPARETO")
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("name", METHODS)
 def test_replicas_are_bit_equal_after_50_steps(name: str, sizes: tuple[int, ...]) -> None:

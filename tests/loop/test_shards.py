@@ -214,7 +214,7 @@ def test_the_sharded_run_equals_the_unsharded_one(
 
 
 @pytest.mark.slow_except_for("OGM")
-@pytest.mark.parametrize("layout", ["columns", "hybrid"])
+@pytest.mark.parametrize("layout", ["columns", pytest.param("hybrid", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", CASES)
 def test_other_layouts_of_the_shards(
     name: str, layout: str, unsharded: dict[str, dict[str, Any]]

@@ -133,7 +133,7 @@ def objects(training: Training) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", ["torch", "dcp"])
-@pytest.mark.parametrize("per_epoch", [ON_BOUNDARY, WITHIN])
+@pytest.mark.parametrize("per_epoch", [pytest.param(ON_BOUNDARY, marks=pytest.mark.slow), WITHIN])
 @pytest.mark.parametrize("kind", ALL)
 def test_a_resumed_run_goes_on_bit_for_bit(
     kind: str, per_epoch: int, how: str, tmp_path: Path

@@ -167,7 +167,7 @@ class TestCompile:
         yield
         torch._dynamo.reset()
 
-    @pytest.mark.slow_except_for("OGM", "OPM", "REDREG")
+    @pytest.mark.slow_except_for("OGM", "OPM")
     @pytest.mark.parametrize("kind", [*IN_FORWARD, *STEPPING])
     def test_no_graph_break_in_a_method(self, kind: str) -> None:
         """fullgraph=True raises at the first graph break, and error_on_recompile at recompiling."""

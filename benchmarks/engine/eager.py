@@ -124,8 +124,12 @@ def _one_by_one(device: torch.device) -> bool:
 
 def _dot(i: GradientInputs, x: Tensor, y: Tensor) -> Tensor:
     """Σ x y of a flat tensor, in pieces: by BLAS, as `squares`, where its sum is wide enough."""
-    wide = i.wide == i.dtype
-    size = NORM_PIECE if wide else _CACHED_PIECE
+    size = NORM_PIECE if i.wide == i.dtype else _CACHED_PIECE
+    if x.numel() <= size:
+        return _product(i, x, y)
     rows = zip(x.split(size), y.split(size), strict=True)
-    each = [torch.dot(a, b) if wide else (a * b).sum(dtype=i.wide) for a, b in rows]
-    return each[0] if len(each) == 1 else torch.stack(each).sum()
+    return torch.stack([_product(i, a, b) for a, b in rows]).sum()
+
+
+def _product(i: GradientInputs, x: Tensor, y: Tensor) -> Tensor:
+    return torch.dot(x, y) if i.wide == i.dtype else (x * y).sum(dtype=i.wide)

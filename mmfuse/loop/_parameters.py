@@ -177,15 +177,6 @@ class SharedParameters:
         return found
 
 
-def no_replicas(method: str) -> RuntimeError:
-    """The error of a module that nn.DataParallel copies, in threads, for a single batch."""
-    return RuntimeError(
-        f"{method} cannot train in torch.nn.DataParallel, which makes new copies of the model for "
-        "every batch: their random streams and averages would be lost; use "
-        "torch.nn.parallel.DistributedDataParallel"
-    )
-
-
 def _refuse_flat_parameters(label: str, encoder: nn.Module) -> None:
     """Raises a TypeError for an encoder that FSDP1 wraps, or a part of it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")

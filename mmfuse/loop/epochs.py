@@ -14,10 +14,10 @@ from typing_extensions import ParamSpec
 from .._devices import narrowed, readable
 from .._numbers import MOST_MODALITIES, whole
 from ._name_sums import BITS, order_by, read_sums, write_sums
-from ._parameters import no_replicas, refuse_encoders
+from ._parameters import refuse_encoders
 from ._together import check_one_order
 from .modalities import check_names, named_features
-from .ranks import Group, check_group, several
+from .ranks import Group, check_group, no_replicas, several
 from .state import MODULE_FORMAT, check_format, refuse_format
 
 # One more than the largest int64, which a buffer can hold.

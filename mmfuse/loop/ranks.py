@@ -29,6 +29,15 @@ _Of = TypeVar("_Of")
 _AVAILABLE = dist.is_available()
 
 
+def no_replicas(method: str) -> RuntimeError:
+    """The error of a module that nn.DataParallel copies, in threads, for a single batch."""
+    return RuntimeError(
+        f"{method} cannot train in torch.nn.DataParallel, which makes new copies of the model for "
+        "every batch: their random streams and averages would be lost; use "
+        "torch.nn.parallel.DistributedDataParallel"
+    )
+
+
 def check_group(process_group: Group) -> Group:
     """Returns it.
 

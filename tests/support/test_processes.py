@@ -48,30 +48,25 @@ except KeyboardInterrupt:
     assert (tmp_path / "log").read_text().splitlines() == ["begun", "found: 7 failures"]
 
 
-STUBBORN = """
+def stubborn(seconds: int, apart: bool = False) -> str:
+    """A program that ignores the interrupt, with a child, `apart` in a session of its own."""
+    return f"""
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGINT, signal.SIG_IGN)
-child = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(60)"])
+sleep = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
+child = subprocess.Popen(sleep, start_new_session={apart})
 print(child.pid, flush=True)
 time.sleep({seconds})
 """
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["its group", "a group of its own"])
 @pytest.mark.parametrize("seconds", [60, 0], ids=["stopped", "ends by itself"])
-def test_what_a_command_has_started_ends_with_it(tmp_path: Path, seconds: int) -> None:
-    ended = processes.run(python(STUBBORN.format(seconds=seconds)), tmp_path / "log", 1.5)
+def test_what_a_command_has_started_ends_with_it(tmp_path: Path, seconds: int, apart: bool) -> None:
+    """Groups of their own are those of a program that is killed before it can kill them."""
+    ended = processes.run(python(stubborn(seconds, apart)), tmp_path / "log", 1.5)
     assert ended.code == (None if seconds else 0)
     assert ended.seconds < 10
-    assert has_ended(int((tmp_path / "log").read_text()))
-
-
-@pytest.mark.parametrize("seconds", [60, 0], ids=["stopped", "ends by itself"])
-def test_groups_of_their_own_end_too(tmp_path: Path, seconds: int) -> None:
-    """As of a program that is killed before it can kill what it has started."""
-    program = STUBBORN.replace('sleep(60)"])', 'sleep(60)"], start_new_session=True)')
-    assert program != STUBBORN
-    ended = processes.run(python(program.format(seconds=seconds)), tmp_path / "log", 1.5)
-    assert ended.code == (None if seconds else 0)
     assert has_ended(int((tmp_path / "log").read_text()))
 
 
@@ -121,9 +116,7 @@ def test_ending_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             pids.append(int(found))
             processes.end_all()
 
-    ended = processes.run(
-        python(STUBBORN.format(seconds=60)), tmp_path / "log", 60, tick=tick, tick_s=0.1
-    )
+    ended = processes.run(python(stubborn(60)), tmp_path / "log", 60, tick=tick, tick_s=0.1)
     assert ended.code == -9 and ended.seconds < 20
     assert has_ended(pids[0])
     assert processes.run(python("print('late')"), tmp_path / "late", 60).code is None
